@@ -1,0 +1,1 @@
+"""hyaena: run, serve, fine-tune and study StripedHyena models."""
