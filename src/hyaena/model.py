@@ -382,7 +382,7 @@ class StripedHyena(nn.Module):
 def _accept_original_names(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
     """Rename, in place, a state dict that has the original implementation's keys."""
     assert isinstance(module, StripedHyena)
-    if any(original.is_original_key(key) for key in state):
+    if original.is_original(state):
         renamed = original.to_ours(dict(state), module.config)
         state.clear()
         state.update(renamed)
