@@ -348,9 +348,17 @@ class StripedHyena(nn.Module):
         config = self.config
         width, modes = config.hidden_size, config.state_size
         small, output = math.sqrt(2 / (5 * width)), 2 / (config.num_layers * math.sqrt(width))
+        writers: set[nn.Module] = set()
+        for module in self.modules():
+            if isinstance(module, Attention):
+                writers.add(module.o_proj)
+            elif isinstance(module, Hyena):
+                writers.add(module.out_proj)
+            elif isinstance(module, GatedMLP):
+                writers.add(module.down_proj)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=small, generator=generator)
+                nn.init.normal_(module.weight, std=output if module in writers else small, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
@@ -370,10 +378,6 @@ class StripedHyena(nn.Module):
                 module.poles.copy_(torch.view_as_real(poles))
                 nn.init.normal_(module.residues, std=(0.5 / modes) ** 0.5, generator=generator)
                 module.residues.mul_((1 - torch.exp(-dt)).sqrt().unsqueeze(-1))
-        for layer in self.layers:
-            last = layer.mixer.o_proj if isinstance(layer.mixer, Attention) else layer.mixer.out_proj
-            for linear in (last, layer.mlp.down_proj):
-                nn.init.normal_(linear.weight, std=output, generator=generator)
 
 
 def _accept_original_names(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
