@@ -1,0 +1,79 @@
+# Everything a clone needs is Python 3.11 or newer, make and a package index.
+#
+#   PYTHON       the interpreter that .venv is made from
+#   TORCH_INDEX  a package index to take torch from, when the default build is not the one you want;
+#                pytorch.org's install page names them (the CPU index saves gigabytes on Linux without a GPU)
+#   ARGS         passed on to pytest or to the benchmarks: make test ARGS="-k cache"
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+PROMPT ?= def fibonacci(n):
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo     install into .venv and stream a completion from the bundled model"
+	@echo "make test     run the test suite            (ARGS=... is passed to pytest)"
+	@echo "make lint     ruff, pyright, import layers"
+	@echo "make format   let ruff fix and format the code"
+	@echo "make bench    run the benchmarks            (ARGS=... is passed on)"
+	@echo "make clean    remove .venv and caches"
+	@echo "Variables: PYTHON=$(PYTHON)  TORCH_INDEX=$(or $(TORCH_INDEX),the default package index)  PROMPT=... (demo)"
+
+demo: .venv/.installed
+	@$(BIN)/hyaena generate --model cub --max-new-tokens 200 --stats "$$DEMO_PROMPT"
+demo: export DEMO_PROMPT = $(PROMPT)
+
+# Tests run side by side, one torch thread each (tests/conftest.py): small tensors gain nothing from more.
+test: .venv/.installed-dev
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed-bench
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# --- The environment -------------------------------------------------------------------------------------------------
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: hyaena needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	       "name another one, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "error: '$(PYTHON) -m venv .venv' failed; on Debian and Ubuntu, install the package python3-venv" >&2; exit 2; }
+
+# torch goes in first and alone: its version is then settled, whatever build TORCH_INDEX offers, before another
+# package's range can choose a different one.
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing hyaena into .venv (the first time, this downloads torch)"
+	@$(PIP) --quiet setuptools
+	@$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) --quiet --no-build-isolation --editable '.[train]'
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@echo "Installing the development tools into .venv"
+	@$(PIP) --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-bench: .venv/.installed
+	@echo "Installing what the benchmarks compare with into .venv"
+	@$(PIP) --quiet --no-build-isolation --editable '.[bench]'
+	@touch $@

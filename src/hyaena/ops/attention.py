@@ -1,0 +1,99 @@
+"""Causal grouped-query attention through torch's scaled_dot_product_attention.
+
+The only thing added to it is the case that it lacks: T > 1 new queries after a past of P keys, causal among
+themselves, without ever making a mask of T·P entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from hyaena.errors import InputError
+
+sdpa = torch.nn.functional.scaled_dot_product_attention
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, padding: Tensor | None = None, segment_ids: Tensor | None = None
+) -> Tensor:
+    """Attention of the last T positions of S to all positions up to their own.
+
+    Equation: ``softmax(q·k^T / sqrt(head_dim)) v`` over the keys at or before each query.
+
+    Args:
+        q: [B,H,T,head_dim], the queries of positions S-T … S-1.
+        k, v: [B,G,S,head_dim]; each key/value head serves H/G query heads.
+        padding: int [B], how many leading positions of each row are padding and never seen; None for none.
+        segment_ids: int [B,T], packed documents that do not see one another; needs S = T.
+
+    Returns:
+        [B,H,T,head_dim]. Rows of padding queries hold finite numbers without meaning.
+    """
+    batch, heads, length, head_dim = q.shape
+    groups, total = k.shape[1:3]
+    past = total - length
+    if past < 0 or heads % groups:
+        raise InputError(f"attention takes T <= S and H a multiple of G, and was given q {q.shape}, k {k.shape}")
+    if segment_ids is not None:
+        if past or padding is not None:
+            raise InputError("segment_ids go with whole sequences: no cached past and no padding")
+        return _masked(q, k, v, _causal(length, q) & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]))
+    if length == 1:  # the query heads that share a key head become its queries: every key is read once
+        seen = None if padding is None else _seen(padding, total)
+        return sdpa(q.view(batch, groups, -1, head_dim), k, v, attn_mask=seen).view(q.shape)
+    if past == 0:
+        if padding is None:
+            return sdpa(q, k, v, is_causal=True, enable_gqa=heads != groups)
+        # a padding query sees itself, so that no row of the softmax is empty
+        return _masked(q, k, v, _causal(length, q) & (_seen(padding, length) | _diagonal(length, q)))
+    if q.device.type == "cpu":
+        return _past_and_present(q, k, v, past, padding)
+    if padding is None:
+        k, v = _repeat(k, heads), _repeat(v, heads)
+        return sdpa(q, k, v, attn_mask=causal_lower_right(length, total))  # type: ignore[arg-type]
+    allowed = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(past)
+    return _masked(q, k, v, allowed & _seen(padding, total))
+
+
+def _seen(padding: Tensor, total: int) -> Tensor:
+    """bool [B,1,1,total]: the key is not padding."""
+    return (torch.arange(total, device=padding.device) >= padding[:, None])[:, None, None, :]
+
+
+def _causal(length: int, like: Tensor) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=like.device).tril()
+
+
+def _diagonal(length: int, like: Tensor) -> Tensor:
+    return torch.eye(length, dtype=torch.bool, device=like.device)
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    """[B,G,S,hd] -> [B,H,S,hd]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    heads = q.shape[1]  # the kernels that take a mask want equal head counts
+    return sdpa(q, _repeat(k, heads), _repeat(v, heads), attn_mask=mask)
+
+
+def _past_and_present(q: Tensor, k: Tensor, v: Tensor, past: int, padding: Tensor | None) -> Tensor:
+    """Two attentions, to the past (all of it) and to the present (causal), merged by their normalisers.
+
+    With Z the sum of a part's exponentials, the whole is ``(Z1·o1 + Z2·o2) / (Z1 + Z2)``, that is
+    ``o2 + sigmoid(log Z1 - log Z2)·(o1 - o2)``.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public function hides the normaliser
+    seen = None
+    if padding is not None:
+        seen = torch.zeros(len(padding), 1, 1, past, dtype=q.dtype).masked_fill(~_seen(padding, past), -torch.inf)
+    before, log_before = flash(q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=seen)
+    now, log_now = flash(q, k[:, :, past:], v[:, :, past:], 0.0, True)
+    weight = torch.sigmoid(log_before - log_now).unsqueeze(-1).to(q.dtype)
+    if padding is not None:  # a row whose past is all padding has no normaliser there
+        empty = (padding >= past)[:, None, None, None]
+        before, weight = before.masked_fill(empty, 0.0), weight.masked_fill(empty, 0.0)
+    return torch.lerp(now, before, weight)

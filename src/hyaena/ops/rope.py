@@ -1,0 +1,32 @@
+"""Rotary position embedding over the whole head, in half-split (NeoX) order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float, scaling_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles ``position / scaling_factor · theta^(-2i/head_dim)``, float32.
+
+    Args:
+        positions: int [T] or [B,T].
+        head_dim: channels of a head, even.
+        theta: base of the frequencies.
+        scaling_factor: linear interpolation of positions; 1 leaves them alone.
+
+    Returns:
+        cos and sin, each [..., T, head_dim/2].
+
+    Source: Su et al. 2021, "RoFormer"; interpolation: Chen et al. 2023, "Extending Context Window … by Interpolation".
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = (positions.float() / scaling_factor).unsqueeze(-1) * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate x [B,heads,T,head_dim] by a table of [T,head_dim/2] or [B,T,head_dim/2]; arithmetic in float32."""
+    cos, sin = (t.unsqueeze(-3) for t in table)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,155 @@
+"""The original checkpoints' names and layouts, to and from ours: one table, read in both directions.
+
+Three quirks are undone on the way in and redone on the way out, bit for bit:
+
+- Hyena projections and short filters interleave ``[x2 | x1 | v]`` per head (``column_split_hyena``); ours are three
+  blocks of D rows.
+- Short filters are ``[3D, 1, K]``; ours ``[3D, K]``. Poles and residues are ``[D, N, 1, 2]``; ours ``[D, N, 2]``.
+- Rotary frequencies are stored as buffers; ours are computed.
+
+Everything works on one tensor at a time, so that a checkpoint can be read shard by shard.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from hyaena.config import ModelConfig
+from hyaena.errors import CheckpointError
+
+PREFIX = "backbone."
+"""What the hub's safetensors files write before every key."""
+
+_TOP = {
+    "embedding_layer.weight": "embed_tokens.weight",
+    "unembed.weight": "lm_head.weight",
+    "norm.scale": "norm.weight",
+}
+_LAYER = {
+    "pre_norm.scale": "mixer_norm.weight",
+    "post_norm.scale": "mlp_norm.weight",
+    "mlp.l1.weight": "mlp.gate_proj.weight",
+    "mlp.l2.weight": "mlp.up_proj.weight",
+    "mlp.l3.weight": "mlp.down_proj.weight",
+    "inner_mha_cls.Wqkv.weight": "mixer.qkv_proj.weight",
+    "inner_mha_cls.Wqkv.bias": "mixer.qkv_proj.bias",
+    "inner_mha_cls.out_proj.weight": "mixer.o_proj.weight",
+    "inner_mha_cls.out_proj.bias": "mixer.o_proj.bias",
+    "projections.weight": "mixer.in_proj.weight",
+    "projections.bias": "mixer.in_proj.bias",
+    "out_filter_dense.weight": "mixer.out_proj.weight",
+    "out_filter_dense.bias": "mixer.out_proj.bias",
+    "filter.short_filter_weight": "mixer.short_filter.weight",
+    "filter.short_filter_bias": "mixer.short_filter.bias",
+    "filter.poles": "mixer.long_filter.poles",
+    "filter.residues": "mixer.long_filter.residues",
+    "filter.D": "mixer.long_filter.skip",
+}
+_TOP_BACK = {ours: theirs for theirs, ours in _TOP.items()}
+_LAYER_BACK = {ours: theirs for theirs, ours in _LAYER.items()}
+
+_INTERLEAVED = ("mixer.in_proj.weight", "mixer.in_proj.bias", "mixer.short_filter.weight", "mixer.short_filter.bias")
+_EXTRA_AXIS = {"mixer.short_filter.weight": 1, "mixer.long_filter.poles": 2, "mixer.long_filter.residues": 2}
+"""Our name -> the axis of length 1 that the original's tensor has in addition."""
+
+_DROPPED = re.compile(r"blocks\.\d+\.(filter\.(t|freq)|inner_mha_cls\.rotary_emb\.inv_freq)|(.*\.)?_extra_state")
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_OURS = re.compile(r"layers\.(\d+)\.(.+)")
+
+
+def is_original(keys: Iterable[str]) -> bool:
+    """Whether a state dict is written in the original's names (with or without ``backbone.``)."""
+    return any(key.startswith("blocks.") or key in _TOP for key in map(_strip, keys))
+
+
+def to_ours_item(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor] | None:
+    """One tensor of an original checkpoint, under our name and in our layout; None for what is recomputed.
+
+    A key that the original does not have is handed back unchanged, and a tensor of another shape than the
+    configuration says keeps its shape, so that the caller can report both by name. The result may share memory
+    with ``tensor``.
+    """
+    key = _strip(key)
+    if _DROPPED.fullmatch(key):
+        return None
+    if key in _TOP:
+        return _TOP[key], tensor
+    block = _BLOCK.fullmatch(key)
+    if block is None or block[2] not in _LAYER:
+        return key, tensor
+    name = _LAYER[block[2]]
+    axis = _EXTRA_AXIS.get(name)
+    if axis is not None and tensor.dim() > axis and tensor.shape[axis] == 1:
+        tensor = tensor.squeeze(axis)
+    if name in _INTERLEAVED and config.column_split_hyena:
+        tensor = _reorder(tensor, config.num_attention_heads, 3, config)
+    return f"layers.{block[1]}.{name}", tensor
+
+
+def to_original_item(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor]:
+    """One of our tensors under the original's name and in its layout: the inverse of :func:`to_ours_item`."""
+    if key in _TOP_BACK:
+        return _TOP_BACK[key], tensor
+    layer = _OURS.fullmatch(key)
+    if layer is None or layer[2] not in _LAYER_BACK:
+        return key, tensor
+    name = layer[2]
+    if name in _INTERLEAVED and config.column_split_hyena:
+        tensor = _reorder(tensor, 3, config.num_attention_heads, config)
+    if name in _EXTRA_AXIS:
+        tensor = tensor.unsqueeze(_EXTRA_AXIS[name])
+    return f"blocks.{layer[1]}.{_LAYER_BACK[name]}", tensor
+
+
+def to_ours(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """An original state dict in our names and layout.
+
+    Raises:
+        CheckpointError: the embedding is tied, and the checkpoint holds a head of its own that differs from it.
+    """
+    items = (to_ours_item(key, tensor, config) for key, tensor in state.items())
+    ours = dict(item for item in items if item is not None)
+    if config.tie_embeddings and "lm_head.weight" in ours:
+        check_tied(ours.get("embed_tokens.weight"), ours.pop("lm_head.weight"))
+    return ours
+
+
+def to_original(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our state dict in the original's names and layout, with the rotary buffers that the original stores."""
+    original = dict(to_original_item(key, tensor, config) for key, tensor in state.items())
+    return original | rotary_buffers(config)
+
+
+def rotary_buffers(config: ModelConfig) -> dict[str, Tensor]:
+    """The frequencies ``theta^(-2j/head_dim)`` [head_dim / 2] that the original keeps in every attention layer."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    return {
+        f"blocks.{i}.inner_mha_cls.rotary_emb.inv_freq": 1.0 / (config.rope_theta**exponents)
+        for i, kind in enumerate(config.layer_types)
+        if kind == "attention"
+    }
+
+
+def check_tied(embedding: Tensor | None, head: Tensor) -> None:
+    """Refuse a head that differs from the embedding it is said to be tied to; a copy or an alias is fine."""
+    if embedding is None or embedding.is_meta or head.is_meta or torch.equal(embedding, head.to(embedding)):
+        return
+    raise CheckpointError(
+        "tie_embeddings is true, but unembed.weight differs from embedding_layer.weight: set tie_embeddings to false"
+    )
+
+
+def _strip(key: str) -> str:
+    return key.removeprefix(PREFIX)
+
+
+def _reorder(tensor: Tensor, outer: int, inner: int, config: ModelConfig) -> Tensor:
+    """Rows ordered [outer, inner, head_dim] -> [inner, outer, head_dim]; other shapes are left alone."""
+    if tensor.dim() == 0 or tensor.shape[0] != 3 * config.hidden_size:
+        return tensor
+    rows = tensor.reshape(outer, inner, config.head_dim, *tensor.shape[1:])
+    return rows.transpose(0, 1).reshape(tensor.shape)
