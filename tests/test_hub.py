@@ -164,6 +164,7 @@ def test_a_revision_is_refused_where_it_means_nothing() -> None:
         ("cubb", "no such model: did you mean cub?"),
         ("./nothing/here", "no such model: name a folder, a weights file, a hub id or cub"),
         ("/a/b/c.safetensors", "no such model"),
+        ("runs/model.safetensors", "no such model: name a folder"),
         ("", "several"),
     ],
 )

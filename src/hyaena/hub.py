@@ -134,7 +134,9 @@ def bundled(name: str) -> Path:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a name that is no file here may be a hub id: an owner, a slash, a name."""
+    """Whether a name that is no file here may be a hub id: an owner, a slash, a name that is not a file's."""
+    if source.endswith((".safetensors", ".bin", ".pt", ".pth", ".json", ".yml", ".yaml")):
+        return False
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) is not None
 
 
