@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from hyaena.config import ModelConfig
+from hyaena.config import ModelConfig, read_mapping
 from hyaena.errors import ConfigError
 
 
@@ -27,8 +27,8 @@ class DataConfig:
             is one UTF-8 document. Relative paths start at the working directory.
         heldout: the same, for evaluation; may be empty.
         pattern: which files of a folder to read, recursively.
-        tokenizer: a ``tokenizer.json`` file or its folder, ``"bytes"`` or ``"characters"``; by default what the model
-            (``model.tokenizer`` or the folder of ``init_from``) says.
+        tokenizer: the ``tokenizer.json`` (or its folder) of a new model with ``tokenizer: hf``; byte and character
+            models need none, and ``init_from`` brings its own.
     """
 
     train: tuple[str, ...]
@@ -142,16 +142,12 @@ class TrainConfig:
             ConfigError: the file is missing or no YAML mapping, or a key or a value is wrong.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}; pass the path of a training YAML file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold a mapping of keys to values, see configs/train/cub.yml")
-        for override in overrides:
-            _override(values, override)
-        return cls.from_dict(values)
+            values = read_mapping(Path(path))
+            for override in overrides:
+                _override(values, override)
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -201,8 +197,8 @@ def _record(cls: Any, values: Any, where: str) -> Any:
     hints = get_type_hints(cls)
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise ConfigError(f"unknown key {where}{key}: did you mean {where}{near[0]}?")
+            (near,) = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
+            raise ConfigError(f"unknown key {where}{key}: did you mean {where}{near}?")
     for entry in fields(cls):
         if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in values:
             raise ConfigError(f"the key {where}{entry.name} is missing")
@@ -215,7 +211,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             return None
         (kind,) = (option for option in get_args(kind) if option is not type(None))
     if kind is ModelConfig:
-        return ModelConfig.from_file(value) if isinstance(value, str) else _model(value, where)
+        return _model(value, where)
     if kind in (DataConfig, OptimConfig):
         return _record(kind, value, where + ".")
     if get_origin(kind) is Literal:
@@ -246,6 +242,11 @@ def _tuple(value: Any, kinds: tuple[Any, ...], where: str) -> tuple[Any, ...]:
 
 
 def _model(value: Any, where: str) -> ModelConfig:
-    if not isinstance(value, dict):
+    if isinstance(value, str):
+        return ModelConfig.from_file(value)
+    if not isinstance(value, Mapping):
         raise ConfigError(f"{where} must be the fields of a model or the path of a configuration file")
-    return ModelConfig.from_dict(value)
+    try:
+        return ModelConfig.from_dict(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None

@@ -295,16 +295,16 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
 
 
 def _model_and_tokenizer(config: TrainConfig) -> tuple[StripedHyena, Tokenizer]:
-    if config.init_from is not None:
-        from hyaena.hub import load
-
-        model, tokenizer = load(config.init_from, dtype="float32", device="cpu")
+    if config.model is not None:
+        if config.model.tokenizer == "hf" and config.data.tokenizer is None:
+            raise ConfigError("model.tokenizer is hf: name its tokenizer.json in data.tokenizer, or use bytes")
+        tokenizer = load_tokenizer(config.data.tokenizer or "", config.model)
+        model = StripedHyena(config.model)
     else:
-        assert config.model is not None
-        model, tokenizer = StripedHyena(config.model), None
-        model.init_weights()
-    if config.data.tokenizer is not None or tokenizer is None:
-        tokenizer = load_tokenizer(config.data.tokenizer, model.config)
+        from hyaena.hub import load  # loads what training from scratch does not need
+
+        assert config.init_from is not None
+        model, tokenizer = load(config.init_from, dtype="float32", device="cpu")
     if config.window > model.config.max_length:
         raise ConfigError(f"window {config.window} is longer than the model's maximum of {model.config.max_length}")
     return model, tokenizer
