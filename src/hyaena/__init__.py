@@ -1,3 +1,42 @@
-"""hyaena: run, serve, fine-tune and study StripedHyena models."""
+"""hyaena: run, serve, fine-tune and study StripedHyena models.
+
+The public names below load on first use (PEP 562), so that ``import hyaena`` and ``hyaena --help`` need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hyaena import ops
+    from hyaena.config import ModelConfig
+    from hyaena.generation import generate, stream
+    from hyaena.hub import load
+    from hyaena.model import StripedHyena
 
 __version__ = "0.1.0"
+
+__all__ = ["ModelConfig", "StripedHyena", "__version__", "generate", "load", "ops", "stream"]
+
+_HOMES = {
+    "ModelConfig": "hyaena.config",
+    "StripedHyena": "hyaena.model",
+    "generate": "hyaena.generation",
+    "load": "hyaena.hub",
+    "stream": "hyaena.generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("hyaena.ops")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hyaena' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

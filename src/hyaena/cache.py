@@ -32,7 +32,8 @@ class KVCache:
         cls, batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
         shape = (batch, heads, capacity, head_dim)
-        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        with torch.inference_mode(False):  # storage that grew in inference mode may be written outside of it
+            return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
     def write(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Store [B,G,T,head_dim] from slot ``start`` on; return everything up to the end of it."""
@@ -99,9 +100,7 @@ class Cache:
                 fir = torch.zeros(
                     batch_size, 3 * config.hidden_size, config.short_filter_length - 1, dtype=dtype, device=device
                 )
-                iir = torch.zeros(
-                    batch_size, config.hidden_size, config.state_size, dtype=complex_dtype, device=device
-                )
+                iir = torch.zeros(batch_size, config.hidden_size, config.state_size, dtype=complex_dtype, device=device)
                 layers.append(HyenaState(fir, iir))
         return cls(layers, length=0, max_length=max_length, padding=None)
 
@@ -214,7 +213,8 @@ class Cache:
 
     def reset(self) -> None:
         """Forget everything; keep the storage."""
-        for t in self._tensors():
-            t.zero_()
-        self.length = 0
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, HyenaState):
+                self.layers[i] = HyenaState(*map(torch.zeros_like, layer))
+        self.length = 0  # nothing reads keys and values beyond it
         self.padding = None

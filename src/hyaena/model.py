@@ -37,7 +37,8 @@ class Step:
         rotary: cos and sin of the positions of this pass.
         padding: int [B], leading slots of each row that hold no token, or None.
         mask: bool [B,T], False where this pass reads padding, or None.
-        segment_ids: int [B,T], packed documents, or None.
+        reset: bool [B,T], True at the first token of every packed document but the first, or None.
+        segment_ids: int [B,T], packed documents, each with a number of its own, or None.
         method: how long convolutions are evaluated.
     """
 
@@ -45,16 +46,9 @@ class Step:
     rotary: tuple[Tensor, Tensor]
     padding: Tensor | None
     mask: Tensor | None
+    reset: Tensor | None
     segment_ids: Tensor | None
     method: str
-
-    @property
-    def reset(self) -> Tensor | None:
-        """bool [B,T], True at the first token of every packed document but the first."""
-        if self.segment_ids is None:
-            return None
-        ids = self.segment_ids
-        return torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.bool), ids[:, 1:] != ids[:, :-1]], dim=1)
 
 
 class RMSNorm(nn.Module):
@@ -186,9 +180,7 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = GatedMLP(config)
 
-    def forward(
-        self, x: Tensor, step: Step, memory: KVCache | HyenaState | None
-    ) -> tuple[Tensor, HyenaState | None]:
+    def forward(self, x: Tensor, step: Step, memory: KVCache | HyenaState | None) -> tuple[Tensor, HyenaState | None]:
         y, state = self.mixer(self.mixer_norm(x), step, memory)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state
@@ -269,7 +261,8 @@ class StripedHyena(nn.Module):
             cache: what came before; it is brought up to date, or left as it was if anything fails.
             mask: bool [B,T], True where there is a token; padding stands on the left, and a cache takes it with its
                 first tokens only.
-            segment_ids: int [B,T], numbers of packed documents; nothing passes from one to the next. Not with a cache.
+            segment_ids: int [B,T]; a new document begins where the number changes, and nothing passes from one to the
+                next. Not with a cache.
             logits_to_keep: compute the logits of the last so many positions only.
             method: how long convolutions are evaluated; see ``ops.METHODS``.
 
@@ -292,7 +285,11 @@ class StripedHyena(nn.Module):
             positions = (positions - padding[:, None]).clamp(min=0)
         config = self.config
         rotary = ops.rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling_factor)
-        step = Step(start, rotary, padding, mask, segment_ids, method)
+        reset = None
+        if segment_ids is not None:
+            reset = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
+            segment_ids = reset.cumsum(dim=1)  # a number that comes back later is another document
+        step = Step(start, rotary, padding, mask, reset, segment_ids, method)
 
         x = self.embed_tokens(ids)
         states: dict[int, HyenaState] = {}
@@ -351,9 +348,17 @@ class StripedHyena(nn.Module):
         config = self.config
         width, modes = config.hidden_size, config.state_size
         small, output = math.sqrt(2 / (5 * width)), 2 / (config.num_layers * math.sqrt(width))
+        writers: set[nn.Module] = set()
+        for module in self.modules():
+            if isinstance(module, Attention):
+                writers.add(module.o_proj)
+            elif isinstance(module, Hyena):
+                writers.add(module.out_proj)
+            elif isinstance(module, GatedMLP):
+                writers.add(module.down_proj)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=small, generator=generator)
+                nn.init.normal_(module.weight, std=output if module in writers else small, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
@@ -373,10 +378,6 @@ class StripedHyena(nn.Module):
                 module.poles.copy_(torch.view_as_real(poles))
                 nn.init.normal_(module.residues, std=(0.5 / modes) ** 0.5, generator=generator)
                 module.residues.mul_((1 - torch.exp(-dt)).sqrt().unsqueeze(-1))
-        for layer in self.layers:
-            last = layer.mixer.o_proj if isinstance(layer.mixer, Attention) else layer.mixer.out_proj
-            for linear in (last, layer.mlp.down_proj):
-                nn.init.normal_(linear.weight, std=output, generator=generator)
 
 
 def _accept_original_names(module: nn.Module, state: dict[str, Any], *_: Any) -> None:

@@ -25,7 +25,8 @@ def attention(
     Args:
         q: [B,H,T,head_dim], the queries of positions S-T … S-1.
         k, v: [B,G,S,head_dim]; each key/value head serves H/G query heads.
-        padding: int [B], how many leading positions of each row are padding and never seen; None for none.
+        padding: int [B], how many leading positions of each row are padding and never seen; None for none. Where
+            there is a past, all padding lies in it.
         segment_ids: int [B,T], packed documents that do not see one another; needs S = T.
 
     Returns:
@@ -89,6 +90,8 @@ def _past_and_present(q: Tensor, k: Tensor, v: Tensor, past: int, padding: Tenso
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public function hides the normaliser
     seen = None
     if padding is not None:
+        if bool((padding > past).any()):
+            raise InputError("padding must lie in the past that the cache holds: pad a batch's first tokens only")
         seen = torch.zeros(len(padding), 1, 1, past, dtype=q.dtype).masked_fill(~_seen(padding, past), -torch.inf)
     before, log_before = flash(q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=seen)
     now, log_now = flash(q, k[:, :, past:], v[:, :, past:], 0.0, True)

@@ -1,6 +1,6 @@
 """The recurrence, one step at a time, in the precision of the poles: the lowest memory, and the decoding step.
 
-    s[t] = p·s[t-1] + x[t]        y[t] = Re Σ_n R_n s_n[t] + skip·x[t]
+s[t] = p·s[t-1] + x[t]        y[t] = Re Σ_n R_n s_n[t] + skip·x[t]
 """
 
 from __future__ import annotations

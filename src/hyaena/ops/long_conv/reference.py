@@ -1,6 +1,6 @@
 """The float64 step loop: the oracle that every other method is tested against. It imports nothing of ours.
 
-    s[t] = p·s[t-1] + x[t]        y[t] = Re Σ_n R_n s_n[t] + skip·x[t]
+s[t] = p·s[t-1] + x[t]        y[t] = Re Σ_n R_n s_n[t] + skip·x[t]
 """
 
 from __future__ import annotations

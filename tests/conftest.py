@@ -1,0 +1,43 @@
+"""What every test shares: one torch thread, fixed seeds, and the golden cases."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+# Before torch is imported, and for the processes that tests start: the workers of a run share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# The same examples on every run and machine, and no time limit on one that a busy machine slows down.
+settings.register_profile("hyaena", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("hyaena")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Start every test from the same random state, in whatever order and process it runs."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of all golden cases; each case is a subfolder (see its README)."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session", params=["sh-tiny", "evo-tiny", "evo8k-tiny"])
+def golden_case(request: pytest.FixtureRequest) -> Path:
+    """The folder of one golden case; a test that asks for it runs once per case."""
+    return GOLDEN / request.param

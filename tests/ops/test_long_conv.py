@@ -1,0 +1,198 @@
+"""Every method against the float64 reference: output, final state, gradients; and the splitting law."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyaena.errors import InputError, UnsupportedError
+from hyaena.ops import METHODS, ModalFilter, long_conv, taps
+from hyaena.ops.long_conv.filters import powers
+
+FAST = [name for name in METHODS if name != "reference"]
+RESETTING = [name for name in FAST if METHODS[name].reset]
+
+# float32 rounds each of T additions to 6e-8 of the running sum; the modes' own sums stay below 1e3 here.
+OUTPUT = 2e-5
+# a gradient sums over T steps once more, and the derivative of p^t carries a factor t
+GRADIENT = 2e-4
+
+
+def make_filter(channels: int, modes: int, *, largest: float = 1.0, phase: float = 0.95) -> ModalFilter:
+    """Poles on rays with |Im p| up to ``phase``, one of them with |p| = ``largest``."""
+    imaginary = (torch.rand(channels, modes) * 2 - 1) * phase
+    imaginary[0, 0] = phase
+    real = torch.sqrt(largest**2 - imaginary**2) * torch.rand(channels, modes)
+    real[0, 0] = (largest**2 - phase**2) ** 0.5
+    residues = torch.randn(channels, modes, dtype=torch.complex64) / modes**0.5
+    return ModalFilter(torch.complex(real, imaginary), residues, torch.randn(channels))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is allocated without being written holds NaN."""
+
+    def filled(make):
+        def wrapped(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() or out.is_complex() else out
+
+        return wrapped
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+def close(value: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert torch.isfinite(torch.view_as_real(value) if value.is_complex() else value).all()
+    error = (value - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    assert float(error) < tolerance
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 1000])
+@pytest.mark.parametrize("method", FAST)
+@pytest.mark.parametrize("modes", [1, 2, 8])
+def test_equals_reference(monkeypatch: pytest.MonkeyPatch, method: str, length: int, modes: int) -> None:
+    poison(monkeypatch)
+    channels, batch = 6, 2
+    filter = make_filter(channels, modes)
+    inputs = [*filter, torch.randn(batch, length, channels), torch.randn(batch, channels, modes, dtype=torch.complex64)]
+    weights = torch.randn(batch, length, channels), torch.randn(batch, channels, modes, dtype=torch.complex64)
+
+    def run(method: str) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        y, state = long_conv(leaves[3], ModalFilter(*leaves[:3]), leaves[4], method=method)
+        loss = (y * weights[0]).sum() + (state * weights[1]).real.sum()
+        return [y.detach(), state.detach(), *torch.autograd.grad(loss, leaves)]
+
+    got, expected = run(method), run("reference")
+    for value, want, tolerance in zip(got, expected, [OUTPUT] * 2 + [GRADIENT] * 5, strict=True):
+        close(value, want, tolerance)
+
+
+@pytest.mark.parametrize("method", FAST)
+@pytest.mark.parametrize("largest", [0.3, 1.0, 1.001])
+def test_bfloat16_activations_keep_float32_states(method: str, largest: float) -> None:
+    filter = make_filter(4, 2, largest=largest, phase=0.2)
+    x = torch.randn(2, 500, 4).bfloat16()
+    y, state = long_conv(x, filter, method=method)
+    expected_y, expected_state = long_conv(x.float(), filter, method="reference")
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.complex64
+    close(y.float(), expected_y, 2**-8)  # half an ulp of bfloat16's 8 bits
+    close(state, expected_state, OUTPUT)
+
+
+@pytest.mark.parametrize("method", FAST)
+def test_autocast_leaves_the_arithmetic_alone(method: str) -> None:
+    filter, x = make_filter(4, 2), torch.randn(2, 200, 4)
+    expected = long_conv(x, filter, method=method)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = long_conv(x, filter, method=method)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(data=st.data())
+def test_splitting_law(method: str, data: st.DataObject) -> None:
+    length = data.draw(st.integers(2, 150))
+    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)))
+    torch.manual_seed(length)
+    filter, x = make_filter(3, 2), torch.randn(2, length, 3)
+    whole, last = long_conv(x, filter, method=method)
+    state, parts = None, []
+    for start, stop in zip([0, *cuts], [*cuts, length], strict=True):
+        y, state = long_conv(x[:, start:stop], filter, state, method=method)
+        parts.append(y)
+    close(torch.cat(parts, dim=1), whole, OUTPUT)
+    assert state is not None
+    close(state, last, OUTPUT)
+
+
+@pytest.mark.parametrize("method", RESETTING)
+@given(data=st.data())
+def test_reset_equals_documents_alone(method: str, data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, 150))
+    starts = sorted(data.draw(st.sets(st.integers(0, length - 1), max_size=6)))
+    torch.manual_seed(length)
+    filter, x = make_filter(3, 2), torch.randn(1, length, 3)
+    first = torch.randn(1, 3, 2, dtype=torch.complex64)
+    reset = torch.zeros(1, length, dtype=torch.bool)
+    reset[0, starts] = True
+    y, state = long_conv(x, filter, first, method=method, reset=reset)
+    bounds = sorted({0, *starts, length})
+    remembered: torch.Tensor | None = first if 0 not in starts else None
+    for start, stop in itertools.pairwise(bounds):
+        alone, remembered = long_conv(x[:, start:stop], filter, remembered, method="reference")
+        close(y[:, start:stop], alone, OUTPUT)
+        if stop < length:
+            remembered = None
+    assert remembered is not None
+    close(state, remembered, OUTPUT)
+
+
+def test_nothing_leaks_over_a_reset() -> None:
+    """A boundary is exact, not a subtraction: the first document may be as large as floats go."""
+    filter, x = make_filter(3, 2), torch.randn(1, 100, 3)
+    reset = torch.zeros(1, 100, dtype=torch.bool)
+    reset[0, 45] = True
+    quiet, _ = long_conv(x, filter, method="blocked", reset=reset)
+    x[:, :45] *= 1e30
+    loud, _ = long_conv(x, filter, method="blocked", reset=reset)
+    assert torch.equal(quiet[:, 45:], loud[:, 45:])
+
+
+def test_taps_are_the_impulse_response() -> None:
+    filter = make_filter(5, 3)
+    impulse = torch.zeros(1, 777, 5)
+    impulse[:, 0] = 1
+    expected, _ = long_conv(impulse, filter, method="reference")
+    close(taps(filter, 777).T, expected[0], OUTPUT)
+    assert taps(filter, 0).shape == (5, 0)
+
+
+def test_the_filter_build_never_makes_all_powers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither filter nor final state holds an array of the size D·N·T."""
+    channels, modes, length = 8, 8, 4096
+    filter, x = make_filter(channels, modes), torch.randn(1, length, channels)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    for method in ("fft", "blocked"):
+        largest = 0
+        with Watch():
+            long_conv(x, filter, method=method)
+        assert 0 < largest < channels * modes * length, method
+
+
+def test_powers_are_accurate_far_out() -> None:
+    p = torch.polar(torch.tensor([1.0, 0.9999]), torch.tensor([0.3, 1.1]))
+    far = powers(p.to(torch.complex128), 100_000)[:, -1]
+    assert torch.allclose(far, p.to(torch.complex128) ** 99_999, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("x", "state", "method", "error", "words"),
+    [
+        (torch.zeros(1, 0, 4), None, "auto", InputError, "T>=1"),
+        (torch.zeros(1, 5, 3), None, "auto", InputError, "D=4"),
+        (torch.zeros(1, 5, 4), torch.zeros(2, 4, 2, dtype=torch.complex64), "auto", InputError, "state must be"),
+        (torch.zeros(1, 5, 4), None, "magic", UnsupportedError, "recurrence"),
+    ],
+)
+def test_bad_inputs(x: torch.Tensor, state: torch.Tensor | None, method: str, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        long_conv(x, make_filter(4, 2), state, method=method)
+
+
+def test_a_method_that_cannot_reset_says_so() -> None:
+    with pytest.raises(UnsupportedError, match="use blocked"):
+        long_conv(torch.zeros(1, 5, 4), make_filter(4, 2), method="fft", reset=torch.zeros(1, 5, dtype=torch.bool))
