@@ -73,6 +73,7 @@ def split(library: Path) -> tuple[dict[str, list[dict[str, str]]], dict[str, int
 
 
 def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` as a whole: a build that is interrupted leaves the previous file."""
     temporary = path.with_name(path.name + ".partial")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -105,6 +106,7 @@ def build(library: Path, output: Path) -> dict[str, object]:
 
 
 def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Build the training text of cub from the Python standard library.")
     parser.add_argument("--output", type=Path, default=Path("corpus"), help="folder to write (default: corpus)")
     parser.add_argument(

@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 from collections.abc import Mapping, Sequence
@@ -221,10 +222,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         return _tuple(value, get_args(kind), where)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 (no point) as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

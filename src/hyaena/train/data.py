@@ -8,6 +8,7 @@ every state where the number changes, and nothing is predicted across a boundary
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from array import array
@@ -65,7 +66,9 @@ class Batch:
         """Move to ``device``; from pinned memory and without waiting when that is a GPU."""
         if device.type != "cuda":
             return Batch(self.ids.to(device), self.targets.to(device), self.segments.to(device))
-        tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.ids, self.targets, self.segments))
+        tensors = (
+            tensor.pin_memory().to(device, non_blocking=True) for tensor in (self.ids, self.targets, self.segments)
+        )
         return Batch(*tensors)
 
 
@@ -96,16 +99,22 @@ def _documents_of(path: Path) -> Iterator[str]:
             return
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, start=1):
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise InputError(f"{path}, line {number}: expected an object with a string `text`")
-                yield row["text"]
+                if line.strip():
+                    yield _text_of(line, f"{path}, line {number}")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check data.train and data.heldout") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text; exclude it with data.pattern or convert it") from error
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: {error.msg} at line {error.lineno}; every line must be one JSON object") from error
+        raise InputError(f"{where}: {error.msg}; every line must be one JSON object") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise InputError(f"{where}: expected an object whose `text` is a string")
+    return row["text"]
 
 
 def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> Corpus:
@@ -163,7 +172,9 @@ class PackedWindows:
         """The batch of optimizer step ``step`` (from 0)."""
         first = step * self.batch_size
         parts = []
-        for epoch in range(first // self.windows_per_epoch, (first + self.batch_size - 1) // self.windows_per_epoch + 1):
+        for epoch in range(
+            first // self.windows_per_epoch, (first + self.batch_size - 1) // self.windows_per_epoch + 1
+        ):
             tokens, starts, cuts = self._shuffled(epoch)
             begin = max(first - epoch * self.windows_per_epoch, 0)
             stop = min(first + self.batch_size - epoch * self.windows_per_epoch, self.windows_per_epoch)
@@ -174,7 +185,9 @@ class PackedWindows:
 
     def _shuffled(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         if self._epoch is None or self._epoch[0] != epoch:
-            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+            # Mixed by a hash: torch's CPU generator looks at the low 32 bits of a seed only.
+            mixed = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(mixed[:4], "big"))
             order = torch.randperm(len(self.corpus.starts), generator=generator)
             offset = int(torch.randint(self.window, (), generator=generator))
             cuts = offset + self.window * torch.randperm(self.windows_per_epoch, generator=generator)
@@ -186,7 +199,9 @@ def _reordered(corpus: Corpus, order: Tensor) -> tuple[Tensor, Tensor]:
     """The corpus with its documents in another order: tokens and starts."""
     ends = torch.cat([corpus.starts[1:], torch.tensor([len(corpus.tokens)])])
     lengths = (ends - corpus.starts)[order]
-    pieces = [corpus.tokens[start:end] for start, end in zip(corpus.starts[order].tolist(), ends[order].tolist(), strict=True)]
+    pieces = [
+        corpus.tokens[start:end] for start, end in zip(corpus.starts[order].tolist(), ends[order].tolist(), strict=True)
+    ]
     return torch.cat(pieces), lengths.cumsum(0) - lengths
 
 

@@ -35,7 +35,9 @@ class Evaluation:
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The summed cross-entropy of a batch in nats: a float32 scalar on the batch's device."""
     logits = model(batch.ids.long(), segment_ids=batch.segments)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten().long(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), batch.targets.flatten().long(), ignore_index=IGNORE, reduction="sum"
+    )
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
@@ -76,5 +78,9 @@ def evaluate(
     model.train(training)
     nats = total.item()
     if not math.isfinite(nats):
-        raise NonFiniteError("the loss on the held-out text is not finite; the weights are damaged: go back to a checkpoint")
-    return Evaluation(nats / math.log(2) / corpus.num_bytes, nats / corpus.num_predictions, corpus.num_bytes, corpus.num_predictions)
+        raise NonFiniteError(
+            "the loss on the held-out text is not finite; the weights are damaged: go back to a checkpoint"
+        )
+    return Evaluation(
+        nats / math.log(2) / corpus.num_bytes, nats / corpus.num_predictions, corpus.num_bytes, corpus.num_predictions
+    )

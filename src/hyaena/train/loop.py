@@ -28,11 +28,19 @@ from hyaena.errors import CheckpointError, ConfigError, HyaenaError, NonFiniteEr
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 from hyaena.train.config import TrainConfig
-from hyaena.train.data import Batch, Corpus, PackedWindows, read_documents, tokenize
+from hyaena.train.data import Corpus, PackedWindows, read_documents, tokenize
 from hyaena.train.evaluate import Evaluation, autocast, evaluate, summed_loss
 from hyaena.train.filters import parametrize_filters, plain_state_dict
 from hyaena.train.optim import learning_rate, make_optimizer
-from hyaena.train.storage import CURVE, METRICS, Metrics, load_checkpoint, plot_metrics, save_checkpoint, write_atomically
+from hyaena.train.storage import (
+    CURVE,
+    METRICS,
+    Metrics,
+    load_checkpoint,
+    plot_metrics,
+    save_checkpoint,
+    write_atomically,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +66,9 @@ def train(
 ) -> Result:
     """Train, or go on training, until ``config.steps`` steps are done, ``max_seconds`` have passed or ``stop()``.
 
-    In ``config.output``: ``config.yml`` (the resolved configuration), ``metrics.jsonl``, ``loss.png``, ``last.pt`` (what
-    ``resume`` needs), ``best/`` (the model with the lowest held-out loss) and, at the end, ``final/``; the two folders
-    load like any other model.
+    In ``config.output``: ``config.yml`` (the resolved configuration), ``metrics.jsonl``, ``loss.png``, ``last.pt``
+    (what ``resume`` needs), ``best/`` (the model with the lowest held-out loss) and, at the end, ``final/``; the two
+    folders load like any other model.
 
     Raises:
         ConfigError, InputError: the configuration or the data cannot be used; nothing was written.
@@ -70,6 +78,22 @@ def train(
     run = Run(config, device=device)
     run.restore() if resume else run.begin()
     return run.advance(max_seconds=max_seconds, progress=progress, stop=stop)
+
+
+class _Interval:
+    """The steps since the last line of metrics: their losses and gradient norms stay on the device until ``read``."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        self.started = time.monotonic()
+        self._pairs: list[Tensor] = []
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        self._pairs.append(torch.stack([loss, norm]))
+
+    def read(self) -> tuple[list[float], list[float]]:
+        losses, norms = torch.stack(self._pairs).T.tolist()
+        return losses, norms
 
 
 class Run:
@@ -110,7 +134,9 @@ class Run:
     def begin(self) -> None:
         """Make the folder of a new run; refuses to overwrite one that exists."""
         if (self.folder / "last.pt").exists():
-            raise CheckpointError(f"{self.folder} already holds a run: continue it with --resume or choose another output")
+            raise CheckpointError(
+                f"{self.folder} already holds a run: continue it with --resume or choose another output"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         write_atomically(self.folder / "config.yml", lambda file: file.write(text.encode()))
@@ -121,7 +147,9 @@ class Run:
         state = load_checkpoint(self.folder)
         changed = _changed(json.loads(state["config"]), _identity(self.config))
         if changed:
-            raise CheckpointError(f"{self.folder} was started with another {', '.join(changed)}; use the same configuration")
+            raise CheckpointError(
+                f"{self.folder} was started with another {', '.join(changed)}; use the same configuration"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -147,10 +175,10 @@ class Run:
         """Write the model, with raw poles, as a folder that loads like any other model."""
         model = StripedHyena(self.model.config)
         model.load_state_dict(plain_state_dict(self.model))
-        save_model(model.to(dtype=getattr(torch, self.config.export_dtype)), self.folder / name)
+        save_model(model, self.folder / name, dtype=getattr(torch, self.config.export_dtype))
 
     def update(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step: the mean loss per token and the gradient norm before clipping, both still on the device."""
+        """One optimizer step: mean loss per token and gradient norm before clipping, both still on the device."""
         config = self.config
         rate = learning_rate(self.step, config.steps, config.optim)
         for group in self.optimizer.param_groups:
@@ -174,12 +202,12 @@ class Run:
         """Train on from the present step; see ``train``."""
         config = self.config
         started, before = time.monotonic(), self.elapsed
-        logged_at, logged_step = started, self.step
-        pending: list[tuple[Tensor, Tensor]] = []
+        interval = _Interval(self.step)
         self.model.train()
         with tqdm(total=config.steps, initial=self.step, unit="step", disable=not progress, dynamic_ncols=True) as bar:
-            while self.step < config.steps:
-                pending.append(self.update())
+            leaving = self.step >= config.steps
+            while not leaving:
+                interval.add(*self.update())
                 bar.update()
                 self.elapsed = before + time.monotonic() - started
                 done = self.step == config.steps
@@ -187,42 +215,35 @@ class Run:
                 leaving = done or out_of_time or stop()
                 evaluating = done or _due(self.step, config.eval_every)
                 saving = leaving or _due(self.step, config.save_every)
-                if leaving or evaluating or saving or self.step % config.log_every == 0:
-                    losses, norms = self._check(pending)
-                    pending.clear()
-                    now = time.monotonic()
-                    tokens = (self.step - logged_step) * config.batch_size * config.window
-                    self._log(sum(losses) / len(losses), norms[-1], tokens / (now - logged_at), bar)
-                    logged_at, logged_step = now, self.step
+                if not (evaluating or saving or _due(self.step, config.log_every)):
+                    continue
+                # Before anything is written: a loss that is not finite must not replace what is on the disk.
+                self._log(interval, bar)
                 if evaluating and self.heldout is not None:
                     self._evaluate(self.heldout, bar)
                 if saving:
                     self.save()
                 if evaluating or leaving:
                     self._plot()
-                logged_at += time.monotonic() - now if evaluating or saving else 0.0
-                if leaving:
-                    break
+                interval = _Interval(self.step)
         finished = self.step == config.steps
         if finished:
             self.export("final")
         return Result(self.step, finished, self.latest, self.best)
 
-    def _check(self, pending: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
-        """Losses and gradient norms of the steps since the last check, all finite. The one wait for the device."""
-        losses, norms = torch.stack([torch.stack(pair) for pair in pending]).T.tolist()
-        for index, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                step = self.step - len(pending) + index + 1
-                raise NonFiniteError(
-                    f"the loss ({loss:g}, gradient norm {norm:g}) is not finite at step {step}: lower optim.lr, or resume "
-                    f"from {self.folder / 'last.pt'}, which was saved before"
-                )
-        return losses, norms
-
-    def _log(self, loss: float, norm: float, speed: float, bar: tqdm) -> None:
+    def _log(self, interval: _Interval, bar: tqdm) -> None:
+        """Wait for the device, check that all went well since the last time, and write a line of metrics."""
         config = self.config
+        losses, norms = interval.read()
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=interval.first + 1):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NonFiniteError(
+                    f"the loss ({loss:g}, gradient norm {norm:g}) is not finite at step {step}: go back to the last "
+                    f"checkpoint in {self.folder} with --resume, or start again with a lower optim.lr"
+                )
+        loss = sum(losses) / len(losses)
         bits = loss / math.log(2) * self.corpus.num_predictions / self.corpus.num_bytes
+        speed = len(losses) * config.batch_size * config.window / (time.monotonic() - interval.started)
         self.metrics.append(
             kind="train",
             step=self.step,
@@ -230,7 +251,7 @@ class Run:
             loss=round(loss, 6),
             bits_per_byte=round(bits, 6),
             lr=learning_rate(self.step - 1, config.steps, config.optim),
-            grad_norm=round(norm, 5),
+            grad_norm=round(norms[-1], 5),
             tokens_per_second=round(speed),
             elapsed=round(self.elapsed, 2),
         )

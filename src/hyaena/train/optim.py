@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hyaena.model import LongFilter
 from hyaena.train.config import OptimConfig
@@ -22,7 +22,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     residues pulls memory towards zero length, which is no regulariser: published fine-tuning without it did better.
     Each group carries its ``name`` and its ``lr_ratio``, the factor on the scheduled learning rate.
     """
-    roles: dict[nn.Parameter, str] = {}
+    roles: dict[Tensor, str] = {}
     for module in model.modules():
         if isinstance(module, LongFilter):
             roles.update((parameter, "filters") for parameter in module.parameters())
@@ -44,7 +44,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over ``parameter_groups``; one fused kernel per group where the parameters are on a GPU."""
     fused = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
+    )
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

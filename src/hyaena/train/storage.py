@@ -58,7 +58,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load fails in many ways on a damaged archive
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); run without --resume to start again") from error
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}); run without --resume to start again"
+        ) from error
 
 
 class Metrics:
