@@ -25,7 +25,7 @@ RATE_MIN = 1e-6
 """Slowest decay per step. Far slower than any context (a million steps), and 16 float32 roundings away from 1."""
 
 A_MAX = 3.0
-"""``a`` beyond which a pole is not faster: exp(-exp(3)) is 2e-9, no memory at all. So exp and its gradient stay finite."""
+"""``a`` beyond which a pole is not faster: exp(-exp(3)) is 2e-9. So exp and its gradient stay finite."""
 
 
 class DecayAndPhase(nn.Module):

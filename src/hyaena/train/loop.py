@@ -254,6 +254,7 @@ class Run:
             grad_norm=round(norms[-1], 5),
             tokens_per_second=round(speed),
             elapsed=round(self.elapsed, 2),
+            **_peak_memory(self.device),
         )
         shown = {"bpb": f"{bits:.3f}", "tok/s": f"{speed:,.0f}"}
         bar.set_postfix(shown if self.latest is None else {**shown, "held-out": f"{self.latest:.3f}"})
@@ -307,6 +308,11 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"the device {name!r} cannot be used here; try --device cpu") from error
     return device
+
+
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes that tensors took on a GPU so far, as an entry of the metrics; nothing on the CPU."""
+    return {"peak_memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
 def _precision(config: TrainConfig, device: torch.device) -> str:
