@@ -1,0 +1,197 @@
+"""From logits to tokens, row by row.
+
+The order of operations, for each row by itself:
+
+1. *Repetition penalty* r: the logit of every token seen so far (prompt and completion) is divided by r where it is
+   positive and multiplied by r where it is negative (Keskar et al. 2019, arXiv:1909.05858, as commonly signed).
+2. *Temperature* t: at 0 the largest logit wins (the lowest id among equals) and the rest of this list is skipped;
+   otherwise logits are divided by t.
+3. *Top-k*: only the k most probable tokens stay (the lower id first among equals); 0 keeps all.
+4. *Top-p*: of those, renormalised, the smallest set of most probable tokens whose probabilities reach p stays
+   (Holtzman et al. 2020, arXiv:1904.09751); 1 keeps all.
+5. *Min-p*: of those, tokens with less than m times the probability of the most probable one go
+   (Nguyen et al. 2024, arXiv:2407.01082); 0 keeps all.
+6. One token is drawn from what is left, with one number of the row's own generator.
+
+Generators live on the CPU whatever the device of the logits, and a row takes exactly one number from its own per
+token. So a row's tokens do not depend on the rows beside it, and a seed means the same on every device.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyaena.errors import InputError, NonFiniteError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one row chooses its tokens; the defaults are greedy.
+
+    Attributes:
+        temperature: 0 chooses the most probable token; larger is more varied, 1 is the model's own distribution.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the most probable tokens that together reach this probability, in (0, 1].
+        min_p: drop tokens with less than this fraction of the best token's probability, in [0, 1].
+        repetition_penalty: above 1 makes tokens that were seen less probable; 1 leaves them alone.
+        seed: the same seed draws the same numbers; None draws others each time.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, "0 or more", lambda value: value >= 0)
+        _check("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
+        _check("min_p", self.min_p, "between 0 and 1", lambda value: 0 <= value <= 1)
+        _check("repetition_penalty", self.repetition_penalty, "above 0", lambda value: value > 0)
+        _check_whole("top_k", self.top_k, "a whole number, 0 or more (0 keeps all tokens)", 0, None)
+        if self.seed is not None:
+            _check_whole("seed", self.seed, "a whole number from 0 to 2**63 - 1", 0, 2**63 - 1)
+
+    def generator(self) -> torch.Generator:
+        """A fresh CPU generator for one row: from the seed, or from the system's entropy."""
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    generators: Sequence[torch.Generator],
+    *,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Choose one token per row, as this module's first lines say.
+
+    Args:
+        logits: [B,V], any floating dtype and device; not changed.
+        params: B of them.
+        generators: B CPU generators; those of rows with a temperature above 0 advance by one number.
+        seen: [B,V] bool, True where a token occurred in the row; needed where a repetition penalty is not 1.
+
+    Returns:
+        ids [B] int64, on the device of the logits.
+
+    Raises:
+        NonFiniteError: a row's logits hold NaN or +infinity, or nothing but -infinity. No generator has advanced.
+    """
+    if not len(params) == len(generators) == logits.shape[0]:
+        raise ValueError(f"{logits.shape[0]} rows, {len(params)} params, {len(generators)} generators")
+    _refuse_non_finite(logits)
+    penalised = any(row.repetition_penalty != 1 for row in params)
+    if penalised and seen is None:
+        raise ValueError("a repetition penalty needs to know which tokens were seen")
+    if all(row.temperature == 0 for row in params) and not penalised:
+        return logits.argmax(dim=-1)
+
+    # One small copy to the device carries everything that differs by row. float64, because a float32 running sum
+    # over a large vocabulary loses the rare tokens.
+    knobs = torch.tensor(
+        [
+            (
+                row.temperature,
+                row.min_p,
+                row.repetition_penalty,
+                torch.rand((), dtype=torch.float64, generator=generator).item() if row.temperature > 0 else 0.0,
+            )
+            for row, generator in zip(params, generators, strict=True)
+        ],
+        dtype=torch.float64,
+    ).to(logits.device)
+    temperature, min_p, penalty, uniform = knobs.unsqueeze(-1).unbind(1)  # [B,1] each
+
+    scores = logits.double()
+    if penalised and seen is not None:
+        scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+    greedy = scores.argmax(dim=-1)
+    # With the largest at 0, no temperature can overflow.
+    scores = scores - scores.amax(dim=-1, keepdim=True)
+    scores = scores / torch.where(temperature > 0, temperature, 1.0)
+    scores = torch.where(_outside_nucleus(scores, params) | (scores < min_p.log()), -math.inf, scores)
+
+    # Inverse transform: the first token whose cumulative weight passes u. A token without weight never is.
+    total = scores.exp().cumsum(dim=-1)
+    target = torch.minimum(uniform * total[:, -1:], torch.nextafter(total[:, -1:], torch.zeros_like(total[:, -1:])))
+    drawn = torch.searchsorted(total, target, right=True).squeeze(-1)
+    return torch.where(temperature.squeeze(-1) > 0, drawn, greedy)
+
+
+def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities under the model itself: no penalty, temperature 1, nothing cut off.
+
+    Args:
+        logits: [B,V].
+        ids: [B] the chosen tokens.
+        top: how many of the most probable tokens to list besides.
+
+    Returns:
+        (chosen [B], top values [B,top], top ids [B,top]); natural logarithms in float32 (float64 for float64
+        logits), the most probable first.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    values, indices = logits.topk(top, dim=-1)
+    chosen = logits.gather(-1, ids.unsqueeze(-1)) - normaliser
+    return chosen.squeeze(-1), values - normaliser, indices
+
+
+def _outside_nucleus(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[B,V] bool: tokens that top-k or top-p cut off. Only rows that ask for it are sorted."""
+    size = scores.shape[-1]
+    cut = torch.zeros_like(scores, dtype=torch.bool)
+    rows = [i for i, row in enumerate(params) if row.temperature > 0 and (0 < row.top_k < size or row.top_p < 1)]
+    if not rows:
+        return cut
+    limits = torch.tensor([(params[i].top_k or size, params[i].top_p) for i in rows], dtype=torch.float64)
+    top_k, top_p = limits.to(scores.device).unsqueeze(-1).unbind(1)
+    ordered, order = scores[rows].sort(dim=-1, descending=True, stable=True)
+    too_many = torch.arange(size, device=scores.device) >= top_k
+    weights = torch.where(too_many, 0.0, ordered.exp())
+    before = weights.cumsum(dim=-1) - weights
+    enough = (before >= top_p * weights.sum(dim=-1, keepdim=True)) & (top_p < 1)
+    cut[rows] = torch.zeros_like(cut[rows]).scatter(-1, order, too_many | enough)
+    return cut
+
+
+def _refuse_non_finite(logits: Tensor) -> None:
+    best = logits.amax(dim=-1)  # NaN and +infinity win; -infinity only where there is nothing else
+    if not torch.isfinite(best).all():
+        rows = (~torch.isfinite(best)).nonzero().flatten().tolist()
+        raise NonFiniteError(f"the logits of row {', '.join(map(str, rows))} are not finite; no token was chosen")
+
+
+def _check(name: str, value: float, wanted: str, holds: Callable[[float], bool]) -> None:
+    try:
+        fine = math.isfinite(value) and not isinstance(value, bool) and holds(value)
+    except TypeError:
+        fine = False
+    if not fine:
+        raise InputError(f"{name} must be {wanted}, not {value!r}")
+
+
+def _check_whole(name: str, value: int, wanted: str, low: int, high: int | None) -> None:
+    try:
+        whole = operator.index(value)
+        fine = not isinstance(value, bool) and low <= whole and (high is None or whole <= high)
+    except TypeError:
+        fine = False
+    if not fine:
+        raise InputError(f"{name} must be {wanted}, not {value!r}")
