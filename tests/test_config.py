@@ -72,6 +72,18 @@ def test_presets_have_the_published_number_of_parameters(name: str) -> None:
     assert ModelConfig.from_file(ROOT / "configs" / f"{name}.yml").num_parameters == PRESETS[name]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build_on_the_meta_device_with_that_many_parameters(name: str) -> None:
+    import torch
+
+    from hyaena.model import StripedHyena
+
+    with torch.device("meta"):
+        model = StripedHyena(ModelConfig.from_file(ROOT / "configs" / f"{name}.yml"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == PRESETS[name]
+
+
 def test_preset_of_the_7b_states_the_published_architecture() -> None:
     config = ModelConfig.from_file(ROOT / "configs" / "7b-sh-32k-v1.yml")
     assert config == ModelConfig(
@@ -183,6 +195,16 @@ configs = st.builds(
     tokenizer=st.sampled_from(["hf", "characters", "bytes"]),
     name=st.text(max_size=8),
 )
+
+
+@given(configs)
+def test_the_count_is_that_of_the_model(config: ModelConfig) -> None:
+    import torch
+
+    from hyaena.model import StripedHyena
+
+    with torch.device("meta"):
+        assert sum(p.numel() for p in StripedHyena(config).parameters()) == config.num_parameters
 
 
 @given(configs)

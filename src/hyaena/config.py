@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -142,7 +143,7 @@ class ModelConfig:
         return cls(**values)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> ModelConfig:
+    def from_file(cls, path: str | PathLike[str]) -> ModelConfig:
         """Read the original's YAML, the original's hub ``config.json`` or our ``config.json``, told apart by content.
 
         Raises:

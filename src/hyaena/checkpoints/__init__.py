@@ -1,0 +1,11 @@
+"""Checkpoints on disk: find them, read them shard by shard, write them so that nothing is ever half written.
+
+Read: our own folders, the original's folders, a weights file with a configuration; safetensors (single or sharded) and
+``torch.save`` files, with the original's names or ours. Written: folders in our layout or the original's.
+"""
+
+from hyaena.checkpoints.files import Checkpoint, find, find_config
+from hyaena.checkpoints.load import load_model
+from hyaena.checkpoints.save import save_model
+
+__all__ = ["Checkpoint", "find", "find_config", "load_model", "save_model"]
