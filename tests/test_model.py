@@ -108,11 +108,27 @@ def test_packed_documents_equal_documents_alone(model: StripedHyena) -> None:
     torch.testing.assert_close(packed, torch.cat(alone, dim=1))
 
 
-def test_only_the_asked_logits_are_computed(model: StripedHyena) -> None:
+@pytest.mark.parametrize("last", ["hyena", "attention"])
+@pytest.mark.parametrize("keep", [1, 4, 9, 30])
+def test_only_the_asked_logits_are_computed(last: str, keep: int) -> None:
+    model = make(dataclasses.replace(CONFIG, layer_types=("attention", "hyena", last)))
+    ids, more = torch.randint(50, (2, 9)), torch.randint(50, (2, 3))
+    options = ({}, {"mask": torch.arange(9) >= torch.tensor([[6], [0]])}, {"segment_ids": ids % 3})
+    with torch.inference_mode():
+        for option in options:
+            torch.testing.assert_close(
+                model(ids, logits_to_keep=keep, **option)[:, -3:], model(ids, **option)[:, -min(keep, 3) :]
+            )
+        caches = model.make_cache(2), model.make_cache(2)
+        kept, whole = model(ids, cache=caches[0], logits_to_keep=keep), model(ids, cache=caches[1])
+        torch.testing.assert_close(kept, whole[:, -keep:])
+        torch.testing.assert_close(model(more, cache=caches[0]), model(more, cache=caches[1]))
+
+
+def test_ids_of_either_width(model: StripedHyena) -> None:
     ids = torch.randint(50, (2, 9))
     with torch.inference_mode():
-        torch.testing.assert_close(model(ids, logits_to_keep=1), model(ids)[:, -1:])
-        assert model(ids.int()).shape == (2, 9, 50)
+        assert torch.equal(model(ids.int()), model(ids))
 
 
 def test_every_parameter_has_a_gradient(model: StripedHyena) -> None:
@@ -196,6 +212,7 @@ def test_fresh_filters_lie_inside_the_unit_circle_and_keep_power() -> None:
         (torch.zeros(1, 4, dtype=torch.long), {"mask": torch.tensor([[1, 1, 1, 0]])}, "left"),
         (torch.zeros(1, 4, dtype=torch.long), {"mask": torch.tensor([[0, 1, 0, 1]])}, "left"),
         (torch.zeros(1, 4, dtype=torch.long), {"mask": torch.tensor([[0, 1]])}, "shape"),
+        (torch.zeros(1, 4, dtype=torch.long), {"logits_to_keep": 0}, "at least the last"),
         (torch.zeros(1, 4, dtype=torch.long), {"segment_ids": torch.zeros(1, 3)}, "segment_ids"),
     ],
 )

@@ -96,13 +96,13 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.attention_qkv_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias)
 
-    def forward(self, x: Tensor, step: Step, memory: KVCache | None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, step: Step, memory: KVCache | None, keep: int) -> tuple[Tensor, None]:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B,H+2G,T,head_dim]
         q, k, v = qkv.split([self.heads, self.groups, self.groups], dim=1)
         q, k = ops.rotate(q, step.rotary), ops.rotate(k, step.rotary)
         if memory is not None:
             k, v = memory.write(k, v, step.start)
-        y = ops.attention(q, k, v, padding=step.padding, segment_ids=step.segment_ids)
+        y = ops.attention(q[:, :, -keep:], k, v, padding=step.padding, segment_ids=step.segment_ids)
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
 
 
@@ -155,7 +155,7 @@ class Hyena(nn.Module):
         self.long_filter = LongFilter(width, config.state_size)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, step: Step, memory: HyenaState | None) -> tuple[Tensor, HyenaState]:
+    def forward(self, x: Tensor, step: Step, memory: HyenaState | None, keep: int) -> tuple[Tensor, HyenaState]:
         y, state = ops.hyena(
             self.in_proj(x),
             self.short_filter.weight,
@@ -166,11 +166,14 @@ class Hyena(nn.Module):
             reset=step.reset,
             method=step.method,
         )
-        return self.out_proj(y), state
+        return self.out_proj(y[:, -keep:]), state
 
 
 class Layer(nn.Module):
-    """One stripe: a mixer and a gated MLP, each behind its norm, each added to the residual stream."""
+    """One stripe: a mixer and a gated MLP, each behind its norm, each added to the residual stream.
+
+    A layer reads all T positions into its memory, and computes its output at the last ``keep`` of them only.
+    """
 
     def __init__(self, config: ModelConfig, kind: str) -> None:
         super().__init__()
@@ -180,9 +183,11 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, step: Step, memory: KVCache | HyenaState | None) -> tuple[Tensor, HyenaState | None]:
-        y, state = self.mixer(self.mixer_norm(x), step, memory)
-        x = x + y
+    def forward(
+        self, x: Tensor, step: Step, memory: KVCache | HyenaState | None, keep: int
+    ) -> tuple[Tensor, HyenaState | None]:
+        y, state = self.mixer(self.mixer_norm(x), step, memory, keep)
+        x = x[:, -keep:] + y
         return x + self.mlp(self.mlp_norm(x)), state
 
 
@@ -263,7 +268,7 @@ class StripedHyena(nn.Module):
                 first tokens only.
             segment_ids: int [B,T]; a new document begins where the number changes, and nothing passes from one to the
                 next. Not with a cache.
-            logits_to_keep: compute the logits of the last so many positions only.
+            logits_to_keep: compute the logits of the last so many positions only, and the last layer's output there.
             method: how long convolutions are evaluated; see ``ops.METHODS``.
 
         Returns:
@@ -273,7 +278,7 @@ class StripedHyena(nn.Module):
             InputError: shapes, ids or masks that do not fit.
             CapacityError: the cache would pass its maximum length.
         """
-        mask, padding = self._check(ids, cache, mask, segment_ids)
+        mask, padding = self._check(ids, cache, mask, segment_ids, logits_to_keep)
         length = ids.shape[1]
         start = 0
         if cache is not None:
@@ -293,24 +298,31 @@ class StripedHyena(nn.Module):
 
         x = self.embed_tokens(ids)
         states: dict[int, HyenaState] = {}
+        keep = length if logits_to_keep is None else min(logits_to_keep, length)
         for i, layer in enumerate(self.layers):
-            x, state = layer(x, step, None if cache is None else cache.layers[i])
+            kept = keep if i == len(self.layers) - 1 else length  # nothing reads the other outputs of the last layer
+            x, state = layer(x, step, None if cache is None else cache.layers[i], kept)
             if cache is not None and state is not None:
                 states[i] = HyenaState(*(t.detach() for t in state))
         if cache is not None:
             cache.padding = padding
             cache.commit(states, length)
-        if logits_to_keep is not None:
-            x = x[:, -logits_to_keep:]
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return nn.functional.linear(self.norm(x), head)
 
     def _check(
-        self, ids: Tensor, cache: Cache | None, mask: Tensor | None, segment_ids: Tensor | None
+        self,
+        ids: Tensor,
+        cache: Cache | None,
+        mask: Tensor | None,
+        segment_ids: Tensor | None,
+        logits_to_keep: int | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Refuse what does not fit; return the mask and the padding, each None where there is none."""
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise InputError(f"the model takes token ids of shape [B, T>=1], and was given {tuple(ids.shape)}")
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise InputError(f"logits_to_keep is {logits_to_keep}: keep at least the last position")
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would stall the device
             low, high = (int(t) for t in torch.aminmax(ids)) if ids.numel() else (0, 0)
             if low < 0 or high >= self.config.vocab_size:

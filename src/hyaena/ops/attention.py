@@ -25,9 +25,8 @@ def attention(
     Args:
         q: [B,H,T,head_dim], the queries of positions S-T … S-1.
         k, v: [B,G,S,head_dim]; each key/value head serves H/G query heads.
-        padding: int [B], how many leading positions of each row are padding and never seen; None for none. Where
-            there is a past, all padding lies in it.
-        segment_ids: int [B,T], packed documents that do not see one another; needs S = T.
+        padding: int [B], how many leading positions of each row are padding and never seen; None for none.
+        segment_ids: int [B,S], packed documents that do not see one another, or None.
 
     Returns:
         [B,H,T,head_dim]. Rows of padding queries hold finite numbers without meaning.
@@ -38,24 +37,18 @@ def attention(
     if past < 0 or heads % groups:
         raise InputError(f"attention takes T <= S and H a multiple of G, and was given q {q.shape}, k {k.shape}")
     if segment_ids is not None:
-        if past or padding is not None:
-            raise InputError("segment_ids go with whole sequences: no cached past and no padding")
-        return _masked(q, k, v, _causal(length, q) & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]))
+        return _masked(q, k, v, padding, segment_ids)
     if length == 1:  # the query heads that share a key head become its queries: every key is read once
         seen = None if padding is None else _seen(padding, total)
         return sdpa(q.view(batch, groups, -1, head_dim), k, v, attn_mask=seen).view(q.shape)
-    if past == 0:
-        if padding is None:
-            return sdpa(q, k, v, is_causal=True, enable_gqa=heads != groups)
-        # a padding query sees itself, so that no row of the softmax is empty
-        return _masked(q, k, v, _causal(length, q) & (_seen(padding, length) | _diagonal(length, q)))
-    if q.device.type == "cpu":
+    if past == 0 and padding is None:
+        return sdpa(q, k, v, is_causal=True, enable_gqa=heads != groups)
+    if q.device.type == "cpu" and past and (padding is None or bool((padding <= past).all())):
         return _past_and_present(q, k, v, past, padding)
     if padding is None:
-        k, v = _repeat(k, heads), _repeat(v, heads)
-        return sdpa(q, k, v, attn_mask=causal_lower_right(length, total))  # type: ignore[arg-type]
-    allowed = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(past)
-    return _masked(q, k, v, allowed & _seen(padding, total))
+        mask = causal_lower_right(length, total)
+        return sdpa(q, _repeat(k, heads), _repeat(v, heads), attn_mask=mask)  # type: ignore[arg-type]
+    return _masked(q, k, v, padding, None)
 
 
 def _seen(padding: Tensor, total: int) -> Tensor:
@@ -63,22 +56,23 @@ def _seen(padding: Tensor, total: int) -> Tensor:
     return (torch.arange(total, device=padding.device) >= padding[:, None])[:, None, None, :]
 
 
-def _causal(length: int, like: Tensor) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool, device=like.device).tril()
-
-
-def _diagonal(length: int, like: Tensor) -> Tensor:
-    return torch.eye(length, dtype=torch.bool, device=like.device)
+def _masked(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    """The general case, with a mask of [B,1,T,S]."""
+    heads, total = q.shape[1], k.shape[2]
+    keys = torch.arange(total, device=q.device)
+    queries = keys[total - q.shape[2] :, None]
+    mask = keys <= queries
+    if padding is not None:  # a padding query sees itself, so that no row of the softmax is empty
+        mask = mask & (_seen(padding, total) | (keys == queries))
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, None, queries.squeeze(1), None] == segment_ids[:, None, None, :])
+    # the kernels that take a mask want equal head counts
+    return sdpa(q, _repeat(k, heads), _repeat(v, heads), attn_mask=mask)
 
 
 def _repeat(x: Tensor, heads: int) -> Tensor:
     """[B,G,S,hd] -> [B,H,S,hd]."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    heads = q.shape[1]  # the kernels that take a mask want equal head counts
-    return sdpa(q, _repeat(k, heads), _repeat(v, heads), attn_mask=mask)
 
 
 def _past_and_present(q: Tensor, k: Tensor, v: Tensor, past: int, padding: Tensor | None) -> Tensor:
@@ -90,8 +84,6 @@ def _past_and_present(q: Tensor, k: Tensor, v: Tensor, past: int, padding: Tenso
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the public function hides the normaliser
     seen = None
     if padding is not None:
-        if bool((padding > past).any()):
-            raise InputError("padding must lie in the past that the cache holds: pad a batch's first tokens only")
         seen = torch.zeros(len(padding), 1, 1, past, dtype=q.dtype).masked_fill(~_seen(padding, past), -torch.inf)
     before, log_before = flash(q, k[:, :, :past], v[:, :, :past], 0.0, False, attn_mask=seen)
     now, log_now = flash(q, k[:, :, past:], v[:, :, past:], 0.0, True)

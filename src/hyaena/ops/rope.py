@@ -29,4 +29,5 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x [B,heads,T,head_dim] by a table of [T,head_dim/2] or [B,T,head_dim/2]; arithmetic in float32."""
     cos, sin = (t.unsqueeze(-3) for t in table)
     x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    turned = [torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)]
+    return torch.cat(turned, dim=-1).to(x.dtype)

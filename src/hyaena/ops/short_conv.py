@@ -34,9 +34,8 @@ def short_conv(
     padded = torch.cat([state.transpose(1, 2).to(z.dtype), z], dim=1)  # [B,K-1+T,E]
     weight = weight.to(z.dtype)
 
-    u = padded[:, window:] * weight[:, window]
-    if bias is not None:
-        u = u + bias.to(z.dtype)
+    now = padded[:, window:]
+    u = now * weight[:, window] if bias is None else torch.addcmul(bias.to(z.dtype), now, weight[:, window])
     keep = None  # [B,T,1]: no boundary between the tap's step and the current one
     for k in range(1, window + 1):
         tap = padded[:, window - k : window - k + length]
@@ -44,7 +43,7 @@ def short_conv(
             crossed = torch.nn.functional.pad(reset, (k - 1, 0))[:, :length]  # the boundary k-1 steps ago
             keep = ~crossed.unsqueeze(-1) if keep is None else keep & ~crossed.unsqueeze(-1)
             tap = tap * keep
-        u = torch.addcmul(u, tap, weight[:, window - k])
+        u.addcmul_(tap, weight[:, window - k])
 
     state = padded[:, length:].transpose(1, 2)
     if reset is not None:  # a step is remembered when no boundary came after it

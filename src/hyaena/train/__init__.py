@@ -1,0 +1,1 @@
+"""Training on one device: packed windows of documents, AdamW, filters that stay stable, exact resumption."""
