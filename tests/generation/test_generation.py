@@ -378,8 +378,8 @@ def poison_head(model: StripedHyena) -> None:
         (poison_layer_two, r"first appear in layer 2 \(hyena\), at token 0;"),
         (poison_attention, r"first appear in layer 1 \(attention\), at token 0;"),
         (poison_letter_q, r"first appear in the embedding, at token 13;"),
-        (poison_norm, r"first appear in the final norm, at token"),
-        (poison_head, r"first appear in the head;"),
+        (poison_norm, r"first appear in the final norm, at token 0;"),
+        (poison_head, r"first appear in the head, at token 0;"),
     ],
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

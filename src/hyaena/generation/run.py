@@ -224,7 +224,7 @@ class Run:
         bad = ~torch.isfinite(logits.amax(dim=-1))
         row = self.rows[int(bad.nonzero()[0])]
         self.cache = None  # the search needs a cache of its own
-        where = first_non_finite(self.model, row.prompt + row.tokens, method=self.method, chunk=self.chunk)
+        where = first_non_finite(self.model, row.prompt + row.tokens, method=self.method)
         raise NonFiniteError(
             f"the logits after {len(row.prompt)} prompt tokens and {len(row.tokens)} new ones are not finite: {where}; "
             "check the weights with `hyaena info`, or compute in float32"
