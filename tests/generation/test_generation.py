@@ -308,6 +308,7 @@ def test_a_batch_with_all_rows_of_one_token(model: StripedHyena) -> None:
         (["a", [1]], {}, "all texts or all lists"),
         ([1, [2]], {}, "all texts or all lists"),
         ([None], {}, "text or whole numbers"),
+        ([1.5], {}, "text or whole numbers"),
         ("x" * 600, {}, "601 prompt tokens and max_new_tokens 256 pass the maximum length 512: shorten"),
         ("x" * 9, {"max_new_tokens": 503}, "pass the maximum length 512"),
         ("x" * 9, {"max_new_tokens": 5, "max_length": 14}, "pass the maximum length 14"),

@@ -6,6 +6,7 @@ cache.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -233,8 +234,8 @@ def _encode(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> list[int]:
         ids = tokenizer.encode(prompt)
     else:
         try:
-            ids = [int(token) for token in prompt]
-        except (TypeError, ValueError) as error:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError as error:
             raise InputError(f"a prompt is text or whole numbers: {error}") from error
     outside = next((token for token in ids if not 0 <= token < vocab_size), None)
     if outside is not None:
