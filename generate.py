@@ -1,0 +1,94 @@
+"""Continue a prompt with a checkpoint of the original implementation, by the original's command:
+
+    python generate.py --config_path configs/7b-sh-32k-v1.yml --checkpoint_path pytorch-model.bin \\
+        --cached_generation --prompt_file prompt.txt --num_tokens 84
+
+It is ``hyaena generate`` under the names that users of the original know; ``hyaena generate --help`` offers more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import hyaena.cli
+from hyaena.config import ModelConfig
+from hyaena.errors import HyaenaError
+
+METHODS = {"modal-fft": "fft", "modal-scan": "scan"}
+"""``prefill_style`` of the original's YAML -> our method; the names not listed are the same in both."""
+
+
+FLAGS = {
+    "config_path": "config",
+    "checkpoint_path": "model",
+    "num_tokens": "max-new-tokens",
+    "prompt_file": "prompt-file",
+    "temperature": "temperature",
+    "top_k": "top-k",
+    "top_p": "top-p",
+    "repetition_penalty": "repetition-penalty",
+    "seed": "seed",
+    "device": "device",
+    "dtype": "dtype",
+}
+"""Flags of this script -> flags of ``hyaena generate``."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The original's flags, and a few that it lacked."""
+    parser = Parser(prog="generate.py", description="Continue a prompt with a checkpoint of the original's layout.")
+    parser.add_argument("--config_path", help="the original YAML; its prefill_style chooses the method")
+    parser.add_argument("--checkpoint_path", help="the weights: .bin, .pt, .safetensors or a folder")
+    parser.add_argument("--num_tokens", type=int, default=84, help="how many tokens to generate (84)")
+    parser.add_argument("--prompt_file", default="./prompt.txt", help="the prompt (./prompt.txt)")
+    parser.add_argument(
+        "--cached_generation", action="store_true", help="taken for granted: there is always a cache, and it is exact"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as the original's script was (0)")
+    parser.add_argument("--top_k", type=int, default=0, help="keep the K most probable tokens; 0 keeps all (0)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="keep the tokens that together reach P (1)")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids what was said (1)")
+    parser.add_argument("--seed", type=int, help="draw the same numbers every time")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16")
+    parser.add_argument("--demo", action="store_true", help="run the bundled model instead of a checkpoint")
+    args = parser.parse_args(argv)
+    if args.demo and (args.checkpoint_path or args.config_path):
+        parser.error("--demo brings its own checkpoint and config: leave --checkpoint_path and --config_path out")
+    if not args.demo and not args.checkpoint_path:
+        parser.error("no --checkpoint_path, so there are no weights to run: name them, or run the bundled --demo")
+    if not args.demo and not args.config_path:
+        parser.error("no --config_path: name the YAML of the checkpoint")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Translate the flags and run ``hyaena generate``."""
+    args = parse(argv)
+    command = ["generate", "--stats"]
+    if not args.demo:
+        try:
+            style = ModelConfig.from_file(args.config_path).prefill_style
+        except HyaenaError as error:
+            print(f"generate.py: error: {error}", file=sys.stderr)
+            return 2
+        command.append(f"--method={METHODS.get(style, style)}")
+    for flag, ours in FLAGS.items():
+        value = getattr(args, flag)
+        if value is not None:
+            command.append(f"--{ours}={value}")
+    return hyaena.cli.main(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

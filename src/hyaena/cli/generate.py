@@ -1,0 +1,161 @@
+"""``hyaena generate``: continue a prompt and stream the text to standard output."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyaena.errors import InputError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from hyaena.generation import Options, Stats
+
+HELP = "continue a prompt with a model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options; their defaults are those of ``hyaena.generate``, so the default is greedy."""
+    parser.add_argument("prompt", nargs="?", help="the text to continue; standard input when there is none")
+    parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file, byte for byte")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (256)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
+    group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
+    group.add_argument("--revision", help="the revision of a hub id")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16")
+    group.add_argument(
+        "--method", default="auto", help="how the prompt's long convolutions are evaluated: fft, blocked, … (auto)"
+    )
+    group.add_argument(
+        "--max-length", type=int, metavar="N", help="allow N tokens in all; the model's maximum if absent"
+    )
+    group.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of the prompt per pass (2048)")
+
+    group = parser.add_argument_group("sampling, in this order")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids what was said (1)"
+    )
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep those that together reach P")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="M", help="drop those below M times the best")
+    group.add_argument("--seed", type=int, metavar="S", help="draw the same numbers every time")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON document instead of streaming text")
+    group.add_argument("--logprobs", type=int, default=0, metavar="N", help="with --json: N alternatives per token")
+    group.add_argument("--stats", action="store_true", help="end with speed and memory on standard error")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the prompt, load the model, write the completion."""
+    prompt = read_prompt(args)
+    if args.logprobs and not args.json:
+        raise InputError("--logprobs needs --json: streamed text has no place for them")
+
+    import torch
+
+    from hyaena.generation import PREFILL_CHUNK, generate, stream
+    from hyaena.hub import load
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
+    chunk = PREFILL_CHUNK if args.prefill_chunk is None else args.prefill_chunk
+    bar = PrefillBar()
+    options: Options = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "seed": args.seed,
+        "stop": args.stop,
+        "logprobs": args.logprobs,
+        "method": args.method,
+        "max_length": args.max_length,
+        "prefill_chunk": chunk,
+        "progress": bar if sys.stderr.isatty() else None,
+    }
+    stats: Stats | None = None
+    if args.json:
+        completion = generate(model, tokenizer, prompt, **options)
+        print(json.dumps({"model": args.model, **dataclasses.asdict(completion)}, indent=2))
+        stats = completion.stats
+    else:
+        # A terminal that cannot show a character gets a question mark, not a traceback.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        text = ""
+        for event in stream(model, tokenizer, prompt, **options):
+            text = event.text or text
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+            stats = event.stats
+        if not text.endswith("\n"):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    if args.stats and stats is not None:
+        print(describe(stats), file=sys.stderr)
+    return 0
+
+
+def read_prompt(args: argparse.Namespace) -> bytes:
+    """The prompt's bytes: the argument, else the file, else standard input unless that is a terminal."""
+    if args.prompt is not None and args.prompt_file is not None:
+        raise InputError("the prompt is given twice: as an argument and with --prompt-file; keep one")
+    if args.prompt is not None:
+        return os.fsencode(args.prompt)
+    if args.prompt_file is not None:
+        try:
+            return Path(args.prompt_file).read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read the prompt file {args.prompt_file}: {error.strerror or error}") from error
+    if sys.stdin.isatty():
+        raise InputError("there is no prompt: give it as an argument, with --prompt-file or on standard input")
+    return sys.stdin.buffer.read()
+
+
+def describe(stats: Stats) -> str:
+    """The figures of one completion, on one line for people."""
+    parts = [
+        f"{stats.prompt_tokens} + {stats.completion_tokens} tokens",
+        f"time to first token {stats.time_to_first_token:.3f} s",
+    ]
+    if stats.decode_tokens_per_second is not None:
+        parts.append(f"{stats.decode_tokens_per_second:.1f} tokens/s")
+    if stats.peak_memory is not None:
+        parts.append(f"peak memory {stats.peak_memory / 2**20:,.0f} MiB")
+    return " | ".join(parts)
+
+
+class PrefillBar:
+    """A progress bar on standard error while a prompt of more than one pass is read."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """``done`` of ``total`` tokens have been read."""
+        if self._bar is None:
+            if done == total:
+                return
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit=" tokens", desc="reading", leave=False, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()

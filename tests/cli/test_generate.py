@@ -1,0 +1,195 @@
+"""``hyaena generate``: prompts from everywhere, text to standard output, one line for every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hyaena
+from hyaena.checkpoints import save_model
+from hyaena.cli import main
+from hyaena.cli.generate import PrefillBar
+from hyaena.config import ModelConfig
+from hyaena.model import StripedHyena
+
+CONFIG = ModelConfig(
+    vocab_size=259,
+    hidden_size=32,
+    layer_types=("hyena", "attention"),
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    state_size=2,
+    max_length=512,
+    tokenizer="bytes",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    model = StripedHyena(CONFIG)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(10)
+        model.embed_tokens.weight[257] = 0
+    return str(save_model(model, tmp_path_factory.mktemp("tiny") / "model"))
+
+
+def wanted(folder: str, prompt: Any, **options: Any) -> Any:
+    model, tokenizer = hyaena.load(folder)
+    return hyaena.generate(model, tokenizer, prompt, **options)
+
+
+def standard_input(monkeypatch: pytest.MonkeyPatch, data: bytes, *, tty: bool = False) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(data))
+    stdin.isatty = lambda: tty  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+
+def test_the_text_goes_to_standard_output(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", folder, "--max-new-tokens", "9", "def main("]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == wanted(folder, "def main(", max_new_tokens=9).text + "\n"
+    assert captured.err == ""
+
+
+def test_a_prompt_comes_from_an_argument_a_file_or_standard_input(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"byte \xff by byte\r\n"
+    (tmp_path / "prompt.txt").write_bytes(data)
+    standard_input(monkeypatch, data)
+    out = []
+    for source in (["--prompt-file", str(tmp_path / "prompt.txt")], [os.fsdecode(data)], []):
+        assert main(["generate", "--model", folder, "--max-new-tokens", "9", *source]) == 0
+        out.append(capsys.readouterr().out)
+    assert out == [wanted(folder, data, max_new_tokens=9).text + "\n"] * 3
+
+
+def test_every_option_arrives(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--temperature 1.5 --top-k 50 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.2 --seed 4"
+    more = "--max-new-tokens 12 --method fft --prefill-chunk 7 --max-length 40 --logprobs 2 --json --stop zz"
+    assert main(["generate", "--model", folder, *flags.split(), *more.split(), "import os"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    completion = wanted(
+        folder,
+        "import os",
+        max_new_tokens=12,
+        temperature=1.5,
+        top_k=50,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.2,
+        seed=4,
+        logprobs=2,
+        stop="zz",
+    )
+    assert document["model"] == folder
+    assert (document["text"], document["tokens"]) == (completion.text, completion.tokens)
+    assert document["finish_reason"] == completion.finish_reason
+    assert document["logprobs"] == pytest.approx(completion.logprobs, abs=1e-4)  # fft against blocked, float32
+    assert [len(pairs) for pairs in document["top_logprobs"]] == [2] * len(completion.tokens)
+    assert document["stats"]["prompt_tokens"] == 10
+
+
+def test_stats_are_the_last_line_of_standard_error(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", folder, "--max-new-tokens", "5", "--stats", "abc"]) == 0
+    line = capsys.readouterr().err.splitlines()[-1]
+    for part in ("4 + 5 tokens", "time to first token", "tokens/s", "peak memory", "MiB"):
+        assert part in line
+
+
+def test_a_stop_string_ends_the_output(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["generate", "--model", folder, "--temperature", "2", "--seed", "3", "--max-new-tokens", "40", "abc"]
+    assert main(flags) == 0
+    whole = capsys.readouterr().out
+    stop = whole[7:9]
+    assert main([*flags, "--stop", "not there", "--stop", stop]) == 0
+    assert capsys.readouterr().out.removesuffix("\n") == whole[: whole.index(stop)].removesuffix("\n")
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_a_question_mark(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    flags = ["--temperature", "3", "--seed", "1", "--max-new-tokens", "40"]  # random bytes: some are not ASCII
+    assert main(["generate", "--model", folder, *flags, "abc"]) == 0
+    assert b"?" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_bar_shows_only_for_prompts_of_several_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    PrefillBar()(5, 5)
+    assert capsys.readouterr().err == ""
+    bar = PrefillBar()
+    for done in (10, 20, 25):
+        bar(done, 25)
+    assert "reading" in capsys.readouterr().err
+
+
+def test_no_bar_where_standard_error_is_not_a_terminal(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prefill-chunk", "8", "--max-new-tokens", "2"]
+    assert main(["generate", "--model", folder, *flags, "x" * 60]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["", "--max-new-tokens", "5"], "the prompt is empty"),
+        (["x" * 600], "pass the maximum length 512"),
+        (["a", "--prompt-file", "b"], "the prompt is given twice"),
+        (["--prompt-file", "/nowhere/prompt"], "cannot read the prompt file /nowhere/prompt"),
+        (["a", "--logprobs", "3"], "--logprobs needs --json"),
+        (["a", "--temperature", "-1"], "temperature must be 0 or more"),
+        (["a", "--method", "modal-scan"], "unknown long_conv method 'modal-scan'"),
+        (["a", "--model", "no-such-model"], "no-such-model"),
+        (["a", "--dtype", "float7"], "float7"),
+    ],
+)
+def test_mistakes_are_one_line(folder: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = flags if "--model" in flags else ["--model", folder, *flags]
+    assert main(["generate", *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("hyaena: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_no_prompt_at_a_terminal_is_a_mistake(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    standard_input(monkeypatch, b"", tty=True)
+    assert main(["generate", "--model", folder]) == 2
+    assert "there is no prompt" in capsys.readouterr().err
+
+
+def test_numbers_that_go_wrong_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = StripedHyena(CONFIG)
+    with torch.no_grad():  # finite in the file, not in the computation
+        model.layers[1].mlp.up_proj.weight.fill_(3e38)  # pyright: ignore
+    folder = str(save_model(model, tmp_path / "model"))
+    assert main(["generate", "--model", folder, "abc"]) == 2
+    error = capsys.readouterr().err
+    assert "first appear in layer 1 (attention)" in error
+    assert error.count("\n") == 1
+
+
+def test_as_a_process(folder: str) -> None:
+    """Streams through a pipe, and importing the command costs no torch."""
+    code = (
+        "import sys, hyaena.cli.generate; assert 'torch' not in sys.modules; import hyaena.cli as c; sys.exit(c.main())"
+    )
+    command = [sys.executable, "-c", code, "generate", "--model", folder, "--max-new-tokens", "5", "--stats"]
+    done = subprocess.run(command, input=b"def main(", capture_output=True, check=True)
+    assert done.stdout.decode() == wanted(folder, "def main(", max_new_tokens=5).text + "\n"
+    assert b"tokens/s" in done.stderr
