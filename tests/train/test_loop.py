@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from hyaena.checkpoints import load_model
 
+from hyaena.checkpoints import load_model
 from hyaena.errors import CheckpointError, ConfigError, InputError, NonFiniteError
 from hyaena.model import LongFilter
 from hyaena.train import loop
