@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -90,6 +91,8 @@ class ModelConfig:
         problems = _problems(self)
         if problems:
             raise ConfigError("; ".join(problems))
+        for name in _NUMBERS:  # 500000 in a file means 500000.0
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     # --- sizes ---------------------------------------------------------------------------------------------------
 
@@ -142,7 +145,7 @@ class ModelConfig:
         return cls(**values)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> ModelConfig:
+    def from_file(cls, path: str | PathLike[str]) -> ModelConfig:
         """Read the original's YAML, the original's hub ``config.json`` or our ``config.json``, told apart by content.
 
         Raises:
@@ -215,6 +218,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+_NUMBERS = ("norm_eps", "rope_theta", "rope_scaling_factor")
+
+
 def _problems(config: ModelConfig) -> list[str]:
     """Everything that is wrong with the values of a configuration, one sentence each."""
     problems = []
@@ -231,7 +237,7 @@ def _problems(config: ModelConfig) -> list[str]:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             problems.append(f"{name} is {value!r}: write a whole number of at least 1")
-    for name in ("norm_eps", "rope_theta", "rope_scaling_factor"):
+    for name in _NUMBERS:
         value = getattr(config, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value <= 0:

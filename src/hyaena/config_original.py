@@ -71,7 +71,7 @@ DEFAULTS: dict[str, Any] = {
     "mha_out_proj_bias": True,
     "rotary_emb_base": 10_000.0,
     "column_split_hyena": True,
-    "prefill_style": "fft",
+    "prefill_style": "auto",  # there fft; here whoever says nothing leaves the choice to the model
 }
 """What the original takes when these keys are absent; not always what our own fields default to."""
 
@@ -250,6 +250,8 @@ def write(fields: Mapping[str, Any]) -> dict[str, Any]:
         "use_flash_attn": True,  # the original reads this one without a default
     }
     values |= {key: wanted for key, (wanted, _) in SUPPORTED.items() if wanted is not None}
+    if values["prefill_style"] == "auto":
+        del values["prefill_style"]  # a word of ours
     return values
 
 

@@ -66,28 +66,35 @@ def is_original(keys: Iterable[str]) -> bool:
     return any(key.startswith("blocks.") or key in _TOP for key in map(_strip, keys))
 
 
-def to_ours_item(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor] | None:
-    """One tensor of an original checkpoint, under our name and in our layout; None for what is recomputed.
-
-    A key that the original does not have is handed back unchanged, and a tensor of another shape than the
-    configuration says keeps its shape, so that the caller can report both by name. The result may share memory
-    with ``tensor``.
-    """
+def our_name(key: str) -> str | None:
+    """Our name of an original key; None for what is recomputed. Keys that the original does not have stay."""
     key = _strip(key)
     if _DROPPED.fullmatch(key):
         return None
-    if key in _TOP:
-        return _TOP[key], tensor
     block = _BLOCK.fullmatch(key)
-    if block is None or block[2] not in _LAYER:
-        return key, tensor
-    name = _LAYER[block[2]]
-    axis = _EXTRA_AXIS.get(name)
+    if block is not None and block[2] in _LAYER:
+        return f"layers.{block[1]}.{_LAYER[block[2]]}"
+    return _TOP.get(key, key)
+
+
+def to_ours_item(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor] | None:
+    """One tensor of an original checkpoint, under our name and in our layout; None for what is recomputed.
+
+    A key that the original does not have is handed back with its tensor unchanged, and a tensor of another shape
+    than the configuration says keeps its shape, so that the caller can report both by name. The result may share
+    memory with ``tensor``.
+    """
+    name = our_name(key)
+    if name is None:
+        return None
+    block = _BLOCK.fullmatch(_strip(key))
+    part = None if block is None else _LAYER.get(block[2])
+    axis = _EXTRA_AXIS.get(part or "")
     if axis is not None and tensor.dim() > axis and tensor.shape[axis] == 1:
         tensor = tensor.squeeze(axis)
-    if name in _INTERLEAVED and config.column_split_hyena:
+    if part in _INTERLEAVED and config.column_split_hyena:
         tensor = _reorder(tensor, config.num_attention_heads, 3, config)
-    return f"layers.{block[1]}.{name}", tensor
+    return name, tensor
 
 
 def to_original_item(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hyaena.checkpoints import find, load_model
+from hyaena.checkpoints import find, load_model, read_tensors
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError
 from hyaena.original import to_ours
@@ -107,6 +107,22 @@ def test_poles_and_residues_stay_exact_in_every_dtype(folder: Path, dtype: Any) 
             assert torch.equal(parameter.float(), exact[name])
         else:
             assert parameter.dtype == asked, name
+
+
+def test_stored_keeps_every_dtype_but_those_of_poles(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    narrow = {key: state[key].bfloat16() for key in ("norm.scale", "blocks.0.filter.poles", "blocks.1.mlp.l1.weight")}
+    change(folder, narrow)
+    model = load_model(folder, dtype="stored")
+    bfloat16 = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.bfloat16}
+    assert bfloat16 == {"norm.weight", "layers.1.mlp.gate_proj.weight"}
+
+
+def test_some_tensors_can_be_read_alone(checkpoint: Path, case: str) -> None:
+    found = read_tensors(find(checkpoint), lambda name: name.endswith(".poles"))
+    expected = to_ours(load_file(GOLDEN / case / "model.safetensors"), golden_config(case))
+    assert found.keys() == {name for name in expected if name.endswith(".poles")}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def test_tied_models_accept_their_head_again(tmp_path: Path) -> None:

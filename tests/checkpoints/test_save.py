@@ -56,6 +56,12 @@ def test_a_saved_folder_holds_exactly_one_configuration_and_one_file(model: Stri
     assert json.loads((tmp_path / "deep" / "down" / "config.json").read_text())["format"] == "hyaena"
 
 
+def test_weights_are_as_readable_as_any_file(model: StripedHyena, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    save_model(model, tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_shards_stay_below_the_limit_and_the_index_names_them(model: StripedHyena, tmp_path: Path) -> None:
     save_model(model, tmp_path, max_shard_size=6_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

@@ -4,8 +4,18 @@ Read: our own folders, the original's folders, a weights file with a configurati
 ``torch.save`` files, with the original's names or ours. Written: folders in our layout or the original's.
 """
 
-from hyaena.checkpoints.files import Checkpoint, find, find_config
-from hyaena.checkpoints.load import load_model
+from hyaena.checkpoints.files import Checkpoint, find, find_config, has_weights
+from hyaena.checkpoints.load import STORED, load_model, read_tensors, survey
 from hyaena.checkpoints.save import save_model
 
-__all__ = ["Checkpoint", "find", "find_config", "load_model", "save_model"]
+__all__ = [
+    "STORED",
+    "Checkpoint",
+    "find",
+    "find_config",
+    "has_weights",
+    "load_model",
+    "read_tensors",
+    "save_model",
+    "survey",
+]

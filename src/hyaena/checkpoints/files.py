@@ -81,6 +81,12 @@ def find_config(folder: Path) -> Path:
     return found[0]
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether anything in a folder looks like weights, or like the index of some."""
+    suffixes = (".safetensors", *TORCH_SUFFIXES, INDEX_SUFFIX)
+    return any(file.name.endswith(suffixes) for file in folder.iterdir())
+
+
 def _weights_in(folder: Path) -> Path:
     for name in _PREFERRED:
         if (folder / name).is_file():

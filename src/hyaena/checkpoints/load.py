@@ -6,6 +6,8 @@ final dtype, to its final device. Peak host memory is the model's size plus at m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from os import PathLike
 
 import torch
@@ -17,6 +19,9 @@ from hyaena.checkpoints.shards import open_shard
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
 from hyaena.model import StripedHyena
+
+STORED = "stored"
+"""The dtype that keeps every tensor as it is stored."""
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,8 +38,8 @@ def load_model(
     Args:
         path: a folder in our layout or the original's, or a weights file.
         config: the configuration or its path, when it does not lie beside the weights or should be another.
-        dtype: of the weights; by default, as the embedding is stored. Poles and residues stay float32 (float64 with
-            float64).
+        dtype: of the weights; by default, as the embedding is stored; ``"stored"`` keeps every tensor as it is
+            stored. Poles and residues are float32 in any case (float64 with float64).
         device: where the model goes; by default the CPU.
 
     Raises:
@@ -45,8 +50,47 @@ def load_model(
     checkpoint = find(path, config)
     with torch.device("meta"):
         model = StripedHyena(checkpoint.config)
-    _Loading(checkpoint, model, as_device(device), as_dtype(dtype)).run()
+    wanted = None if dtype == STORED else as_dtype(dtype) or survey(checkpoint).dtype
+    _Loading(checkpoint, model, as_device(device), wanted).run()
     return model.eval()
+
+
+def read_tensors(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint, under our names and in our layout, as they are stored; nothing else is read."""
+    found = {}
+    for path in checkpoint.shards:
+        with open_shard(path) as shard:
+            for key in shard.keys():  # noqa: SIM118  a shard is not a mapping
+                name = original.our_name(key)
+                if name is not None and wanted(name):
+                    item = original.to_ours_item(key, shard.tensor(key), checkpoint.config)
+                    assert item is not None
+                    found[name] = item[1].clone()  # out of the mapped file
+    return found
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the names in a checkpoint's files say: whose names they are, and in which dtype the embedding is stored."""
+
+    in_original_names: bool
+    dtype: torch.dtype
+
+
+def survey(checkpoint: Checkpoint) -> Survey:
+    """Look at names and dtypes alone.
+
+    Raises:
+        CheckpointError: there is nothing of a StripedHyena model in the files.
+    """
+    dtypes: dict[str, torch.dtype | None] = {}
+    for path in checkpoint.shards:
+        with open_shard(path) as shard:
+            dtypes |= {key: shard.dtype(key) for key in shard.keys()}  # noqa: SIM118
+    names = {original.our_name(key): dtype for key, dtype in dtypes.items()}
+    if "embed_tokens.weight" not in names and not any(name and name.startswith("layers.") for name in names):
+        raise CheckpointError(f"{checkpoint.path}: holds no tensor of a StripedHyena model: check the path")
+    return Survey(original.is_original(dtypes), names.get("embed_tokens.weight") or torch.float32)
 
 
 def as_device(device: str | torch.device | None) -> torch.device:
@@ -88,12 +132,11 @@ class _Loading:
         self.checkpoint, self.model, self.device, self.dtype = checkpoint, model, device, dtype
         self.awaited = dict(model.named_parameters())
         self.expected = dict(self.awaited)
-        self.in_original_names = False
+        self.in_original_names = survey(checkpoint).in_original_names
         self.problems: dict[str, list[str]] = {"unexpected": [], "twice": [], "wrong shape": [], "not finite": []}
         self.tied_head: Tensor | None = None
 
     def run(self) -> None:
-        self._look()
         for path in self.checkpoint.shards:
             with open_shard(path) as shard:
                 for key in shard.keys():  # noqa: SIM118  a shard is not a mapping
@@ -108,34 +151,12 @@ class _Loading:
                 f"{self.checkpoint.path}: {words}; do the configuration and the weights belong together?"
             )
 
-    def _look(self) -> None:
-        """Read the names alone: whose they are, and the dtype of the embedding."""
-        known = False
-        for path in self.checkpoint.shards:
-            with open_shard(path) as shard:
-                keys = shard.keys()
-                self.in_original_names |= original.is_original(keys)
-                for key in keys:
-                    name = self._our_name(key)
-                    known |= name in self.expected
-                    if name == "embed_tokens.weight" and self.dtype is None:
-                        self.dtype = shard.dtype(key)
-        if not known:
-            raise CheckpointError(f"{self.checkpoint.path}: holds no tensor of a StripedHyena model: check the path")
-
-    def _our_name(self, key: str) -> str:
-        item = original.to_ours_item(key, torch.empty(0), self.checkpoint.config) if self.in_original_names else None
-        return key if item is None else item[0]
-
     def _take(self, key: str, stored: Tensor) -> None:
-        config = self.checkpoint.config
-        name, tensor = key, stored
-        if self.in_original_names:
-            item = original.to_ours_item(key, stored, config)
-            if item is None:
-                return
-            name, tensor = item
-        if name == "lm_head.weight" and config.tie_embeddings:
+        item = original.to_ours_item(key, stored, self.checkpoint.config)
+        if item is None:
+            return
+        name, tensor = item
+        if name == "lm_head.weight" and self.checkpoint.config.tie_embeddings:
             self.tied_head = self._placed(name, tensor, stored)
             return
         if name not in self.expected:
@@ -159,7 +180,7 @@ class _Loading:
     def _placed(self, name: str, tensor: Tensor, stored: Tensor) -> Tensor:
         """The tensor where and as it is to be, in memory of its own: ``stored`` lies in the mapped file."""
         in_file = tensor.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
-        return tensor.to(self.device, dtype_of(name, self.dtype or torch.float32), copy=in_file)
+        return tensor.to(self.device, dtype_of(name, self.dtype or tensor.dtype), copy=in_file)
 
     def _shown(self, name: str) -> str:
         """A parameter in the words of the file: the original's name where the file is the original's."""

@@ -127,6 +127,8 @@ def _write(
     if sharded:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(temporary / INDEX, json.dumps(index, indent=1).encode())
+    for file in names:  # safetensors makes its files private; these are as readable as the others
+        shutil.copymode(temporary / CONFIG_NAMES[layout], temporary / file)
 
     # From here on, nothing needs space. The decisive move comes last.
     decisive = INDEX if sharded else SINGLE

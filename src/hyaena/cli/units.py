@@ -1,0 +1,44 @@
+"""Sizes as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from hyaena.errors import InputError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a size such as ``5GB``, ``500MB``, ``2GiB`` or ``100000``.
+
+    Raises:
+        InputError: it is not a positive size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]I?)?B?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise InputError(f"size {text!r} is not understood: write one such as 5GB, 500MB or 2GiB")
+    return size
+
+
+def decimal_bytes(count: float) -> str:
+    """Bytes in powers of 1000, as file sizes are given: ``15.29 GB``."""
+    return _scaled(count, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")), " bytes")
+
+
+def binary_bytes(count: float) -> str:
+    """Bytes in powers of 1024, as memory is given: ``64.00 KiB``."""
+    return _scaled(count, ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")), " bytes")
+
+
+def short_count(count: float) -> str:
+    """A count in powers of 1000: ``7.65 B``."""
+    return _scaled(count, ((1e9, "B"), (1e6, "M"), (1e3, "k")), "")
+
+
+def _scaled(count: float, units: tuple[tuple[float, str], ...], rest: str) -> str:
+    for size, unit in units:
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f}{rest}"

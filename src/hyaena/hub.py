@@ -1,0 +1,208 @@
+"""Where models come from: the one that is bundled, a folder, a weights file, the Hugging Face hub.
+
+model, tokenizer = hyaena.load("cub")
+model, tokenizer = hyaena.load("togethercomputer/StripedHyena-Nous-7B", dtype="bfloat16", device="cuda")
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyaena import checkpoints
+from hyaena.checkpoints import Checkpoint
+from hyaena.config import ModelConfig
+from hyaena.errors import CheckpointError, InputError
+from hyaena.model import StripedHyena
+from hyaena.tokenizers import Tokenizer, load_tokenizer
+
+BUNDLED = ("cub",)
+"""Models that come with the package, each in a folder of its name beside this file."""
+
+_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_WEIGHTS = (
+    ("*.safetensors", "*.safetensors.index.json"),
+    ("*.bin", "*.bin.index.json", "*.pt"),
+)
+"""Patterns of weights files; the second kind is fetched only where there is none of the first."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What has to be known about a published model beyond what its files say.
+
+    Attributes:
+        revision: the branch, tag or commit to take unless the user names one.
+        corrections: fields of the configuration that the hub's ``config.json`` does not get right.
+    """
+
+    revision: str | None = None
+    corrections: Mapping[str, Any] = field(default_factory=dict)
+
+
+_EVO = {"tokenizer": "characters"}
+PUBLISHED: dict[str, Published] = {
+    "togethercomputer/StripedHyena-Hessian-7B": Published(),
+    "togethercomputer/StripedHyena-Nous-7B": Published(),
+    # The revision that Evo's own loader takes for these two.
+    "togethercomputer/evo-1-8k-base": Published("1.1_fix", _EVO),
+    # The context was extended by dividing positions by 16; Evo's own loader has it from its YAML, not from the hub.
+    "togethercomputer/evo-1-131k-base": Published(
+        "1.1_fix", _EVO | {"rope_scaling_factor": 16.0, "max_length": 131_072}
+    ),
+    "LongSafari/evo-1-8k-crispr": Published(corrections=_EVO),
+    "LongSafari/evo-1-8k-transposon": Published(corrections=_EVO),
+    "evo-design/evo-1.5-8k-base": Published(corrections=_EVO),
+}
+
+
+def load(
+    source: str | PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    config: ModelConfig | str | PathLike[str] | None = None,
+) -> tuple[StripedHyena, Tokenizer]:
+    """A model, in evaluation mode, and its tokenizer.
+
+    Args:
+        source: a bundled name (``"cub"``), a folder in our layout or the original's, a weights file, or a hub id.
+        device: where the model goes; by default the CPU.
+        dtype: of the weights, such as ``"bfloat16"``; by default as they are stored.
+        revision: branch, tag or commit of a hub id.
+        config: a configuration or its path, where it does not lie beside the weights.
+
+    Raises:
+        HyaenaError: in one line, what is wrong and how to put it right.
+    """
+    checkpoint = locate(source, revision=revision, config=config)
+    tokenizer = load_tokenizer(_tokenizer_folder(checkpoint, config), checkpoint.config)  # before the large files
+    return _load(checkpoint, dtype, device), tokenizer
+
+
+def load_model(
+    source: str | PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    config: ModelConfig | str | PathLike[str] | None = None,
+) -> StripedHyena:
+    """The model alone; the arguments are those of :func:`load`."""
+    return _load(locate(source, revision=revision, config=config), dtype, device)
+
+
+def locate(
+    source: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    config: ModelConfig | str | PathLike[str] | None = None,
+) -> Checkpoint:
+    """The files of a model on this machine, downloaded if ``source`` is a hub id.
+
+    Raises:
+        CheckpointError: there is no such model, or the hub cannot be reached.
+        ConfigError: the configuration is missing or cannot be used.
+    """
+    name = str(source)
+    path = bundled(name) if name in BUNDLED else Path(source).expanduser()
+    if name in BUNDLED or path.exists():
+        if revision is not None:
+            raise InputError(f"revision {revision!r} is for hub ids, and {name} is on this machine: leave it out")
+        return checkpoints.find(path, config)
+    if not is_hub_id(name):
+        raise CheckpointError(f"{name}: {_unknown(name)}")
+    folder = download(name, revision=revision)
+    checkpoint = checkpoints.find(folder, config)
+    return checkpoint if config is not None else replace(checkpoint, config=corrected(name, checkpoint.config))
+
+
+def bundled(name: str) -> Path:
+    """The folder of a bundled model."""
+    folder = Path(__file__).parent / name
+    if not folder.is_dir():
+        raise CheckpointError(f"the bundled model {name!r} is not part of this installation: install hyaena again")
+    return folder
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a name that is no file here may be a hub id: an owner, a slash, a name that is not a file's."""
+    if source.endswith((".safetensors", ".bin", ".pt", ".pth", ".json", ".yml", ".yaml")):
+        return False
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) is not None
+
+
+def download(hub_id: str, *, revision: str | None = None, weights: bool = True) -> Path:
+    """Fetch a model's files from the hub into its cache, or find them there; the folder that holds them.
+
+    Configuration, tokenizer and weights only; safetensors rather than pickles where there are both.
+    """
+    if revision is None:
+        revision = PUBLISHED.get(hub_id, Published()).revision
+    folder = _snapshot(hub_id, revision, _FILES)
+    for patterns in _WEIGHTS if weights else ():
+        folder = _snapshot(hub_id, revision, (*_FILES, *patterns))
+        if any(file for pattern in patterns for file in folder.glob(pattern)):
+            break
+    return folder
+
+
+def corrected(hub_id: str, config: ModelConfig) -> ModelConfig:
+    """A hub model's configuration with its name, and with what is known to be missing from the hub's file."""
+    return replace(config, **{"name": hub_id.split("/")[1], **PUBLISHED.get(hub_id, Published()).corrections})
+
+
+def _load(checkpoint: Checkpoint, dtype: str | torch.dtype | None, device: str | torch.device | None) -> StripedHyena:
+    return checkpoints.load_model(checkpoint.path, checkpoint.config, dtype=dtype, device=device)
+
+
+def _tokenizer_folder(checkpoint: Checkpoint, config: ModelConfig | str | PathLike[str] | None) -> Path:
+    """Beside the weights, or else beside a configuration that lies somewhere else."""
+    if isinstance(config, ModelConfig) or config is None or (checkpoint.folder / "tokenizer.json").is_file():
+        return checkpoint.folder
+    elsewhere = Path(config).parent
+    return elsewhere if (elsewhere / "tokenizer.json").is_file() else checkpoint.folder
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    # Heavy, and of no use to those whose models lie on this machine.
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],  # copies for other programs lie in subfolders
+            library_name="hyaena",
+        )
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{hub_id}: its owner grants access by hand: ask at https://huggingface.co/{hub_id}, then `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{hub_id}: has no revision {revision!r}: name a branch, a tag or a commit") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise CheckpointError(f"{hub_id}: {_unknown(hub_id)}") from error
+    except OSError as error:  # every way of not reaching the hub is one
+        if error.errno is not None and not isinstance(error, ConnectionError):
+            raise CheckpointError(f"{hub_id}: cannot store it in the hub's cache: {error.strerror}") from error
+        raise CheckpointError(
+            f"{hub_id}: no such folder here, not in the hub's cache, and the hub cannot be reached: "
+            "check the name and the network, or name a folder"
+        ) from error
+    return Path(str(folder))
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, [*BUNDLED, *PUBLISHED], n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?" if near else f"name a folder, a weights file, a hub id or {' or '.join(BUNDLED)}"
+    return f"no such model: {hint}"

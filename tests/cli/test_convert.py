@@ -1,0 +1,123 @@
+"""``hyaena convert``: both layouts, bit for bit, and nothing overwritten unasked."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hyaena.checkpoints import load_model
+from hyaena.cli import main
+from hyaena.cli.units import binary_bytes, decimal_bytes, parse_size, short_count
+from hyaena.errors import InputError
+
+COMMANDS = {"convert": "hyaena.cli.convert"}
+
+
+def convert(*args: object) -> int:
+    return main(["convert", *map(str, args)], commands=COMMANDS)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+
+
+def test_there_and_back_is_bit_exact(golden_case: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(golden_case, tmp_path / "ours") == 0
+    assert convert(tmp_path / "ours", tmp_path / "theirs", "--layout", "original", "--max-shard-size", "200kB") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "in the hyaena layout" in out[0] and out[0].endswith("in 1 file")
+    assert "in the original layout" in out[1] and out[1].endswith("files")
+    original = load_file(golden_case / "model.safetensors")
+    assert same(weights(tmp_path / "theirs"), original)
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+
+
+def test_stored_dtypes_survive_where_none_is_asked_for(golden: Path, tmp_path: Path) -> None:
+    state = load_file(golden / "sh-tiny" / "model.safetensors")
+    exact = (".poles", ".residues", ".inv_freq", "filter.D", "norm.scale")
+    state = {key: tensor if key.endswith(exact) else tensor.bfloat16() for key, tensor in state.items()}
+    torch.save(state, tmp_path / "pytorch-model.bin")
+    shutil.copy(golden / "sh-tiny" / "config.yml", tmp_path)
+    assert convert(tmp_path, tmp_path / "out", "--layout", "original") == 0
+    assert same(weights(tmp_path / "out"), state)
+
+
+def test_a_dtype_casts_all_but_poles_and_residues(golden: Path, tmp_path: Path) -> None:
+    assert convert(golden / "sh-tiny", tmp_path / "out", "--dtype", "bfloat16") == 0
+    narrow = {key for key, tensor in weights(tmp_path / "out").items() if tensor.dtype == torch.bfloat16}
+    assert narrow == {key for key in weights(tmp_path / "out") if not key.endswith((".poles", ".residues"))}
+
+
+def test_tokenizer_files_go_along(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "sh-tiny", tmp_path / "in")
+    for name in ("tokenizer.json", "tokenizer_config.json", "README.md"):
+        (tmp_path / "in" / name).write_text(name)
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_folder_with_files_is_left_alone_unless_forced(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_text("precious")
+    assert convert(golden / "sh-tiny", tmp_path) == 2
+    assert "is not empty: name another folder, or add --force" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_text() == "precious"
+    assert convert(golden / "sh-tiny", tmp_path, "--force") == 0
+    assert load_model(tmp_path).config.num_layers == 4
+
+
+def test_a_model_can_be_converted_in_place(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "evo-tiny", tmp_path / "m")
+    (tmp_path / "m" / "expected.safetensors").unlink()
+    assert convert(tmp_path / "m", tmp_path / "m", "--force") == 0
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
+    assert same(dict(load_model(tmp_path / "m").state_dict()), dict(load_model(golden / "evo-tiny").state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["nothing", "out"], "nothing: no such model"),
+        (["{golden}/sh-tiny", "{tmp}/file"], "is a file: name a folder to write"),
+        (["{golden}/sh-tiny", "{tmp}/out", "--max-shard-size", "big"], "size 'big' is not understood"),
+        (["{golden}/sh-tiny", "{tmp}/out", "--config", "{tmp}/none.yml"], "none.yml: no such file"),
+        (["{golden}/sh-tiny", "{tmp}/out", "--config", "{golden}/evo-tiny/config.yml"], "missing: "),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(
+    args: list[str], words: str, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert convert(*(arg.format(golden=golden, tmp=tmp_path) for arg in args)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hyaena: error: ") and err.count("\n") == 1 and words in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("2GiB", 2**31), ("1.5 mb", 1_500_000), ("700", 700), ("3k", 3000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1TB", "0", "five"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(InputError, match="write one such as 5GB"):
+        parse_size(text)
+
+
+def test_sizes_as_people_read_them() -> None:
+    assert decimal_bytes(15_290_000_000) == "15.29 GB" and decimal_bytes(12) == "12 bytes"
+    assert binary_bytes(65_536) == "64.00 KiB" and short_count(7_646_023_680) == "7.65 B" and short_count(9) == "9"

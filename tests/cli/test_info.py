@@ -1,0 +1,247 @@
+"""``hyaena info``: its numbers are the model's, and its page reads well in any terminal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hyaena import hub
+from hyaena.checkpoints import load_model, save_model
+from hyaena.cli import main
+from hyaena.cli.info import decay_steps, describe, render
+from hyaena.config import ModelConfig
+from hyaena.model import StripedHyena
+
+ROOT = Path(__file__).parents[2]
+
+
+def info(*args: object) -> int:
+    return main(["info", *map(str, args)], commands={"info": "hyaena.cli.info"})
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
+    assert info(*args, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def small(**changes: Any) -> ModelConfig:
+    fields: dict[str, Any] = {
+        "vocab_size": 16,
+        "hidden_size": 8,
+        "layer_types": ("hyena", "attention", "hyena"),
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "state_size": 2,
+        "name": "small",
+    }
+    return ModelConfig(**fields | changes)
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_alone_needs_no_torch() -> None:
+    code = "import sys; from hyaena.cli import main; main(sys.argv[1:], commands={'info': 'hyaena.cli.info'}); "
+    code += "sys.exit('torch' in sys.modules)"
+    path = ROOT / "configs" / "7b-sh-32k-v1.yml"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "info", str(path)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0 and "7,646,023,680" in result.stdout
+
+
+def test_the_7b_remembers_what_is_published(capsys: pytest.CaptureFixture[str]) -> None:
+    """In bfloat16: 65,536 bytes for every token, and 1.75 MiB of Hyena state whatever the length."""
+    known = as_json(capsys, ROOT / "configs" / "7b-sh-32k-v1.yml")
+    assert known["cache"]["bytes_per_token"] == 65_536
+    assert known["cache"]["bytes_per_sequence"] == 1.75 * 2**20
+    assert known["weights"] is None and known["filters"] is None
+    assert known["parameters"]["total"] == 7_646_023_680
+
+
+def test_cache_bytes_are_those_of_the_models_cache(golden_case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = as_json(capsys, golden_case)["cache"]
+    model = load_model(golden_case)
+    for length in (1, 100):
+        expected = model.make_cache(1, max_length=length).nbytes
+        assert cache["bytes_per_sequence"] + length * cache["bytes_per_token"] == expected
+
+
+def test_parts_are_those_of_the_model(golden_case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = as_json(capsys, golden_case)["parameters"]
+    counted = dict.fromkeys(("embeddings", "mlp", "hyena", "attention", "norms"), 0)
+    model = load_model(golden_case)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            part = "norms"
+        elif ".mlp." in name:
+            part = "mlp"
+        elif ".mixer." in name:
+            part = model.config.layer_types[int(name.split(".")[1])]
+        else:
+            part = "embeddings"
+        counted[part] += parameter.numel()
+    assert parts == {"total": sum(counted.values()), **counted}
+
+
+def test_decay_is_the_first_step_at_which_the_envelope_is_small() -> None:
+    torch.manual_seed(0)
+    size, weight = torch.rand(50, 3).double() ** 0.1, torch.rand(50, 3).double()
+    steps = decay_steps(size, weight)
+
+    def envelope(t: torch.Tensor) -> torch.Tensor:
+        return (weight * size ** t[:, None]).sum(1)
+
+    start = envelope(torch.zeros(50).double())
+    assert bool((envelope(steps) <= 1e-3 * start).all())
+    assert bool((envelope(steps - 1) > 1e-3 * start).all())
+
+
+@pytest.mark.parametrize(
+    ("size", "weight", "steps"),
+    [
+        ([0.5, 0.5], [1.0, 1.0], 10),  # 2^-10 < 1e-3 < 2^-9
+        ([0.1, 0.9], [1.0, 0.0], 3),  # a mode without weight does not count
+        ([0.0, 0.0], [1.0, 1.0], 1),
+        ([0.9, 0.9], [0.0, 0.0], 0),
+        ([1.0, 0.5], [1.0, 1.0], float("inf")),
+        ([1.1, 0.5], [1e-9, 1.0], float("inf")),
+        ([1.1, 0.5], [0.0, 1.0], 10),
+    ],
+)
+def test_decay_of_special_filters(size: list[float], weight: list[float], steps: float) -> None:
+    assert decay_steps(torch.tensor([size]).double(), torch.tensor([weight]).double()).tolist() == [steps]
+
+
+def test_poles_outside_the_unit_circle_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = StripedHyena(small())
+    with torch.no_grad():
+        model.layers[2].mixer.long_filter.poles[3, 1] = torch.tensor([0.9, 0.9])
+        model.layers[2].mixer.long_filter.poles[5, 0] = torch.tensor([0.0, -2.0])
+        model.layers[2].mixer.long_filter.poles[6, 0] = torch.tensor([1.0, 0.0])  # on it, not outside
+    save_model(model, tmp_path)
+    first, second = as_json(capsys, tmp_path)["filters"]
+    assert (first["layer"], second["layer"]) == (0, 2)
+    assert first["outside_unit_circle"] == []
+    found = [(pole["channel"], pole["mode"]) for pole in second["outside_unit_circle"]]
+    assert found == [(5, 0), (3, 1)]  # the largest first
+    assert second["outside_unit_circle"][0]["modulus"] == 2.0
+    assert second["decay_steps"]["max"] is None  # JSON has no infinity
+    assert sum(second["decay_histogram"]) == 8
+    assert info(tmp_path) == 0
+    page = capsys.readouterr().out
+    assert "2 of 16, the largest: channel 5 mode 0 |p| = 2.000000" in page and "∞" in page
+
+
+@pytest.mark.parametrize("layout", ["hyaena", "original"])
+def test_both_layouts_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: Any) -> None:
+    model = StripedHyena(small())
+    save_model(model, tmp_path / "a")
+    save_model(model, tmp_path / "b", layout=layout, max_shard_size=2000)
+    a, b = (as_json(capsys, tmp_path / name) for name in "ab")
+    assert len(b["weights"]["files"]) > 1
+    assert a["filters"] == b["filters"] and a["config"] == b["config"] and a["cache"] == b["cache"]
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(config: ModelConfig, **options: bool) -> list[str]:
+    return list(render({"source": "here", **describe(config, None)}, **options))
+
+
+def test_layers_are_drawn_as_stripes() -> None:
+    lines = page(small(layer_types=("hyena", "attention", "hyena", "hyena")))
+    assert lines[0] == "small   here"
+    assert lines[2] == lines[3] == "  ░░██░░░░"
+    assert lines[5] == "  ░░ hyena 3   ██ attention 1"
+
+
+def test_many_layers_are_drawn_narrow_and_wrapped() -> None:
+    lines = page(small(layer_types=("hyena",) * 100))
+    assert lines[2] == "  " + "░" * 96 and lines[5] == "  " + "░" * 4
+    assert lines[4].split() == [str(i) for i in range(0, 96, 8)] and lines[7].strip() == "96"
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_page_fits_a_terminal_and_is_plain_where_it_must_be(golden: Path) -> None:
+    for name in ("7b-sh-32k-v1", "evo-1-8k", "evo-1-131k", "evo-1.5-8k"):
+        config = ModelConfig.from_file(ROOT / "configs" / f"{name}.yml")
+        assert max(map(len, page(config))) <= 100
+        assert "\n".join(page(config, plain=True)).isascii()
+        assert "\x1b" not in "\n".join(page(config)) and "\x1b[33m" in "\n".join(page(config, coloured=True))
+
+
+def test_output_that_is_no_terminal_has_no_colour(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert info(golden / "evo-tiny") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "243,712" in out and "░░░░██░░" in out and "positions / 16" in out
+
+
+def test_a_terminal_without_unicode_gets_ascii(golden: Path) -> None:
+    code = "import sys; from hyaena.cli import main; sys.exit(main(sys.argv[1:], commands={'info': 'hyaena.cli.info'}))"
+    command = [sys.executable, "-X", "utf8=0", "-c", code, "info", str(golden / "evo-tiny")]
+    import os
+
+    result = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert result.stdout.decode("ascii").splitlines()[2] == "  ....##.."
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_folders_without_weights_and_single_files(golden: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copy(golden / "sh-tiny" / "config.yml", tmp_path / "any-name.yml")
+    assert as_json(capsys, tmp_path)["weights"] is None
+    shutil.copy(golden / "sh-tiny" / "model.safetensors", tmp_path / "model.safetensors")
+    assert as_json(capsys, tmp_path)["weights"]["bytes"] == (tmp_path / "model.safetensors").stat().st_size
+    assert as_json(capsys, tmp_path / "model.safetensors")["weights"]["dtype"] == "float32"
+    assert as_json(capsys, tmp_path / "any-name.yml")["weights"] is None
+
+
+def test_of_a_hub_id_only_the_configuration_is_fetched(golden: Path, monkeypatch: Any, capsys: Any) -> None:
+    asked = []
+
+    def download(hub_id: str, *, revision: str | None, weights: bool) -> Path:
+        asked.append((hub_id, revision, weights))
+        return golden / "evo-tiny"
+
+    monkeypatch.setattr(hub, "download", download)
+    known = as_json(capsys, "togethercomputer/evo-1-131k-base", "--revision", "main")
+    assert asked == [("togethercomputer/evo-1-131k-base", "main", False)]
+    assert known["weights"] is None and known["config"]["max_length"] == 131_072
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nothing", "nothing: no such model"),
+        ("{tmp}/bad.yml", "bad.yml: "),
+        ("{tmp}/empty", "no config.json and no config.yml"),
+        ("{tmp}/half", "shards are missing"),
+    ],
+)
+def test_mistakes_are_one_line(source: str, words: str, golden: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "bad.yml").write_text("vocab_size: 3")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    shutil.copy(golden / "sh-tiny" / "config.yml", tmp_path / "half")
+    (tmp_path / "half" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    assert info(source.format(tmp=tmp_path)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("hyaena: error: ") and captured.err.count("\n") == 1 and words in captured.err
+    assert captured.out == ""
+
+
+def test_weights_without_filters_are_told(golden: Path, tmp_path: Path, capsys: Any) -> None:
+    torch.save({"embedding_layer.weight": torch.zeros(256, 64)}, tmp_path / "x.pt")
+    assert info(tmp_path / "x.pt", "--config", golden / "sh-tiny" / "config.yml") == 2
+    assert "layer 0 has no poles and residues of shape [64, 2, 2]" in capsys.readouterr().err
