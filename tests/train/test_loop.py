@@ -238,7 +238,6 @@ def test_runs_are_not_overwritten_nor_mixed(make: Any) -> None:
     ("changes", "error", "message"),
     [
         ({"model": {**MODEL, "vocab_size": 200}}, CheckpointError, "vocabulary needs 259"),
-        ({"model": {**MODEL, "tokenizer": "hf"}}, ConfigError, "data.tokenizer"),
         ({"window": 8000}, InputError, "too few for windows of 8000"),
         ({"data": {"train": "absent.txt"}}, InputError, "absent.txt"),
     ],

@@ -131,6 +131,14 @@ class TrainConfig:
             f"batch_size {self.batch_size} must be a multiple of micro_batch_size {micro}",
         )
         _require(
+            self.data.tokenizer is None or (self.model is not None and self.model.tokenizer == "hf"),
+            "data.tokenizer is for new models with tokenizer: hf only; remove it",
+        )
+        _require(
+            self.model is None or self.model.tokenizer != "hf" or self.data.tokenizer is not None,
+            "model.tokenizer is hf: name its tokenizer.json in data.tokenizer, or use bytes",
+        )
+        _require(
             self.model is None or self.window <= self.model.max_length,
             "window must not be longer than model.max_length",
         )

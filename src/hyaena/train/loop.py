@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from hyaena import hub
 from hyaena.checkpoints import save_model
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, NonFiniteError
 from hyaena.model import StripedHyena
@@ -105,7 +106,7 @@ class Run:
         self.device = _device(device)
         self.precision = _precision(config, self.device)
         torch.manual_seed(config.seed)
-        self.model, self.tokenizer = _model_and_tokenizer(config)
+        self.model, self.tokenizer, self.tokenizer_files = _model_and_tokenizer(config)
         model_config = self.model.config
         if self.tokenizer.vocab_size > model_config.vocab_size:
             raise ConfigError(
@@ -175,7 +176,9 @@ class Run:
         """Write the model, with raw poles, as a folder that loads like any other model."""
         model = StripedHyena(self.model.config)
         model.load_state_dict(plain_state_dict(self.model))
-        save_model(model, self.folder / name, dtype=getattr(torch, self.config.export_dtype))
+        save_model(
+            model, self.folder / name, dtype=getattr(torch, self.config.export_dtype), extra_files=self.tokenizer_files
+        )
 
     def update(self) -> tuple[Tensor, Tensor]:
         """One optimizer step: mean loss per token and gradient norm before clipping, both still on the device."""
@@ -321,20 +324,24 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def _model_and_tokenizer(config: TrainConfig) -> tuple[StripedHyena, Tokenizer]:
+def _model_and_tokenizer(config: TrainConfig) -> tuple[StripedHyena, Tokenizer, dict[str, bytes]]:
+    """The model as it starts, its tokenizer, and the tokenizer's files, which go with every export."""
     if config.model is not None:
-        if config.model.tokenizer == "hf" and config.data.tokenizer is None:
-            raise ConfigError("model.tokenizer is hf: name its tokenizer.json in data.tokenizer, or use bytes")
-        tokenizer = load_tokenizer(config.data.tokenizer or "", config.model)
+        folder = Path(config.data.tokenizer or "")
+        tokenizer = load_tokenizer(folder, config.model)
         model = StripedHyena(config.model)
     else:
-        from hyaena.hub import load  # loads what training from scratch does not need
-
         assert config.init_from is not None
-        model, tokenizer = load(config.init_from, dtype="float32", device="cpu")
+        folder = hub.locate(config.init_from).folder
+        model, tokenizer = hub.load(config.init_from, dtype="float32", device="cpu")
     if config.window > model.config.max_length:
         raise ConfigError(f"window {config.window} is longer than the model's maximum of {model.config.max_length}")
-    return model, tokenizer
+    files: dict[str, bytes] = {}
+    if model.config.tokenizer == "hf":
+        folder = folder.parent if folder.is_file() else folder
+        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    return model, tokenizer, files
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
