@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
+from hyaena import hub
 from hyaena.checkpoints import load_model
 from hyaena.errors import CheckpointError, ConfigError, InputError, NonFiniteError
 from hyaena.model import LongFilter
@@ -259,3 +261,32 @@ def test_a_run_without_held_out_text_ends_with_an_export(make: Any, tmp_path: Pa
     result = run(config)
     assert result.finished and result.bits_per_byte is None
     load_model(Path(config.output) / "final")
+
+
+def test_fine_tuning_starts_at_the_given_weights(make: Any) -> None:
+    run(make("first", steps=2))
+    source = str(Path(make("first").output) / "final")
+    tuned = make("second", model=None, init_from=source, optim={"lr": 1e-12, "warmup_steps": 0, "weight_decay": 0.0})
+    assert run(tuned).finished
+    before, after = (load_model(folder).state_dict() for folder in (source, Path(tuned.output) / "final"))
+    for name, tensor in before.items():
+        # A learning rate of nothing; poles go through their parametrisation and back.
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=3e-7, msg=name)
+
+
+def test_the_tokenizer_file_goes_with_the_model(make: Any, tmp_path: Path) -> None:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"</s>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, [])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = {"train": str(tmp_path / "train.txt"), "tokenizer": str(tmp_path / "tokenizer.json")}
+    first = make("first", model={**MODEL, "tokenizer": "hf"}, data=data, steps=1)
+    run(first)
+    second = make("second", model=None, init_from=first.output + "/final", data={"train": data["train"]}, steps=1)
+    run(second)
+    _, loaded = hub.load(second.output + "/final")
+    assert loaded.decode(loaded.encode("hyaena", add_special_tokens=False)) == "hyaena"
