@@ -223,7 +223,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(make: Any, monkeypatch: pytes
     assert run(config, resume=True).finished
 
 
-def test_runs_are_not_overwritten_nor_mixed(make: Any) -> None:
+def test_runs_are_not_overwritten_nor_mixed(make: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="without --resume"):
         run(make(), resume=True)
     run(make(), stop=stop_after(1))
@@ -231,6 +231,12 @@ def test_runs_are_not_overwritten_nor_mixed(make: Any) -> None:
         run(make())
     with pytest.raises(CheckpointError, match=r"another optim\.lr, steps"):
         run(make(steps=9, optim={"lr": 2e-2, "warmup_steps": 2}), resume=True)
+    text = tmp_path / "train.txt"
+    before = text.read_text()
+    text.write_text(before.replace("night", "noon."))
+    with pytest.raises(CheckpointError, match="the training text is not the one"):
+        run(make(), resume=True)
+    text.write_text(before)
     (Path(make().output) / "last.pt").write_bytes(b"PK damaged")
     with pytest.raises(CheckpointError, match=r"last\.pt is damaged"):
         run(make(), resume=True)

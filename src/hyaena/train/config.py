@@ -112,7 +112,7 @@ class TrainConfig:
     compile: bool = False
     log_every: int = 10
     eval_every: int = 0
-    save_every: int = 0
+    save_every: int = 500
     eval_overlap: int = 0
     export_dtype: Literal["float32", "bfloat16"] = "float32"
 

@@ -34,6 +34,7 @@ from hyaena.train.evaluate import Evaluation, autocast, evaluate, summed_loss
 from hyaena.train.filters import parametrize_filters, plain_state_dict
 from hyaena.train.optim import learning_rate, make_optimizer
 from hyaena.train.storage import (
+    CHECKPOINT,
     CURVE,
     METRICS,
     Metrics,
@@ -134,7 +135,7 @@ class Run:
 
     def begin(self) -> None:
         """Make the folder of a new run; refuses to overwrite one that exists."""
-        if (self.folder / "last.pt").exists():
+        if (self.folder / CHECKPOINT).exists():
             raise CheckpointError(
                 f"{self.folder} already holds a run: continue it with --resume or choose another output"
             )
@@ -151,6 +152,10 @@ class Run:
             raise CheckpointError(
                 f"{self.folder} was started with another {', '.join(changed)}; use the same configuration"
             )
+        if state["data"] != self.corpus.checksum:
+            raise CheckpointError(
+                f"the training text is not the one {self.folder} began with; restore it, or start anew"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -162,6 +167,7 @@ class Run:
         """Write ``last.pt``."""
         state: dict[str, Any] = {
             "config": json.dumps(_identity(self.config)),
+            "data": self.corpus.checksum,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -174,8 +180,9 @@ class Run:
 
     def export(self, name: str) -> None:
         """Write the model, with raw poles, as a folder that loads like any other model."""
-        model = StripedHyena(self.model.config)
-        model.load_state_dict(plain_state_dict(self.model))
+        with torch.device("meta"):  # no fresh weights, which would draw from the run's random numbers
+            model = StripedHyena(self.model.config)
+        model.load_state_dict(plain_state_dict(self.model), assign=True)
         save_model(
             model, self.folder / name, dtype=getattr(torch, self.config.export_dtype), extra_files=self.tokenizer_files
         )
