@@ -106,7 +106,6 @@ _SPEED = "chooses a kernel of the original; here `method` and the backend do"
 _PARALLEL = "concerns parallel training only"
 _INIT = "concerns initialisation in the original's training code only"
 _DTYPE = "the dtype is chosen when a model is loaded"
-_HUB = "concerns the transformers library only"
 _UNREAD = "is read nowhere in the original"
 
 NO_EFFECT: dict[str, str] = {
@@ -138,20 +137,43 @@ NO_EFFECT: dict[str, str] = {
     "depthwise_dtype": _DTYPE,
     "torch_dtype": _DTYPE,
     "dtype": _DTYPE,
-    "architectures": _HUB,
-    "auto_map": _HUB,
-    "transformers_version": _HUB,
-    "use_cache": _HUB,
-    "return_dict": _HUB,
-    "output_attentions": _HUB,
-    "output_hidden_states": _HUB,
-    "_name_or_path": _HUB,
-    "_commit_hash": _HUB,
-    "_attn_implementation_autoset": _HUB,
-    "bos_token_id": "the tokenizer knows its special tokens",
-    "eos_token_id": "the tokenizer knows its special tokens",
-    "pad_token_id": "the tokenizer knows its special tokens",
+    "tie_word_embeddings": "tie_embeddings says whether the head is tied",
+    "tokenizer_class": "tokenizer_type says which tokenizer it is",
 }
+NO_EFFECT |= dict.fromkeys(
+    (
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "add_cross_attention",
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "finetuning_task",
+        "id2label",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "prefix",
+        "problem_type",
+        "pruned_heads",
+        "return_dict",
+        "task_specific_params",
+        "torchscript",
+        "transformers_version",
+        "use_cache",
+    ),
+    "concerns the transformers library only",
+)
+NO_EFFECT |= dict.fromkeys(
+    ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    "the tokenizer knows its special tokens",
+)
 """Keys of the original that change no number, each with the reason why it may be ignored."""
 
 TOKENIZERS = {"HFAutoTokenizer": "hf", "CharLevelTokenizer": "characters", "hyaena.ByteTokenizer": "bytes"}

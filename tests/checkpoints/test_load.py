@@ -215,6 +215,7 @@ def test_all_misfits_are_reported_by_name_at_once(folder: Path) -> None:
             "norm.scale": torch.full((64,), float("nan")),
             "blocks.1.mlp.l1.weight": state["blocks.1.mlp.l1.weight"].index_fill(0, torch.tensor([3]), float("inf")),
             "blocks.1.mlp.l2.weight": state["blocks.1.mlp.l2.weight"].to(torch.int8),
+            "blocks.1.mlp.l3.weight": state["blocks.1.mlp.l3.weight"].to(torch.float8_e4m3fn),
         },
     )
     message = refusal(folder)
@@ -222,6 +223,7 @@ def test_all_misfits_are_reported_by_name_at_once(folder: Path) -> None:
         "blocks.0.projections.weight is [5, 64], expected [192, 64]",
         "blocks.2.filter.poles is [64, 3, 1, 2], expected [64, 2, 1, 2]",
         "blocks.1.mlp.l2.weight is [160, 64] of torch.int8, expected [160, 64]",
+        "blocks.1.mlp.l3.weight is [64, 160] of torch.float8_e4m3fn, expected [64, 160]",
     ):
         assert words in message
 

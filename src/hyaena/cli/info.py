@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a configuration file, a folder, a weights file, a bundled name, or a hub id (whose weights are not fetched)",
+        help="a configuration, a folder, a weights file, a bundled name, or a hub id (its weights are not fetched)",
     )
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
@@ -256,11 +256,12 @@ def _sizes(description: dict[str, Any], config: ModelConfig, plain: bool) -> Ite
             yield f"    {name:<12}{parts[name]:>16,}   {share:6.1%}  {bar}".rstrip()
     weights = description["weights"]
     if weights is None:
-        half = 2 * total + 2 * _filter_parameters(config)
-        yield f"  {'weights':<14}{decimal_bytes(half):>16}   as bfloat16, poles and residues as float32 (no weights were read)"
+        filters = 4 * config.hidden_size * config.state_size * config.layer_types.count("hyena")
+        size, note = 2 * total + 2 * filters, "in bfloat16, poles and residues in float32 (none were read)"
     else:
         count = len(weights["files"])
-        yield f"  {'weights':<14}{decimal_bytes(weights['bytes']):>16}   {weights['dtype']}, {count} file{'s' * (count > 1)}"
+        size, note = weights["bytes"], f"{weights['dtype']}, {count} file{'s' * (count > 1)}"
+    yield f"  {'weights':<14}{decimal_bytes(size):>16}   {note}"
     dot, times = ("/", "x") if plain else ("·", "×")
     inside = "inside" if config.norm_eps_inside_root else "outside"
     scaling = "" if config.rope_scaling_factor == 1 else f", positions / {config.rope_scaling_factor:g}"
@@ -271,9 +272,8 @@ def _sizes(description: dict[str, Any], config: ModelConfig, plain: bool) -> Ite
         ("", f"RMSNorm eps {config.norm_eps:g} {inside} the root"),
     ]
     if "hyena" in config.layer_types:
-        rows.append(
-            ("hyena", f"{config.state_size} modes per channel {dot} short filter of {config.short_filter_length}")
-        )
+        short = f"short filter of {config.short_filter_length}"
+        rows.append(("hyena", f"{config.state_size} modes per channel {dot} {short}"))
     if "attention" in config.layer_types:
         heads = f"{config.num_attention_heads} heads{shared} {times} {config.head_dim}"
         rows.append(("attention", f"{heads} {dot} rotary base {config.rope_theta:,.0f}{scaling}"))
@@ -311,7 +311,7 @@ def _outside(poles: list[dict[str, Any]], config: ModelConfig, paint: Paint) -> 
         return "none"
     worst = poles[0]
     count = f"{len(poles):,} of {config.hidden_size * config.state_size:,}"
-    where = f"channel {worst['channel']} mode {worst['mode']} |p| = {worst['modulus']:.6f}"
+    where = f"channel {worst['channel']} mode {worst['mode']} |p| = {worst['modulus']:.7f}"
     return paint("warning", f"{count}, the largest: {where}")
 
 
@@ -328,10 +328,6 @@ def _painter(coloured: bool) -> Paint:
         return f"\x1b[{codes[style]}m{text}\x1b[0m" if coloured else text
 
     return paint
-
-
-def _filter_parameters(config: ModelConfig) -> int:
-    return 4 * config.hidden_size * config.state_size * config.layer_types.count("hyena")
 
 
 def _steps(count: int | None, plain: bool) -> str:
