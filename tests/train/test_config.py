@@ -84,6 +84,8 @@ def test_wrong_overrides_are_errors(tmp_path: Path, override: str) -> None:
         ({"window": 100_000}, "window must not be longer than model.max_length"),
         ({"init_from": "cub"}, "exactly one of `model` and `init_from`"),
         ({"model": None}, "exactly one of `model` and `init_from`"),
+        ({"model": {**MODEL, "tokenizer": "hf"}}, "name its tokenizer.json in data.tokenizer"),
+        ({"data": {"train": "a", "tokenizer": "x.json"}}, "data.tokenizer is for new models with tokenizer: hf only"),
         ({"model": {**MODEL, "state_sise": 2}}, "model: .*state_size"),
         ({"model": 3}, "model must be the fields of a model"),
         ({"data": {"train": []}}, "data.train names no file"),

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from hyaena.checkpoints import load_model
 
+from hyaena import hub
+from hyaena.checkpoints import load_model
 from hyaena.errors import CheckpointError, ConfigError, InputError, NonFiniteError
 from hyaena.model import LongFilter
 from hyaena.train import loop
@@ -221,7 +223,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(make: Any, monkeypatch: pytes
     assert run(config, resume=True).finished
 
 
-def test_runs_are_not_overwritten_nor_mixed(make: Any) -> None:
+def test_runs_are_not_overwritten_nor_mixed(make: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="without --resume"):
         run(make(), resume=True)
     run(make(), stop=stop_after(1))
@@ -229,6 +231,12 @@ def test_runs_are_not_overwritten_nor_mixed(make: Any) -> None:
         run(make())
     with pytest.raises(CheckpointError, match=r"another optim\.lr, steps"):
         run(make(steps=9, optim={"lr": 2e-2, "warmup_steps": 2}), resume=True)
+    text = tmp_path / "train.txt"
+    before = text.read_text()
+    text.write_text(before.replace("night", "noon."))
+    with pytest.raises(CheckpointError, match="the training text is not the one"):
+        run(make(), resume=True)
+    text.write_text(before)
     (Path(make().output) / "last.pt").write_bytes(b"PK damaged")
     with pytest.raises(CheckpointError, match=r"last\.pt is damaged"):
         run(make(), resume=True)
@@ -238,7 +246,6 @@ def test_runs_are_not_overwritten_nor_mixed(make: Any) -> None:
     ("changes", "error", "message"),
     [
         ({"model": {**MODEL, "vocab_size": 200}}, CheckpointError, "vocabulary needs 259"),
-        ({"model": {**MODEL, "tokenizer": "hf"}}, ConfigError, "data.tokenizer"),
         ({"window": 8000}, InputError, "too few for windows of 8000"),
         ({"data": {"train": "absent.txt"}}, InputError, "absent.txt"),
     ],
@@ -260,3 +267,32 @@ def test_a_run_without_held_out_text_ends_with_an_export(make: Any, tmp_path: Pa
     result = run(config)
     assert result.finished and result.bits_per_byte is None
     load_model(Path(config.output) / "final")
+
+
+def test_fine_tuning_starts_at_the_given_weights(make: Any) -> None:
+    run(make("first", steps=2))
+    source = str(Path(make("first").output) / "final")
+    tuned = make("second", model=None, init_from=source, optim={"lr": 1e-12, "warmup_steps": 0, "weight_decay": 0.0})
+    assert run(tuned).finished
+    before, after = (load_model(folder).state_dict() for folder in (source, Path(tuned.output) / "final"))
+    for name, tensor in before.items():
+        # A learning rate of nothing; poles go through their parametrisation and back.
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=3e-7, msg=name)
+
+
+def test_the_tokenizer_file_goes_with_the_model(make: Any, tmp_path: Path) -> None:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"</s>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, [])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = {"train": str(tmp_path / "train.txt"), "tokenizer": str(tmp_path / "tokenizer.json")}
+    first = make("first", model={**MODEL, "tokenizer": "hf"}, data=data, steps=1)
+    run(first)
+    second = make("second", model=None, init_from=first.output + "/final", data={"train": data["train"]}, steps=1)
+    run(second)
+    _, loaded = hub.load(second.output + "/final")
+    assert loaded.decode(loaded.encode("hyaena", add_special_tokens=False)) == "hyaena"

@@ -36,15 +36,15 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.from_file(args.config, args.overrides)
     from hyaena.train.loop import train  # imports torch: after the mistakes that need none
 
-    interrupted = _Interrupt()
-    result = train(
-        config,
-        resume=args.resume,
-        max_seconds=args.max_seconds,
-        device=args.device,
-        progress=not args.quiet,
-        stop=lambda: interrupted.happened,
-    )
+    with _Interrupt() as interrupted:
+        result = train(
+            config,
+            resume=args.resume,
+            max_seconds=args.max_seconds,
+            device=args.device,
+            progress=not args.quiet,
+            stop=lambda: interrupted.happened,
+        )
     if not result.finished:
         print(f"stopped at step {result.step} of {config.steps}; go on with --resume", file=sys.stderr)
         return 130 if interrupted.happened else 0
@@ -54,16 +54,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Interrupt:
-    """Remembers the first Ctrl-C or SIGTERM, and lets a second one through."""
+    """Within it, the first Ctrl-C or SIGTERM is remembered only; a second one acts as ever."""
 
     def __init__(self) -> None:
         self.happened = False
+
+    def __enter__(self) -> _Interrupt:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.happened = True
-        for signal_number, handler in self._before.items():
-            signal.signal(signal_number, handler)
+        self.__exit__()
         print("\nfinishing this step and writing a checkpoint; once more to stop at once", file=sys.stderr)
 
 

@@ -112,7 +112,7 @@ class TrainConfig:
     compile: bool = False
     log_every: int = 10
     eval_every: int = 0
-    save_every: int = 0
+    save_every: int = 500
     eval_overlap: int = 0
     export_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -129,6 +129,14 @@ class TrainConfig:
         _require(
             micro is None or (micro >= 1 and self.batch_size % micro == 0),
             f"batch_size {self.batch_size} must be a multiple of micro_batch_size {micro}",
+        )
+        _require(
+            self.data.tokenizer is None or (self.model is not None and self.model.tokenizer == "hf"),
+            "data.tokenizer is for new models with tokenizer: hf only; remove it",
+        )
+        _require(
+            self.model is None or self.model.tokenizer != "hf" or self.data.tokenizer is not None,
+            "model.tokenizer is hf: name its tokenizer.json in data.tokenizer, or use bytes",
         )
         _require(
             self.model is None or self.window <= self.model.max_length,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class Corpus:
     tokens: Tensor
     starts: Tensor
     num_bytes: int
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of tokens and starts: what a run resumes on must be what it began with."""
+        return zlib.crc32(self.starts.numpy().data, zlib.crc32(self.tokens.numpy().data))
 
     @property
     def num_predictions(self) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from hyaena import hub
 from hyaena.checkpoints import save_model
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, NonFiniteError
 from hyaena.model import StripedHyena
@@ -33,6 +34,7 @@ from hyaena.train.evaluate import Evaluation, autocast, evaluate, summed_loss
 from hyaena.train.filters import parametrize_filters, plain_state_dict
 from hyaena.train.optim import learning_rate, make_optimizer
 from hyaena.train.storage import (
+    CHECKPOINT,
     CURVE,
     METRICS,
     Metrics,
@@ -105,7 +107,7 @@ class Run:
         self.device = _device(device)
         self.precision = _precision(config, self.device)
         torch.manual_seed(config.seed)
-        self.model, self.tokenizer = _model_and_tokenizer(config)
+        self.model, self.tokenizer, self.tokenizer_files = _model_and_tokenizer(config)
         model_config = self.model.config
         if self.tokenizer.vocab_size > model_config.vocab_size:
             raise ConfigError(
@@ -133,7 +135,7 @@ class Run:
 
     def begin(self) -> None:
         """Make the folder of a new run; refuses to overwrite one that exists."""
-        if (self.folder / "last.pt").exists():
+        if (self.folder / CHECKPOINT).exists():
             raise CheckpointError(
                 f"{self.folder} already holds a run: continue it with --resume or choose another output"
             )
@@ -150,6 +152,10 @@ class Run:
             raise CheckpointError(
                 f"{self.folder} was started with another {', '.join(changed)}; use the same configuration"
             )
+        if state["data"] != self.corpus.checksum:
+            raise CheckpointError(
+                f"the training text is not the one {self.folder} began with; restore it, or start anew"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -161,6 +167,7 @@ class Run:
         """Write ``last.pt``."""
         state: dict[str, Any] = {
             "config": json.dumps(_identity(self.config)),
+            "data": self.corpus.checksum,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -173,9 +180,12 @@ class Run:
 
     def export(self, name: str) -> None:
         """Write the model, with raw poles, as a folder that loads like any other model."""
-        model = StripedHyena(self.model.config)
-        model.load_state_dict(plain_state_dict(self.model))
-        save_model(model, self.folder / name, dtype=getattr(torch, self.config.export_dtype))
+        with torch.device("meta"):  # no fresh weights, which would draw from the run's random numbers
+            model = StripedHyena(self.model.config)
+        model.load_state_dict(plain_state_dict(self.model), assign=True)
+        save_model(
+            model, self.folder / name, dtype=getattr(torch, self.config.export_dtype), extra_files=self.tokenizer_files
+        )
 
     def update(self) -> tuple[Tensor, Tensor]:
         """One optimizer step: mean loss per token and gradient norm before clipping, both still on the device."""
@@ -321,20 +331,24 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def _model_and_tokenizer(config: TrainConfig) -> tuple[StripedHyena, Tokenizer]:
+def _model_and_tokenizer(config: TrainConfig) -> tuple[StripedHyena, Tokenizer, dict[str, bytes]]:
+    """The model as it starts, its tokenizer, and the tokenizer's files, which go with every export."""
     if config.model is not None:
-        if config.model.tokenizer == "hf" and config.data.tokenizer is None:
-            raise ConfigError("model.tokenizer is hf: name its tokenizer.json in data.tokenizer, or use bytes")
-        tokenizer = load_tokenizer(config.data.tokenizer or "", config.model)
+        folder = Path(config.data.tokenizer or "")
+        tokenizer = load_tokenizer(folder, config.model)
         model = StripedHyena(config.model)
     else:
-        from hyaena.hub import load  # loads what training from scratch does not need
-
         assert config.init_from is not None
-        model, tokenizer = load(config.init_from, dtype="float32", device="cpu")
+        folder = hub.locate(config.init_from).folder
+        model, tokenizer = hub.load(config.init_from, dtype="float32", device="cpu")
     if config.window > model.config.max_length:
         raise ConfigError(f"window {config.window} is longer than the model's maximum of {model.config.max_length}")
-    return model, tokenizer
+    files: dict[str, bytes] = {}
+    if model.config.tokenizer == "hf":
+        folder = folder.parent if folder.is_file() else folder
+        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    return model, tokenizer, files
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def plot_metrics(runs: dict[str, Path], output: Path, *, title: str = "") -> Non
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, MaxNLocator
     except ImportError as error:
-        raise HyaenaError("the loss curve needs matplotlib: pip install matplotlib") from error
+        raise HyaenaError("the loss curve needs matplotlib: pip install 'hyaena[train]'") from error
     figure = Figure(figsize=(8, 5.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -139,10 +139,11 @@ def plot_metrics(runs: dict[str, Path], output: Path, *, title: str = "") -> Non
     upper.set_ylabel("bits per byte")
     upper.legend(frameon=False)
     upper.set_title(title, loc="left", fontweight="bold")
-    lower.set_ylabel("learning rate")
+    lower.set_ylabel("learning rate\n(thousandths)", fontsize=8)
     lower.set_xlabel("tokens seen (millions)")
     lower.yaxis.set_major_locator(MaxNLocator(3))
-    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if value else "0"))
+    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1e3 * value:g}"))
+    lower.set_ylim(bottom=0)
     for axes in (upper, lower):
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
