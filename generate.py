@@ -60,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids what was said (1)")
     parser.add_argument("--seed", type=int, help="draw the same numbers every time")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
     parser.add_argument("--demo", action="store_true", help="run the bundled model instead of a checkpoint")
     args = parser.parse_args(argv)
     if args.demo and (args.checkpoint_path or args.config_path):

@@ -100,6 +100,25 @@ def test_every_option_arrives(folder: str, capsys: pytest.CaptureFixture[str]) -
     assert document["stats"]["prompt_tokens"] == 10
 
 
+def test_a_cpu_computes_in_float32_unless_told(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = hyaena.load(folder)
+    half = str(save_model(model.bfloat16(), tmp_path / "half"))
+
+    def said(*flags: str) -> list[float]:
+        assert (
+            main(["generate", "--model", half, "--device", "cpu", "--json", "--max-new-tokens", "4", *flags, "abc"])
+            == 0
+        )
+        return json.loads(capsys.readouterr().out)["logprobs"]
+
+    def computed(dtype: str) -> list[float]:
+        model, _ = hyaena.load(half, dtype=dtype)
+        return hyaena.generate(model, tokenizer, "abc", max_new_tokens=4).logprobs
+
+    assert said() == computed("float32") != computed("bfloat16")
+    assert said("--dtype", "bfloat16") == computed("bfloat16")
+
+
 def test_stats_are_the_last_line_of_standard_error(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--model", folder, "--max-new-tokens", "5", "--stats", "abc"]) == 0
     line = capsys.readouterr().err.splitlines()[-1]

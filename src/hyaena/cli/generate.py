@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
     group.add_argument("--revision", help="the revision of a hub id")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
     group.add_argument(
         "--method", default="auto", help="how the prompt's long convolutions are evaluated: fft, blocked, … (auto)"
     )
@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     from hyaena.hub import load
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
+    # Most CPUs have no fast arithmetic for the half precision that files are stored in: several times slower.
+    dtype = args.dtype or ("float32" if device == "cpu" else None)
+    model, tokenizer = load(args.model, device=device, dtype=dtype, revision=args.revision, config=args.config)
     chunk = PREFILL_CHUNK if args.prefill_chunk is None else args.prefill_chunk
     bar = PrefillBar()
     options: Options = {
