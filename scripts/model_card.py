@@ -5,7 +5,8 @@
 
 Every number is bits per byte of the UTF-8 text of all documents. A model predicts each document from its own
 beginning, through windows of ``--window`` tokens that overlap by ``--overlap``; it pays for end tokens, and its own
-size is not counted. ``gzip`` and ``xz`` get all documents in one piece, so they see more context than the models.
+size is not counted. ``gzip`` and ``xz`` get all documents in one piece, so they see more context than the models, but
+not the training text; ``xz`` after the training text (``--train``) does: what the held-out text adds to the archive.
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ def compressors(text: bytes) -> list[Row]:
     return [Row(name, "", 8 * len(data) / len(text)) for name, data in coded.items()]
 
 
+def after_training_text(text: bytes, training: bytes) -> Row:
+    """What ``xz -9e`` adds for the text when the training text came before it (its window holds 64 MiB)."""
+    preset = 9 | lzma.PRESET_EXTREME
+    added = len(lzma.compress(training + text, preset=preset)) - len(lzma.compress(training, preset=preset))
+    return Row("xz -9e, after the training text", f"{len(training) / 1e6:.1f} MB of text", 8 * added / len(text))
+
+
 def measure(source: str, documents: list[str], arguments: argparse.Namespace) -> Row:
     """One model on all documents."""
     model, tokenizer = hub.load(source, device=arguments.device, dtype="float32")
@@ -65,6 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure models and compressors on the same held-out bytes.")
     parser.add_argument("models", nargs="+", help="bundled names, folders or hub ids")
     parser.add_argument("--heldout", nargs="+", default=["corpus/heldout.jsonl"], help="files or folders")
+    parser.add_argument("--train", nargs="+", default=[], help="the training text, for xz to have seen too")
     parser.add_argument("--window", type=int, default=2048, help="tokens per window (default: 2048)")
     parser.add_argument("--overlap", type=int, default=1024, help="tokens of context at least (default: 1024)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows at a time (default: 4)")
@@ -73,7 +82,10 @@ def main() -> int:
     try:
         documents = list(read_documents(arguments.heldout))
         text = "".join(documents).encode("utf-8")
-        rows = [*compressors(text), *(measure(source, documents, arguments) for source in arguments.models)]
+        rows = compressors(text)
+        if arguments.train:
+            rows.append(after_training_text(text, "".join(read_documents(arguments.train)).encode("utf-8")))
+        rows += [measure(source, documents, arguments) for source in arguments.models]
     except HyaenaError as error:
         print(f"model_card: error: {error}", file=sys.stderr)
         return 2
