@@ -1,0 +1,103 @@
+"""The same laws on a GPU; skipped where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hyaena
+from hyaena.config import ModelConfig
+from hyaena.model import StripedHyena
+from hyaena.ops import HyenaState
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=64,
+    layer_types=("hyena", "attention", "hyena"),
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    state_size=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def _exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def make() -> StripedHyena:
+    torch.manual_seed(0)
+    return StripedHyena(CONFIG).cuda()
+
+
+def test_golden_greedy_ids(golden_case: Path) -> None:
+    config = ModelConfig.from_file(golden_case / "config.yml")
+    model = StripedHyena(config)
+    model.load_state_dict(load_file(golden_case / "model.safetensors"))
+    model.cuda()
+    expected = load_file(golden_case / "expected.safetensors", device="cuda")
+    ids, greedy = expected["input_ids"], expected["greedy_ids"]
+    cache = model.make_cache(ids.shape[0], max_length=ids.shape[1] + greedy.shape[1])
+    with torch.inference_mode():
+        logits = model(ids, cache=cache)
+        assert float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max()) < 1e-4
+        chosen = [logits[:, -1:].argmax(-1)]
+        for _ in range(greedy.shape[1] - 1):
+            chosen.append(model(chosen[-1], cache=cache).argmax(-1))
+    assert torch.equal(torch.cat(chosen, dim=1), greedy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunks_continuation_and_padding(dtype: torch.dtype, padded: bool) -> None:
+    model = make().to(dtype)
+    ids = torch.randint(64, (2, 300), device="cuda")
+    mask = torch.arange(300, device="cuda") >= torch.tensor([[0], [17 if padded else 0]], device="cuda")
+    with torch.inference_mode():
+        cache = model.make_cache(2, max_length=300)
+        parts = [model(ids[:, :100], cache=cache, mask=mask[:, :100])]
+        parts += [model(ids[:, a:b], cache=cache) for a, b in ((100, 101), (101, 250), (250, 300))]
+        got, whole = torch.cat(parts, dim=1), model(ids, mask=mask)
+        row = model(ids[1:, 17 if padded else 0 :])
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(got[1, 17:], whole[1, 17:], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got[1, 17:], row[0, 0 if padded else 17 :], rtol=tolerance, atol=tolerance)
+
+
+def test_packed_training_step_equals_the_cpu() -> None:
+    ids = torch.randint(64, (2, 200))
+    segment_ids = (torch.arange(200) // 37)[None].expand(2, -1)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = make().to(device)
+        model(ids.to(device), segment_ids=segment_ids.to(device)).logsumexp(-1).mean().backward()
+        gradients.append({name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None})
+    for name, expected in gradients[0].items():
+        error = (gradients[1][name] - expected).abs().max() / expected.abs().max()
+        assert float(error) < 1e-3, name
+
+
+def test_generation_of_a_batch() -> None:
+    model, tokenizer = hyaena.load("cub", device="cuda", dtype="float32")
+    prompts = ["import os\n", "def main(", "class Stack:\n    def push(self"]
+    together = hyaena.generate(model, tokenizer, prompts, max_new_tokens=40, temperature=0.7, seed=1)
+    for prompt, completion in zip(prompts, together, strict=True):
+        assert hyaena.generate(model, tokenizer, prompt, max_new_tokens=40, temperature=0.7, seed=1).text == (
+            completion.text
+        )
+
+
+def test_poles_stay_precise_and_states_complex_on_the_device() -> None:
+    model = make().half().to("cuda", torch.bfloat16)
+    cache = model.make_cache()
+    with torch.inference_mode():
+        model(torch.randint(64, (1, 50), device="cuda"), cache=cache)
+    for layer in cache.layers:
+        if isinstance(layer, HyenaState):
+            assert layer.iir.is_cuda and layer.iir.dtype == torch.complex64
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if name.endswith(("poles", "residues")) else torch.bfloat16)
