@@ -76,7 +76,8 @@ def load(
     Args:
         source: a bundled name (``"cub"``), a folder in our layout or the original's, a weights file, or a hub id.
         device: where the model goes; by default the CPU.
-        dtype: of the weights, such as ``"bfloat16"``; by default as they are stored.
+        dtype: of the weights, such as ``"bfloat16"``; by default float32 on a CPU, since most have no fast arithmetic
+            for narrower numbers, and elsewhere as they are stored. ``"stored"`` keeps every tensor as it is.
         revision: branch, tag or commit of a hub id.
         config: a configuration or its path, where it does not lie beside the weights.
 
@@ -161,6 +162,8 @@ def corrected(hub_id: str, config: ModelConfig) -> ModelConfig:
 
 
 def _load(checkpoint: Checkpoint, dtype: str | torch.dtype | None, device: str | torch.device | None) -> StripedHyena:
+    if dtype is None and checkpoints.as_device(device).type == "cpu":
+        dtype = torch.float32
     return checkpoints.load_model(checkpoint.path, checkpoint.config, dtype=dtype, device=device)
 
 

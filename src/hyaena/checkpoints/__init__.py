@@ -5,12 +5,13 @@ Read: our own folders, the original's folders, a weights file with a configurati
 """
 
 from hyaena.checkpoints.files import Checkpoint, find, find_config, has_weights
-from hyaena.checkpoints.load import STORED, load_model, read_tensors, survey
+from hyaena.checkpoints.load import STORED, as_device, load_model, read_tensors, survey
 from hyaena.checkpoints.save import save_model
 
 __all__ = [
     "STORED",
     "Checkpoint",
+    "as_device",
     "find",
     "find_config",
     "has_weights",

@@ -72,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from hyaena.hub import load
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # Most CPUs have no fast arithmetic for the half precision that files are stored in: several times slower.
-    dtype = args.dtype or ("float32" if device == "cpu" else None)
-    model, tokenizer = load(args.model, device=device, dtype=dtype, revision=args.revision, config=args.config)
+    model, tokenizer = load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
     chunk = PREFILL_CHUNK if args.prefill_chunk is None else args.prefill_chunk
     bar = PrefillBar()
     options: Options = {
