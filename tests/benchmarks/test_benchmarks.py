@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from benchmarks import predictions, report, run
 from benchmarks.measure import Side, pairwise, require_equal, take_turns
 from benchmarks.models import STRIPED
 from benchmarks.registry import BENCHMARKS, Bar, Benchmark, IncorrectError, Row, Spread, select
+
+from benchmarks import predictions, report, run
 
 MACHINE = {"processor": "an abacus", "torch": "2"}
 OCCASION = {"date": "today", "command": "make bench", "commit": "abc", "threads": "2", "load before": "0.00"}
