@@ -1,0 +1,61 @@
+"""The peer: transformers' Mistral of the same size, all layers attention, evaluated as its users do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hyaena.config import ModelConfig
+
+
+class Mistral:
+    """A MistralForCausalLM with the widths of one of our configurations, and its DynamicCache.
+
+    Scaled-dot-product attention, no sliding window, logits of the last position only.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        from transformers import MistralConfig, MistralForCausalLM
+
+        torch.manual_seed(0)
+        widths: dict[str, Any] = dict(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            max_position_embeddings=config.max_length,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            sliding_window=None,
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",
+            dtype="float32",
+        )
+        self.model: Any = MistralForCausalLM(MistralConfig(**widths)).eval()
+        self.cache: Any = None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Read a prompt [1,T] into a new cache; logits [1,V] after it."""
+        out = self.model(ids, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Read one token [1,1]; logits [1,V] after it."""
+        out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def rewind(self, length: int) -> None:
+        """Forget what came after the first ``length`` tokens."""
+        surplus = self.cache.get_seq_length() - length
+        if surplus:
+            self.cache.crop(-surplus)

@@ -1,0 +1,53 @@
+"""The models under test: 129M parameters of SH-7B's pattern, and the bundled one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hyaena.config import ModelConfig
+
+if TYPE_CHECKING:
+    from hyaena.model import StripedHyena
+
+STRIPED = ModelConfig(
+    vocab_size=32_000,
+    hidden_size=768,
+    layer_types=("hyena", "attention") * 6,
+    intermediate_size=2048,
+    num_attention_heads=12,
+    num_key_value_heads=3,
+    state_size=2,
+    rope_theta=500_000.0,
+    max_length=16_384,
+    name="129M",
+)
+"""SH-7B's pattern, 128,912,640 parameters: D/H/G, the stripes and the MLP in its proportions."""
+
+TINY = replace(
+    STRIPED,
+    vocab_size=320,
+    hidden_size=96,
+    layer_types=("hyena", "attention") * 2,
+    intermediate_size=128,
+    num_attention_heads=6,
+    name="tiny",
+)
+"""For ``--quick``: shows that a benchmark works, and nothing about speed."""
+
+
+def striped(quick: bool) -> StripedHyena:
+    """The 129M model with fresh weights; the same ones each time."""
+    import torch
+
+    from hyaena.model import StripedHyena
+
+    torch.manual_seed(0)
+    return StripedHyena(TINY if quick else STRIPED).eval()
+
+
+def cub() -> StripedHyena:
+    """The bundled model, in float32."""
+    import hyaena
+
+    return hyaena.load("cub", dtype="float32")[0]

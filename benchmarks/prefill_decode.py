@@ -1,0 +1,258 @@
+"""The 129M model against a Mistral of its size, and against the time that reading its weights takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import hyaena
+from benchmarks import models
+from benchmarks.measure import Side, pairwise, require_equal, take_turns
+from benchmarks.mistral import Mistral
+from benchmarks.registry import Bar, IncorrectError, Row, Spread
+from hyaena.cache import Cache
+from hyaena.generation import PREFILL_CHUNK
+from hyaena.model import StripedHyena
+from hyaena.tokenizers import ByteTokenizer
+
+# Of the largest logit: two float32 evaluations of 12 layers in different orders of summation.
+SAME = 1e-4
+
+
+def prompt(config: hyaena.ModelConfig, length: int) -> Tensor:
+    """Random ids [1,length], the same ones each time."""
+    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+
+
+def prefill_ours(
+    model: StripedHyena,
+    ids: Tensor,
+    chunk: int = PREFILL_CHUNK,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, float]:
+    """Read a prompt as every user does, to the first token: its id and log-probability."""
+    tokenizer = ByteTokenizer(model.config.vocab_size)  # wants no more than the number of ids
+    done = hyaena.generate(
+        model,
+        tokenizer,
+        ids[0].tolist(),
+        max_new_tokens=1,
+        stop_at_eos=False,
+        prefill_chunk=chunk,
+        max_length=ids.shape[1] + 1,
+        progress=progress,
+    )
+    return done.tokens[0], done.logprobs[0]
+
+
+def read(model: StripedHyena, ids: Tensor, cache: Cache, chunk: int = PREFILL_CHUNK) -> Tensor:
+    """Read ids [1,T] into the cache in chunks; logits [1,V] after the last."""
+    for part in ids.split(chunk, dim=1):
+        logits = model(part, cache=cache, logits_to_keep=1)
+    return logits[:, -1]
+
+
+def check_prefill(model: StripedHyena, ids: Tensor, chunk: int) -> None:
+    """Chunked logits are those of one pass, and ``generate`` reports their log-probability."""
+    with torch.inference_mode():
+        whole = model(ids, logits_to_keep=1)[:, -1]
+        chunked = read(model, ids, model.make_cache(max_length=ids.shape[1]), chunk)
+    require_equal("logits of the prefill in chunks and in one pass", chunked, whole, SAME)
+    token, logprob = prefill_ours(model, ids, chunk)
+    expected = whole.log_softmax(-1)[0]
+    # 1e-3: logits of order 10, SAME of each; the chosen token may differ where two are that close
+    if abs(logprob - float(expected[token])) > 1e-3 or float(expected.max() - expected[token]) > 1e-3:
+        raise IncorrectError(
+            f"generate chose token {token} at {logprob:.4f}, one pass says {float(expected.max()):.4f}"
+        )
+
+
+@torch.inference_mode()
+def check_decoding(model: StripedHyena, ids: Tensor, steps: int = 4) -> None:
+    """The last tokens, read one by one, give the logits of one pass."""
+    whole = model(ids, logits_to_keep=1)[:, -1]
+    cache = model.make_cache(max_length=ids.shape[1])
+    read(model, ids[:, :-steps], cache)
+    for token in ids[:, -steps:].split(1, dim=1):
+        logits = model(token, cache=cache, logits_to_keep=1)[:, -1]
+    require_equal("logits after decoding and of one pass", logits, whole, SAME)
+
+
+@torch.inference_mode()
+def check_peer(peer: Mistral, ids: Tensor) -> None:
+    """The peer does its work too: its cached step gives the logits of one pass."""
+    whole = peer.prefill(ids)
+    peer.prefill(ids[:, :-1])
+    require_equal("Mistral's logits with and without cache", peer.step(ids[:, -1:]), whole, SAME)
+
+
+def prefill(quick: bool) -> list[Row]:
+    """A whole prompt, from ids to the first token on our side, to the last logits on the peer's."""
+    length, rounds, chunk = (96, 2, 32) if quick else (8192, 5, PREFILL_CHUNK)
+    model = models.striped(quick)
+    peer = Mistral(model.config)
+    ids = prompt(model.config, length)
+    check_prefill(model, ids, chunk)
+    check_peer(peer, ids[:, : length // 16])
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        peer.prefill(ids)
+
+    seconds = take_turns(
+        {
+            "ours": Side(lambda: prefill_ours(model, ids, chunk)),
+            "peer": Side(theirs, prepare=lambda: setattr(peer, "cache", None)),
+        },
+        rounds,
+    )
+    return [
+        Row(
+            what=f"prefill of {length:,} tokens, {_size(model)}",
+            unit="s",
+            ours=Spread.of(seconds["ours"]),
+            peer_name=f"Mistral ({peer.num_parameters / 1e6:.1f}M)",
+            peer=Spread.of(seconds["peer"]),
+            ratio=pairwise(seconds["peer"], seconds["ours"]),
+            ratio_name="peer / ours",
+            bar=Bar(">=", 1.3),
+            note=f"Ours: `hyaena.generate` for one token, chunks of {chunk:,}, so the choice of the token is in it.",
+        )
+    ]
+
+
+def prefill_chunks(quick: bool) -> list[Row]:
+    """The same prompt in other chunk sizes, against the default one."""
+    length, rounds, default, sizes = (
+        (96, 2, 32, (16, 64)) if quick else (8192, 2, PREFILL_CHUNK, tuple({512, 1024, 2048, 4096} - {PREFILL_CHUNK}))
+    )
+    model = models.striped(quick)
+    ids = prompt(model.config, length)
+    prefill_ours(model, ids[:, : length // 8])
+    sides = {size: Side(lambda size=size: prefill_ours(model, ids, size)) for size in (default, *sorted(sizes))}
+    seconds = take_turns({str(size): side for size, side in sides.items()}, rounds)
+    return [
+        Row(
+            what=f"prefill of {length:,} tokens in chunks of {size:,}, {_size(model)}",
+            unit="s",
+            ours=Spread.of(seconds[str(size)]),
+            peer_name=f"chunks of {default:,}",
+            peer=Spread.of(seconds[str(default)]),
+            ratio=pairwise(seconds[str(default)], seconds[str(size)]),
+            ratio_name="default / this",
+        )
+        for size in sorted(sizes)
+    ]
+
+
+class Greedy:
+    """Greedy decoding by single steps, from a point that it can go back to."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], first: Tensor) -> None:
+        self.step = step
+        self.first = first.argmax(-1, keepdim=True)
+
+    @torch.inference_mode()
+    def run(self, count: int) -> None:
+        token = self.first
+        for _ in range(count):
+            token = self.step(token).argmax(-1, keepdim=True)
+
+
+def _ours_at(model: StripedHyena, ids: Tensor, room: int) -> tuple[Greedy, Callable[[], None]]:
+    """Our side after a prompt, and what takes it back there."""
+    with torch.inference_mode():
+        cache = model.make_cache(max_length=ids.shape[1] + room)
+        first = read(model, ids, cache)
+        start = cache.snapshot()
+
+    def rewind() -> None:
+        with torch.inference_mode():
+            cache.restore(start)
+
+    return Greedy(lambda token: model(token, cache=cache, logits_to_keep=1)[:, -1], first), rewind
+
+
+def decode_long(quick: bool) -> list[Row]:
+    """Single steps at a long context, against the peer with its cache."""
+    context, steps, rounds = (96, 4, 3) if quick else (8192, 16, 9)
+    model = models.striped(quick)
+    peer = Mistral(model.config)
+    ids = prompt(model.config, context)
+    check_decoding(model, ids)
+    check_peer(peer, ids[:, : context // 16])
+    ours, rewind = _ours_at(model, ids, steps)
+    with torch.inference_mode():
+        theirs = Greedy(peer.step, peer.prefill(ids))
+    ours.run(1)
+    theirs.run(1)
+    seconds = take_turns(
+        {
+            "ours": Side(lambda: ours.run(steps), prepare=rewind),
+            "peer": Side(lambda: theirs.run(steps), prepare=lambda: peer.rewind(context)),
+        },
+        rounds,
+    )
+    return [
+        Row(
+            what=f"decoding at context {context:,}, {_size(model)}",
+            unit="tokens/s",
+            ours=Spread.of(steps / s for s in seconds["ours"]),
+            peer_name=f"Mistral ({peer.num_parameters / 1e6:.1f}M), DynamicCache",
+            peer=Spread.of(steps / s for s in seconds["peer"]),
+            ratio=pairwise(seconds["peer"], seconds["ours"]),
+            ratio_name="ours / peer",
+            bar=Bar(">=", 2),
+            note=f"{steps} greedy steps a round, each round from the same context.",
+        )
+    ]
+
+
+def decode_short(quick: bool) -> list[Row]:
+    """Single steps at a short context, against reading every weight matrix of a step once."""
+    context, steps, rounds = (64, 4, 3) if quick else (512, 16, 15)
+    model = models.striped(quick)
+    ids = prompt(model.config, context)
+    check_decoding(model, ids)
+    ours, rewind = _ours_at(model, ids, steps)
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    bytes_read = sum(w.numel() * w.element_size() for w in matrices)
+    vectors = {width: torch.randn(width) for width in {w.shape[1] for w in matrices}}
+
+    @torch.inference_mode()
+    def stream(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        for _ in range(steps):
+            for w in matrices:
+                product(w, vectors[w.shape[1]])
+
+    floors = {
+        "torch.mv": Side(lambda: stream(torch.mv)),
+        "F.linear": Side(lambda: stream(lambda w, v: nn.functional.linear(v[None], w))),
+    }
+    ours.run(1)
+    for floor in floors.values():
+        floor.run()
+    seconds = take_turns({"ours": Side(lambda: ours.run(steps), prepare=rewind), **floors}, rounds)
+    fastest = min(floors, key=lambda name: Spread.of(seconds[name]).median)
+    return [
+        Row(
+            what=f"decoding at context {context:,} against its floor by {name}, {_size(model)}",
+            unit="tokens/s",
+            ours=Spread.of(steps / s for s in seconds["ours"]),
+            peer_name=f"{len(matrices)} matrices by {name}",
+            peer=Spread.of(steps / s for s in seconds[name]),
+            ratio=pairwise(seconds[name], seconds["ours"]),
+            ratio_name="ours / floor",
+            bar=Bar(">=", 0.65) if name == fastest else None,
+            note=f"The floor reads {bytes_read / 1e6:.0f} MB a step: "
+            f"{bytes_read * steps / Spread.of(seconds[name]).median / 1e9:.1f} GB/s."
+            + (" The faster of the two floors holds the bar." if name == fastest else ""),
+        )
+        for name in floors
+    ]
+
+
+def _size(model: StripedHyena) -> str:
+    return f"{model.config.num_parameters / 1e6:.1f}M parameters"
