@@ -22,7 +22,7 @@ def long_conv_recurrence(
         if reset is not None:
             state = state * ~reset[:, t, None, None]
         now = x[:, t]
-        state = torch.addcmul(now.unsqueeze(-1).to(state.dtype), poles, state)
-        y = (residues * state).sum(-1).real
+        state = poles * state + now.unsqueeze(-1)
+        y = (residues * state).real.sum(-1)  # summing reals is three times as fast as summing complex numbers
         outputs.append(y if skip is None else torch.addcmul(y, skip.to(real), now))
     return torch.stack(outputs, dim=1), state
