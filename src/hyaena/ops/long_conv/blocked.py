@@ -38,8 +38,9 @@ def long_conv_blocked(
     spread = spread.transpose(1, 2)  # R p^(i+1), [D,2N,C]
     toeplitz = toeplitz_matrix(taps(filter, chunk))  # [D,C,C]
 
-    chunks = torch.nn.functional.pad(x, (0, 0, 0, padding)).view(batch * count, chunk, channels)
-    chunks = chunks.permute(2, 0, 1).contiguous()  # [D,B·c,C]
+    if padding:  # torch copies even when there is nothing to add
+        x = torch.nn.functional.pad(x, (0, 0, 0, padding))
+    chunks = x.reshape(batch * count, chunk, channels).permute(2, 0, 1).contiguous()  # [D,B·c,C]
     segments = None
     seen = chunks  # what the state at the end of a chunk still remembers of it
     if reset is not None:
