@@ -22,7 +22,8 @@ def long_conv_scan(x: Tensor, filter: ModalFilter, state: Tensor, reset: Tensor 
     first = inputs[:, :1] + carried.unsqueeze(1)
     states = scan(torch.cat([first, inputs[:, 1:].expand(-1, -1, -1, poles.shape[-1])], dim=1), widen(poles), passes)
     y = (residues * states).sum(-1).real
-    return y if skip is None else torch.addcmul(y, skip.to(x.dtype), x), states[:, -1].clone()  # not a view, which would keep all of them
+    last = states[:, -1].clone()  # a view would keep the states of all steps
+    return y if skip is None else torch.addcmul(y, skip.to(x.dtype), x), last
 
 
 def scan(values: Tensor, decay: Tensor, passes: Tensor | None = None) -> Tensor:
