@@ -107,7 +107,8 @@ def stream(
         stop: strings that end a row; neither they nor what follows them is ever part of the text.
         stop_at_eos: end a row at the tokenizer's EOS.
         logprobs: how many alternatives to report with each token.
-        method: how long convolutions of the prompt are evaluated (``ops.METHODS``); single steps choose themselves.
+        method: how long convolutions of the prompt are evaluated (``ops.METHODS``); single steps choose themselves,
+            from what it left behind.
         max_length: the most tokens of prompt and completion together; ``config.max_length`` unless given.
         prefill_chunk: the most tokens of prompts that one pass reads.
         progress: called as ``progress(tokens read, tokens of all prompts)`` after each pass.
