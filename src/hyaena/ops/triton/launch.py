@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from hyaena.ops.triton.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
 from hyaena.ops.triton.forward import hyena_forward_kernel
 from hyaena.ops.triton.step import hyena_step_kernel
 
@@ -192,3 +194,136 @@ def step(
         num_warps=2,
     )
     return y
+
+
+CHUNK, BATCH, LANES = 64, 4, 128
+"""The backward kernels' steps of a chunk, steps whose states are held at once, and channels of a program."""
+
+
+def backward(
+    dy: Tensor,
+    dfir: Tensor | None,
+    diir: Tensor | None,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor | None,
+    fir: Tensor | None,
+    iir: Tensor | None,
+    mask: Tensor | None,
+    chunk: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Launch the backward kernels.
+
+    Args:
+        dy, dfir, diir: gradients of what ``forward`` returned; None for zero.
+        chunk: steps of a chunk, a multiple of ``BATCH`` and at least K-1; None for ``CHUNK``.
+        The others are the arguments of ``forward``.
+
+    Returns:
+        The gradients of z (in its dtype), weight, bias, poles, residues, skip, fir and iir (float32), whether or not
+        the argument was None.
+    """
+    batch, length, width = z.shape
+    channels, modes = poles.shape[:2]
+    taps = weight.shape[-1]
+    dy, z, weight, poles, residues = (t.contiguous() for t in (dy, z, weight, poles, residues))
+    optional = (dfir, diir, bias, skip, fir, iir, mask)
+    dfir, diir, bias, skip, fir, iir, mask = (None if t is None else t.contiguous() for t in optional)
+    keep = z if mask is None else mask.view(torch.uint8)
+    steps = chunk or CHUNK
+    held = BATCH if modes <= 2 else 2 if modes <= 4 else 1
+    lanes = min(LANES, triton.next_power_of_2(channels))
+    warps = max(1, lanes // 32)
+    blocks, chunks = triton.cdiv(channels, lanes), triton.cdiv(length, steps)
+    run = min(8, max(1, chunks * blocks * batch // 2048))  # fewer partial sums, while the device stays full
+    runs = triton.cdiv(chunks, run)
+    options: dict[str, Any] = {"device": z.device, "dtype": torch.float32}
+
+    ahead = torch.empty(batch, chunks, modes, 2, channels, **options)
+    behind = torch.empty_like(ahead)
+    shape: dict[str, Any] = {"D": channels, "N": modes, "C": steps}
+    backward_sums_kernel[(blocks, chunks, batch)](
+        z,
+        dy,
+        weight,
+        z if bias is None else bias,
+        poles,
+        residues,
+        z if fir is None else fir,
+        keep,
+        ahead,
+        behind,
+        length,
+        **shape,
+        K=taps,
+        U=held,
+        BD=lanes,
+        HAS_BIAS=bias is not None,
+        HAS_FIR=fir is not None,
+        HAS_MASK=mask is not None,
+        num_warps=warps,
+    )
+    narrow = min(32, lanes)
+    backward_chain_kernel[(triton.cdiv(channels, narrow), modes, 2 * batch)](
+        poles,
+        poles if iir is None else iir,
+        poles if diir is None else diir,
+        ahead,
+        behind,
+        length,
+        chunks,
+        **shape,
+        W=taps - 1,
+        U=8,
+        BD=narrow,
+        HAS_IIR=iir is not None,
+        HAS_DIIR=diir is not None,
+        num_warps=1,
+    )
+    dz = torch.empty_like(z)
+    rows = 3 * (taps + 1) + 4 * modes + 1
+    sums = torch.empty(batch, runs, rows, channels, **options)
+    saved = torch.empty(batch * runs * blocks * triton.cdiv(steps + taps - 1, held) * modes * 2 * lanes, **options)
+    dfir_in = torch.empty(batch, width, taps - 1, **options)
+    diir_in = torch.empty(batch, channels, modes, 2, **options)
+    backward_gradients_kernel[(blocks, runs, batch)](
+        z,
+        dy,
+        weight,
+        z if bias is None else bias,
+        poles,
+        residues,
+        z if skip is None else skip,
+        z if fir is None else fir,
+        keep,
+        z if dfir is None else dfir,
+        ahead,
+        behind,
+        saved,
+        dz,
+        sums,
+        dfir_in,
+        diir_in,
+        length,
+        chunks,
+        run,
+        **shape,
+        K=taps,
+        U=held,
+        BD=lanes,
+        HAS_BIAS=bias is not None,
+        HAS_SKIP=skip is not None,
+        HAS_FIR=fir is not None,
+        HAS_MASK=mask is not None,
+        HAS_DFIR=dfir is not None and taps > 1,
+        num_warps=warps,
+    )
+    total = sums.sum(dim=(0, 1))  # [rows,D]
+    filters, modal = total[: 3 * (taps + 1)].view(3, taps + 1, channels), total[3 * (taps + 1) : -1]
+    dweight = filters[:, :taps].transpose(1, 2).reshape(width, taps)
+    dbias = filters[:, taps].reshape(width)
+    dpoles, dresidues = modal.view(2, modes, 2, channels).permute(0, 3, 1, 2).contiguous()
+    return dz, dweight, dbias, dpoles, dresidues, total[-1].contiguous(), dfir_in, diir_in
