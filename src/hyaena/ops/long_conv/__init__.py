@@ -117,4 +117,4 @@ def long_conv(
         raise UnsupportedError(f"long_conv method {name!r} cannot reset inside a sequence: use blocked")
     with torch.autocast(x.device.type, enabled=False):
         y, state = chosen.evaluate(x.to(poles.real.dtype), filter, state, reset)
-    return y.to(x.dtype), state.to(poles.dtype)
+    return y.to(x.dtype), state.to(poles.dtype).contiguous()  # steps that follow run over it again and again
