@@ -34,9 +34,7 @@ def missing(device: str) -> str | None:
     return f"the kernels need a CUDA device, and the tensors are on {device!r}"
 
 
-def obstacle(
-    z: Tensor, short_weight: Tensor, long_filter: ModalFilter, reset: Tensor | None
-) -> str | None:
+def obstacle(z: Tensor, short_weight: Tensor, long_filter: ModalFilter, reset: Tensor | None) -> str | None:
     """Why the kernels cannot evaluate the operator on these arguments, or None when they can."""
     modes, taps = long_filter.poles.shape[-1], short_weight.shape[-1]
     if reset is not None:
@@ -62,6 +60,13 @@ def hyena_triton(
     """Equals ``ops.hyena`` by any plain method: y [B,T,D], and fir and iir after z. Differentiable."""
     from hyaena.ops.triton.operators import hyena_operator
 
+    batch, length, width = z.shape
+    if length == 0 or (mask is not None and mask.shape != z.shape[:2]):
+        raise InputError(f"hyena takes z [B, T>=1, 3D] and a mask [B, T], not {tuple(z.shape)} and {mask}")
+    shapes = (batch, width, short_weight.shape[-1] - 1), (batch, *long_filter.poles.shape)
+    for state, shape in zip((fir, iir), shapes, strict=True):
+        if state is not None and state.shape != shape:
+            raise InputError(f"hyena's states must be {shapes[0]} and {shapes[1]}, and one is {tuple(state.shape)}")
     poles, residues, skip = long_filter
     pairs = None if iir is None else torch.view_as_real(iir.to(torch.complex64))
     y, fir, pairs = hyena_operator(

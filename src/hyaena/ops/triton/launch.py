@@ -196,8 +196,30 @@ def step(
     return y
 
 
-CHUNK, BATCH, LANES = 64, 4, 128
-"""The backward kernels' steps of a chunk, steps whose states are held at once, and channels of a program."""
+@dataclass(frozen=True)
+class BackwardTiling:
+    """How the backward kernels cut time and channels.
+
+    Attributes:
+        chunk: steps of a chunk, a multiple of ``batch`` and at least K-1.
+        batch: steps whose states are held in registers at once.
+        lanes: channels of a program, a power of two.
+        run: the most chunks of a program; more make fewer partial sums and fewer programs.
+    """
+
+    chunk: int = 64
+    batch: int = 4
+    lanes: int = 128
+    run: int = 8
+
+
+def choose_backward_tiling(length: int, channels: int, modes: int) -> BackwardTiling:
+    """Short sequences take short chunks; more modes leave registers for fewer steps at once."""
+    return BackwardTiling(
+        chunk=64 if length > 16 else 16,
+        batch=4 if modes <= 2 else 2 if modes <= 4 else 1,
+        lanes=min(128, triton.next_power_of_2(channels)),
+    )
 
 
 def backward(
@@ -213,13 +235,13 @@ def backward(
     fir: Tensor | None,
     iir: Tensor | None,
     mask: Tensor | None,
-    chunk: int | None = None,
+    tiling: BackwardTiling | None = None,
 ) -> tuple[Tensor, ...]:
     """Launch the backward kernels.
 
     Args:
         dy, dfir, diir: gradients of what ``forward`` returned; None for zero.
-        chunk: steps of a chunk, a multiple of ``BATCH`` and at least K-1; None for ``CHUNK``.
+        tiling: None to choose.
         The others are the arguments of ``forward``.
 
     Returns:
@@ -233,12 +255,11 @@ def backward(
     optional = (dfir, diir, bias, skip, fir, iir, mask)
     dfir, diir, bias, skip, fir, iir, mask = (None if t is None else t.contiguous() for t in optional)
     keep = z if mask is None else mask.view(torch.uint8)
-    steps = chunk or CHUNK
-    held = BATCH if modes <= 2 else 2 if modes <= 4 else 1
-    lanes = min(LANES, triton.next_power_of_2(channels))
+    tiling = tiling or choose_backward_tiling(length, channels, modes)
+    steps, held, lanes = tiling.chunk, tiling.batch, tiling.lanes
     warps = max(1, lanes // 32)
     blocks, chunks = triton.cdiv(channels, lanes), triton.cdiv(length, steps)
-    run = min(8, max(1, chunks * blocks * batch // 2048))  # fewer partial sums, while the device stays full
+    run = min(tiling.run, max(1, chunks * blocks * batch // 2048))  # not fewer programs than fill the device
     runs = triton.cdiv(chunks, run)
     options: dict[str, Any] = {"device": z.device, "dtype": torch.float32}
 
@@ -324,6 +345,8 @@ def backward(
     total = sums.sum(dim=(0, 1))  # [rows,D]
     filters, modal = total[: 3 * (taps + 1)].view(3, taps + 1, channels), total[3 * (taps + 1) : -1]
     dweight = filters[:, :taps].transpose(1, 2).reshape(width, taps)
-    dbias = filters[:, taps].reshape(width)
-    dpoles, dresidues = modal.view(2, modes, 2, channels).permute(0, 3, 1, 2).contiguous()
-    return dz, dweight, dbias, dpoles, dresidues, total[-1].contiguous(), dfir_in, diir_in
+    dpoles, dresidues = modal.view(2, modes, 2, channels).permute(0, 3, 1, 2)
+    parameters = (dweight, filters[:, taps].reshape(width), dpoles, dresidues, total[-1])
+    # A custom operator's results must not share storage.
+    apart = [t.clone(memory_format=torch.contiguous_format) for t in parameters]
+    return dz, *apart, dfir_in, diir_in

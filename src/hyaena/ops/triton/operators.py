@@ -112,9 +112,7 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...
     ctx.shape = output[0].shape
 
 
-def _differentiate(
-    ctx: Any, dy: Tensor | None, dfir: Tensor | None, diir: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, dfir: Tensor | None, diir: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     if dy is None:
         dy = inputs[0].new_zeros(ctx.shape)
