@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from hyaena.errors import InputError
+from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops import triton
 from hyaena.ops.backend import use_triton
-from hyaena.ops.long_conv import ModalFilter, long_conv
+from hyaena.ops.long_conv import METHODS, Capabilities, ModalFilter, long_conv, resolve_method
 from hyaena.ops.short_conv import short_conv
 
-
-@dataclass(frozen=True)
-class FusedMethod:
-    """What a way of evaluating the whole operator in one piece can do; the fields are those of ``Method``."""
-
-    reset: bool
-    gradients: bool
-    cost: str
-    memory: str
-    summary: str
-
-
-FUSED_METHODS: dict[str, FusedMethod] = {
-    "triton": FusedMethod(
-        False, True, "O(T·N)", "O(N), backward O(T/C·N)", "fused kernel on a GPU, one pass over memory"
+FUSED_METHODS: dict[str, Capabilities] = {
+    "triton": Capabilities(
+        summary="fused GPU kernel, one pass over memory",
+        reset=False,
+        cost="O(T·N)",
+        memory="O(N·T/C)",
     ),
 }
-"""Methods of ``hyena`` alone, beside those of ``long_conv`` in ``METHODS``."""
+"""Methods that evaluate the whole operator in one piece, beside those of ``long_conv`` in ``METHODS``."""
+
+
+def capabilities(method: str, length: int = 1) -> Capabilities:
+    """What a method of ``hyena`` can do; ``"auto"`` stands for the plain one that it would be at this length.
+
+    Raises:
+        UnsupportedError: an unknown method.
+    """
+    known = METHODS | FUSED_METHODS
+    if method != "auto" and method not in known:
+        raise UnsupportedError(f"unknown method {method!r}: choose auto, {', '.join(known)}")
+    return FUSED_METHODS.get(method) or METHODS[resolve_method(method, length)]
 
 
 class HyenaState(NamedTuple):
-    """What a Hyena block remembers: the short filter's window and the long filter's modes.
+    """What a Hyena block remembers of the inputs of its two filters.
 
     Attributes:
         fir: [B,3D,K-1], the last inputs of the short filter, oldest first.
-        iir: complex [B,D,N], the state of every mode.
+        iir: complex [B,D,N], the state of every mode of the long filter; or, when that is evaluated truncated to W
+            taps, the window of its last inputs, real [B,D,W-1], oldest first.
     """
 
     fir: Tensor
@@ -85,7 +88,8 @@ def hyena(
     if z.shape[-1] != 3 * channels:
         raise InputError(f"hyena takes z of shape [B, T, 3D={3 * channels}], and was given {tuple(z.shape)}")
     fir, iir = (None, None) if state is None else state
-    if use_triton(method, lambda: triton.obstacle(z, short_weight, long_filter, reset), z.device):
+    capabilities(method)
+    if use_triton(method, lambda: triton.obstacle(z, short_weight, long_filter, iir, reset), z.device):
         y, fir, iir = triton.hyena_triton(z, short_weight, short_bias, long_filter, fir, iir, mask)
         return y, HyenaState(fir, iir)
     if mask is not None:

@@ -34,11 +34,15 @@ def missing(device: str) -> str | None:
     return f"the kernels need a CUDA device, and the tensors are on {device!r}"
 
 
-def obstacle(z: Tensor, short_weight: Tensor, long_filter: ModalFilter, reset: Tensor | None) -> str | None:
+def obstacle(
+    z: Tensor, short_weight: Tensor, long_filter: ModalFilter, iir: Tensor | None, reset: Tensor | None
+) -> str | None:
     """Why the kernels cannot evaluate the operator on these arguments, or None when they can."""
     modes, taps = long_filter.poles.shape[-1], short_weight.shape[-1]
     if reset is not None:
         return "the kernels cannot reset inside a sequence (packed documents): use blocked"
+    if iir is not None and not iir.is_complex():
+        return "the state is the window of a truncated filter: go on with truncated or auto, or begin anew"
     if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels take float32, bfloat16 and float16, not {z.dtype}"
     if long_filter.poles.dtype != torch.complex64 or long_filter.residues.dtype != torch.complex64:
@@ -101,7 +105,7 @@ def hyena_step_(
     """
     from hyaena.ops.triton.operators import hyena_step_operator
 
-    reason = obstacle(z, short_weight, long_filter, None)
+    reason = obstacle(z, short_weight, long_filter, iir, None)
     if reason is not None:
         raise UnsupportedError(f"method 'triton' cannot run: {reason}")
     batch, length, width = z.shape
