@@ -66,17 +66,19 @@ def hyena_triton(
 
     batch, length, width = z.shape
     if length == 0 or (mask is not None and mask.shape != z.shape[:2]):
-        raise InputError(f"hyena takes z [B, T>=1, 3D] and a mask [B, T], not {tuple(z.shape)} and {mask}")
+        raise InputError(
+            f"hyena takes z [B, T>=1, 3D] and a mask [B, T], not {tuple(z.shape)} and {getattr(mask, 'shape', None)}"
+        )
     shapes = (batch, width, short_weight.shape[-1] - 1), (batch, *long_filter.poles.shape)
     for state, shape in zip((fir, iir), shapes, strict=True):
         if state is not None and state.shape != shape:
             raise InputError(f"hyena's states must be {shapes[0]} and {shapes[1]}, and one is {tuple(state.shape)}")
     poles, residues, skip = long_filter
     pairs = None if iir is None else torch.view_as_real(iir.to(torch.complex64))
-    y, fir, pairs = hyena_operator(
+    y, window, pairs = hyena_operator(
         z, short_weight, short_bias, torch.view_as_real(poles), torch.view_as_real(residues), skip, fir, pairs, mask
     )
-    return y, fir, torch.view_as_complex(pairs)
+    return y, window, torch.view_as_complex(pairs)
 
 
 def hyena_step_(

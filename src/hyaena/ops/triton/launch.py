@@ -6,14 +6,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from hyaena.ops.triton.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
 from hyaena.ops.triton.forward import hyena_forward_kernel
 from hyaena.ops.triton.step import hyena_step_kernel
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of z, weight, bias, poles, residues, skip, fir and iir."""
+
 STEP_CHANNELS = 64
+
+
+def cdiv(count: int, size: int) -> int:
+    """Pieces of ``size`` that hold ``count``."""
+    return -(-count // size)
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least ``count``."""
+    return 1 << (count - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -95,22 +107,23 @@ def forward(
     taps = weight.shape[-1]
     z, weight, poles, residues = (t.contiguous() for t in (z, weight, poles, residues))
     bias, skip, fir, iir, mask = (None if t is None else t.contiguous() for t in (bias, skip, fir, iir, mask))
-    y = torch.empty(batch, length, channels, dtype=z.dtype, device=z.device)
-    fir_out = torch.empty(batch, width, taps - 1, dtype=z.dtype, device=z.device)
-    iir_out = torch.empty(batch, channels, modes, 2, dtype=torch.float32, device=z.device)
+    y = z.new_empty(batch, length, channels)
+    fir_out = z.new_empty(batch, width, taps - 1)
+    iir_out = poles.new_empty(batch, channels, modes, 2)
 
     tiling = tiling or choose_tiling(modes)
-    blocks = triton.cdiv(channels, tiling.channels)
+    blocks = cdiv(channels, tiling.channels)
     tile = tiling.segments * tiling.steps
-    tiles = triton.cdiv(length, tile)
+    tiles = cdiv(length, tile)
     parts = choose_parts(batch * blocks, tiles, z.device) if tiling.parts is None else tiling.parts
-    part_tiles = triton.cdiv(tiles, parts)
-    parts = triton.cdiv(tiles, part_tiles)
-    lanes = torch.empty(2, batch * parts * blocks * tiling.segments * modes * 2 * tiling.channels, device=z.device)
-    sums = torch.empty(batch, max(parts - 1, 1), channels, modes, 2, device=z.device)
+    part_tiles = cdiv(tiles, parts)
+    parts = cdiv(tiles, part_tiles)
+    lanes = poles.new_empty(2, batch * parts * blocks * tiling.segments * modes * 2 * tiling.channels)
+    sums = poles.new_empty(batch, max(parts - 1, 1), channels, modes, 2)
 
     def launch(count: int, states_only: bool) -> None:
-        hyena_forward_kernel[(blocks, count, batch)](
+        start: Any = hyena_forward_kernel[(blocks, count, batch)]
+        start(
             z,
             weight,
             z if bias is None else bias,
@@ -130,7 +143,7 @@ def forward(
             part_tiles * tile,
             D=channels,
             N=modes,
-            NP=triton.next_power_of_2(modes),
+            NP=power_of_two(modes),
             K=taps,
             S=tiling.segments,
             L=tiling.steps,
@@ -172,8 +185,9 @@ def step(
 ) -> Tensor:
     """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read."""
     channels, modes = poles.shape[:2]
-    y = torch.empty(z.shape[0], 1, channels, dtype=z.dtype, device=z.device)
-    hyena_step_kernel[(triton.cdiv(channels, STEP_CHANNELS), z.shape[0])](
+    y = z.new_empty(z.shape[0], 1, channels)
+    start: Any = hyena_step_kernel[(cdiv(channels, STEP_CHANNELS), z.shape[0])]
+    start(
         z.contiguous(),
         weight.contiguous(),
         z if bias is None else bias,
@@ -218,7 +232,7 @@ def choose_backward_tiling(length: int, channels: int, modes: int) -> BackwardTi
     return BackwardTiling(
         chunk=64 if length > 16 else 16,
         batch=4 if modes <= 2 else 2 if modes <= 4 else 1,
-        lanes=min(128, triton.next_power_of_2(channels)),
+        lanes=min(128, power_of_two(channels)),
     )
 
 
@@ -236,7 +250,7 @@ def backward(
     iir: Tensor | None,
     mask: Tensor | None,
     tiling: BackwardTiling | None = None,
-) -> tuple[Tensor, ...]:
+) -> Gradients:
     """Launch the backward kernels.
 
     Args:
@@ -258,15 +272,15 @@ def backward(
     tiling = tiling or choose_backward_tiling(length, channels, modes)
     steps, held, lanes = tiling.chunk, tiling.batch, tiling.lanes
     warps = max(1, lanes // 32)
-    blocks, chunks = triton.cdiv(channels, lanes), triton.cdiv(length, steps)
+    blocks, chunks = cdiv(channels, lanes), cdiv(length, steps)
     run = min(tiling.run, max(1, chunks * blocks * batch // 2048))  # not fewer programs than fill the device
-    runs = triton.cdiv(chunks, run)
-    options: dict[str, Any] = {"device": z.device, "dtype": torch.float32}
+    runs = cdiv(chunks, run)
 
-    ahead = torch.empty(batch, chunks, modes, 2, channels, **options)
+    ahead = poles.new_empty(batch, chunks, modes, 2, channels)
     behind = torch.empty_like(ahead)
     shape: dict[str, Any] = {"D": channels, "N": modes, "C": steps}
-    backward_sums_kernel[(blocks, chunks, batch)](
+    start: Any = backward_sums_kernel[(blocks, chunks, batch)]
+    start(
         z,
         dy,
         weight,
@@ -288,7 +302,8 @@ def backward(
         num_warps=warps,
     )
     narrow = min(32, lanes)
-    backward_chain_kernel[(triton.cdiv(channels, narrow), modes, 2 * batch)](
+    start = backward_chain_kernel[(cdiv(channels, narrow), modes, 2 * batch)]
+    start(
         poles,
         poles if iir is None else iir,
         poles if diir is None else diir,
@@ -306,11 +321,12 @@ def backward(
     )
     dz = torch.empty_like(z)
     rows = 3 * (taps + 1) + 4 * modes + 1
-    sums = torch.empty(batch, runs, rows, channels, **options)
-    saved = torch.empty(batch * runs * blocks * triton.cdiv(steps + taps - 1, held) * modes * 2 * lanes, **options)
-    dfir_in = torch.empty(batch, width, taps - 1, **options)
-    diir_in = torch.empty(batch, channels, modes, 2, **options)
-    backward_gradients_kernel[(blocks, runs, batch)](
+    sums = poles.new_empty(batch, runs, rows, channels)
+    saved = poles.new_empty(batch * runs * blocks * cdiv(steps + taps - 1, held) * modes * 2 * lanes)
+    dfir_in = poles.new_empty(batch, width, taps - 1)
+    diir_in = poles.new_empty(batch, channels, modes, 2)
+    start = backward_gradients_kernel[(blocks, runs, batch)]
+    start(
         z,
         dy,
         weight,
@@ -348,5 +364,5 @@ def backward(
     dpoles, dresidues = modal.view(2, modes, 2, channels).permute(0, 3, 1, 2)
     parameters = (dweight, filters[:, taps].reshape(width), dpoles, dresidues, total[-1])
     # A custom operator's results must not share storage.
-    apart = [t.clone(memory_format=torch.contiguous_format) for t in parameters]
-    return dz, *apart, dfir_in, diir_in
+    dweight, dbias, dpoles, dresidues, dskip = (t.clone(memory_format=torch.contiguous_format) for t in parameters)
+    return dz, dweight, dbias, dpoles, dresidues, dskip, dfir_in, diir_in

@@ -5,14 +5,19 @@ Complex numbers cross this border as real pairs: poles and residues float32 [D,N
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hyaena.ops.triton import launch
+from hyaena.ops.triton.launch import Gradients
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+def _device(z: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors are on."""
+    return torch.cuda.device(z.device) if z.is_cuda else nullcontext()
 
 
 @torch.library.custom_op("hyaena::hyena", mutates_args=())
@@ -29,12 +34,14 @@ def hyena_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator, any T >= 1: shapes and results as in ``launch.forward``."""
     if z.shape[1] > 1 or mask is not None:
-        return launch.forward(z, weight, bias, poles, residues, skip, fir, iir, mask)
+        with _device(z):
+            return launch.forward(z, weight, bias, poles, residues, skip, fir, iir, mask)
     fir_out = z.new_empty(z.shape[0], z.shape[2], weight.shape[-1] - 1)
     iir_out = poles.new_empty(z.shape[0], *poles.shape)
     before = (torch.zeros_like(fir_out) if fir is None else fir.contiguous(),)
     before += (torch.zeros_like(iir_out) if iir is None else iir.contiguous(),)
-    y = launch.step(z, weight, bias, poles, residues, skip, *before, fir_out, iir_out)
+    with _device(z):
+        y = launch.step(z, weight, bias, poles, residues, skip, *before, fir_out, iir_out)
     return y, fir_out, iir_out
 
 
@@ -74,7 +81,8 @@ def hyena_backward_operator(
     mask: Tensor | None,
 ) -> Gradients:
     """The gradients, as in ``launch.backward``."""
-    return launch.backward(dy, dfir, diir, z, weight, bias, poles, residues, skip, fir, iir, mask)
+    with _device(z):
+        return launch.backward(dy, dfir, diir, z, weight, bias, poles, residues, skip, fir, iir, mask)
 
 
 @hyena_backward_operator.register_fake
@@ -136,7 +144,8 @@ def hyena_step_operator(
     iir: Tensor,
 ) -> Tensor:
     """One step [B,1,3D] -> y [B,1,D]; fir and iir, contiguous, are brought up to date in place."""
-    return launch.step(z, weight, bias, poles, residues, skip, fir, iir, fir, iir)
+    with _device(z):
+        return launch.step(z, weight, bias, poles, residues, skip, fir, iir, fir, iir)
 
 
 @hyena_step_operator.register_fake
