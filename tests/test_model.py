@@ -72,7 +72,7 @@ def test_a_cache_and_a_method_that_do_not_fit(model: StripedHyena) -> None:
         with pytest.raises(InputError, match=words):
             model(ids, cache=cache, method=asked)
         assert cache.length == 6
-    with pytest.raises(UnsupportedError, match="unknown long_conv method"):
+    with pytest.raises(UnsupportedError, match="unknown method"):
         model.make_cache(1, method="magic")
 
 

@@ -260,7 +260,7 @@ class StripedHyena(nn.Module):
         Raises:
             UnsupportedError: an unknown method, or a filter that cannot be cut; see ``ops.truncate``.
         """
-        windowed = ops.METHODS[ops.resolve_method(method, 1)].state == "window"
+        windowed = ops.capabilities(method).state == "window"
         return Cache.create(
             self.config,
             batch_size,
@@ -305,7 +305,7 @@ class StripedHyena(nn.Module):
             segment_ids: int [B,T]; a new document begins where the number changes, and nothing passes from one to the
                 next. Not with a cache.
             logits_to_keep: compute the logits of the last so many positions only, and the last layer's output there.
-            method: how long convolutions are evaluated; see ``ops.METHODS``.
+            method: how long convolutions are evaluated; see ``ops.METHODS`` and ``ops.FUSED_METHODS``.
 
         Returns:
             [B,T,V], or [B,logits_to_keep,V].

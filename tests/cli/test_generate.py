@@ -169,7 +169,7 @@ def test_no_bar_where_standard_error_is_not_a_terminal(folder: str, capsys: pyte
         (["--prompt-file", "/nowhere/prompt"], "cannot read the prompt file /nowhere/prompt"),
         (["a", "--logprobs", "3"], "--logprobs needs --json"),
         (["a", "--temperature", "-1"], "temperature must be 0 or more"),
-        (["a", "--method", "modal-scan"], "unknown long_conv method 'modal-scan'"),
+        (["a", "--method", "modal-scan"], "unknown method 'modal-scan'"),
         (["a", "--model", "no-such-model"], "no-such-model"),
         (["a", "--dtype", "float7"], "float7"),
     ],

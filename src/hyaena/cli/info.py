@@ -215,8 +215,8 @@ def _histogram(steps: Tensor) -> list[int]:
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """``ops.METHODS`` as plain values."""
-    from hyaena.ops import METHODS
+    """``ops.METHODS`` and ``ops.FUSED_METHODS`` as plain values."""
+    from hyaena.ops import FUSED_METHODS, METHODS
 
     return {
         name: {
@@ -230,7 +230,7 @@ def methods() -> dict[str, dict[str, Any]]:
             "cost": method.cost,
             "memory": method.memory,
         }
-        for name, method in METHODS.items()
+        for name, method in (METHODS | FUSED_METHODS).items()
     }
 
 

@@ -18,7 +18,7 @@ from hyaena.errors import InputError
 from hyaena.generation.run import Event, FinishReason, Progress, Row, Run, Stats
 from hyaena.generation.text import TextEnd
 from hyaena.model import StripedHyena
-from hyaena.ops.long_conv import resolve_method
+from hyaena.ops import capabilities
 from hyaena.sampling import SamplingParams
 from hyaena.tokenizers import Tokenizer
 
@@ -135,7 +135,7 @@ def stream(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {model.config.vocab_size}: "
             f"make the tokenizer with vocab_size={model.config.vocab_size}"
         )
-    resolve_method(method, prefill_chunk)
+    capabilities(method)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:
         raise InputError("a stop string is empty: leave it out")

@@ -1,7 +1,7 @@
 """Pure functions on tensors: the mathematics of StripedHyena models, with no notion of a model."""
 
 from hyaena.ops.attention import attention
-from hyaena.ops.hyena import HyenaState, hyena
+from hyaena.ops.hyena import FUSED_METHODS, HyenaState, capabilities, hyena
 from hyaena.ops.long_conv import (
     METHODS,
     TRUNCATION_TOLERANCE,
@@ -25,6 +25,7 @@ from hyaena.ops.rope import rotary_table, rotate
 from hyaena.ops.short_conv import short_conv
 
 __all__ = [
+    "FUSED_METHODS",
     "METHODS",
     "TRUNCATION_TOLERANCE",
     "CanonicalFilter",
@@ -33,6 +34,7 @@ __all__ = [
     "ModalFilter",
     "Truncation",
     "attention",
+    "capabilities",
     "choose_window",
     "decay_lengths",
     "dropped_energy",

@@ -50,6 +50,7 @@ __all__ = [
     "METHODS",
     "TRUNCATION_TOLERANCE",
     "CanonicalFilter",
+    "Capabilities",
     "ExplicitFilter",
     "Filter",
     "Method",
@@ -72,13 +73,11 @@ Evaluate = Callable[[Tensor, Any, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """What one way of evaluating the long convolution can do.
+class Capabilities:
+    """What one way of evaluating a filter can do.
 
     Attributes:
         summary: one line for people.
-        evaluate: for each form of filter that it takes, ``(x, filter, state, reset) -> (y, state)``, every argument
-            given. A method that leaves a window is given modal filters cut.
         state: what it leaves behind of a modal filter. Methods that leave modes can be mixed freely.
         exact: it computes what the filter says, up to rounding.
         reset: it can forget its state inside a sequence (packed documents).
@@ -89,7 +88,6 @@ class Method:
     """
 
     summary: str
-    evaluate: Mapping[type, Evaluate]
     state: Literal["modes", "window"] = "modes"
     exact: bool = True
     reset: bool
@@ -100,7 +98,24 @@ class Method:
 
     @property
     def forms(self) -> tuple[type, ...]:
-        """The forms of filters that it takes: those that it evaluates, and modal ones where it cuts them first."""
+        """The forms of filters that it takes."""
+        return (ModalFilter,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Capabilities):
+    """One way of evaluating the long convolution.
+
+    Attributes:
+        evaluate: for each form of filter that it takes, ``(x, filter, state, reset) -> (y, state)``, every argument
+            given. A method that leaves a window is given modal filters cut.
+    """
+
+    evaluate: Mapping[type, Evaluate]
+
+    @property
+    def forms(self) -> tuple[type, ...]:
+        """Those that it evaluates, and modal ones where it cuts them first."""
         return (ModalFilter, *self.evaluate) if self.state == "window" else tuple(self.evaluate)
 
 

@@ -1,0 +1,368 @@
+"""How the kernels are cut to the shape of a problem, and started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyaena.ops.triton.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
+from hyaena.ops.triton.forward import hyena_forward_kernel
+from hyaena.ops.triton.step import hyena_step_kernel
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of z, weight, bias, poles, residues, skip, fir and iir."""
+
+STEP_CHANNELS = 64
+
+
+def cdiv(count: int, size: int) -> int:
+    """Pieces of ``size`` that hold ``count``."""
+    return -(-count // size)
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least ``count``."""
+    return 1 << (count - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the forward kernel cuts time and channels.
+
+    Attributes:
+        channels: of a program, a power of two.
+        segments: of a tile, a power of two.
+        steps: of a segment, a multiple of ``load1`` and ``load2``.
+        group: steps that sweep 1 gathers at once; divides ``load1``.
+        load1, load2: steps whose loads are in flight together, in each sweep.
+        warps: of a program.
+        stages1, stages2: depth of the software pipeline of each sweep; 1 for none.
+        registers: the most a thread may use, or None.
+        evict: the cache policy of what is read or written for the last time.
+        parts: parts of time, each a program of its own; None for as many as fill the device.
+    """
+
+    channels: int = 32
+    segments: int = 32
+    steps: int = 32
+    group: int = 2
+    load1: int = 8
+    load2: int = 4
+    warps: int = 16
+    stages1: int = 1
+    stages2: int = 1
+    registers: int | None = None
+    evict: str = ""
+    parts: int | None = None
+
+
+def choose_tiling(modes: int) -> Tiling:
+    """More modes need more registers: fewer warps, then one channel per thread in place of two."""
+    if modes <= 2:
+        return Tiling()
+    if modes <= 4:
+        return Tiling(segments=16, warps=8, group=1)
+    return Tiling(segments=8, warps=8, group=1, load1=4, load2=2)
+
+
+def choose_parts(programs: int, tiles: int, device: torch.device) -> int:
+    """Parts of time: 1 where rows and channels fill the device, since every further part reads x1 and v once more."""
+    if device.type != "cuda":
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(tiles, processors // programs))
+
+
+def forward(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor | None,
+    fir: Tensor | None,
+    iir: Tensor | None,
+    mask: Tensor | None,
+    tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        z: [B,T,3D], bfloat16, float16 or float32.
+        weight, bias: [3D,K] and [3D].
+        poles, residues: float32 [D,N,2].
+        skip: [D].
+        fir, iir: [B,3D,K-1] and float32 [B,D,N,2].
+        mask: bool [B,T].
+        tiling: None to choose.
+
+    Returns:
+        y [B,T,D] and fir in the dtype of z, iir float32 [B,D,N,2].
+    """
+    batch, length, width = z.shape
+    channels, modes = poles.shape[:2]
+    taps = weight.shape[-1]
+    z, weight, poles, residues = (t.contiguous() for t in (z, weight, poles, residues))
+    bias, skip, fir, iir, mask = (None if t is None else t.contiguous() for t in (bias, skip, fir, iir, mask))
+    y = z.new_empty(batch, length, channels)
+    fir_out = z.new_empty(batch, width, taps - 1)
+    iir_out = poles.new_empty(batch, channels, modes, 2)
+
+    tiling = tiling or choose_tiling(modes)
+    blocks = cdiv(channels, tiling.channels)
+    tile = tiling.segments * tiling.steps
+    tiles = cdiv(length, tile)
+    parts = choose_parts(batch * blocks, tiles, z.device) if tiling.parts is None else tiling.parts
+    part_tiles = cdiv(tiles, parts)
+    parts = cdiv(tiles, part_tiles)
+    lanes = poles.new_empty(2, batch * parts * blocks * tiling.segments * modes * 2 * tiling.channels)
+    sums = poles.new_empty(batch, max(parts - 1, 1), channels, modes, 2)
+
+    def launch(count: int, states_only: bool) -> None:
+        start: Any = hyena_forward_kernel[(blocks, count, batch)]
+        start(
+            z,
+            weight,
+            z if bias is None else bias,
+            poles,
+            residues,
+            z if skip is None else skip,
+            z if fir is None else fir,
+            poles if iir is None else iir,
+            z if mask is None else mask.view(torch.uint8),
+            lanes[0],
+            lanes[1],
+            sums,
+            y,
+            fir_out,
+            iir_out,
+            length,
+            part_tiles * tile,
+            D=channels,
+            N=modes,
+            NP=power_of_two(modes),
+            K=taps,
+            S=tiling.segments,
+            L=tiling.steps,
+            G=tiling.group,
+            U1=tiling.load1,
+            U2=tiling.load2,
+            BD=tiling.channels,
+            STATES_ONLY=states_only,
+            PARTS=parts > 1,
+            HAS_BIAS=bias is not None,
+            HAS_SKIP=skip is not None,
+            HAS_FIR=fir is not None,
+            HAS_IIR=iir is not None,
+            HAS_MASK=mask is not None,
+            STAGES1=tiling.stages1,
+            STAGES2=tiling.stages2,
+            EVICT=tiling.evict,
+            num_warps=tiling.warps,
+            **({} if tiling.registers is None else {"maxnreg": tiling.registers}),
+        )
+
+    if parts > 1:
+        launch(parts - 1, True)
+    launch(parts, False)
+    return y, fir_out, iir_out
+
+
+def step(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor | None,
+    fir: Tensor,
+    iir: Tensor,
+    fir_out: Tensor,
+    iir_out: Tensor,
+) -> Tensor:
+    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read."""
+    channels, modes = poles.shape[:2]
+    y = z.new_empty(z.shape[0], 1, channels)
+    start: Any = hyena_step_kernel[(cdiv(channels, STEP_CHANNELS), z.shape[0])]
+    start(
+        z.contiguous(),
+        weight.contiguous(),
+        z if bias is None else bias,
+        poles.contiguous(),
+        residues.contiguous(),
+        z if skip is None else skip,
+        fir,
+        iir,
+        y,
+        fir_out,
+        iir_out,
+        D=channels,
+        N=modes,
+        K=weight.shape[-1],
+        BD=STEP_CHANNELS,
+        HAS_BIAS=bias is not None,
+        HAS_SKIP=skip is not None,
+        num_warps=2,
+    )
+    return y
+
+
+@dataclass(frozen=True)
+class BackwardTiling:
+    """How the backward kernels cut time and channels.
+
+    Attributes:
+        chunk: steps of a chunk, a multiple of ``batch`` and at least K-1.
+        batch: steps whose states are held in registers at once.
+        lanes: channels of a program, a power of two.
+        run: the most chunks of a program; more make fewer partial sums and fewer programs.
+    """
+
+    chunk: int = 64
+    batch: int = 4
+    lanes: int = 128
+    run: int = 8
+
+
+def choose_backward_tiling(length: int, channels: int, modes: int) -> BackwardTiling:
+    """Short sequences take short chunks; more modes leave registers for fewer steps at once."""
+    return BackwardTiling(
+        chunk=64 if length > 16 else 16,
+        batch=4 if modes <= 2 else 2 if modes <= 4 else 1,
+        lanes=min(128, power_of_two(channels)),
+    )
+
+
+def backward(
+    dy: Tensor,
+    dfir: Tensor | None,
+    diir: Tensor | None,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor | None,
+    fir: Tensor | None,
+    iir: Tensor | None,
+    mask: Tensor | None,
+    tiling: BackwardTiling | None = None,
+) -> Gradients:
+    """Launch the backward kernels.
+
+    Args:
+        dy, dfir, diir: gradients of what ``forward`` returned; None for zero.
+        tiling: None to choose.
+        The others are the arguments of ``forward``.
+
+    Returns:
+        The gradients of z (in its dtype), weight, bias, poles, residues, skip, fir and iir (float32), whether or not
+        the argument was None.
+    """
+    batch, length, width = z.shape
+    channels, modes = poles.shape[:2]
+    taps = weight.shape[-1]
+    dy, z, weight, poles, residues = (t.contiguous() for t in (dy, z, weight, poles, residues))
+    optional = (dfir, diir, bias, skip, fir, iir, mask)
+    dfir, diir, bias, skip, fir, iir, mask = (None if t is None else t.contiguous() for t in optional)
+    keep = z if mask is None else mask.view(torch.uint8)
+    tiling = tiling or choose_backward_tiling(length, channels, modes)
+    steps, held, lanes = tiling.chunk, tiling.batch, tiling.lanes
+    warps = max(1, lanes // 32)
+    blocks, chunks = cdiv(channels, lanes), cdiv(length, steps)
+    run = min(tiling.run, max(1, chunks * blocks * batch // 2048))  # not fewer programs than fill the device
+    runs = cdiv(chunks, run)
+
+    ahead = poles.new_empty(batch, chunks, modes, 2, channels)
+    behind = torch.empty_like(ahead)
+    shape: dict[str, Any] = {"D": channels, "N": modes, "C": steps}
+    start: Any = backward_sums_kernel[(blocks, chunks, batch)]
+    start(
+        z,
+        dy,
+        weight,
+        z if bias is None else bias,
+        poles,
+        residues,
+        z if fir is None else fir,
+        keep,
+        ahead,
+        behind,
+        length,
+        **shape,
+        K=taps,
+        U=held,
+        BD=lanes,
+        HAS_BIAS=bias is not None,
+        HAS_FIR=fir is not None,
+        HAS_MASK=mask is not None,
+        num_warps=warps,
+    )
+    narrow = min(32, lanes)
+    start = backward_chain_kernel[(cdiv(channels, narrow), modes, 2 * batch)]
+    start(
+        poles,
+        poles if iir is None else iir,
+        poles if diir is None else diir,
+        ahead,
+        behind,
+        length,
+        chunks,
+        **shape,
+        W=taps - 1,
+        U=8,
+        BD=narrow,
+        HAS_IIR=iir is not None,
+        HAS_DIIR=diir is not None,
+        num_warps=1,
+    )
+    dz = torch.empty_like(z)
+    rows = 3 * (taps + 1) + 4 * modes + 1
+    sums = poles.new_empty(batch, runs, rows, channels)
+    saved = poles.new_empty(batch * runs * blocks * cdiv(steps + taps - 1, held) * modes * 2 * lanes)
+    dfir_in = poles.new_empty(batch, width, taps - 1)
+    diir_in = poles.new_empty(batch, channels, modes, 2)
+    start = backward_gradients_kernel[(blocks, runs, batch)]
+    start(
+        z,
+        dy,
+        weight,
+        z if bias is None else bias,
+        poles,
+        residues,
+        z if skip is None else skip,
+        z if fir is None else fir,
+        keep,
+        z if dfir is None else dfir,
+        ahead,
+        behind,
+        saved,
+        dz,
+        sums,
+        dfir_in,
+        diir_in,
+        length,
+        chunks,
+        run,
+        **shape,
+        K=taps,
+        U=held,
+        BD=lanes,
+        HAS_BIAS=bias is not None,
+        HAS_SKIP=skip is not None,
+        HAS_FIR=fir is not None,
+        HAS_MASK=mask is not None,
+        HAS_DFIR=dfir is not None and taps > 1,
+        num_warps=warps,
+    )
+    total = sums.sum(dim=(0, 1))  # [rows,D]
+    filters, modal = total[: 3 * (taps + 1)].view(3, taps + 1, channels), total[3 * (taps + 1) : -1]
+    dweight = filters[:, :taps].transpose(1, 2).reshape(width, taps)
+    dpoles, dresidues = modal.view(2, modes, 2, channels).permute(0, 3, 1, 2)
+    parameters = (dweight, filters[:, taps].reshape(width), dpoles, dresidues, total[-1])
+    # A custom operator's results must not share storage.
+    dweight, dbias, dpoles, dresidues, dskip = (t.clone(memory_format=torch.contiguous_format) for t in parameters)
+    return dz, dweight, dbias, dpoles, dresidues, dskip, dfir_in, diir_in
