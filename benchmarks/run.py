@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     occasion = machine.occasion(shlex.join(["python", "-m", "benchmarks.run", *argv]), args.threads)
     rows: list[Row] = []
     fresh: dict[str, Any] = {}
+    facts = machine.machine()
+    folder = args.output or (None if args.quick else report.RESULTS)
+    page = None
     for benchmark in chosen:
         print(f"{benchmark.name}: {benchmark.summary} …", file=sys.stderr, flush=True)
         began = time.perf_counter()
@@ -67,17 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {error or 'done'} ({seconds:.0f} s)", file=sys.stderr, flush=True)
         rows += found
         fresh[benchmark.name] = report.entry(occasion, seconds, found, error)
+        if folder is not None:  # after each, so that a run that is cut short keeps what it measured
+            page = report.write(folder, facts, fresh, predictions.page(STRIPED))
 
-    facts = machine.machine()
     if args.json:
         print(json.dumps({"machine": facts, "benchmarks": fresh}, indent=1, ensure_ascii=False))
     else:
         print(report.text_table(rows))
     if args.quick:
         print("Tiny sizes: these ratios say nothing about speed.", file=sys.stderr)
-    folder = args.output or (None if args.quick else report.RESULTS)
-    if folder is not None:
-        print(f"Written: {report.write(folder, facts, fresh, predictions.page(STRIPED))}", file=sys.stderr)
+    if page is not None:
+        print(f"Written: {page}", file=sys.stderr)
     return 1 if any(part["error"] for part in fresh.values()) else 0
 
 

@@ -1,0 +1,1 @@
+"""The fused kernels of the Hyena operator, in Triton; each names the plain function that it equals."""

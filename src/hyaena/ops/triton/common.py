@@ -1,0 +1,170 @@
+"""Pieces that the kernels share: loads at the edges of time, short filters, modes, powers.
+
+A *lane* is one channel of one segment of time; tensors are [S,BD], S segments of BD neighbouring channels, or [1,BD]
+where a number belongs to the channel. What a lane keeps per mode or per tap is a tuple of such tensors, so that it
+lives in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_taps(weight, bias, channel, inside, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The K taps (oldest first) and the bias of one of the three blocks, float32 [1,BD]; bias 0 where there is none."""
+    taps = ()
+    for k in tl.static_range(K):
+        taps = taps + (tl.load(weight + channel * K + k, mask=inside, other=0.0).to(tl.float32),)
+    offset = tl.zeros_like(taps[0])
+    if HAS_BIAS:
+        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    return taps, offset
+
+
+@triton.jit
+def load_modes(pairs, channel, inside, N: tl.constexpr):
+    """Complex [D,N], stored as real pairs, as two tuples of N tensors."""
+    re = ()
+    im = ()
+    for n in tl.static_range(N):
+        re = re + (tl.load(pairs + (channel * N + n) * 2, mask=inside, other=0.0),)
+        im = im + (tl.load(pairs + (channel * N + n) * 2 + 1, mask=inside, other=0.0),)
+    return re, im
+
+
+@triton.jit
+def store_modes(pairs, channel, inside, re, im, N: tl.constexpr):
+    """The inverse of ``load_modes``."""
+    for n in tl.static_range(N):
+        tl.store(pairs + (channel * N + n) * 2, re[n], mask=inside)
+        tl.store(pairs + (channel * N + n) * 2 + 1, im[n], mask=inside)
+
+
+@triton.jit
+def load_step(
+    pointer,
+    fir,
+    keep,
+    t,
+    T,
+    inside,
+    W: tl.constexpr,
+    EDGE: tl.constexpr,
+    HAS_FIR: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """One input of the short filter, float32 [S,BD].
+
+    Args:
+        pointer: where the step lies in z.
+        fir: the state of the short filter at this channel, W = K-1 numbers, oldest first.
+        keep: the padding mask of this row, 1 byte per step.
+        t: int [S,1], the step; before 0 it comes from ``fir``.
+        EDGE: the step may lie before 0, or at T or later, where the result is 0.
+    """
+    here = inside
+    if EDGE:
+        here = inside & (t >= 0) & (t < T)
+    if HAS_MASK:
+        here = here & (tl.load(keep + t, mask=(t >= 0) & (t < T), other=0) != 0)
+    value = tl.load(pointer, mask=here, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    if EDGE and HAS_FIR:
+        before = inside & (t < 0)
+        value += tl.load(fir + (t + W), mask=before, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def convolve(taps, offset, history, now):
+    """``offset + Σ_k taps[k]·window[k]`` over the window ``history ++ now``, and the history after this step."""
+    out = offset + taps[len(history)] * now
+    for k in tl.static_range(len(history)):
+        out += taps[k] * history[k]
+    return out, (history + (now,))[1:]
+
+
+@triton.jit
+def advance(p_re, p_im, s_re, s_im, x):
+    """``p·s + x`` for every mode, x real."""
+    re = ()
+    im = ()
+    for n in tl.static_range(len(p_re)):
+        re = re + ((x - p_im[n] * s_im[n]) + p_re[n] * s_re[n],)
+        im = im + (p_re[n] * s_im[n] + p_im[n] * s_re[n],)
+    return re, im
+
+
+@triton.jit
+def gather(ladder, s_re, s_im, x):
+    """``p^G·s + Σ_g p^(G-1-g) x_g``: G steps of ``advance`` at once, for fewer multiplications.
+
+    ``ladder`` holds p^1 … p^G, each as two tuples over the modes; ``x`` is a tuple of G real tensors.
+    """
+    G: tl.constexpr = len(x)
+    re = ()
+    im = ()
+    for n in tl.static_range(len(s_re)):
+        q_re = ladder[G - 1][0][n]
+        q_im = ladder[G - 1][1][n]
+        new_re = x[G - 1] - q_im * s_im[n]
+        new_re += q_re * s_re[n]
+        new_im = q_re * s_im[n]
+        new_im += q_im * s_re[n]
+        for g in tl.static_range(G - 1):
+            new_re += ladder[G - 2 - g][0][n] * x[g]
+            new_im += ladder[G - 2 - g][1][n] * x[g]
+        re = re + (new_re,)
+        im = im + (new_im,)
+    return re, im
+
+
+@triton.jit
+def pole_ladder(p_re, p_im, G: tl.constexpr):
+    """p^1 … p^G of every mode for ``gather``, formed in float64."""
+    wide_re = ()
+    wide_im = ()
+    for n in tl.static_range(len(p_re)):
+        wide_re = wide_re + (p_re[n].to(tl.float64),)
+        wide_im = wide_im + (p_im[n].to(tl.float64),)
+    ladder = ((p_re, p_im),)
+    at_re = wide_re
+    at_im = wide_im
+    for _ in tl.static_range(G - 1):
+        re = ()
+        im = ()
+        narrow_re = ()
+        narrow_im = ()
+        for n in tl.static_range(len(p_re)):
+            re = re + (at_re[n] * wide_re[n] - at_im[n] * wide_im[n],)
+            im = im + (at_re[n] * wide_im[n] + at_im[n] * wide_re[n],)
+            narrow_re = narrow_re + (re[n].to(tl.float32),)
+            narrow_im = narrow_im + (im[n].to(tl.float32),)
+        at_re = re
+        at_im = im
+        ladder = ladder + ((narrow_re, narrow_im),)
+    return ladder
+
+
+@triton.jit
+def power(re, im, exponent):
+    """``p^exponent`` of a float64 complex tensor, by squaring; 0 <= exponent < 2^31."""
+    out_re = tl.full(re.shape, 1.0, tl.float64)
+    out_im = tl.full(re.shape, 0.0, tl.float64)
+    for bit in range(31):
+        odd = (exponent >> bit) % 2 == 1
+        new_re = out_re * re - out_im * im
+        new_im = out_re * im + out_im * re
+        out_re = tl.where(odd, new_re, out_re)
+        out_im = tl.where(odd, new_im, out_im)
+        re, im = re * re - im * im, 2.0 * re * im
+    return out_re, out_im
+
+
+@triton.jit
+def split_double(x):
+    """A float64 as the sum of two float32."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
