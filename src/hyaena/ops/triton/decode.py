@@ -7,7 +7,9 @@ from torch import Tensor
 
 from hyaena.errors import UnsupportedError
 from hyaena.ops.decode import DecodeOperators, Norm, Slots
-from hyaena.ops.triton import gemv
+from hyaena.ops.hyena import HyenaState
+from hyaena.ops.long_conv import ModalFilter
+from hyaena.ops.triton import gemv, launch
 from hyaena.ops.triton.decode_attention import decode_attention
 from hyaena.ops.triton.remember import remember
 
@@ -62,3 +64,11 @@ class FusedDecodeOperators(DecodeOperators):
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
         return decode_attention(q, keys, values, slots.padding, slots.used)
+
+    def hyena(
+        self, z: Tensor, short_weight: Tensor, short_bias: Tensor, long_filter: ModalFilter, state: HyenaState
+    ) -> Tensor:
+        poles, residues, iir = (torch.view_as_real(t) for t in (long_filter.poles, long_filter.residues, state.iir))
+        fir = state.fir
+        y = launch.step(z, short_weight, short_bias, poles, residues, long_filter.skip, fir, iir, fir, iir)
+        return y.squeeze(1)
