@@ -50,8 +50,8 @@ class Choice:
 class Chooser:
     """Everything that choosing needs, for up to as many rows as there are parameters.
 
-    Each row has its own CPU generator, of which it takes one number per token, in the order in which ``sampling.sample``
-    would: so a seed means the same here. They are drawn a block ahead.
+    Each row has its own CPU generator, of which it takes one number per token, in the order in which
+    ``sampling.sample`` would: so a seed means the same here. They are drawn a block ahead.
     """
 
     def __init__(
@@ -106,7 +106,11 @@ class Chooser:
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
         chosen, values, indices = log_probabilities(logits, ids, self.top)
-        parts = [torch.stack([ids.double(), chosen.double(), finite.double()], dim=1), values.double(), indices.double()]
+        parts = [
+            torch.stack([ids.double(), chosen.double(), finite.double()], dim=1),
+            values.double(),
+            indices.double(),
+        ]
         return ids, torch.cat(parts, dim=1)
 
     def keep(self, rows: Sequence[int]) -> None:

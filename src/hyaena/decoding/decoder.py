@@ -112,7 +112,8 @@ class Decoder:
         """
         if self.length >= self.memory.capacity:
             raise CapacityError(
-                f"the cache holds {self.length} of at most {self.memory.capacity} tokens: make it with a larger max_length"
+                f"the cache holds {self.length} of at most {self.memory.capacity} tokens: "
+                "make it with a larger max_length"
             )
         self.chooser.prepare()
         if self.captured:
