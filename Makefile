@@ -8,7 +8,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
-PROMPT ?= def fibonacci(n):
+PROMPT ?= import argparse
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
@@ -26,7 +26,8 @@ help:
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH_INDEX=$(or $(TORCH_INDEX),the default package index)  PROMPT=... (demo)"
 
 demo: .venv/.installed
-	@$(BIN)/hyaena generate --model cub --max-new-tokens 200 --stats "$$DEMO_PROMPT"
+	@$(BIN)/hyaena generate --model cub --max-new-tokens 400 --temperature 0.8 --min-p 0.05 --seed 7 --stats \
+	  "$$DEMO_PROMPT"
 demo: export DEMO_PROMPT = $(PROMPT)
 
 # Tests run side by side, one torch thread each (tests/conftest.py): small tensors gain nothing from more.

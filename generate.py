@@ -17,10 +17,6 @@ import hyaena.cli
 from hyaena.config import ModelConfig
 from hyaena.errors import HyaenaError
 
-METHODS = {"modal-fft": "fft", "modal-scan": "scan"}
-"""``prefill_style`` of the original's YAML -> our method; the names not listed are the same in both."""
-
-
 FLAGS = {
     "config_path": "config",
     "checkpoint_path": "model",
@@ -78,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["generate", "--stats"]
     if not args.demo:
         try:
-            style = ModelConfig.from_file(args.config_path).prefill_style
+            method = ModelConfig.from_file(args.config_path).prefill_method
         except HyaenaError as error:
             print(f"generate.py: error: {error}", file=sys.stderr)
             return 2
-        command.append(f"--method={METHODS.get(style, style)}")
+        command.append(f"--method={method}")
     for flag, ours in FLAGS.items():
         value = getattr(args, flag)
         if value is not None:

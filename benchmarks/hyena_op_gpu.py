@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from hyaena.ops import HyenaState, ModalFilter, hyena
 from hyaena.ops.triton import launch
-from hyaena.ops.triton.launch import Tiling
+from hyaena.ops.triton.launch import BackwardTiling, Tiling
 
 DEVICE = "cuda"
 WIDTH, MODES, TAPS = 4096, 2, 3
@@ -48,6 +47,15 @@ TILINGS = {
     "64 channels, 2 parts": Tiling(channels=64, segments=16, parts=2),
     "64 channels, 4 parts of 8 warps": Tiling(channels=64, segments=8, warps=8, registers=128, parts=4),
     "128 channels, 8 parts of 8 warps": Tiling(channels=128, segments=4, warps=8, registers=128, parts=8),
+}
+
+BACKWARD = {
+    "chunks 64": BackwardTiling(),
+    "chunks 32": BackwardTiling(chunk=32),
+    "chunks 128": BackwardTiling(chunk=128),
+    "64 lanes": BackwardTiling(lanes=64),
+    "64 lanes, batch 2": BackwardTiling(lanes=64, batch=2),
+    "256 lanes": BackwardTiling(lanes=256),
 }
 
 
@@ -90,6 +98,24 @@ def distance(value: Tensor, expected: Tensor) -> float:
         return 0.0
     error = float((value.to(expected.dtype) - expected).norm() / expected.norm().clamp(min=1e-30))
     return error if error == error else float("inf")
+
+
+def leaves(args: tuple[Any, ...], past: HyenaState | None) -> list[Tensor]:
+    """Everything that has a gradient: z, weight, bias, poles, residues, skip, and the states as real pairs."""
+    z, weight, bias, filter = args
+    found = [z, weight, bias, torch.view_as_real(filter.poles), torch.view_as_real(filter.residues), filter.skip]
+    return found if past is None else [*found, past.fir, torch.view_as_real(past.iir)]
+
+
+def exact_gradients(dy: Tensor, dpast: HyenaState, args: tuple[Any, ...], past: HyenaState,
+                    mask: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of the plain operator in float64."""
+    wide = [t.double().requires_grad_() for t in leaves(args, past)]
+    filter = ModalFilter(torch.view_as_complex(wide[3]), torch.view_as_complex(wide[4]), wide[5])
+    y, state = exact(*wide[:3], filter, HyenaState(wide[6], torch.view_as_complex(wide[7])), mask)
+    loss = (y * dy).sum() + (state.fir * dpast.fir).sum()
+    loss = loss + (torch.view_as_real(state.iir) * torch.view_as_real(dpast.iir)).sum()
+    return torch.autograd.grad(loss, wide)
 
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -137,6 +163,28 @@ def check() -> list[dict[str, Any]]:
             first, past = fused(args[0][:, :cut], *args[1:], None if mask is None else mask[:, :cut])
             rest, last = fused(args[0][:, cut:], *args[1:4], past, None if mask is None else mask[:, cut:])
             compare(name + ", split", (torch.cat([first, rest], dim=1), last), expected)
+    for batch, length, width, modes, taps, dtype, _, padding in CASES:
+        if length > 10_000:
+            continue
+        *args, past = inputs(batch, length, width, modes, taps, dtype, state=True)
+        assert past is not None
+        dy = torch.randn(batch, length, width, device=DEVICE, dtype=dtype)
+        dpast = HyenaState(torch.randn_like(past.fir), torch.randn_like(past.iir))
+        mask = None
+        if padding:
+            mask = torch.arange(length, device=DEVICE) >= torch.randint(0, length, (batch, 1), device=DEVICE)
+        expected = exact_gradients(dy, dpast, tuple(args), past, mask)
+        tilings = BACKWARD if (modes, width) == (2, 4096) else {"": None}
+        for name, tiling in tilings.items():
+            given = (dy, dpast.fir, torch.view_as_real(dpast.iir), *leaves(tuple(args), past), mask)
+            got = launch.backward(*given, tiling)
+            errors = [distance(value, want) for value, want in zip(got, expected, strict=True)]
+            name = f"backward B{batch} T{length} D{width} N{modes} K{taps} {str(dtype)[6:]}{' padded' * padding} {name}"
+            rows.append({"case": name, "errors": errors})
+            print(f"  {name:<70} {' '.join(f'{error:.1e}' for error in errors)}", flush=True)
+            limits = [LIMITS[dtype]] + [5e-5] * 7  # parameters sum over T once more than y does
+            if any(error > limit for error, limit in zip(errors, limits, strict=True)):
+                raise SystemExit(f"wrong: {name}: {errors} against {limits}")
     args = inputs(1, 20_000, WIDTH, MODES, TAPS, torch.bfloat16, state=True)
     expected = exact(*args)
     for name, tiling in TILINGS.items():
@@ -190,9 +238,15 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / ms * 1e3
 
 
-def compile_one(tiling: dict[str, Any]) -> None:
+def compile_one(tiling: Tiling | BackwardTiling) -> None:
     """Compile one tiling, in a process of its own, into Triton's cache on disk."""
-    cut = Tiling(**tiling)
+    if isinstance(tiling, BackwardTiling):
+        *args, past = inputs(1, 100, WIDTH, MODES, TAPS, torch.bfloat16)
+        dy = torch.randn(1, 100, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+        launch.backward(dy, None, None, *leaves(tuple(args), past), None, None, None, tiling)
+        torch.cuda.synchronize()
+        return
+    cut = tiling
     fused(*inputs(1, 2 * cut.segments * cut.steps + 1, WIDTH, MODES, TAPS, torch.bfloat16), None, cut)
     torch.cuda.synchronize()
 
@@ -216,7 +270,7 @@ def main() -> None:
         arguments.out.write_text(json.dumps(report, indent=1, default=str))
 
     with ProcessPoolExecutor(12, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_one, [asdict(t) for t in TILINGS.values()]))
+        list(pool.map(compile_one, [*TILINGS.values(), *BACKWARD.values()]))
     print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
     report["checks"] = check()
     save()
@@ -249,6 +303,27 @@ def main() -> None:
             torch.cuda.empty_cache()
         best = min(TILINGS, key=lambda name: times.get(name, float("inf")))
         print(f"    best: {best}; fft / best = {times.get('fft', float('nan')) / times[best]:.1f}", flush=True)
+
+    length = LENGTHS[1]
+    *args, _ = inputs(1, length, WIDTH, MODES, TAPS, torch.bfloat16)
+    dy = torch.randn(1, length, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    floor = 7 * WIDTH * length * 2 / bandwidth * 1e3
+    for name, tiling in BACKWARD.items():
+        run = partial(launch.backward, dy, None, None, *leaves(tuple(args), None), None, None, None, tiling)
+        record(floor, *median_ms(run), what="backward", T=length, name=name)
+    wanting = [t.detach().requires_grad_() for t in leaves(tuple(args), None)]
+
+    def train(method: str) -> tuple[Tensor, ...]:
+        filter = ModalFilter(torch.view_as_complex(wanting[3]), torch.view_as_complex(wanting[4]), wanting[5])
+        y, _ = hyena(*wanting[:3], filter, method=method)
+        return torch.autograd.grad(y, wanting, dy)
+
+    times = {}
+    for method in ("triton", "blocked", "fft"):
+        times[method], spread = median_ms(partial(train, method))
+        record(floor * 11 / 7, times[method], spread, what="both", T=length, name=method)
+    print(f"    fft / triton = {times['fft'] / times['triton']:.1f}", flush=True)
+    torch.cuda.empty_cache()
 
     for batch in (1, 64):
         z, weight, bias, filter, past = inputs(batch, 1, WIDTH, MODES, TAPS, torch.bfloat16, state=True)

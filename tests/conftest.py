@@ -8,6 +8,8 @@ from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start: the workers of a run share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is: kernels run under its interpreter, on any machine.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest

@@ -213,6 +213,16 @@ def test_both_formats_say_everything(config: ModelConfig) -> None:
     assert ModelConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_original_dict()))) == config
 
 
+def test_every_prefill_style_means_a_method() -> None:
+    from hyaena.ops import METHODS
+
+    six = {"recurrence", "modal-fft", "hybrid-modal-recurrence", "modal-scan", "canonical-fft", "iir-fir-caching"}
+    for style in {*six, "fft"}:
+        assert ModelConfig.from_dict(original(prefill_style=style)).prefill_method in METHODS
+    for name in ("auto", *METHODS):  # our own names are the same in both
+        assert ModelConfig.from_dict(original(prefill_style=name)).prefill_method == name
+
+
 def test_the_maximum_length_is_max_seqlen_then_max_sequence_len_then_8192() -> None:
     assert ModelConfig.from_dict(original(max_seqlen=77, max_sequence_len=99)).max_length == 77
     assert ModelConfig.from_dict(original(max_sequence_len=99)).max_length == 99
@@ -270,6 +280,7 @@ def test_keys_without_effect_change_nothing_and_each_has_a_reason() -> None:
         ({"max_seqlen": 0}, "max_seqlen is 0"),
         ({"mlp_activation": "relu"}, "mlp_activation is 'relu': choose one of silu, gelu"),
         ({"prefill_style": "fftt"}, "prefill_style is 'fftt'"),
+        ({"prefill_style": ["fft"]}, "prefill_style is ['fft']"),
         ({"tokenizer_type": "Elves"}, "tokenizer_type is 'Elves': choose one of HFAutoTokenizer"),
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"hcl_layer_idxs": [0]}, "StripedHyena 2"),

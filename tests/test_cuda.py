@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import hyaena
 from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
-from hyaena.ops import HyenaState
+from hyaena.ops import METHODS, HyenaState, ModalFilter, long_conv, to_canonical, to_modal
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -49,6 +49,32 @@ def test_golden_greedy_ids(golden_case: Path) -> None:
         for _ in range(greedy.shape[1] - 1):
             chosen.append(model(chosen[-1], cache=cache).argmax(-1))
     assert torch.equal(torch.cat(chosen, dim=1), greedy)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_equals_itself_on_the_cpu(method: str) -> None:
+    poles = torch.polar(0.95 * torch.rand(8, 2), 3 * torch.rand(8, 2))
+    filter = ModalFilter(poles, torch.randn(8, 2, dtype=torch.complex64), torch.randn(8))
+    x, more = torch.randn(2, 100, 8), torch.randn(2, 1, 8)
+    there = ModalFilter(*(t.cuda() for t in filter if t is not None))
+    y, state = long_conv(x.cuda(), there, method=method)
+    expected, last = long_conv(x, filter, method=method)
+    torch.testing.assert_close(y.cpu().to(expected.dtype), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state.cpu(), last, rtol=1e-4, atol=1e-4)
+    step, _ = long_conv(more.cuda(), there, state)
+    torch.testing.assert_close(step.cpu(), long_conv(more, filter, last)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_canonical_form_equals_itself_on_the_cpu() -> None:
+    poles = torch.polar(torch.linspace(0.5, 0.9, 8), torch.linspace(0, 2, 8)).unsqueeze(1)
+    filter, x = ModalFilter(poles, torch.randn(8, 1, dtype=torch.complex64)), torch.randn(2, 100, 8)
+    there = to_canonical(ModalFilter(poles.cuda(), filter.residues.cuda()))
+    for method in ("recurrence", "canonical-fft"):
+        y, state = long_conv(x.cuda(), there, method=method)
+        expected, last = long_conv(x, to_canonical(filter), method=method)
+        torch.testing.assert_close(y.cpu(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(state.cpu(), last)
+    assert to_modal(there).poles.is_cuda
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
-from hyaena.ops import HyenaState
+from hyaena.ops import METHODS, HyenaState
 
 CASES = ("sh-tiny", "evo-tiny", "evo8k-tiny")
 
@@ -32,11 +32,11 @@ def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("method", ["auto", "recurrence", "fft", "blocked", "reference"])
+@pytest.mark.parametrize("method", ["auto", *METHODS])
 def test_prefill(golden: Path, case: str, method: str) -> None:
     model, expected = load(golden / case)
     ids = expected["input_ids"]
-    cache = model.make_cache(ids.shape[0])
+    cache = model.make_cache(ids.shape[0], method=method)
     with torch.inference_mode():
         assert relative(model(ids, method=method), expected["logits"]) < 1e-4
         assert relative(model(ids, cache=cache, method=method), expected["logits"]) < 1e-4
@@ -45,7 +45,8 @@ def test_prefill(golden: Path, case: str, method: str) -> None:
     for i, state in states.items():
         fir = original_channel_order(state.fir, model.config)
         assert relative(fir, expected[f"prefill.fir_state.{i}"]) < 1e-4
-        assert relative(torch.view_as_real(state.iir), expected[f"prefill.iir_state.{i}"]) < 1e-4
+        if state.iir.is_complex():  # truncated filters keep a window instead
+            assert relative(torch.view_as_real(state.iir), expected[f"prefill.iir_state.{i}"]) < 1e-4
 
 
 @pytest.mark.parametrize("case", CASES)

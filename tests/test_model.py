@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hyaena import original
 from hyaena.config import ModelConfig
-from hyaena.errors import InputError
+from hyaena.errors import InputError, UnsupportedError
 from hyaena.model import LongFilter, StripedHyena
 from hyaena.ops import METHODS, HyenaState, ModalFilter
 
@@ -54,13 +54,42 @@ def test_splitting_law(method: str, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)))
     model = make()
     ids = torch.randint(50, (2, length))
-    cache = model.make_cache(2)
+    cache = model.make_cache(2, method=method)
     with torch.inference_mode():
         whole = model(ids, method=method)
         bounds = [0, *cuts, length]
         parts = [model(ids[:, a:b], cache=cache, method=method) for a, b in itertools.pairwise(bounds)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     assert cache.length == length
+
+
+def test_a_cache_and_a_method_that_do_not_fit(model: StripedHyena) -> None:
+    """Windows and modes are never taken for each other, and a refusal leaves the cache as it was."""
+    ids = torch.randint(50, (1, 6))
+    for made, asked, words in (("auto", "truncated", "make_cache"), ("truncated", "blocked", "go on with truncated")):
+        cache = model.make_cache(1, method=made)
+        model(ids, cache=cache)
+        with pytest.raises(InputError, match=words):
+            model(ids, cache=cache, method=asked)
+        assert cache.length == 6
+    with pytest.raises(UnsupportedError, match="unknown long_conv method"):
+        model.make_cache(1, method="magic")
+
+
+def test_the_window_of_a_layer_comes_from_its_tolerance() -> None:
+    model = make()
+    windows = model.truncation_windows(1e-6)
+    cache = model.make_cache(3, method="truncated", tolerance=1e-6)
+    assert list(windows) == [0, 2]
+    for i, window in windows.items():
+        state = cache.layers[i]
+        assert isinstance(state, HyenaState) and state.iir.shape == (3, 16, window - 1)
+        assert state.iir.dtype == torch.float64
+        assert 1 < window < model.truncation_windows()[i]
+    with torch.no_grad():
+        model.layers[2].mixer.long_filter.poles[5, 1] = torch.tensor([0.8, 0.6])
+    with pytest.raises(UnsupportedError, match="layer 2: channel 5 has a pole of"):
+        model.make_cache(1, method="truncated")
 
 
 @settings(max_examples=20)
@@ -128,11 +157,11 @@ def test_only_the_asked_logits_are_computed(last: str, keep: int) -> None:
 def test_ids_of_either_width(model: StripedHyena) -> None:
     ids = torch.randint(50, (2, 9))
     with torch.inference_mode():
-        assert torch.equal(model(ids.int()), model(ids))
+        torch.testing.assert_close(model(ids.int()), model(ids))
 
 
 def test_every_parameter_has_a_gradient(model: StripedHyena) -> None:
-    for method in ("blocked", "fft"):
+    for method in (name for name, it in METHODS.items() if it.gradients):
         model.zero_grad()
         model(torch.randint(50, (2, 40)), method=method).logsumexp(-1).sum().backward()
         for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""hyaena: run, serve, fine-tune and study StripedHyena models.
+"""hyaena: run, fine-tune and study StripedHyena models.
 
 The public names below load on first use (PEP 562), so that ``import hyaena`` and ``hyaena --help`` need no torch.
 """

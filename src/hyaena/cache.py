@@ -6,7 +6,7 @@ ever sees. The verbs below are all that batching needs: select rows, merge cache
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,17 +80,19 @@ class Cache:
         max_length: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        windows: Mapping[int, int] | None = None,
     ) -> Cache:
         """An empty cache: storage for ``max_length`` tokens at once, or storage that grows.
 
-        Hyena states are float32 pairs (complex64) whatever ``dtype`` is; wider when ``dtype`` is float64.
+        Hyena states are float32 pairs (complex64) whatever ``dtype`` is; wider when ``dtype`` is float64. A layer that
+        ``windows`` gives W taps to keeps the window of a truncated filter instead, in the same precision.
         """
         if batch_size < 1 or (max_length is not None and max_length < 1):
             raise InputError(f"a cache takes batch_size >= 1 and max_length >= 1, not {batch_size} and {max_length}")
         device = torch.device(device)
         complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
         layers: list[KVCache | HyenaState] = []
-        for kind in config.layer_types:
+        for i, kind in enumerate(config.layer_types):
             if kind == "attention":
                 capacity = max_length if max_length is not None else GROWTH
                 layers.append(
@@ -100,7 +102,10 @@ class Cache:
                 fir = torch.zeros(
                     batch_size, 3 * config.hidden_size, config.short_filter_length - 1, dtype=dtype, device=device
                 )
-                iir = torch.zeros(batch_size, config.hidden_size, config.state_size, dtype=complex_dtype, device=device)
+                size, iir_dtype = config.state_size, complex_dtype
+                if windows is not None and i in windows:
+                    size, iir_dtype = windows[i] - 1, complex_dtype.to_real()
+                iir = torch.zeros(batch_size, config.hidden_size, size, dtype=iir_dtype, device=device)
                 layers.append(HyenaState(fir, iir))
         return cls(layers, length=0, max_length=max_length, padding=None)
 
@@ -193,6 +198,8 @@ class Cache:
                     new.values[here, :, length - cache.length : length] = layer.values[:, :, : cache.length]
                     row += cache.batch_size
                 layers.append(new)
+            elif any(c.iir.shape[1:] != first.iir.shape[1:] or c.iir.dtype != first.iir.dtype for c in column):
+                raise InputError("merge was given caches of different methods: make all of them with the same one")
             else:
                 layers.append(HyenaState(*(torch.cat(parts) for parts in zip(*column, strict=True))))
         device = caches[0].device

@@ -54,8 +54,8 @@ class ModelConfig:
         max_length: the longest sequence that the model is meant for, in tokens.
         column_split_hyena: how the *original* checkpoint layout stores this model's Hyena projections: interleaved
             per head (True) or as three blocks. Read only when original files are loaded or written.
-        prefill_style: the evaluation method that the original YAML asks for, kept for the entry script
-            ``generate.py``; models choose by themselves unless told.
+        prefill_style: the evaluation method that the original YAML asks for, in its words or ours, kept for the
+            entry script ``generate.py``; models choose by themselves unless told.
         tokenizer: ``"hf"`` (a ``tokenizer.json``), ``"characters"`` (Evo) or ``"bytes"``.
         name: a label for people.
 
@@ -103,6 +103,11 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def prefill_method(self) -> str:
+        """``prefill_style`` as a method of ``ops.long_conv``."""
+        return config_original.PREFILL_STYLES[self.prefill_style]
 
     @property
     def num_parameters(self) -> int:
@@ -257,7 +262,7 @@ def _problems(config: ModelConfig) -> list[str]:
     for name, choices in (
         ("activation", get_args(Activation)),
         ("tokenizer", get_args(TokenizerType)),
-        ("prefill_style", config_original.PREFILL_STYLES),
+        ("prefill_style", tuple(config_original.PREFILL_STYLES)),
     ):
         value = getattr(config, name)
         if value not in choices:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hyaena import ops, original
 from hyaena.cache import Cache, KVCache
 from hyaena.config import ModelConfig
-from hyaena.errors import InputError
+from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops import HyenaState, ModalFilter
 
 
@@ -243,11 +243,47 @@ class StripedHyena(nn.Module):
         max_length: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        method: str = "auto",
+        tolerance: float = ops.TRUNCATION_TOLERANCE,
     ) -> Cache:
-        """An empty cache for this model: room for ``max_length`` tokens, or room that grows."""
+        """An empty cache for this model: room for ``max_length`` tokens, or room that grows.
+
+        Args:
+            batch_size: rows.
+            max_length: the most tokens; None to grow for ever.
+            dtype: of keys, values and the short filters' windows; the model's unless given.
+            device: the model's unless given.
+            method: how long convolutions will be evaluated. It matters for ``"truncated"``, which remembers a window of
+                inputs where every other method remembers modes; ``method="auto"`` then goes on from what it finds.
+            tolerance: the share of a filter's energy that ``"truncated"`` may drop; it decides the window of a layer.
+
+        Raises:
+            UnsupportedError: an unknown method, or a filter that cannot be cut; see ``ops.truncate``.
+        """
+        windowed = ops.capabilities(method).state == "window"
         return Cache.create(
-            self.config, batch_size, max_length=max_length, dtype=dtype or self.dtype, device=device or self.device
+            self.config,
+            batch_size,
+            max_length=max_length,
+            dtype=dtype or self.dtype,
+            device=device or self.device,
+            windows=self.truncation_windows(tolerance) if windowed else None,
         )
+
+    def truncation_windows(self, tolerance: float = ops.TRUNCATION_TOLERANCE) -> dict[int, int]:
+        """How many taps of each Hyena layer's filter the method ``"truncated"`` keeps, layer -> W.
+
+        Raises:
+            UnsupportedError: a filter that cannot be cut; see ``ops.truncate``.
+        """
+        windows = {}
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.mixer, Hyena):
+                try:
+                    windows[i] = ops.choose_window(layer.mixer.long_filter(), tolerance)
+                except UnsupportedError as error:
+                    raise UnsupportedError(f"layer {i}: {error}") from None
+        return windows
 
     def forward(
         self,
@@ -269,7 +305,7 @@ class StripedHyena(nn.Module):
             segment_ids: int [B,T]; a new document begins where the number changes, and nothing passes from one to the
                 next. Not with a cache.
             logits_to_keep: compute the logits of the last so many positions only, and the last layer's output there.
-            method: how long convolutions are evaluated; see ``ops.METHODS``.
+            method: how long convolutions are evaluated; see ``ops.METHODS`` and ``ops.FUSED_METHODS``.
 
         Returns:
             [B,T,V], or [B,logits_to_keep,V].

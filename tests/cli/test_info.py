@@ -15,9 +15,10 @@ import torch
 from hyaena import hub
 from hyaena.checkpoints import load_model, save_model
 from hyaena.cli import main
-from hyaena.cli.info import decay_steps, describe, render
+from hyaena.cli.info import decay_steps, describe, methods, render, render_methods
 from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
+from hyaena.ops import METHODS
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,6 +194,25 @@ def test_a_terminal_without_unicode_gets_ascii(golden: Path) -> None:
 
     result = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert result.stdout.decode("ascii").splitlines()[2] == "  ....##.."
+
+
+def test_the_table_of_methods_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info("--methods") == 0
+    page = capsys.readouterr().out
+    assert list(as_json(capsys, "--methods")) == list(METHODS)
+    for name, method in METHODS.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"  {name} ")).split(maxsplit=6)
+        flags = [method.exact, method.gradients, method.padding, method.reset]
+        assert row[:6] == [name, method.state, *("yes" if flag else "no" for flag in flags)]
+        assert method.cost in row[6] and method.memory in row[6] and method.summary in page
+    assert max(map(len, page.splitlines())) <= 100
+    assert "\n".join(render_methods(methods(), plain=True)).isascii()
+
+
+@pytest.mark.parametrize("arguments", [(), ("cub", "--methods")])
+def test_a_model_or_the_methods(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert info(*arguments) == 2
+    assert "a model or --methods" in capsys.readouterr().err
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
+    if args.method == "truncated":
+        print(describe_cut(model.truncation_windows()), file=sys.stderr)
     chunk = PREFILL_CHUNK if args.prefill_chunk is None else args.prefill_chunk
     bar = PrefillBar()
     options: Options = {
@@ -140,6 +142,16 @@ def describe(stats: Stats) -> str:
     if stats.peak_memory is not None:
         parts.append(f"peak memory {stats.peak_memory / 2**20:,.0f} MiB")
     return " | ".join(parts)
+
+
+def describe_cut(windows: dict[int, int]) -> str:
+    """What the method ``truncated`` leaves out: filters are never cut without a word."""
+    from hyaena.ops import TRUNCATION_TOLERANCE
+
+    return (
+        f"hyaena: long filters cut to {min(windows.values()):,} … {max(windows.values()):,} taps, "
+        f"which drops at most {TRUNCATION_TOLERANCE:.0e} of a filter's energy"
+    )
 
 
 class PrefillBar:

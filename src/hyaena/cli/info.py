@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyaena.cli.units import binary_bytes, decimal_bytes, short_count
 from hyaena.config import ModelConfig
+from hyaena.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,16 +40,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
         "source",
+        nargs="?",
         metavar="SOURCE",
         help="a configuration, a folder, a weights file, a bundled name, or a hub id (its weights are not fetched)",
     )
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument("--methods", action="store_true", help="instead: the ways to evaluate a long convolution")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Find, describe, print."""
+    if (args.source is None) != args.methods:
+        raise InputError("info takes a model or --methods, one of them: name a folder, a file, or a hub id")
+    if args.methods:
+        table, plain = methods(), not _can_print("·", sys.stdout.encoding)
+        lines = [json.dumps(table, indent=2, ensure_ascii=plain)] if args.json else render_methods(table, plain=plain)
+        print("\n".join(lines))
+        return 0
     config, checkpoint = _find(args.source, args.config, args.revision)
     description = {"source": args.source, **describe(config, checkpoint)}
     if args.json:
@@ -204,6 +214,26 @@ def _histogram(steps: Tensor) -> list[int]:
     return bins.bincount(minlength=_BINS).tolist()
 
 
+def methods() -> dict[str, dict[str, Any]]:
+    """``ops.METHODS`` and ``ops.FUSED_METHODS`` as plain values."""
+    from hyaena.ops import FUSED_METHODS, METHODS
+
+    return {
+        name: {
+            "summary": method.summary,
+            "forms": [form.__name__.removesuffix("Filter").lower() for form in method.forms],
+            "state": method.state,
+            "exact": method.exact,
+            "gradients": method.gradients,
+            "padding": method.padding,
+            "documents": method.reset,
+            "cost": method.cost,
+            "memory": method.memory,
+        }
+        for name, method in (METHODS | FUSED_METHODS).items()
+    }
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +349,22 @@ def _spark(histogram: list[int], most: int, plain: bool) -> str:
     levels = " .:-=+*#" if plain else _SPARKS
     top = len(levels) - 1
     return "".join(levels[-(-count * top // most)] for count in histogram)
+
+
+def render_methods(table: dict[str, dict[str, Any]], *, plain: bool = False) -> Iterator[str]:
+    """The table of methods: two lines each, so that it fits a terminal."""
+    flags = ("exact", "gradients", "padding", "documents")
+    header = "".join(f"{flag:<{len(flag) + 2}}" for flag in flags)
+    yield f"  {'method':<15}{'state':<8}{header}{'cost':<19}memory"
+    for name, method in table.items():
+        answers = "".join(f"{'yes' if method[flag] else 'no':<{len(flag) + 2}}" for flag in flags)
+        cost, memory = (method[key].replace("·", "*") if plain else method[key] for key in ("cost", "memory"))
+        yield ""
+        yield f"  {name:<15}{method['state']:<8}{answers}{cost:<19}{memory}"
+        yield f"  {'':<15}{method['summary']}; takes {' and '.join(method['forms'])} filters"
+    yield ""
+    yield "  documents: it can begin anew inside a row, where packed documents meet"
+    yield "  cost, memory: per channel, for T steps, N modes, C steps of a chunk, W taps of a window"
 
 
 def _painter(coloured: bool) -> Paint:

@@ -18,7 +18,7 @@ from hyaena.errors import InputError
 from hyaena.generation.run import Event, FinishReason, Progress, Row, Run, Stats
 from hyaena.generation.text import TextEnd
 from hyaena.model import StripedHyena
-from hyaena.ops.long_conv import resolve_method
+from hyaena.ops import capabilities
 from hyaena.sampling import SamplingParams
 from hyaena.tokenizers import Tokenizer
 
@@ -107,7 +107,8 @@ def stream(
         stop: strings that end a row; neither they nor what follows them is ever part of the text.
         stop_at_eos: end a row at the tokenizer's EOS.
         logprobs: how many alternatives to report with each token.
-        method: how long convolutions of the prompt are evaluated (``ops.METHODS``); single steps choose themselves.
+        method: how long convolutions of the prompt are evaluated (``ops.METHODS``); single steps choose themselves,
+            from what it left behind.
         max_length: the most tokens of prompt and completion together; ``config.max_length`` unless given.
         prefill_chunk: the most tokens of prompts that one pass reads.
         progress: called as ``progress(tokens read, tokens of all prompts)`` after each pass.
@@ -131,7 +132,7 @@ def stream(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {model.config.vocab_size}: "
             f"make the tokenizer with vocab_size={model.config.vocab_size}"
         )
-    resolve_method(method, prefill_chunk)
+    capabilities(method)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:
         raise InputError("a stop string is empty: leave it out")

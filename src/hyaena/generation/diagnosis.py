@@ -43,7 +43,7 @@ def first_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "
 
     handles = [module.register_forward_hook(watch(place)) for place, module in places]
     try:
-        cache = model.make_cache(1, max_length=len(ids))
+        cache = model.make_cache(1, max_length=len(ids), method=method)
         for start in range(0, len(ids), CHUNK):
             part = torch.tensor([list(ids[start : start + CHUNK])], device=model.device)
             check("the head", model(part, cache=cache, method=method))

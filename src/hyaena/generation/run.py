@@ -154,7 +154,8 @@ class Run:
         for group in groups:
             width = max(len(row.prompt) for row in group)
             # Where caches are merged, each only has to hold its prompts: the merged one gets the room to write.
-            cache = self.model.make_cache(len(group), max_length=capacity if len(groups) == 1 else width)
+            room = capacity if len(groups) == 1 else width
+            cache = self.model.make_cache(len(group), max_length=room, method=self.method)
             for part, mask in _passes(group, width, self.chunk):
                 device = self.model.device
                 out = self.model(

@@ -40,7 +40,7 @@ def attention(
         return _masked(q, k, v, padding, segment_ids)
     if length == 1:  # the query heads that share a key head become its queries: every key is read once
         seen = None if padding is None else _seen(padding, total)
-        return sdpa(q.view(batch, groups, -1, head_dim), k, v, attn_mask=seen).view(q.shape)
+        return sdpa(q.reshape(batch, groups, -1, head_dim), k, v, attn_mask=seen).reshape(q.shape)
     if past == 0 and padding is None:
         return sdpa(q, k, v, is_causal=True, enable_gqa=heads != groups)
     if q.device.type == "cpu" and past and (padding is None or bool((padding <= past).all())):

@@ -6,17 +6,42 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hyaena.errors import InputError
-from hyaena.ops.long_conv import ModalFilter, long_conv
+from hyaena.errors import InputError, UnsupportedError
+from hyaena.ops import triton
+from hyaena.ops.backend import use_triton
+from hyaena.ops.long_conv import METHODS, Capabilities, ModalFilter, long_conv, resolve_method
 from hyaena.ops.short_conv import short_conv
+
+FUSED_METHODS: dict[str, Capabilities] = {
+    "triton": Capabilities(
+        summary="fused GPU kernel, one pass over memory",
+        reset=False,
+        cost="O(T·N)",
+        memory="O(N·T/C)",
+    ),
+}
+"""Methods that evaluate the whole operator in one piece, beside those of ``long_conv`` in ``METHODS``."""
+
+
+def capabilities(method: str, length: int = 1) -> Capabilities:
+    """What a method of ``hyena`` can do; ``"auto"`` stands for the plain one that it would be at this length.
+
+    Raises:
+        UnsupportedError: an unknown method.
+    """
+    known = METHODS | FUSED_METHODS
+    if method != "auto" and method not in known:
+        raise UnsupportedError(f"unknown method {method!r}: choose auto, {', '.join(known)}")
+    return FUSED_METHODS.get(method) or METHODS[resolve_method(method, length)]
 
 
 class HyenaState(NamedTuple):
-    """What a Hyena block remembers: the short filter's window and the long filter's modes.
+    """What a Hyena block remembers of the inputs of its two filters.
 
     Attributes:
         fir: [B,3D,K-1], the last inputs of the short filter, oldest first.
-        iir: complex [B,D,N], the state of every mode.
+        iir: complex [B,D,N], the state of every mode of the long filter; or, when that is evaluated truncated to W
+            taps, the window of its last inputs, real [B,D,W-1], oldest first.
     """
 
     fir: Tensor
@@ -47,19 +72,28 @@ def hyena(
         mask: bool [B,T], False where a step is padding: it contributes exactly nothing to any state or output.
             It is applied after both biases, the projection's and the short filter's.
         reset: bool [B,T], True where a packed document begins.
-        method: how the long convolution is evaluated.
+        method: a key of ``METHODS``, how the long convolution is evaluated; ``"triton"``, the fused kernel; or
+            ``"auto"``, the fused kernel where it can run and the best of ``METHODS`` elsewhere (see ``ops.backend``).
 
     Returns:
         y [B,T,D] and the state after z.
+
+    Raises:
+        InputError: shapes that do not fit.
+        UnsupportedError: an unknown method, or one that cannot do what was asked here.
 
     Source: Poli et al. 2023, "Hyena Hierarchy"; Together 2023, "StripedHyena".
     """
     channels = long_filter.poles.shape[0]
     if z.shape[-1] != 3 * channels:
         raise InputError(f"hyena takes z of shape [B, T, 3D={3 * channels}], and was given {tuple(z.shape)}")
+    fir, iir = (None, None) if state is None else state
+    capabilities(method)
+    if use_triton(method, lambda: triton.obstacle(z, short_weight, long_filter, iir, reset), z.device):
+        y, fir, iir = triton.hyena_triton(z, short_weight, short_bias, long_filter, fir, iir, mask)
+        return y, HyenaState(fir, iir)
     if mask is not None:
         z = z * mask.unsqueeze(-1)
-    fir, iir = (None, None) if state is None else state
     u, fir = short_conv(z, short_weight, short_bias, fir, reset=reset)
     if mask is not None:
         u = u * mask.unsqueeze(-1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from hyaena.ops.triton.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
 from hyaena.ops.triton.forward import hyena_forward_kernel
 from hyaena.ops.triton.step import hyena_step_kernel
 
@@ -192,3 +194,159 @@ def step(
         num_warps=2,
     )
     return y
+
+
+@dataclass(frozen=True)
+class BackwardTiling:
+    """How the backward kernels cut time and channels.
+
+    Attributes:
+        chunk: steps of a chunk, a multiple of ``batch`` and at least K-1.
+        batch: steps whose states are held in registers at once.
+        lanes: channels of a program, a power of two.
+        run: the most chunks of a program; more make fewer partial sums and fewer programs.
+    """
+
+    chunk: int = 64
+    batch: int = 4
+    lanes: int = 128
+    run: int = 8
+
+
+def choose_backward_tiling(length: int, channels: int, modes: int) -> BackwardTiling:
+    """Short sequences take short chunks; more modes leave registers for fewer steps at once."""
+    return BackwardTiling(
+        chunk=64 if length > 16 else 16,
+        batch=4 if modes <= 2 else 2 if modes <= 4 else 1,
+        lanes=min(128, triton.next_power_of_2(channels)),
+    )
+
+
+def backward(
+    dy: Tensor,
+    dfir: Tensor | None,
+    diir: Tensor | None,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    poles: Tensor,
+    residues: Tensor,
+    skip: Tensor | None,
+    fir: Tensor | None,
+    iir: Tensor | None,
+    mask: Tensor | None,
+    tiling: BackwardTiling | None = None,
+) -> tuple[Tensor, ...]:
+    """Launch the backward kernels.
+
+    Args:
+        dy, dfir, diir: gradients of what ``forward`` returned; None for zero.
+        tiling: None to choose.
+        The others are the arguments of ``forward``.
+
+    Returns:
+        The gradients of z (in its dtype), weight, bias, poles, residues, skip, fir and iir (float32), whether or not
+        the argument was None.
+    """
+    batch, length, width = z.shape
+    channels, modes = poles.shape[:2]
+    taps = weight.shape[-1]
+    dy, z, weight, poles, residues = (t.contiguous() for t in (dy, z, weight, poles, residues))
+    optional = (dfir, diir, bias, skip, fir, iir, mask)
+    dfir, diir, bias, skip, fir, iir, mask = (None if t is None else t.contiguous() for t in optional)
+    keep = z if mask is None else mask.view(torch.uint8)
+    tiling = tiling or choose_backward_tiling(length, channels, modes)
+    steps, held, lanes = tiling.chunk, tiling.batch, tiling.lanes
+    warps = max(1, lanes // 32)
+    blocks, chunks = triton.cdiv(channels, lanes), triton.cdiv(length, steps)
+    run = min(tiling.run, max(1, chunks * blocks * batch // 2048))  # not fewer programs than fill the device
+    runs = triton.cdiv(chunks, run)
+    options: dict[str, Any] = {"device": z.device, "dtype": torch.float32}
+
+    ahead = torch.empty(batch, chunks, modes, 2, channels, **options)
+    behind = torch.empty_like(ahead)
+    shape: dict[str, Any] = {"D": channels, "N": modes, "C": steps}
+    backward_sums_kernel[(blocks, chunks, batch)](
+        z,
+        dy,
+        weight,
+        z if bias is None else bias,
+        poles,
+        residues,
+        z if fir is None else fir,
+        keep,
+        ahead,
+        behind,
+        length,
+        **shape,
+        K=taps,
+        U=held,
+        BD=lanes,
+        HAS_BIAS=bias is not None,
+        HAS_FIR=fir is not None,
+        HAS_MASK=mask is not None,
+        num_warps=warps,
+    )
+    narrow = min(32, lanes)
+    backward_chain_kernel[(triton.cdiv(channels, narrow), modes, 2 * batch)](
+        poles,
+        poles if iir is None else iir,
+        poles if diir is None else diir,
+        ahead,
+        behind,
+        length,
+        chunks,
+        **shape,
+        W=taps - 1,
+        U=8,
+        BD=narrow,
+        HAS_IIR=iir is not None,
+        HAS_DIIR=diir is not None,
+        num_warps=1,
+    )
+    dz = torch.empty_like(z)
+    rows = 3 * (taps + 1) + 4 * modes + 1
+    sums = torch.empty(batch, runs, rows, channels, **options)
+    saved = torch.empty(batch * runs * blocks * triton.cdiv(steps + taps - 1, held) * modes * 2 * lanes, **options)
+    dfir_in = torch.empty(batch, width, taps - 1, **options)
+    diir_in = torch.empty(batch, channels, modes, 2, **options)
+    backward_gradients_kernel[(blocks, runs, batch)](
+        z,
+        dy,
+        weight,
+        z if bias is None else bias,
+        poles,
+        residues,
+        z if skip is None else skip,
+        z if fir is None else fir,
+        keep,
+        z if dfir is None else dfir,
+        ahead,
+        behind,
+        saved,
+        dz,
+        sums,
+        dfir_in,
+        diir_in,
+        length,
+        chunks,
+        run,
+        **shape,
+        K=taps,
+        U=held,
+        BD=lanes,
+        HAS_BIAS=bias is not None,
+        HAS_SKIP=skip is not None,
+        HAS_FIR=fir is not None,
+        HAS_MASK=mask is not None,
+        HAS_DFIR=dfir is not None and taps > 1,
+        num_warps=warps,
+    )
+    total = sums.sum(dim=(0, 1))  # [rows,D]
+    filters, modal = total[: 3 * (taps + 1)].view(3, taps + 1, channels), total[3 * (taps + 1) : -1]
+    dweight = filters[:, :taps].transpose(1, 2).reshape(width, taps)
+    dpoles, dresidues = modal.view(2, modes, 2, channels).permute(0, 3, 1, 2)
+    parameters = (dweight, filters[:, taps].reshape(width), dpoles, dresidues, total[-1])
+    # A custom operator's results must not share storage.
+    apart = [t.clone(memory_format=torch.contiguous_format) for t in parameters]
+    return dz, *apart, dfir_in, diir_in

@@ -1,0 +1,117 @@
+"""The convolution as a division of transforms: the canonical form of the filter, on a circle around its poles.
+
+The transfer function of a mode, with its conjugate, is a real fraction of order two, and so is what a state makes of
+it. The first T outputs alone are those of the input and the state before, without those of the state after::
+
+    Y(z) = Σ_n [ X(z) B_n(z) + S_n(z) - z⁻ᵀ S'_n(z) ] / A_n(z)
+    A_n = 1 - 2 Re p_n z⁻¹ + |p_n|² z⁻²        numerator of a weight w:  Re w - Re(w p̄_n) z⁻¹
+    weights:  B_n: R_n     S_n: R_n p_n s_n     S'_n: R_n p_n s'_n
+
+Subtracting the state after makes Y a polynomial of degree T-1, so T points determine it, and nothing is padded. They
+lie on a circle outside of every pole (``z = ρ e^{iω}``, ρ a little larger than both 1 and max |p|), so poles on or
+outside the unit circle are divided by as safely as others.
+
+The fractions are added where they are evaluated. Multiplied out first (``canonical.py``), sixteen poles near 1 would
+leave no digit even of float64, in which all of this is computed.
+
+Source: Massaroli et al. 2023, "Laughing Hyena Distillery", section 3 (prefilling through the transfer function);
+Parnichkun et al. 2024, "State-free inference of state-space models" (the correction for a finite length).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hyaena.errors import UnsupportedError
+from hyaena.ops.long_conv.canonical import CanonicalFilter, companion
+from hyaena.ops.long_conv.fft import fft_size, final_state
+from hyaena.ops.long_conv.filters import ModalFilter
+
+MARGIN = 2.0
+"""log of (ρ/max |p|)^T: a wide circle amplifies rounding by e^MARGIN, one that is close to a pole by 1/MARGIN."""
+
+
+def long_conv_canonical_fft(x: Tensor, filter: ModalFilter, state: Tensor) -> tuple[Tensor, Tensor]:
+    """x real [B,T,D], state complex [B,D,N] -> (y float64 [B,T,D], final state complex128 [B,D,N])."""
+    check_double(x)
+    p, residues, state = (z.to(torch.complex128) for z in (*filter[:2], state))
+    xt = x.double().transpose(1, 2)  # [B,D,T]
+    after = final_state(xt, p, state)
+    length = xt.shape[-1]
+    size = fft_size(length)
+
+    growth = p.detach().abs().amax(-1, keepdim=True).clamp(min=1).log() + MARGIN / size  # log ρ, [D,1]
+    damping = torch.exp(-growth * torch.arange(length, device=x.device))  # ρ^-t
+    bins = torch.arange(size // 2 + 1, device=x.device)
+    turn = 2 * torch.pi / size
+    z = torch.polar(torch.exp(-growth), -turn * bins.double())  # z⁻¹, [D,F]
+    z_length = torch.polar(torch.exp(-growth * length), -turn * (bins * length % size).double())  # z⁻ᵀ
+
+    spectrum = torch.fft.rfft(xt * damping, n=size)
+    y = torch.zeros_like(spectrum)
+    for n in range(p.shape[-1]):
+        pole, residue = p[:, n], residues[:, n]
+        before = fraction(pole, residue * pole * state[..., n], z) - z_length * fraction(
+            pole, residue * pole * after[..., n], z
+        )
+        a = 1 - z * (2 * pole.real.unsqueeze(-1) - z * (pole * pole.conj()).real.unsqueeze(-1))
+        y = y + (spectrum * fraction(pole, residue, z) + before) / a
+    y = torch.fft.irfft(y, n=size)[..., :length] / damping
+    if filter.skip is not None:
+        y = torch.addcmul(y, filter.skip.double().unsqueeze(-1), xt)
+    return y.transpose(1, 2), after
+
+
+def fraction(pole: Tensor, weight: Tensor, z: Tensor) -> Tensor:
+    """The numerator ``Re w - Re(w p̄) z⁻¹``: pole complex [D], weight complex [..., D], z⁻¹ [D,F] -> [..., D,F]."""
+    return weight.real.unsqueeze(-1) - (weight * pole.conj()).real.unsqueeze(-1) * z
+
+
+ROOM = 24.5
+"""The margin for a filter in canonical form, whose state after is not known beforehand: what follows the T outputs
+wraps around, damped by e^-ROOM over the 2T points. Undoing the damping amplifies rounding by e^(ROOM/2). Each makes an
+error near 2e-11."""
+
+
+def long_conv_rational_fft(x: Tensor, filter: CanonicalFilter, state: Tensor) -> tuple[Tensor, Tensor]:
+    """x real [B,T,D], state real [B,D,M] -> (y float64 [B,T,D], state float64 [B,D,M]): ``Y = (B·X + S)/A``.
+
+    The state after is what ``B·X + S - A·Y`` has left at z⁻ᵀ and beyond.
+    """
+    check_double(x)
+    b, a, state = filter.numerator.double(), filter.denominator.double(), state.double()
+    xt = x.double().transpose(1, 2)  # [B,D,T]
+    length, order = xt.shape[-1], a.shape[-1]
+    size = fft_size(max(2 * length, order + 1))
+
+    largest = torch.linalg.eigvals(companion(a.detach())).abs().amax(-1, keepdim=True)
+    growth = largest.clamp(min=1).log() + ROOM / size  # log ρ, [D,1]
+    damping = torch.exp(-growth * torch.arange(size, device=x.device))  # ρ^-t
+
+    def transform(v: Tensor) -> Tensor:
+        return torch.fft.rfft(v * damping[:, : v.shape[-1]], n=size)
+
+    whole = torch.cat([torch.ones_like(a[:, :1]), a], dim=-1)
+    y = (transform(xt) * transform(b) + transform(state)) / transform(whole)
+    y = torch.fft.irfft(y, n=size)[..., :length] / damping[:, :length]
+
+    def tail(v: Tensor, coefficients: Tensor) -> Tensor:
+        """The product of the last M values and ``c_1 z⁻¹ + … + c_M z⁻ᴹ``, from z⁻ᵀ on: [B,D,T] -> [B,D,M]."""
+        steps = torch.arange(order, device=v.device)
+        lag = order + steps[None, :] - steps[:, None]  # of the value i, M - i steps before the end, at z^-(T+j)
+        matrix = torch.where(lag <= order, coefficients[:, (lag - 1).clamp(max=order - 1)], 0.0)
+        last = torch.nn.functional.pad(v[..., -order:], (max(order - length, 0), 0))
+        return torch.einsum("bdi,dij->bdj", last, matrix)
+
+    rest = torch.nn.functional.pad(state[..., length:], (0, min(order, length)))
+    after = rest + tail(xt, torch.nn.functional.pad(b[:, 1:], (0, 1))) - tail(y, a)
+    if filter.skip is not None:
+        y = torch.addcmul(y, filter.skip.double().unsqueeze(-1), xt)
+    return y.transpose(1, 2), after
+
+
+def check_double(x: Tensor) -> None:
+    """Refuse a device that has no double precision."""
+    if x.device.type == "mps":
+        raise UnsupportedError("long_conv method 'canonical-fft' needs double precision, which mps lacks: use blocked")

@@ -1,0 +1,158 @@
+"""Filters of explicit taps, and modal filters cut to such: the state is a window of past inputs.
+
+    y[t] = Σ_{k<W} h[k]·x[t-k] + skip·x[t]
+
+Cutting a filter of modes drops energy, whose amount has a closed form (``dropped_energy``), so the window can be
+chosen from a tolerance before anything is computed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyaena.errors import InputError, UnsupportedError
+from hyaena.ops.long_conv.fft import fft_size
+from hyaena.ops.long_conv.filters import ModalFilter, taps
+
+TRUNCATION_TOLERANCE = 1e-12
+"""Of the energy, so 1e-6 of the amplitude: what float32 would round away."""
+
+LONGEST = 1 << 20
+"""The longest window that a tolerance may choose, in steps."""
+
+SHORT = 16
+"""Below this many steps a sum per step is cheaper than transforming the window."""
+
+
+class ExplicitFilter(NamedTuple):
+    """A long filter that is listed, tap by tap; its state is its last W-1 inputs, real [B,D,W-1], oldest first.
+
+    Attributes:
+        taps: h[0 … W-1], real [D,W].
+        skip: the instantaneous gain that is added to h[0], real [D], or None for none.
+    """
+
+    taps: Tensor
+    skip: Tensor | None = None
+
+
+class Truncation(NamedTuple):
+    """What a truncation did.
+
+    Attributes:
+        window: W, the taps that are left.
+        dropped: the share of each channel's energy that is gone, ``Σ_{t>=W} h[t]² / Σ_t h[t]²`` without the skip
+            (which stays whole), float64 [D].
+    """
+
+    window: int
+    dropped: Tensor
+
+
+def truncate(
+    filter: ModalFilter, *, tolerance: float | None = None, window: int | None = None
+) -> tuple[ExplicitFilter, Truncation]:
+    """Cut a modal filter to its first W taps, and report what that drops.
+
+    Args:
+        filter: the filter; every mode must decay.
+        tolerance: the largest share of any channel's energy that may be dropped; the shortest window that keeps to
+            it is chosen. ``TRUNCATION_TOLERANCE`` when neither this nor a window is given.
+        window: W, instead of a tolerance.
+
+    Raises:
+        InputError: tolerance and window together, or one of them out of range.
+        UnsupportedError: a pole on or outside the unit circle, or a tolerance that takes more than ``LONGEST`` taps.
+    """
+    if tolerance is not None and window is not None:
+        raise InputError("truncate takes a tolerance or a window, and was given both: leave one out")
+    if window is not None and window < 1:
+        raise InputError(f"the window is {window}: keep at least one tap")
+    if window is None:
+        window = choose_window(filter, TRUNCATION_TOLERANCE if tolerance is None else tolerance)
+    return cut(filter, window), Truncation(window, dropped_energy(filter, window))
+
+
+def cut(filter: ModalFilter, window: int) -> ExplicitFilter:
+    """The first ``window`` taps, whatever they leave out."""
+    return ExplicitFilter(taps(ModalFilter(filter.poles, filter.residues), window), filter.skip)
+
+
+def choose_window(filter: ModalFilter, tolerance: float = TRUNCATION_TOLERANCE) -> int:
+    """The smallest W at which no channel drops more than ``tolerance`` of its energy. Raises as ``truncate`` does."""
+    if not 0 < tolerance < 1:
+        raise InputError(f"the tolerance is {tolerance}: give a share of the energy between 0 and 1")
+    energy = _Energy(filter)
+    excess = energy.dropped(LONGEST) > tolerance
+    if bool(excess.any()):
+        channel = int(excess.nonzero()[0])
+        raise UnsupportedError(
+            f"a window of {LONGEST:,} taps drops more than {tolerance:g} of the energy of channel {channel}, whose "
+            f"largest |p| is {float(energy.size[channel]):.9f}: allow a larger tolerance, or use another method"
+        )
+    low, high = 0, LONGEST  # a window of `low` is too short, one of `high` is not: the energy left only ever falls
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bool((energy.dropped(middle) > tolerance).any()) else (low, middle)
+    return high
+
+
+def dropped_energy(filter: ModalFilter, window: int) -> Tensor:
+    """The share of each channel's energy that lies beyond ``window`` taps, float64 [D], in closed form.
+
+    With ``v_n = R_n p_n^W``, and 1/(1 - q) the sum of a geometric series::
+
+        Σ_{t>=W} (Re Σ_n R_n p_n^t)² = ½ Re Σ_nm [ v_n v_m / (1 - p_n p_m) + v_n v̄_m / (1 - p_n p̄_m) ]
+    """
+    return _Energy(filter).dropped(window)
+
+
+class _Energy:
+    """The closed form, its matrices made once. On the CPU: it is small, and not every device has float64."""
+
+    def __init__(self, filter: ModalFilter) -> None:
+        self.poles, self.residues = (z.detach().cpu().to(torch.complex128) for z in filter[:2])
+        self.poles = torch.where(self.residues == 0, 0, self.poles)  # a mode without weight says nothing
+        self.size = self.poles.abs().amax(-1)
+        if not bool((self.size < 1).all()):
+            channel = int((~(self.size < 1)).nonzero()[0])
+            raise UnsupportedError(
+                f"channel {channel} has a pole of |p| = {float(self.size[channel]):.9f}, which never decays, so "
+                "cutting its filter would drop infinite energy: use another method than truncated"
+            )
+        p = self.poles
+        self.plain = 1 / (1 - p.unsqueeze(-1) * p.unsqueeze(-2))  # [D,N,N]
+        self.crossed = 1 / (1 - p.unsqueeze(-1) * p.conj().unsqueeze(-2))
+        self.total = self._after(0)
+
+    def _after(self, start: int) -> Tensor:
+        v = (self.residues * self.poles**start).unsqueeze(-2)  # [D,1,N]
+        energy = v @ self.plain @ v.mT + v @ self.crossed @ v.mH
+        return energy.real.flatten().clamp(min=0) / 2  # a sum of squares, which rounding alone can take below zero
+
+    def dropped(self, window: int) -> Tensor:
+        return torch.where(self.total > 0, self._after(window) / self.total, 0)
+
+
+def long_conv_explicit(x: Tensor, filter: ExplicitFilter, state: Tensor) -> tuple[Tensor, Tensor]:
+    """x real [B,T,D], state real [B,D,W-1] -> (y real [B,T,D], state).
+
+    Steps are weighted sums over the window. Longer inputs go through one FFT of window and input together, no longer
+    than they are: what wraps around lands on the window's own outputs, which nobody asked for.
+    """
+    h, skip = filter
+    window, length = h.shape[-1], x.shape[1]
+    past = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=-1)  # [B,D,W-1+T]
+    if length < SHORT:
+        mirrored = h.flip(-1)
+        y = torch.stack([(past[..., t : t + window] * mirrored).sum(-1) for t in range(length)], dim=1)
+    else:
+        size = fft_size(past.shape[-1])
+        spectrum = torch.fft.rfft(past, n=size) * torch.fft.rfft(h, n=size)
+        y = torch.fft.irfft(spectrum, n=size)[..., window - 1 : window - 1 + length].transpose(1, 2)
+    if skip is not None:
+        y = torch.addcmul(y, skip.to(x.dtype), x)
+    return y, past[..., length:]

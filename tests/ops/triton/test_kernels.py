@@ -1,0 +1,247 @@
+"""Every kernel against the plain operator in float64: outputs, both states, all gradients, at awkward sizes."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyaena.errors import InputError, UnsupportedError
+from hyaena.ops import HyenaState, ModalFilter, hyena
+from hyaena.ops.triton import hyena_step_
+from hyaena.ops.triton.launch import BackwardTiling, Tiling, backward, forward
+
+# float32 sums of up to 130 terms, and the rounding of the output's own type: half an ulp of float16's 11 bits, and an
+# ulp of bfloat16's 8, because the interpreter cuts bfloat16 off where the device rounds
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+# a gradient sums over T steps once more, and the derivative of p^t carries a factor t
+GRADIENT = 1e-5
+
+# Several tiles, segments and blocks of channels from few steps.
+SMALL = Tiling(channels=4, segments=2, steps=4, group=2, load1=4, load2=2)
+
+
+class Problem(NamedTuple):
+    """The arguments of the operator, complex numbers as real pairs, in the order of the launchers."""
+
+    z: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    poles: Tensor
+    residues: Tensor
+    skip: Tensor | None
+    fir: Tensor | None
+    iir: Tensor | None
+    mask: Tensor | None
+
+    def exact(self) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
+        """Leaves in float64 (all but the mask), and what the plain operator makes of them."""
+        wide = [None if t is None else t.double().requires_grad_() for t in self[:8]]
+        return wide, *plain(*wide, mask=self.mask)
+
+
+def plain(z, weight, bias, poles, residues, skip, fir, iir, *, mask=None) -> tuple[Tensor, Tensor, Tensor]:
+    filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
+    if fir is None:
+        fir = z.new_zeros(z.shape[0], z.shape[2], weight.shape[1] - 1)
+    if iir is None:
+        iir = z.new_zeros(z.shape[0], *poles.shape)
+    state = HyenaState(fir, torch.view_as_complex(iir))
+    y, state = hyena(z, weight, bias, filter, state, mask=mask, method="blocked")
+    return y, state.fir, torch.view_as_real(state.iir)
+
+
+def make(
+    length: int,
+    channels: int = 5,
+    modes: int = 2,
+    taps: int = 3,
+    *,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+    padded: bool = False,
+    bare: bool = False,
+) -> Problem:
+    """A random problem, one pole on the unit circle; ``bare`` leaves out all that may be None."""
+    size = torch.rand(channels, modes) * 0.5 + 0.5
+    size[0, 0] = 1.0
+    poles = torch.view_as_real(torch.polar(size, torch.rand(channels, modes) * 3))
+    mask = None
+    if padded:
+        mask = torch.arange(length) >= torch.randint(0, length, (batch, 1))
+    problem = Problem(
+        torch.randn(batch, length, 3 * channels).to(dtype),
+        torch.randn(3 * channels, taps),
+        torch.randn(3 * channels),
+        poles,
+        torch.randn(channels, modes, 2),
+        torch.randn(channels),
+        torch.randn(batch, 3 * channels, taps - 1).to(dtype),
+        torch.randn(batch, channels, modes, 2),
+        mask,
+    )
+    return problem._replace(bias=None, skip=None, fir=None, iir=None) if bare else problem
+
+
+def close(value: Tensor, expected: Tensor, tolerance: float) -> None:
+    expected = expected.detach()
+    assert value.shape == expected.shape
+    assert torch.isfinite(value).all()
+    if expected.numel():
+        error = (value - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        assert float(error) < tolerance
+
+
+def check_forward(problem: Problem, tiling: Tiling | None) -> None:
+    got = forward(*problem, tiling)
+    _, *expected = problem.exact()
+    for value, want in zip(got, expected, strict=True):
+        close(value, want, TOLERANCE[value.dtype])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 130])
+def test_forward_at_awkward_lengths(length: int) -> None:
+    check_forward(make(length), None)
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 31])
+def test_forward_over_several_tiles(length: int) -> None:
+    check_forward(make(length, padded=length == 31), SMALL)
+
+
+@pytest.mark.parametrize(("parts", "length"), [(2, 17), (3, 40)])
+def test_forward_in_parts_of_time(parts: int, length: int) -> None:
+    check_forward(make(length, channels=3, batch=1), Tiling(4, 2, 4, 1, 2, 2, parts=parts))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_forward_gathers_steps(group: int) -> None:
+    check_forward(make(30, batch=1), Tiling(8, 4, 8, group=group, load1=4, load2=4))
+
+
+@pytest.mark.parametrize("modes", [1, 3, 8, 16])
+def test_forward_with_any_number_of_modes(modes: int) -> None:
+    check_forward(make(11, modes=modes, batch=1), Tiling(8, 2, 4, 1, 2, 2))
+
+
+@pytest.mark.parametrize("taps", [1, 2, 8])
+def test_forward_with_any_number_of_taps(taps: int) -> None:
+    check_forward(make(11, taps=taps, batch=1, padded=True), SMALL)
+
+
+@pytest.mark.parametrize("channels", [33, 64])
+def test_forward_over_blocks_of_channels(channels: int) -> None:
+    check_forward(make(20, channels=channels, padded=True), Tiling(16, 4, 8, 2, 4, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward_in_narrow_types(dtype: torch.dtype) -> None:
+    check_forward(make(50, dtype=dtype), None)
+
+
+def test_forward_of_what_may_be_left_out() -> None:
+    check_forward(make(20, bare=True), SMALL)
+
+
+def test_a_long_sum_keeps_its_precision() -> None:
+    """The state of a pole on the unit circle holds every step since the first, through a thousand segments."""
+    problem = make(4096, channels=1, batch=1, modes=1)
+    got = forward(*problem, Tiling(1, 1024, 4, group=1, load1=2, load2=2))
+    _, y, _, iir = problem.exact()
+    close(got[0], y, 5e-6)
+    close(got[2], iir, 5e-6)
+
+
+@pytest.mark.parametrize("method", ["triton"])
+@pytest.mark.parametrize("cut", [1, 2, 12])
+def test_splitting_law(method: str, cut: int) -> None:
+    z, weight, bias, poles, residues, skip, *_ = make(13)
+    filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
+    whole, last = hyena(z, weight, bias, filter, method=method)
+    first, state = hyena(z[:, :cut], weight, bias, filter, method=method)
+    rest, state = hyena(z[:, cut:], weight, bias, filter, state, method=method)
+    close(torch.cat([first, rest], dim=1), whole, TOLERANCE[torch.float32])
+    assert torch.equal(state.fir, last.fir)
+    close(torch.view_as_real(state.iir), torch.view_as_real(last.iir), TOLERANCE[torch.float32])
+
+
+def test_padding_contributes_exactly_nothing() -> None:
+    problem = make(12, bare=True)
+    y, fir, iir = forward(*problem, SMALL)
+    garbage = torch.full((2, 5, 15), torch.nan)
+    mask = (torch.arange(17) >= 5).expand(2, 17)
+    padded = problem._replace(z=torch.cat([garbage, problem.z], dim=1), mask=mask)
+    y_padded, fir_padded, iir_padded = forward(*padded, SMALL)
+    assert torch.equal(y_padded[:, :5], torch.zeros(2, 5, 5))
+    close(y_padded[:, 5:], y, TOLERANCE[torch.float32])
+    close(iir_padded, iir, TOLERANCE[torch.float32])
+    assert torch.equal(fir_padded, fir)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("modes", "taps"), [(2, 3), (5, 1)])
+def test_a_step_moves_its_states_in_place(dtype: torch.dtype, modes: int, taps: int) -> None:
+    problem = make(1, channels=70, modes=modes, taps=taps, batch=3, dtype=dtype)
+    _, y, fir, iir = problem.exact()
+    filter = ModalFilter(torch.view_as_complex(problem.poles), torch.view_as_complex(problem.residues), problem.skip)
+    state = HyenaState(problem.fir, torch.view_as_complex(problem.iir))
+    got = hyena_step_(problem.z, problem.weight, problem.bias, filter, *state)
+    close(got, y, TOLERANCE[dtype])
+    close(torch.view_as_real(state.iir), iir, TOLERANCE[torch.float32])
+    assert torch.equal(state.fir.double(), fir)
+
+
+def check_backward(problem: Problem, tiling: BackwardTiling | None, *, of_states: bool = True) -> None:
+    wide, *outputs = problem.exact()
+    slopes = [torch.randn(t.shape).to(problem.z.dtype if i < 2 else torch.float32) for i, t in enumerate(outputs)]
+    if not of_states:
+        outputs, slopes = outputs[:1], [slopes[0], None, None]
+    loss = sum((t * slope).sum() for t, slope in zip(outputs, slopes, strict=False))
+    leaves = [t for t in wide if t is not None]
+    expected = iter(torch.autograd.grad(loss, leaves))
+    got = backward(*slopes, *problem, tiling)
+    for i, (value, leaf) in enumerate(zip(got, wide, strict=True)):
+        if leaf is not None:
+            close(value, next(expected), max(GRADIENT, TOLERANCE[value.dtype]) if i == 0 else GRADIENT)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 63])
+def test_backward_at_awkward_lengths(length: int) -> None:
+    check_backward(make(length, batch=1), None)
+
+
+@pytest.mark.parametrize("length", [8, 9, 10, 23])
+def test_backward_over_several_chunks(length: int) -> None:
+    """Around the end of a chunk, where the adjoint passes on inside the window of the short filter."""
+    check_backward(make(length, channels=3, padded=length == 23), BackwardTiling(chunk=4, batch=2, lanes=4, run=2))
+
+
+@pytest.mark.parametrize(("modes", "taps"), [(1, 1), (16, 3), (3, 8)])
+def test_backward_with_any_filter(modes: int, taps: int) -> None:
+    check_backward(make(9, channels=2, modes=modes, taps=taps, batch=1), BackwardTiling(8, 1, 2))
+
+
+def test_backward_over_blocks_of_channels() -> None:
+    check_backward(make(6, channels=33, padded=True), BackwardTiling(4, 4, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backward_in_narrow_types(dtype: torch.dtype) -> None:
+    check_backward(make(20, batch=1, dtype=dtype), None)
+
+
+def test_backward_of_what_may_be_left_out() -> None:
+    check_backward(make(7, bare=True), BackwardTiling(4, 2, 8), of_states=False)
+
+
+def test_a_step_that_cannot_be_written_is_refused() -> None:
+    z, weight, bias, poles, residues, skip, fir, iir, _ = make(1)
+    filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
+    state = torch.view_as_complex(iir)
+    with pytest.raises(InputError, match="contiguous"):
+        hyena_step_(z, weight, bias, filter, fir.transpose(1, 2).contiguous().transpose(1, 2), state)
+    with pytest.raises(InputError, match="one step"):
+        hyena_step_(z.expand(2, 2, 15), weight, bias, filter, fir, state)
+    with pytest.raises(UnsupportedError, match="complex64"):
+        wide = ModalFilter(filter.poles.to(torch.complex128), filter.residues.to(torch.complex128))
+        hyena_step_(z, weight, bias, wide, fir, state)
