@@ -20,6 +20,8 @@ from hyaena.cache import Cache
 from hyaena.generation import PREFILL_CHUNK
 from hyaena.model import StripedHyena
 
+CHUNK = PREFILL_CHUNK["cpu"]
+
 
 def resident(field: str) -> int:
     """Bytes of ``VmRSS`` or ``VmHWM``."""
@@ -34,7 +36,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def main(name: str, tokens: int, threads: int, chunk: int = PREFILL_CHUNK) -> None:
+def main(name: str, tokens: int, threads: int, chunk: int = CHUNK) -> None:
     """Print as JSON: growth and cache in bytes, seconds, the name of the model, and the growth after each pass."""
     torch.set_num_threads(threads)
     course: list[tuple[int, int]] = []

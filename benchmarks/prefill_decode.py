@@ -18,6 +18,7 @@ from hyaena.model import StripedHyena
 from hyaena.tokenizers import ByteTokenizer
 
 # Of the largest logit: two float32 evaluations of 12 layers in different orders of summation.
+CHUNK = PREFILL_CHUNK["cpu"]
 SAME = 1e-4
 
 
@@ -29,7 +30,7 @@ def prompt(config: hyaena.ModelConfig, length: int) -> Tensor:
 def prefill_ours(
     model: StripedHyena,
     ids: Tensor,
-    chunk: int = PREFILL_CHUNK,
+    chunk: int = CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[int, float]:
     """Read a prompt as every user does, to the first token: its id and log-probability."""
@@ -47,7 +48,7 @@ def prefill_ours(
     return done.tokens[0], done.logprobs[0]
 
 
-def read(model: StripedHyena, ids: Tensor, cache: Cache, chunk: int = PREFILL_CHUNK) -> Tensor:
+def read(model: StripedHyena, ids: Tensor, cache: Cache, chunk: int = CHUNK) -> Tensor:
     """Read ids [1,T] into the cache in chunks; logits [1,V] after the last."""
     for part in ids.split(chunk, dim=1):
         logits = model(part, cache=cache, logits_to_keep=1)
@@ -90,7 +91,7 @@ def check_peer(peer: Mistral, ids: Tensor) -> None:
 
 def prefill(quick: bool) -> list[Row]:
     """A whole prompt, from ids to the first token on our side, to the last logits on the peer's."""
-    length, rounds, chunk = (96, 2, 32) if quick else (8192, 5, PREFILL_CHUNK)
+    length, rounds, chunk = (96, 2, 32) if quick else (8192, 5, CHUNK)
     model = models.striped(quick)
     peer = Mistral(model.config)
     ids = prompt(model.config, length)
@@ -126,7 +127,7 @@ def prefill(quick: bool) -> list[Row]:
 def prefill_chunks(quick: bool) -> list[Row]:
     """The same prompt in other chunk sizes, against the default one."""
     length, rounds, default, sizes = (
-        (96, 2, 32, (16, 64)) if quick else (8192, 2, PREFILL_CHUNK, tuple({512, 1024, 2048, 4096} - {PREFILL_CHUNK}))
+        (96, 2, 32, (16, 64)) if quick else (8192, 2, CHUNK, tuple({512, 1024, 2048, 4096} - {CHUNK}))
     )
     model = models.striped(quick)
     ids = prompt(model.config, length)

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length", type=int, metavar="N", help="allow N tokens in all; the model's maximum if absent"
     )
-    group.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of the prompt per pass (2048)")
+    group.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help="tokens of the prompt per pass (512 on a CPU, 2048 elsewhere)"
+    )
 
     group = parser.add_argument_group("sampling, in this order")
     group.add_argument(
@@ -68,14 +70,13 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from hyaena.generation import PREFILL_CHUNK, generate, stream
+    from hyaena.generation import generate, stream
     from hyaena.hub import load
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
     if args.method == "truncated":
         print(describe_cut(model.truncation_windows()), file=sys.stderr)
-    chunk = PREFILL_CHUNK if args.prefill_chunk is None else args.prefill_chunk
     bar = PrefillBar()
     options: Options = {
         "max_new_tokens": args.max_new_tokens,
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         "logprobs": args.logprobs,
         "method": args.method,
         "max_length": args.max_length,
-        "prefill_chunk": chunk,
+        "prefill_chunk": args.prefill_chunk,
         "progress": bar if sys.stderr.isatty() else None,
     }
     stats: Stats | None = None
