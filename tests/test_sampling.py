@@ -181,7 +181,7 @@ def test_the_same_seed_draws_the_same_and_none_does_not() -> None:
 
 
 def test_the_largest_number_still_draws_a_token_with_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1 - 2.0**-53, dtype=torch.float64))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([1 - 2.0**-53], dtype=torch.float64))
     logits = torch.cat([torch.randn(500, generator=torch.Generator().manual_seed(1)), torch.full((9,), -math.inf)])
     assert set(draw(logits, 3)) == {499}
 

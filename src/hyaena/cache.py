@@ -118,6 +118,10 @@ class Cache:
         return self._tensors()[0].shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return self._tensors()[0].device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of storage held, used or reserved."""
         return sum(t.numel() * t.element_size() for t in self._tensors())
@@ -163,7 +167,7 @@ class Cache:
         index = torch.as_tensor(rows, dtype=torch.long)
         if index.numel() == 0 or int(index.min()) < 0 or int(index.max()) >= self.batch_size:
             raise InputError(f"select takes rows of 0 … {self.batch_size - 1}, and was given {index.tolist()}")
-        index = index.to(self._tensors()[0].device)
+        index = index.to(self.device)
         drop = 0 if self.padding is None else int(self.padding[index].min())
         return self._copy(index, drop)
 
@@ -198,7 +202,7 @@ class Cache:
                 raise InputError("merge was given caches of different methods: make all of them with the same one")
             else:
                 layers.append(HyenaState(*(torch.cat(parts) for parts in zip(*column, strict=True))))
-        device = caches[0]._tensors()[0].device
+        device = caches[0].device
         padding = torch.cat(
             [
                 (torch.zeros(c.batch_size, dtype=torch.long, device=device) if c.padding is None else c.padding)

@@ -95,43 +95,98 @@ def sample(
     """
     if not len(params) == len(generators) == logits.shape[0]:
         raise ValueError(f"{logits.shape[0]} rows, {len(params)} params, {len(generators)} generators")
-    _refuse_non_finite(logits)
-    penalised = any(row.repetition_penalty != 1 for row in params)
-    if penalised and seen is None:
+    bad = ~finite_rows(logits)
+    if bool(bad.any()):
+        rows = ", ".join(map(str, bad.nonzero().flatten().tolist()))
+        raise NonFiniteError(f"the logits of row {rows} are not finite; no token was chosen")
+    needs = Needs.of(params)
+    if needs.penalty and seen is None:
         raise ValueError("a repetition penalty needs to know which tokens were seen")
-    if all(row.temperature == 0 for row in params) and not penalised:
+    if needs == Needs():
         return logits.argmax(dim=-1)
+    uniform = [draw(row, generator, 1) for row, generator in zip(params, generators, strict=True)]
+    knobs = torch.cat([knob_values(params), torch.stack(uniform)], dim=1).to(logits.device)  # one small copy
+    return choose(logits, knobs[:, :-1], knobs[:, -1:], seen, needs)
 
-    # One small copy to the device carries everything that differs by row. float64, because a float32 running sum
-    # over a large vocabulary loses the rare tokens.
-    knobs = torch.tensor(
-        [
-            (
-                row.temperature,
-                row.min_p,
-                row.repetition_penalty,
-                torch.rand((), dtype=torch.float64, generator=generator).item() if row.temperature > 0 else 0.0,
-            )
-            for row, generator in zip(params, generators, strict=True)
-        ],
-        dtype=torch.float64,
-    ).to(logits.device)
-    temperature, min_p, penalty, uniform = knobs.unsqueeze(-1).unbind(1)  # [B,1] each
 
+@dataclass(frozen=True)
+class Needs:
+    """Which parts of the work any row of a batch asks for; none of them is the greedy choice.
+
+    Attributes:
+        draw: a temperature above 0.
+        cut: top-k or top-p, for which tokens are sorted.
+        penalty: a repetition penalty.
+    """
+
+    draw: bool = False
+    cut: bool = False
+    penalty: bool = False
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> Needs:
+        """What these rows need together."""
+        return cls(
+            draw=any(row.temperature > 0 for row in params),
+            cut=any(row.temperature > 0 and (row.top_k > 0 or row.top_p < 1) for row in params),
+            penalty=any(row.repetition_penalty != 1 for row in params),
+        )
+
+
+def knob_values(params: Sequence[SamplingParams]) -> Tensor:
+    """What ``choose`` reads of the parameters: float64 [B,5] on the CPU.
+
+    float64, because a float32 running sum over a large vocabulary loses the rare tokens.
+    """
+    rows = [(row.temperature, row.top_k or math.inf, row.top_p, row.min_p, row.repetition_penalty) for row in params]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def draw(params: SamplingParams, generator: torch.Generator, count: int) -> Tensor:
+    """The next ``count`` numbers of a row, float64 on the CPU; a greedy row takes none and gets zeros."""
+    if params.temperature == 0:
+        return torch.zeros(count, dtype=torch.float64)
+    return torch.rand(count, dtype=torch.float64, generator=generator)
+
+
+def choose(logits: Tensor, knobs: Tensor, uniform: Tensor, seen: Tensor | None, needs: Needs) -> Tensor:
+    """Steps 1 to 6 on the device of the logits, without waiting for it.
+
+    Args:
+        logits: [B,V]; rows that are not finite give a meaningless id, which may be V.
+        knobs: float64 [B,5], see ``knob_values``.
+        uniform: float64 [B,1] in [0, 1).
+        seen: [B,V] bool, where ``needs.penalty``.
+        needs: at least what the rows ask for.
+
+    Returns:
+        ids [B] int64.
+    """
+    temperature, top_k, top_p, min_p, penalty = knobs.unsqueeze(-1).unbind(1)  # [B,1] each
     scores = logits.double()
-    if penalised and seen is not None:
+    if needs.penalty and seen is not None:
         scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
     greedy = scores.argmax(dim=-1)
+    if not needs.draw:
+        return greedy
     # With the largest at 0, no temperature can overflow.
     scores = scores - scores.amax(dim=-1, keepdim=True)
     scores = scores / torch.where(temperature > 0, temperature, 1.0)
-    scores = torch.where(_outside_nucleus(scores, params) | (scores < min_p.log()), -math.inf, scores)
+    outside = scores < min_p.log()
+    if needs.cut:
+        outside = outside | _outside_nucleus(scores, top_k, top_p)
+    scores = torch.where(outside, -math.inf, scores)
 
     # Inverse transform: the first token whose cumulative weight passes u. A token without weight never is.
     total = scores.exp().cumsum(dim=-1)
     target = torch.minimum(uniform * total[:, -1:], torch.nextafter(total[:, -1:], torch.zeros_like(total[:, -1:])))
     drawn = torch.searchsorted(total, target, right=True).squeeze(-1)
     return torch.where(temperature.squeeze(-1) > 0, drawn, greedy)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """[B] bool: a token can be chosen from this row of logits [B,V]."""
+    return torch.isfinite(logits.amax(dim=-1))  # NaN and +infinity win; -infinity only where there is nothing else
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,29 +208,14 @@ def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> tuple[Tensor
     return chosen.squeeze(-1), values - normaliser, indices
 
 
-def _outside_nucleus(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """[B,V] bool: tokens that top-k or top-p cut off. Only rows that ask for it are sorted."""
-    size = scores.shape[-1]
-    cut = torch.zeros_like(scores, dtype=torch.bool)
-    rows = [i for i, row in enumerate(params) if row.temperature > 0 and (0 < row.top_k < size or row.top_p < 1)]
-    if not rows:
-        return cut
-    limits = torch.tensor([(params[i].top_k or size, params[i].top_p) for i in rows], dtype=torch.float64)
-    top_k, top_p = limits.to(scores.device).unsqueeze(-1).unbind(1)
-    ordered, order = scores[rows].sort(dim=-1, descending=True, stable=True)
-    too_many = torch.arange(size, device=scores.device) >= top_k
+def _outside_nucleus(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """[B,V] bool: tokens that top-k or top-p cut off."""
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    too_many = torch.arange(scores.shape[-1], device=scores.device) >= top_k
     weights = torch.where(too_many, 0.0, ordered.exp())
     before = weights.cumsum(dim=-1) - weights
     enough = (before >= top_p * weights.sum(dim=-1, keepdim=True)) & (top_p < 1)
-    cut[rows] = torch.zeros_like(cut[rows]).scatter(-1, order, too_many | enough)
-    return cut
-
-
-def _refuse_non_finite(logits: Tensor) -> None:
-    best = logits.amax(dim=-1)  # NaN and +infinity win; -infinity only where there is nothing else
-    if not torch.isfinite(best).all():
-        rows = (~torch.isfinite(best)).nonzero().flatten().tolist()
-        raise NonFiniteError(f"the logits of row {', '.join(map(str, rows))} are not finite; no token was chosen")
+    return torch.zeros_like(too_many).scatter(-1, order, too_many | enough)
 
 
 def _check(name: str, value: float, wanted: str, holds: Callable[[float], bool]) -> None:

@@ -1,0 +1,121 @@
+"""Choosing tokens on the device, in storage that never moves: ``sampling`` without waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyaena.decoding.memory import move_rows
+from hyaena.sampling import Needs, SamplingParams, choose, draw, finite_rows, knob_values, log_probabilities
+
+BLOCK = 256
+"""Numbers that are drawn for a row and brought to the device at once."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tokens of one step, on the host.
+
+    Attributes:
+        tokens: one per row.
+        logprobs: theirs.
+        top: per row, the most probable (id, log-probability) pairs.
+        finite: per row, whether the logits were; where not, the token means nothing.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    top: list[tuple[tuple[int, float], ...]]
+    finite: list[bool]
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Choice:
+        """From what ``Chooser.choose`` returns, brought to the host."""
+        rows = packed.tolist()
+        count = (packed.shape[1] - 3) // 2
+        return cls(
+            tokens=[int(row[0]) for row in rows],
+            logprobs=[row[1] for row in rows],
+            top=[
+                tuple((int(i), value) for value, i in zip(row[3 : 3 + count], row[3 + count :], strict=True))
+                for row in rows
+            ],
+            finite=[bool(row[2]) for row in rows],
+        )
+
+
+class Chooser:
+    """Everything that choosing needs, for up to as many rows as there are parameters.
+
+    Each row has its own CPU generator, of which it takes one number per token, in the order in which
+    ``sampling.sample`` would: so a seed means the same here. They are drawn a block ahead.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        generators: Sequence[torch.Generator],
+        *,
+        seen: Tensor | None,
+        top: int,
+        device: torch.device,
+    ) -> None:
+        self.params = list(params)
+        self.generators = list(generators)
+        self.seen = seen
+        self.top = top
+        self.needs = Needs.of(self.params)
+        self.knobs = knob_values(self.params).to(device)
+        self.uniform = torch.zeros(len(self.params), BLOCK, dtype=torch.float64, device=device)
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self.left = 0  # numbers of the block that no step has taken
+
+    def changing(self) -> list[Tensor]:
+        """What a step changes."""
+        return [self.counter] + ([] if self.seen is None else [self.seen])
+
+    def prepare(self) -> None:
+        """Before each step: see that there is a number left for it. Never waits for the device."""
+        if not self.needs.draw:
+            return
+        if self.left == 0:
+            pairs = zip(self.params, self.generators, strict=True)
+            block = torch.stack([draw(params, generator, BLOCK) for params, generator in pairs])
+            if self.uniform.is_cuda:
+                block = block.pin_memory()  # a copy from pageable memory would wait
+            self.uniform[: len(self.params)].copy_(block, non_blocking=True)
+            self.counter.zero_()
+            self.left = BLOCK
+        self.left -= 1
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens [B] after logits [B,V], and all that is said of them, packed: float64 [B,3+2·top]."""
+        count = logits.shape[0]
+        seen = None if self.seen is None else self.seen[:count]
+        finite = finite_rows(logits)
+        if self.needs == Needs():
+            ids = logits.argmax(dim=-1)
+        else:
+            uniform = self.uniform[:count].index_select(1, self.counter)
+            ids = choose(logits, self.knobs[:count], uniform, seen, self.needs)
+            self.counter.add_(1)
+        ids = torch.where(finite, ids, 0)  # the next step reads it, whatever the host does later
+        if seen is not None:
+            seen.scatter_(1, ids[:, None], True)
+        chosen, values, indices = log_probabilities(logits, ids, self.top)
+        parts = [
+            torch.stack([ids.double(), chosen.double(), finite.double()], dim=1),
+            values.double(),
+            indices.double(),
+        ]
+        return ids, torch.cat(parts, dim=1)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, in rising order."""
+        self.params = [self.params[row] for row in rows]
+        self.generators = [self.generators[row] for row in rows]
+        self.needs = Needs.of(self.params)
+        move_rows([self.knobs, self.uniform] + ([] if self.seen is None else [self.seen]), rows)

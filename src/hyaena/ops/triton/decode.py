@@ -1,0 +1,74 @@
+"""The operators of a decoding step as kernels; see ``DecodeOperators``, whose subclass and equal this is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hyaena.errors import UnsupportedError
+from hyaena.ops.decode import DecodeOperators, Norm, Slots
+from hyaena.ops.hyena import HyenaState
+from hyaena.ops.long_conv import ModalFilter
+from hyaena.ops.triton import gemv, launch
+from hyaena.ops.triton.decode_attention import decode_attention
+from hyaena.ops.triton.remember import remember
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD = 256
+
+
+class FusedDecodeOperators(DecodeOperators):
+    """Kernels that read every weight and every valid slot once, and never wait for the device.
+
+    Args:
+        dtype: of weights and activations.
+        head_dim: channels of an attention head.
+        tiles: measured tiles by the shape of the matrix (and, for a gate, of the pair), in place of the rule's.
+
+    Raises:
+        UnsupportedError: a dtype or a head size that the kernels do not take.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, head_dim: int, tiles: dict[tuple[str, int, int], gemv.Tile] | None = None
+    ) -> None:
+        if dtype not in DTYPES or head_dim > MAX_HEAD:
+            raise UnsupportedError(
+                f"the decoding kernels take float32, bfloat16 or float16 and heads of at most {MAX_HEAD} channels, "
+                f"not {dtype} and {head_dim}: decode with decoding='forward'"
+            )
+        self.tiles = tiles or {}
+
+    def project(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if x.shape[0] > gemv.MAX_ROWS:
+            return super().project(x, weight, bias, norm=norm, residual=residual)
+        return gemv.project(
+            x, weight, bias, norm=norm, residual=residual, tile=self.tiles.get(("project", *weight.shape))
+        )
+
+    def gate(self, x: Tensor, gate: Tensor, up: Tensor, *, norm: Norm | None = None, activation: str) -> Tensor:
+        if x.shape[0] > gemv.MAX_ROWS:
+            return super().gate(x, gate, up, norm=norm, activation=activation)
+        return gemv.gate(x, gate, up, norm=norm, activation=activation, tile=self.tiles.get(("gate", *gate.shape)))
+
+    def remember(self, qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
+        return remember(qkv, keys, values, slots)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
+        return decode_attention(q, keys, values, slots.padding, slots.used)
+
+    def hyena(
+        self, z: Tensor, short_weight: Tensor, short_bias: Tensor, long_filter: ModalFilter, state: HyenaState
+    ) -> Tensor:
+        poles, residues, iir = (torch.view_as_real(t) for t in (long_filter.poles, long_filter.residues, state.iir))
+        fir = state.fir
+        y = launch.step(z, short_weight, short_bias, poles, residues, long_filter.skip, fir, iir, fir, iir)
+        return y.squeeze(1)

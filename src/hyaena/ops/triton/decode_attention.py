@@ -1,0 +1,143 @@
+"""Attention of one new position to a key/value store, the slots of every row split among programs.
+
+A store has room for ``capacity`` slots, of which row b uses ``padding[b] … used-1``. Both are read on the device, so a
+captured graph reads the slots that are valid when it is replayed. The grid never changes: the ``SPLITS`` programs of
+a (row, key head) divide what is valid, each a run of whole blocks, and those that get none leave at once. Each
+program serves all query heads of its key head, so keys and values are read once. A second pass joins the splits.
+
+The plain twin is ``ops.attention`` on the valid slots.
+
+Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64
+"""Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""
+TILE = 16384
+PROGRAMS = 1024
+"""Programs to aim for: several for each of a large device's processors, so that their reads overlap."""
+MAX_SPLITS = 64
+
+
+@triton.jit
+def _run(padding, used, row, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """First and last slot (exclusive) of a split, and how many splits of this row have any."""
+    stop = tl.load(used).to(tl.int32)
+    first = tl.load(padding + row).to(tl.int32)
+    width = tl.cdiv(tl.cdiv(stop - first, SPLITS), BLOCK) * BLOCK
+    width = tl.maximum(width, BLOCK)
+    begin = first + split * width
+    return begin, tl.minimum(begin + width, stop), tl.cdiv(stop - first, width)
+
+
+@triton.jit
+def _split_kernel(q, k, v, padding, used, partial, weights, scale, capacity,
+                  HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SHARE_PAD: tl.constexpr,
+                  WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+                  OPERAND: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """One split: its softmax over its own slots [HEADS/GROUPS,WIDTH], and the logarithm (base 2) of its normaliser."""
+    row = tl.program_id(0) // GROUPS
+    group = tl.program_id(0) % GROUPS
+    split = tl.program_id(1)
+    begin, end, _ = _run(padding, used, row, split, SPLITS, BLOCK)
+    if begin >= end:
+        return
+    share = tl.arange(0, SHARE_PAD)
+    channel = tl.arange(0, WIDTH_PAD)
+    inside = channel < WIDTH
+    query = (row * HEADS + group * SHARE + share).to(tl.int64)  # padded heads are never stored
+    real = (share < SHARE)[:, None] & inside[None, :]
+    qs = tl.load(q + query[:, None] * WIDTH + channel[None, :], mask=real, other=0.0).to(OPERAND)
+    base = (row.to(tl.int64) * GROUPS + group) * capacity * WIDTH
+
+    best = tl.full([SHARE_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([SHARE_PAD], tl.float32)
+    out = tl.zeros([SHARE_PAD, WIDTH_PAD], tl.float32)
+    for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        slot = at + tl.arange(0, BLOCK)
+        valid = slot < end
+        place = base + slot[:, None].to(tl.int64) * WIDTH + channel[None, :]
+        keep = valid[:, None] & inside[None, :]
+        ks = tl.load(k + place, mask=keep, other=0.0).to(OPERAND)
+        vs = tl.load(v + place, mask=keep, other=0.0).to(OPERAND)
+        score = tl.dot(qs, tl.trans(ks), input_precision="ieee") * scale
+        score = tl.where(valid[None, :], score, -float("inf"))
+        higher = tl.maximum(best, tl.max(score, axis=1))
+        shrink = tl.exp2(best - higher)
+        p = tl.exp2(score - higher[:, None])
+        total = total * shrink + tl.sum(p, axis=1)
+        out = out * shrink[:, None] + tl.dot(p.to(OPERAND), vs, input_precision="ieee")
+        best = higher
+    store = query * SPLITS + split
+    tl.store(partial + store[:, None] * WIDTH + channel[None, :], out / total[:, None], mask=real)
+    tl.store(weights + store, best + tl.log2(total), mask=share < SHARE)
+
+
+@triton.jit
+def _join_kernel(partial, weights, padding, used, out, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+                 WIDTH_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """The splits of one query head, joined by their normalisers."""
+    query = tl.program_id(0).to(tl.int64)
+    _, _, count = _run(padding, used, query // HEADS, 0, SPLITS, BLOCK)
+    split = tl.arange(0, SPLITS_PAD)
+    channel = tl.arange(0, WIDTH_PAD)
+    wrote = split < count  # what the others hold is left over from longer sequences
+    weight = tl.load(weights + query * SPLITS + split, mask=wrote, other=-float("inf"))
+    weight = tl.exp2(weight - tl.max(weight, axis=0))
+    parts = tl.load(
+        partial + (query * SPLITS + split)[:, None] * WIDTH + channel[None, :],
+        mask=wrote[:, None] & (channel < WIDTH)[None, :],
+        other=0.0,
+    )
+    joined = tl.sum(parts * weight[:, None], axis=0) / tl.sum(weight, axis=0)
+    tl.store(out + query * WIDTH + channel, joined.to(out.dtype.element_ty), mask=channel < WIDTH)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, used: Tensor) -> Tensor:
+    """Attention of the newest position to all valid slots, itself among them.
+
+    Args:
+        q: [B,H,head_dim], float32, bfloat16 or float16.
+        k, v: [B,G,capacity,head_dim], contiguous, head_dim at most 256; slots outside the valid ones may hold anything.
+        padding: int [B], the first valid slot of each row, on the device.
+        used: int [1], the end of the valid slots, on the device; above every padding, at most the capacity.
+
+    Returns:
+        [B,H,head_dim].
+    """
+    batch, heads, width = q.shape
+    groups, capacity = k.shape[1:3]
+    padded = max(16, triton.next_power_of_2(width))
+    block = min(BLOCK, TILE // (padded * q.element_size()))
+    splits = max(1, min(PROGRAMS // (batch * groups), MAX_SPLITS, triton.cdiv(capacity, block)))
+    share = heads // groups
+    partial = q.new_empty((batch, heads, splits, width), dtype=torch.float32)
+    weights = q.new_empty((batch, heads, splits), dtype=torch.float32)
+    out = torch.empty_like(q)
+    scale = width**-0.5 * 1.4426950408889634  # exp(x) = 2^(x·log2 e)
+    _split_kernel[(batch * groups, splits)](
+        q, k, v, padding, used, partial, weights, scale, capacity,
+        HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=max(16, triton.next_power_of_2(share)),
+        WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, BLOCK=block, OPERAND=_operand(q.dtype),
+        STAGES=3, num_warps=4,
+    )  # fmt: skip
+    _join_kernel[(batch * heads,)](
+        partial, weights, padding, used, out,
+        HEADS=heads, WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _operand(dtype: torch.dtype) -> tl.dtype:
+    """What the products multiply: the numbers as they are; under the interpreter, which cannot, bfloat16 as float32."""
+    if dtype == torch.bfloat16:
+        return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
+    return tl.float16 if dtype == torch.float16 else tl.float32
