@@ -51,13 +51,20 @@ class FusedDecodeOperators(DecodeOperators):
         if x.shape[0] > gemv.MAX_ROWS:
             return super().project(x, weight, bias, norm=norm, residual=residual)
         return gemv.project(
-            x, weight, bias, norm=norm, residual=residual, tile=self.tiles.get(("project", *weight.shape))
+            x,
+            weight,
+            bias,
+            norm=norm,
+            residual=residual,
+            tile=self.tiles.get(("project", weight.shape[0], weight.shape[1])),
         )
 
     def gate(self, x: Tensor, gate: Tensor, up: Tensor, *, norm: Norm | None = None, activation: str) -> Tensor:
         if x.shape[0] > gemv.MAX_ROWS:
             return super().gate(x, gate, up, norm=norm, activation=activation)
-        return gemv.gate(x, gate, up, norm=norm, activation=activation, tile=self.tiles.get(("gate", *gate.shape)))
+        return gemv.gate(
+            x, gate, up, norm=norm, activation=activation, tile=self.tiles.get(("gate", gate.shape[0], gate.shape[1]))
+        )
 
     def remember(self, qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
         return remember(qkv, keys, values, slots)
