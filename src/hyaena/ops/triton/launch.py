@@ -55,7 +55,7 @@ class Tiling:
     stages1: int = 1
     stages2: int = 1
     registers: int | None = None
-    evict: str = ""
+    evict: str = "evict_first"
     parts: int | None = None
 
 
