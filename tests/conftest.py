@@ -18,6 +18,11 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
+# torch.device as a context looks up the functions that it redirects once, at its first use. A test that replaces one of
+# them for a while must not be that first use, or later models on the meta device would be built in real memory.
+with torch.device("meta"):
+    torch.empty(0)
+
 # Triton's kernels run on its interpreter where there is no GPU. It looks once, when they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
