@@ -88,9 +88,13 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        context = b"".join(map(tokenizer._piece, after))
-        self._strip = tokenizer._strips_leading_space and not context
         # An unfinished character is at most three bytes long, and what precedes it cannot change its meaning.
+        context = b""
+        for token in reversed(after):
+            context = tokenizer._piece(token) + context
+            if len(context) >= 3:
+                break
+        self._strip = tokenizer._strips_leading_space and not context
         self._utf8.decode(context[-3:])
 
     def push(self, token: int) -> str:

@@ -54,7 +54,7 @@ def long_conv_blocked(
     response = as_real_pairs(starts).flatten(1, 2)  # [D,B·c,2N]
 
     if segments is None:
-        y = torch.baddbmm(chunks @ toeplitz, response, spread)
+        y = (chunks @ toeplitz).baddbmm_(response, spread)  # in place: a product's gradient needs its factors only
     else:
         y = segmented_product(chunks, toeplitz, response @ spread, segments)
     y = y.permute(1, 2, 0).reshape(batch, count * chunk, channels)[:, :length]
