@@ -23,10 +23,6 @@ torch.set_num_threads(1)
 with torch.device("meta"):
     torch.empty(0)
 
-# Triton's kernels run on its interpreter where there is no GPU. It looks once, when they are imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 # The same examples on every run and machine, and no time limit on one that a busy machine slows down.
 settings.register_profile("hyaena", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("hyaena")

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from hyaena.config import ModelConfig
-from hyaena.decoding import Decoder, why_not
+from hyaena.decoding import Choice, Decoder, resolve_decoding, why_not
+from hyaena.decoding.decoder import Graph, Shape
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.model import StripedHyena
 from hyaena.ops import HyenaState
-from hyaena.sampling import SamplingParams, log_probabilities, sample
+from hyaena.ops.decode import DecodeOperators
+from hyaena.sampling import Needs, SamplingParams, log_probabilities, sample
 
 SH = ModelConfig(
     vocab_size=50,
@@ -125,6 +127,31 @@ def test_the_memory_is_what_the_cache_would_hold() -> None:
             torch.testing.assert_close(got.values, want.values)
     with torch.inference_mode():  # and the ordinary path goes on from it
         torch.testing.assert_close(model(ids[:, None], cache=held), model(ids[:, None], cache=cache))
+
+
+@pytest.mark.parametrize("config", [SH, EVO], ids=["sh", "evo"])
+def test_the_kernels_say_the_same(config: ModelConfig) -> None:
+    """Under Triton's interpreter, from three rows down to one."""
+    pytest.importorskip("triton", reason="the kernels need triton, which is made for Linux")
+    from hyaena.ops.triton.decode import FusedDecodeOperators
+
+    model, params = make(config, torch.float32), [SamplingParams()] * 3
+
+    def run(operators: DecodeOperators) -> list[Choice]:
+        cache, ids, _ = prefill(model, PADDINGS)
+        decoder = Decoder(model, cache, ids, params, [p.generator() for p in params], operators=operators)
+        choices = []
+        for count in range(5):
+            if count == 3:
+                decoder.keep([1])
+            decoder.launch()
+            choices.append(decoder.fetch())
+        return choices
+
+    pairs = zip(run(FusedDecodeOperators()), run(DecodeOperators()), strict=True)
+    for got, want in pairs:
+        assert got.tokens == want.tokens
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", PARAMS)
@@ -253,3 +280,30 @@ def test_mistakes_are_named() -> None:
     for rows in ([], [1, 0], [3], [0, 0]):
         with pytest.raises(InputError, match="in rising order"):
             decoder.keep(rows)
+
+
+def test_a_graph_of_another_shape_is_never_replayed() -> None:
+    replayed = []
+
+    class Fake:
+        def replay(self) -> None:
+            replayed.append(self)
+
+    shape = Shape(rows=2, capacity=40, needs=Needs(), top=0)
+    packed = torch.zeros(2, 3)
+    graph = Graph(shape, Fake(), packed)  # type: ignore[arg-type]
+    assert graph.replay(Shape(rows=2, capacity=40, needs=Needs(), top=0)) is packed
+    for other in ({"rows": 1}, {"capacity": 41}, {"needs": Needs(draw=True)}, {"top": 1}):
+        with pytest.raises(AssertionError, match="was to be replayed for"):
+            graph.replay(dataclasses.replace(shape, **other))
+    assert len(replayed) == 1
+
+
+def test_ways_of_decoding() -> None:
+    model = make()
+    assert resolve_decoding(model, "auto", "auto") == "forward"
+    assert resolve_decoding(model, "static", "truncated") == "static"  # the plain operators take any state
+    with pytest.raises(InputError, match="unknown decoding 'quick': choose auto, forward, static, captured"):
+        resolve_decoding(model, "quick", "auto")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="graphs are captured on CUDA devices"):
+        resolve_decoding(model, "captured", "auto")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hyaena.config import ModelConfig
+from hyaena.decoding import Decoder, Decoding
 from hyaena.errors import InputError, NonFiniteError, UnsupportedError
 from hyaena.generation import Event, Options, generate, stream
 from hyaena.model import StripedHyena
@@ -350,6 +351,82 @@ def test_the_typed_options_are_those_of_stream() -> None:
     assert list(Options.__annotations__) == [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
+# --- decoding on fixed memory
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options(temperature=1.0, seed=3),
+        Options(temperature=1.1, top_k=30, seed=[5, 6, 7, 8], logprobs=2),
+        Options(temperature=0.9, top_p=0.9, min_p=0.01, repetition_penalty=1.2, seed=[9, 8, 7, 6]),
+        Options(repetition_penalty=1.5, logprobs=1),
+    ],
+)
+@pytest.mark.parametrize("eos", [257, 142, 197])
+def test_steps_on_fixed_memory_say_what_calls_of_the_model_say(model: StripedHyena, options: Options, eos: int) -> None:
+    """Rows of unequal length that end at different times."""
+    ways = [
+        generate(model, Bytes(eos), PROMPTS, max_new_tokens=40, stop=["zz", "q"], decoding=decoding, **options)
+        for decoding in ("forward", "static")
+    ]
+    for forward, static in zip(*ways, strict=True):
+        assert (forward.tokens, forward.text, forward.finish_reason) == (
+            static.tokens,
+            static.text,
+            static.finish_reason,
+        )
+        assert forward.logprobs == pytest.approx(static.logprobs, abs=1e-9)
+        assert len(static.top_logprobs) == len(forward.top_logprobs)
+        for one, other in zip(forward.top_logprobs, static.top_logprobs, strict=True):
+            assert [token for token, _ in one] == [token for token, _ in other]
+
+
+def test_the_rows_of_that_test_do_end_at_different_times(model: StripedHyena) -> None:
+    for eos, options in ((142, Options(temperature=1.0, seed=3)), (197, Options())):
+        lengths = {len(row.tokens) for row in generate(model, Bytes(eos), PROMPTS, max_new_tokens=40, **options)}
+        assert len(lengths) == len(PROMPTS)
+
+
+def test_windows_of_cut_filters_step_on_fixed_memory_too(model: StripedHyena) -> None:
+    ways = [
+        generate(model, TOKENIZER, PROMPTS, max_new_tokens=9, method="truncated", decoding=decoding)
+        for decoding in ("forward", "static")
+    ]
+    assert [row.tokens for row in ways[0]] == [row.tokens for row in ways[1]]
+
+
+def test_no_step_is_taken_that_nobody_can_read(model: StripedHyena, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    launch = Decoder.launch
+    monkeypatch.setattr(Decoder, "launch", lambda self: launched.append(self.rows) or launch(self))
+    for count, steps in ((1, 0), (2, 1), (9, 8)):
+        launched.clear()
+        generate(model, TOKENIZER, "ab", max_new_tokens=count, max_length=3 + count, decoding="static")
+        assert len(launched) == steps
+
+
+def test_an_abandoned_stream_leaves_nothing_running(model: StripedHyena, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoders = []
+    init = Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda self, *a, **k: decoders.append(self) or init(self, *a, **k))
+    events = stream(model, TOKENIZER, "ab", decoding="static")
+    next(events), next(events)
+    assert decoders[0].pending
+    events.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert not decoders[0].pending
+
+
+def test_ways_of_decoding_that_cannot_be_are_refused_at_the_call(model: StripedHyena) -> None:
+    with pytest.raises(InputError, match="unknown decoding 'fast': choose auto, forward, static, captured"):
+        stream(model, TOKENIZER, "a", decoding="fast")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UnsupportedError, match="graphs are captured on CUDA devices, and the model is on cpu"):
+        stream(model, TOKENIZER, "a", decoding="captured")
+    with Recorder(model), pytest.raises(UnsupportedError, match="the model has forward hooks"):
+        stream(model, TOKENIZER, "a", decoding="static")
+
+
 # --- logits that are not finite
 
 
@@ -384,22 +461,24 @@ def poison_head(model: StripedHyena) -> None:
         (poison_head, r"first appear in the head, at token 0;"),
     ],
 )
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("temperature", "decoding"), [(0.0, "forward"), (1.0, "forward"), (1.0, "static")])
 def test_non_finite_logits_stop_and_say_where(
-    poison: Callable[[StripedHyena], None], where: str, temperature: float
+    poison: Callable[[StripedHyena], None], where: str, temperature: float, decoding: Decoding
 ) -> None:
     model = StripedHyena(CONFIG)
     with torch.no_grad():
         poison(model)
     hooks = [module for module in model.modules() if module._forward_hooks]
     with pytest.raises(NonFiniteError, match=where) as caught:
-        generate(model, TOKENIZER, "hyenas hear q and r", max_new_tokens=4, temperature=temperature, prefill_chunk=5)
+        options = Options(max_new_tokens=4, temperature=temperature, prefill_chunk=5, decoding=decoding)
+        generate(model, TOKENIZER, "hyenas hear q and r", **options)
     assert "after 20 prompt tokens and 0 new ones" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert hooks == [module for module in model.modules() if module._forward_hooks] == []
 
 
-def test_what_was_said_before_the_numbers_went_wrong_is_kept(model: StripedHyena) -> None:
+@pytest.mark.parametrize("decoding", ["forward", "static"])
+def test_what_was_said_before_the_numbers_went_wrong_is_kept(model: StripedHyena, decoding: Decoding) -> None:
     tokens = naive(model, PROMPTS[1], 6)
     fatal = next(i for i in range(2, 6) if tokens[i] not in tokens[:i] + TOKENIZER.encode(PROMPTS[1]))
     broken = StripedHyena(CONFIG).double()
@@ -408,6 +487,6 @@ def test_what_was_said_before_the_numbers_went_wrong_is_kept(model: StripedHyena
         broken.embed_tokens.weight[tokens[fatal]] = math.nan
     got = []
     with pytest.raises(NonFiniteError, match="in the embedding, at token"):
-        for event in stream(broken, TOKENIZER, [PROMPTS[1]] * 2, max_new_tokens=20):
+        for event in stream(broken, TOKENIZER, [PROMPTS[1]] * 2, max_new_tokens=20, decoding=decoding):
             got += [event.token] * event.index
     assert got == tokens[: fatal + 1]

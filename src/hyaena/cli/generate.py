@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", default="auto", help="how the prompt's long convolutions are evaluated: fft, blocked, … (auto)"
     )
     group.add_argument(
+        "--decoding",
+        default="auto",
+        choices=("auto", "forward", "static", "captured"),
+        help="how tokens are decoded: calls of the model, steps on fixed memory, or those as a CUDA graph (auto)",
+    )
+    group.add_argument(
         "--max-length", type=int, metavar="N", help="allow N tokens in all; the model's maximum if absent"
     )
     group.add_argument(
@@ -89,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         "stop": args.stop,
         "logprobs": args.logprobs,
         "method": args.method,
+        "decoding": args.decoding,
         "max_length": args.max_length,
         "prefill_chunk": args.prefill_chunk,
         "progress": bar if sys.stderr.isatty() else None,

@@ -31,9 +31,18 @@ class Choice:
     top: list[tuple[tuple[int, float], ...]]
     finite: list[bool]
 
+    def select(self, rows: Sequence[int]) -> Choice:
+        """Of these rows, in this order."""
+        return Choice(
+            tokens=[self.tokens[row] for row in rows],
+            logprobs=[self.logprobs[row] for row in rows],
+            top=[self.top[row] for row in rows],
+            finite=[self.finite[row] for row in rows],
+        )
+
     @classmethod
     def unpack(cls, packed: Tensor) -> Choice:
-        """From what ``Chooser.choose`` returns, brought to the host."""
+        """From what ``pack`` returns; brings it to the host if it is not there."""
         rows = packed.tolist()
         count = (packed.shape[1] - 3) // 2
         return cls(
@@ -45,6 +54,13 @@ class Choice:
             ],
             finite=[bool(row[2]) for row in rows],
         )
+
+
+def pack(logits: Tensor, ids: Tensor, finite: Tensor, top: int) -> Tensor:
+    """All that is said of ids [B] chosen from logits [B,V], for one copy to the host: float64 [B,3+2·top]."""
+    chosen, values, indices = log_probabilities(logits, ids, top)
+    said = torch.stack([ids.double(), chosen.double(), finite.double()], dim=1)
+    return torch.cat([said, values.double(), indices.double()], dim=1)
 
 
 class Chooser:
@@ -105,13 +121,7 @@ class Chooser:
         ids = torch.where(finite, ids, 0)  # the next step reads it, whatever the host does later
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
-        chosen, values, indices = log_probabilities(logits, ids, self.top)
-        parts = [
-            torch.stack([ids.double(), chosen.double(), finite.double()], dim=1),
-            values.double(),
-            indices.double(),
-        ]
-        return ids, torch.cat(parts, dim=1)
+        return ids, pack(logits, ids, finite, self.top)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in rising order."""

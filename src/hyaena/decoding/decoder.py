@@ -10,18 +10,23 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hyaena import ops
 from hyaena.cache import Cache
 from hyaena.decoding.choice import Choice, Chooser
 from hyaena.decoding.memory import StaticMemory, move_rows
 from hyaena.decoding.step import step, why_not
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.model import StripedHyena
+from hyaena.ops import triton
 from hyaena.ops.decode import DecodeOperators
 from hyaena.sampling import Needs, SamplingParams
+
+Decoding = Literal["auto", "forward", "static", "captured"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +89,7 @@ class Decoder:
         captured: bool = False,
         operators: DecodeOperators | None = None,
     ) -> None:
-        reason = why_not(model)
-        if captured and model.device.type != "cuda":
-            reason = f"graphs are captured on CUDA devices, and the model is on {model.device}"
+        reason = why_not(model) or (_no_graphs(model) if captured else None)
         if reason is not None:
             raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='forward'")
         if not ids.shape[0] == cache.batch_size == len(params) == len(generators):
@@ -115,6 +118,15 @@ class Decoder:
                 f"the cache holds {self.length} of at most {self.memory.capacity} tokens: "
                 "make it with a larger max_length"
             )
+        if self.model.device.type != "cuda":
+            self.chooser.prepare()
+            self.pending.append((self._step(self.memory.rows(self.rows)), None))
+        else:
+            with torch.cuda.device(self.model.device):  # graphs and kernels go to the current one
+                self.pending.append(self._launch())
+        self.length += 1
+
+    def _launch(self) -> tuple[Tensor, torch.cuda.Event]:
         self.chooser.prepare()
         if self.captured:
             shape = self._shape()
@@ -123,15 +135,11 @@ class Decoder:
             packed = self.graphs[shape].replay(shape)
         else:
             packed = self._step(self.memory.rows(self.rows))
-        self.length += 1
-        if packed.is_cuda:
-            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            host.copy_(packed, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self.pending.append((host, event))
-        else:
-            self.pending.append((packed, None))
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        host.copy_(packed, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event
 
     def fetch(self) -> Choice:
         """What the oldest step that was not fetched chose."""
@@ -187,10 +195,54 @@ def choose_operators(model: StripedHyena) -> DecodeOperators:
     """The kernels on a CUDA device, the plain composition elsewhere.
 
     Raises:
-        UnsupportedError: the kernels do not take this model's dtype or heads.
+        UnsupportedError: the kernels cannot run there, or not on this model.
     """
     if model.device.type != "cuda":
         return DecodeOperators()
+    reason = _beyond_kernels(model)
+    if reason is not None:
+        raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='forward'")
     from hyaena.ops.triton.decode import FusedDecodeOperators  # Triton comes with torch on CUDA machines only
 
-    return FusedDecodeOperators(model.dtype, model.config.head_dim)
+    return FusedDecodeOperators()
+
+
+def _no_graphs(model: StripedHyena) -> str | None:
+    if model.device.type != "cuda":
+        return f"graphs are captured on CUDA devices, and the model is on {model.device}"
+    if triton.interpreted():
+        return "what Triton's interpreter does cannot be captured: unset TRITON_INTERPRET"
+    return None
+
+
+def _beyond_kernels(model: StripedHyena) -> str | None:
+    config = model.config
+    sizes = config.head_dim, config.state_size, config.short_filter_length
+    return triton.decode_obstacle(model.dtype, *sizes, model.device.type)
+
+
+def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decoding:
+    """How tokens will be decoded: what was asked for, if it can be, or for ``"auto"`` calls of the model.
+
+    Args:
+        model: whose tokens.
+        wish: ``"forward"`` calls the model for each token; ``"static"`` steps on fixed memory; ``"captured"`` does so
+            as a graph, on CUDA devices; ``"auto"`` is ``"forward"`` until generation by graphs has run on a GPU.
+        method: by which prompts are read.
+
+    Raises:
+        InputError: an unknown wish.
+        UnsupportedError: what was asked for by name cannot be done.
+    """
+    if wish not in get_args(Decoding):
+        raise InputError(f"unknown decoding {wish!r}: choose {', '.join(get_args(Decoding))}")
+    if wish in ("auto", "forward"):
+        return "forward"
+    reason = why_not(model) or (_no_graphs(model) if wish != "static" else None)
+    if reason is None and model.device.type == "cuda":
+        reason = _beyond_kernels(model)
+        if reason is None and ops.capabilities(method).state == "window":
+            reason = f"the kernels step modes, and {method!r} leaves the windows of cut filters"
+    if reason is not None:
+        raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='forward'")
+    return wish

@@ -14,6 +14,7 @@ from typing import Any, TypedDict, Unpack, overload
 
 from torch import Tensor
 
+from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import InputError
 from hyaena.generation.run import Event, FinishReason, Progress, Row, Run, Stats
 from hyaena.generation.text import TextEnd
@@ -66,6 +67,7 @@ class Options(TypedDict, total=False):
     stop_at_eos: bool
     logprobs: int
     method: str
+    decoding: Decoding
     max_length: int | None
     prefill_chunk: int | None
     progress: Progress | None
@@ -87,6 +89,7 @@ def stream(
     stop_at_eos: bool = True,
     logprobs: int = 0,
     method: str = "auto",
+    decoding: Decoding = "auto",
     max_length: int | None = None,
     prefill_chunk: int | None = None,
     progress: Progress | None = None,
@@ -110,6 +113,8 @@ def stream(
         logprobs: how many alternatives to report with each token.
         method: how long convolutions of the prompt are evaluated (``ops.METHODS``); single steps choose themselves,
             from what it left behind.
+        decoding: how single steps are evaluated: ``"forward"`` calls the model, ``"static"`` steps on fixed memory,
+            ``"captured"`` does so as one CUDA graph, on CUDA devices; ``"auto"`` is the first.
         max_length: the most tokens of prompt and completion together; ``config.max_length`` unless given.
         prefill_chunk: the most tokens of prompts that one pass reads; 512 on a CPU, 2,048 elsewhere unless given.
         progress: called as ``progress(tokens read, tokens of all prompts)`` after each pass.
@@ -119,7 +124,7 @@ def stream(
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, a prompt too long, an option out of range.
-        UnsupportedError: an unknown method.
+        UnsupportedError: an unknown method, or a way of decoding that this model or device does not allow.
         NonFiniteError: the model produced NaN or infinity; the message names the layer. Raised while iterating.
     """
     began = time.perf_counter()
@@ -136,6 +141,7 @@ def stream(
             f"make the tokenizer with vocab_size={model.config.vocab_size}"
         )
     capabilities(method)
+    decoding = resolve_decoding(model, decoding, method)
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:
         raise InputError("a stop string is empty: leave it out")
@@ -162,7 +168,7 @@ def stream(
         )
         eos_id = tokenizer.eos_id if stop_at_eos else None
         rows.append(Row(index, ids, params, TextEnd(tokenizer, ids, stops), eos_id, max_new_tokens))
-    run = Run(model, rows, method=method, chunk=prefill_chunk, top=logprobs, progress=progress)
+    run = Run(model, rows, method=method, decoding=decoding, chunk=prefill_chunk, top=logprobs, progress=progress)
     run.seconds = time.perf_counter() - began
     return run.events()
 

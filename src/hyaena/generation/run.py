@@ -11,17 +11,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hyaena.cache import Cache
+from hyaena.decoding import Ahead, Choice, Decoder, Decoding, pack
 from hyaena.errors import NonFiniteError
 from hyaena.generation.diagnosis import first_non_finite
 from hyaena.generation.text import TextEnd
 from hyaena.model import StripedHyena
-from hyaena.sampling import SamplingParams, log_probabilities, sample
+from hyaena.sampling import SamplingParams, finite_rows, sample
 
 FinishReason = Literal["eos", "stop", "length"]
 Progress = Callable[[int, int], None]
@@ -116,35 +117,83 @@ class Row:
 
 
 class Run:
-    """The rows that are still being written, their cache, and the two passes: prefill and step."""
+    """The rows that are still being written: their prefill, and what is made of each token."""
 
-    cache: Cache | None = None
     seconds: float = 0.0  # of work, since the call
 
     def __init__(
-        self, model: StripedHyena, rows: list[Row], *, method: str, chunk: int, top: int, progress: Progress | None
+        self,
+        model: StripedHyena,
+        rows: list[Row],
+        *,
+        method: str,
+        decoding: Decoding,
+        chunk: int,
+        top: int,
+        progress: Progress | None,
     ) -> None:
         self.model = model
         self.rows = rows
         self.method = method
+        self.decoding = decoding
         self.chunk = chunk
         self.top = top
         self.progress = progress
-        self.seen: Tensor | None = None
 
     def events(self) -> Iterator[Event]:
         """Inference mode is on inside the passes only: a generator would leave it on for whoever iterates."""
-        forward = self._prefill
-        while self.rows:
-            began = time.perf_counter()
-            events = self._choose(forward(), began)
-            self.seconds += time.perf_counter() - began
-            yield from events
-            forward = self._step
+        steps: Forward | Ahead | None = None
+        try:
+            while self.rows:
+                began = time.perf_counter()
+                if steps is None:
+                    choice, steps = self._begin()
+                else:
+                    choice = steps.next()
+                if not all(choice.finite):
+                    if isinstance(steps, Ahead):
+                        steps.wait()
+                    steps = None  # the search for the cause needs a cache of its own
+                    raise self._explain(self.rows[choice.finite.index(False)])
+                events, going = self._take(choice, began)
+                if len(going) < len(self.rows):
+                    self.rows = [self.rows[i] for i in going]
+                    steps.keep(going)
+                self.seconds += time.perf_counter() - began
+                yield from events
+        finally:
+            if isinstance(steps, Ahead):
+                steps.wait()
 
     @torch.inference_mode()
-    def _prefill(self) -> Tensor:
-        """Read all prompts; returns the logits [B,V] after them. The order of the rows becomes that of the cache."""
+    def _begin(self) -> tuple[Choice, Forward | Ahead]:
+        """Read the prompts and choose the first token of each; and the way to the others."""
+        logits, cache = self._prefill()
+        seen = None
+        if any(row.params.repetition_penalty != 1 for row in self.rows):
+            seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+            for i, row in enumerate(self.rows):
+                seen[i, torch.tensor(row.prompt, device=logits.device)] = True
+        forward = Forward(self.model, cache, self.rows, seen, self.top)
+        choice = forward.choose(logits)
+        most = max(row.max_new_tokens for row in self.rows) - 1
+        if self.decoding == "forward" or most == 0 or not all(choice.finite):
+            return choice, forward
+        decoder = Decoder(
+            self.model,
+            cache,
+            forward.ids,
+            [row.params for row in self.rows],
+            [row.generator for row in self.rows],
+            seen=seen,
+            top=self.top,
+            captured=self.decoding == "captured",
+        )
+        return choice, Ahead(decoder, most)
+
+    @torch.inference_mode()
+    def _prefill(self) -> tuple[Tensor, Cache]:
+        """Read all prompts; the logits [B,V] after them. The order of the rows becomes that of the cache."""
         groups = _groups(self.rows, self.chunk)
         self.rows = [row for group in groups for row in group]
         longest = max(len(row.prompt) for row in self.rows)
@@ -170,66 +219,77 @@ class Run:
                     self.progress(done, total)
             caches.append(cache)
             logits.append(out[:, -1])
-        self.cache = caches[0] if len(caches) == 1 else Cache.merge(caches, max_length=capacity)
-        if any(row.params.repetition_penalty != 1 for row in self.rows):
-            self.seen = torch.zeros(len(self.rows), logits[0].shape[-1], dtype=torch.bool, device=self.model.device)
-            for i, row in enumerate(self.rows):
-                self.seen[i, torch.tensor(row.prompt, device=self.seen.device)] = True
-        return torch.cat(logits)
+        return torch.cat(logits), caches[0] if len(caches) == 1 else Cache.merge(caches, max_length=capacity)
 
-    @torch.inference_mode()
-    def _step(self) -> Tensor:
-        """Read the last token of each row; returns the logits [B,V] after it."""
-        ids = torch.tensor([row.tokens[-1:] for row in self.rows], device=self.model.device)
-        return self.model(ids, cache=self.cache, logits_to_keep=1)[:, -1]
-
-    @torch.inference_mode()
-    def _choose(self, logits: Tensor, began: float) -> list[Event]:
-        """Choose the next token of each row, and drop the rows that this finishes."""
-        try:
-            ids = sample(
-                logits, [row.params for row in self.rows], [row.generator for row in self.rows], seen=self.seen
-            )
-        except NonFiniteError:
-            self._explain(logits)
-        if self.seen is not None:
-            self.seen.scatter_(1, ids[:, None], True)
-        chosen, values, indices = (t.tolist() for t in log_probabilities(logits, ids, self.top))
-        tokens = ids.tolist()  # waits for the device: the clock is read after it
+    def _take(self, choice: Choice, began: float) -> tuple[list[Event], list[int]]:
+        """What the next token of each row means, and which rows go on."""
         now = self.seconds + time.perf_counter() - began
         events, going = [], []
         for i, row in enumerate(self.rows):
-            text, reason = row.take(tokens[i], now)
+            text, reason = row.take(choice.tokens[i], now)
             events.append(
                 Event(
                     index=row.index,
-                    token=tokens[i],
+                    token=choice.tokens[i],
                     text=text,
-                    logprob=chosen[i],
-                    top_logprobs=tuple(zip(indices[i], values[i], strict=True)),
+                    logprob=choice.logprobs[i],
+                    top_logprobs=choice.top[i],
                     finish_reason=reason,
                     stats=row.stats(now, self.model.device) if reason else None,
                 )
             )
             if reason is None:
                 going.append(i)
-        if len(going) < len(self.rows):
-            self.rows = [self.rows[i] for i in going]
-            assert self.cache is not None
-            self.cache = self.cache.select(going) if going else None
-            self.seen = self.seen[going] if self.seen is not None else None
-        return events
+        return events, going
 
-    def _explain(self, logits: Tensor) -> NoReturn:
-        """Find where the numbers went wrong, and say so."""
-        bad = ~torch.isfinite(logits.amax(dim=-1))
-        row = self.rows[int(bad.nonzero()[0])]
-        self.cache = None  # the search needs a cache of its own
+    def _explain(self, row: Row) -> NonFiniteError:
+        """Find where the numbers went wrong; what to say of it."""
         where = first_non_finite(self.model, row.prompt + row.tokens, method=self.method)
-        raise NonFiniteError(
+        return NonFiniteError(
             f"the logits after {len(row.prompt)} prompt tokens and {len(row.tokens)} new ones are not finite: {where}; "
             "check the weights with `hyaena info`, or compute in float32"
-        ) from None
+        )
+
+
+class Forward:
+    """Decoding by calls of the model: any model, any device."""
+
+    def __init__(self, model: StripedHyena, cache: Cache, rows: list[Row], seen: Tensor | None, top: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.params = [row.params for row in rows]
+        self.generators = [row.generator for row in rows]
+        self.seen = seen
+        self.top = top
+        self.ids = torch.zeros(0)
+
+    @torch.inference_mode()
+    def next(self) -> Choice:
+        """Read the last token of each row, and choose the next."""
+        return self.choose(self.model(self.ids[:, None], cache=self.cache, logits_to_keep=1)[:, -1])
+
+    @torch.inference_mode()
+    def choose(self, logits: Tensor) -> Choice:
+        """Choose a token per row from logits [B,V]; none where any row's are not finite."""
+        finite = finite_rows(logits)
+        if bool(finite.all()):
+            self.ids = sample(logits, self.params, self.generators, seen=self.seen)
+        else:
+            self.ids = torch.zeros(len(finite), dtype=torch.int64, device=logits.device)
+        if self.seen is not None:
+            self.seen.scatter_(1, self.ids[:, None], True)
+        return Choice.unpack(pack(logits, self.ids, finite, self.top))
+
+    @torch.inference_mode()
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows."""
+        if not rows:
+            return
+        self.cache = self.cache.select(rows)
+        self.ids = self.ids[rows]
+        self.params = [self.params[row] for row in rows]
+        self.generators = [self.generators[row] for row in rows]
+        self.seen = None if self.seen is None else self.seen[rows]
 
 
 def _groups(rows: list[Row], chunk: int) -> list[list[Row]]:

@@ -94,7 +94,7 @@ class DecodeOperators:
         self, z: Tensor, short_weight: Tensor, short_bias: Tensor, long_filter: ModalFilter, state: HyenaState
     ) -> Tensor:
         """One step of ``ops.hyena``, z [B,3D] -> [B,D]; both states move on in place."""
-        y, new = hyena(z.unsqueeze(1), short_weight, short_bias, long_filter, state, method="recurrence")
+        y, new = hyena(z.unsqueeze(1), short_weight, short_bias, long_filter, state)
         for old, now in zip(state, new, strict=True):
             old.copy_(now)
         return y.squeeze(1)

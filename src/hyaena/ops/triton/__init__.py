@@ -16,6 +16,8 @@ from hyaena.ops.long_conv.filters import ModalFilter
 
 MOST_MODES = 16
 MOST_TAPS = 8
+WIDEST_HEAD = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTALL = "pip install triton"
 
 
@@ -27,11 +29,18 @@ def missing(device: str) -> str | None:
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, and Triton needs 8.0 or newer"
-    from triton import knobs
-
-    if device == "cpu" and knobs.runtime.interpret:
+    if device == "cpu" and interpreted():
         return None
     return f"the kernels need a CUDA device, and the tensors are on {device!r}"
+
+
+def interpreted() -> bool:
+    """Whether kernels run on Triton's interpreter, on the host."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from triton import knobs
+
+    return knobs.runtime.interpret
 
 
 def obstacle(
@@ -43,13 +52,24 @@ def obstacle(
         return "the kernels cannot reset inside a sequence (packed documents): use blocked"
     if iir is not None and not iir.is_complex():
         return "the state is the window of a truncated filter: go on with truncated or auto, or begin anew"
-    if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if z.dtype not in DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {z.dtype}"
     if long_filter.poles.dtype != torch.complex64 or long_filter.residues.dtype != torch.complex64:
         return f"the kernels take complex64 poles and residues, not {long_filter.poles.dtype}"
     if not 1 <= modes <= MOST_MODES or not 1 <= taps <= MOST_TAPS:
         return f"the kernels take 1 to {MOST_MODES} modes and 1 to {MOST_TAPS} taps, not {modes} and {taps}"
     return missing(z.device.type)
+
+
+def decode_obstacle(dtype: torch.dtype, head_dim: int, modes: int, taps: int, device: str) -> str | None:
+    """Why the kernels cannot decode with a model of these sizes, or None when they can."""
+    if dtype not in DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {dtype}"
+    if head_dim > WIDEST_HEAD:
+        return f"the kernels take heads of at most {WIDEST_HEAD} channels, not {head_dim}"
+    if modes > MOST_MODES or taps > MOST_TAPS:
+        return f"the kernels take 1 to {MOST_MODES} modes and 1 to {MOST_TAPS} taps, not {modes} and {taps}"
+    return missing(device)
 
 
 def hyena_triton(

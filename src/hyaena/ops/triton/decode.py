@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyaena.errors import UnsupportedError
 from hyaena.ops.decode import DecodeOperators, Norm, Slots
 from hyaena.ops.hyena import HyenaState
 from hyaena.ops.long_conv import ModalFilter
@@ -13,30 +12,18 @@ from hyaena.ops.triton import gemv, launch
 from hyaena.ops.triton.decode_attention import decode_attention
 from hyaena.ops.triton.remember import remember
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_HEAD = 256
-
 
 class FusedDecodeOperators(DecodeOperators):
     """Kernels that read every weight and every valid slot once, and never wait for the device.
 
-    Args:
-        dtype: of weights and activations.
-        head_dim: channels of an attention head.
-        tiles: measured tiles by the shape of the matrix (and, for a gate, of the pair), in place of the rule's.
+    They take what ``ops.triton.decode_obstacle`` has nothing against. With more than one row products are the
+    library's.
 
-    Raises:
-        UnsupportedError: a dtype or a head size that the kernels do not take.
+    Args:
+        tiles: measured tiles by operator and shape of the matrix, in place of the rule's.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, head_dim: int, tiles: dict[tuple[str, int, int], gemv.Tile] | None = None
-    ) -> None:
-        if dtype not in DTYPES or head_dim > MAX_HEAD:
-            raise UnsupportedError(
-                f"the decoding kernels take float32, bfloat16 or float16 and heads of at most {MAX_HEAD} channels, "
-                f"not {dtype} and {head_dim}: decode with decoding='forward'"
-            )
+    def __init__(self, tiles: dict[tuple[str, int, int], gemv.Tile] | None = None) -> None:
         self.tiles = tiles or {}
 
     def project(
@@ -48,7 +35,7 @@ class FusedDecodeOperators(DecodeOperators):
         norm: Norm | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        if x.shape[0] > gemv.MAX_ROWS:
+        if x.shape[0] > 1:
             return super().project(x, weight, bias, norm=norm, residual=residual)
         return gemv.project(
             x,
@@ -60,7 +47,7 @@ class FusedDecodeOperators(DecodeOperators):
         )
 
     def gate(self, x: Tensor, gate: Tensor, up: Tensor, *, norm: Norm | None = None, activation: str) -> Tensor:
-        if x.shape[0] > gemv.MAX_ROWS:
+        if x.shape[0] > 1:
             return super().gate(x, gate, up, norm=norm, activation=activation)
         return gemv.gate(
             x, gate, up, norm=norm, activation=activation, tile=self.tiles.get(("gate", gate.shape[0], gate.shape[1]))

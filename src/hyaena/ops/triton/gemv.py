@@ -1,4 +1,4 @@
-"""Products of a weight matrix and a few vectors, bound by the speed at which memory streams the matrix.
+"""Products of a weight matrix and one vector, bound by the speed at which memory streams the matrix.
 
 A program owns a few rows of the matrix and reads them along K, 16 bytes a thread; sums are float32. What stands
 around the product costs no pass of its own:
@@ -7,7 +7,8 @@ around the product costs no pass of its own:
 - a second matrix on the same x with ``act(a)·b`` after it (gate and up of an MLP);
 - bias and residual.
 
-The plain twins are ``DecodeOperators.project`` and ``.gate``.
+For several vectors at once a library's matrix product is faster. The plain twins are ``DecodeOperators.project`` and
+``.gate``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from torch import Tensor
 
 from hyaena.ops.decode import Norm
 
-MAX_ROWS = 1
-"""Vectors that one pass over the matrix serves; for four, on an H100, cuBLAS is 17 times as fast."""
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -34,10 +32,14 @@ class Tile:
     stages: int
 
 
-def choose_tile(rows: int, width: int, vectors: int) -> Tile:
-    """For matrices [rows,width]: many short programs, since their number evens out the load."""
-    narrow = min(1024, max(32, triton.next_power_of_2(width)))
-    return Tile(rows=4 if vectors == 1 else 2, width=narrow, warps=4, stages=3)
+def choose_tile(rows: int, width: int) -> Tile:
+    """For matrices [rows,width]; where there are few rows, narrow tiles, so that all processors have some.
+
+    Measured on an H100 in ``benchmarks/decode_gpu.py``.
+    """
+    if rows <= 4096 and width >= 2048:
+        return Tile(rows=2, width=2048, warps=4, stages=1)
+    return Tile(rows=4, width=min(1024, max(32, triton.next_power_of_2(width))), warps=4, stages=3)
 
 
 @triton.jit
@@ -51,94 +53,73 @@ def rms_scale(squares, eps, K: tl.constexpr, EPS_INSIDE: tl.constexpr):
 
 @triton.jit
 def products(x, g, w, rows, eps, limit,
-             M: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
-             EPS_INSIDE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """``w[i][rows]·norm(x[m])`` for every matrix i and vector m: a tuple of float32 [BN], matrix by matrix.
+             K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr,
+             STAGES: tl.constexpr):  # fmt: skip
+    """``w[i][rows]·norm(x)`` for every matrix i: a tuple of float32 [BN].
 
     Args:
-        x: [M,K].
+        x: [K].
         g: the norm's weight [K].
         w: a tuple of matrices [.,K].
         rows: int [BN], those of this program; not read from ``limit`` on.
     """
-    W: tl.constexpr = len(w)
     inside = rows < limit
     at = rows.to(tl.int64)[:, None] * K
     sums = ()
-    for _ in tl.static_range(W * M):
+    for _ in tl.static_range(len(w)):
         sums = sums + (tl.zeros((BN, BK), tl.float32),)
-    squares = ()
-    for _ in tl.static_range(M):
-        squares = squares + (tl.zeros((BK,), tl.float32),)
+    squares = tl.zeros((BK,), tl.float32)
     for start in tl.range(0, K, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
         real = k < K
-        tiles = ()
-        for i in tl.static_range(W):
+        tiles = ()  # asked for first: they come from far
+        for i in tl.static_range(len(w)):
             tile = tl.load(w[i] + at + k[None, :], mask=inside[:, None] & real[None, :], other=0.0,
                            eviction_policy="evict_first")  # fmt: skip
             tiles = tiles + (tile.to(tl.float32),)
+        v = tl.load(x + k, mask=real, other=0.0).to(tl.float32)
         if HAS_NORM:
-            gain = tl.load(g + k, mask=real, other=0.0).to(tl.float32)
+            squares += v * v
+            v *= tl.load(g + k, mask=real, other=0.0).to(tl.float32)
         next_sums = ()
-        next_squares = ()
-        vectors = ()
-        for m in tl.static_range(M):
-            v = tl.load(x + m * K + k, mask=real, other=0.0).to(tl.float32)
-            if HAS_NORM:
-                next_squares = next_squares + (squares[m] + v * v,)
-                v = v * gain
-            else:
-                next_squares = next_squares + (squares[m],)
-            vectors = vectors + (v,)
-        for i in tl.static_range(W):
-            for m in tl.static_range(M):
-                next_sums = next_sums + (sums[i * M + m] + tiles[i] * vectors[m][None, :],)
+        for i in tl.static_range(len(w)):
+            next_sums = next_sums + (sums[i] + tiles[i] * v[None, :],)
         sums = next_sums
-        squares = next_squares
     out = ()
-    for i in tl.static_range(W):
-        for m in tl.static_range(M):
-            y = tl.sum(sums[i * M + m], axis=1)
-            if HAS_NORM:
-                y = y * rms_scale(squares[m], eps, K, EPS_INSIDE)
-            out = out + (y,)
+    for i in tl.static_range(len(w)):
+        y = tl.sum(sums[i], axis=1)
+        if HAS_NORM:
+            y *= rms_scale(squares, eps, K, EPS_INSIDE)
+        out = out + (y,)
     return out
 
 
 @triton.jit
 def _project_kernel(x, g, w, bias, residual, out, eps,
-                    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                    HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr,
-                    HAS_RESIDUAL: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                    N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
+                    EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+                    STAGES: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = rows < N
-    ys = products(x, g, (w,), rows, eps, N, M, K, BN, BK, HAS_NORM, EPS_INSIDE, STAGES)
+    y = products(x, g, (w,), rows, eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, STAGES)[0]
     if HAS_BIAS:
-        offset = tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-    for m in tl.static_range(M):
-        y = ys[m]
-        if HAS_BIAS:
-            y += offset
-        if HAS_RESIDUAL:
-            y += tl.load(residual + m * N + rows, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + m * N + rows, y.to(out.dtype.element_ty), mask=inside)
+        y += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        y += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + rows, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gate_kernel(x, g, gate, up, out, eps,
-                 M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                 HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, GELU: tl.constexpr,
-                 STAGES: tl.constexpr):  # fmt: skip
+                 N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
+                 EPS_INSIDE: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    ys = products(x, g, (gate, up), rows, eps, N, M, K, BN, BK, HAS_NORM, EPS_INSIDE, STAGES)
-    for m in tl.static_range(M):
-        a = ys[m]
-        if GELU:  # noqa: SIM108, one branch is compiled
-            a = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
-        else:
-            a = a / (1.0 + tl.exp(-a))
-        tl.store(out + m * N + rows, (a * ys[M + m]).to(out.dtype.element_ty), mask=rows < N)
+    a, b = products(x, g, (gate, up), rows, eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, STAGES)
+    if GELU:  # noqa: SIM108, one branch is compiled
+        a = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
+    else:
+        a = a / (1.0 + tl.exp(-a))
+    tl.store(out + rows, (a * b).to(out.dtype.element_ty), mask=rows < N)
 
 
 def project(
@@ -150,14 +131,14 @@ def project(
     residual: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """``residual + weight·norm(x) + bias``: x [B,D] with B at most ``MAX_ROWS``, weight [E,D] -> [B,E]."""
-    (count, width), rows = x.shape, weight.shape[0]
-    out = x.new_empty(count, rows)
-    tile = tile or choose_tile(rows, width, count)
+    """``residual + weight·norm(x) + bias``: x [1,D], weight [E,D] -> [1,E]."""
+    rows, width = weight.shape
+    out = x.new_empty(1, rows)
+    tile = tile or choose_tile(rows, width)
     _project_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if norm is None else norm.weight, weight, x if bias is None else bias,
         x if residual is None else residual, out, 0.0 if norm is None else norm.eps,
-        M=count, N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
+        N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
         EPS_INSIDE=norm is None or norm.eps_inside_root, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
@@ -167,13 +148,13 @@ def project(
 def gate(
     x: Tensor, gate: Tensor, up: Tensor, *, norm: Norm | None = None, activation: str, tile: Tile | None = None
 ) -> Tensor:
-    """``act(gate·norm(x)) · (up·norm(x))``: x [B,D] with B at most ``MAX_ROWS``, weights [E,D] -> [B,E]."""
-    (count, width), rows = x.shape, gate.shape[0]
-    out = x.new_empty(count, rows)
-    tile = tile or choose_tile(rows, width, 2 * count)
+    """``act(gate·norm(x)) · (up·norm(x))``: x [1,D], weights [E,D] -> [1,E]."""
+    rows, width = gate.shape
+    out = x.new_empty(1, rows)
+    tile = tile or choose_tile(rows, width)
     _gate_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if norm is None else norm.weight, gate, up, out, 0.0 if norm is None else norm.eps,
-        M=count, N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
+        N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
         EPS_INSIDE=norm is None or norm.eps_inside_root, GELU=activation == "gelu",
         STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
