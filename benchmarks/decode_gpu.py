@@ -45,17 +45,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 
-SH_7B = ModelConfig(
-    vocab_size=32_000,
-    hidden_size=4096,
-    layer_types=("hyena", "attention") * 16,
-    intermediate_size=14_336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    state_size=2,
-    rope_theta=500_000.0,
-    max_length=131_072,
-    name="SH-7B",
+SH_7B = dataclasses.replace(
+    ModelConfig.from_file(Path(__file__).parents[1] / "configs/7b-sh-32k-v1.yml"), max_length=131_072, name="SH-7B"
 )
 TINY = dataclasses.replace(
     SH_7B, vocab_size=320, hidden_size=64, layer_types=("hyena", "attention") * 2, intermediate_size=96,

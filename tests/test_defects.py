@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyaena
 from hyaena import ops
@@ -14,6 +13,7 @@ from hyaena.errors import CapacityError, ConfigError, NonFiniteError
 from hyaena.model import StripedHyena
 from hyaena.ops import HyenaState
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
+from watching import LargestResult
 
 CONFIG = ModelConfig(
     vocab_size=259,
@@ -105,20 +105,9 @@ def test_6_nan_logits_are_an_error_and_never_a_token(model: StripedHyena) -> Non
 def test_7_no_array_of_all_modes_and_steps(method: str) -> None:
     config = dataclasses.replace(CONFIG, layer_types=("hyena",), state_size=16, intermediate_size=16)
     model, length = StripedHyena(config), 2048
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(t, torch.Tensor):
-                    largest = max(largest, t.numel())
-            return out
-
-    with torch.inference_mode(), Watch():
+    with torch.inference_mode(), LargestResult() as largest:
         model(torch.randint(259, (1, length)), cache=model.make_cache(), logits_to_keep=1, method=method)
-    assert 0 < largest < config.hidden_size * config.state_size * length
+    assert 0 < largest.numel < config.hidden_size * config.state_size * length
 
 
 def test_8_the_key_value_cache_does_not_end_at_8192() -> None:

@@ -5,6 +5,7 @@ import torch
 
 from hyaena.errors import InputError
 from hyaena.ops import attention
+from watching import LargestResult
 
 
 def written_out(
@@ -55,21 +56,10 @@ def test_packed_documents_do_not_see_one_another() -> None:
 
 def test_a_long_past_makes_no_quadratic_mask() -> None:
     """The work array of a continuation stays far below T·S entries."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, tuple) else [out]:
-                if isinstance(t, torch.Tensor):
-                    largest = max(largest, t.numel())
-            return out
-
     q, k, v = torch.randn(1, 2, 256, 8), torch.randn(1, 2, 4096, 8), torch.randn(1, 2, 4096, 8)
-    with Watch():
+    with LargestResult() as largest:
         attention(q, k, v, padding=torch.tensor([3]))
-    assert 0 < largest < 256 * 4096
+    assert 0 < largest.numel < 256 * 4096
 
 
 @pytest.mark.parametrize(

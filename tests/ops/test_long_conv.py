@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops import METHODS, ModalFilter, long_conv, taps
 from hyaena.ops.long_conv.filters import powers
+from watching import LargestResult
 
 FAST = [name for name, it in METHODS.items() if it.exact and name != "reference"]
 RESETTING = [name for name in FAST if METHODS[name].reset]
@@ -165,26 +166,14 @@ def test_taps_are_the_impulse_response() -> None:
     assert taps(filter, 0).shape == (5, 0)
 
 
-def test_the_filter_build_never_makes_all_powers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_filter_build_never_makes_all_powers() -> None:
     """Neither filter nor final state holds an array of the size D·N·T."""
     channels, modes, length = 8, 8, 4096
     filter, x = make_filter(channels, modes), torch.randn(1, length, channels)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, torch.Tensor):
-                    largest = max(largest, t.numel())
-            return out
-
     for method in (name for name, it in METHODS.items() if it.memory == "O(T)"):
-        largest = 0
-        with Watch():
+        with LargestResult() as largest:
             long_conv(x, filter, method=method)
-        assert 0 < largest < channels * modes * length, method
+        assert 0 < largest.numel < channels * modes * length, method
 
 
 def test_powers_are_accurate_far_out() -> None:
