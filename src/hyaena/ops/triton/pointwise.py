@@ -46,7 +46,7 @@ def _gate_kernel(a, b, y, count, BLOCK: tl.constexpr, GELU: tl.constexpr):
     tl.store(y + i, (v * w).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # one compilation for prompts of every length
 def _rotate_kernel(x, cos, sin, y, length, x_row, x_head, x_time, table_row,
                    HEADS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
                    HALF_PAD: tl.constexpr):  # fmt: skip
