@@ -14,7 +14,7 @@ PREFILL_CHUNK_ELSEWHERE = 2048
 PREFILL_CHUNK_MOST = 32768
 """The most on CUDA devices: products are no faster for more rows, and memory is better kept for the cache."""
 SHARE = 0.5
-"""Of the free memory that a pass may fill: plain long convolutions hold about twice what the fused one does."""
+"""Of the free memory that a pass may fill; the rest is for what is not counted: plain long convolutions, fragments."""
 
 
 def choose_chunk(model: StripedHyena, slots: int) -> int:

@@ -100,9 +100,9 @@ def choose_kernel(
 ) -> str | None:
     """``"cudnn"``, ``"flash"`` or None, for neither.
 
-    On an H200 cuDNN 9.19 takes 0.54 to 0.57 of the time of FlashAttention-2 at 8,192 to 131,072 positions. But it makes
-    a plan for every new shape of queries or keys, on the host: short prompts and single steps, each of another length,
-    would wait for it longer than for their attention.
+    On an H200 cuDNN 9.19 takes 0.54 to 0.59 of the time of FlashAttention-2 at 8,192 to 131,072 positions. But it makes
+    a plan for every new shape of queries or keys, on the host, for which others report tens to hundreds of
+    milliseconds (not measured here): too long to wait for in short prompts and single steps, each of another length.
 
     Args:
         length: new positions.
