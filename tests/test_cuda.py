@@ -1,5 +1,6 @@
 """The same laws on a GPU; skipped where there is none."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 import hyaena
 from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
-from hyaena.ops import METHODS, HyenaState, ModalFilter, long_conv, to_canonical, to_modal
+from hyaena.ops import METHODS, HyenaState, ModalFilter, attention, long_conv, to_canonical, to_modal
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -92,6 +93,29 @@ def test_chunks_continuation_and_padding(dtype: torch.dtype, padded: bool) -> No
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(got[1, 17:], whole[1, 17:], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(got[1, 17:], row[0, 0 if padded else 17 :], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(32, 8, 128), (4, 4, 64), (6, 2, 8)])
+@pytest.mark.parametrize(("length", "past"), [(1, 1000), (2, 0), (700, 0), (700, 2), (63, 1000)])
+def test_attention_of_every_kernel(monkeypatch, kernel: str, heads: int, groups: int, head_dim: int, length, past):
+    module = importlib.import_module("hyaena.ops.attention")  # the function has its name in ops
+    monkeypatch.setattr(module, "CUDNN_PAIRS", 0 if kernel == "cudnn" else 2**60)
+    q = torch.randn(2, length, heads + groups, head_dim, device="cuda").transpose(1, 2)[:, :heads]
+    k, v = torch.randn(2, 2, groups, 2000, head_dim, device="cuda")[:, :, :, : length + past]
+    q, k, v = (t.bfloat16() for t in (q, 3 * k, v))
+    called = []
+    original = getattr(module, f"_{kernel}")
+    monkeypatch.setattr(module, f"_{kernel}", lambda *a: (called.append(kernel), original(*a))[1])
+    with torch.inference_mode():
+        got = attention(q, k, v)
+        expected = attention(q.cpu().double(), k.cpu().double(), v.cpu().double())
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert called
+    assert got.transpose(1, 2).is_contiguous()
+    # bfloat16 weights and values, and a result rounded up to three times, where the past is merged
+    error = (got.cpu().double() - expected).norm() / expected.norm()
+    assert float(error) < 1e-2
 
 
 def test_packed_training_step_equals_the_cpu() -> None:

@@ -72,14 +72,10 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        activations: dict[str, Callable[[Tensor], Tensor]] = {
-            "silu": nn.functional.silu,
-            "gelu": nn.functional.gelu,
-        }
-        self.act = activations[config.activation]
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ops.gate(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
 class Attention(nn.Module):
@@ -98,8 +94,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, memory: KVCache | None, keep: int) -> tuple[Tensor, None]:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B,H+2G,T,head_dim]
-        q, k, v = qkv.split([self.heads, self.groups, self.groups], dim=1)
-        q, k = ops.rotate(q, step.rotary), ops.rotate(k, step.rotary)
+        qk, v = qkv.split([self.heads + self.groups, self.groups], dim=1)
+        q, k = ops.rotate(qk, step.rotary).split([self.heads, self.groups], dim=1)
         if memory is not None:
             k, v = memory.write(k, v, step.start)
         y = ops.attention(q[:, :, -keep:], k, v, padding=step.padding, segment_ids=step.segment_ids)

@@ -237,6 +237,14 @@ def test_no_pass_carries_more_than_a_chunk(model: StripedHyena, chunk: int) -> N
     assert chunk < 100 or any(rows > 1 for rows, _ in passes)  # short prompts do share a pass
 
 
+def test_few_long_prompts_share_no_pass_however_long_it_may_be(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of padding grows with the square of the pass."""
+    monkeypatch.setattr("hyaena.generation.run.TOGETHER", 60)
+    with Recorder(model) as passes:
+        generate(model, TOKENIZER, ["x" * 39, "x" * 30, "x" * 9, "x" * 5], max_new_tokens=1, prefill_chunk=1000)
+    assert passes == [(2, 10), (1, 31), (1, 40)]
+
+
 def test_one_cache_of_the_right_size(model: StripedHyena, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     original = StripedHyena.make_cache

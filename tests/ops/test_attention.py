@@ -1,11 +1,15 @@
 """Attention against the softmax written out, for every way in which queries meet keys."""
 
+import importlib
+
 import pytest
 import torch
 
 from hyaena.errors import InputError
 from hyaena.ops import attention
 from watching import LargestResult
+
+attention_module = importlib.import_module("hyaena.ops.attention")  # the function has its name in ops
 
 
 def written_out(
@@ -72,3 +76,67 @@ def test_a_long_past_makes_no_quadratic_mask() -> None:
 def test_bad_inputs(q: tuple, k: tuple) -> None:
     with pytest.raises(InputError):
         attention(torch.zeros(q), torch.zeros(k), torch.zeros(k))
+
+
+def twin_of_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the library's kernel computes: a result in the layout of the queries, and its normalisers."""
+    length, total = q.shape[2], k.shape[2]
+    assert not causal or length == total, "with a past its causal mask is aligned otherwise"
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(length, total).triu(1).bool(), -torch.inf)
+    y = (scores.softmax(-1) @ v).transpose(1, 2).contiguous().transpose(1, 2)
+    return y, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("length", "past"), [(1, 9), (6, 0), (6, 1), (6, 9), (40, 3)])
+def test_the_parts_of_a_gpu_make_the_whole(monkeypatch, groups: int, length: int, past: int) -> None:
+    monkeypatch.setattr(attention_module, "_cudnn", twin_of_cudnn)
+    monkeypatch.setattr(attention_module, "_gpu_part", lambda *_: twin_of_cudnn)
+    q = torch.randn(2, length, 6, 8).transpose(1, 2)[:, :4]
+    k, v = torch.randn(2, 2, groups, 60, 8)[:, :, :, : length + past]
+    got = attention(q, 30 * k, v)  # scores of tens: the normalisers of past and present are far apart
+    torch.testing.assert_close(got.double(), written_out(q, 30 * k, v, [0, 0]), rtol=1e-5, atol=1e-5)
+    assert got.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("kernel", ["_cudnn", "_flash"])
+@pytest.mark.parametrize(("length", "past"), [(1, 9), (6, 0), (6, 9)])
+def test_a_gpu_copies_neither_keys_nor_results(monkeypatch, kernel: str, length: int, past: int) -> None:
+    """torch's own account, on its device without data, of the kernels' shapes and layouts."""
+    part = getattr(attention_module, kernel)
+    monkeypatch.setattr(attention_module, "_gpu_part", lambda *_: part)
+    q = torch.empty(1, length, 10, 16, device="meta", dtype=torch.bfloat16).transpose(1, 2)[:, :8]
+    store = torch.empty(2, 1, 2, 5000, 16, device="meta", dtype=torch.bfloat16)
+    k, v = store[:, :, :, : length + past]
+    with LargestResult() as largest, torch.inference_mode():
+        y = attention(q, k, v)
+    assert y.shape == q.shape and y.dtype == q.dtype and y.transpose(1, 2).is_contiguous()
+    assert 0 < largest.numel <= max(q.numel(), k.numel())  # repeated keys would be four times k
+
+
+HOPPER = {"capability": (9, 0), "cudnn": 91900, "flash": True}
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "expected"),
+    [
+        ((torch.bfloat16, 128, 32768, 0), {}, "cudnn"),
+        ((torch.float16, 64, 2048, 98304), {}, "cudnn"),
+        ((torch.bfloat16, 128, 100, 0), {}, "flash"),  # a plan would cost more than it saves
+        ((torch.bfloat16, 128, 1, 131072), {}, "flash"),  # and every step would need another
+        ((torch.bfloat16, 128, 32768, 1), {}, "flash"),  # cuDNN takes no single key
+        ((torch.bfloat16, 256, 32768, 0), {}, "flash"),
+        ((torch.bfloat16, 128, 32768, 0), {"capability": (8, 0)}, "flash"),
+        ((torch.bfloat16, 128, 32768, 0), {"cudnn": 91002}, "flash"),
+        ((torch.bfloat16, 128, 32768, 0), {"cudnn": None}, "flash"),
+        ((torch.bfloat16, 128, 32768, 0), {"cudnn": None, "flash": False}, None),
+        ((torch.bfloat16, 128, 32768, 0), {"capability": (7, 5)}, None),
+        ((torch.float32, 128, 32768, 0), {}, None),
+        ((torch.bfloat16, 12, 32768, 0), {}, None),
+    ],
+)
+def test_the_kernel_of_a_shape(shape: tuple, device: dict, expected: str | None) -> None:
+    assert attention_module.choose_kernel(*shape, **{**HOPPER, **device}) == expected

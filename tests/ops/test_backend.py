@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hyaena.errors import UnsupportedError
-from hyaena.ops import FUSED_METHODS, METHODS, ModalFilter, hyena
-from hyaena.ops.backend import VARIABLE, _say, use_triton
+from hyaena.ops import FUSED_METHODS, METHODS, ModalFilter, gate, hyena
+from hyaena.ops.backend import VARIABLE, _say, use_kernels, use_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -68,6 +68,28 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
         "the Hyena operator runs in the fused kernels",
         "the Hyena operator runs in plain torch, not the fused kernels: the sun is too bright",
     ]
+
+
+def test_pointwise_kernels_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(3)
+    assert not use_kernels(x)
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert use_kernels(x)
+    assert not use_kernels(x, x.clone().requires_grad_())
+    with torch.no_grad():
+        assert use_kernels(x, x.clone().requires_grad_())
+    with pytest.raises(UnsupportedError, match=rf"{VARIABLE}=triton cannot run: .* not torch.float64"):
+        gate(x.double(), x.double(), "silu")
+    monkeypatch.setenv(VARIABLE, "plain")
+    assert not use_kernels(x)
+
+
+def test_pointwise_kernels_say_for_themselves_what_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="hyaena"):
+        for _ in range(2):
+            use_kernels(torch.zeros(3))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("norms, gates and rotary positions run in plain torch, not the fused kernels")
 
 
 def call(dtype: torch.dtype = torch.float32, modes: int = 2, *, reset: bool = False) -> None:

@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, metavar="N", help="allow N tokens in all; the model's maximum if absent"
     )
     group.add_argument(
-        "--prefill-chunk", type=int, metavar="N", help="tokens of the prompt per pass (512 on a CPU, 2048 elsewhere)"
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="tokens of the prompt per pass (512 on a CPU; on a GPU 2048 to 32768, as memory allows)",
     )
 
     group = parser.add_argument_group("sampling, in this order")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import InputError
+from hyaena.generation.chunks import PREFILL_CHUNK, PREFILL_CHUNK_ELSEWHERE, choose_chunk
 from hyaena.generation.run import Event, FinishReason, Progress, Row, Run, Stats
 from hyaena.generation.text import TextEnd
 from hyaena.model import StripedHyena
@@ -23,13 +24,19 @@ from hyaena.ops import capabilities
 from hyaena.sampling import SamplingParams
 from hyaena.tokenizers import Tokenizer
 
-__all__ = ["PREFILL_CHUNK", "Completion", "Event", "Options", "Stats", "generate", "stream"]
+__all__ = [
+    "PREFILL_CHUNK",
+    "PREFILL_CHUNK_ELSEWHERE",
+    "Completion",
+    "Event",
+    "Options",
+    "Stats",
+    "choose_chunk",
+    "generate",
+    "stream",
+]
 
 Prompt = str | bytes | Sequence[int]
-
-PREFILL_CHUNK = {"cpu": 512}
-"""Tokens that one pass of the model reads on a kind of device: as many as keep it busy, so that memory stays flat."""
-PREFILL_CHUNK_ELSEWHERE = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +123,8 @@ def stream(
         decoding: how single steps are evaluated: ``"forward"`` calls the model, ``"static"`` steps on fixed memory,
             ``"captured"`` does so as one CUDA graph, on CUDA devices; ``"auto"`` is the first.
         max_length: the most tokens of prompt and completion together; ``config.max_length`` unless given.
-        prefill_chunk: the most tokens of prompts that one pass reads; 512 on a CPU, 2,048 elsewhere unless given.
+        prefill_chunk: the most tokens of prompts that one pass reads; unless given 512 on a CPU, on CUDA devices 2,048
+            to 32,768, as memory allows, and 2,048 elsewhere.
         progress: called as ``progress(tokens read, tokens of all prompts)`` after each pass.
 
     Yields:
@@ -128,10 +136,8 @@ def stream(
         NonFiniteError: the model produced NaN or infinity; the message names the layer. Raised while iterating.
     """
     began = time.perf_counter()
-    if prefill_chunk is None:
-        prefill_chunk = PREFILL_CHUNK.get(model.device.type, PREFILL_CHUNK_ELSEWHERE)
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
-        if value < 1:
+        if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     if not 0 <= logprobs <= model.config.vocab_size:
         raise InputError(f"logprobs must be between 0 and the vocabulary size {model.config.vocab_size}")
@@ -168,6 +174,9 @@ def stream(
         )
         eos_id = tokenizer.eos_id if stop_at_eos else None
         rows.append(Row(index, ids, params, TextEnd(tokenizer, ids, stops), eos_id, max_new_tokens))
+    if prefill_chunk is None:
+        longest = max(len(row.prompt) for row in rows)
+        prefill_chunk = choose_chunk(model, len(rows) * (longest + max_new_tokens))
     run = Run(model, rows, method=method, decoding=decoding, chunk=prefill_chunk, top=logprobs, progress=progress)
     run.seconds = time.perf_counter() - began
     return run.events()

@@ -27,6 +27,10 @@ from hyaena.sampling import SamplingParams, finite_rows, sample
 FinishReason = Literal["eos", "stop", "length"]
 Progress = Callable[[int, int], None]
 
+TOGETHER = 2048
+"""The most tokens, padding included, of prompts that share a pass: they keep a device busy, and padding, for which
+attention needs a mask of the pass's length squared, stays cheap."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
@@ -194,7 +198,7 @@ class Run:
     @torch.inference_mode()
     def _prefill(self) -> tuple[Tensor, Cache]:
         """Read all prompts; the logits [B,V] after them. The order of the rows becomes that of the cache."""
-        groups = _groups(self.rows, self.chunk)
+        groups = _groups(self.rows, min(self.chunk, TOGETHER))
         self.rows = [row for group in groups for row in group]
         longest = max(len(row.prompt) for row in self.rows)
         capacity = longest + self.rows[0].max_new_tokens
@@ -292,11 +296,11 @@ class Forward:
         self.seen = None if self.seen is None else self.seen[rows]
 
 
-def _groups(rows: list[Row], chunk: int) -> list[list[Row]]:
-    """Rows to prefill together: as many as fit into one pass when padded to the longest, at least one."""
+def _groups(rows: list[Row], most: int) -> list[list[Row]]:
+    """Rows to prefill together: as many as have ``most`` tokens when padded to the longest, at least one."""
     groups: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: len(row.prompt)):
-        if groups and (len(groups[-1]) + 1) * len(row.prompt) <= chunk:
+        if groups and (len(groups[-1]) + 1) * len(row.prompt) <= most:
             groups[-1].append(row)
         else:
             groups.append([row])

@@ -1,6 +1,7 @@
 """Pure functions on tensors: the mathematics of StripedHyena models, with no notion of a model."""
 
 from hyaena.ops.attention import attention
+from hyaena.ops.gate import ACTIVATIONS, gate
 from hyaena.ops.hyena import FUSED_METHODS, HyenaState, capabilities, hyena
 from hyaena.ops.long_conv import (
     METHODS,
@@ -25,6 +26,7 @@ from hyaena.ops.rope import rotary_table, rotate
 from hyaena.ops.short_conv import short_conv
 
 __all__ = [
+    "ACTIVATIONS",
     "FUSED_METHODS",
     "METHODS",
     "TRUNCATION_TOLERANCE",
@@ -38,6 +40,7 @@ __all__ = [
     "choose_window",
     "decay_lengths",
     "dropped_energy",
+    "gate",
     "hyena",
     "long_conv",
     "resolve_method",

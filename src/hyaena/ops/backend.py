@@ -12,22 +12,27 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from hyaena.errors import UnsupportedError
+from hyaena.ops import triton
 
 VARIABLE = "HYAENA_BACKEND"
 CHOICES = ("auto", "triton", "plain")
+OPERATOR = "the Hyena operator runs"
+POINTWISE = "norms, gates and rotary positions run"
 
 logger = logging.getLogger(__name__)
 
 
-def use_triton(method: str, obstacle: Callable[[], str | None], device: torch.device) -> bool:
-    """Whether the fused kernel evaluates this call of ``ops.hyena``.
+def use_triton(method: str, obstacle: Callable[[], str | None], device: torch.device, what: str = OPERATOR) -> bool:
+    """Whether a fused kernel evaluates this call.
 
     Args:
         method: what the caller asked for.
         obstacle: why the kernel cannot, or None when it can.
         device: where the tensors are; ``auto`` takes the kernel on CUDA only.
+        what: what is being chosen for, as the log is to say it.
 
     Raises:
         UnsupportedError: the kernel was asked for by name, here or in the environment, and cannot run.
@@ -47,11 +52,36 @@ def use_triton(method: str, obstacle: Callable[[], str | None], device: torch.de
         return False
     reason = obstacle() if device.type == "cuda" else f"they need a CUDA device, and the tensors are on {device.type!r}"
     if not torch.compiler.is_compiling():
-        _say("the fused kernels" if reason is None else f"plain torch, not the fused kernels: {reason}")
+        _say(what, "the fused kernels" if reason is None else f"plain torch, not the fused kernels: {reason}")
     return reason is None
 
 
+def use_kernels(x: Tensor, *others: Tensor) -> bool:
+    """Whether the pointwise kernels (norm, gate, rotary positions) evaluate a call on these tensors.
+
+    They serve inference. Where a gradient is wanted the plain functions run, which have one, whatever the environment
+    says; so they do inside torch.compile, whose compiler fuses them with their neighbours.
+
+    Raises:
+        UnsupportedError: the environment asks for the kernels by name, and they cannot run.
+    """
+    if torch.compiler.is_compiling() or wants_gradients(x, *others):
+        return False
+    return use_triton("auto", lambda: _pointwise_obstacle(x), x.device, POINTWISE)
+
+
+def wants_gradients(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of a function of these tensors."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _pointwise_obstacle(x: Tensor) -> str | None:
+    if x.dtype not in triton.DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {x.dtype}"
+    return triton.missing(x.device.type)
+
+
 @functools.cache
-def _say(choice: str) -> None:
+def _say(what: str, choice: str) -> None:
     """Log a choice the first time that it is made."""
-    logger.info("the Hyena operator runs in %s", choice)
+    logger.info("%s in %s", what, choice)

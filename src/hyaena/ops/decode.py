@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from hyaena.ops.attention import attention
+from hyaena.ops.gate import ACTIVATIONS
 from hyaena.ops.hyena import HyenaState, hyena
 from hyaena.ops.long_conv import ModalFilter
 from hyaena.ops.norm import rms_norm
 from hyaena.ops.rope import rotate
-
-ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
 
 
 class Norm(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hyaena.ops.backend import use_kernels
+
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, scaling_factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles ``position / scaling_factor · theta^(-2i/head_dim)``, float32.
@@ -26,7 +28,15 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float, scaling_factor:
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x [B,heads,T,head_dim] by a table of [T,head_dim/2] or [B,T,head_dim/2]; arithmetic in float32."""
+    """Rotate x [B,heads,T,head_dim] by a table of [T,head_dim/2] or [B,T,head_dim/2]; arithmetic in float32.
+
+    On a GPU, in inference, one kernel does it in one pass, and the result lies in memory as [B,T,heads,head_dim]; see
+    ``ops.backend``.
+    """
+    if use_kernels(x):
+        from hyaena.ops.triton import pointwise
+
+        return pointwise.rotate(x, table)
     cos, sin = (t.unsqueeze(-3) for t in table)
     x1, x2 = x.chunk(2, dim=-1)
     turned = [torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin)]

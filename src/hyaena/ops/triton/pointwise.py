@@ -1,0 +1,121 @@
+"""What stands between the products of a prompt's layers: norm, gate and rotary positions, each one read and one write.
+
+For inference: no kernel here has a gradient. Arithmetic is float32, and the result is rounded once. The plain twins
+are the functions of the same names in ``ops.norm``, ``ops.gate`` and ``ops.rope``, which also choose between the two.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hyaena.ops.triton.gemv import rms_scale
+
+GATE_BLOCK = 2048
+"""Numbers of a program of the gate: 16 bytes of bfloat16 from each operand, twice, for each of 128 threads."""
+ROTATE_HEADS = 16
+"""Heads of a program of the rotation: with heads of 128 channels, 16 bytes of each half for each of 128 threads."""
+
+
+@triton.jit
+def _rms_norm_kernel(x, weight, y, eps, WIDTH: tl.constexpr, PAD: tl.constexpr, EPS_INSIDE: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * WIDTH
+    i = tl.arange(0, PAD)
+    inside = i < WIDTH
+    v = tl.load(x + start + i, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    v *= rms_scale(v * v, eps, WIDTH, EPS_INSIDE)
+    tl.store(y + start + i, (v * g).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate_kernel(a, b, y, count, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    v = tl.load(a + i, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(b + i, mask=inside, other=0.0).to(tl.float32)
+    if GELU:  # noqa: SIM108, one branch is compiled
+        v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    else:
+        v = v / (1.0 + tl.exp(-v))
+    tl.store(y + i, (v * w).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["length"])  # one compilation for prompts of every length
+def _rotate_kernel(x, cos, sin, y, length, x_row, x_head, x_time, table_row,
+                   HEADS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+                   HALF_PAD: tl.constexpr):  # fmt: skip
+    """Some heads of one position of one row; y is [B,T,HEADS,2·HALF]."""
+    time = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    row = tl.program_id(2).to(tl.int64)
+    i = tl.arange(0, HALF_PAD)
+    angle = row * table_row + time * HALF + i
+    c = tl.load(cos + angle, mask=i < HALF, other=0.0)[None, :]
+    s = tl.load(sin + angle, mask=i < HALF, other=0.0)[None, :]
+    inside = (head < HEADS) & (i < HALF)[None, :]
+    source = x + row * x_row + time * x_time + head * x_head + i[None, :]
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    target = y + ((row * length + time) * HEADS + head) * (2 * HALF) + i[None, :]
+    tl.store(target, (first * c - second * s).to(y.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, (second * c + first * s).to(y.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = True) -> Tensor:
+    """Equals ``ops.rms_norm``: x [..., D], weight [D]."""
+    x = x.contiguous()
+    width = x.shape[-1]
+    y = torch.empty_like(x)
+    padded = triton.next_power_of_2(width)
+    if x.numel():
+        with _device(x):
+            _rms_norm_kernel[(x.numel() // width,)](
+                x, weight.contiguous(), y, eps, WIDTH=width, PAD=padded, EPS_INSIDE=eps_inside_root,
+                num_warps=min(16, max(1, padded // 1024)),
+            )  # fmt: skip
+    return y
+
+
+def gate(a: Tensor, b: Tensor, activation: str) -> Tensor:
+    """Equals ``ops.gate``: a and b of one shape and dtype."""
+    a, b = a.contiguous(), b.contiguous()
+    y = torch.empty_like(a)
+    if a.numel():
+        with _device(a):
+            _gate_kernel[(triton.cdiv(a.numel(), GATE_BLOCK),)](
+                a, b, y, a.numel(), BLOCK=GATE_BLOCK, GELU=activation == "gelu", num_warps=4
+            )
+    return y
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Equals ``ops.rotate``: x [B,heads,T,head_dim], of any strides, as a projection leaves it.
+
+    The result is stored as [B,T,heads,head_dim]. Attention gives its own result the layout of the queries, and so its
+    heads lie side by side again for the projection that follows.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    batch, heads, length, width = x.shape
+    cos, sin = (t.contiguous() for t in table)
+    y = x.new_empty(batch, length, heads, width)
+    block = min(ROTATE_HEADS, triton.next_power_of_2(heads))
+    half = width // 2
+    if x.numel():
+        with _device(x):
+            _rotate_kernel[(length, triton.cdiv(heads, block), batch)](
+                x, cos, sin, y, length, x.stride(0), x.stride(1), x.stride(2), length * half if cos.ndim == 3 else 0,
+                HEADS=heads, BLOCK=block, HALF=half, HALF_PAD=triton.next_power_of_2(half), num_warps=4,
+            )  # fmt: skip
+    return y.transpose(1, 2)
+
+
+def _device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
