@@ -85,6 +85,13 @@ def test_bytes_are_those_of_the_tensors(golden_case: Path, dtype: str) -> None:
     assert floors.decode_bytes(config, 3, 10, kind.itemsize) == stored - unread + cache.nbytes + states
 
 
+def test_the_last_layer_spares_at_most_one_layers_work() -> None:
+    """Of the 7B's 32 layers, 3 % of the products and a sixteenth of the scores."""
+    for length, share in ((8192, 0.029), (131_072, 0.0455)):
+        spared = floors.spared_flops(SH_7B, length) / floors.prefill_flops(SH_7B, length)
+        assert spared == pytest.approx(share, rel=0.02)
+
+
 def test_logits_are_of_one_position_and_scores_are_causal() -> None:
     config = dataclasses.replace(SH_7B, layer_types=("attention",), tie_embeddings=True)
     one, two = (floors.prefill_flops(config, length) for length in (1000, 2000))

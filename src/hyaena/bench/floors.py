@@ -58,6 +58,17 @@ def prefill_flops(config: ModelConfig, length: int) -> int:
     return 2 * weights * length + attention + 2 * embeddings
 
 
+def spared_flops(config: ModelConfig, length: int) -> int:
+    """Operations that ``prefill_flops`` counts and logits of the last position do not need.
+
+    Nothing reads the last layer's output elsewhere: its scores, its output projection and its MLP, for all positions
+    but one. A prefill that leaves them out may come so much closer to its floor.
+    """
+    width = config.hidden_size
+    scores = 2 * width * length**2 if config.layer_types[-1] == "attention" else 0
+    return scores + 2 * (length - 1) * (width**2 + 3 * width * config.intermediate_size)
+
+
 def operator_bytes(config: ModelConfig, length: int, itemsize: int) -> int:
     """Bytes of one fused Hyena operator over one sequence: 3·D numbers per token are read and D written."""
     return 4 * config.hidden_size * length * itemsize

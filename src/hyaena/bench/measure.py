@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyaena.bench import floors
-from hyaena.bench.rates import Rates, Samples, seconds
+from hyaena.bench.rates import Rates, Samples, times
 from hyaena.cache import Cache, KVCache
 from hyaena.decoding import Choice, Decoder, Decoding, pack, resolve_decoding
 from hyaena.errors import NonFiniteError
@@ -113,7 +113,7 @@ def measure_prefill(
     outputs: list[Tensor] = []
     taken: list[float] = []
     while len(taken) < 2 or (len(taken) < repeats and sum(taken) < budget):
-        taken.append(seconds(lambda: outputs.append(read(ids)), device))
+        taken += times(lambda: outputs.append(read(ids)), device, 1).values
     if not all(bool(logits.isfinite().all()) for logits in outputs):
         raise NonFiniteError(f"the logits after {length} random tokens are not finite: measure in float32")
     return Prefill(

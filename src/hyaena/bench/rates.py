@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -71,35 +72,43 @@ def measure_rates(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Rat
     return Rates(_bandwidth(device, sizes), _flops(device, dtype, sizes))
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long a call keeps a device busy, from its start to the end of the last kernel that it launches."""
+def times(run: Callable[[], object], device: torch.device, repeats: int) -> Samples:
+    """How long each of several calls keeps a device busy, in seconds.
+
+    On a CUDA device all calls are queued before any is waited for, so that the host's share of a launch hides behind
+    the call before.
+    """
     if device.type != "cuda":
-        began = time.perf_counter()
+        stamps = [time.perf_counter()]
+        for _ in range(repeats):
+            run()
+            stamps.append(time.perf_counter())
+        return Samples(tuple(end - begin for begin, end in itertools.pairwise(stamps)))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin, end in events:
+        begin.record()
         run()
-        return time.perf_counter() - began
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+        end.record()
+    torch.cuda.synchronize(device)
+    return Samples(tuple(begin.elapsed_time(end) / 1e3 for begin, end in events))
+
+
+def warm_times(run: Callable[[], object], device: torch.device, repeats: int) -> Samples:
+    """The same after a few calls off the clock, which compile, choose algorithms and wake the device."""
+    for _ in range(3):
+        run()
+    return times(run, device, repeats)
 
 
 @torch.inference_mode()
 def _bandwidth(device: torch.device, sizes: Sizes) -> Samples:
     source = torch.randint(-128, 128, (sizes.copied,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return _repeat(lambda: target.copy_(source), device, sizes.repeats).map(lambda s: 2 * sizes.copied / s)
+    return warm_times(lambda: target.copy_(source), device, sizes.repeats).map(lambda s: 2 * sizes.copied / s)
 
 
 @torch.inference_mode()
 def _flops(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Samples:
     # Random numbers: zeros would draw less power, and multiply faster than any model's weights.
     a, b = (torch.randn(sizes.side, sizes.side, dtype=dtype, device=device) for _ in range(2))
-    return _repeat(lambda: a @ b, device, sizes.repeats).map(lambda s: 2 * sizes.side**3 / s)
-
-
-def _repeat(run: Callable[[], object], device: torch.device, repeats: int) -> Samples:
-    for _ in range(3):  # the first calls choose algorithms and wake the clocks
-        run()
-    return Samples(tuple(seconds(run, device) for _ in range(repeats)))
+    return warm_times(lambda: a @ b, device, sizes.repeats).map(lambda s: 2 * sizes.side**3 / s)
