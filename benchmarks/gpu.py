@@ -1,4 +1,6 @@
-"""What hyaena reaches on a GPU, all of it in one run: ``python -m benchmarks.gpu``, from a clone, about six minutes.
+"""What hyaena reaches on a GPU, all of it in one run of at most eight minutes.
+
+    python -m benchmarks.gpu          in a clone; with PYTHONPATH=src where hyaena is not installed
 
 Correctness first, then the machine's rates, the fused operator, prefill and decoding of the 7B's shape with random
 weights, and the peer. Writes ``benchmarks/results/gpu.md`` and ``gpu.json`` after every phase; what could not be

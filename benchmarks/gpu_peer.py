@@ -31,6 +31,9 @@ CHUNK = 16_384
 MOST_SECONDS = 30.0
 """A third run of a prefill is left out when the first two took as long."""
 
+ROUNDS = 5
+"""Of decoding."""
+
 
 def main() -> None:
     """Build the peer, measure, print."""
@@ -51,7 +54,7 @@ def measure(sizes: Sizes, *, rehearse: bool = False) -> Iterator[dict[str, Any]]
         for length in (n for n in sizes.prompts if n >= sizes.long):
             jobs[f"prefill {length}"] = lambda length=length: prefill(peer, length, device)
     for batch, context, _ in sizes.duels:
-        rounds = 0 if rehearse else 5
+        rounds = 0 if rehearse else ROUNDS
         jobs[f"decode {batch} {context}"] = lambda b=batch, c=context, r=rounds: decode(peer, b, c, sizes.steps, r)
     for name, job in jobs.items():
         try:
@@ -93,8 +96,9 @@ def decode(peer: Mistral, batch: int, context: int, steps: int, rounds: int) -> 
     """Seconds of a step, each the mean over a round, at a context of random keys and values."""
     device = next(peer.model.parameters()).device
     ids = torch.ones(batch, 1, dtype=torch.int64, device=device)
-    # Not in inference mode: the compiler wants a cache of ordinary tensors.
-    step = static_steps(peer, batch, context, room=steps * (rounds + 1) + 16, compiled=device.type == "cuda")
+    # Not in inference mode: the compiler wants a cache of ordinary tensors. And always of the same size: what was
+    # compiled for another one would be compiled again.
+    step = static_steps(peer, batch, context, room=steps * (ROUNDS + 1) + 16, compiled=device.type == "cuda")
     began = time.perf_counter()
     with torch.inference_mode():
         for _ in range(4):
