@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Tiny sizes: these ratios say nothing about speed.", file=sys.stderr)
     if folder is not None:
         print(f"Written: {folder / 'gpu.md'}", file=sys.stderr)
-    return 1 if run.failed else 0
+    return 1 if run.failed or run.bench.wrong else 0
 
 
 class Run:
@@ -85,7 +85,6 @@ class Run:
         self.limit = limit
         self.chosen = chosen
         self.failed = False
-        self.wrong = ""
         self.rows: dict[str, Row] = {}
         self.known: dict[str, Any] = {
             "machine": {**machine.gpu(), **machine.machine()},
@@ -104,7 +103,7 @@ class Run:
         self.known["seconds"][name] = round(time.perf_counter() - start, 1)
 
     def _take(self, phase: str, step: Step) -> dict[str, Row | str]:
-        """What a step found; one that fails takes no other with it, unless it says that all would be wrong."""
+        """What a step found; one that fails takes no other with it."""
         obstacle = self._obstacle(phase)
         if obstacle:
             return dict.fromkeys(step.claims, obstacle)
@@ -116,14 +115,14 @@ class Run:
         print(f"    failed: {reason}", flush=True)
         self.failed = True
         if phase == "checks":
-            self.wrong = f"the checks failed: {reason}"
+            self.bench.wrong |= dict.fromkeys(PHASES, f"the checks did not end: {reason}")
         return dict.fromkeys(step.claims, reason)
 
     def _obstacle(self, phase: str) -> str:
         if phase not in self.chosen:
             return "left out of this run"
-        if self.wrong:
-            return self.wrong
+        if phase in self.bench.wrong:
+            return self.bench.wrong[phase]
         return f"the limit of {self.limit:.0f} s was reached" if self.bench.left <= 0 else ""
 
     def _record(self, found: dict[str, Row | str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -41,32 +41,47 @@ SAME = {torch.float32: 0.99, torch.bfloat16: 0.8}
 """Tokens that must be the same; in bfloat16 two of the best logits are often closer than rounding."""
 
 
-def checks(quick: bool) -> dict[str, Callable[[], Found]]:
+@dataclass(frozen=True)
+class Check:
+    """What is compared, and the phases whose figures mean nothing when it is wrong."""
+
+    run: Callable[[], Found]
+    spoils: tuple[str, ...]
+
+
+OPERATOR = ("operator", "prefill", "decode", "peer")
+DECODING = ("decode", "peer")
+PREFILL = ("prefill", "peer")
+
+
+def checks(quick: bool) -> dict[str, Check]:
     """All checks by name; quick ones are small enough for Triton's interpreter."""
+    width = SH_7B.hidden_size
     if quick:
         return {
-            "operator": partial(operator, 16, (40, 33)),
-            "gradients": partial(gradients, 8, 12),
-            "operator step": partial(operator_step, 16),
-            "decoding": partial(decoding, TINY, torch.float32, (0, 7), MIXED[:2], 6, 3),
-            "prefill": partial(prefill, TINY, torch.float32, 50, 16),
+            "operator": Check(partial(operator, 16, (40, 33)), OPERATOR),
+            "gradients": Check(partial(gradients, 8, 12), ("operator",)),
+            "operator step": Check(partial(operator_step, 16), DECODING),
+            "decoding": Check(partial(decoding, TINY, torch.float32, (0, 7), MIXED[:2], 6, 3), DECODING),
+            "prefill": Check(partial(prefill, TINY, torch.float32, 50, 16), PREFILL),
         }
+    single, half, unequal = torch.float32, torch.bfloat16, (0, 7, 45)
     return {
-        "operator": partial(operator, SH_7B.hidden_size, (1000, 20_000)),
-        "gradients": partial(gradients, SH_7B.hidden_size, 1000),
-        "operator step": partial(operator_step, SH_7B.hidden_size),
-        "decoding, float32": partial(decoding, SMALL, torch.float32, (0, 7, 45), MIXED, 160, 120),
-        "decoding, bfloat16": partial(decoding, SMALL, torch.bfloat16, (0, 7, 45), MIXED, 160, 120),
-        "decoding, 7B's widths": partial(decoding, WIDE, torch.bfloat16, (0,), (GREEDY,), 40, 40),
-        "prefill, float32": partial(prefill, SMALL, torch.float32, 1000, 300),
-        "prefill, bfloat16": partial(prefill, SMALL, torch.bfloat16, 1000, 300),
+        "operator": Check(partial(operator, width, (1000, 20_000)), OPERATOR),
+        "gradients": Check(partial(gradients, width, 1000), ("operator",)),
+        "operator step": Check(partial(operator_step, width), DECODING),
+        "decoding, float32": Check(partial(decoding, SMALL, single, unequal, MIXED, 160, 120), DECODING),
+        "decoding, bfloat16": Check(partial(decoding, SMALL, half, unequal, MIXED, 160, 120), DECODING),
+        "decoding, 7B's widths": Check(partial(decoding, WIDE, half, (0,), (GREEDY,), 40, 40), DECODING),
+        "prefill, float32": Check(partial(prefill, SMALL, single, 1000, 300), PREFILL),
+        "prefill, bfloat16": Check(partial(prefill, SMALL, half, 1000, 300), PREFILL),
     }
 
 
-def run(check: Callable[[], Found]) -> Found:
+def run(check: Check) -> Found:
     """One check, from a state of the random numbers that is its own."""
     torch.manual_seed(0)
-    return check()
+    return check.run()
 
 
 def operator(width: int, lengths: Sequence[int]) -> Found:

@@ -46,12 +46,15 @@ def page(known: Mapping[str, Any], claims: Mapping[str, Claim], rows: Mapping[st
     missing = [f"- {_title(claims[name])}: not measured: {why}" for name, why in known["missing"].items()]
     compared = sum(len(found) for found in known["raw"].get("checks", {}).values())
     seconds = ", ".join(f"{phase} {taken:.0f}" for phase, taken in known["seconds"].items())
+    wrong = [f"{name}: wrong or unfinished" for name, found in known["raw"].get("checks", {}).items() if not found]
     sections = [
         f"# What hyaena reaches on {name}",
         METHOD,
         report.markdown_table(report.HEADER, lines(claims, rows)),
         "\n".join(missing),
-        f"Checks: {compared} comparisons within their tolerances." if compared else "Checks: not run.",
+        f"Checks: {'; '.join([f'{compared} comparisons within their tolerances', *wrong])}."
+        if compared or wrong
+        else "Checks: not run.",
         "## Machine",
         report.markdown_table(("", ""), known["machine"].items()),
         "## The run",

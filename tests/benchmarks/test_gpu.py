@@ -114,13 +114,24 @@ def test_a_step_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def wrong(bench: Any) -> Any:
+    def wrong() -> Any:
         raise IncorrectError("the sides disagree")
 
-    one_step(monkeypatch, checks=wrong, rates=fine("copy"), operator=fine("product"))
+    made = {"gradients": gpu_checks.Check(wrong, ("operator",)), "steps": gpu_checks.Check(list, ("rates",))}
+    monkeypatch.setattr(gpu_checks, "checks", lambda quick: made)
+    one_step(monkeypatch, checks=gpu_phases.check, rates=fine("copy"), operator=fine("product"))
     assert gpu.main(["--quick", "--output", str(tmp_path)]) == 1
     found = known(tmp_path)
-    assert not found["rows"] and "the checks failed: IncorrectError: the sides" in found["missing"]["copy"]
+    assert list(found["rows"]) == ["copy"]
+    assert found["missing"]["product"] == "the check of gradients failed: the sides disagree"
+    assert "gradients: wrong or unfinished" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+
+
+def test_without_checks_nothing_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one_step(monkeypatch, checks=broken, rates=fine("copy"), operator=fine("product"))
+    assert gpu.main(["--quick", "--output", str(tmp_path)]) == 1
+    found = known(tmp_path)
+    assert not found["rows"] and found["missing"]["copy"] == "the checks did not end: RuntimeError: it broke"
 
 
 def test_nothing_begins_after_the_limit(tmp_path: Path) -> None:

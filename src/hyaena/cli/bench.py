@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -102,6 +103,9 @@ def run(args: argparse.Namespace) -> int:
     result = measure(
         config, make, plan, device=device, dtype=dtype, say=lambda text: print(f"{text} …", file=sys.stderr, flush=True)
     )
+    # A terminal that cannot show a sign gets a question mark, not a traceback.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     print(report.render(result))
     if args.json is not None:
         document = {"command": shlex.join(["hyaena", *sys.argv[1:]]), **report.as_dict(result)}
