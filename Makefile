@@ -76,5 +76,5 @@ clean:
 
 .venv/.installed-bench: .venv/.installed
 	@echo "Installing what the benchmarks compare with into .venv"
-	@$(PIP) --quiet --no-build-isolation --editable '.[bench]'
+	@$(PIP) --quiet --no-build-isolation --editable '.[benchmarks]'
 	@touch $@

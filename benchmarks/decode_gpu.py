@@ -1,26 +1,20 @@
-"""Decoding on one GPU: is it right, how far is it from the floor that the bytes set, and what do peers do.
+"""The kernels of a decoding step on one GPU: is each right, which tiles do products take, where does a step's time go.
 
-    PYTHONPATH=src python3 benchmarks/decode_gpu.py --out decode.json
+    python -m benchmarks.decode_gpu --out decode.json
 
-First every kernel against its plain twin and the captured step against the model's own forward; it stops if one is
-wrong. Then SH-7B's shape with random weights in bfloat16: the products, Triton against cuBLAS; tokens per second at
-batch 1 (contexts of 2k and 32k) and at batch 64 (8k), each as a part of its floor: the bytes of weights and valid
-memory over the copy bandwidth measured in the same run; where a step's time goes; and transformers' Mistral-7B shape
-with static cache and torch.compile at 32k. Keys, values and states are random numbers in place of a real prompt's.
-About three minutes on an H100. ``--quick`` runs it all on tiny models, to see that it works, on any device.
+For whoever changes those kernels; ``benchmarks.gpu`` measures what decoding reaches. First every kernel at the widths
+of SH-7B against its plain twin, and it stops if one is wrong. Then its matrices at one vector, by cuBLAS and by each
+tile, and a captured step at batch 1 by the tiles of the rule, by the fastest tiles found, and with products by cuBLAS,
+kernel by kernel. ``--quick`` runs it on a tiny model, on any device.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import statistics
-import subprocess
-import sys
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -30,8 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_sizes import TINY
 from hyaena import ops
-from hyaena.cache import Cache, KVCache
+from hyaena.bench.measure import filled_cache
+from hyaena.bench.rates import warm_times
+from hyaena.bench.run import SH_7B, random_model, release
 from hyaena.config import ModelConfig
 from hyaena.decoding import Decoder
 from hyaena.model import StripedHyena
@@ -39,19 +36,11 @@ from hyaena.ops import HyenaState, ModalFilter, rotary_table
 from hyaena.ops.decode import DecodeOperators, Norm, Slots
 from hyaena.ops.triton import gemv
 from hyaena.ops.triton.decode import FusedDecodeOperators
-from hyaena.sampling import SamplingParams, sample
+from hyaena.sampling import SamplingParams
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = DEVICE.type == "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
-
-SH_7B = dataclasses.replace(
-    ModelConfig.from_file(Path(__file__).parents[1] / "configs/7b-sh-32k-v1.yml"), max_length=131_072, name="SH-7B"
-)
-TINY = dataclasses.replace(
-    SH_7B, vocab_size=320, hidden_size=64, layer_types=("hyena", "attention") * 2, intermediate_size=96,
-    num_attention_heads=4, num_key_value_heads=2,
-)  # fmt: skip
 
 TILES = [
     gemv.Tile(rows, width, warps, stages)
@@ -72,54 +61,18 @@ class CublasOperators(FusedDecodeOperators):
         return DecodeOperators.gate(self, *args, **kwargs)
 
 
-# --- timing
-
-
-def synchronize() -> None:
-    """Wait for the device."""
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-def seconds(run: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each run, by device events."""
-    times = []
-    for _ in range(repeats):
-        if CUDA:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            began = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - began)
-    return times
-
-
 def per_launch(calls: list[Callable[[], object]], repeats: int = 10) -> float:
     """Median seconds of one of several calls, captured together as a graph so that the host does not count."""
     for call in calls[:2]:
         call()
     if not CUDA:
-        return statistics.median(seconds(lambda: [call() for call in calls], 2)) / len(calls)
-    synchronize()
+        return warm_times(lambda: [call() for call in calls], DEVICE, 1).median / len(calls)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    graph.replay()
-    return statistics.median(seconds(graph.replay, repeats)) / len(calls)
-
-
-def copy_bandwidth(size: int) -> float:
-    """Bytes per second of a device-to-device copy, read and written both counted."""
-    source = torch.randint(-100, 100, (size,), dtype=torch.int8, device=DEVICE)
-    target = torch.empty_like(source)
-    seconds(lambda: target.copy_(source), 3)
-    return 2 * size / statistics.median(seconds(lambda: target.copy_(source), 10))
+    return warm_times(graph.replay, DEVICE, repeats).median / len(calls)
 
 
 # --- is it right
@@ -187,60 +140,12 @@ def check_kernels(config: ModelConfig, length: int) -> None:
         check("  its modes", state.iir.abs(), twin.iir.abs(), dtype)
 
 
-@torch.inference_mode()
-def check_steps() -> None:
-    """The captured step of a small model against its forward, over unequal prompts, with rows leaving."""
-    config = dataclasses.replace(TINY, hidden_size=128, num_attention_heads=8, intermediate_size=256)
-    params = [
-        SamplingParams(),
-        SamplingParams(temperature=0.8, top_k=9, seed=1),
-        SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=2),
-    ]
-    for dtype in TOLERANCE:
-        torch.manual_seed(0)
-        model = StripedHyena(config).to(DEVICE, dtype)
-        for name, p in model.named_parameters():
-            if "long_filter" not in name:
-                p.normal_(std=0.2)
-        mask = torch.arange(50, device=DEVICE) >= torch.tensor([[0], [7], [45]], device=DEVICE)
-        ids = torch.randint(config.vocab_size, mask.shape, device=DEVICE)
-        caches = [model.make_cache(3, max_length=300) for _ in range(2)]
-        _, last = (model(ids, cache=cache, mask=mask)[:, -1].argmax(-1) for cache in caches)
-        seen = torch.zeros(3, config.vocab_size, dtype=torch.bool, device=DEVICE)
-        decoder = Decoder(model, caches[0], last, params, [p.generator() for p in params], seen=seen.clone(),
-                          captured=CUDA)  # fmt: skip
-        generators, rows, same, total, cache = [p.generator() for p in params], [0, 1, 2], 0, 0, caches[1]
-        logits = torch.zeros(0)
-        for count in range(160):
-            if count == 120:
-                synchronize()
-                decoder.keep([1, 2])
-                cache, last, seen, rows = cache.select([1, 2]), last[1:], seen[1:], rows[1:]
-            decoder.launch()
-            choice = decoder.fetch()
-            logits = model(last[:, None], cache=cache)[:, -1]
-            want = sample(logits, [params[i] for i in rows], [generators[i] for i in rows], seen=seen)
-            same += sum(a == b for a, b in zip(choice.tokens, want.tolist(), strict=True))
-            total += len(rows)
-            # Forward goes on with the decoder's choice, so that one near-tie does not make everything differ.
-            last = torch.tensor(choice.tokens, device=DEVICE)
-            seen.scatter_(1, last[:, None], True)
-        print(f"  captured step against forward: {same} of {total} tokens the same, {len(decoder.graphs)} graphs")
-        allowed = 0.99 if dtype == torch.float32 else 0.8
-        if same < allowed * total:
-            raise SystemExit(f"WRONG: the captured step chose {same} of {total} tokens as forward did, in {dtype}")
-        got = decoder.cache()
-        for i, (one, other) in enumerate(zip(got.layers, cache.layers, strict=True)):
-            if isinstance(one, HyenaState) and isinstance(other, HyenaState):
-                tolerance = dtype if dtype == torch.float32 else torch.bfloat16
-                if dtype == torch.float32:
-                    check(f"the state of layer {i} after 160 steps", one.iir.abs(), other.iir.abs(), tolerance)
-
-
 # --- how fast
 
 
-def compare_products(config: ModelConfig, budget: float) -> tuple[list[dict[str, Any]], dict[Any, gemv.Tile]]:
+def compare_products(
+    config: ModelConfig, tiles: list[gemv.Tile], budget: float
+) -> tuple[list[dict[str, Any]], dict[Any, gemv.Tile]]:
     """GB/s of every matrix of the model at one vector: torch's library call, and each tile."""
     width, hidden = config.hidden_size, config.intermediate_size
     qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
@@ -259,7 +164,7 @@ def compare_products(config: ModelConfig, budget: float) -> tuple[list[dict[str,
             "cublas_with_its_surroundings": product.size / per_launch(product.plain()) / 1e9,
             "tiles": {},
         }
-        for tile in TILES:
+        for tile in tiles:
             if time.perf_counter() - began > budget:
                 break
             name = str(dataclasses.astuple(tile))
@@ -270,7 +175,7 @@ def compare_products(config: ModelConfig, budget: float) -> tuple[list[dict[str,
                 print(f"  tile {tile}: {type(error).__name__}: {error}")
         if row["tiles"]:
             top = sorted(row["tiles"].items(), key=lambda item: -item[1])[:3]
-            best[(kind, n, k)] = next(t for t in TILES if str(dataclasses.astuple(t)) == top[0][0])
+            best[(kind, n, k)] = next(t for t in tiles if str(dataclasses.astuple(t)) == top[0][0])
             print(f"  {kind} {product.pair * n}x{k}: cuBLAS {row['cublas_alone']:.0f} alone, "
                   f"{row['cublas_with_its_surroundings']:.0f} with norm etc., Triton "
                   + ", ".join(f"{name} {value:.0f}" for name, value in top) + " GB/s", flush=True)  # fmt: skip
@@ -310,75 +215,35 @@ class Product:
         return [partial(function, self.x, *w, **self.options, tile=tile) for w in self.weights]
 
 
-def floor_bytes(model: StripedHyena, batch: int, context: int) -> int:
-    """What a step has to read and write: all weights but the embedding's other rows, and the valid memory."""
-    config = model.config
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if model.lm_head is not None:
-        weights -= model.embed_tokens.weight.numel() * model.embed_tokens.weight.element_size()
-    size = model.embed_tokens.weight.element_size()
-    attention, hyena = (config.layer_types.count(kind) for kind in ("attention", "hyena"))
-    slot = attention * 2 * config.num_key_value_heads * config.head_dim * size
-    state = hyena * config.hidden_size * (3 * (config.short_filter_length - 1) * size + 8 * config.state_size)
-    return weights + batch * (context * slot + 2 * state)
-
-
-def filled(model: StripedHyena, batch: int, context: int, room: int) -> Cache:
-    """A cache as if a prompt of ``context`` tokens had been read."""
-    cache = model.make_cache(batch, max_length=context + room)
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values) if isinstance(layer, KVCache) else layer:
-            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-            for part in real:
-                part.normal_()
-    cache.length = context
-    return cache
-
-
-def measure(
-    model: StripedHyena, batch: int, context: int, bandwidth: float, operators: DecodeOperators, label: str, steps: int,
-    params: SamplingParams | None = None, profile: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Tokens per second as users get them: launched, fetched a step late, read by the host."""
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-    room = 8 * steps + 16
-    rows = [params or SamplingParams()] * batch
-    with torch.inference_mode():
-        cache = filled(model, batch, context, room)
-    decoder = Decoder(model, cache, torch.ones(batch, dtype=torch.int64, device=DEVICE), rows,
-                      [p.generator() for p in rows], captured=CUDA, operators=operators)  # fmt: skip
-    began = time.perf_counter()
-    decoder.launch()
-    decoder.fetch()
-    start = time.perf_counter() - began
-    times = []
-    for _ in range(6):
-        synchronize()
-        began = time.perf_counter()
-        decoder.launch()
-        for _ in range(steps - 1):
+def compare_steps(model: StripedHyena, context: int, steps: int, best: dict[Any, gemv.Tile]) -> list[dict[str, Any]]:
+    """A greedy step of one row by each way to multiply: milliseconds, and its kernels."""
+    ways = {
+        "tiles by rule": FusedDecodeOperators(),
+        "tuned tiles": FusedDecodeOperators(best),
+        "products by cuBLAS": CublasOperators(),
+    }
+    rows = []
+    for name, operators in ways.items():
+        release()
+        cache = filled_cache(model, 1, context, room=8 * steps + 16)
+        params = SamplingParams()
+        ids = torch.ones(1, dtype=torch.int64, device=DEVICE)
+        decoder = Decoder(model, cache, ids, [params], [params.generator()], captured=CUDA, operators=operators)
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
             decoder.launch()
-            assert all(decoder.fetch().finite)
-        decoder.fetch()
-        times.append((time.perf_counter() - began) / steps)
-    took = statistics.median(times[1:])
-    size = floor_bytes(model, batch, context + 4 * steps)
-    floor = size / bandwidth
-    out = {
-        "what": label, "batch": batch, "context": context, "ms": took * 1e3, "spread_ms": [t * 1e3 for t in times],
-        "tokens_per_second": batch / took, "floor_bytes": size, "floor_tokens_per_second": batch / floor,
-        "of_floor": floor / took, "first_step_seconds": start,
-    }  # fmt: skip
-    print(f"  {label}: {took * 1e3:.3f} ms, {batch / took:.1f} tokens/s, {floor / took:.1%} of the floor, "
-          f"first step {start:.2f} s", flush=True)  # fmt: skip
-    if profile and CUDA:
-        try:
-            out["kernels"] = kernels_of(decoder)
-        except Exception as error:  # the times above stand without it
-            print(f"    no profile: {type(error).__name__}: {error}")
-    return out
+            for _ in range(steps - 1):
+                decoder.launch()
+                decoder.fetch()
+            decoder.fetch()
+            times.append((time.perf_counter() - began) / steps * 1e3)
+        row: dict[str, Any] = {"what": name, "context": context, "ms": statistics.median(times[1:]), "all_ms": times}
+        print(f"  batch 1, context {context:,}, {name}: {row['ms']:.3f} ms", flush=True)
+        if CUDA:
+            row["kernels"] = kernels_of(decoder)
+        rows.append(row)
+    return rows
 
 
 def kernels_of(decoder: Decoder, steps: int = 5) -> list[dict[str, Any]]:
@@ -399,154 +264,25 @@ def kernels_of(decoder: Decoder, steps: int = 5) -> list[dict[str, Any]]:
     return [{"name": name, "launches": count, "us": took} for name, (count, took) in ranked]
 
 
-def mistral(quick: bool, context: int) -> None:
-    """transformers' MistralForCausalLM of the same widths, static cache, torch.compile; prints one line of JSON."""
-    from transformers import MistralConfig, MistralForCausalLM, StaticCache
-
-    config = TINY if quick else SH_7B
-    torch.set_default_dtype(torch.bfloat16)
-    widths: dict[str, Any] = dict(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads, max_position_embeddings=131_072, sliding_window=None,
-        tie_word_embeddings=False, attn_implementation="sdpa", dtype="bfloat16",
-    )  # fmt: skip
-    with torch.device(DEVICE):
-        model: Any = MistralForCausalLM(MistralConfig(**widths)).eval()
-    cache: Any = StaticCache(config=model.config, max_cache_len=context + 512)
-    cache.early_initialization(1, config.num_key_value_heads, config.head_dim, torch.bfloat16, torch.device(DEVICE))
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.cumulative_length.fill_(context)
-    position = torch.full((1, 1), context, device=DEVICE)
-    began = time.perf_counter()
-    forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if CUDA else model.forward
-
-    def step(ids: Tensor) -> Tensor:
-        logits = forward(input_ids=ids, past_key_values=cache, position_ids=position, use_cache=True).logits
-        position.add_(1)
-        return logits[:, -1:].argmax(-1).clone()
-
-    ids = torch.ones(1, 1, dtype=torch.int64, device=DEVICE)
-    with torch.inference_mode():
-        for _ in range(4):
-            ids = step(ids)
-        synchronize()
-        start = time.perf_counter() - began
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            for _ in range(20):
-                ids = step(ids)
-            synchronize()
-            times.append((time.perf_counter() - began) / 20)
-    took = statistics.median(times)
-    print(json.dumps({"what": "transformers Mistral", "batch": 1, "context": context, "ms": took * 1e3,
-                      "tokens_per_second": 1 / took, "spread_ms": [t * 1e3 for t in times],
-                      "first_steps_seconds": start}))  # fmt: skip
-
-
-def main() -> None:
-    """Parse, check, measure, print."""
+def main(argv: list[str] | None = None) -> None:
+    """Check, compare, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, on any device: shows that it works")
-    parser.add_argument("--limit", type=float, default=200, help="seconds after which nothing new is begun")
-    parser.add_argument("--mistral", type=int, metavar="CONTEXT", help="measure only the peer, in this process")
-    options = parser.parse_args()
-    if options.mistral:
-        mistral(options.quick, options.mistral)
-        return
-    began = time.perf_counter()
-    report: dict[str, Any] = {"command": sys.argv, "torch": torch.__version__, "rows": []}
-    if CUDA:
-        properties = torch.cuda.get_device_properties(0)
-        report["device"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        torch.backends.cuda.matmul.allow_tf32 = False
+    options = parser.parse_args(argv)
     torch.manual_seed(0)
-
-    def left() -> float:
-        return options.limit - (time.perf_counter() - began)
-
-    def save() -> None:
-        report["seconds"] = time.perf_counter() - began
-        if options.out:
-            options.out.write_text(json.dumps(report, indent=1))
-
     config = TINY if options.quick else SH_7B
+    tiles = [gemv.Tile(8, 64, 1, 1), gemv.Tile(4, 32, 1, 2)] if options.quick else TILES
     print("is it right", flush=True)
     with torch.inference_mode():
         check_kernels(config, 300 if options.quick else 5000)
-        check_steps()
-    bandwidth = copy_bandwidth(10**6 if options.quick else 4 * 2**30)
-    report["copy_bandwidth"] = bandwidth
-    print(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s; {time.perf_counter() - began:.0f} s so far", flush=True)
-    if options.quick:
-        TILES[:] = [gemv.Tile(8, 64, 1, 1), gemv.Tile(4, 32, 1, 2)]
-    with torch.inference_mode():
-        report["products"], best = compare_products(config, 50)
-    save()
-    print(f"{time.perf_counter() - began:.0f} s so far; building {config.name}", flush=True)
-
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(DEVICE):
-        model = StripedHyena(config).eval()
-    torch.set_default_dtype(torch.float32)
-    steps, many = (2, 5) if options.quick else (24, 64)
-    rule, tuned = FusedDecodeOperators(), FusedDecodeOperators(best)
-    library = CublasOperators()
-    short, long, middle = (60, 300, 100) if options.quick else (2048, 32_768, 8192)
-    drawn = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
-    plan: list[tuple[int, int, DecodeOperators, str, SamplingParams | None, bool]] = [
-        (1, short, tuned, "batch 1, 2k, tuned tiles", None, True),
-        (1, short, rule, "batch 1, 2k, tiles by rule", None, False),
-        (1, short, library, "batch 1, 2k, cuBLAS products", None, True),
-        (1, long, tuned, "batch 1, 32k, tuned tiles", None, True),
-        (1, short, tuned, "batch 1, 2k, tuned tiles, top-p", drawn, False),
-        (4, middle, rule, "batch 4, 8k", None, False),
-        (many, middle, rule, f"batch {many}, 8k", None, True),
-    ]
-    for batch, context, operators, label, params, profile in plan:
-        if left() < 10:
-            print(f"  {label}: no time left")
-            continue
-        try:
-            report["rows"].append(measure(model, batch, context, bandwidth, operators, label, steps, params, profile))
-        except Exception as error:
-            print(f"  {label}: failed: {type(error).__name__}: {error}")
-            traceback.print_exc()
-        save()
-    report["tuned_tiles"] = {str(key): dataclasses.astuple(tile) for key, tile in best.items()}
-    del model, rule, tuned, library, plan, operators
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-    if left() > 30 or options.quick:
-        command = [sys.executable, __file__, "--mistral", str(long), *(["--quick"] if options.quick else [])]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=max(left(), 60), check=True)
-            report["rows"].append(json.loads(done.stdout.strip().splitlines()[-1]))
-        except subprocess.TimeoutExpired:
-            print("  transformers Mistral: not measured, its time was up")
-        except subprocess.CalledProcessError as error:
-            print(f"  transformers Mistral: not measured: {error.stderr[-1500:]}")
-    save()
-
-    print(f"\n{report.get('device', DEVICE)}, torch {torch.__version__}, copy {bandwidth / 1e12:.3f} TB/s, "
-          f"{time.perf_counter() - began:.0f} s\n")  # fmt: skip
-    print(f"{'product (GB/s)':28s} {'cuBLAS':>7s} {'+norm…':>7s} {'Triton':>7s}  tile")
-    for row in report["products"]:
-        if row["tiles"]:
-            name = max(row["tiles"], key=lambda key: row["tiles"][key])
-            print(f"{row['kind']:8s} {row['shape']!s:19s} {row['cublas_alone']:7.0f} "
-                  f"{row['cublas_with_its_surroundings']:7.0f} {row['tiles'][name]:7.0f}  {name}")  # fmt: skip
-    print(f"{'decoding':34s} {'ms':>8s} {'tok/s':>8s} {'floor':>8s} {'of it':>6s} {'start s':>7s}")
-    for row in report["rows"]:
-        floor, part = row.get("floor_tokens_per_second"), row.get("of_floor")
-        print(f"{row['what']:34s} {row['ms']:8.3f} {row['tokens_per_second']:8.1f} "
-              f"{'' if floor is None else f'{floor:.1f}':>8s} {'' if part is None else f'{part:.1%}':>6s} "
-              f"{row.get('first_step_seconds', row.get('first_steps_seconds')):7.2f}")  # fmt: skip
+        products, best = compare_products(config, tiles, 5 if options.quick else 50)
+    model = random_model(config, DEVICE, torch.bfloat16)
+    steps = compare_steps(model, 60 if options.quick else 2048, 1 if options.quick else 24, best)
+    chosen = {str(key): dataclasses.astuple(tile) for key, tile in best.items()}
+    if options.out:
+        report = {"torch": torch.__version__, "products": products, "steps": steps, "tuned_tiles": chosen}
+        options.out.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

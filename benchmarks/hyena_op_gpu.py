@@ -27,7 +27,7 @@ from hyaena.ops import HyenaState, ModalFilter, hyena
 from hyaena.ops.triton import launch
 from hyaena.ops.triton.launch import BackwardTiling, Tiling
 
-DEVICE = "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, MODES, TAPS = 4096, 2, 3
 LENGTHS = (8192, 32_768, 131_072)
 

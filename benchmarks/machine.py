@@ -26,6 +26,22 @@ def machine() -> dict[str, str]:
     return facts
 
 
+def gpu() -> dict[str, str]:
+    """The GPU with its memory and versions, or that there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"gpu": "none"}
+    properties = torch.cuda.get_device_properties(0)
+    facts = {"gpu": properties.name, "gpu memory": f"{properties.total_memory / 2**30:.0f} GiB"}
+    facts["cuda"] = torch.version.cuda or "none"
+    try:
+        facts["triton"] = version("triton")
+    except PackageNotFoundError:
+        facts["triton"] = "not installed"
+    return facts
+
+
 def occasion(command: str, threads: int) -> dict[str, str]:
     """When and how: the date, the command, the code, the threads, and how busy the machine was before."""
     now = datetime.datetime.now(datetime.UTC)

@@ -17,7 +17,9 @@ class Mistral:
     Scaled-dot-product attention, no sliding window, logits of the last position only.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
         from transformers import MistralConfig, MistralForCausalLM
 
         torch.manual_seed(0)
@@ -34,20 +36,39 @@ class Mistral:
             sliding_window=None,
             tie_word_embeddings=False,
             attn_implementation="sdpa",
-            dtype="float32",
+            dtype=str(dtype).removeprefix("torch."),
         )
-        self.model: Any = MistralForCausalLM(MistralConfig(**widths)).eval()
+        self.config = config
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # so that the weights are never any wider
+        try:
+            with torch.device(device):
+                self.model: Any = MistralForCausalLM(MistralConfig(**widths)).eval()
+        finally:
+            torch.set_default_dtype(before)
         self.cache: Any = None
 
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
-    def prefill(self, ids: Tensor) -> Tensor:
-        """Read a prompt [1,T] into a new cache; logits [1,V] after it."""
-        out = self.model(ids, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
+    def prefill(self, ids: Tensor, chunk: int | None = None) -> Tensor:
+        """Read a prompt [1,T] into a new cache, in one pass or in chunks; logits [1,V] after it."""
+        self.cache = None
+        for part in ids.split(chunk or ids.shape[1], dim=1):
+            out = self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.cache = out.past_key_values
         return out.logits[:, -1]
+
+    def static_cache(self, batch: int, length: int) -> Any:
+        """An empty StaticCache, allocated at once."""
+        from transformers import StaticCache
+
+        weight = next(self.model.parameters())
+        cache = StaticCache(config=self.model.config, max_cache_len=length)
+        heads, width = self.config.num_key_value_heads, self.config.head_dim
+        cache.early_initialization(batch, heads, width, weight.dtype, weight.device)
+        return cache
 
     def step(self, ids: Tensor) -> Tensor:
         """Read one token [1,1]; logits [1,V] after it."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
 
-Unit = Literal["s", "MB", "tokens/s", "modules"]
+Unit = Literal["s", "MB", "GB", "tokens/s", "TB/s", "TFLOP/s", "modules"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,13 @@ class Spread:
 class Bar:
     """What a row has to reach: the median of its ratio, or of our own side where there is no ratio."""
 
-    relation: Literal[">=", "<="]
+    relation: Literal[">=", "<=", ">"]
     value: float
 
     def met_by(self, value: float) -> bool:
         """Whether a value reaches the bar."""
-        return value >= self.value if self.relation == ">=" else value <= self.value
+        holds = {">=": operator.ge, "<=": operator.le, ">": operator.gt}[self.relation]
+        return holds(value, self.value)
 
 
 @dataclass(frozen=True, kw_only=True)

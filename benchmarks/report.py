@@ -18,6 +18,7 @@ from benchmarks.registry import BENCHMARKS, Bar, Row, Spread
 RESULTS = Path(__file__).resolve().parent / "results"
 NOTES = Path(__file__).resolve().parent / "notes.md"
 
+RELATIONS = {">=": "≥", "<=": "≤", ">": ">"}
 HEADER = ("what", "ours", "peer or floor", "ratio", "bar", "met")
 
 
@@ -37,19 +38,30 @@ def cells(row: Row) -> tuple[str, ...]:
         ratio = f"{row.ratio.median:.2f} [{row.ratio.min:.2f} … {row.ratio.max:.2f}] {row.ratio_name}"
     bar = "–"
     if row.bar is not None:
-        bar = f"{'≥' if row.bar.relation == '>=' else '≤'} {row.bar.value:g}" + ("" if row.ratio else f" {row.unit}")
+        bar = bar_text(row.bar) + ("" if row.ratio else f" {row.unit}")
     met = {None: "–", True: "yes", False: "NO"}[row.met]
     return row.what, quantity(row.ours, row.unit), peer, ratio, bar, met
 
 
+def bar_text(bar: Bar) -> str:
+    """A bar, as short as it can be."""
+    return f"{RELATIONS[bar.relation]} {bar.value:g}"
+
+
 def text_table(rows: Iterable[Row]) -> str:
-    """The table for a terminal."""
-    lines = [HEADER, *map(cells, rows)]
+    """The table of some rows for a terminal."""
+    return aligned(map(cells, rows))
+
+
+def aligned(lines: Iterable[Sequence[str]]) -> str:
+    """Lines of the table for a terminal."""
+    lines = [HEADER, *lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table, as Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
@@ -89,10 +101,10 @@ def page(known: Mapping[str, Any], predictions: str, notes: str) -> str:
         "Written by `make bench` (`python -m benchmarks.run`); do not edit. Both sides of a row run in turns in one "
         "process (memory: in fresh processes); figures are medians, a ratio is the median of the pairwise ratios with "
         "[lowest … highest]. Before it is timed, each benchmark checks that both sides compute what they should.",
-        _markdown_table(HEADER, lines),
+        markdown_table(HEADER, lines),
         "\n".join(failed + missing),
         "## Machine",
-        _markdown_table(("", ""), known["machine"].items()),
+        markdown_table(("", ""), known["machine"].items()),
         "## Each run",
         *(_details(name, part) for name, part in parts.items()),
         "## Predictions",
@@ -111,15 +123,20 @@ def _details(name: str, part: Mapping[str, Any]) -> str:
     ]
     rows = rows_of(part)
     if rows:
-        spreads = [
-            (row.what, side, *(quantity(Spread(v, v, v, 1), row.unit) for v in (s.min, s.median, s.max)), str(s.count))
-            for row in rows
-            for side, s in (("ours", row.ours), (row.peer_name, row.peer))
-            if s is not None
-        ]
-        lines.append(_markdown_table(("what", "side", "lowest", "median", "highest", "runs"), spreads))
+        lines.append(spreads(rows))
     lines += [f"{row.what}: {row.note}" for row in rows if row.note]
     return "\n\n".join(lines)
+
+
+def spreads(rows: Iterable[Row]) -> str:
+    """Lowest, median and highest of both sides of each row, as Markdown."""
+    lines = [
+        (row.what, side, *(quantity(Spread(v, v, v, 1), row.unit) for v in (s.min, s.median, s.max)), str(s.count))
+        for row in rows
+        for side, s in (("ours", row.ours), (row.peer_name, row.peer))
+        if s is not None
+    ]
+    return markdown_table(("what", "side", "lowest", "median", "highest", "runs"), lines)
 
 
 def write(folder: Path, machine: Mapping[str, str], fresh: Mapping[str, Any], predictions: str) -> Path:
@@ -128,12 +145,13 @@ def write(folder: Path, machine: Mapping[str, str], fresh: Mapping[str, Any], pr
     stored = json.loads(data.read_text(encoding="utf-8")) if data.exists() else {}
     known = merge(stored, machine, fresh)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(data, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
-    _replace(text, page(known, predictions, NOTES.read_text(encoding="utf-8")))
+    replace(data, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+    replace(text, page(known, predictions, NOTES.read_text(encoding="utf-8")))
     return text
 
 
-def _replace(path: Path, content: str) -> None:
+def replace(path: Path, content: str) -> None:
+    """Write a text file at once or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)

@@ -31,5 +31,9 @@ class UnsupportedError(HyaenaError, RuntimeError):
     """A method or backend was asked for by name and cannot do what was asked."""
 
 
+class OutputError(HyaenaError, RuntimeError):
+    """A file cannot be written; what stood in its place is unharmed."""
+
+
 class NonFiniteError(HyaenaError, ArithmeticError):
     """A computation produced NaN or infinity."""

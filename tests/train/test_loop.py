@@ -12,7 +12,7 @@ import torch
 
 from hyaena import hub
 from hyaena.checkpoints import load_model
-from hyaena.errors import CheckpointError, ConfigError, InputError, NonFiniteError
+from hyaena.errors import CheckpointError, ConfigError, InputError, NonFiniteError, OutputError
 from hyaena.model import LongFilter
 from hyaena.train import loop
 from hyaena.train.config import TrainConfig
@@ -216,7 +216,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(make: Any, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(CheckpointError, match="No space left"):
+        with pytest.raises(OutputError, match="No space left"):
             run(config, resume=True)
     assert path.read_bytes() == before
     assert not list(path.parent.glob("*.partial"))

@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = {
     "convert": "hyaena.cli.convert",
     "info": "hyaena.cli.info",
     "train": "hyaena.cli.train",
+    "bench": "hyaena.cli.bench",
 }
 
 EXIT_ERROR = 2

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyaena.bench import floors
 from hyaena.cli.units import binary_bytes, decimal_bytes, short_count
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
@@ -127,12 +128,7 @@ def _parameters(config: ModelConfig) -> dict[str, int]:
 
 def _cache(config: ModelConfig, width: int) -> dict[str, int]:
     """Bytes that a model remembers: keys and values of every token, and Hyena states whatever the length."""
-    attention, hyena = (config.layer_types.count(kind) for kind in ("attention", "hyena"))
-    per_token = attention * 2 * config.num_key_value_heads * config.head_dim * width
-    # A complex number of two float32 per mode; the last K - 1 inputs of the short filter. Never below float32.
-    long = config.hidden_size * config.state_size * 2 * max(width, 4)
-    short = 3 * config.hidden_size * (config.short_filter_length - 1) * width
-    per_sequence = hyena * (long + short)
+    per_token, per_sequence = floors.slot_bytes(config, width), floors.state_bytes(config, width)
     return {
         "bytes_per_token": per_token,
         "bytes_per_sequence": per_sequence,

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from hyaena import hub
 from hyaena.checkpoints import save_model
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, NonFiniteError
+from hyaena.files import write_atomically
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 from hyaena.train.config import TrainConfig
@@ -41,7 +42,6 @@ from hyaena.train.storage import (
     load_checkpoint,
     plot_metrics,
     save_checkpoint,
-    write_atomically,
 )
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ def train(
 
     Raises:
         ConfigError, InputError: the configuration or the data cannot be used; nothing was written.
-        CheckpointError: there is nothing to resume, there is a run in the way, or the disk is full.
+        CheckpointError: there is nothing to resume, or there is a run in the way.
+        CheckpointError, OutputError: the disk is full.
         NonFiniteError: the loss became NaN or infinite; ``last.pt`` holds the last finite state that was saved.
     """
     run = Run(config, device=device)

@@ -1,0 +1,56 @@
+"""Whether what is to be measured fits into memory, found out before any of it is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hyaena.bench import floors
+from hyaena.config import ModelConfig
+from hyaena.errors import CapacityError
+
+
+def prefill_bytes(config: ModelConfig, length: int, chunk: int, itemsize: int) -> int:
+    """About what a prefill holds beside the weights: its cache, and a chunk of activations.
+
+    Activations: the residual stream, a norm, a mixer's three projections in float32 and the MLP's two halves and their
+    product, twice over for what has not been freed yet.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    token = width * (2 * itemsize + 3 * floors.FLOAT32) + 3 * inner * itemsize
+    return _cache_bytes(config, 1, length, itemsize) + 2 * min(chunk, length) * token
+
+
+def decode_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:
+    """About what decoding holds beside the weights: its cache, and its logits in float32 a few times over."""
+    return _cache_bytes(config, batch, slots, itemsize) + 4 * batch * config.vocab_size * floors.FLOAT32
+
+
+def _cache_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:
+    return batch * (slots * floors.slot_bytes(config, itemsize) + 2 * floors.state_bytes(config, itemsize))
+
+
+def require(needed: int, device: torch.device, what: str, remedy: str) -> None:
+    """Refuse what does not fit into the memory that is free now, as far as the system tells.
+
+    Raises:
+        CapacityError: with both figures and the remedy.
+    """
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise CapacityError(
+            f"{what} needs about {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free: {remedy}"
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device, or None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None

@@ -1,0 +1,167 @@
+"""``hyaena bench``: how fast a model runs on this machine, beside what the machine allows."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyaena.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hyaena.config import ModelConfig
+    from hyaena.model import StripedHyena
+
+HELP = "measure prefill and decoding on this machine, against its own floors"
+
+PRESET = "7b"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        help="7b: the shape of StripedHyena-Hessian-7B with random weights; or a model as generate takes it (7b)",
+    )
+    group.add_argument(
+        "--config", metavar="FILE", help="the configuration of a weights file; without --model, one for random weights"
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1 … (a GPU if there is one)")
+    group.add_argument(
+        "--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere bfloat16 or as stored)"
+    )
+
+    group = parser.add_argument_group("what to measure")
+    group.add_argument(
+        "--lengths", type=_counts, metavar="T,…", help="tokens of prompts (2048,8192,32768; on a CPU 512,2048)"
+    )
+    group.add_argument(
+        "--contexts",
+        type=_counts,
+        metavar="T,…",
+        help="tokens remembered while decoding (2048,32768; on a CPU 512,4096)",
+    )
+    group.add_argument(
+        "--batch", type=_counts, default=(1,), metavar="B,…", help="rows decoded together, at each context (1)"
+    )
+    group.add_argument(
+        "--prefill-chunk", type=_count, metavar="N", help="tokens of the prompt per pass (as `hyaena generate`)"
+    )
+    group.add_argument("--method", default="auto", help="how the prompt's long convolutions are evaluated (auto)")
+    group.add_argument(
+        "--decoding",
+        default="auto",
+        choices=("auto", "forward", "static", "captured"),
+        help="how steps are evaluated (auto)",
+    )
+
+    group = parser.add_argument_group("output, beside the table")
+    group.add_argument("--json", type=Path, metavar="FILE", help="write every sample, the machine and the command")
+    group.add_argument("--plot", type=Path, metavar="FILE", help="write a picture, as PNG (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, measure, print, write."""
+    for path in (args.json, args.plot):
+        _require_writable(path)
+    if args.json is not None and args.json == args.plot:
+        raise InputError(f"--json and --plot are both {args.json}: name two files")
+
+    import torch
+
+    from hyaena.bench import plot, report
+    from hyaena.bench.run import Plan
+    from hyaena.bench.run import run as measure
+    from hyaena.checkpoints import as_device
+    from hyaena.files import write_atomically
+
+    if args.plot is not None:
+        plot.require_matplotlib()
+    device = as_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config, dtype, make = _model(args, device)
+    lengths, contexts = ((512, 2048), (512, 4096)) if device.type == "cpu" else ((2048, 8192, 32_768), (2048, 32_768))
+    short = tuple(n for n in lengths if n <= config.max_length) or (config.max_length,)
+    near = tuple(n for n in contexts if n <= config.max_length) or (config.max_length,)
+    plan = Plan(
+        lengths=args.lengths or short,
+        contexts=args.contexts or near,
+        batches=args.batch,
+        chunk=args.prefill_chunk,
+        method=args.method,
+        decoding=args.decoding,
+        steps=8 if device.type == "cpu" else 24,
+    )
+    result = measure(
+        config, make, plan, device=device, dtype=dtype, say=lambda text: print(f"{text} …", file=sys.stderr, flush=True)
+    )
+    # A terminal that cannot show a sign gets a question mark, not a traceback.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    print(report.render(result))
+    if args.json is not None:
+        document = {"command": shlex.join(["hyaena", *sys.argv[1:]]), **report.as_dict(result)}
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(args.json, lambda file: file.write(text.encode()))
+    if args.plot is not None:
+        plot.draw(result, args.plot)
+    return 0
+
+
+def _model(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[ModelConfig, torch.dtype, Callable[[], StripedHyena]]:
+    """The configuration and the dtype of what was asked for, and what makes it."""
+    import torch
+
+    from hyaena import checkpoints, hub
+    from hyaena.bench.run import SH_7B, random_model
+    from hyaena.checkpoints.load import as_dtype
+    from hyaena.config import ModelConfig
+
+    dtype = as_dtype(args.dtype) or (torch.float32 if device.type == "cpu" else None)
+    if args.model in (None, PRESET):
+        if args.model == PRESET and args.config is not None:
+            raise InputError("--model 7b has its own configuration: leave --config out, or --model")
+        config = SH_7B if args.config is None else ModelConfig.from_file(args.config)
+        wanted = dtype or torch.bfloat16
+        return config, wanted, lambda: random_model(config, device, wanted)
+    checkpoint = hub.locate(args.model, config=args.config)
+    stored = dtype or checkpoints.survey(checkpoint).dtype
+    return (
+        checkpoint.config,
+        stored,
+        lambda: hub.load_model(args.model, device=device, dtype=stored, config=checkpoint.config),
+    )
+
+
+def _require_writable(path: Path | None) -> None:
+    """Before a minute of measuring, not after it."""
+    if path is None:
+        return
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write {path}: name a file in a folder that exists and can be written")
+
+
+def _count(text: str) -> int:
+    return _counts(text)[0]
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Numbers of at least 1, separated by commas."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers of at least 1, such as 512,2048")
+    return values
