@@ -67,7 +67,7 @@ def checks(quick: bool) -> dict[str, Check]:
         }
     single, half, unequal = torch.float32, torch.bfloat16, (0, 7, 45)
     return {
-        "operator": Check(partial(operator, width, (1000, 20_000)), OPERATOR),
+        "operator": Check(partial(operator, width, (1000, 4000)), OPERATOR),
         "gradients": Check(partial(gradients, width, 1000), ("operator",)),
         "operator step": Check(partial(operator_step, width), DECODING),
         "decoding, float32": Check(partial(decoding, SMALL, single, unequal, MIXED, 160, 120), DECODING),

@@ -14,7 +14,7 @@ from hyaena.bench.rates import Rates, Samples, times
 from hyaena.cache import Cache, KVCache
 from hyaena.decoding import Choice, Decoder, Decoding, pack, resolve_decoding
 from hyaena.errors import NonFiniteError
-from hyaena.generation import PREFILL_CHUNK, PREFILL_CHUNK_ELSEWHERE
+from hyaena.generation import choose_chunk
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams, finite_rows, sample
 
@@ -76,11 +76,6 @@ class Decode:
         return self.bytes / rates.bandwidth.median / self.seconds.median
 
 
-def chunk_for(device: torch.device) -> int:
-    """Tokens that a pass of ``hyaena.generate`` reads on a device."""
-    return PREFILL_CHUNK.get(device.type, PREFILL_CHUNK_ELSEWHERE)
-
-
 @torch.inference_mode()
 def measure_prefill(
     model: StripedHyena,
@@ -97,7 +92,7 @@ def measure_prefill(
         NonFiniteError: the logits are not finite, so that nothing is known about the work.
     """
     device, config = model.device, model.config
-    chunk = chunk_for(device) if chunk is None else chunk
+    chunk = choose_chunk(model, length) if chunk is None else chunk
     ids = torch.randint(config.vocab_size, (1, length), device=device)
 
     def read(ids: Tensor) -> Tensor:

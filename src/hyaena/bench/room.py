@@ -9,17 +9,13 @@ import torch
 from hyaena.bench import floors
 from hyaena.config import ModelConfig
 from hyaena.errors import CapacityError
+from hyaena.generation.chunks import pass_bytes_per_token
 
 
 def prefill_bytes(config: ModelConfig, length: int, chunk: int, itemsize: int) -> int:
-    """About what a prefill holds beside the weights: its cache, and a chunk of activations.
-
-    Activations: the residual stream, a norm, a mixer's three projections in float32 and the MLP's two halves and their
-    product, twice over for what has not been freed yet.
-    """
-    width, inner = config.hidden_size, config.intermediate_size
-    token = width * (2 * itemsize + 3 * floors.FLOAT32) + 3 * inner * itemsize
-    return _cache_bytes(config, 1, length, itemsize) + 2 * min(chunk, length) * token
+    """About what a prefill holds beside the weights: its cache and a chunk's activations, twice over for plain methods."""
+    activations = min(chunk, length) * pass_bytes_per_token(config, itemsize)
+    return _cache_bytes(config, 1, length, itemsize) + 2 * activations
 
 
 def decode_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:

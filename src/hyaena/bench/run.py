@@ -11,11 +11,12 @@ import torch
 
 from hyaena import ops
 from hyaena.bench import floors, room
-from hyaena.bench.measure import Decode, Prefill, chunk_for, measure_decode, measure_prefill
+from hyaena.bench.measure import Decode, Prefill, measure_decode, measure_prefill
 from hyaena.bench.rates import SIZES, Rates, measure_rates
 from hyaena.config import ModelConfig
 from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import InputError, UnsupportedError
+from hyaena.generation import PREFILL_CHUNK, PREFILL_CHUNK_ELSEWHERE
 from hyaena.model import StripedHyena
 
 SH_7B = ModelConfig(
@@ -141,7 +142,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
 def _needed(config: ModelConfig, plan: Plan, device: torch.device, itemsize: int) -> int:
     """The most bytes that a plan holds at once."""
-    chunk = plan.chunk or chunk_for(device)
+    chunk = plan.chunk or PREFILL_CHUNK.get(device.type, PREFILL_CHUNK_ELSEWHERE)  # the least that is chosen
     slots = max(plan.contexts, default=0) + 8 * plan.steps
     most = max(
         SIZES[device.type].bytes,
