@@ -170,49 +170,31 @@ def segment_output(words, ws, y_a, z_b, keep, a, b, inside, real, taps, offset, 
 
 
 @triton.jit
-def chain(ends, sums, starts, carry_re, carry_im, q, hop, rest, group, address, active,
-          N: tl.constexpr, R: tl.constexpr, J: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """Carry the state through the R·J segments of a tile; returns it after the last.
+def chain(ends, starts, carry_re, carry_im, q, rest, address, active,
+          N: tl.constexpr, S: tl.constexpr, BD: tl.constexpr, U: tl.constexpr):  # fmt: skip
+    """Carry the state through the S segments of a tile, a lane per (mode, channel); returns it after the last.
 
-    A lane per (group of J segments, mode, channel) sums its group, then steps through the sums of all groups, then
-    through its own segments.
-
-    Args:
-        q: p^L, and ``hop`` p^(L·J), in float32.
-        rest: what R hops leave of p^(L·J·R): from tile to tile, over 10^5 steps, the rounding of one decay would add
-            up; within a tile it does not.
+    ``q`` is p^L in float32, and ``rest`` what S powers of it leave of p^(S·L): from tile to tile, over 10^5 steps, the
+    rounding of one decay would add up; within a tile it does not.
     """
     SEGMENT: tl.constexpr = 2 * N * BD
-    sum_re = tl.zeros_like(carry_re)
-    sum_im = tl.zeros_like(carry_im)
-    e_re = ()
-    e_im = ()
-    for j in tl.static_range(J):
-        at = ends + (group * J + j) * SEGMENT + address
-        e_re = e_re + (tl.load(at, mask=active, other=0.0),)
-        e_im = e_im + (tl.load(at + BD, mask=active, other=0.0),)
-    for j in tl.static_range(J):
-        sum_re, sum_im = move(q, sum_re, sum_im, e_re[j], e_im[j])
-    tl.store(sums + group * SEGMENT + address, sum_re, mask=active)
-    tl.store(sums + group * SEGMENT + address + BD, sum_im, mask=active)
-    tl.debug_barrier()
     re = carry_re
     im = carry_im
-    own_re = carry_re
-    own_im = carry_im
-    for r in tl.static_range(R):
-        own_re = tl.where(group == r, re, own_re)
-        own_im = tl.where(group == r, im, own_im)
-        at = sums + r * SEGMENT + address
-        re, im = move(hop, re, im, tl.load(at, mask=active, other=0.0), tl.load(at + BD, mask=active, other=0.0))
+    for i in tl.range(0, S, U):
+        e_re = ()
+        e_im = ()
+        for u in tl.static_range(U):
+            at = ends + (i + u) * SEGMENT + address
+            e_re = e_re + (tl.load(at, mask=active, other=0.0),)
+            e_im = e_im + (tl.load(at + BD, mask=active, other=0.0),)
+        for u in tl.static_range(U):
+            at = starts + (i + u) * SEGMENT + address
+            tl.store(at, re, mask=active)
+            tl.store(at + BD, im, mask=active)
+            re, im = move(q, re, im, e_re[u], e_im[u])
     re, im = move(rest, carry_re, carry_im, re, im)
-    for j in tl.static_range(J):
-        at = starts + (group * J + j) * SEGMENT + address
-        tl.store(at, own_re, mask=active)
-        tl.store(at + BD, own_im, mask=active)
-        own_re, own_im = move(q, own_re, own_im, e_re[j], e_im[j])
-    tl.store(starts + R * J * SEGMENT + address, re, mask=active & (group == 0))
-    tl.store(starts + R * J * SEGMENT + address + BD, im, mask=active & (group == 0))
+    tl.store(starts + S * SEGMENT + address, re, mask=active)
+    tl.store(starts + S * SEGMENT + address + BD, im, mask=active)
     return re, im
 
 
@@ -250,7 +232,7 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
                          S: tl.constexpr, L: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
                          STATES_ONLY: tl.constexpr, PARTS: tl.constexpr,
                          HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_FIR: tl.constexpr,
-                         HAS_IIR: tl.constexpr, HAS_MASK: tl.constexpr, EVICT: tl.constexpr, EARLY: tl.constexpr = True):  # fmt: skip
+                         HAS_IIR: tl.constexpr, HAS_MASK: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of BD channels, parts of time, rows).
 
     ``z`` and ``fir`` [B,K-1,3D] are in words of P numbers of TYPE. NP is N rounded up to a power of two; ``ends`` and
@@ -262,8 +244,7 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
     row = tl.program_id(2).to(tl.int64)
     W: tl.constexpr = K - 1
     TILE: tl.constexpr = S * L
-    J: tl.constexpr = 4 if S >= 4 else S
-    R: tl.constexpr = S // J
+    U: tl.constexpr = 8 if S >= 8 else S
     ROW: tl.constexpr = 3 * D // P
     WHOLE: tl.constexpr = D % BD == 0
     seg = tl.arange(0, S)[None, :]
@@ -275,10 +256,8 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
     real = channel < D
 
     program = (row * tl.num_programs(1) + part) * tl.num_programs(0) + block
-    scratch += program * ((3 * S + 1) * 2 * N * BD)
-    ends = scratch
-    sums = ends + S * 2 * N * BD
-    starts = sums + R * 2 * N * BD
+    ends = scratch + program * ((2 * S + 1) * 2 * N * BD)
+    starts = ends + S * 2 * N * BD
     z += row * T * ROW + word
     z_1 = z + ROW // 3
     z_0 = z + 2 * (ROW // 3)
@@ -298,9 +277,8 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
         gain = tl.load(skip + channel, mask=real, other=0.0).to(tl.float32)
     ladder = pole_ladder(p_re, p_im, G)
 
-    lane = tl.arange(0, R * NP * BD)  # of the chain
-    group = lane // (NP * BD)
-    mode = lane % (NP * BD) // BD
+    lane = tl.arange(0, NP * BD)  # of the chain: (mode, channel)
+    mode = lane // BD
     flat = (block * BD + lane % BD) * N + mode
     active = (mode < N) & (block * BD + lane % BD < D)
     address = mode * 2 * BD + lane % BD
@@ -308,14 +286,12 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
     one_im = tl.load(poles + flat * 2 + 1, mask=active, other=0.0).to(tl.float64)
     q_re, q_im = power(one_re, one_im, L)
     q = (q_re.to(tl.float32), q_im.to(tl.float32))
-    q_re, q_im = power(q_re, q_im, J)
-    hop = (q_re.to(tl.float32), q_im.to(tl.float32))
-    q_re, q_im = power(q_re, q_im, R)
-    most_re, most_im = power(hop[0].to(tl.float64), hop[1].to(tl.float64), R)
-    rest = ((q_re - most_re).to(tl.float32), (q_im - most_im).to(tl.float32))
+    all_re, all_im = power(q_re, q_im, S)
+    most_re, most_im = power(q[0].to(tl.float64), q[1].to(tl.float64), S)
+    rest = ((all_re - most_re).to(tl.float32), (all_im - most_im).to(tl.float32))
 
-    carry_re = tl.zeros((R * NP * BD,), tl.float32)
-    carry_im = tl.zeros((R * NP * BD,), tl.float32)
+    carry_re = tl.zeros((NP * BD,), tl.float32)
+    carry_im = tl.zeros((NP * BD,), tl.float32)
     if not STATES_ONLY:
         if HAS_IIR:
             carry_re = tl.load(iir + row * D * N * 2 + flat * 2, mask=active, other=0.0)
@@ -350,20 +326,14 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
             b = tl.minimum(start + TILE + seg * L, whole - L).to(tl.int64)
             ws, re, im = segment_states(words1, words0, keep, a, taps1, off1, taps0, off0, ladder, L, P, TYPE,
                                         HAS_MASK)  # fmt: skip
-            if EARLY:
-                words1 = load_segment(z_1, fir_1, keep, b, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
-                words0 = load_segment(z_0, fir_0, keep, b, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
+            words1 = load_segment(z_1, fir_1, keep, b, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
+            words0 = load_segment(z_0, fir_0, keep, b, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
             store_lanes(ends, wide, local, re, im, N, BD)
             tl.debug_barrier()
-            carry_re, carry_im = chain(ends, sums, starts, carry_re, carry_im, q, hop, rest, group,
-                                       address, active, N, R, J, BD)  # fmt: skip
+            carry_re, carry_im = chain(ends, starts, carry_re, carry_im, q, rest, address, active, N, S, BD, U)
             tl.debug_barrier()
             if not STATES_ONLY:
                 re, im = load_lanes(starts, wide, local, N, BD)
-            if not EARLY:
-                words1 = load_segment(z_1, fir_1, keep, b, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
-                words0 = load_segment(z_0, fir_0, keep, b, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
-            if not STATES_ONLY:
                 history = load_history(z + b * ROW, fir, keep, b, inside, ROW, W, HAS_FIR, HAS_MASK)
                 coming = segment_output(
                     words2, ws, y + a[:, :, None] * D, z + b * ROW, keep, a, b, inside,
@@ -375,8 +345,8 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
         newest = ((whole - begin) // L - 1) % S + 1
     if STATES_ONLY:
         at = parts + ((row * tl.num_programs(1) + part) * D * N + flat) * 2
-        tl.store(at, carry_re, mask=active & (group == 0))
-        tl.store(at + 1, carry_im, mask=active & (group == 0))
+        tl.store(at, carry_re, mask=active)
+        tl.store(at + 1, carry_im, mask=active)
     else:
         if begin == whole:
             tl.store(starts + address, carry_re, mask=active)

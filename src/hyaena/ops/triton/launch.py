@@ -55,7 +55,6 @@ class Tiling:
     warps: int = 8
     registers: int | None = None
     evict: str = ""
-    early: bool = True
     parts: int | None = None
 
 
@@ -124,7 +123,7 @@ def forward(
     parts = choose_parts(batch * blocks, tiles, z.device) if tiling.parts is None else tiling.parts
     part_tiles = cdiv(tiles, parts)
     parts = cdiv(tiles, part_tiles)
-    scratch = poles.new_empty(batch * parts * blocks, 3 * tiling.segments + 1, modes, 2, tiling.channels)
+    scratch = poles.new_empty(batch * parts * blocks, 2 * tiling.segments + 1, modes, 2, tiling.channels)
     sums = poles.new_empty(batch, max(parts - 1, 1), channels, modes, 2)
     words = as_words(z, numbers)
 
@@ -164,7 +163,6 @@ def forward(
             HAS_IIR=iir is not None,
             HAS_MASK=mask is not None,
             EVICT=tiling.evict,
-            EARLY=tiling.early,
             num_warps=tiling.warps,
             **({} if tiling.registers is None else {"maxnreg": tiling.registers}),
         )
