@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 GRADIENT = 1e-5
 
 # Several tiles, segments and blocks of channels from few steps.
-SMALL = Tiling(channels=4, segments=2, steps=4, group=2, load1=4, load2=2)
+SMALL = Tiling(channels=4, segments=2, steps=4, group=2)
 
 
 class Problem(NamedTuple):
@@ -111,17 +111,17 @@ def test_forward_over_several_tiles(length: int) -> None:
 
 @pytest.mark.parametrize(("parts", "length"), [(2, 17), (3, 40)])
 def test_forward_in_parts_of_time(parts: int, length: int) -> None:
-    check_forward(make(length, channels=3, batch=1), Tiling(4, 2, 4, 1, 2, 2, parts=parts))
+    check_forward(make(length, channels=3, batch=1), Tiling(4, 2, 4, 1, parts=parts))
 
 
 @pytest.mark.parametrize("group", [1, 4])
 def test_forward_gathers_steps(group: int) -> None:
-    check_forward(make(30, batch=1), Tiling(8, 4, 8, group=group, load1=4, load2=4))
+    check_forward(make(30, batch=1), Tiling(8, 4, 8, group=group))
 
 
 @pytest.mark.parametrize("modes", [1, 3, 8, 16])
 def test_forward_with_any_number_of_modes(modes: int) -> None:
-    check_forward(make(11, modes=modes, batch=1), Tiling(8, 2, 4, 1, 2, 2))
+    check_forward(make(11, modes=modes, batch=1), Tiling(8, 2, 4, 1))
 
 
 @pytest.mark.parametrize("taps", [1, 2, 8])
@@ -131,7 +131,7 @@ def test_forward_with_any_number_of_taps(taps: int) -> None:
 
 @pytest.mark.parametrize("channels", [33, 64])
 def test_forward_over_blocks_of_channels(channels: int) -> None:
-    check_forward(make(20, channels=channels, padded=True), Tiling(16, 4, 8, 2, 4, 2))
+    check_forward(make(20, channels=channels, padded=True), Tiling(16, 4, 8, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -146,7 +146,7 @@ def test_forward_of_what_may_be_left_out() -> None:
 def test_a_long_sum_keeps_its_precision() -> None:
     """The state of a pole on the unit circle holds every step since the first, through a thousand segments."""
     problem = make(4096, channels=1, batch=1, modes=1)
-    got = forward(*problem, Tiling(1, 1024, 4, group=1, load1=2, load2=2))
+    got = forward(*problem, Tiling(1, 16, 4, group=1))
     _, y, _, iir = problem.exact()
     close(got[0], y, 5e-6)
     close(got[2], iir, 5e-6)

@@ -80,9 +80,9 @@ def load_step(
 @triton.jit
 def convolve(taps, offset, history, now):
     """``offset + Σ_k taps[k]·window[k]`` over the window ``history ++ now``, and the history after this step."""
-    out = offset + taps[len(history)] * now
+    out = tl.fma(taps[len(history)], now, offset)
     for k in tl.static_range(len(history)):
-        out += taps[k] * history[k]
+        out = tl.fma(taps[k], history[k], out)
     return out, (history + (now,))[1:]
 
 
@@ -92,8 +92,8 @@ def advance(p_re, p_im, s_re, s_im, x):
     re = ()
     im = ()
     for n in tl.static_range(len(p_re)):
-        re = re + ((x - p_im[n] * s_im[n]) + p_re[n] * s_re[n],)
-        im = im + (p_re[n] * s_im[n] + p_im[n] * s_re[n],)
+        re = re + (tl.fma(p_re[n], s_re[n], tl.fma(-p_im[n], s_im[n], x)),)
+        im = im + (tl.fma(p_re[n], s_im[n], p_im[n] * s_re[n]),)
     return re, im
 
 
@@ -109,13 +109,11 @@ def gather(ladder, s_re, s_im, x):
     for n in tl.static_range(len(s_re)):
         q_re = ladder[G - 1][0][n]
         q_im = ladder[G - 1][1][n]
-        new_re = x[G - 1] - q_im * s_im[n]
-        new_re += q_re * s_re[n]
-        new_im = q_re * s_im[n]
-        new_im += q_im * s_re[n]
+        new_re = tl.fma(q_re, s_re[n], tl.fma(-q_im, s_im[n], x[G - 1]))
+        new_im = tl.fma(q_re, s_im[n], q_im * s_re[n])
         for g in tl.static_range(G - 1):
-            new_re += ladder[G - 2 - g][0][n] * x[g]
-            new_im += ladder[G - 2 - g][1][n] * x[g]
+            new_re = tl.fma(ladder[G - 2 - g][0][n], x[g], new_re)
+            new_im = tl.fma(ladder[G - 2 - g][1][n], x[g], new_im)
         re = re + (new_re,)
         im = im + (new_im,)
     return re, im

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.triton.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
@@ -16,6 +17,8 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 """Of z, weight, bias, poles, residues, skip, fir and iir."""
 
 STEP_CHANNELS = 64
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def cdiv(count: int, size: int) -> int:
@@ -34,38 +37,34 @@ class Tiling:
 
     Attributes:
         channels: of a program, a power of two.
-        segments: of a tile, a power of two.
-        steps: of a segment, a multiple of ``load1`` and ``load2``.
-        group: steps that sweep 1 gathers at once; divides ``load1``.
-        load1, load2: steps whose loads are in flight together, in each sweep.
+        segments: of a tile, a power of two, at most 64: within a tile, rounding of the decay adds up.
+        steps: of a segment.
+        group: steps that are gathered into a state at once; divides ``steps``.
+        packed: 16-bit numbers of two channels share a lane; otherwise, and in float32, a lane has one channel.
         warps: of a program.
-        stages1, stages2: depth of the software pipeline of each sweep; 1 for none.
         registers: the most a thread may use, or None.
-        evict: the cache policy of what is read or written for the last time.
+        evict: the cache policy of z and y.
         parts: parts of time, each a program of its own; None for as many as fill the device.
     """
 
     channels: int = 32
-    segments: int = 32
-    steps: int = 32
-    group: int = 2
-    load1: int = 8
-    load2: int = 4
-    warps: int = 16
-    stages1: int = 1
-    stages2: int = 1
+    segments: int = 16
+    steps: int = 16
+    group: int = 4
+    packed: bool = True
+    warps: int = 8
     registers: int | None = None
-    evict: str = "evict_first"
+    evict: str = ""
     parts: int | None = None
 
 
 def choose_tiling(modes: int) -> Tiling:
-    """More modes need more registers: fewer warps, then one channel per thread in place of two."""
+    """More modes need more registers: first one channel per lane in place of two, then shorter segments."""
     if modes <= 2:
         return Tiling()
     if modes <= 4:
-        return Tiling(segments=16, warps=8, group=1)
-    return Tiling(segments=8, warps=8, group=1, load1=4, load2=2)
+        return Tiling(segments=8, group=2, packed=False)
+    return Tiling(segments=8, steps=8, group=1, packed=False)
 
 
 def choose_parts(programs: int, tiles: int, device: torch.device) -> int:
@@ -74,6 +73,11 @@ def choose_parts(programs: int, tiles: int, device: torch.device) -> int:
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(tiles, processors // programs))
+
+
+def as_words(x: Tensor, numbers: int) -> Tensor:
+    """Contiguous x [...,D] as [...,D/numbers] words that hold so many numbers each."""
+    return x.contiguous() if numbers == 1 else x.contiguous().view(torch.int32)
 
 
 def forward(
@@ -106,60 +110,58 @@ def forward(
     channels, modes = poles.shape[:2]
     taps = weight.shape[-1]
     z, weight, poles, residues = (t.contiguous() for t in (z, weight, poles, residues))
-    bias, skip, fir, iir, mask = (None if t is None else t.contiguous() for t in (bias, skip, fir, iir, mask))
+    bias, skip, iir, mask = (None if t is None else t.contiguous() for t in (bias, skip, iir, mask))
     y = z.new_empty(batch, length, channels)
-    fir_out = z.new_empty(batch, width, taps - 1)
     iir_out = poles.new_empty(batch, channels, modes, 2)
+    before = None if fir is None else fir.to(z.dtype).transpose(1, 2)  # [B,K-1,3D]
 
     tiling = tiling or choose_tiling(modes)
+    numbers = 2 if tiling.packed and z.dtype.itemsize == 2 and channels % 2 == 0 else 1
     blocks = cdiv(channels, tiling.channels)
     tile = tiling.segments * tiling.steps
     tiles = cdiv(length, tile)
     parts = choose_parts(batch * blocks, tiles, z.device) if tiling.parts is None else tiling.parts
     part_tiles = cdiv(tiles, parts)
     parts = cdiv(tiles, part_tiles)
-    lanes = poles.new_empty(2, batch * parts * blocks * tiling.segments * modes * 2 * tiling.channels)
+    scratch = poles.new_empty(batch * parts * blocks, 2 * tiling.segments + 1, modes, 2, tiling.channels)
     sums = poles.new_empty(batch, max(parts - 1, 1), channels, modes, 2)
+    words = as_words(z, numbers)
 
     def launch(count: int, states_only: bool) -> None:
         start: Any = hyena_forward_kernel[(blocks, count, batch)]
         start(
-            z,
+            words,
             weight,
             z if bias is None else bias,
             poles,
             residues,
             z if skip is None else skip,
-            z if fir is None else fir,
+            words if before is None else as_words(before, numbers),
             poles if iir is None else iir,
             z if mask is None else mask.view(torch.uint8),
-            lanes[0],
-            lanes[1],
+            scratch,
             sums,
             y,
-            fir_out,
             iir_out,
             length,
             part_tiles * tile,
+            TYPE=TYPES[z.dtype],
             D=channels,
             N=modes,
             NP=power_of_two(modes),
             K=taps,
+            P=numbers,
             S=tiling.segments,
             L=tiling.steps,
             G=tiling.group,
-            U1=tiling.load1,
-            U2=tiling.load2,
             BD=tiling.channels,
             STATES_ONLY=states_only,
             PARTS=parts > 1,
             HAS_BIAS=bias is not None,
             HAS_SKIP=skip is not None,
-            HAS_FIR=fir is not None,
+            HAS_FIR=fir is not None and taps > 1,
             HAS_IIR=iir is not None,
             HAS_MASK=mask is not None,
-            STAGES1=tiling.stages1,
-            STAGES2=tiling.stages2,
             EVICT=tiling.evict,
             num_warps=tiling.warps,
             **({} if tiling.registers is None else {"maxnreg": tiling.registers}),
@@ -168,7 +170,19 @@ def forward(
     if parts > 1:
         launch(parts - 1, True)
     launch(parts, False)
-    return y, fir_out, iir_out
+    return y, window(z, before, mask, taps - 1), iir_out
+
+
+def window(z: Tensor, before: Tensor | None, mask: Tensor | None, steps: int) -> Tensor:
+    """The last steps of z [B,T,3D] after ``before`` [B,steps,3D]: the state of the short filter [B,3D,steps]."""
+    recent = z[:, max(0, z.shape[1] - steps) :] if steps else z[:, :0]
+    if mask is not None:
+        recent = recent * mask[:, z.shape[1] - recent.shape[1] :, None]
+    short = steps - recent.shape[1]
+    if short:
+        older = z.new_zeros(z.shape[0], steps, z.shape[2]) if before is None else before
+        recent = torch.cat([older[:, steps - short :], recent], dim=1)
+    return recent.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def step(
