@@ -32,20 +32,12 @@ WIDTH, MODES, TAPS = 4096, 2, 3
 LENGTHS = (8192, 32_768, 131_072)
 
 TILINGS = {
-    "16 warps": Tiling(evict=""),
-    "16 warps, load2 8": Tiling(load2=8),
-    "16 warps, evict": Tiling(),
-    "16 warps, stages 3": Tiling(stages1=3, stages2=3),
-    "16 warps, L 64": Tiling(steps=64),
-    "16 warps, L 16": Tiling(steps=16),
-    "8 warps, L 64": Tiling(segments=16, steps=64, warps=8, load2=8, group=4),
-    "8 warps, L 32": Tiling(segments=16, steps=32, warps=8, load2=8, group=4),
-    "2 x 8 warps": Tiling(channels=16, warps=8, registers=128),
-    "2 x 8 warps, L 64": Tiling(channels=16, warps=8, steps=64, registers=128),
-    "2 x 8 warps, stages 2": Tiling(channels=16, warps=8, registers=128, stages1=2, stages2=2),
-    "64 channels, 2 parts": Tiling(channels=64, segments=16, parts=2),
-    "64 channels, 4 parts of 8 warps": Tiling(channels=64, segments=8, warps=8, registers=128, parts=4),
-    "128 channels, 8 parts of 8 warps": Tiling(channels=128, segments=4, warps=8, registers=128, parts=8),
+    "default": Tiling(),
+    "evict": Tiling(evict="evict_first"),
+    "groups of 2": Tiling(group=2),
+    "L 8, S 32": Tiling(steps=8, segments=32),
+    "one channel a lane": Tiling(packed=False),
+    "64 channels, 2 parts": Tiling(channels=64, segments=8, parts=2),
 }
 
 BACKWARD = {

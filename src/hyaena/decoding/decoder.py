@@ -8,6 +8,8 @@ computes the next.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -25,6 +27,8 @@ from hyaena.model import StripedHyena
 from hyaena.ops import triton
 from hyaena.ops.decode import DecodeOperators
 from hyaena.sampling import Needs, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 Decoding = Literal["auto", "forward", "static", "captured"]
 
@@ -222,12 +226,12 @@ def _beyond_kernels(model: StripedHyena) -> str | None:
 
 
 def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decoding:
-    """How tokens will be decoded: what was asked for, if it can be, or for ``"auto"`` calls of the model.
+    """How tokens will be decoded: what was asked for, if it can be; ``"auto"`` is the fastest that can.
 
     Args:
         model: whose tokens.
         wish: ``"forward"`` calls the model for each token; ``"static"`` steps on fixed memory; ``"captured"`` does so
-            as a graph, on CUDA devices; ``"auto"`` is ``"forward"`` until generation by graphs has run on a GPU.
+            as a graph, on CUDA devices; ``"auto"`` is ``"captured"`` where that can be done and ``"forward"`` elsewhere.
         method: by which prompts are read.
 
     Raises:
@@ -236,13 +240,22 @@ def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decodi
     """
     if wish not in get_args(Decoding):
         raise InputError(f"unknown decoding {wish!r}: choose {', '.join(get_args(Decoding))}")
-    if wish in ("auto", "forward"):
+    if wish == "forward" or (wish == "auto" and model.device.type != "cuda"):
         return "forward"
     reason = why_not(model) or (_no_graphs(model) if wish != "static" else None)
     if reason is None and model.device.type == "cuda":
         reason = _beyond_kernels(model)
         if reason is None and ops.capabilities(method).state == "window":
             reason = f"the kernels step modes, and {method!r} leaves the windows of cut filters"
+    if wish == "auto":
+        _say("captured steps" if reason is None else f"calls of the model, not captured steps: {reason}")
+        return "captured" if reason is None else "forward"
     if reason is not None:
         raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='forward'")
     return wish
+
+
+@functools.cache
+def _say(choice: str) -> None:
+    """Log a choice the first time that it is made."""
+    logger.info("tokens are decoded by %s", choice)

@@ -121,7 +121,8 @@ def stream(
         method: how long convolutions of the prompt are evaluated (``ops.METHODS``); single steps choose themselves,
             from what it left behind.
         decoding: how single steps are evaluated: ``"forward"`` calls the model, ``"static"`` steps on fixed memory,
-            ``"captured"`` does so as one CUDA graph, on CUDA devices; ``"auto"`` is the first.
+            ``"captured"`` does so as one CUDA graph, on CUDA devices; ``"auto"`` is the last where it can be done and
+            the first elsewhere.
         max_length: the most tokens of prompt and completion together; ``config.max_length`` unless given.
         prefill_chunk: the most tokens of prompts that one pass reads; unless given 512 on a CPU, on CUDA devices 2,048
             to 32,768, as memory allows, and 2,048 elsewhere.
