@@ -13,7 +13,7 @@ from hyaena.generation.chunks import pass_bytes_per_token
 
 
 def prefill_bytes(config: ModelConfig, length: int, chunk: int, itemsize: int) -> int:
-    """About what a prefill holds beside the weights: its cache and a chunk's activations, twice over for plain methods."""
+    """About what a prefill holds beside the weights: its cache, and a chunk's activations twice, for plain methods."""
     activations = min(chunk, length) * pass_bytes_per_token(config, itemsize)
     return _cache_bytes(config, 1, length, itemsize) + 2 * activations
 

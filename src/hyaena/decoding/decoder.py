@@ -230,8 +230,9 @@ def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decodi
 
     Args:
         model: whose tokens.
-        wish: ``"forward"`` calls the model for each token; ``"static"`` steps on fixed memory; ``"captured"`` does so
-            as a graph, on CUDA devices; ``"auto"`` is ``"captured"`` where that can be done and ``"forward"`` elsewhere.
+        wish: ``"forward"`` calls the model for each token; ``"static"`` steps on fixed memory; ``"captured"`` does
+            so as a graph, on CUDA devices; ``"auto"`` is ``"captured"`` where that can be done, and ``"forward"``
+            elsewhere.
         method: by which prompts are read.
 
     Raises:

@@ -8,9 +8,9 @@ a segment of P neighbouring channels, whose numbers share a word of 32 bits, so 
     chain     S[j+1] = p^L S[j] + E[j] through the segments, the state carried from tile to tile
     output    from w and x2, every lane from its true state: y
 
-The words of a tile are asked for while the tile before it is computed, so that memory need not wait for arithmetic. The
-last steps, fewer than L, are computed one by one. Programs exchange nothing. Where rows and channels are too few to fill
-the device, time is cut into parts: the same kernel with ``STATES_ONLY`` finds what each part adds to the state first.
+The words of a tile are asked for while the tile before it is computed, so that memory need not wait for arithmetic.
+The last steps, fewer than L, are computed one by one. Programs exchange nothing. Where rows and channels are too few to
+fill the device, time is cut into parts: the same kernel with ``STATES_ONLY`` finds what each part adds to the state.
 
 Tensors are [BD/P,S] words, and [BD/P,S,P] numbers.
 """
@@ -37,7 +37,7 @@ def unpack(word, P: tl.constexpr, TYPE: tl.constexpr):
     """The numbers of words [.,.], float32 [.,.,P]."""
     if P == 1:
         numbers = word.to(tl.float32)[:, :, None]
-    elif TYPE == tl.bfloat16:  # the upper half of a float32
+    elif TYPE == tl.bfloat16:  # noqa: SIM300
         bits = word.to(tl.uint32, bitcast=True)
         low = (bits << 16).to(tl.float32, bitcast=True)
         high = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)

@@ -106,7 +106,7 @@ def forward(
     Returns:
         y [B,T,D] and fir in the dtype of z, iir float32 [B,D,N,2].
     """
-    batch, length, width = z.shape
+    batch, length, _ = z.shape
     channels, modes = poles.shape[:2]
     taps = weight.shape[-1]
     z, weight, poles, residues = (t.contiguous() for t in (z, weight, poles, residues))
