@@ -39,7 +39,7 @@ def unpack(word, P: tl.constexpr, TYPE: tl.constexpr):
         numbers = word.to(tl.float32)[:, :, None]
     elif TYPE == tl.bfloat16:  # noqa: SIM300
         bits = word.to(tl.uint32, bitcast=True)
-        low = (bits << 16).to(tl.float32, bitcast=True)
+        low = (bits << 16).to(tl.float32, bitcast=True)  # the upper half of a float32
         high = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
         numbers = tl.join(low, high)
     else:
