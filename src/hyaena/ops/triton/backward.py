@@ -31,7 +31,7 @@ def load_window(pointer, fir, keep, t, T, inside, D: tl.constexpr, W: tl.constex
     window = ()
     for j in tl.static_range(W + U):
         at = t + (j - W)
-        window = window + (load_step(pointer + at * 3 * D, fir, keep, at, T, inside, W, True, HAS_FIR, HAS_MASK, ""),)
+        window = window + (load_step(pointer + at * 3 * D, fir, keep, at, T, inside, W, True, HAS_FIR, HAS_MASK),)
     return window
 
 

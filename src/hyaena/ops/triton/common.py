@@ -54,7 +54,6 @@ def load_step(
     EDGE: tl.constexpr,
     HAS_FIR: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    EVICT: tl.constexpr,
 ):
     """One input of the short filter, float32 [S,BD].
 
@@ -70,7 +69,7 @@ def load_step(
         here = inside & (t >= 0) & (t < T)
     if HAS_MASK:
         here = here & (tl.load(keep + t, mask=(t >= 0) & (t < T), other=0) != 0)
-    value = tl.load(pointer, mask=here, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    value = tl.load(pointer, mask=here, other=0.0).to(tl.float32)
     if EDGE and HAS_FIR:
         before = inside & (t < 0)
         value += tl.load(fir + (t + W), mask=before, other=0.0).to(tl.float32)

@@ -42,7 +42,6 @@ class Tiling:
         group: steps that are gathered into a state at once; divides ``steps``.
         packed: 16-bit numbers of two channels share a lane; otherwise, and in float32, a lane has one channel.
         warps: of a program.
-        registers: the most a thread may use, or None.
         evict: the cache policy of z and y.
         parts: parts of time, each a program of its own; None for as many as fill the device.
     """
@@ -53,7 +52,6 @@ class Tiling:
     group: int = 4
     packed: bool = True
     warps: int = 8
-    registers: int | None = None
     evict: str = ""
     parts: int | None = None
 
@@ -164,7 +162,6 @@ def forward(
             HAS_MASK=mask is not None,
             EVICT=tiling.evict,
             num_warps=tiling.warps,
-            **({} if tiling.registers is None else {"maxnreg": tiling.registers}),
         )
 
     if parts > 1:
