@@ -33,10 +33,11 @@ LENGTHS = (8192, 32_768, 131_072)
 
 TILINGS = {
     "default": Tiling(),
-    "evict": Tiling(evict="evict_first"),
-    "groups of 2": Tiling(group=2),
-    "L 8, S 32": Tiling(steps=8, segments=32),
-    "one channel a lane": Tiling(packed=False),
+    "groups of 4": Tiling(group=4),
+    "2 stages": Tiling(stages=2),
+    "4 stages": Tiling(stages=4),
+    "L 8": Tiling(steps=8),
+    "one channel a lane": Tiling(segments=8, packed=False),
     "64 channels, 2 parts": Tiling(channels=64, segments=8, parts=2),
 }
 

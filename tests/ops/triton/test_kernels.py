@@ -1,5 +1,6 @@
 """Every kernel against the plain operator in float64: outputs, both states, all gradients, at awkward sizes."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops import HyenaState, ModalFilter, hyena
 from hyaena.ops.triton import hyena_step_
-from hyaena.ops.triton.launch import BackwardTiling, Tiling, backward, forward
+from hyaena.ops.triton.launch import BackwardTiling, Tiling, backward, choose_stages, forward, segment_bits
 
 # float32 sums of up to 130 terms, and the rounding of the output's own type: half an ulp of float16's 11 bits, and an
 # ulp of bfloat16's 8, because the interpreter cuts bfloat16 off where the device rounds
@@ -122,6 +123,35 @@ def test_forward_gathers_steps(group: int) -> None:
 @pytest.mark.parametrize("modes", [1, 3, 8, 16])
 def test_forward_with_any_number_of_modes(modes: int) -> None:
     check_forward(make(11, modes=modes, batch=1), Tiling(8, 2, 4, 1))
+
+
+@pytest.mark.parametrize("modes", [3, 5, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_in_the_tiling_of_its_modes(modes: int, dtype: torch.dtype) -> None:
+    check_forward(make(150, channels=2, modes=modes, batch=1, dtype=dtype), None)
+
+
+def test_forward_where_padding_is_anywhere() -> None:
+    problem = make(29, batch=3, padded=True)
+    check_forward(problem._replace(mask=torch.rand(3, 29) > 0.4), SMALL)
+
+
+def test_padding_is_handed_over_by_segments() -> None:
+    mask = torch.rand(2, 23) > 0.5
+    for row, bits in zip(mask.tolist(), segment_bits(mask, 8, 2).tolist(), strict=True):
+        assert len(bits) == 3
+        for segment, word in enumerate(bits):
+            for i in range(10):
+                step = 8 * segment + i - 2
+                assert (word >> i) & 1 == (step < 0 or (step < 23 and row[step]))
+
+
+@pytest.mark.parametrize(("room", "stages"), [(232_448, 3), (101_376, 2), (49_152, 1)])
+def test_no_more_tiles_are_under_way_than_fit(monkeypatch: pytest.MonkeyPatch, room: int, stages: int) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=room)
+    )
+    assert choose_stages(Tiling(), 3, 2, torch.device("cuda")) == stages
 
 
 @pytest.mark.parametrize("taps", [1, 2, 8])

@@ -1,18 +1,24 @@
 """The forward kernel: z [B,T,3D] to y [B,T,D] and the state of the modes, every number read once and written once.
 
 A program owns BD channels of one row and walks through time, tile by tile. A tile is S segments of L steps; a lane owns
-a segment of P neighbouring channels, whose numbers share a word of 32 bits, so that a lane reads and writes words::
+a segment of P neighbouring channels, whose numbers share a word of 32 bits::
 
     states    from x1 and v, every lane: w = u1·u0, kept in registers, and the state at the end of its segment, had the
               segment begun at zero
     chain     S[j+1] = p^L S[j] + E[j] through the segments, the state carried from tile to tile
     output    from w and x2, every lane from its true state: y
 
-The words of a tile are asked for while the tile before it is computed, so that memory need not wait for arithmetic.
-The last steps, fewer than L, are computed one by one. Programs exchange nothing. Where rows and channels are too few to
-fill the device, time is cut into parts: the same kernel with ``STATES_ONLY`` finds what each part adds to the state.
+The words of coming tiles are copied into shared memory meanwhile, STAGES tiles deep, so that memory need not wait for
+arithmetic. The last steps, fewer than L, are computed one by one. Programs exchange nothing. Where rows and channels
+are too few to fill the device, time is cut into parts: the same kernel with ``STATES_ONLY`` first finds what each part
+adds to the state.
 
-Tensors are [BD/P,S] words, and [BD/P,S,P] numbers.
+Tensors are [BD/P,S] words, [BD/P,S,P] numbers, and [R,S] rows of segments, one for every mode and channel.
+
+Triton chooses how a tensor lies in the lanes, and moves it between choices through shared memory. At a gather it has no
+choice: the gathered axis lies inside a warp. So two gathers here take what is already in place: they say where numbers
+are to lie. Words and numbers: channels along the lanes, then segments; steps in registers. Rows: segments along the
+lanes, so that the chain is shuffles.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from hyaena.ops.triton.common import (
 def unpack(word, P: tl.constexpr, TYPE: tl.constexpr):
     """The numbers of words [.,.], float32 [.,.,P]."""
     if P == 1:
-        numbers = word.to(tl.float32)[:, :, None]
+        numbers = tl.reshape(word, word.shape + (1,)).to(tl.float32)
     elif TYPE == tl.bfloat16:  # noqa: SIM300
         bits = word.to(tl.uint32, bitcast=True)
         low = (bits << 16).to(tl.float32, bitcast=True)  # the upper half of a float32
@@ -51,77 +57,124 @@ def unpack(word, P: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def load_word(pointer, keep, t, inside, WHOLE: tl.constexpr, HAS_MASK: tl.constexpr, EVICT: tl.constexpr):
-    """The words of step t; zero at padding.
+def store_numbers(y, numbers, inside, P: tl.constexpr, TYPE: tl.constexpr):
+    """Numbers [.,.,P] to the places of their words, y [.,.]."""
+    if P == 1:
+        tl.store(y, tl.reshape(numbers, numbers.shape[:-1]).to(TYPE), mask=inside)
+    else:
+        tl.store(y[:, :, None] + tl.arange(0, P)[None, None, :], numbers.to(TYPE), mask=inside[:, :, None])
+
+
+@triton.jit
+def unpack_all(words, P: tl.constexpr, TYPE: tl.constexpr):
+    """A tuple of words as numbers."""
+    numbers = ()
+    for k in tl.static_range(len(words)):
+        numbers = numbers + (unpack(words[k], P, TYPE),)
+    return numbers
+
+
+@triton.jit
+def stack(numbers, COUNT: tl.constexpr):
+    """A tuple of at most COUNT tensors, a power of two, as one with more axes of 2 at its end; zeros fill it up."""
+    for _ in tl.static_range(COUNT - len(numbers)):
+        numbers = numbers + (tl.zeros_like(numbers[0]),)
+    for _ in tl.static_range(4):
+        if len(numbers) > 1:
+            pairs = ()
+            for i in tl.static_range(len(numbers) // 2):
+                pairs = pairs + (tl.join(numbers[i], numbers[i + len(numbers) // 2]),)
+            numbers = pairs
+    return numbers[0]
+
+
+@triton.jit
+def unstack(stacked):
+    """The tensors along the last axis of another, a power of two of them, at most 64."""
+    COUNT: tl.constexpr = stacked.shape[len(stacked.shape) - 1]
+    numbers = (stacked,)
+    for _ in tl.static_range(6):
+        if len(numbers) < COUNT:
+            first = ()
+            second = ()
+            for i in tl.static_range(len(numbers)):
+                pairs = numbers[i]
+                if COUNT // len(numbers) > 2:
+                    pairs = tl.reshape(pairs, stacked.shape[:-1] + (COUNT // len(numbers) // 2, 2))
+                x, y = tl.split(pairs)
+                first = first + (x,)
+                second = second + (y,)
+            numbers = first + second
+    if COUNT == 1:
+        numbers = (tl.reshape(stacked, stacked.shape[:-1]),)
+    return numbers
+
+
+@triton.jit
+def load_words(z, fir, word, begin, most, bits, FIRST: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr,
+               L: tl.constexpr, W: tl.constexpr, D: tl.constexpr, P: tl.constexpr, WHOLE: tl.constexpr,
+               HAS_FIR: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+    """COUNT words of every segment, from its step FIRST on: a tuple of [BD/P,S], zero at padding.
+
+    Steps before 0 come from ``fir``, W rows of words, or are zero where there is none.
 
     Args:
-        inside: bool [BD/P,1], the channels exist; all of them do if WHOLE.
-        keep: the padding mask of this row, a byte per step.
+        z, fir: where one of the three blocks of a row begins.
+        word: [BD/P,1].
+        begin, most: the first segment's first step; segments that would begin after ``most`` begin there.
+        bits: [1,S], bit W+i of a segment: its step i is no padding.
     """
-    if HAS_MASK:
-        word = tl.load(pointer, mask=inside & (tl.load(keep + t) != 0), other=0, eviction_policy=EVICT)
-    elif WHOLE:
-        word = tl.load(pointer, eviction_policy=EVICT)
-    else:
-        word = tl.load(pointer, mask=inside, other=0, eviction_policy=EVICT)
-    return word
-
-
-@triton.jit
-def load_history(z_a, fir, keep, a, inside, ROW: tl.constexpr, W: tl.constexpr, HAS_FIR: tl.constexpr,
-                 HAS_MASK: tl.constexpr):  # fmt: skip
-    """The words of the W steps before step a, oldest first; those before step 0 come from ``fir``, W rows of words."""
     words = ()
-    for k in tl.static_range(W):
-        t = a - (W - k)
-        here = inside & (t >= 0)
-        if HAS_MASK:
-            here = here & (tl.load(keep + t, mask=t >= 0, other=0) != 0)
-        word = tl.load(z_a - (W - k) * ROW, mask=here, other=0)
-        if HAS_FIR:  # of two words one is zero
-            word += tl.load(fir + (t + W) * ROW, mask=inside & (t < 0), other=0)
-        words = words + (word,)
+    if COUNT > 0:
+        COLUMNS: tl.constexpr = triton.next_power_of_2(COUNT) * S
+        column = tl.arange(0, COLUMNS)[None, :]  # (step, segment)
+        t = tl.minimum(begin + column % S * L, most) + column // S + FIRST
+        at = z + t.to(tl.int64) * (3 * D // P) + word
+        inside = (word * P < D) & (column < COUNT * S)
+        if FIRST >= 0 and WHOLE:
+            block = tl.load(at)
+        elif FIRST >= 0:
+            block = tl.load(at, mask=inside, other=0)
+        elif HAS_FIR:
+            block = tl.load(tl.where(t < 0, fir + (t + W) * (3 * D // P) + word, at), mask=inside, other=0)
+        else:
+            block = tl.load(at, mask=inside & (t >= 0), other=0)
+        BW: tl.constexpr = block.shape[0]
+        block = tl.gather(block, tl.broadcast_to(tl.arange(0, BW)[:, None], block.shape), 0)  # see the file's head
+        block = unstack(tl.permute(tl.reshape(block, (BW, COLUMNS // S, S)), (0, 2, 1)))
+        for i in tl.static_range(COUNT):
+            if HAS_MASK:  # noqa: SIM108, one branch is compiled
+                words = words + (tl.where(has(bits, W + FIRST + i), block[i], 0),)
+            else:
+                words = words + (block[i],)
     return words
 
 
 @triton.jit
-def load_segment(z, fir, keep, a, inside, ROW: tl.constexpr, W: tl.constexpr, L: tl.constexpr, WHOLE: tl.constexpr,
-                 HAS_FIR: tl.constexpr, HAS_MASK: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
-    """The W + L words that a segment of L steps from step a needs of one of the three blocks."""
-    words = load_history(z + a * ROW, fir, keep, a, inside, ROW, W, HAS_FIR, HAS_MASK)
-    for i in tl.static_range(L):
-        words = words + (load_word(z + a * ROW + i * ROW, keep, a + i, inside, WHOLE, HAS_MASK, EVICT),)
-    return words
+def has(bits, i):
+    """Whether bit i is set."""
+    return (bits >> i) & 1 != 0
 
 
 @triton.jit
-def unpack_history(words, W: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr):
-    """The first W of some words, for ``convolve``."""
-    history = ()
-    for k in tl.static_range(W):
-        history = history + (unpack(words[k], P, TYPE),)
-    return history
-
-
-@triton.jit
-def segment_states(words1, words0, keep, a, taps1, off1, taps0, off0, ladder, L: tl.constexpr,
+def segment_states(past1, words1, past0, words0, bits, taps1, off1, taps0, off0, ladder,
                    P: tl.constexpr, TYPE: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
-    """``w`` of L steps, a tuple, and the modes after them from zero, two tuples. Blocks: 1 is x1, 0 is v."""
-    W: tl.constexpr = len(taps1) - 1
+    """``w`` of all steps, a tuple, and the modes after them from zero, two tuples. Blocks: 1 is x1, 0 is v."""
+    W: tl.constexpr = len(past1)
     G: tl.constexpr = len(ladder)
-    h1 = unpack_history(words1, W, P, TYPE)
-    h0 = unpack_history(words0, W, P, TYPE)
+    h1 = unpack_all(past1, P, TYPE)
+    h0 = unpack_all(past0, P, TYPE)
     ws = ()
     re = ()
     im = ()
-    for i in tl.static_range(0, L, G):
+    for i in tl.static_range(0, len(words1), G):
         group = ()
         for g in tl.static_range(G):
-            u1, h1 = convolve(taps1, off1, h1, unpack(words1[W + i + g], P, TYPE))
-            u0, h0 = convolve(taps0, off0, h0, unpack(words0[W + i + g], P, TYPE))
+            u1, h1 = convolve(taps1, off1, h1, unpack(words1[i + g], P, TYPE))
+            u0, h0 = convolve(taps0, off0, h0, unpack(words0[i + g], P, TYPE))
             w = u1 * u0
             if HAS_MASK:
-                w = tl.where((tl.load(keep + a + (i + g)) != 0)[:, :, None], w, 0.0)
+                w = tl.where(has(bits, W + i + g)[:, :, None], w, 0.0)
             group = group + (w,)
         if i == 0:
             for _ in tl.static_range(len(ladder[0][0])):
@@ -144,58 +197,72 @@ def output_step(history, x, w, taps, offset, p_re, p_im, r_re, r_im, gain, re, i
 
 
 @triton.jit
-def segment_output(words, ws, y_a, z_b, keep, a, b, inside, real, taps, offset, p_re, p_im, r_re, r_im, gain, re, im,
-                   D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr, WHOLE: tl.constexpr,
-                   HAS_MASK: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
-    """y of L steps from the true states.
-
-    Args:
-        z_b: where step b lies, the first of the segment whose words are asked for meanwhile.
-        real: bool [BD/P,S,P], the segments and channels to be written.
-
-    Returns:
-        Those words, without their history.
-    """
-    W: tl.constexpr = len(taps) - 1
-    history = unpack_history(words, W, P, TYPE)
-    coming = ()
-    for i in tl.static_range(L):
-        out, history, re, im = output_step(history, unpack(words[W + i], P, TYPE), ws[i], taps, offset,
-                                           p_re, p_im, r_re, r_im, gain, re, im)  # fmt: skip
-        if HAS_MASK:
-            out = tl.where((tl.load(keep + a + i) != 0)[:, :, None], out, 0.0)
-        tl.store(y_a + i * D, out.to(TYPE), mask=real, eviction_policy=EVICT)
-        coming = coming + (load_word(z_b + i * (3 * D // P), keep, b + i, inside, WHOLE, HAS_MASK, EVICT),)
-    return coming
+def to_rows(re, im, NP: tl.constexpr):
+    """Modes, two tuples of N [BD/P,S,P], as rows of segments [2·NP·BD,S]: of (part, mode, channel)."""
+    BW: tl.constexpr = re[0].shape[0]
+    S: tl.constexpr = re[0].shape[1]
+    P: tl.constexpr = re[0].shape[2]
+    pairs = tl.reshape(tl.join(stack(re, NP), stack(im, NP)), (BW, S, P, NP, 2))
+    return tl.reshape(tl.permute(pairs, (4, 3, 0, 2, 1)), (2 * NP * BW * P, S))
 
 
 @triton.jit
-def chain(ends, starts, carry_re, carry_im, q, rest, address, active,
-          N: tl.constexpr, S: tl.constexpr, BD: tl.constexpr, U: tl.constexpr):  # fmt: skip
-    """Carry the state through the S segments of a tile, a lane per (mode, channel); returns it after the last.
+def from_rows(re, im, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr):
+    """The inverse of ``to_rows``, from both parts [NP·BD,S]."""
+    BW: tl.constexpr = re.shape[0] // NP // P
+    S: tl.constexpr = re.shape[1]
+    pairs = tl.permute(tl.reshape(tl.join(re, im), (NP, BW, P, S, 2)), (1, 2, 0, 4, 3))
+    pairs = tl.reshape(pairs, (BW, P * NP * 2 * S))
+    pairs = tl.gather(pairs, tl.broadcast_to(tl.arange(0, BW)[:, None], pairs.shape), 0)  # see the file's head
+    re, im = tl.split(tl.permute(tl.reshape(pairs, (BW, P, NP, 2, S)), (0, 4, 1, 2, 3)))
+    return unstack(re)[:N], unstack(im)[:N]
 
-    ``q`` is p^L in float32, and ``rest`` what S powers of it leave of p^(S·L): from tile to tile, over 10^5 steps, the
-    rounding of one decay would add up; within a tile it does not.
+
+@triton.jit
+def take(rows, place):
+    """[2·R,S] rows of (part, …) from these places of each, as real and imaginary parts [R,S]."""
+    rows = tl.gather(rows, tl.broadcast_to(place, rows.shape), 1)
+    return tl.split(tl.permute(tl.reshape(rows, (2, rows.shape[0] // 2, rows.shape[1])), (1, 2, 0)))
+
+
+@triton.jit
+def both(re, im):
+    """Real and imaginary parts [R,S] as rows [2·R,S]."""
+    return tl.reshape(tl.permute(tl.join(re, im), (2, 0, 1)), (2 * re.shape[0], re.shape[1]))
+
+
+@triton.jit
+def chain(rows, carry_re, carry_im, decays, rest, S: tl.constexpr):
+    """Carry the state through the S segments of a tile.
+
+    A scan in log S rounds, in each of which every segment adds what stands 1, 2, 4, … before it. It begins by handing
+    on what segments add, so that what it holds is the state before a segment.
+
+    Args:
+        rows: [2·R,S], what every segment adds.
+        carry_re, carry_im: [R,S], in the first segment the state before the tile; elsewhere anything finite.
+        decays: p^L, p^2L, p^4L, … [R,1].
+        rest: [R,S], in the first segment what the decays leave of p^(S·L), elsewhere zero: from tile to tile, over
+            10^5 steps, the rounding of one decay would add up; within a tile it does not.
+
+    Returns:
+        The states before every segment; and in the first segment the state after the last.
     """
-    SEGMENT: tl.constexpr = 2 * N * BD
-    re = carry_re
-    im = carry_im
-    for i in tl.range(0, S, U):
-        e_re = ()
-        e_im = ()
-        for u in tl.static_range(U):
-            at = ends + (i + u) * SEGMENT + address
-            e_re = e_re + (tl.load(at, mask=active, other=0.0),)
-            e_im = e_im + (tl.load(at + BD, mask=active, other=0.0),)
-        for u in tl.static_range(U):
-            at = starts + (i + u) * SEGMENT + address
-            tl.store(at, re, mask=active)
-            tl.store(at + BD, im, mask=active)
-            re, im = move(q, re, im, e_re[u], e_im[u])
-    re, im = move(rest, carry_re, carry_im, re, im)
-    tl.store(starts + S * SEGMENT + address, re, mask=active)
-    tl.store(starts + S * SEGMENT + address + BD, im, mask=active)
-    return re, im
+    seg = tl.arange(0, S)[None, :]
+    before = (seg + (S - 1)) % S
+    last_re, last_im = take(rows, before)  # in the first segment, what the last one adds
+    re = tl.where(seg == 0, carry_re, last_re)
+    im = tl.where(seg == 0, carry_im, last_im)
+    for i in tl.static_range(len(decays)):
+        if (1 << i) < S:
+            past_re, past_im = take(both(re, im), tl.maximum(seg - (1 << i), 0))
+            past_re = tl.where(seg >= (1 << i), past_re, 0.0)
+            past_im = tl.where(seg >= (1 << i), past_im, 0.0)
+            re, im = move(decays[i], past_re, past_im, re, im)
+    next_re, next_im = move(rest, carry_re, carry_im, last_re, last_im)
+    last_re, last_im = take(both(re, im), before)
+    next_re, next_im = move(decays[0], last_re, last_im, next_re, next_im)
+    return re, im, next_re, next_im
 
 
 @triton.jit
@@ -205,67 +272,61 @@ def move(q, re, im, x_re, x_im):
 
 
 @triton.jit
-def store_lanes(buffer, seg, local, re, im, N: tl.constexpr, BD: tl.constexpr):
-    """Modes [BD/P,S,P] to a buffer laid out [S,N,2,BD]."""
-    for n in tl.static_range(N):
-        at = buffer + (seg * N + n) * 2 * BD + local
-        tl.store(at, re[n])
-        tl.store(at + BD, im[n])
-
-
-@triton.jit
-def load_lanes(buffer, seg, local, N: tl.constexpr, BD: tl.constexpr):
-    """The inverse of ``store_lanes``."""
-    re = ()
-    im = ()
-    for n in tl.static_range(N):
-        at = buffer + (seg * N + n) * 2 * BD + local
-        re = re + (tl.load(at),)
-        im = im + (tl.load(at + BD),)
-    return re, im
+def chain_decays(p_re, p_im, S: tl.constexpr, L: tl.constexpr):
+    """``decays`` and ``rest`` of ``chain``, of poles [R,1] in float64."""
+    wide_re, wide_im = power(p_re, p_im, L)
+    decays = ((wide_re.to(tl.float32), wide_im.to(tl.float32)),)
+    done_re = decays[0][0].to(tl.float64)  # what becomes of a carry that is 1
+    done_im = decays[0][1].to(tl.float64)
+    for i in tl.static_range(6):
+        if (1 << i) < S:
+            q_re = decays[i][0].to(tl.float64)
+            q_im = decays[i][1].to(tl.float64)
+            done_re, done_im = done_re * q_re - done_im * q_im, done_re * q_im + done_im * q_re
+            wide_re, wide_im = wide_re * wide_re - wide_im * wide_im, 2.0 * wide_re * wide_im
+            if (2 << i) < S:
+                decays = decays + ((wide_re.to(tl.float32), wide_im.to(tl.float32)),)
+    first = tl.arange(0, S)[None, :] == 0
+    rest_re = tl.where(first, (wide_re - done_re).to(tl.float32), 0.0)
+    rest_im = tl.where(first, (wide_im - done_im).to(tl.float32), 0.0)
+    return decays, (rest_re, rest_im)
 
 
 @triton.jit(do_not_specialize=["T", "part_steps"])
-def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep, scratch, parts, y, iir_out,
+def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep, parts, y, iir_out,
                          T, part_steps, TYPE: tl.constexpr,
                          D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-                         S: tl.constexpr, L: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
+                         S: tl.constexpr, L: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
                          STATES_ONLY: tl.constexpr, PARTS: tl.constexpr,
                          HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_FIR: tl.constexpr,
-                         HAS_IIR: tl.constexpr, HAS_MASK: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
+                         HAS_IIR: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of BD channels, parts of time, rows).
 
-    ``z`` and ``fir`` [B,K-1,3D] are in words of P numbers of TYPE. NP is N rounded up to a power of two; ``ends`` and
-    ``starts`` are scratch, [S,N,2,BD] and one more of S per program; ``parts`` [B, parts, D, N, 2] is what
-    ``STATES_ONLY`` writes and the other mode reads, ``part_steps`` a multiple of S·L.
+    ``z`` and ``fir`` [B,K-1,3D] are in words of P numbers of TYPE. NP is N rounded up to a power of two;
+    ``keep`` int32 [B,T/L+1] has a bit for every step from K-1 before a segment to its end, see ``launch.segment_bits``;
+    ``parts`` [B, parts, D, N, 2] is what ``STATES_ONLY`` writes and the other mode reads, ``part_steps`` a multiple of
+    S·L.
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     W: tl.constexpr = K - 1
     TILE: tl.constexpr = S * L
-    U: tl.constexpr = 8 if S >= 8 else S
     ROW: tl.constexpr = 3 * D // P
     WHOLE: tl.constexpr = D % BD == 0
     seg = tl.arange(0, S)[None, :]
     word = block * (BD // P) + tl.arange(0, BD // P)[:, None]
     inside = word * P < D
-    wide = seg[:, :, None]
-    local = tl.arange(0, BD // P)[:, None, None] * P + tl.arange(0, P)[None, None, :]
-    channel = block * BD + local
+    channel = word[:, :, None] * P + tl.arange(0, P)[None, None, :]
     real = channel < D
-
-    program = (row * tl.num_programs(1) + part) * tl.num_programs(0) + block
-    ends = scratch + program * ((2 * S + 1) * 2 * N * BD)
-    starts = ends + S * 2 * N * BD
-    z += row * T * ROW + word
-    z_1 = z + ROW // 3
-    z_0 = z + 2 * (ROW // 3)
-    fir += row * W * ROW + word
-    fir_1 = fir + ROW // 3
-    fir_0 = fir + 2 * (ROW // 3)
-    y += row * T * D + channel
-    keep += row * T
+    z_2 = z + row * T * ROW
+    z_1 = z_2 + ROW // 3
+    z_0 = z_1 + ROW // 3
+    fir_2 = fir + row * W * ROW
+    fir_1 = fir_2 + ROW // 3
+    fir_0 = fir_1 + ROW // 3
+    y += row * T * D + word * P
+    keep += row * (T // L + 1)
 
     taps2, off2 = load_taps(weight, bias, channel, real, K, HAS_BIAS)
     taps1, off1 = load_taps(weight, bias, D + channel, real, K, HAS_BIAS)
@@ -277,31 +338,25 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
         gain = tl.load(skip + channel, mask=real, other=0.0).to(tl.float32)
     ladder = pole_ladder(p_re, p_im, G)
 
-    lane = tl.arange(0, NP * BD)  # of the chain: (mode, channel)
-    mode = lane // BD
-    flat = (block * BD + lane % BD) * N + mode
-    active = (mode < N) & (block * BD + lane % BD < D)
-    address = mode * 2 * BD + lane % BD
-    one_re = tl.load(poles + flat * 2, mask=active, other=0.0).to(tl.float64)
-    one_im = tl.load(poles + flat * 2 + 1, mask=active, other=0.0).to(tl.float64)
-    q_re, q_im = power(one_re, one_im, L)
-    q = (q_re.to(tl.float32), q_im.to(tl.float32))
-    all_re, all_im = power(q_re, q_im, S)
-    most_re, most_im = power(q[0].to(tl.float64), q[1].to(tl.float64), S)
-    rest = ((all_re - most_re).to(tl.float32), (all_im - most_im).to(tl.float32))
+    line = tl.arange(0, NP * BD)[:, None]  # of the chain's rows: (mode, channel)
+    active = (line // BD < N) & (block * BD + line % BD < D)
+    flat = ((block * BD + line % BD) * N + line // BD) * 2
+    one_re = tl.load(poles + flat, mask=active, other=0.0).to(tl.float64)
+    one_im = tl.load(poles + flat + 1, mask=active, other=0.0).to(tl.float64)
+    decays, rest = chain_decays(one_re, one_im, S, L)
 
-    carry_re = tl.zeros((NP * BD,), tl.float32)
-    carry_im = tl.zeros((NP * BD,), tl.float32)
+    carry_re = tl.zeros((NP * BD, 1), tl.float32)
+    carry_im = tl.zeros((NP * BD, 1), tl.float32)
     if not STATES_ONLY:
         if HAS_IIR:
-            carry_re = tl.load(iir + row * D * N * 2 + flat * 2, mask=active, other=0.0)
-            carry_im = tl.load(iir + row * D * N * 2 + flat * 2 + 1, mask=active, other=0.0)
+            carry_re = tl.load(iir + row * D * N * 2 + flat, mask=active, other=0.0)
+            carry_im = tl.load(iir + row * D * N * 2 + flat + 1, mask=active, other=0.0)
         if PARTS:  # what the parts before this one leave behind
             wide_re, wide_im = power(one_re, one_im, part_steps)
             sum_re = carry_re.to(tl.float64)
             sum_im = carry_im.to(tl.float64)
             for before in range(part):
-                at = parts + ((row * (tl.num_programs(1) - 1) + before) * D * N + flat) * 2
+                at = parts + (row * (tl.num_programs(1) - 1) + before) * D * N * 2 + flat
                 e_re = tl.load(at, mask=active, other=0.0)
                 e_im = tl.load(at + 1, mask=active, other=0.0)
                 sum_re, sum_im = (
@@ -310,66 +365,78 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
                 )
             carry_re = sum_re.to(tl.float32)
             carry_im = sum_im.to(tl.float32)
+    everywhere = tl.zeros((1, S), tl.int32)
+    carry_re += everywhere.to(tl.float32)
+    carry_im += everywhere.to(tl.float32)
 
     begin = part * part_steps
     end = tl.minimum(begin + part_steps, T)
     whole = begin + (end - begin) // L * L  # where the whole segments of this part end
-    newest = whole * 0  # the place in ``starts`` of the state there
-    if begin < whole:
-        # Lanes beyond the whole segments read the last one again and write nothing.
-        a = tl.minimum(begin + seg * L, whole - L).to(tl.int64)
-        words1 = load_segment(z_1, fir_1, keep, a, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
-        words0 = load_segment(z_0, fir_0, keep, a, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
-        if not STATES_ONLY:
-            words2 = load_segment(z, fir, keep, a, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
-        for start in range(begin, whole, TILE):
-            b = tl.minimum(start + TILE + seg * L, whole - L).to(tl.int64)
-            ws, re, im = segment_states(words1, words0, keep, a, taps1, off1, taps0, off0, ladder, L, P, TYPE,
-                                        HAS_MASK)  # fmt: skip
-            words1 = load_segment(z_1, fir_1, keep, b, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
-            words0 = load_segment(z_0, fir_0, keep, b, inside, ROW, W, L, WHOLE, HAS_FIR, HAS_MASK, EVICT)
-            store_lanes(ends, wide, local, re, im, N, BD)
-            tl.debug_barrier()
-            carry_re, carry_im = chain(ends, starts, carry_re, carry_im, q, rest, address, active, N, S, BD, U)
-            tl.debug_barrier()
-            if not STATES_ONLY:
-                re, im = load_lanes(starts, wide, local, N, BD)
-                history = load_history(z + b * ROW, fir, keep, b, inside, ROW, W, HAS_FIR, HAS_MASK)
-                coming = segment_output(
-                    words2, ws, y + a[:, :, None] * D, z + b * ROW, keep, a, b, inside,
-                    real & (start + wide * L < whole), taps2, off2, p_re, p_im, r_re, r_im, gain, re, im,
-                    D, L, P, TYPE, WHOLE, HAS_MASK, EVICT,
-                )  # fmt: skip
-                words2 = history + coming
-            a = b
-        newest = ((whole - begin) // L - 1) % S + 1
-    if STATES_ONLY:
-        at = parts + ((row * tl.num_programs(1) + part) * D * N + flat) * 2
-        tl.store(at, carry_re, mask=active)
-        tl.store(at + 1, carry_im, mask=active)
+    if STATES_ONLY:  # noqa: SIM108, one branch is compiled
+        saved = parts + (row * tl.num_programs(1) + part) * D * N * 2
     else:
-        if begin == whole:
-            tl.store(starts + address, carry_re, mask=active)
-            tl.store(starts + address + BD, carry_im, mask=active)
+        saved = iir_out + row * D * N * 2
+    saved_rows = saved + flat + everywhere
+    if begin == whole:  # fewer steps than a segment: they go on from the carry
+        tl.store(saved_rows, carry_re, mask=active & (seg == 0))
+        tl.store(saved_rows + 1, carry_im, mask=active & (seg == 0))
+    for start in tl.range(begin, whole, TILE, num_stages=STAGES):
+        # Lanes beyond the whole segments read the last one again and write nothing.
+        a = tl.minimum(start + seg * L, whole - L)
+        bits = seg
+        if HAS_MASK:
+            bits = tl.load(keep + a // L)
+        past1 = load_words(z_1, fir_1, word, start, whole - L, bits, -W, W, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+        past0 = load_words(z_0, fir_0, word, start, whole - L, bits, -W, W, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+        words1 = load_words(z_1, fir_1, word, start, whole - L, bits, 0, L, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+        words0 = load_words(z_0, fir_0, word, start, whole - L, bits, 0, L, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+        if not STATES_ONLY:
+            past2 = load_words(z_2, fir_2, word, start, whole - L, bits, -W, W, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+            words2 = load_words(z_2, fir_2, word, start, whole - L, bits, 0, L, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+        ws, re, im = segment_states(past1, words1, past0, words0, bits, taps1, off1, taps0, off0, ladder,
+                                    P, TYPE, HAS_MASK)  # fmt: skip
+        row_re, row_im, next_re, next_im = chain(to_rows(re, im, NP), carry_re, carry_im, decays, rest, S)
+        if start + TILE >= whole:  # noqa: SIM102, one condition is a constant
+            if STATES_ONLY or end == T:  # the state that this tile leaves is the last
+                newest = active & (seg == (whole - start) // L % S)
+                tl.store(saved_rows, tl.where(seg == 0, next_re, row_re), mask=newest)
+                tl.store(saved_rows + 1, tl.where(seg == 0, next_im, row_im), mask=newest)
+        carry_re = next_re
+        carry_im = next_im
+        if not STATES_ONLY:
+            re, im = from_rows(row_re, row_im, N, NP, P)
+            history = unpack_all(past2, P, TYPE)
+            written = inside & (start + seg * L < whole)
+            for i in tl.static_range(L):
+                out, history, re, im = output_step(history, unpack(words2[i], P, TYPE), ws[i], taps2, off2,
+                                                   p_re, p_im, r_re, r_im, gain, re, im)  # fmt: skip
+                if HAS_MASK:
+                    out = tl.where(has(bits, W + i)[:, :, None], out, 0.0)
+                store_numbers(y + (a.to(tl.int64) + i) * D, out, written, P, TYPE)
+    if not STATES_ONLY:  # noqa: SIM102, one condition is a constant
+        if whole < end:  # the steps of no whole segment: the last of all
             tl.debug_barrier()
-        re, im = load_lanes(starts, newest, local, N, BD)
-        a = whole.to(tl.int64)
-        h2 = unpack_history(load_history(z + a * ROW, fir, keep, a, inside, ROW, W, HAS_FIR, HAS_MASK), W, P, TYPE)
-        h1 = unpack_history(load_history(z_1 + a * ROW, fir_1, keep, a, inside, ROW, W, HAS_FIR, HAS_MASK), W, P, TYPE)
-        h0 = unpack_history(load_history(z_0 + a * ROW, fir_0, keep, a, inside, ROW, W, HAS_FIR, HAS_MASK), W, P, TYPE)
-        for step in range(whole, end):
-            t = step + tl.zeros((), tl.int64)
-            x2 = unpack(load_word(z + t * ROW, keep, t, inside, WHOLE, HAS_MASK, EVICT), P, TYPE)
-            x1 = unpack(load_word(z_1 + t * ROW, keep, t, inside, WHOLE, HAS_MASK, EVICT), P, TYPE)
-            x0 = unpack(load_word(z_0 + t * ROW, keep, t, inside, WHOLE, HAS_MASK, EVICT), P, TYPE)
-            u1, h1 = convolve(taps1, off1, h1, x1)
-            u0, h0 = convolve(taps0, off0, h0, x0)
-            w = u1 * u0
+            bits = tl.full((1, 1), 0, tl.int32)
             if HAS_MASK:
-                w = tl.where(tl.load(keep + t) != 0, w, 0.0)
-            out, h2, re, im = output_step(h2, x2, w, taps2, off2, p_re, p_im, r_re, r_im, gain, re, im)
-            if HAS_MASK:
-                out = tl.where(tl.load(keep + t) != 0, out, 0.0)
-            tl.store(y + t * D, out.to(TYPE), mask=real)
-        if end == T:
-            store_modes(iir_out + row * D * N * 2, channel, real, re, im, N)
+                bits = tl.load(keep + bits + whole // L)
+            past2 = load_words(z_2, fir_2, word, whole, whole, bits, -W, W, 1, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+            past1 = load_words(z_1, fir_1, word, whole, whole, bits, -W, W, 1, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+            past0 = load_words(z_0, fir_0, word, whole, whole, bits, -W, W, 1, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+            h2 = unpack_all(past2, P, TYPE)
+            h1 = unpack_all(past1, P, TYPE)
+            h0 = unpack_all(past0, P, TYPE)
+            re, im = load_modes(saved, channel, real, N)
+            for step in range(whole, end):
+                t = step + tl.zeros((), tl.int64)
+                now = inside
+                if HAS_MASK:
+                    now = inside & has(bits, W + step - whole)
+                x2 = unpack(tl.load(z_2 + t * ROW + word, mask=now, other=0), P, TYPE)
+                x1 = unpack(tl.load(z_1 + t * ROW + word, mask=now, other=0), P, TYPE)
+                x0 = unpack(tl.load(z_0 + t * ROW + word, mask=now, other=0), P, TYPE)
+                u1, h1 = convolve(taps1, off1, h1, x1)
+                u0, h0 = convolve(taps0, off0, h0, x0)
+                w = tl.where(now[:, :, None], u1 * u0, 0.0)
+                out, h2, re, im = output_step(h2, x2, w, taps2, off2, p_re, p_im, r_re, r_im, gain, re, im)
+                store_numbers(y + t * D, tl.where(now[:, :, None], out, 0.0), inside, P, TYPE)
+            store_modes(saved, channel, real, re, im, N)
