@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hyaena.decoding.memory import move_rows
+from hyaena.ops.decode import DecodeOperators
 from hyaena.sampling import Needs, SamplingParams, choose, draw, finite_rows, knob_values, log_probabilities
 
 BLOCK = 256
@@ -107,21 +108,26 @@ class Chooser:
             self.left = BLOCK
         self.left -= 1
 
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens [B] after logits [B,V], and all that is said of them, packed: float64 [B,3+2·top]."""
+    def choose(self, logits: Tensor, ids: Tensor, operators: DecodeOperators) -> Tensor:
+        """The tokens after logits [B,V] into ids [B], in place; all that is said of them, packed: float64 [B,3+2·top].
+
+        The next step reads the ids, whatever the host does later: they are 0 where logits are not finite.
+        """
         count = logits.shape[0]
         seen = None if self.seen is None else self.seen[:count]
+        if self.needs == Needs() and seen is None and self.top == 0:
+            return operators.greedy(logits, ids)
         finite = finite_rows(logits)
         if self.needs == Needs():
-            ids = logits.argmax(dim=-1)
+            chosen = logits.argmax(dim=-1)
         else:
             uniform = self.uniform[:count].index_select(1, self.counter)
-            ids = choose(logits, self.knobs[:count], uniform, seen, self.needs)
+            chosen = choose(logits, self.knobs[:count], uniform, seen, self.needs)
             self.counter.add_(1)
-        ids = torch.where(finite, ids, 0)  # the next step reads it, whatever the host does later
+        ids.copy_(torch.where(finite, chosen, 0))
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
-        return ids, pack(logits, ids, finite, self.top)
+        return pack(logits, ids, finite, self.top)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in rising order."""

@@ -169,9 +169,8 @@ class Decoder:
 
     def _step(self, memory: StaticMemory) -> Tensor:
         ids = self.ids[: self.rows]
-        chosen, packed = self.chooser.choose(step(self.model, memory, ids, self.operators))
-        ids.copy_(chosen)
-        return packed
+        logits = step(self.model, memory, ids, self.operators)
+        return self.chooser.choose(logits, ids, self.operators)
 
     def _shape(self) -> Shape:
         return Shape(self.rows, self.memory.capacity, self.chooser.needs, self.chooser.top)
@@ -196,7 +195,7 @@ class Decoder:
 
 
 def choose_operators(model: StripedHyena) -> DecodeOperators:
-    """The kernels on a CUDA device, the plain composition elsewhere.
+    """The kernels on a CUDA device, the plain composition elsewhere. Kernels overlap where the device can do that.
 
     Raises:
         UnsupportedError: the kernels cannot run there, or not on this model.
@@ -207,8 +206,9 @@ def choose_operators(model: StripedHyena) -> DecodeOperators:
     if reason is not None:
         raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='forward'")
     from hyaena.ops.triton.decode import FusedDecodeOperators  # Triton comes with torch on CUDA machines only
+    from hyaena.ops.triton.overlap import EARLY, OFF
 
-    return FusedDecodeOperators()
+    return FusedDecodeOperators(overlap=EARLY if triton.can_overlap(model.device) else OFF)
 
 
 def _no_graphs(model: StripedHyena) -> str | None:

@@ -24,8 +24,7 @@ _PARTS = (
 
 def step(model: StripedHyena, memory: StaticMemory, ids: Tensor, operators: DecodeOperators) -> Tensor:
     """Read one token per row, ids [B]; logits [B,V] of the next. The memory moves on in place."""
-    memory.slots.used.add_(1)
-    x = model.embed_tokens(ids)  # [B,D]
+    x = operators.begin(ids, model.embed_tokens.weight, memory.slots)  # [B,D]
     for layer, held in zip(model.layers, memory.layers, strict=True):
         assert isinstance(layer, Layer)
         norm = _norm(layer.mixer_norm)

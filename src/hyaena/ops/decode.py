@@ -45,7 +45,27 @@ class Slots(NamedTuple):
 
 
 class DecodeOperators:
-    """The plain composition."""
+    """The plain composition.
+
+    A step is ``begin``, the layers' operators, and a choice; ``begin`` comes first in every step.
+    """
+
+    def begin(self, ids: Tensor, table: Tensor, slots: Slots) -> Tensor:
+        """One more slot is in use, in place, and the embeddings of its tokens: ids [B], table [V,D] -> [B,D]."""
+        slots.used.add_(1)
+        return torch.nn.functional.embedding(ids, table)
+
+    def greedy(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """The most probable token of each row of logits [B,V] into ids [B], in place; 0 where they are not finite.
+
+        Returns:
+            float64 [B,3]: the token, its log-probability, and whether the logits were finite.
+        """
+        best, chosen = logits.max(dim=-1)
+        finite = best.isfinite()  # NaN and +infinity win; -infinity only where there is nothing else
+        ids.copy_(torch.where(finite, chosen, 0))
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return torch.stack([ids.double(), (best - wide.logsumexp(dim=-1)).double(), finite.double()], dim=1)
 
     def project(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 from hyaena import ops
 from hyaena.ops import HyenaState, ModalFilter, rotary_table
 from hyaena.ops.decode import DecodeOperators, Norm, Slots
-from hyaena.ops.triton import decode_obstacle, gemv
+from hyaena.ops.triton import decode_obstacle, gemv, tokens
 from hyaena.ops.triton.decode import FusedDecodeOperators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,7 +129,17 @@ def test_products(dtype: torch.dtype, inside: bool | None, batch: int, rows: int
         close(got, PLAIN.gate(x, a, b, norm=norm, activation=activation), dtype)
 
 
-@pytest.mark.parametrize("tile", [gemv.Tile(1, 32, 4, 1), gemv.Tile(8, 64, 1, 2), gemv.Tile(2, 2048, 8, 4)])
+@pytest.mark.parametrize(
+    "tile",
+    [
+        gemv.Tile(1, 32, 4, 1),
+        gemv.Tile(8, 64, 1, 2),
+        gemv.Tile(2, 2048, 8, 4),
+        gemv.Tile(4, 32, 1, ahead=3),
+        gemv.Tile(4, 64, 1, ahead=9),
+        gemv.Tile(2, 32, 1, ahead=1, stages=2),
+    ],
+)
 def test_products_in_any_tile(tile: gemv.Tile) -> None:
     x, a, b = randn(1, 96), randn(13, 96), randn(13, 96)
     norm = Norm(randn(96), 1e-5, True)
@@ -163,6 +173,38 @@ def test_the_hyena_step_moves_both_states(dtype: torch.dtype, modes: int, taps: 
         assert torch.equal(state.fir, twin.fir)
         close(torch.view_as_real(state.iir), torch.view_as_real(twin.iir), torch.float32)
         z = z.roll(1, dims=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_kernel_counts_a_slot_and_looks_tokens_up(dtype: torch.dtype) -> None:
+    where, table = slots(5, [0, 0, 0], 9, 16), randn(11, 40, dtype=dtype)
+    ids = torch.tensor([10, 0, 3], device=DEVICE)
+    assert torch.equal(FusedDecodeOperators().begin(ids, table, where), table[ids])
+    assert where.used.tolist() == [6]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 32768])
+def test_the_greedy_choice(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int) -> None:
+    monkeypatch.setattr(tokens, "BLOCK", block)
+    logits = 5 * randn(9, 50, dtype=dtype)
+    logits[0, [7, 9, 40]] = 100.0  # the first of equals
+    logits[1, 3:] = -torch.inf
+    logits[2, :20] = -torch.inf
+    logits[3, 30] = torch.nan
+    logits[4, 49] = torch.inf
+    logits[5] = -torch.inf
+    logits[6] = torch.nan
+    ids, twin = (torch.full((9,), 77, device=DEVICE) for _ in range(2))
+    got, want = FusedDecodeOperators().greedy(logits, ids), PLAIN.greedy(logits, twin)
+    assert torch.equal(ids, twin) and ids[0] == 7 and ids[3:7].tolist() == [0] * 4
+    assert got[:, 0].tolist() == ids.tolist()
+    finite = want[:, 2] == 1
+    assert finite.tolist() == [True] * 3 + [False] * 4 + [True] * 2
+    assert torch.equal(got[:, 2], want[:, 2])
+    torch.testing.assert_close(
+        got[finite, 1], want[finite, 1], rtol=1e-6, atol=1e-5
+    )  # the twin's: of two large numbers
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,13 @@ def decode_obstacle(dtype: torch.dtype, head_dim: int, modes: int, taps: int, de
     return missing(device)
 
 
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel may begin before its predecessor ends, see ``ops.triton.overlap``: on Hopper and newer GPUs."""
+    if device.type != "cuda" or torch.version.hip is not None or interpreted():
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def hyena_triton(
     z: Tensor,
     short_weight: Tensor,

@@ -8,8 +8,9 @@ from torch import Tensor
 from hyaena.ops.decode import DecodeOperators, Norm, Slots
 from hyaena.ops.hyena import HyenaState
 from hyaena.ops.long_conv import ModalFilter
-from hyaena.ops.triton import gemv, launch
+from hyaena.ops.triton import gemv, launch, tokens
 from hyaena.ops.triton.decode_attention import decode_attention
+from hyaena.ops.triton.overlap import OFF
 from hyaena.ops.triton.remember import remember
 
 
@@ -21,10 +22,19 @@ class FusedDecodeOperators(DecodeOperators):
 
     Args:
         tiles: measured tiles by operator and shape of the matrix, in place of the rule's.
+        overlap: when a kernel lets the next one begin, see ``ops.triton.overlap``; ``OFF`` unless the device can, of
+            which ``can_overlap`` knows.
     """
 
-    def __init__(self, tiles: dict[tuple[str, int, int], gemv.Tile] | None = None) -> None:
+    def __init__(self, tiles: dict[tuple[str, int, int], gemv.Tile] | None = None, *, overlap: int = OFF) -> None:
         self.tiles = tiles or {}
+        self.overlap = overlap
+
+    def begin(self, ids: Tensor, table: Tensor, slots: Slots) -> Tensor:
+        return tokens.begin(ids, table, slots, overlap=self.overlap)
+
+    def greedy(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return tokens.greedy(logits, ids, overlap=self.overlap)
 
     def project(
         self,
@@ -44,25 +54,34 @@ class FusedDecodeOperators(DecodeOperators):
             norm=norm,
             residual=residual,
             tile=self.tiles.get(("project", weight.shape[0], weight.shape[1])),
+            overlap=self.overlap,
         )
 
     def gate(self, x: Tensor, gate: Tensor, up: Tensor, *, norm: Norm | None = None, activation: str) -> Tensor:
         if x.shape[0] > 1:
             return super().gate(x, gate, up, norm=norm, activation=activation)
         return gemv.gate(
-            x, gate, up, norm=norm, activation=activation, tile=self.tiles.get(("gate", gate.shape[0], gate.shape[1]))
+            x,
+            gate,
+            up,
+            norm=norm,
+            activation=activation,
+            tile=self.tiles.get(("gate", gate.shape[0], gate.shape[1])),
+            overlap=self.overlap,
         )
 
     def remember(self, qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
-        return remember(qkv, keys, values, slots)
+        return remember(qkv, keys, values, slots, overlap=self.overlap)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
-        return decode_attention(q, keys, values, slots.padding, slots.used)
+        return decode_attention(q, keys, values, slots.padding, slots.used, overlap=self.overlap)
 
     def hyena(
         self, z: Tensor, short_weight: Tensor, short_bias: Tensor, long_filter: ModalFilter, state: HyenaState
     ) -> Tensor:
         poles, residues, iir = (torch.view_as_real(t) for t in (long_filter.poles, long_filter.residues, state.iir))
         fir = state.fir
-        y = launch.step(z, short_weight, short_bias, poles, residues, long_filter.skip, fir, iir, fir, iir)
+        y = launch.step(
+            z, short_weight, short_bias, poles, residues, long_filter.skip, fir, iir, fir, iir, self.overlap
+        )
         return y.squeeze(1)

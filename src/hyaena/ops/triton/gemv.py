@@ -20,16 +20,25 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.decode import Norm
+from hyaena.ops.triton.overlap import OFF, release_early, release_late, wait
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program reads at a time: ``rows`` of each matrix by ``width`` of K, both powers of two."""
+    """What a program reads: ``rows`` of each matrix, ``width`` of K at a time, both powers of two.
+
+    Attributes:
+        ahead: pieces of ``width`` that are asked for at once, into registers, before anything else is looked at.
+        stages: of the loop over further pieces, in shared memory.
+        prefetch: ask for all the rows at once, into the second-level cache; where kernels overlap.
+    """
 
     rows: int
     width: int
     warps: int
-    stages: int
+    stages: int = 1
+    ahead: int = 0
+    prefetch: bool = False
 
 
 def choose_tile(rows: int, width: int) -> Tile:
@@ -52,39 +61,90 @@ def rms_scale(squares, eps, K: tl.constexpr, EPS_INSIDE: tl.constexpr):
 
 
 @triton.jit
-def products(x, g, w, rows, eps, limit,
-             K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr,
-             STAGES: tl.constexpr):  # fmt: skip
-    """``w[i][rows]·norm(x)`` for every matrix i: a tuple of float32 [BN].
+def read_rows(w, at, k, inside, K: tl.constexpr, WHOLE: tl.constexpr):
+    """A piece [BN,BK] of the program's rows; WHOLE where nothing of it lies outside, so that no read is guarded."""
+    if WHOLE:
+        return tl.load(w + at + k[None, :], eviction_policy="evict_first")
+    else:
+        return tl.load(w + at + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0,
+                       eviction_policy="evict_first")  # fmt: skip
+
+
+@triton.jit
+def read_vector(x, k, K: tl.constexpr, WHOLE: tl.constexpr):
+    """A piece [BK] of a vector, float32."""
+    if WHOLE:
+        return tl.load(x + k).to(tl.float32)
+    else:
+        return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def prefetch_rows(w, first, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr):
+    """Ask for the rows ``first … first+BN-1`` into the second-level cache: one thread, one instruction."""
+    SIZE: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    count = tl.minimum(N - first, BN) * K * SIZE
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, t; }""",
+        "=r,l,r", [w + first.to(tl.int64) * K, count], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def products(x, g, w, eps,
+             N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
+             EPS_INSIDE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PREFETCH: tl.constexpr,
+             OVERLAP: tl.constexpr):  # fmt: skip
+    """The program's rows of ``w[i]·norm(x)`` for every matrix i: a tuple of float32 [BN].
 
     Args:
         x: [K].
         g: the norm's weight [K].
-        w: a tuple of matrices [.,K].
-        rows: int [BN], those of this program; not read from ``limit`` on.
+        w: a tuple of matrices [N,K]. Their first pieces are asked for before the kernel waits for x.
     """
-    inside = rows < limit
+    WHOLE: tl.constexpr = (N % BN == 0) & (K % BK == 0)
+    first = tl.program_id(0) * BN
+    rows = first + tl.arange(0, BN)
+    inside = rows < N
     at = rows.to(tl.int64)[:, None] * K
+    if PREFETCH and OVERLAP > 0:
+        for i in tl.static_range(len(w)):
+            prefetch_rows(w[i], first, N, K, BN)
+    pieces = ()
+    for piece in tl.static_range(AHEAD):
+        k = piece * BK + tl.arange(0, BK)
+        for i in tl.static_range(len(w)):
+            pieces = pieces + (read_rows(w[i], at, k, inside, K, WHOLE),)
+    wait(OVERLAP)
     sums = ()
     for _ in tl.static_range(len(w)):
         sums = sums + (tl.zeros((BN, BK), tl.float32),)
     squares = tl.zeros((BK,), tl.float32)
-    for start in tl.range(0, K, BK, num_stages=STAGES):
-        k = start + tl.arange(0, BK)
-        real = k < K
-        tiles = ()  # asked for first: they come from far
-        for i in tl.static_range(len(w)):
-            tile = tl.load(w[i] + at + k[None, :], mask=inside[:, None] & real[None, :], other=0.0,
-                           eviction_policy="evict_first")  # fmt: skip
-            tiles = tiles + (tile.to(tl.float32),)
-        v = tl.load(x + k, mask=real, other=0.0).to(tl.float32)
+    for piece in tl.static_range(AHEAD):
+        k = piece * BK + tl.arange(0, BK)
+        v = read_vector(x, k, K, WHOLE)
         if HAS_NORM:
             squares += v * v
-            v *= tl.load(g + k, mask=real, other=0.0).to(tl.float32)
+            v *= read_vector(g, k, K, WHOLE)
+        next_sums = ()
+        for i in tl.static_range(len(w)):
+            next_sums = next_sums + (sums[i] + pieces[piece * len(w) + i].to(tl.float32) * v[None, :],)
+        sums = next_sums
+    for start in tl.range(AHEAD * BK, K, BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        tiles = ()  # asked for first: they come from far
+        for i in tl.static_range(len(w)):
+            tiles = tiles + (read_rows(w[i], at, k, inside, K, WHOLE).to(tl.float32),)
+        v = read_vector(x, k, K, WHOLE)
+        if HAS_NORM:
+            squares += v * v
+            v *= read_vector(g, k, K, WHOLE)
         next_sums = ()
         for i in tl.static_range(len(w)):
             next_sums = next_sums + (sums[i] + tiles[i] * v[None, :],)
         sums = next_sums
+    release_late(OVERLAP)
     out = ()
     for i in tl.static_range(len(w)):
         y = tl.sum(sums[i], axis=1)
@@ -98,10 +158,12 @@ def products(x, g, w, rows, eps, limit,
 def _project_kernel(x, g, w, bias, residual, out, eps,
                     N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
                     EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-                    STAGES: tl.constexpr):  # fmt: skip
+                    STAGES: tl.constexpr, AHEAD: tl.constexpr, PREFETCH: tl.constexpr,
+                    OVERLAP: tl.constexpr):  # fmt: skip
+    release_early(OVERLAP)
+    y = products(x, g, (w,), eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, STAGES, AHEAD, PREFETCH, OVERLAP)[0]
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = rows < N
-    y = products(x, g, (w,), rows, eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, STAGES)[0]
     if HAS_BIAS:
         y += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -112,9 +174,11 @@ def _project_kernel(x, g, w, bias, residual, out, eps,
 @triton.jit
 def _gate_kernel(x, g, gate, up, out, eps,
                  N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
-                 EPS_INSIDE: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 EPS_INSIDE: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+                 PREFETCH: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    release_early(OVERLAP)
+    a, b = products(x, g, (gate, up), eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, STAGES, AHEAD, PREFETCH, OVERLAP)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    a, b = products(x, g, (gate, up), rows, eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, STAGES)
     if GELU:  # noqa: SIM108, one branch is compiled
         a = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
     else:
@@ -130,6 +194,7 @@ def project(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     tile: Tile | None = None,
+    overlap: int = OFF,
 ) -> Tensor:
     """``residual + weight·norm(x) + bias``: x [1,D], weight [E,D] -> [1,E]."""
     rows, width = weight.shape
@@ -140,13 +205,21 @@ def project(
         x if residual is None else residual, out, 0.0 if norm is None else norm.eps,
         N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
         EPS_INSIDE=norm is None or norm.eps_inside_root, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        STAGES=tile.stages, num_warps=tile.warps,
+        STAGES=tile.stages, AHEAD=min(tile.ahead, triton.cdiv(width, tile.width)), PREFETCH=tile.prefetch,
+        OVERLAP=overlap, launch_pdl=overlap != OFF, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
 
 def gate(
-    x: Tensor, gate: Tensor, up: Tensor, *, norm: Norm | None = None, activation: str, tile: Tile | None = None
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    norm: Norm | None = None,
+    activation: str,
+    tile: Tile | None = None,
+    overlap: int = OFF,
 ) -> Tensor:
     """``act(gate·norm(x)) · (up·norm(x))``: x [1,D], weights [E,D] -> [1,E]."""
     rows, width = gate.shape
@@ -156,6 +229,7 @@ def gate(
         x, x if norm is None else norm.weight, gate, up, out, 0.0 if norm is None else norm.eps,
         N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
         EPS_INSIDE=norm is None or norm.eps_inside_root, GELU=activation == "gelu",
-        STAGES=tile.stages, num_warps=tile.warps,
+        STAGES=tile.stages, AHEAD=min(tile.ahead, triton.cdiv(width, tile.width)), PREFETCH=tile.prefetch,
+        OVERLAP=overlap, launch_pdl=overlap != OFF, num_warps=tile.warps,
     )  # fmt: skip
     return out

@@ -221,6 +221,7 @@ def step(
     iir: Tensor,
     fir_out: Tensor,
     iir_out: Tensor,
+    overlap: int = 0,
 ) -> Tensor:
     """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read."""
     channels, modes = poles.shape[:2]
@@ -244,6 +245,8 @@ def step(
         BD=STEP_CHANNELS,
         HAS_BIAS=bias is not None,
         HAS_SKIP=skip is not None,
+        OVERLAP=overlap,
+        launch_pdl=overlap > 0,
         num_warps=2,
     )
     return y

@@ -5,52 +5,99 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hyaena.ops.triton.overlap import release_early, release_late, wait
+
 
 @triton.jit
-def filter_step(z, weight, bias, fir, fir_out, channel, row, inside,
-                D: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
-    """The short filter at one step, float32 [BD]; its window moves on by one."""
+def read_filter(weight, bias, channel, inside, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The taps of the short filter, oldest first, and its bias: a tuple of K + 1 float32 [BD]."""
+    taps = ()
+    for k in tl.static_range(K):
+        taps = taps + (tl.load(weight + channel * K + k, mask=inside, other=0.0).to(tl.float32),)
+    if HAS_BIAS:  # noqa: SIM108, one branch is compiled
+        taps = taps + (tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32),)
+    else:
+        taps = taps + (0.0,)
+    return taps
+
+
+@triton.jit
+def read_window(z, fir, channel, row, inside, D: tl.constexpr, K: tl.constexpr):
+    """The last K inputs of the short filter, oldest first: a tuple of K [BD], as they are stored."""
     W: tl.constexpr = K - 1
-    now = tl.load(z + row * 3 * D + channel, mask=inside, other=0.0)
-    out = tl.load(weight + channel * K + W, mask=inside, other=0.0).to(tl.float32) * now.to(tl.float32)
-    if HAS_BIAS:
-        out += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    window = (row * 3 * D + channel) * W
+    window = ()
     for k in tl.static_range(W):
-        old = tl.load(fir + window + k, mask=inside, other=0.0)
-        out += tl.load(weight + channel * K + k, mask=inside, other=0.0).to(tl.float32) * old.to(tl.float32)
-        if k > 0:
-            tl.store(fir_out + window + k - 1, old.to(fir_out.dtype.element_ty), mask=inside)
-    if W > 0:
-        tl.store(fir_out + window + W - 1, now.to(fir_out.dtype.element_ty), mask=inside)
+        window = window + (tl.load(fir + (row * 3 * D + channel) * W + k, mask=inside, other=0.0),)
+    return window + (tl.load(z + row * 3 * D + channel, mask=inside, other=0.0),)
+
+
+@triton.jit
+def filter_step(taps, window, K: tl.constexpr):
+    """The short filter at one step, float32 [BD]."""
+    out = taps[K]
+    for k in tl.static_range(K):
+        out += taps[k] * window[k].to(tl.float32)
     return out
+
+
+@triton.jit
+def write_window(window, fir, channel, row, inside, D: tl.constexpr, K: tl.constexpr):
+    """What the next step will need of the window."""
+    W: tl.constexpr = K - 1
+    for k in tl.static_range(W):
+        at = (row * 3 * D + channel) * W + k
+        tl.store(fir + at, window[k + 1].to(fir.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def hyena_step_kernel(z, weight, bias, poles, residues, skip, fir, iir, y, fir_out, iir_out,
                       D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
-                      HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr):  # fmt: skip
-    """Equals ``ops.hyena`` at T = 1. The outputs may be the very states that are read. Grid: (channels / BD, rows)."""
+                      HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Equals ``ops.hyena`` at T = 1. The outputs may be the very states that are read. Grid: (channels / BD, rows).
+
+    Everything is read before anything is written: a read behind a write would wait for what the write waits for.
+    """
+    release_early(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BD + tl.arange(0, BD)
     inside = channel < D
-    x2 = filter_step(z, weight, bias, fir, fir_out, channel, row, inside, D, K, HAS_BIAS)
-    x1 = filter_step(z, weight, bias, fir, fir_out, D + channel, row, inside, D, K, HAS_BIAS)
-    x0 = filter_step(z, weight, bias, fir, fir_out, 2 * D + channel, row, inside, D, K, HAS_BIAS)
-    w = x1 * x0
-    out = tl.zeros((BD,), tl.float32)
+    taps2 = read_filter(weight, bias, channel, inside, K, HAS_BIAS)
+    taps1 = read_filter(weight, bias, D + channel, inside, K, HAS_BIAS)
+    taps0 = read_filter(weight, bias, 2 * D + channel, inside, K, HAS_BIAS)
     if HAS_SKIP:
-        out = tl.load(skip + channel, mask=inside, other=0.0).to(tl.float32) * w
+        direct = tl.load(skip + channel, mask=inside, other=0.0).to(tl.float32)
+    modes = ()
     for n in tl.static_range(N):
         at = (channel * N + n) * 2
-        p_re = tl.load(poles + at, mask=inside, other=0.0)
-        p_im = tl.load(poles + at + 1, mask=inside, other=0.0)
-        s_re = tl.load(iir + row * D * N * 2 + at, mask=inside, other=0.0)
-        s_im = tl.load(iir + row * D * N * 2 + at + 1, mask=inside, other=0.0)
-        new_re = p_re * s_re - p_im * s_im + w
-        new_im = p_re * s_im + p_im * s_re
-        tl.store(iir_out + row * D * N * 2 + at, new_re, mask=inside)
-        tl.store(iir_out + row * D * N * 2 + at + 1, new_im, mask=inside)
-        out += tl.load(residues + at, mask=inside, other=0.0) * new_re
-        out -= tl.load(residues + at + 1, mask=inside, other=0.0) * new_im
-    tl.store(y + row * D + channel, (out * x2).to(y.dtype.element_ty), mask=inside)
+        modes = modes + (tl.load(poles + at, mask=inside, other=0.0), tl.load(poles + at + 1, mask=inside, other=0.0))
+        modes = modes + (
+            tl.load(residues + at, mask=inside, other=0.0),
+            tl.load(residues + at + 1, mask=inside, other=0.0),
+        )
+    wait(OVERLAP)
+    release_late(OVERLAP)
+    window2 = read_window(z, fir, channel, row, inside, D, K)
+    window1 = read_window(z, fir, D + channel, row, inside, D, K)
+    window0 = read_window(z, fir, 2 * D + channel, row, inside, D, K)
+    states = ()
+    for n in tl.static_range(N):
+        at = row * D * N * 2 + (channel * N + n) * 2
+        states = states + (tl.load(iir + at, mask=inside, other=0.0), tl.load(iir + at + 1, mask=inside, other=0.0))
+
+    w = filter_step(taps1, window1, K) * filter_step(taps0, window0, K)
+    out = tl.zeros((BD,), tl.float32)
+    if HAS_SKIP:
+        out = direct * w
+    for n in tl.static_range(N):
+        p_re, p_im, r_re, r_im = modes[4 * n], modes[4 * n + 1], modes[4 * n + 2], modes[4 * n + 3]
+        new_re = p_re * states[2 * n] - p_im * states[2 * n + 1] + w
+        new_im = p_re * states[2 * n + 1] + p_im * states[2 * n]
+        at = row * D * N * 2 + (channel * N + n) * 2
+        tl.store(iir_out + at, new_re, mask=inside)
+        tl.store(iir_out + at + 1, new_im, mask=inside)
+        out += r_re * new_re - r_im * new_im
+    out *= filter_step(taps2, window2, K)
+    tl.store(y + row * D + channel, out.to(y.dtype.element_ty), mask=inside)
+    write_window(window2, fir_out, channel, row, inside, D, K)
+    write_window(window1, fir_out, D + channel, row, inside, D, K)
+    write_window(window0, fir_out, 2 * D + channel, row, inside, D, K)
