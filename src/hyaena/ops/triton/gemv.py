@@ -41,13 +41,17 @@ class Tile:
     prefetch: bool = False
 
 
-def choose_tile(rows: int, width: int) -> Tile:
-    """For matrices [rows,width]; where there are few rows, narrow tiles, so that all processors have some.
+def choose_tile(rows: int, width: int, overlap: int) -> Tile:
+    """For matrices [rows,width], as measured in decoding steps.
 
-    Measured on an H100 in ``benchmarks/decode_gpu.py``.
+    Where there are few rows, few of them a program, so that all processors have some; where kernels overlap, all that
+    a program reads of them is asked for before it waits.
     """
     if rows <= 4096 and width >= 2048:
-        return Tile(rows=2, width=2048, warps=4, stages=1)
+        pieces = triton.cdiv(width, 2048)
+        if overlap == OFF or pieces > 8:  # more would not fit into registers
+            return Tile(rows=2, width=2048, warps=4)
+        return Tile(rows=4 if pieces <= 2 else 2, width=2048, warps=8, ahead=pieces)
     return Tile(rows=4, width=min(1024, max(32, triton.next_power_of_2(width))), warps=4, stages=3)
 
 
@@ -199,7 +203,7 @@ def project(
     """``residual + weight·norm(x) + bias``: x [1,D], weight [E,D] -> [1,E]."""
     rows, width = weight.shape
     out = x.new_empty(1, rows)
-    tile = tile or choose_tile(rows, width)
+    tile = tile or choose_tile(rows, width, overlap)
     _project_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if norm is None else norm.weight, weight, x if bias is None else bias,
         x if residual is None else residual, out, 0.0 if norm is None else norm.eps,
@@ -224,7 +228,7 @@ def gate(
     """``act(gate·norm(x)) · (up·norm(x))``: x [1,D], weights [E,D] -> [1,E]."""
     rows, width = gate.shape
     out = x.new_empty(1, rows)
-    tile = tile or choose_tile(rows, width)
+    tile = tile or choose_tile(rows, width, overlap)
     _gate_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if norm is None else norm.weight, gate, up, out, 0.0 if norm is None else norm.eps,
         N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
