@@ -33,7 +33,7 @@ LENGTHS = (8192, 32_768, 131_072)
 
 TILINGS = {
     "default": Tiling(),
-    "groups of 4": Tiling(group=4),
+    "groups of 2": Tiling(group=2),
     "2 stages": Tiling(stages=2),
     "4 stages": Tiling(stages=4),
     "L 8": Tiling(steps=8),

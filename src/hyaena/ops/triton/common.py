@@ -146,11 +146,11 @@ def pole_ladder(p_re, p_im, G: tl.constexpr):
 
 
 @triton.jit
-def power(re, im, exponent):
-    """``p^exponent`` of a float64 complex tensor, by squaring; 0 <= exponent < 2^31."""
+def power(re, im, exponent, BITS: tl.constexpr = 31):
+    """``p^exponent`` of a float64 complex tensor, by squaring; 0 <= exponent < 2^BITS."""
     out_re = tl.full(re.shape, 1.0, tl.float64)
     out_im = tl.full(re.shape, 0.0, tl.float64)
-    for bit in range(31):
+    for bit in range(BITS):
         odd = (exponent >> bit) % 2 == 1
         new_re = out_re * re - out_im * im
         new_im = out_re * im + out_im * re

@@ -140,8 +140,7 @@ def load_words(z, fir, word, begin, most, bits, FIRST: tl.constexpr, COUNT: tl.c
         else:
             block = tl.load(at, mask=inside & (t >= 0), other=0)
         BW: tl.constexpr = block.shape[0]
-        block = tl.gather(block, tl.broadcast_to(tl.arange(0, BW)[:, None], block.shape), 0)  # see the file's head
-        block = unstack(tl.permute(tl.reshape(block, (BW, COLUMNS // S, S)), (0, 2, 1)))
+        block = unstack(tl.permute(tl.reshape(stay(block), (BW, COLUMNS // S, S)), (0, 2, 1)))
         for i in tl.static_range(COUNT):
             if HAS_MASK:  # noqa: SIM108, one branch is compiled
                 words = words + (tl.where(has(bits, W + FIRST + i), block[i], 0),)
@@ -197,72 +196,74 @@ def output_step(history, x, w, taps, offset, p_re, p_im, r_re, r_im, gain, re, i
 
 
 @triton.jit
-def to_rows(re, im, NP: tl.constexpr):
-    """Modes, two tuples of N [BD/P,S,P], as rows of segments [2·NP·BD,S]: of (part, mode, channel)."""
+def to_rows(re, im, NP: tl.constexpr, RUN: tl.constexpr):
+    """Modes, two tuples of N [BD/P,S,P], by runs of segments: two tuples of RUN [S/RUN,R], R of (mode, channel)."""
     BW: tl.constexpr = re[0].shape[0]
     S: tl.constexpr = re[0].shape[1]
     P: tl.constexpr = re[0].shape[2]
-    pairs = tl.reshape(tl.join(stack(re, NP), stack(im, NP)), (BW, S, P, NP, 2))
-    return tl.reshape(tl.permute(pairs, (4, 3, 0, 2, 1)), (2 * NP * BW * P, S))
+    parts = tl.reshape(tl.join(stack(re, NP), stack(im, NP)), (BW, S // RUN, RUN, P, NP, 2))
+    rows = tl.reshape(tl.permute(parts, (1, 5, 2, 4, 0, 3)), (S // RUN, 2 * RUN * NP * BW * P))
+    rows = tl.reshape(stay(rows), (S // RUN, 2 * RUN, NP * BW * P))
+    rows = unstack(tl.permute(rows, (0, 2, 1)))
+    return rows[:RUN], rows[RUN:]
 
 
 @triton.jit
 def from_rows(re, im, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr):
-    """The inverse of ``to_rows``, from both parts [NP·BD,S]."""
-    BW: tl.constexpr = re.shape[0] // NP // P
-    S: tl.constexpr = re.shape[1]
-    pairs = tl.permute(tl.reshape(tl.join(re, im), (NP, BW, P, S, 2)), (1, 2, 0, 4, 3))
-    pairs = tl.reshape(pairs, (BW, P * NP * 2 * S))
-    pairs = tl.gather(pairs, tl.broadcast_to(tl.arange(0, BW)[:, None], pairs.shape), 0)  # see the file's head
-    re, im = tl.split(tl.permute(tl.reshape(pairs, (BW, P, NP, 2, S)), (0, 4, 1, 2, 3)))
+    """The inverse of ``to_rows``."""
+    RUN: tl.constexpr = len(re)
+    RUNS: tl.constexpr = re[0].shape[0]
+    BW: tl.constexpr = re[0].shape[1] // NP // P
+    parts = tl.reshape(stack(re + im, 2 * RUN), (RUNS, NP, BW, P, 2, RUN))
+    parts = tl.reshape(tl.permute(parts, (2, 3, 1, 4, 0, 5)), (BW, P * NP * 2 * RUNS * RUN))
+    parts = tl.reshape(stay(parts), (BW, P, NP, 2, RUNS * RUN))
+    re, im = tl.split(tl.permute(parts, (0, 4, 1, 2, 3)))
     return unstack(re)[:N], unstack(im)[:N]
 
 
 @triton.jit
-def take(rows, place):
-    """[2·R,S] rows of (part, …) from these places of each, as real and imaginary parts [R,S]."""
-    rows = tl.gather(rows, tl.broadcast_to(place, rows.shape), 1)
-    return tl.split(tl.permute(tl.reshape(rows, (2, rows.shape[0] // 2, rows.shape[1])), (1, 2, 0)))
+def stay(x):
+    """x [A,C] itself, laid out so that A, then C lies along the lanes and warps, and what is left in registers."""
+    return tl.gather(x, tl.broadcast_to(tl.arange(0, x.shape[0])[:, None], x.shape), 0)
 
 
 @triton.jit
-def both(re, im):
-    """Real and imaginary parts [R,S] as rows [2·R,S]."""
-    return tl.reshape(tl.permute(tl.join(re, im), (2, 0, 1)), (2 * re.shape[0], re.shape[1]))
-
-
-@triton.jit
-def chain(rows, carry_re, carry_im, decays, rest, S: tl.constexpr):
-    """Carry the state through the S segments of a tile.
-
-    A scan in log S rounds, in each of which every segment adds what stands 1, 2, 4, … before it. It begins by handing
-    on what segments add, so that what it holds is the state before a segment.
+def chain(re, im, carry_re, carry_im, decay, run_decay, rest):
+    """Carry the state through the segments of a tile, run by run.
 
     Args:
-        rows: [2·R,S], what every segment adds.
-        carry_re, carry_im: [R,S], in the first segment the state before the tile; elsewhere anything finite.
-        decays: p^L, p^2L, p^4L, … [R,1].
-        rest: [R,S], in the first segment what the decays leave of p^(S·L), elsewhere zero: from tile to tile, over
-            10^5 steps, the rounding of one decay would add up; within a tile it does not.
+        re, im: what segments add, two tuples of RUN tensors [RUNS,R]: segment i of every run.
+        carry_re, carry_im: the state before the tile, [RUNS,R], the same for every run.
+        decay, run_decay: p^L, p^(RUN·L), complex [1,R].
+        rest: what RUNS powers of ``run_decay`` leave of p^(S·L): from tile to tile, over 10^5 steps, the rounding of
+            one decay would add up; within a tile it does not.
 
     Returns:
-        The states before every segment; and in the first segment the state after the last.
+        The states before every segment, as ``re`` and ``im``, and the state after the tile.
     """
-    seg = tl.arange(0, S)[None, :]
-    before = (seg + (S - 1)) % S
-    last_re, last_im = take(rows, before)  # in the first segment, what the last one adds
-    re = tl.where(seg == 0, carry_re, last_re)
-    im = tl.where(seg == 0, carry_im, last_im)
-    for i in tl.static_range(len(decays)):
-        if (1 << i) < S:
-            past_re, past_im = take(both(re, im), tl.maximum(seg - (1 << i), 0))
-            past_re = tl.where(seg >= (1 << i), past_re, 0.0)
-            past_im = tl.where(seg >= (1 << i), past_im, 0.0)
-            re, im = move(decays[i], past_re, past_im, re, im)
-    next_re, next_im = move(rest, carry_re, carry_im, last_re, last_im)
-    last_re, last_im = take(both(re, im), before)
-    next_re, next_im = move(decays[0], last_re, last_im, next_re, next_im)
-    return re, im, next_re, next_im
+    RUNS: tl.constexpr = re[0].shape[0]
+    run = tl.arange(0, RUNS)[:, None]
+    sum_re = re[0]  # what a run adds
+    sum_im = im[0]
+    for i in tl.static_range(1, len(re)):
+        sum_re, sum_im = move(decay, sum_re, sum_im, re[i], im[i])
+    next_re = carry_re
+    next_im = carry_im
+    at_re = carry_re  # the state before a run
+    at_im = carry_im
+    for i in tl.static_range(RUNS):
+        place = tl.full(run.shape, i, tl.int32).broadcast_to(sum_re.shape)
+        next_re, next_im = move(run_decay, next_re, next_im, tl.gather(sum_re, place, 0), tl.gather(sum_im, place, 0))
+        at_re = tl.where(run == i + 1, next_re, at_re)
+        at_im = tl.where(run == i + 1, next_im, at_im)
+    before_re = (at_re,)
+    before_im = (at_im,)
+    for i in tl.static_range(len(re) - 1):
+        at_re, at_im = move(decay, at_re, at_im, re[i], im[i])
+        before_re = before_re + (at_re,)
+        before_im = before_im + (at_im,)
+    next_re, next_im = move(rest, carry_re, carry_im, next_re, next_im)
+    return before_re, before_im, next_re, next_im
 
 
 @triton.jit
@@ -272,24 +273,15 @@ def move(q, re, im, x_re, x_im):
 
 
 @triton.jit
-def chain_decays(p_re, p_im, S: tl.constexpr, L: tl.constexpr):
-    """``decays`` and ``rest`` of ``chain``, of poles [R,1] in float64."""
-    wide_re, wide_im = power(p_re, p_im, L)
-    decays = ((wide_re.to(tl.float32), wide_im.to(tl.float32)),)
-    done_re = decays[0][0].to(tl.float64)  # what becomes of a carry that is 1
-    done_im = decays[0][1].to(tl.float64)
-    for i in tl.static_range(6):
-        if (1 << i) < S:
-            q_re = decays[i][0].to(tl.float64)
-            q_im = decays[i][1].to(tl.float64)
-            done_re, done_im = done_re * q_re - done_im * q_im, done_re * q_im + done_im * q_re
-            wide_re, wide_im = wide_re * wide_re - wide_im * wide_im, 2.0 * wide_re * wide_im
-            if (2 << i) < S:
-                decays = decays + ((wide_re.to(tl.float32), wide_im.to(tl.float32)),)
-    first = tl.arange(0, S)[None, :] == 0
-    rest_re = tl.where(first, (wide_re - done_re).to(tl.float32), 0.0)
-    rest_im = tl.where(first, (wide_im - done_im).to(tl.float32), 0.0)
-    return decays, (rest_re, rest_im)
+def chain_decays(p_re, p_im, L: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr):
+    """``decay``, ``run_decay`` and ``rest`` of ``chain``, of poles in float64."""
+    q_re, q_im = power(p_re, p_im, L, 5)
+    run_re, run_im = power(q_re, q_im, RUN, 3)
+    decay = (q_re.to(tl.float32), q_im.to(tl.float32))
+    run_decay = (run_re.to(tl.float32), run_im.to(tl.float32))
+    all_re, all_im = power(run_re, run_im, RUNS, 5)
+    done_re, done_im = power(run_decay[0].to(tl.float64), run_decay[1].to(tl.float64), RUNS, 5)
+    return decay, run_decay, ((all_re - done_re).to(tl.float32), (all_im - done_im).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["T", "part_steps"])
@@ -338,19 +330,22 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
         gain = tl.load(skip + channel, mask=real, other=0.0).to(tl.float32)
     ladder = pole_ladder(p_re, p_im, G)
 
-    line = tl.arange(0, NP * BD)[:, None]  # of the chain's rows: (mode, channel)
+    RUN: tl.constexpr = S if S < 4 else 4
+    RUNS: tl.constexpr = S // RUN
+    run = tl.arange(0, RUNS)[:, None]
+    line = tl.arange(0, NP * BD)[None, :]  # of the chain: (mode, channel)
     active = (line // BD < N) & (block * BD + line % BD < D)
     flat = ((block * BD + line % BD) * N + line // BD) * 2
     one_re = tl.load(poles + flat, mask=active, other=0.0).to(tl.float64)
     one_im = tl.load(poles + flat + 1, mask=active, other=0.0).to(tl.float64)
-    decays, rest = chain_decays(one_re, one_im, S, L)
+    decay, run_decay, rest = chain_decays(one_re, one_im, L, RUN, RUNS)
 
-    carry_re = tl.zeros((NP * BD, 1), tl.float32)
-    carry_im = tl.zeros((NP * BD, 1), tl.float32)
+    carry_re = tl.zeros((RUNS, NP * BD), tl.float32)
+    carry_im = tl.zeros((RUNS, NP * BD), tl.float32)
     if not STATES_ONLY:
         if HAS_IIR:
-            carry_re = tl.load(iir + row * D * N * 2 + flat, mask=active, other=0.0)
-            carry_im = tl.load(iir + row * D * N * 2 + flat + 1, mask=active, other=0.0)
+            carry_re += tl.load(iir + row * D * N * 2 + flat, mask=active, other=0.0)
+            carry_im += tl.load(iir + row * D * N * 2 + flat + 1, mask=active, other=0.0)
         if PARTS:  # what the parts before this one leave behind
             wide_re, wide_im = power(one_re, one_im, part_steps)
             sum_re = carry_re.to(tl.float64)
@@ -365,9 +360,6 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
                 )
             carry_re = sum_re.to(tl.float32)
             carry_im = sum_im.to(tl.float32)
-    everywhere = tl.zeros((1, S), tl.int32)
-    carry_re += everywhere.to(tl.float32)
-    carry_im += everywhere.to(tl.float32)
 
     begin = part * part_steps
     end = tl.minimum(begin + part_steps, T)
@@ -376,10 +368,10 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
         saved = parts + (row * tl.num_programs(1) + part) * D * N * 2
     else:
         saved = iir_out + row * D * N * 2
-    saved_rows = saved + flat + everywhere
+    saved_rows = saved + flat + run * 0
     if begin == whole:  # fewer steps than a segment: they go on from the carry
-        tl.store(saved_rows, carry_re, mask=active & (seg == 0))
-        tl.store(saved_rows + 1, carry_im, mask=active & (seg == 0))
+        tl.store(saved_rows, carry_re, mask=active & (run == 0))
+        tl.store(saved_rows + 1, carry_im, mask=active & (run == 0))
     for start in tl.range(begin, whole, TILE, num_stages=STAGES):
         # Lanes beyond the whole segments read the last one again and write nothing.
         a = tl.minimum(start + seg * L, whole - L)
@@ -395,14 +387,16 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
             words2 = load_words(z_2, fir_2, word, start, whole - L, bits, 0, L, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
         ws, re, im = segment_states(past1, words1, past0, words0, bits, taps1, off1, taps0, off0, ladder,
                                     P, TYPE, HAS_MASK)  # fmt: skip
-        row_re, row_im, next_re, next_im = chain(to_rows(re, im, NP), carry_re, carry_im, decays, rest, S)
+        row_re, row_im = to_rows(re, im, NP, RUN)
+        row_re, row_im, carry_re, carry_im = chain(row_re, row_im, carry_re, carry_im, decay, run_decay, rest)
         if start + TILE >= whole:  # noqa: SIM102, one condition is a constant
             if STATES_ONLY or end == T:  # the state that this tile leaves is the last
-                newest = active & (seg == (whole - start) // L % S)
-                tl.store(saved_rows, tl.where(seg == 0, next_re, row_re), mask=newest)
-                tl.store(saved_rows + 1, tl.where(seg == 0, next_im, row_im), mask=newest)
-        carry_re = next_re
-        carry_im = next_im
+                count = (whole - start) // L
+                for i in tl.static_range(RUN):
+                    tl.store(saved_rows, row_re[i], mask=active & (run * RUN + i == count))
+                    tl.store(saved_rows + 1, row_im[i], mask=active & (run * RUN + i == count))
+                tl.store(saved_rows, carry_re, mask=active & (run * RUN + S == count))
+                tl.store(saved_rows + 1, carry_im, mask=active & (run * RUN + S == count))
         if not STATES_ONLY:
             re, im = from_rows(row_re, row_im, N, NP, P)
             history = unpack_all(past2, P, TYPE)
