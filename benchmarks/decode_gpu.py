@@ -4,8 +4,8 @@
 
 For whoever changes those kernels; ``benchmarks.gpu`` measures what decoding reaches. First every kernel at the widths
 of SH-7B against its plain twin, and it stops if one is wrong. Then its matrices at one vector, by cuBLAS and by each
-tile, and a captured step at batch 1 by the tiles of the rule, by the fastest tiles found, and with products by cuBLAS,
-kernel by kernel. ``--quick`` runs it on a tiny model, on any device.
+tile, and a captured step at batch 1 by the tiles of the rule, with and without kernels that overlap, by the tiles that
+were fastest alone, and with products by cuBLAS, kernel by kernel. ``--quick`` runs it on a tiny model, on any device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hyaena.decoding import Decoder
 from hyaena.model import StripedHyena
 from hyaena.ops import HyenaState, ModalFilter, rotary_table
 from hyaena.ops.decode import DecodeOperators, Norm, Slots
-from hyaena.ops.triton import gemv
+from hyaena.ops.triton import can_overlap, gemv
 from hyaena.ops.triton.decode import FusedDecodeOperators
 from hyaena.sampling import SamplingParams
 
@@ -43,10 +43,10 @@ CUDA = DEVICE.type == "cuda"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 
 TILES = [
-    gemv.Tile(rows, width, warps, stages)
-    for rows, width, warps, stages in (
-        (4, 1024, 4, 1), (4, 1024, 4, 3), (8, 1024, 4, 1), (8, 1024, 8, 1), (8, 1024, 8, 3), (16, 512, 4, 1),
-        (16, 512, 8, 3), (2, 2048, 4, 1), (4, 2048, 8, 1), (2, 1024, 2, 1), (4, 512, 2, 1), (16, 256, 4, 4),
+    gemv.Tile(rows, width, warps, ahead)
+    for rows, width, warps, ahead in (
+        (4, 1024, 4, 0), (4, 1024, 4, 4), (2, 1024, 2, 4), (1, 1024, 2, 4), (2, 2048, 4, 0), (1, 2048, 4, 2),
+        (2, 2048, 4, 2), (2, 2048, 8, 2), (4, 2048, 8, 2), (1, 2048, 4, 7), (1, 2048, 8, 7), (2, 2048, 8, 7),
     )
 ]  # fmt: skip
 
@@ -218,8 +218,9 @@ class Product:
 def compare_steps(model: StripedHyena, context: int, steps: int, best: dict[Any, gemv.Tile]) -> list[dict[str, Any]]:
     """A greedy step of one row by each way to multiply: milliseconds, and its kernels."""
     ways = {
-        "tiles by rule": FusedDecodeOperators(),
-        "tuned tiles": FusedDecodeOperators(best),
+        "tiles by rule": FusedDecodeOperators(overlap=can_overlap(DEVICE)),
+        "the same, kernel after kernel": FusedDecodeOperators(),
+        "tuned tiles": FusedDecodeOperators(best, overlap=can_overlap(DEVICE)),
         "products by cuBLAS": CublasOperators(),
     }
     rows = []

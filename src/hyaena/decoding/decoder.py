@@ -206,9 +206,8 @@ def choose_operators(model: StripedHyena) -> DecodeOperators:
     if reason is not None:
         raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='forward'")
     from hyaena.ops.triton.decode import FusedDecodeOperators  # Triton comes with torch on CUDA machines only
-    from hyaena.ops.triton.overlap import EARLY, OFF
 
-    return FusedDecodeOperators(overlap=EARLY if triton.can_overlap(model.device) else OFF)
+    return FusedDecodeOperators(overlap=triton.can_overlap(model.device))
 
 
 def _no_graphs(model: StripedHyena) -> str | None:

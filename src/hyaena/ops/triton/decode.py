@@ -10,7 +10,6 @@ from hyaena.ops.hyena import HyenaState
 from hyaena.ops.long_conv import ModalFilter
 from hyaena.ops.triton import gemv, launch, tokens
 from hyaena.ops.triton.decode_attention import decode_attention
-from hyaena.ops.triton.overlap import OFF
 from hyaena.ops.triton.remember import remember
 
 
@@ -22,11 +21,11 @@ class FusedDecodeOperators(DecodeOperators):
 
     Args:
         tiles: measured tiles by operator and shape of the matrix, in place of the rule's.
-        overlap: when a kernel lets the next one begin, see ``ops.triton.overlap``; ``OFF`` unless the device can, of
+        overlap: kernels begin before their predecessors end, see ``ops.triton.overlap``; only where the device can, of
             which ``can_overlap`` knows.
     """
 
-    def __init__(self, tiles: dict[tuple[str, int, int], gemv.Tile] | None = None, *, overlap: int = OFF) -> None:
+    def __init__(self, tiles: dict[tuple[str, int, int], gemv.Tile] | None = None, *, overlap: bool = False) -> None:
         self.tiles = tiles or {}
         self.overlap = overlap
 

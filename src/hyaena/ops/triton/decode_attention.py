@@ -17,13 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyaena.ops.triton.overlap import OFF, release_early, release_late, wait
+from hyaena.ops.triton.overlap import release, wait
 
 BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""
 TILE = 16384
+WAVE = 384
+"""Programs that a large device runs at once, three on each processor."""
 PROGRAMS = 1024
-"""Programs to aim for: several for each of a large device's processors, so that their reads overlap."""
+"""Programs to aim for where one wave would be too few to share the work evenly."""
 MAX_SPLITS = 64
 
 
@@ -44,7 +46,6 @@ def _split_kernel(q, k, v, padding, used, partial, weights, scale, capacity,
                   WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
                   OPERAND: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One split: its softmax over its own slots [HEADS/GROUPS,WIDTH], and the logarithm (base 2) of its normaliser."""
-    release_early(OVERLAP)
     wait(OVERLAP)
     row = tl.program_id(0) // GROUPS
     group = tl.program_id(0) % GROUPS
@@ -78,7 +79,7 @@ def _split_kernel(q, k, v, padding, used, partial, weights, scale, capacity,
         total = total * shrink + tl.sum(p, axis=1)
         out = out * shrink[:, None] + tl.dot(p.to(OPERAND), vs, input_precision="ieee")
         best = higher
-    release_late(OVERLAP)
+    release(OVERLAP)
     store = query * SPLITS + split
     tl.store(partial + store[:, None] * WIDTH + channel[None, :], out / total[:, None], mask=real)
     tl.store(weights + store, best + tl.log2(total), mask=share < SHARE)
@@ -89,9 +90,8 @@ def _join_kernel(partial, weights, padding, used, out, HEADS: tl.constexpr, WIDT
                  WIDTH_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
                  BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The splits of one query head, joined by their normalisers."""
-    release_early(OVERLAP)
     wait(OVERLAP)
-    release_late(OVERLAP)
+    release(OVERLAP)
     query = tl.program_id(0).to(tl.int64)
     _, _, count = _run(padding, used, query // HEADS, 0, SPLITS, BLOCK)
     split = tl.arange(0, SPLITS_PAD)
@@ -108,7 +108,9 @@ def _join_kernel(partial, weights, padding, used, out, HEADS: tl.constexpr, WIDT
     tl.store(out + query * WIDTH + channel, joined.to(out.dtype.element_ty), mask=channel < WIDTH)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, used: Tensor, *, overlap: int = OFF) -> Tensor:
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor, used: Tensor, *, overlap: bool = False
+) -> Tensor:
     """Attention of the newest position to all valid slots, itself among them.
 
     Args:
@@ -124,7 +126,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, used: Ten
     groups, capacity = k.shape[1:3]
     padded = max(16, triton.next_power_of_2(width))
     block = min(BLOCK, TILE // (padded * q.element_size()))
-    splits = max(1, min(PROGRAMS // (batch * groups), MAX_SPLITS, triton.cdiv(capacity, block)))
+    programs = WAVE if 2 * batch * groups <= WAVE else PROGRAMS
+    splits = max(1, min(programs // (batch * groups), MAX_SPLITS, triton.cdiv(capacity, block)))
     share = heads // groups
     partial = q.new_empty((batch, heads, splits, width), dtype=torch.float32)
     weights = q.new_empty((batch, heads, splits), dtype=torch.float32)
@@ -134,12 +137,12 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, used: Ten
         q, k, v, padding, used, partial, weights, scale, capacity,
         HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=max(16, triton.next_power_of_2(share)),
         WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, BLOCK=block, OPERAND=_operand(q.dtype),
-        STAGES=3, OVERLAP=overlap, launch_pdl=overlap != OFF, num_warps=4,
+        STAGES=3, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     _join_kernel[(batch * heads,)](
         partial, weights, padding, used, out,
         HEADS=heads, WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
-        BLOCK=block, OVERLAP=overlap, launch_pdl=overlap != OFF, num_warps=4,
+        BLOCK=block, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     return out
 

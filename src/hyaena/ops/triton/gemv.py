@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.decode import Norm
-from hyaena.ops.triton.overlap import OFF, release_early, release_late, wait
+from hyaena.ops.triton.overlap import release, wait
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,25 @@ class Tile:
 
     Attributes:
         ahead: pieces of ``width`` that are asked for at once, into registers, before anything else is looked at.
-        stages: of the loop over further pieces, in shared memory.
-        prefetch: ask for all the rows at once, into the second-level cache; where kernels overlap.
     """
 
     rows: int
     width: int
     warps: int
-    stages: int = 1
-    ahead: int = 0
-    prefetch: bool = False
+    ahead: int
 
 
-def choose_tile(rows: int, width: int, overlap: int) -> Tile:
-    """For matrices [rows,width], as measured in decoding steps.
+def choose_tile(matrices: int, width: int) -> Tile:
+    """For some matrices of ``width`` columns each.
 
-    Where there are few rows, few of them a program, so that all processors have some; where kernels overlap, all that
-    a program reads of them is asked for before it waits.
+    Whole rows at once where they fit: 64 numbers of every thread are on their way before it waits for anything.
     """
-    if rows <= 4096 and width >= 2048:
-        pieces = triton.cdiv(width, 2048)
-        if overlap == OFF or pieces > 8:  # more would not fit into registers
-            return Tile(rows=2, width=2048, warps=4)
-        return Tile(rows=4 if pieces <= 2 else 2, width=2048, warps=8, ahead=pieces)
-    return Tile(rows=4, width=min(1024, max(32, triton.next_power_of_2(width))), warps=4, stages=3)
+    if width < 2048:
+        return Tile(rows=4, width=max(32, triton.next_power_of_2(width)), warps=4, ahead=1)
+    pieces = triton.cdiv(width, 2048)
+    warps = 4 if matrices * pieces <= 4 else 8
+    rows = max(1, warps // triton.next_power_of_2(matrices * pieces))
+    return Tile(rows=rows, width=2048, warps=warps, ahead=min(pieces, 8))
 
 
 @triton.jit
@@ -84,22 +79,9 @@ def read_vector(x, k, K: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(w, first, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr):
-    """Ask for the rows ``first … first+BN-1`` into the second-level cache: one thread, one instruction."""
-    SIZE: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
-    count = tl.minimum(N - first, BN) * K * SIZE
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, t; }""",
-        "=r,l,r", [w + first.to(tl.int64) * K, count], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def products(x, g, w, eps,
              N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
-             EPS_INSIDE: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PREFETCH: tl.constexpr,
-             OVERLAP: tl.constexpr):  # fmt: skip
+             EPS_INSIDE: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The program's rows of ``w[i]·norm(x)`` for every matrix i: a tuple of float32 [BN].
 
     Args:
@@ -112,9 +94,6 @@ def products(x, g, w, eps,
     rows = first + tl.arange(0, BN)
     inside = rows < N
     at = rows.to(tl.int64)[:, None] * K
-    if PREFETCH and OVERLAP > 0:
-        for i in tl.static_range(len(w)):
-            prefetch_rows(w[i], first, N, K, BN)
     pieces = ()
     for piece in tl.static_range(AHEAD):
         k = piece * BK + tl.arange(0, BK)
@@ -135,7 +114,7 @@ def products(x, g, w, eps,
         for i in tl.static_range(len(w)):
             next_sums = next_sums + (sums[i] + pieces[piece * len(w) + i].to(tl.float32) * v[None, :],)
         sums = next_sums
-    for start in tl.range(AHEAD * BK, K, BK, num_stages=STAGES):
+    for start in range(AHEAD * BK, K, BK):
         k = start + tl.arange(0, BK)
         tiles = ()  # asked for first: they come from far
         for i in tl.static_range(len(w)):
@@ -148,7 +127,7 @@ def products(x, g, w, eps,
         for i in tl.static_range(len(w)):
             next_sums = next_sums + (sums[i] + tiles[i] * v[None, :],)
         sums = next_sums
-    release_late(OVERLAP)
+    release(OVERLAP)
     out = ()
     for i in tl.static_range(len(w)):
         y = tl.sum(sums[i], axis=1)
@@ -162,10 +141,8 @@ def products(x, g, w, eps,
 def _project_kernel(x, g, w, bias, residual, out, eps,
                     N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
                     EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-                    STAGES: tl.constexpr, AHEAD: tl.constexpr, PREFETCH: tl.constexpr,
-                    OVERLAP: tl.constexpr):  # fmt: skip
-    release_early(OVERLAP)
-    y = products(x, g, (w,), eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, STAGES, AHEAD, PREFETCH, OVERLAP)[0]
+                    AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    y = products(x, g, (w,), eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, AHEAD, OVERLAP)[0]
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = rows < N
     if HAS_BIAS:
@@ -178,10 +155,9 @@ def _project_kernel(x, g, w, bias, residual, out, eps,
 @triton.jit
 def _gate_kernel(x, g, gate, up, out, eps,
                  N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
-                 EPS_INSIDE: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-                 PREFETCH: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    release_early(OVERLAP)
-    a, b = products(x, g, (gate, up), eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, STAGES, AHEAD, PREFETCH, OVERLAP)
+                 EPS_INSIDE: tl.constexpr, GELU: tl.constexpr, AHEAD: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
+    a, b = products(x, g, (gate, up), eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, AHEAD, OVERLAP)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     if GELU:  # noqa: SIM108, one branch is compiled
         a = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
@@ -198,19 +174,19 @@ def project(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     tile: Tile | None = None,
-    overlap: int = OFF,
+    overlap: bool = False,
 ) -> Tensor:
     """``residual + weight·norm(x) + bias``: x [1,D], weight [E,D] -> [1,E]."""
     rows, width = weight.shape
     out = x.new_empty(1, rows)
-    tile = tile or choose_tile(rows, width, overlap)
+    tile = tile or choose_tile(1, width)
     _project_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if norm is None else norm.weight, weight, x if bias is None else bias,
         x if residual is None else residual, out, 0.0 if norm is None else norm.eps,
         N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
         EPS_INSIDE=norm is None or norm.eps_inside_root, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        STAGES=tile.stages, AHEAD=min(tile.ahead, triton.cdiv(width, tile.width)), PREFETCH=tile.prefetch,
-        OVERLAP=overlap, launch_pdl=overlap != OFF, num_warps=tile.warps,
+        AHEAD=min(tile.ahead, triton.cdiv(width, tile.width)), OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -223,17 +199,17 @@ def gate(
     norm: Norm | None = None,
     activation: str,
     tile: Tile | None = None,
-    overlap: int = OFF,
+    overlap: bool = False,
 ) -> Tensor:
     """``act(gate·norm(x)) · (up·norm(x))``: x [1,D], weights [E,D] -> [1,E]."""
     rows, width = gate.shape
     out = x.new_empty(1, rows)
-    tile = tile or choose_tile(rows, width, overlap)
+    tile = tile or choose_tile(2, width)
     _gate_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if norm is None else norm.weight, gate, up, out, 0.0 if norm is None else norm.eps,
         N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
         EPS_INSIDE=norm is None or norm.eps_inside_root, GELU=activation == "gelu",
-        STAGES=tile.stages, AHEAD=min(tile.ahead, triton.cdiv(width, tile.width)), PREFETCH=tile.prefetch,
-        OVERLAP=overlap, launch_pdl=overlap != OFF, num_warps=tile.warps,
+        AHEAD=min(tile.ahead, triton.cdiv(width, tile.width)), OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=tile.warps,
     )  # fmt: skip
     return out

@@ -218,7 +218,7 @@ def step(
     iir: Tensor,
     fir_out: Tensor,
     iir_out: Tensor,
-    overlap: int = 0,
+    overlap: bool = False,
 ) -> Tensor:
     """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read."""
     channels, modes = poles.shape[:2]
@@ -243,7 +243,7 @@ def step(
         HAS_BIAS=bias is not None,
         HAS_SKIP=skip is not None,
         OVERLAP=overlap,
-        launch_pdl=overlap > 0,
+        launch_pdl=overlap,
         num_warps=2,
     )
     return y

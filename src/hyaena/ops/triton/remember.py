@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.decode import Slots
-from hyaena.ops.triton.overlap import OFF, release_early, release_late, wait
+from hyaena.ops.triton.overlap import release, wait
 
 
 @triton.jit
@@ -19,9 +19,8 @@ def _remember_kernel(qkv, keys, values, q, used, padding, cos, sin, capacity,
                      HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
                      HALF_PAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One head of one row. Heads: queries, keys, values, in the order of the projection."""
-    release_early(OVERLAP)
     wait(OVERLAP)
-    release_late(OVERLAP)
+    release(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     HALF: tl.constexpr = WIDTH // 2
@@ -49,7 +48,7 @@ def _remember_kernel(qkv, keys, values, q, used, padding, cos, sin, capacity,
         tl.store(target + HALF + i, (second * c + first * s).to(q.dtype.element_ty), mask=inside)
 
 
-def remember(qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots, *, overlap: int = OFF) -> Tensor:
+def remember(qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots, *, overlap: bool = False) -> Tensor:
     """Rotate queries and keys of qkv [B,(H+2G)·head_dim], store keys and values at slot ``used - 1``.
 
     Returns:
@@ -61,6 +60,6 @@ def remember(qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots, *, overlap
     _remember_kernel[(batch, heads + 2 * groups)](
         qkv, keys, values, q, slots.used, slots.padding, *slots.rotary, capacity,
         HEADS=heads, GROUPS=groups, WIDTH=width, HALF_PAD=triton.next_power_of_2(width // 2), OVERLAP=overlap,
-        launch_pdl=overlap != OFF, num_warps=1,
+        launch_pdl=overlap, num_warps=1,
     )  # fmt: skip
     return q

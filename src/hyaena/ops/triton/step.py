@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.overlap import release_early, release_late, wait
+from hyaena.ops.triton.overlap import release, wait
 
 
 @triton.jit
@@ -57,7 +57,6 @@ def hyena_step_kernel(z, weight, bias, poles, residues, skip, fir, iir, y, fir_o
 
     Everything is read before anything is written: a read behind a write would wait for what the write waits for.
     """
-    release_early(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BD + tl.arange(0, BD)
     inside = channel < D
@@ -75,7 +74,7 @@ def hyena_step_kernel(z, weight, bias, poles, residues, skip, fir, iir, y, fir_o
             tl.load(residues + at + 1, mask=inside, other=0.0),
         )
     wait(OVERLAP)
-    release_late(OVERLAP)
+    release(OVERLAP)
     window2 = read_window(z, fir, channel, row, inside, D, K)
     window1 = read_window(z, fir, D + channel, row, inside, D, K)
     window0 = read_window(z, fir, 2 * D + channel, row, inside, D, K)

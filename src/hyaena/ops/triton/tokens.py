@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.decode import Slots
-from hyaena.ops.triton.overlap import OFF, release_early, release_late, wait
+from hyaena.ops.triton.overlap import release, wait
 
 BLOCK = 32768
 """The most logits that a program holds at once, 32 for each of its threads."""
@@ -19,10 +19,9 @@ BLOCK = 32768
 
 @triton.jit
 def _begin_kernel(ids, table, used, x, D: tl.constexpr, PAD: tl.constexpr, OVERLAP: tl.constexpr):
-    """The embedding of one row's token; one more slot is in use. Releases late in any mode: it is a step's first."""
+    """The embedding of one row's token; one more slot is in use."""
     wait(OVERLAP)
-    release_early(OVERLAP)
-    release_late(OVERLAP)
+    release(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, PAD)
     if row == 0:
@@ -34,9 +33,8 @@ def _begin_kernel(ids, table, used, x, D: tl.constexpr, PAD: tl.constexpr, OVERL
 @triton.jit
 def _greedy_kernel(logits, ids, said, V: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row: the largest logit, the first place of it, and Σ exp(logit - largest), block by block."""
-    release_early(OVERLAP)
     wait(OVERLAP)
-    release_late(OVERLAP)
+    release(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     best = -float("inf")
     token = 0
@@ -59,24 +57,24 @@ def _greedy_kernel(logits, ids, said, V: tl.constexpr, BLOCK: tl.constexpr, OVER
     tl.store(said + row * 3 + 2, good.to(tl.float64))
 
 
-def begin(ids: Tensor, table: Tensor, slots: Slots, *, overlap: int = OFF) -> Tensor:
+def begin(ids: Tensor, table: Tensor, slots: Slots, *, overlap: bool = False) -> Tensor:
     """The rows of table [V,D] at ids [B]: [B,D]. ``slots.used`` goes up by one."""
     width = table.shape[1]
     x = table.new_empty(ids.shape[0], width)
     _begin_kernel[(ids.shape[0],)](
         ids, table, slots.used, x,
-        D=width, PAD=triton.next_power_of_2(width), OVERLAP=overlap, launch_pdl=overlap != OFF, num_warps=4,
+        D=width, PAD=triton.next_power_of_2(width), OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     return x
 
 
-def greedy(logits: Tensor, ids: Tensor, *, overlap: int = OFF) -> Tensor:
+def greedy(logits: Tensor, ids: Tensor, *, overlap: bool = False) -> Tensor:
     """The largest of logits [B,V] into ids [B]; float64 [B,3]: token, its log-probability, whether all was finite."""
     rows, vocabulary = logits.shape
     said = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(vocabulary))
     _greedy_kernel[(rows,)](
         logits, ids, said,
-        V=vocabulary, BLOCK=block, OVERLAP=overlap, launch_pdl=overlap != OFF, num_warps=max(1, block // 1024),
+        V=vocabulary, BLOCK=block, OVERLAP=overlap, launch_pdl=overlap, num_warps=max(1, block // 1024),
     )  # fmt: skip
     return said
