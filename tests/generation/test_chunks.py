@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hyaena.config import ModelConfig
-from hyaena.generation.chunks import cache_bytes_per_token, choose_chunk, fitting_chunk, pass_bytes_per_token
+from hyaena.generation.chunks import choose_chunk, fitting_chunk, pass_bytes_per_token
 from hyaena.model import StripedHyena
 from watching import LiveBytes
 
@@ -27,7 +27,6 @@ SMALL = ModelConfig(
 
 def test_a_seven_billion_parameter_model() -> None:
     config = ModelConfig.from_file(SEVEN_BILLION)
-    assert cache_bytes_per_token(config, 2) == 65536
     assert pass_bytes_per_token(config, 2) == 2 * (4 * 4096 + 3 * 14336)
 
 
