@@ -226,7 +226,7 @@ def memory(bench: Bench) -> Rows:
     if peak is None:
         return {"memory": "peak memory can be told on CUDA devices only"}
     weights = floors.weight_bytes(config, DTYPE.itemsize)
-    cache = length * floors.slot_bytes(config, DTYPE.itemsize)
+    cache = length * config.slot_bytes(DTYPE.itemsize)
     note = f"Peak {peak / 1e9:.2f} GB, weights {weights / 1e9:.2f} GB, keys and values {cache / 1e9:.2f} GB."
     return {"memory": bench.claims["memory"].row(Spread.of([(peak - weights - cache) / 1e9]), note=note)}
 

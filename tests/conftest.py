@@ -8,13 +8,18 @@ from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start: the workers of a run share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Before triton is: kernels run under its interpreter, on any machine.
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton compiles or interprets kernels for a whole process, as this says when they are defined. They are compiled where
+# there is a GPU, and interpreted elsewhere. Whoever asks for the interpreter gets what machines without a GPU do.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
 

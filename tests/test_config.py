@@ -72,6 +72,10 @@ def test_presets_have_the_published_number_of_parameters(name: str) -> None:
     assert ModelConfig.from_file(ROOT / "configs" / f"{name}.yml").num_parameters == PRESETS[name]
 
 
+def test_a_slot_of_the_7b() -> None:
+    assert ModelConfig.from_file(ROOT / "configs" / "7b-sh-32k-v1.yml").slot_bytes(2) == 65_536
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build_on_the_meta_device_with_that_many_parameters(name: str) -> None:
     import torch
@@ -205,6 +209,18 @@ def test_the_count_is_that_of_the_model(config: ModelConfig) -> None:
 
     with torch.device("meta"):
         assert sum(p.numel() for p in StripedHyena(config).parameters()) == config.num_parameters
+
+
+@given(configs)
+def test_a_slot_is_what_a_longer_cache_holds_more(config: ModelConfig) -> None:
+    import torch
+
+    from hyaena.model import StripedHyena
+
+    with torch.device("meta"):
+        model = StripedHyena(config)
+        short, long = (model.make_cache(1, max_length=length).nbytes for length in (1, 2))
+    assert long - short == config.slot_bytes(4)
 
 
 @given(configs)

@@ -8,7 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 import hyaena
+from hyaena.cli import main
 from hyaena.config import ModelConfig
+from hyaena.decoding import resolve_decoding
+from hyaena.generation import Options
 from hyaena.model import StripedHyena
 from hyaena.ops import METHODS, HyenaState, ModalFilter, attention, long_conv, to_canonical, to_modal
 
@@ -23,11 +26,6 @@ CONFIG = ModelConfig(
     num_key_value_heads=2,
     state_size=2,
 )
-
-
-@pytest.fixture(autouse=True)
-def _exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def make() -> StripedHyena:
@@ -131,14 +129,55 @@ def test_packed_training_step_equals_the_cpu() -> None:
         assert float(error) < 1e-3, name
 
 
-def test_generation_of_a_batch() -> None:
-    model, tokenizer = hyaena.load("cub", device="cuda", dtype="float32")
+@pytest.fixture(scope="module")
+def cub():
+    return hyaena.load("cub", device="cuda", dtype="float32")
+
+
+def test_generation_of_a_batch(cub) -> None:
+    model, tokenizer = cub
     prompts = ["import os\n", "def main(", "class Stack:\n    def push(self"]
     together = hyaena.generate(model, tokenizer, prompts, max_new_tokens=40, temperature=0.7, seed=1)
     for prompt, completion in zip(prompts, together, strict=True):
         assert hyaena.generate(model, tokenizer, prompt, max_new_tokens=40, temperature=0.7, seed=1).text == (
             completion.text
         )
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Options(),
+        Options(temperature=0.8, seed=[1, 2, 3, 4]),
+        Options(temperature=1.0, top_k=40, min_p=0.02, repetition_penalty=1.1, seed=5),
+    ],
+    ids=["greedy", "seeds", "penalty"],
+)
+def test_captured_steps_write_what_calls_of_the_model_do(cub, sampling: Options) -> None:
+    """Over unequal prompts whose rows end at different times, past the numbers that are drawn at once."""
+    model, tokenizer = cub
+    prompts = ["import os\n", "def main(", "class Stack:\n    def push(self", "x = "]
+    options = Options(max_new_tokens=300, stop=["\n\n"], **sampling)
+    wanted = hyaena.generate(model, tokenizer, prompts, **options, decoding="forward")
+    assert len({len(row.tokens) for row in wanted}) >= 3
+    assert resolve_decoding(model, "auto", "auto") == "captured"
+    for decoding in ("captured", "auto"):
+        got = hyaena.generate(model, tokenizer, prompts, **options, decoding=decoding)
+        for one, other in zip(got, wanted, strict=True):
+            assert (one.text, one.tokens, one.finish_reason) == (other.text, other.tokens, other.finish_reason)
+            # float32, another order of sums
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+    texts = [""] * len(prompts)
+    for event in hyaena.stream(model, tokenizer, prompts, **options, decoding="captured"):
+        texts[event.index] += event.text
+    assert texts == [row.text for row in wanted]
+
+
+def test_the_command_line_captures(cub, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--device", "cuda", "--dtype", "float32", "--decoding", "captured", "--max-new-tokens", "40"]
+    assert main(["generate", *flags, "def main("]) == 0
+    wanted = hyaena.generate(*cub, "def main(", max_new_tokens=40, decoding="forward")
+    assert capsys.readouterr().out == wanted.text + "\n"
 
 
 def test_poles_stay_precise_and_states_complex_on_the_device() -> None:

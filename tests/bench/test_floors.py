@@ -33,7 +33,6 @@ def test_floors_need_no_torch() -> None:
 def test_a_decoding_step_of_the_7b() -> None:
     """15.03 GB + B·(65,536·context + 3.67 MB) in bfloat16."""
     step = floors.decode_bytes(SH_7B, 1, 0, BFLOAT16)
-    assert floors.slot_bytes(SH_7B, BFLOAT16) == 65_536
     assert floors.state_bytes(SH_7B, BFLOAT16) == 1.75 * 2**20
     assert step - 2 * floors.state_bytes(SH_7B, BFLOAT16) == pytest.approx(15.03e9, rel=1e-3)
     assert floors.decode_bytes(SH_7B, 16, 1000, BFLOAT16) - step == 15 * 3_670_016 + 16 * 65_536_000
@@ -81,7 +80,7 @@ def test_bytes_are_those_of_the_tensors(golden_case: Path, dtype: str) -> None:
     unread = 0 if config.tie_embeddings else embedding.numel() * embedding.element_size()
     cache = model.make_cache(3, max_length=10)
     states = 3 * floors.state_bytes(config, kind.itemsize)
-    assert cache.nbytes == 3 * 10 * floors.slot_bytes(config, kind.itemsize) + states
+    assert cache.nbytes == 3 * 10 * config.slot_bytes(kind.itemsize) + states
     assert floors.decode_bytes(config, 3, 10, kind.itemsize) == stored - unread + cache.nbytes + states
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from device import DEVICE
 from hyaena.config import ModelConfig
 from hyaena.decoding import Choice, Decoder, resolve_decoding, why_not
 from hyaena.decoding.decoder import Graph, Shape
@@ -59,11 +60,11 @@ def make(config: ModelConfig = SH, dtype: torch.dtype = torch.float64) -> Stripe
 def prefill(model: StripedHyena, paddings: list[int], capacity: int = 40) -> tuple[Any, Tensor, Tensor]:
     """A cache of unequal prompts, the greedy tokens after them, and what the rows have seen."""
     torch.manual_seed(4)
-    mask = torch.arange(LENGTH) >= torch.tensor(paddings)[:, None]
-    ids = torch.randint(model.config.vocab_size, mask.shape)
+    mask = (torch.arange(LENGTH) >= torch.tensor(paddings)[:, None]).to(model.device)
+    ids = torch.randint(model.config.vocab_size, mask.shape).to(model.device)
     cache = model.make_cache(len(paddings), max_length=capacity)
     first = model(ids, cache=cache, mask=mask)[:, -1].argmax(-1)
-    seen = torch.zeros(len(paddings), model.config.vocab_size, dtype=torch.bool)
+    seen = ids.new_zeros(len(paddings), model.config.vocab_size, dtype=torch.bool)
     for row, padding in enumerate(paddings):
         seen[row, ids[row, padding:]] = True
         seen[row, first[row]] = True
@@ -131,11 +132,11 @@ def test_the_memory_is_what_the_cache_would_hold() -> None:
 
 @pytest.mark.parametrize("config", [SH, EVO], ids=["sh", "evo"])
 def test_the_kernels_say_the_same(config: ModelConfig) -> None:
-    """Under Triton's interpreter, from three rows down to one."""
+    """From three rows down to one."""
     pytest.importorskip("triton", reason="the kernels need triton, which is made for Linux")
     from hyaena.ops.triton.decode import FusedDecodeOperators
 
-    model, params = make(config, torch.float32), [SamplingParams()] * 3
+    model, params = make(config, torch.float32).to(DEVICE), [SamplingParams()] * 3
 
     def run(operators: DecodeOperators) -> list[Choice]:
         cache, ids, _ = prefill(model, PADDINGS)

@@ -21,11 +21,6 @@ def weight_bytes(config: ModelConfig, itemsize: int) -> int:
     return config.num_parameters * itemsize + filters * (max(itemsize, FLOAT32) - itemsize)
 
 
-def slot_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of the keys and values of one token in all attention layers."""
-    return config.layer_types.count("attention") * 2 * config.num_key_value_heads * config.head_dim * itemsize
-
-
 def state_bytes(config: ModelConfig, itemsize: int) -> int:
     """Bytes of one sequence's states in all Hyena layers: N complex numbers and K-1 inputs per channel."""
     modes = config.hidden_size * config.state_size * 2 * max(itemsize, FLOAT32)
@@ -42,7 +37,7 @@ def decode_bytes(config: ModelConfig, batch: int, context: int, itemsize: int) -
     weights = weight_bytes(config, itemsize)
     if not config.tie_embeddings:
         weights -= config.vocab_size * config.hidden_size * itemsize
-    return weights + batch * (context * slot_bytes(config, itemsize) + 2 * state_bytes(config, itemsize))
+    return weights + batch * (context * config.slot_bytes(itemsize) + 2 * state_bytes(config, itemsize))
 
 
 def prefill_flops(config: ModelConfig, length: int) -> int:

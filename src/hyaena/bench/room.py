@@ -24,7 +24,7 @@ def decode_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> 
 
 
 def _cache_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:
-    return batch * (slots * floors.slot_bytes(config, itemsize) + 2 * floors.state_bytes(config, itemsize))
+    return batch * (slots * config.slot_bytes(itemsize) + 2 * floors.state_bytes(config, itemsize))
 
 
 def require(needed: int, device: torch.device, what: str, remedy: str) -> None:

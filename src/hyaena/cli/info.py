@@ -128,7 +128,7 @@ def _parameters(config: ModelConfig) -> dict[str, int]:
 
 def _cache(config: ModelConfig, width: int) -> dict[str, int]:
     """Bytes that a model remembers: keys and values of every token, and Hyena states whatever the length."""
-    per_token, per_sequence = floors.slot_bytes(config, width), floors.state_bytes(config, width)
+    per_token, per_sequence = config.slot_bytes(width), floors.state_bytes(config, width)
     return {
         "bytes_per_token": per_token,
         "bytes_per_sequence": per_sequence,

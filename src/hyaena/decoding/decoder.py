@@ -8,8 +8,6 @@ computes the next.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -25,10 +23,9 @@ from hyaena.decoding.step import step, why_not
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.model import StripedHyena
 from hyaena.ops import triton
+from hyaena.ops.backend import say_once
 from hyaena.ops.decode import DecodeOperators
 from hyaena.sampling import Needs, SamplingParams
-
-logger = logging.getLogger(__name__)
 
 Decoding = Literal["auto", "forward", "static", "captured"]
 
@@ -248,14 +245,9 @@ def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decodi
         if reason is None and ops.capabilities(method).state == "window":
             reason = f"the kernels step modes, and {method!r} leaves the windows of cut filters"
     if wish == "auto":
-        _say("captured steps" if reason is None else f"calls of the model, not captured steps: {reason}")
+        choice = "captured steps" if reason is None else f"calls of the model, not captured steps: {reason}"
+        say_once("tokens are decoded by", choice)
         return "captured" if reason is None else "forward"
     if reason is not None:
         raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='forward'")
     return wish
-
-
-@functools.cache
-def _say(choice: str) -> None:
-    """Log a choice the first time that it is made."""
-    logger.info("tokens are decoded by %s", choice)

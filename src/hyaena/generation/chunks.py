@@ -33,21 +33,14 @@ def choose_chunk(model: StripedHyena, slots: int) -> int:
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but torch's
     free = torch.cuda.mem_get_info(device)[0] + kept
     itemsize = model.dtype.itemsize
-    return fitting_chunk(
-        free - slots * cache_bytes_per_token(model.config, itemsize), pass_bytes_per_token(model.config, itemsize)
-    )
+    stored = slots * model.config.slot_bytes(itemsize)  # the states of Hyena layers do not grow
+    return fitting_chunk(free - stored, pass_bytes_per_token(model.config, itemsize))
 
 
 def fitting_chunk(free: int, bytes_per_token: int) -> int:
     """The largest power of two whose bytes fit into ``SHARE`` of what is free, within the bounds above."""
     fitting = max(1, int(SHARE * free) // bytes_per_token)
     return min(PREFILL_CHUNK_MOST, max(PREFILL_CHUNK_ELSEWHERE, 1 << (fitting.bit_length() - 1)))
-
-
-def cache_bytes_per_token(config: ModelConfig, itemsize: int) -> int:
-    """Keys and values of one token in all attention layers; the states of Hyena layers do not grow."""
-    layers = sum(kind == "attention" for kind in config.layer_types)
-    return 2 * layers * config.num_key_value_heads * config.head_dim * itemsize
 
 
 def pass_bytes_per_token(config: ModelConfig, itemsize: int) -> int:

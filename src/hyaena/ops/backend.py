@@ -19,10 +19,16 @@ from hyaena.ops import triton
 
 VARIABLE = "HYAENA_BACKEND"
 CHOICES = ("auto", "triton", "plain")
-OPERATOR = "the Hyena operator runs"
-POINTWISE = "norms, gates and rotary positions run"
+OPERATOR = "the Hyena operator runs in"
+POINTWISE = "norms, gates and rotary positions run in"
 
 logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def say_once(what: str, choice: str) -> None:
+    """Log a choice the first time that it is made."""
+    logger.info("%s %s", what, choice)
 
 
 def use_triton(method: str, obstacle: Callable[[], str | None], device: torch.device, what: str = OPERATOR) -> bool:
@@ -52,7 +58,7 @@ def use_triton(method: str, obstacle: Callable[[], str | None], device: torch.de
         return False
     reason = obstacle() if device.type == "cuda" else f"they need a CUDA device, and the tensors are on {device.type!r}"
     if not torch.compiler.is_compiling():
-        _say(what, "the fused kernels" if reason is None else f"plain torch, not the fused kernels: {reason}")
+        say_once(what, "the fused kernels" if reason is None else f"plain torch, not the fused kernels: {reason}")
     return reason is None
 
 
@@ -79,9 +85,3 @@ def _pointwise_obstacle(x: Tensor) -> str | None:
     if x.dtype not in triton.DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {x.dtype}"
     return triton.missing(x.device.type)
-
-
-@functools.cache
-def _say(what: str, choice: str) -> None:
-    """Log a choice the first time that it is made."""
-    logger.info("%s in %s", what, choice)

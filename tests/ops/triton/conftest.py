@@ -1,7 +1,9 @@
-"""The kernels run under Triton's interpreter (tests/conftest.py asks for it), on buffers that begin as NaN."""
+"""The kernels run on a GPU where there is one, else under Triton's interpreter; on buffers that begin as NaN."""
 
 import pytest
 import torch
+
+from device import DEVICE
 
 pytest.importorskip("triton", reason="the kernels need triton, which is made for Linux")
 
@@ -13,7 +15,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(make):
         def wrapped(*args, **kwargs):
             out = make(*args, **kwargs)
-            return out.fill_(torch.nan) if out.is_floating_point() and out.device.type == "cpu" else out
+            return out.fill_(torch.nan) if out.is_floating_point() and out.device.type == DEVICE else out
 
         return wrapped
 

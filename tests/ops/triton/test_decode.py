@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from device import DEVICE
 from hyaena import ops
 from hyaena.ops import HyenaState, ModalFilter, rotary_table
 from hyaena.ops.decode import DecodeOperators, Norm, Slots
 from hyaena.ops.triton import decode_obstacle, gemv, tokens
 from hyaena.ops.triton.decode import FusedDecodeOperators
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = DecodeOperators()
 # One rounding of the result to its own dtype, and in the twin one or two more on the way: 2^-24, 2^-11, 2^-8 each.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from device import DEVICE
 from hyaena.errors import InputError
 from hyaena.ops import HyenaState, ModalFilter, hyena
 from hyaena.ops.triton.operators import hyena_operator, hyena_step_operator
@@ -14,7 +15,7 @@ def arguments(length: int = 4, channels: int = 3) -> list[Tensor]:
     residues = torch.randn(channels, 2, dtype=torch.complex64)
     fir, iir = torch.randn(2, 3 * channels, 2), torch.randn(2, channels, 2, dtype=torch.complex64)
     z, weight, bias = torch.randn(2, length, 3 * channels), torch.randn(3 * channels, 3), torch.randn(3 * channels)
-    return [z, weight, bias, poles, residues, torch.randn(channels), fir, iir]
+    return [t.to(DEVICE) for t in (z, weight, bias, poles, residues, torch.randn(channels), fir, iir)]
 
 
 def loss(method: str, z, weight, bias, poles, residues, skip, fir, iir) -> Tensor:
@@ -57,7 +58,7 @@ def test_torch_accepts_the_operators() -> None:
 
 def test_torch_accepts_what_may_be_left_out() -> None:
     z, weight, _, poles, residues, *_ = pairs(arguments())
-    mask = torch.tensor([[False, True, True, True]] * 2)
+    mask = torch.tensor([[False, True, True, True]] * 2, device=DEVICE)
     given = (z, weight, None, poles, residues, None, None, None, mask)
     torch.library.opcheck(hyena_operator, given, test_utils=("test_schema", "test_faketensor"))
 
@@ -91,7 +92,7 @@ def test_shapes_that_do_not_fit(what: str) -> None:
     elif what == "iir":
         iir = iir[:, :1]
     else:
-        mask = torch.ones(2, 3, dtype=torch.bool)
+        mask = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
     with pytest.raises(InputError):
         filter = ModalFilter(poles, residues, skip)
         hyena(z, weight, bias, filter, HyenaState(fir, iir), mask=mask, method="triton")

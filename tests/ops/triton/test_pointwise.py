@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from device import DEVICE
 from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
 from hyaena.ops import gate, rms_norm, rotary_table, rotate
 from hyaena.ops.backend import VARIABLE
 from hyaena.ops.triton import pointwise
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Arithmetic is float32, some roundings of 2^-24, and the result is rounded once to its own dtype: by 2^-11 of it in
 # float16, by 2^-8 in bfloat16, and there by twice that under the interpreter, which cuts off instead of rounding.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-11 + 1e-6, torch.bfloat16: 2 ** (-8 if DEVICE == "cuda" else -7)}
