@@ -79,6 +79,19 @@ def read_vector(x, k, K: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def add_piece(sums, squares, pieces, x, g, k, K: tl.constexpr, HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):
+    """Add to each sum [BN,BK] its piece times x, and to the squares [BK] those of x."""
+    v = read_vector(x, k, K, WHOLE)
+    if HAS_NORM:
+        squares += v * v
+        v *= read_vector(g, k, K, WHOLE)
+    next_sums = ()
+    for i in tl.static_range(len(sums)):
+        next_sums = next_sums + (sums[i] + pieces[i].to(tl.float32) * v[None, :],)
+    return next_sums, squares
+
+
+@triton.jit
 def products(x, g, w, eps,
              N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
              EPS_INSIDE: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
@@ -106,27 +119,14 @@ def products(x, g, w, eps,
     squares = tl.zeros((BK,), tl.float32)
     for piece in tl.static_range(AHEAD):
         k = piece * BK + tl.arange(0, BK)
-        v = read_vector(x, k, K, WHOLE)
-        if HAS_NORM:
-            squares += v * v
-            v *= read_vector(g, k, K, WHOLE)
-        next_sums = ()
-        for i in tl.static_range(len(w)):
-            next_sums = next_sums + (sums[i] + pieces[piece * len(w) + i].to(tl.float32) * v[None, :],)
-        sums = next_sums
+        here = pieces[piece * len(w) : (piece + 1) * len(w)]
+        sums, squares = add_piece(sums, squares, here, x, g, k, K, HAS_NORM, WHOLE)
     for start in range(AHEAD * BK, K, BK):
         k = start + tl.arange(0, BK)
-        tiles = ()  # asked for first: they come from far
+        here = ()  # asked for first: they come from far
         for i in tl.static_range(len(w)):
-            tiles = tiles + (read_rows(w[i], at, k, inside, K, WHOLE).to(tl.float32),)
-        v = read_vector(x, k, K, WHOLE)
-        if HAS_NORM:
-            squares += v * v
-            v *= read_vector(g, k, K, WHOLE)
-        next_sums = ()
-        for i in tl.static_range(len(w)):
-            next_sums = next_sums + (sums[i] + tiles[i] * v[None, :],)
-        sums = next_sums
+            here = here + (read_rows(w[i], at, k, inside, K, WHOLE),)
+        sums, squares = add_piece(sums, squares, here, x, g, k, K, HAS_NORM, WHOLE)
     release(OVERLAP)
     out = ()
     for i in tl.static_range(len(w)):
