@@ -13,12 +13,13 @@ arithmetic. The last steps, fewer than L, are computed one by one. Programs exch
 are too few to fill the device, time is cut into parts: the same kernel with ``STATES_ONLY`` first finds what each part
 adds to the state.
 
-Tensors are [BD/P,S] words, [BD/P,S,P] numbers, and [R,S] rows of segments, one for every mode and channel.
+Tensors are [BD/P,S] words, [BD/P,S,P] numbers, and in the chain [RUNS,R], of runs of up to four segments and of every
+mode and channel.
 
 Triton chooses how a tensor lies in the lanes, and moves it between choices through shared memory. At a gather it has no
-choice: the gathered axis lies inside a warp. So two gathers here take what is already in place: they say where numbers
-are to lie. Words and numbers: channels along the lanes, then segments; steps in registers. Rows: segments along the
-lanes, so that the chain is shuffles.
+choice: the gathered axis lies inside a warp. So ``stay``, a gather that moves nothing, says where numbers are to lie.
+Words and numbers: channels along the lanes, then segments; steps in registers. The chain: runs along the lanes, then
+modes and channels; the segments of a run in registers.
 """
 
 from __future__ import annotations
