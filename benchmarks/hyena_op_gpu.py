@@ -113,7 +113,9 @@ def exact_gradients(dy: Tensor, dpast: HyenaState, args: tuple[Any, ...], past: 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 """Output rounding of the narrow types (half an ulp and some); float32 sums over up to 10^5 steps."""
 
-CASES = [
+Case = tuple[int, int, int, int, int, torch.dtype, bool, bool]
+
+CASES: list[Case] = [
     # batch, length, width, modes, taps, dtype, state, padding
     (1, 1, 64, 2, 3, torch.float32, True, False),
     (2, 2, 33, 1, 1, torch.float32, True, False),
@@ -129,58 +131,74 @@ CASES = [
 ]
 
 
-def check() -> list[dict[str, Any]]:
-    """Every case, every tiling where it applies, the splitting law and the step; raises at the first that is wrong."""
+def padding(batch: int, length: int, padded: bool) -> Tensor | None:
+    """A random padding mask on the left, or none."""
+    if not padded:
+        return None
+    return torch.arange(length, device=DEVICE) >= torch.randint(0, length, (batch, 1), device=DEVICE)
+
+
+def compare(name: str, got: tuple[Tensor, HyenaState], expected: tuple[Tensor, HyenaState]) -> dict[str, Any]:
+    """The errors of y and both states, within their limits.
+
+    Raises:
+        ValueError: one is not.
+    """
+    pairs = zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True)
+    errors = [distance(value, want) for value, want in pairs]
+    return within(name, errors, [LIMITS[got[0].dtype], LIMITS[got[1].fir.dtype], LIMITS[torch.float32]])
+
+
+def within(name: str, errors: list[float], limits: list[float]) -> dict[str, Any]:
+    """The errors of a case, printed and held to their limits."""
+    print(f"  {name:<70} {' '.join(f'{error:.1e}' for error in errors)}", flush=True)
+    if any(not error <= limit for error, limit in zip(errors, limits, strict=True)):
+        raise ValueError(f"wrong: {name}: {errors} against {limits}")
+    return {"case": name, "errors": errors}
+
+
+def check_forward(case: Case) -> list[dict[str, Any]]:
+    """A case, and the same cut in two."""
+    batch, length, width, modes, taps, dtype, state, padded = case
+    args = inputs(batch, length, width, modes, taps, dtype, state=state)
+    mask = padding(batch, length, padded)
+    name = f"B{batch} T{length} D{width} N{modes} K{taps} {str(dtype)[6:]}{' padded' * padded}"
+    expected = exact(*args, mask)
+    rows = [compare(name, fused(*args, mask), expected)]
+    if length > 100:
+        cut = length // 3
+        first, past = fused(args[0][:, :cut], *args[1:], None if mask is None else mask[:, :cut])
+        rest, last = fused(args[0][:, cut:], *args[1:4], past, None if mask is None else mask[:, cut:])
+        rows.append(compare(name + ", split", (torch.cat([first, rest], dim=1), last), expected))
+    return rows
+
+
+def check_backward(case: Case) -> list[dict[str, Any]]:
+    """Every gradient of a case, in every tiling where they apply."""
+    batch, length, width, modes, taps, dtype, _, padded = case
+    if length > 10_000:
+        return []
+    *args, past = inputs(batch, length, width, modes, taps, dtype, state=True)
+    assert past is not None
+    dy = torch.randn(batch, length, width, device=DEVICE, dtype=dtype)
+    dpast = HyenaState(torch.randn_like(past.fir), torch.randn_like(past.iir))
+    mask = padding(batch, length, padded)
+    expected = exact_gradients(dy, dpast, tuple(args), past, mask)
     rows = []
+    for tiled, tiling in (BACKWARD if (modes, width) == (2, 4096) else {"": None}).items():
+        given = (dy, dpast.fir, torch.view_as_real(dpast.iir), *leaves(tuple(args), past), mask)
+        got = launch.backward(*given, tiling)
+        errors = [distance(value, want) for value, want in zip(got, expected, strict=True)]
+        name = f"backward B{batch} T{length} D{width} N{modes} K{taps} {str(dtype)[6:]}{' padded' * padded} {tiled}"
+        rows.append(within(name, errors, [LIMITS[dtype]] + [5e-5] * 7))  # parameters sum over T once more than y does
+    return rows
 
-    def compare(name: str, got: tuple[Tensor, HyenaState], expected: tuple[Tensor, HyenaState]) -> None:
-        pairs = zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True)
-        errors = [distance(value, want) for value, want in pairs]
-        limits = [LIMITS[got[0].dtype], LIMITS[got[1].fir.dtype], LIMITS[torch.float32]]
-        rows.append({"case": name, "errors": errors})
-        print(f"  {name:<70} y {errors[0]:.1e}  fir {errors[1]:.1e}  iir {errors[2]:.1e}", flush=True)
-        if any(error > limit for error, limit in zip(errors, limits, strict=True)):
-            raise SystemExit(f"wrong: {name}: {errors} against {limits}")
 
-    for batch, length, width, modes, taps, dtype, state, padding in CASES:
-        args = inputs(batch, length, width, modes, taps, dtype, state=state)
-        mask = None
-        if padding:
-            mask = torch.arange(length, device=DEVICE) >= torch.randint(0, length, (batch, 1), device=DEVICE)
-        name = f"B{batch} T{length} D{width} N{modes} K{taps} {str(dtype)[6:]}{' padded' * padding}"
-        expected = exact(*args, mask)
-        compare(name, fused(*args, mask), expected)
-        if length > 100:
-            cut = length // 3
-            first, past = fused(args[0][:, :cut], *args[1:], None if mask is None else mask[:, :cut])
-            rest, last = fused(args[0][:, cut:], *args[1:4], past, None if mask is None else mask[:, cut:])
-            compare(name + ", split", (torch.cat([first, rest], dim=1), last), expected)
-    for batch, length, width, modes, taps, dtype, _, padding in CASES:
-        if length > 10_000:
-            continue
-        *args, past = inputs(batch, length, width, modes, taps, dtype, state=True)
-        assert past is not None
-        dy = torch.randn(batch, length, width, device=DEVICE, dtype=dtype)
-        dpast = HyenaState(torch.randn_like(past.fir), torch.randn_like(past.iir))
-        mask = None
-        if padding:
-            mask = torch.arange(length, device=DEVICE) >= torch.randint(0, length, (batch, 1), device=DEVICE)
-        expected = exact_gradients(dy, dpast, tuple(args), past, mask)
-        tilings = BACKWARD if (modes, width) == (2, 4096) else {"": None}
-        for name, tiling in tilings.items():
-            given = (dy, dpast.fir, torch.view_as_real(dpast.iir), *leaves(tuple(args), past), mask)
-            got = launch.backward(*given, tiling)
-            errors = [distance(value, want) for value, want in zip(got, expected, strict=True)]
-            name = f"backward B{batch} T{length} D{width} N{modes} K{taps} {str(dtype)[6:]}{' padded' * padding} {name}"
-            rows.append({"case": name, "errors": errors})
-            print(f"  {name:<70} {' '.join(f'{error:.1e}' for error in errors)}", flush=True)
-            limits = [LIMITS[dtype]] + [5e-5] * 7  # parameters sum over T once more than y does
-            if any(error > limit for error, limit in zip(errors, limits, strict=True)):
-                raise SystemExit(f"wrong: {name}: {errors} against {limits}")
+def check_tilings(_: object) -> list[dict[str, Any]]:
+    """Every tiling of the forward, and the step."""
     args = inputs(1, 20_000, WIDTH, MODES, TAPS, torch.bfloat16, state=True)
     expected = exact(*args)
-    for name, tiling in TILINGS.items():
-        compare(name, fused(*args, None, tiling), expected)
+    rows = [compare(name, fused(*args, None, tiling), expected) for name, tiling in TILINGS.items()]
     for batch in (1, 5):
         z, weight, bias, filter, past = inputs(batch, 1, WIDTH, MODES, TAPS, torch.bfloat16, state=True)
         expected = exact(z, weight, bias, filter, past)
@@ -188,8 +206,18 @@ def check() -> list[dict[str, Any]]:
         poles, residues = torch.view_as_real(filter.poles), torch.view_as_real(filter.residues)
         pairs = torch.view_as_real(past.iir)
         y = launch.step(z, weight, bias, poles, residues, filter.skip, past.fir, pairs, past.fir, pairs)
-        compare(f"step in place, B{batch}", (y, past), expected)
+        rows.append(compare(f"step in place, B{batch}", (y, past), expected))
     return rows
+
+
+def check(pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
+    """Every case, every tiling where it applies, the splitting law and the step; raises at the first that is wrong.
+
+    Each in a process of its own, since most of the time is compilation.
+    """
+    work = [pool.submit(function, case) for case in CASES[::-1] for function in (check_forward, check_backward)]
+    work.append(pool.submit(check_tilings, None))
+    return [row for part in work for row in part.result()]
 
 
 def median_ms(run: Callable[[], Any], budget: float = 0.25, most: int = 50) -> tuple[float, float]:
@@ -263,8 +291,11 @@ def main() -> None:
 
     with ProcessPoolExecutor(12, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, [*TILINGS.values(), *BACKWARD.values()]))
-    print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
-    report["checks"] = check()
+        print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
+        try:
+            report["checks"] = check(pool)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
     save()
     print(f"checked after {time.perf_counter() - started:.0f} s", flush=True)
     if arguments.check_only:
