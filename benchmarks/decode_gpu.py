@@ -33,9 +33,10 @@ from hyaena.config import ModelConfig
 from hyaena.decoding import Decoder
 from hyaena.model import StripedHyena
 from hyaena.ops import HyenaState, ModalFilter, rotary_table
-from hyaena.ops.decode import DecodeOperators, Norm, Slots
-from hyaena.ops.triton import can_overlap, gemv
-from hyaena.ops.triton.decode import FusedDecodeOperators
+from hyaena.ops.step import DecodeOperators, Norm, Slots
+from hyaena.ops.triton import can_overlap
+from hyaena.ops.triton.decode import gemv
+from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 from hyaena.sampling import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,14 +131,14 @@ def check_kernels(config: ModelConfig, length: int) -> None:
             check(f"rotary and write, {batch} rows", fused.remember(qkv, k, v, slots), want, dtype)
             check("  its keys", k[:, :, length - 1], twins[0][:, :, length - 1], dtype)
         state = HyenaState(randn(2, 3 * width, 2, dtype=dtype), torch.complex(randn(2, width, 2), randn(2, width, 2)))
-        twin = HyenaState(state.fir.float().clone(), state.iir.clone())
+        twin = HyenaState(state.short.float().clone(), state.long.clone())
         polar = torch.polar(torch.rand(width, 2, device=DEVICE), randn(width, 2))
         long_filter = ModalFilter(polar, torch.complex(randn(width, 2), randn(width, 2)), randn(width, dtype=dtype))
         exact = long_filter._replace(skip=long_filter.skip.float())  # type: ignore[union-attr]
         z, w, o = randn(2, 3 * width, dtype=dtype), randn(3 * width, 3, dtype=dtype), randn(3 * width, dtype=dtype)
         got = fused.hyena(z, w, o, long_filter, state)
         check("hyena step", got, plain.hyena(z.float(), w.float(), o.float(), exact, twin), dtype)
-        check("  its modes", state.iir.abs(), twin.iir.abs(), dtype)
+        check("  its modes", state.long.abs(), twin.long.abs(), dtype)
 
 
 # --- how fast

@@ -103,12 +103,12 @@ def gradients(width: int, length: int) -> Found:
     assert past is not None
     mask = torch.arange(length, device=DEVICE) >= torch.tensor([[0], [length // 3]], device=DEVICE)
     dy = torch.randn(2, length, width, device=DEVICE, dtype=torch.bfloat16)
-    dpast = HyenaState(torch.randn_like(past.fir), torch.randn_like(past.iir))
+    dpast = HyenaState(torch.randn_like(past.short), torch.randn_like(past.long))
     ours = [t.detach().clone().requires_grad_() for t in leaves(tuple(args), past)]
     filter = ModalFilter(torch.view_as_complex(ours[3]), torch.view_as_complex(ours[4]), ours[5])
     before = HyenaState(ours[6], torch.view_as_complex(ours[7]))
     y, state = hyena(*ours[:3], filter, before, mask=mask, method="triton")
-    outputs, given = (y, state.fir, torch.view_as_real(state.iir)), (dy, dpast.fir, torch.view_as_real(dpast.iir))
+    outputs, given = (y, state.short, torch.view_as_real(state.long)), (dy, dpast.short, torch.view_as_real(dpast.long))
     got = torch.autograd.grad(outputs, ours, given)
     names = ("z", "short weight", "bias", "poles", "residues", "skip", "fir", "iir")
     for name, value, want in zip(names, got, exact_gradients(dy, dpast, tuple(args), past, mask), strict=True):
@@ -124,7 +124,7 @@ def operator_step(width: int) -> Found:
         z, weight, bias, filter, past = inputs(batch, 1, width, 2, 3, torch.bfloat16, state=True)
         assert past is not None
         want = exact(z, weight, bias, filter, past)
-        y = hyena_step_(z, weight, bias, filter, past.fir, past.iir)
+        y = hyena_step_(z, weight, bias, filter, past.short, past.long)
         _compare(found, f"step, {batch} rows", (y, past), want)
     return found
 
@@ -175,7 +175,7 @@ def decoding(
     if dtype == torch.float32:  # in bfloat16 what layers are given differs by more than what a state could show
         for i, (one, other) in enumerate(zip(decoder.cache().layers, cache.layers, strict=True)):
             if isinstance(one, HyenaState) and isinstance(other, HyenaState):
-                _note(found, f"state of layer {i} after {steps} steps", distance(one.iir, other.iir), 1e-4)
+                _note(found, f"state of layer {i} after {steps} steps", distance(one.long, other.long), 1e-4)
     return found
 
 

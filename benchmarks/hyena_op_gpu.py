@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from hyaena.ops import HyenaState, ModalFilter, hyena
-from hyaena.ops.triton import launch
-from hyaena.ops.triton.launch import BackwardTiling, Tiling
+from hyaena.ops.triton.hyena import launch
+from hyaena.ops.triton.hyena.launch import BackwardTiling, Tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, MODES, TAPS = 4096, 2, 3
@@ -71,7 +71,7 @@ def fused(z: Tensor, weight: Tensor, bias: Tensor, filter: ModalFilter, past: Hy
           mask: Tensor | None = None, tiling: Tiling | None = None) -> tuple[Tensor, HyenaState]:  # fmt: skip
     """The forward kernel in a given tiling."""
     poles, residues = torch.view_as_real(filter.poles), torch.view_as_real(filter.residues)
-    fir, iir = (None, None) if past is None else (past.fir, torch.view_as_real(past.iir))
+    fir, iir = (None, None) if past is None else (past.short, torch.view_as_real(past.long))
     y, fir, iir = launch.forward(z, weight, bias, poles, residues, filter.skip, fir, iir, mask, tiling)
     return y, HyenaState(fir, torch.view_as_complex(iir))
 
@@ -80,7 +80,7 @@ def exact(z: Tensor, weight: Tensor, bias: Tensor, filter: ModalFilter, past: Hy
           mask: Tensor | None = None) -> tuple[Tensor, HyenaState]:  # fmt: skip
     """The plain operator in float64."""
     wide = ModalFilter(filter.poles.to(torch.complex128), filter.residues.to(torch.complex128), filter.skip.double())
-    past = past and HyenaState(past.fir.double(), past.iir.to(torch.complex128))
+    past = past and HyenaState(past.short.double(), past.long.to(torch.complex128))
     return hyena(z.double(), weight.double(), bias.double(), wide, past, mask=mask, method="blocked")
 
 
@@ -96,7 +96,7 @@ def leaves(args: tuple[Any, ...], past: HyenaState | None) -> list[Tensor]:
     """Everything that has a gradient: z, weight, bias, poles, residues, skip, and the states as real pairs."""
     z, weight, bias, filter = args
     found = [z, weight, bias, torch.view_as_real(filter.poles), torch.view_as_real(filter.residues), filter.skip]
-    return found if past is None else [*found, past.fir, torch.view_as_real(past.iir)]
+    return found if past is None else [*found, past.short, torch.view_as_real(past.long)]
 
 
 def exact_gradients(dy: Tensor, dpast: HyenaState, args: tuple[Any, ...], past: HyenaState,
@@ -105,8 +105,8 @@ def exact_gradients(dy: Tensor, dpast: HyenaState, args: tuple[Any, ...], past: 
     wide = [t.double().requires_grad_() for t in leaves(args, past)]
     filter = ModalFilter(torch.view_as_complex(wide[3]), torch.view_as_complex(wide[4]), wide[5])
     y, state = exact(*wide[:3], filter, HyenaState(wide[6], torch.view_as_complex(wide[7])), mask)
-    loss = (y * dy).sum() + (state.fir * dpast.fir).sum()
-    loss = loss + (torch.view_as_real(state.iir) * torch.view_as_real(dpast.iir)).sum()
+    loss = (y * dy).sum() + (state.short * dpast.short).sum()
+    loss = loss + (torch.view_as_real(state.long) * torch.view_as_real(dpast.long)).sum()
     return torch.autograd.grad(loss, wide)
 
 
@@ -146,7 +146,7 @@ def compare(name: str, got: tuple[Tensor, HyenaState], expected: tuple[Tensor, H
     """
     pairs = zip((got[0], *got[1]), (expected[0], *expected[1]), strict=True)
     errors = [distance(value, want) for value, want in pairs]
-    return within(name, errors, [LIMITS[got[0].dtype], LIMITS[got[1].fir.dtype], LIMITS[torch.float32]])
+    return within(name, errors, [LIMITS[got[0].dtype], LIMITS[got[1].short.dtype], LIMITS[torch.float32]])
 
 
 def within(name: str, errors: list[float], limits: list[float]) -> dict[str, Any]:
@@ -181,12 +181,12 @@ def check_backward(case: Case) -> list[dict[str, Any]]:
     *args, past = inputs(batch, length, width, modes, taps, dtype, state=True)
     assert past is not None
     dy = torch.randn(batch, length, width, device=DEVICE, dtype=dtype)
-    dpast = HyenaState(torch.randn_like(past.fir), torch.randn_like(past.iir))
+    dpast = HyenaState(torch.randn_like(past.short), torch.randn_like(past.long))
     mask = padding(batch, length, padded)
     expected = exact_gradients(dy, dpast, tuple(args), past, mask)
     rows = []
     for tiled, tiling in (BACKWARD if (modes, width) == (2, 4096) else {"": None}).items():
-        given = (dy, dpast.fir, torch.view_as_real(dpast.iir), *leaves(tuple(args), past), mask)
+        given = (dy, dpast.short, torch.view_as_real(dpast.long), *leaves(tuple(args), past), mask)
         got = launch.backward(*given, tiling)
         errors = [distance(value, want) for value, want in zip(got, expected, strict=True)]
         name = f"backward B{batch} T{length} D{width} N{modes} K{taps} {str(dtype)[6:]}{' padded' * padded} {tiled}"
@@ -204,8 +204,8 @@ def check_tilings(_: object) -> list[dict[str, Any]]:
         expected = exact(z, weight, bias, filter, past)
         assert past is not None
         poles, residues = torch.view_as_real(filter.poles), torch.view_as_real(filter.residues)
-        pairs = torch.view_as_real(past.iir)
-        y = launch.step(z, weight, bias, poles, residues, filter.skip, past.fir, pairs, past.fir, pairs)
+        pairs = torch.view_as_real(past.long)
+        y = launch.step(z, weight, bias, poles, residues, filter.skip, past.short, pairs, past.short, pairs)
         rows.append(compare(f"step in place, B{batch}", (y, past), expected))
     return rows
 
@@ -352,7 +352,7 @@ def main() -> None:
         z, weight, bias, filter, past = inputs(batch, 1, WIDTH, MODES, TAPS, torch.bfloat16, state=True)
         assert past is not None and filter.skip is not None
         poles, residues = torch.view_as_real(filter.poles), torch.view_as_real(filter.residues)
-        states = (past.fir, torch.view_as_real(past.iir))
+        states = (past.short, torch.view_as_real(past.long))
         constants = (weight, bias, poles, residues, filter.skip)
         moved = z.nbytes * 4 // 3 + 2 * sum(t.nbytes for t in states) + sum(t.nbytes for t in constants)
         runs = {

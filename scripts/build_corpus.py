@@ -8,7 +8,7 @@ Writes ``train.jsonl`` and ``heldout.jsonl`` (one object ``{"path", "text"}`` pe
 the SHA-256 of its path relative to the library, exact duplicates are kept once (under the path that sorts
 first, which also decides the split, so that no held-out file has a twin in the training text), and generated files
 are left out: those that the build of the interpreter writes for one machine, and the manual inside ``pydoc_data``.
-Needs nothing beyond the standard library.
+SamplingFeatures nothing beyond the standard library.
 """
 
 from __future__ import annotations

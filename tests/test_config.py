@@ -73,7 +73,7 @@ def test_presets_have_the_published_number_of_parameters(name: str) -> None:
 
 
 def test_a_slot_of_the_7b() -> None:
-    assert ModelConfig.from_file(ROOT / "configs" / "7b-sh-32k-v1.yml").slot_bytes(2) == 65_536
+    assert ModelConfig.from_file(ROOT / "configs" / "7b-sh-32k-v1.yml").kv_bytes_per_token(2) == 65_536
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -220,7 +220,7 @@ def test_a_slot_is_what_a_longer_cache_holds_more(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = StripedHyena(config)
         short, long = (model.make_cache(1, max_length=length).nbytes for length in (1, 2))
-    assert long - short == config.slot_bytes(4)
+    assert long - short == config.kv_bytes_per_token(4)
 
 
 @given(configs)

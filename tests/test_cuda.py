@@ -158,25 +158,25 @@ def test_captured_steps_write_what_calls_of_the_model_do(cub, sampling: Options)
     model, tokenizer = cub
     prompts = ["import os\n", "def main(", "class Stack:\n    def push(self", "x = "]
     options = Options(max_new_tokens=300, stop=["\n\n"], **sampling)
-    wanted = hyaena.generate(model, tokenizer, prompts, **options, decoding="forward")
+    wanted = hyaena.generate(model, tokenizer, prompts, **options, decoding="eager")
     assert len({len(row.tokens) for row in wanted}) >= 3
-    assert resolve_decoding(model, "auto", "auto") == "captured"
-    for decoding in ("captured", "auto"):
+    assert resolve_decoding(model, "auto", "auto") == "cuda_graph"
+    for decoding in ("cuda_graph", "auto"):
         got = hyaena.generate(model, tokenizer, prompts, **options, decoding=decoding)
         for one, other in zip(got, wanted, strict=True):
             assert (one.text, one.tokens, one.finish_reason) == (other.text, other.tokens, other.finish_reason)
             # float32, another order of sums
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
     texts = [""] * len(prompts)
-    for event in hyaena.stream(model, tokenizer, prompts, **options, decoding="captured"):
+    for event in hyaena.stream(model, tokenizer, prompts, **options, decoding="cuda_graph"):
         texts[event.index] += event.text
     assert texts == [row.text for row in wanted]
 
 
 def test_the_command_line_captures(cub, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--device", "cuda", "--dtype", "float32", "--decoding", "captured", "--max-new-tokens", "40"]
+    flags = ["--device", "cuda", "--dtype", "float32", "--decoding", "cuda_graph", "--max-new-tokens", "40"]
     assert main(["generate", *flags, "def main("]) == 0
-    wanted = hyaena.generate(*cub, "def main(", max_new_tokens=40, decoding="forward")
+    wanted = hyaena.generate(*cub, "def main(", max_new_tokens=40, decoding="eager")
     assert capsys.readouterr().out == wanted.text + "\n"
 
 
@@ -187,6 +187,6 @@ def test_poles_stay_precise_and_states_complex_on_the_device() -> None:
         model(torch.randint(64, (1, 50), device="cuda"), cache=cache)
     for layer in cache.layers:
         if isinstance(layer, HyenaState):
-            assert layer.iir.is_cuda and layer.iir.dtype == torch.complex64
+            assert layer.long.is_cuda and layer.long.dtype == torch.complex64
     for name, p in model.named_parameters():
         assert p.dtype == (torch.float32 if name.endswith(("poles", "residues")) else torch.bfloat16)

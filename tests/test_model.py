@@ -83,8 +83,8 @@ def test_the_window_of_a_layer_comes_from_its_tolerance() -> None:
     assert list(windows) == [0, 2]
     for i, window in windows.items():
         state = cache.layers[i]
-        assert isinstance(state, HyenaState) and state.iir.shape == (3, 16, window - 1)
-        assert state.iir.dtype == torch.float64
+        assert isinstance(state, HyenaState) and state.long.shape == (3, 16, window - 1)
+        assert state.long.dtype == torch.float64
         assert 1 < window < model.truncation_windows()[i]
     with torch.no_grad():
         model.layers[2].mixer.long_filter.poles[5, 1] = torch.tensor([0.8, 0.6])
@@ -112,7 +112,7 @@ def test_a_padded_batch_equals_its_rows(lengths: list[int], more: int) -> None:
             torch.testing.assert_close(after[row], model(tokens[row : row + 1], cache=alone)[0])
             for batch_state, state in zip(cache.layers, alone.layers, strict=True):
                 if isinstance(state, HyenaState) and isinstance(batch_state, HyenaState):
-                    torch.testing.assert_close(batch_state.iir[row], state.iir[0])
+                    torch.testing.assert_close(batch_state.long[row], state.long[0])
 
 
 def test_a_long_pad_spanning_several_chunks(model: StripedHyena) -> None:
@@ -203,7 +203,7 @@ def test_a_cast_model_keeps_float32_states() -> None:
     assert logits.dtype == torch.bfloat16
     for layer in cache.layers:
         if isinstance(layer, HyenaState):
-            assert layer.iir.dtype == torch.complex64 and layer.fir.dtype == torch.bfloat16
+            assert layer.long.dtype == torch.complex64 and layer.short.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone."])

@@ -198,7 +198,7 @@ class Cache:
                     new.values[here, :, length - cache.length : length] = layer.values[:, :, : cache.length]
                     row += cache.batch_size
                 layers.append(new)
-            elif any(c.iir.shape[1:] != first.iir.shape[1:] or c.iir.dtype != first.iir.dtype for c in column):
+            elif any(c.long.shape[1:] != first.long.shape[1:] or c.long.dtype != first.long.dtype for c in column):
                 raise InputError("merge was given caches of different methods: make all of them with the same one")
             else:
                 layers.append(HyenaState(*(torch.cat(parts) for parts in zip(*column, strict=True))))

@@ -121,7 +121,7 @@ class ModelConfig:
         layers = sum(mixers[kind] + 2 * d + 3 * d * self.intermediate_size for kind in self.layer_types)
         return self.vocab_size * d * (1 if self.tie_embeddings else 2) + layers + d
 
-    def slot_bytes(self, itemsize: int) -> int:
+    def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of the keys and values of one token in all attention layers, for a dtype of ``itemsize`` bytes."""
         return self.layer_types.count("attention") * 2 * self.num_key_value_heads * self.head_dim * itemsize
 

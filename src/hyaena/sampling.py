@@ -99,18 +99,18 @@ def sample(
     if bool(bad.any()):
         rows = ", ".join(map(str, bad.nonzero().flatten().tolist()))
         raise NonFiniteError(f"the logits of row {rows} are not finite; no token was chosen")
-    needs = Needs.of(params)
+    needs = SamplingFeatures.of(params)
     if needs.penalty and seen is None:
         raise ValueError("a repetition penalty needs to know which tokens were seen")
-    if needs == Needs():
+    if needs == SamplingFeatures():
         return logits.argmax(dim=-1)
     uniform = [draw(row, generator, 1) for row, generator in zip(params, generators, strict=True)]
-    knobs = torch.cat([knob_values(params), torch.stack(uniform)], dim=1).to(logits.device)  # one small copy
+    knobs = torch.cat([params_tensor(params), torch.stack(uniform)], dim=1).to(logits.device)  # one small copy
     return choose(logits, knobs[:, :-1], knobs[:, -1:], seen, needs)
 
 
 @dataclass(frozen=True)
-class Needs:
+class SamplingFeatures:
     """Which parts of the work any row of a batch asks for; none of them is the greedy choice.
 
     Attributes:
@@ -124,7 +124,7 @@ class Needs:
     penalty: bool = False
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams]) -> Needs:
+    def of(cls, params: Sequence[SamplingParams]) -> SamplingFeatures:
         """What these rows need together."""
         return cls(
             draw=any(row.temperature > 0 for row in params),
@@ -133,7 +133,7 @@ class Needs:
         )
 
 
-def knob_values(params: Sequence[SamplingParams]) -> Tensor:
+def params_tensor(params: Sequence[SamplingParams]) -> Tensor:
     """What ``choose`` reads of the parameters: float64 [B,5] on the CPU.
 
     float64, because a float32 running sum over a large vocabulary loses the rare tokens.
@@ -149,12 +149,12 @@ def draw(params: SamplingParams, generator: torch.Generator, count: int) -> Tens
     return torch.rand(count, dtype=torch.float64, generator=generator)
 
 
-def choose(logits: Tensor, knobs: Tensor, uniform: Tensor, seen: Tensor | None, needs: Needs) -> Tensor:
+def choose(logits: Tensor, knobs: Tensor, uniform: Tensor, seen: Tensor | None, needs: SamplingFeatures) -> Tensor:
     """Steps 1 to 6 on the device of the logits, without waiting for it.
 
     Args:
         logits: [B,V]; rows that are not finite give a meaningless id, which may be V.
-        knobs: float64 [B,5], see ``knob_values``.
+        knobs: float64 [B,5], see ``params_tensor``.
         uniform: float64 [B,1] in [0, 1).
         seen: [B,V] bool, where ``needs.penalty``.
         needs: at least what the rows ask for.
@@ -174,7 +174,7 @@ def choose(logits: Tensor, knobs: Tensor, uniform: Tensor, seen: Tensor | None, 
     scores = scores / torch.where(temperature > 0, temperature, 1.0)
     outside = scores < min_p.log()
     if needs.cut:
-        outside = outside | _outside_nucleus(scores, top_k, top_p)
+        outside = outside | _top_k_top_p_mask(scores, top_k, top_p)
     scores = torch.where(outside, -math.inf, scores)
 
     # Inverse transform: the first token whose cumulative weight passes u. A token without weight never is.
@@ -208,7 +208,7 @@ def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> tuple[Tensor
     return chosen.squeeze(-1), values - normaliser, indices
 
 
-def _outside_nucleus(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def _top_k_top_p_mask(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """[B,V] bool: tokens that top-k or top-p cut off."""
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     too_many = torch.arange(scores.shape[-1], device=scores.device) >= top_k

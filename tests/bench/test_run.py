@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hyaena.bench import measure, plot, rates, report, room, run
+from hyaena.bench import measure, memory, plot, rates, report, run
 from hyaena.bench.rates import Rates, Samples, Sizes
 from hyaena.bench.run import Plan, Result, random_model
 from hyaena.config import ModelConfig
@@ -94,7 +94,7 @@ def test_a_prefill_reads_in_chunks_and_keeps_the_last_logits(monkeypatch: pytest
     assert passes == [(16, 1), (16, 1), (8, 1)] * 3
 
 
-@pytest.mark.parametrize("decoding", ["forward", "static"])
+@pytest.mark.parametrize("decoding", ["eager", "static"])
 def test_steps_begin_at_the_context_and_fit(decoding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(CONFIG, CPU, torch.float32)
     made = []
@@ -103,7 +103,7 @@ def test_steps_begin_at_the_context_and_fit(decoding: Any, monkeypatch: pytest.M
     found = measure.measure_decode(model, 3, 20, decoding=decoding, steps=2, rounds=4)
     assert found.decoding == decoding and len(found.seconds.values) == 4
     assert made[0].max_length == 20 + 1 + 2 * 5
-    if decoding == "forward":
+    if decoding == "eager":
         assert made[0].length == made[0].max_length
 
 
@@ -146,7 +146,7 @@ def test_numbers_that_are_not_finite_stop_the_measurement() -> None:
         ({"contexts": (201,)}, InputError, "contexts go up to 201"),
         ({"method": "truncated"}, UnsupportedError, "choose an exact method"),
         ({"method": "ftt"}, UnsupportedError, "ftt"),
-        ({"decoding": "captured"}, UnsupportedError, "captured on CUDA devices"),
+        ({"decoding": "cuda_graph"}, UnsupportedError, "captured on CUDA devices"),
     ],
 )
 def test_what_cannot_be_measured(change: Any, error: type[Exception], message: str) -> None:
@@ -155,7 +155,7 @@ def test_what_cannot_be_measured(change: Any, error: type[Exception], message: s
 
 
 def test_too_little_memory_is_found_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "free_bytes", lambda device: 20 * 10**9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 20 * 10**9)
 
     def make() -> StripedHyena:
         raise AssertionError("made")
@@ -169,9 +169,9 @@ def test_too_little_memory_is_found_before_anything_is_made(monkeypatch: pytest.
 
 def test_the_room_of_a_prefill_covers_its_cache() -> None:
     """At 131,072 tokens the 7B's keys and values alone are 8.6 GB; activations are of one chunk."""
-    needed = room.prefill_bytes(run.SH_7B, 131_072, 2048, 2)
+    needed = memory.prefill_bytes(run.SH_7B, 131_072, 2048, 2)
     assert 8.6e9 < needed < 9.6e9
-    assert room.decode_bytes(run.SH_7B, 64, 8192, 2) == pytest.approx(64 * 8192 * 65_536, rel=0.01)
+    assert memory.decode_bytes(run.SH_7B, 64, 8192, 2) == pytest.approx(64 * 8192 * 65_536, rel=0.01)
 
 
 def test_the_table() -> None:

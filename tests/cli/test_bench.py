@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hyaena.bench import rates, room
+from hyaena.bench import memory, rates
 from hyaena.bench.rates import Sizes
 from hyaena.cli import main
 
@@ -70,7 +70,7 @@ def test_defaults_keep_within_the_models_length(tmp_path: Path, capsys: pytest.C
         (["--json", "{tmp}/none/b.json"], "name a file in a folder that exists"),
         (["--plot", "{tmp}"], "name a file in a folder"),
         (["--json", "{tmp}/b", "--plot", "{tmp}/b"], "name two files"),
-        (["--decoding", "captured"], "captured on CUDA devices"),
+        (["--decoding", "cuda_graph"], "captured on CUDA devices"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -106,7 +106,7 @@ def test_a_missing_plotting_library_is_found_first(
 
 
 def test_the_7b_does_not_fit_everywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(room, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
     assert bench("--device", "cpu") == 2
     assert "7b needs about 31" in capsys.readouterr().err
 

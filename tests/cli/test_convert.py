@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hyaena.checkpoints import load_model
 from hyaena.cli import main
-from hyaena.cli.units import binary_bytes, decimal_bytes, parse_size, short_count
+from hyaena.cli.formatting import binary_bytes, decimal_bytes, parse_size, short_count
 from hyaena.errors import InputError
 
 COMMANDS = {"convert": "hyaena.cli.convert"}

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from device import DEVICE
 from hyaena.config import ModelConfig
-from hyaena.decoding import Choice, Decoder, resolve_decoding, why_not
+from hyaena.decoding import Decoder, StepOutput, resolve_decoding, why_not
 from hyaena.decoding.decoder import Graph, Shape
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.model import StripedHyena
 from hyaena.ops import HyenaState
-from hyaena.ops.decode import DecodeOperators
-from hyaena.sampling import Needs, SamplingParams, log_probabilities, sample
+from hyaena.ops.step import DecodeOperators
+from hyaena.sampling import SamplingFeatures, SamplingParams, log_probabilities, sample
 
 SH = ModelConfig(
     vocab_size=50,
@@ -121,8 +121,8 @@ def test_the_memory_is_what_the_cache_would_hold() -> None:
     assert held.padding is not None and held.padding.tolist() == PADDINGS
     for got, want in zip(held.layers, cache.layers, strict=True):
         if isinstance(got, HyenaState) and isinstance(want, HyenaState):
-            torch.testing.assert_close(got.fir, want.fir)
-            torch.testing.assert_close(got.iir, want.iir)
+            torch.testing.assert_close(got.short, want.short)
+            torch.testing.assert_close(got.long, want.long)
         elif not isinstance(got, HyenaState) and not isinstance(want, HyenaState):
             torch.testing.assert_close(got.keys, want.keys)
             torch.testing.assert_close(got.values, want.values)
@@ -134,11 +134,11 @@ def test_the_memory_is_what_the_cache_would_hold() -> None:
 def test_the_kernels_say_the_same(config: ModelConfig) -> None:
     """From three rows down to one."""
     pytest.importorskip("triton", reason="the kernels need triton, which is made for Linux")
-    from hyaena.ops.triton.decode import FusedDecodeOperators
+    from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 
     model, params = make(config, torch.float32).to(DEVICE), [SamplingParams()] * 3
 
-    def run(operators: DecodeOperators) -> list[Choice]:
+    def run(operators: DecodeOperators) -> list[StepOutput]:
         cache, ids, _ = prefill(model, PADDINGS)
         decoder = Decoder(model, cache, ids, params, [p.generator() for p in params], operators=operators)
         choices = []
@@ -196,7 +196,7 @@ def test_numbers_are_drawn_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPa
     params = PARAMS["drawn"]
     tokens = []
     for block in (256, 3):
-        monkeypatch.setattr("hyaena.decoding.choice.BLOCK", block)
+        monkeypatch.setattr("hyaena.decoding.sampler.BLOCK", block)
         cache, ids, _ = prefill(model, PADDINGS)
         decoder = Decoder(model, cache, ids, params, [p.generator() for p in params])
         for _ in range(14):
@@ -223,7 +223,7 @@ def test_logits_that_are_not_finite_are_reported_with_the_token(temperature: flo
     model = make()
     cache, ids, _ = prefill(model, PADDINGS)
     with torch.inference_mode():
-        cache.layers[0].iir[1] = math.nan
+        cache.layers[0].long[1] = math.nan
     params = [SamplingParams(temperature=temperature, seed=0)] * 3
     decoder = Decoder(model, cache, ids, params, [p.generator() for p in params])
     decoder.launch()
@@ -252,7 +252,7 @@ def test_what_a_step_would_not_call_is_refused() -> None:
     cache, ids, _ = prefill(model, [0])
 
     def refused(message: str, captured: bool = False) -> None:
-        with pytest.raises(UnsupportedError, match=message + ".*decode with decoding='forward'") as caught:
+        with pytest.raises(UnsupportedError, match=message + ".*decode with decoding='eager'") as caught:
             Decoder(model, cache, ids, [SamplingParams()], [torch.Generator()], captured=captured)
         assert "\n" not in str(caught.value)
 
@@ -290,11 +290,11 @@ def test_a_graph_of_another_shape_is_never_replayed() -> None:
         def replay(self) -> None:
             replayed.append(self)
 
-    shape = Shape(rows=2, capacity=40, needs=Needs(), top=0)
+    shape = Shape(rows=2, capacity=40, needs=SamplingFeatures(), top=0)
     packed = torch.zeros(2, 3)
     graph = Graph(shape, Fake(), packed)  # type: ignore[arg-type]
-    assert graph.replay(Shape(rows=2, capacity=40, needs=Needs(), top=0)) is packed
-    for other in ({"rows": 1}, {"capacity": 41}, {"needs": Needs(draw=True)}, {"top": 1}):
+    assert graph.replay(Shape(rows=2, capacity=40, needs=SamplingFeatures(), top=0)) is packed
+    for other in ({"rows": 1}, {"capacity": 41}, {"needs": SamplingFeatures(draw=True)}, {"top": 1}):
         with pytest.raises(AssertionError, match="was to be replayed for"):
             graph.replay(dataclasses.replace(shape, **other))
     assert len(replayed) == 1
@@ -302,9 +302,9 @@ def test_a_graph_of_another_shape_is_never_replayed() -> None:
 
 def test_ways_of_decoding() -> None:
     model = make()
-    assert resolve_decoding(model, "auto", "auto") == "forward"
+    assert resolve_decoding(model, "auto", "auto") == "eager"
     assert resolve_decoding(model, "static", "truncated") == "static"  # the plain operators take any state
-    with pytest.raises(InputError, match="unknown decoding 'quick': choose auto, forward, static, captured"):
+    with pytest.raises(InputError, match="unknown decoding 'quick': choose auto, eager, static, cuda_graph"):
         resolve_decoding(model, "quick", "auto")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="graphs are captured on CUDA devices"):
-        resolve_decoding(model, "captured", "auto")
+        resolve_decoding(model, "cuda_graph", "auto")

@@ -239,7 +239,7 @@ def test_no_pass_carries_more_than_a_chunk(model: StripedHyena, chunk: int) -> N
 
 def test_few_long_prompts_share_no_pass_however_long_it_may_be(model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask of padding grows with the square of the pass."""
-    monkeypatch.setattr("hyaena.generation.run.TOGETHER", 60)
+    monkeypatch.setattr("hyaena.generation.loop.MAX_PREFILL_BATCH_TOKENS", 60)
     with Recorder(model) as passes:
         generate(model, TOKENIZER, ["x" * 39, "x" * 30, "x" * 9, "x" * 5], max_new_tokens=1, prefill_chunk=1000)
     assert passes == [(2, 10), (1, 31), (1, 40)]
@@ -377,7 +377,7 @@ def test_steps_on_fixed_memory_say_what_calls_of_the_model_say(model: StripedHye
     """Rows of unequal length that end at different times."""
     ways = [
         generate(model, Bytes(eos), PROMPTS, max_new_tokens=40, stop=["zz", "q"], decoding=decoding, **options)
-        for decoding in ("forward", "static")
+        for decoding in ("eager", "static")
     ]
     for forward, static in zip(*ways, strict=True):
         assert (forward.tokens, forward.text, forward.finish_reason) == (
@@ -400,7 +400,7 @@ def test_the_rows_of_that_test_do_end_at_different_times(model: StripedHyena) ->
 def test_windows_of_cut_filters_step_on_fixed_memory_too(model: StripedHyena) -> None:
     ways = [
         generate(model, TOKENIZER, PROMPTS, max_new_tokens=9, method="truncated", decoding=decoding)
-        for decoding in ("forward", "static")
+        for decoding in ("eager", "static")
     ]
     assert [row.tokens for row in ways[0]] == [row.tokens for row in ways[1]]
 
@@ -427,10 +427,10 @@ def test_an_abandoned_stream_leaves_nothing_running(model: StripedHyena, monkeyp
 
 
 def test_ways_of_decoding_that_cannot_be_are_refused_at_the_call(model: StripedHyena) -> None:
-    with pytest.raises(InputError, match="unknown decoding 'fast': choose auto, forward, static, captured"):
+    with pytest.raises(InputError, match="unknown decoding 'fast': choose auto, eager, static, cuda_graph"):
         stream(model, TOKENIZER, "a", decoding="fast")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnsupportedError, match="graphs are captured on CUDA devices, and the model is on cpu"):
-        stream(model, TOKENIZER, "a", decoding="captured")
+        stream(model, TOKENIZER, "a", decoding="cuda_graph")
     with Recorder(model), pytest.raises(UnsupportedError, match="the model has forward hooks"):
         stream(model, TOKENIZER, "a", decoding="static")
 
@@ -469,7 +469,7 @@ def poison_head(model: StripedHyena) -> None:
         (poison_head, r"first appear in the head, at token 0;"),
     ],
 )
-@pytest.mark.parametrize(("temperature", "decoding"), [(0.0, "forward"), (1.0, "forward"), (1.0, "static")])
+@pytest.mark.parametrize(("temperature", "decoding"), [(0.0, "eager"), (1.0, "eager"), (1.0, "static")])
 def test_non_finite_logits_stop_and_say_where(
     poison: Callable[[StripedHyena], None], where: str, temperature: float, decoding: Decoding
 ) -> None:
@@ -485,7 +485,7 @@ def test_non_finite_logits_stop_and_say_where(
     assert hooks == [module for module in model.modules() if module._forward_hooks] == []
 
 
-@pytest.mark.parametrize("decoding", ["forward", "static"])
+@pytest.mark.parametrize("decoding", ["eager", "static"])
 def test_what_was_said_before_the_numbers_went_wrong_is_kept(model: StripedHyena, decoding: Decoding) -> None:
     tokens = naive(model, PROMPTS[1], 6)
     fatal = next(i for i in range(2, 6) if tokens[i] not in tokens[:i] + TOKENIZER.encode(PROMPTS[1]))

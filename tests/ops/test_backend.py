@@ -8,7 +8,7 @@ import torch
 
 from hyaena.errors import UnsupportedError
 from hyaena.ops import FUSED_METHODS, METHODS, ModalFilter, gate, hyena
-from hyaena.ops.backend import VARIABLE, say_once, use_kernels, use_triton
+from hyaena.ops.backend import VARIABLE, log_once, use_kernels, use_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -24,7 +24,7 @@ def unable() -> str:
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    say_once.cache_clear()
+    log_once.cache_clear()
 
 
 @pytest.mark.parametrize(

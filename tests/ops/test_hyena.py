@@ -39,8 +39,8 @@ def test_padding_contributes_exactly_nothing(method: str, padding: int) -> None:
     y_padded, state_padded = hyena(padded, weight, bias, filter, mask=mask, method=method)
     assert torch.equal(y_padded[:, :padding], torch.zeros(1, padding, 5))
     torch.testing.assert_close(y_padded[:, padding:], y, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(state_padded.iir, state.iir, rtol=1e-4, atol=1e-4)
-    assert torch.equal(state_padded.fir, state.fir)
+    torch.testing.assert_close(state_padded.long, state.long, rtol=1e-4, atol=1e-4)
+    assert torch.equal(state_padded.short, state.short)
 
 
 def test_a_projection_of_another_width_is_refused() -> None:

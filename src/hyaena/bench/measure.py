@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyaena.bench import floors
+from hyaena.bench import roofline
 from hyaena.bench.rates import Rates, Samples, times
 from hyaena.cache import Cache, KVCache
-from hyaena.decoding import Choice, Decoder, Decoding, pack, resolve_decoding
+from hyaena.decoding import Decoder, Decoding, StepOutput, pack_outputs, resolve_decoding
 from hyaena.errors import NonFiniteError
 from hyaena.generation import choose_chunk
 from hyaena.model import StripedHyena
@@ -27,7 +27,7 @@ class Prefill:
         length: tokens of the prompt.
         chunk: tokens of a pass.
         seconds: from the ids to the logits of the last position, the cache's allocation included.
-        flops: operations that it cannot do without; see ``floors.prefill_flops``.
+        flops: operations that it cannot do without; see ``roofline.prefill_flops``.
         peak_memory: the most bytes that tensors held meanwhile, weights and cache included; None off CUDA, where only
             the whole process can be observed.
     """
@@ -54,9 +54,9 @@ class Decode:
     Attributes:
         batch: rows, decoded together.
         context: tokens that each row remembers when the first step begins.
-        decoding: how steps are evaluated: ``"forward"``, ``"static"`` or ``"captured"``.
+        decoding: how steps are evaluated: ``"eager"``, ``"static"`` or ``"cuda_graph"``.
         seconds: of one step, each the mean over a round of them; every token is read by the host.
-        bytes: that a step at ``context`` cannot do without; see ``floors.decode_bytes``.
+        bytes: that a step at ``context`` cannot do without; see ``roofline.decode_bytes``.
         first_step: seconds of the very first step, kernels compiled and graphs captured in it.
     """
 
@@ -115,7 +115,7 @@ def measure_prefill(
         length=length,
         chunk=chunk,
         seconds=Samples(tuple(taken)),
-        flops=floors.prefill_flops(config, length),
+        flops=roofline.prefill_flops(config, length),
         peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
@@ -152,7 +152,7 @@ def measure_decode(
         context=context,
         decoding=decoding,
         seconds=Samples(tuple(taken)).map(lambda s: s / steps),
-        bytes=floors.decode_bytes(model.config, batch, context, model.dtype.itemsize),
+        bytes=roofline.decode_bytes(model.config, batch, context, model.dtype.itemsize),
         first_step=first,
     )
 
@@ -173,7 +173,7 @@ def _stepper(model: StripedHyena, cache: Cache, decoding: Decoding) -> Callable[
     rows = [SamplingParams()] * cache.batch_size
     generators = [row.generator() for row in rows]
     ids = torch.ones(len(rows), dtype=torch.int64, device=model.device)
-    if decoding == "forward":
+    if decoding == "eager":
 
         @torch.inference_mode()
         def forward(count: int) -> None:
@@ -181,10 +181,10 @@ def _stepper(model: StripedHyena, cache: Cache, decoding: Decoding) -> Callable[
             for _ in range(count):
                 logits = model(ids[:, None], cache=cache, logits_to_keep=1)[:, -1]
                 ids = sample(logits, rows, generators)
-                _look(Choice.unpack(pack(logits, ids, finite_rows(logits), 0)))
+                _look(StepOutput.unpack(pack_outputs(logits, ids, finite_rows(logits), 0)))
 
         return forward
-    decoder = Decoder(model, cache, ids, rows, generators, captured=decoding == "captured")
+    decoder = Decoder(model, cache, ids, rows, generators, captured=decoding == "cuda_graph")
 
     def ahead(count: int) -> None:
         decoder.launch()
@@ -196,7 +196,7 @@ def _stepper(model: StripedHyena, cache: Cache, decoding: Decoding) -> Callable[
     return ahead
 
 
-def _look(choice: Choice) -> None:
+def _look(choice: StepOutput) -> None:
     if not all(choice.finite):
         raise NonFiniteError("the logits of a decoding step are not finite: measure in float32")
 

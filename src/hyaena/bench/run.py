@@ -1,4 +1,4 @@
-"""All of a plan: the machine's rates, then the model's prefills and decoding steps beside their floors."""
+"""All of a plan: the machine's rates, then the model's prefills and decoding steps beside their roofline."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from hyaena import ops
-from hyaena.bench import floors, room
+from hyaena.bench import memory, roofline
 from hyaena.bench.measure import Decode, Prefill, measure_decode, measure_prefill
 from hyaena.bench.rates import SIZES, Rates, measure_rates
 from hyaena.config import ModelConfig
 from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.generation import PREFILL_CHUNK, PREFILL_CHUNK_ELSEWHERE
+from hyaena.generation import MIN_PREFILL_CHUNK, PREFILL_CHUNK
 from hyaena.model import StripedHyena
 
 SH_7B = ModelConfig(
@@ -110,7 +110,7 @@ def run(
     if device.type not in SIZES:
         raise UnsupportedError(f"bench knows the clocks of {' and '.join(SIZES)} devices, not {device}: choose one")
     plan.check(config)
-    room.require(_needed(config, plan, device, dtype.itemsize), device, f"measuring {config.name}", _REMEDY)
+    memory.require_memory(_needed(config, plan, device, dtype.itemsize), device, f"measuring {config.name}", _REMEDY)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         say(f"making {config.name}")
         model = make()
@@ -142,14 +142,14 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
 def _needed(config: ModelConfig, plan: Plan, device: torch.device, itemsize: int) -> int:
     """The most bytes that a plan holds at once."""
-    chunk = plan.chunk or PREFILL_CHUNK.get(device.type, PREFILL_CHUNK_ELSEWHERE)  # the least that is chosen
+    chunk = plan.chunk or PREFILL_CHUNK.get(device.type, MIN_PREFILL_CHUNK)  # the least that is chosen
     slots = max(plan.contexts, default=0) + 8 * plan.steps
     most = max(
         SIZES[device.type].bytes,
-        room.prefill_bytes(config, max(plan.lengths, default=1), chunk, itemsize),
-        room.decode_bytes(config, max(plan.batches, default=1), slots, itemsize),
+        memory.prefill_bytes(config, max(plan.lengths, default=1), chunk, itemsize),
+        memory.decode_bytes(config, max(plan.batches, default=1), slots, itemsize),
     )
-    return floors.weight_bytes(config, itemsize) + most
+    return roofline.weight_bytes(config, itemsize) + most
 
 
 def _prefills(model: StripedHyena, plan: Plan, say: Callable[[str], object]) -> Iterator[Prefill]:

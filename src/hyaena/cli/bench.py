@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--decoding",
         default="auto",
-        choices=("auto", "forward", "static", "captured"),
+        choices=("auto", "eager", "static", "cuda_graph"),
         help="how steps are evaluated (auto)",
     )
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hyaena.cli.units import decimal_bytes, parse_size
+from hyaena.cli.formatting import decimal_bytes, parse_size
 from hyaena.errors import InputError
 
 HELP = "write a model in this package's layout or the original's"

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyaena.bench import floors
-from hyaena.cli.units import binary_bytes, decimal_bytes, short_count
+from hyaena.bench import roofline
+from hyaena.cli.formatting import binary_bytes, decimal_bytes, short_count
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
 
@@ -128,7 +128,7 @@ def _parameters(config: ModelConfig) -> dict[str, int]:
 
 def _cache(config: ModelConfig, width: int) -> dict[str, int]:
     """Bytes that a model remembers: keys and values of every token, and Hyena states whatever the length."""
-    per_token, per_sequence = config.slot_bytes(width), floors.state_bytes(config, width)
+    per_token, per_sequence = config.kv_bytes_per_token(width), roofline.state_bytes(config, width)
     return {
         "bytes_per_token": per_token,
         "bytes_per_sequence": per_sequence,

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from hyaena import ops
 from hyaena.cache import Cache
-from hyaena.decoding.choice import Choice, Chooser
 from hyaena.decoding.memory import StaticMemory, move_rows
+from hyaena.decoding.sampler import GraphSampler, StepOutput
 from hyaena.decoding.step import step, why_not
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.model import StripedHyena
 from hyaena.ops import triton
-from hyaena.ops.backend import say_once
-from hyaena.ops.decode import DecodeOperators
-from hyaena.sampling import Needs, SamplingParams
+from hyaena.ops.backend import log_once
+from hyaena.ops.step import DecodeOperators
+from hyaena.sampling import SamplingFeatures, SamplingParams
 
-Decoding = Literal["auto", "forward", "static", "captured"]
+Decoding = Literal["auto", "eager", "static", "cuda_graph"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Shape:
 
     rows: int
     capacity: int
-    needs: Needs
+    needs: SamplingFeatures
     top: int
 
 
@@ -92,14 +92,14 @@ class Decoder:
     ) -> None:
         reason = why_not(model) or (_no_graphs(model) if captured else None)
         if reason is not None:
-            raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='forward'")
+            raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='eager'")
         if not ids.shape[0] == cache.batch_size == len(params) == len(generators):
             raise InputError(f"the cache holds {cache.batch_size} rows, and the decoder was given {ids.shape[0]} ids")
         self.model = model
         self.operators = operators or choose_operators(model)
         with torch.inference_mode():
             self.memory = StaticMemory.adopt(cache, model.config)
-            self.chooser = Chooser(params, generators, seen=seen, top=top, device=model.device)
+            self.chooser = GraphSampler(params, generators, seen=seen, top=top, device=model.device)
             self.ids = ids.to(model.device, torch.int64, copy=True)
         self.length = cache.length
         self.rows = ids.shape[0]
@@ -142,12 +142,12 @@ class Decoder:
         event.record()
         return host, event
 
-    def fetch(self) -> Choice:
+    def fetch(self) -> StepOutput:
         """What the oldest step that was not fetched chose."""
         packed, event = self.pending.popleft()
         if event is not None:
             event.synchronize()
-        return Choice.unpack(packed)
+        return StepOutput.unpack(packed)
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
@@ -201,8 +201,8 @@ def choose_operators(model: StripedHyena) -> DecodeOperators:
         return DecodeOperators()
     reason = _beyond_kernels(model)
     if reason is not None:
-        raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='forward'")
-    from hyaena.ops.triton.decode import FusedDecodeOperators  # Triton comes with torch on CUDA machines only
+        raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='eager'")
+    from hyaena.ops.triton.decode.operators import FusedDecodeOperators  # Triton comes with torch on CUDA machines only
 
     return FusedDecodeOperators(overlap=triton.can_overlap(model.device))
 
@@ -226,8 +226,8 @@ def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decodi
 
     Args:
         model: whose tokens.
-        wish: ``"forward"`` calls the model for each token; ``"static"`` steps on fixed memory; ``"captured"`` does
-            so as a graph, on CUDA devices; ``"auto"`` is ``"captured"`` where that can be done, and ``"forward"``
+        wish: ``"eager"`` calls the model for each token; ``"static"`` steps on fixed memory; ``"cuda_graph"`` does
+            so as a graph, on CUDA devices; ``"auto"`` is ``"cuda_graph"`` where that can be done, and ``"eager"``
             elsewhere.
         method: by which prompts are read.
 
@@ -237,8 +237,8 @@ def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decodi
     """
     if wish not in get_args(Decoding):
         raise InputError(f"unknown decoding {wish!r}: choose {', '.join(get_args(Decoding))}")
-    if wish == "forward" or (wish == "auto" and model.device.type != "cuda"):
-        return "forward"
+    if wish == "eager" or (wish == "auto" and model.device.type != "cuda"):
+        return "eager"
     reason = why_not(model) or (_no_graphs(model) if wish != "static" else None)
     if reason is None and model.device.type == "cuda":
         reason = _beyond_kernels(model)
@@ -246,8 +246,8 @@ def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decodi
             reason = f"the kernels step modes, and {method!r} leaves the windows of cut filters"
     if wish == "auto":
         choice = "captured steps" if reason is None else f"calls of the model, not captured steps: {reason}"
-        say_once("tokens are decoded by", choice)
-        return "captured" if reason is None else "forward"
+        log_once("tokens are decoded by", choice)
+        return "cuda_graph" if reason is None else "eager"
     if reason is not None:
-        raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='forward'")
+        raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='eager'")
     return wish

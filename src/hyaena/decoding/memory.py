@@ -15,7 +15,7 @@ from hyaena.cache import Cache, KVCache
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
 from hyaena.ops import HyenaState, rotary_table
-from hyaena.ops.decode import Slots
+from hyaena.ops.step import Slots
 
 
 class StaticMemory:
@@ -63,7 +63,7 @@ class StaticMemory:
         layers: list[KVCache | HyenaState] = [
             KVCache(layer.keys[:count], layer.values[:count])
             if isinstance(layer, KVCache)
-            else HyenaState(layer.fir[:count], layer.iir[:count])
+            else HyenaState(layer.short[:count], layer.long[:count])
             for layer in self.layers
         ]
         return StaticMemory(layers, self.slots._replace(padding=self.slots.padding[:count]), self.capacity)

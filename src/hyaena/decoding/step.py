@@ -14,7 +14,7 @@ from hyaena.cache import KVCache
 from hyaena.decoding.memory import StaticMemory
 from hyaena.model import Attention, GatedMLP, Hyena, Layer, LongFilter, RMSNorm, ShortFilter, StripedHyena
 from hyaena.ops import HyenaState
-from hyaena.ops.decode import DecodeOperators, Norm
+from hyaena.ops.step import DecodeOperators, Norm
 
 _PARTS = (
     StripedHyena, Layer, Attention, Hyena, GatedMLP, RMSNorm, ShortFilter, LongFilter, nn.Linear, nn.Embedding,

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import InputError
-from hyaena.generation.chunks import PREFILL_CHUNK, PREFILL_CHUNK_ELSEWHERE, choose_chunk
-from hyaena.generation.run import Event, FinishReason, Progress, Row, Run, Stats
-from hyaena.generation.text import TextEnd
+from hyaena.generation.chunks import MIN_PREFILL_CHUNK, PREFILL_CHUNK, choose_chunk
+from hyaena.generation.loop import Event, FinishReason, Progress, Row, Run, Stats
+from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
 from hyaena.ops import capabilities
 from hyaena.sampling import SamplingParams
 from hyaena.tokenizers import Tokenizer
 
 __all__ = [
+    "MIN_PREFILL_CHUNK",
     "PREFILL_CHUNK",
-    "PREFILL_CHUNK_ELSEWHERE",
     "Completion",
     "Event",
     "Options",
@@ -120,8 +120,8 @@ def stream(
         logprobs: how many alternatives to report with each token.
         method: how long convolutions of the prompt are evaluated (``ops.METHODS``); single steps choose themselves,
             from what it left behind.
-        decoding: how single steps are evaluated: ``"forward"`` calls the model, ``"static"`` steps on fixed memory,
-            ``"captured"`` does so as one CUDA graph, on CUDA devices; ``"auto"`` is the last where it can be done and
+        decoding: how single steps are evaluated: ``"eager"`` calls the model, ``"static"`` steps on fixed memory,
+            ``"cuda_graph"`` does so as one CUDA graph, on CUDA devices; ``"auto"`` is the last where it can be done and
             the first elsewhere.
         max_length: the most tokens of prompt and completion together; ``config.max_length`` unless given.
         prefill_chunk: the most tokens of prompts that one pass reads; unless given 512 on a CPU, on CUDA devices 2,048
@@ -174,7 +174,7 @@ def stream(
             seed=own_seed,
         )
         eos_id = tokenizer.eos_id if stop_at_eos else None
-        rows.append(Row(index, ids, params, TextEnd(tokenizer, ids, stops), eos_id, max_new_tokens))
+        rows.append(Row(index, ids, params, StopStringFilter(tokenizer, ids, stops), eos_id, max_new_tokens))
     if prefill_chunk is None:
         longest = max(len(row.prompt) for row in rows)
         prefill_chunk = choose_chunk(model, len(rows) * (longest + max_new_tokens))

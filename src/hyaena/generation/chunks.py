@@ -9,9 +9,9 @@ from hyaena.model import StripedHyena
 
 PREFILL_CHUNK = {"cpu": 512}
 """Tokens that one pass of the model reads on a kind of device: as many as keep it busy, so that memory stays flat."""
-PREFILL_CHUNK_ELSEWHERE = 2048
+MIN_PREFILL_CHUNK = 2048
 """On other devices; on CUDA devices the least."""
-PREFILL_CHUNK_MOST = 32768
+MAX_PREFILL_CHUNK = 32768
 """The most on CUDA devices: products are no faster for more rows, and memory is better kept for the cache."""
 SHARE = 0.5
 """Of the free memory that a pass may fill; the rest is for what is not counted: plain long convolutions, fragments."""
@@ -29,18 +29,18 @@ def choose_chunk(model: StripedHyena, slots: int) -> int:
     """
     device = model.device
     if device.type != "cuda":
-        return PREFILL_CHUNK.get(device.type, PREFILL_CHUNK_ELSEWHERE)
+        return PREFILL_CHUNK.get(device.type, MIN_PREFILL_CHUNK)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but torch's
     free = torch.cuda.mem_get_info(device)[0] + kept
     itemsize = model.dtype.itemsize
-    stored = slots * model.config.slot_bytes(itemsize)  # the states of Hyena layers do not grow
+    stored = slots * model.config.kv_bytes_per_token(itemsize)  # the states of Hyena layers do not grow
     return fitting_chunk(free - stored, pass_bytes_per_token(model.config, itemsize))
 
 
 def fitting_chunk(free: int, bytes_per_token: int) -> int:
     """The largest power of two whose bytes fit into ``SHARE`` of what is free, within the bounds above."""
     fitting = max(1, int(SHARE * free) // bytes_per_token)
-    return min(PREFILL_CHUNK_MOST, max(PREFILL_CHUNK_ELSEWHERE, 1 << (fitting.bit_length() - 1)))
+    return min(MAX_PREFILL_CHUNK, max(MIN_PREFILL_CHUNK, 1 << (fitting.bit_length() - 1)))
 
 
 def pass_bytes_per_token(config: ModelConfig, itemsize: int) -> int:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @functools.cache
-def say_once(what: str, choice: str) -> None:
+def log_once(what: str, choice: str) -> None:
     """Log a choice the first time that it is made."""
     logger.info("%s %s", what, choice)
 
@@ -58,7 +58,7 @@ def use_triton(method: str, obstacle: Callable[[], str | None], device: torch.de
         return False
     reason = obstacle() if device.type == "cuda" else f"they need a CUDA device, and the tensors are on {device.type!r}"
     if not torch.compiler.is_compiling():
-        say_once(what, "the fused kernels" if reason is None else f"plain torch, not the fused kernels: {reason}")
+        log_once(what, "the fused kernels" if reason is None else f"plain torch, not the fused kernels: {reason}")
     return reason is None
 
 

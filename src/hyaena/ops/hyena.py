@@ -39,13 +39,13 @@ class HyenaState(NamedTuple):
     """What a Hyena block remembers of the inputs of its two filters.
 
     Attributes:
-        fir: [B,3D,K-1], the last inputs of the short filter, oldest first.
-        iir: complex [B,D,N], the state of every mode of the long filter; or, when that is evaluated truncated to W
+        short: [B,3D,K-1], the last inputs of the short filter, oldest first.
+        long: complex [B,D,N], the state of every mode of the long filter; or, when that is evaluated truncated to W
             taps, the window of its last inputs, real [B,D,W-1], oldest first.
     """
 
-    fir: Tensor
-    iir: Tensor
+    short: Tensor
+    long: Tensor
 
 
 def hyena(

@@ -9,9 +9,10 @@ from torch import Tensor
 from device import DEVICE
 from hyaena import ops
 from hyaena.ops import HyenaState, ModalFilter, rotary_table
-from hyaena.ops.decode import DecodeOperators, Norm, Slots
-from hyaena.ops.triton import decode_obstacle, gemv, tokens
-from hyaena.ops.triton.decode import FusedDecodeOperators
+from hyaena.ops.step import DecodeOperators, Norm, Slots
+from hyaena.ops.triton import decode_obstacle
+from hyaena.ops.triton.decode import embed_argmax, gemv
+from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 
 PLAIN = DecodeOperators()
 # One rounding of the result to its own dtype, and in the twin one or two more on the way: 2^-24, 2^-11, 2^-8 each.
@@ -163,14 +164,14 @@ def test_the_hyena_step_moves_both_states(dtype: torch.dtype, modes: int, taps: 
     fused = FusedDecodeOperators()
     for _ in range(3):
         got = fused.hyena(z, weight.to(dtype), bias.to(dtype), long_filter, state)
-        wide = HyenaState(twin.fir.float(), twin.iir)
+        wide = HyenaState(twin.short.float(), twin.long)
         skip = None if long_filter.skip is None else long_filter.skip.float()
         exact = long_filter._replace(skip=skip)
         want = PLAIN.hyena(z.float(), weight.to(dtype).float(), bias.to(dtype).float(), exact, wide)
-        twin.fir.copy_(wide.fir)
+        twin.short.copy_(wide.short)
         close(got, want, dtype)
-        assert torch.equal(state.fir, twin.fir)
-        close(torch.view_as_real(state.iir), torch.view_as_real(twin.iir), torch.float32)
+        assert torch.equal(state.short, twin.short)
+        close(torch.view_as_real(state.long), torch.view_as_real(twin.long), torch.float32)
         z = z.roll(1, dims=1)
 
 
@@ -185,7 +186,7 @@ def test_the_first_kernel_counts_a_slot_and_looks_tokens_up(dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [16, 32768])
 def test_the_greedy_choice(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int) -> None:
-    monkeypatch.setattr(tokens, "BLOCK", block)
+    monkeypatch.setattr(embed_argmax, "BLOCK", block)
     logits = 5 * randn(9, 50, dtype=dtype)
     logits[0, [7, 9, 40]] = 100.0  # the first of equals
     logits[1, 3:] = -torch.inf

@@ -13,7 +13,7 @@ from device import DEVICE
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops import HyenaState, ModalFilter, hyena
 from hyaena.ops.triton import hyena_step_
-from hyaena.ops.triton.launch import (
+from hyaena.ops.triton.hyena.launch import (
     BackwardTiling,
     Tiling,
     backward,
@@ -62,7 +62,7 @@ def plain(z, weight, bias, poles, residues, skip, fir, iir, *, mask=None) -> tup
         iir = z.new_zeros(z.shape[0], *poles.shape)
     state = HyenaState(fir, torch.view_as_complex(iir))
     y, state = hyena(z, weight, bias, filter, state, mask=mask, method="blocked")
-    return y, state.fir, torch.view_as_real(state.iir)
+    return y, state.short, torch.view_as_real(state.long)
 
 
 def make(
@@ -238,8 +238,8 @@ def test_splitting_law(method: str, cut: int) -> None:
     first, state = hyena(z[:, :cut], weight, bias, filter, method=method)
     rest, state = hyena(z[:, cut:], weight, bias, filter, state, method=method)
     close(torch.cat([first, rest], dim=1), whole, TOLERANCE[torch.float32])
-    assert torch.equal(state.fir, last.fir)
-    close(torch.view_as_real(state.iir), torch.view_as_real(last.iir), TOLERANCE[torch.float32])
+    assert torch.equal(state.short, last.short)
+    close(torch.view_as_real(state.long), torch.view_as_real(last.long), TOLERANCE[torch.float32])
 
 
 def test_padding_contributes_exactly_nothing() -> None:
@@ -264,8 +264,8 @@ def test_a_step_moves_its_states_in_place(dtype: torch.dtype, modes: int, taps: 
     state = HyenaState(problem.fir, torch.view_as_complex(problem.iir))
     got = hyena_step_(problem.z, problem.weight, problem.bias, filter, *state)
     close(got, y, TOLERANCE[dtype])
-    close(torch.view_as_real(state.iir), iir, TOLERANCE[torch.float32])
-    assert torch.equal(state.fir.double(), fir)
+    close(torch.view_as_real(state.long), iir, TOLERANCE[torch.float32])
+    assert torch.equal(state.short.double(), fir)
 
 
 def check_backward(problem: Problem, tiling: BackwardTiling | None, *, of_states: bool = True) -> None:

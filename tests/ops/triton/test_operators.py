@@ -7,7 +7,7 @@ from torch import Tensor
 from device import DEVICE
 from hyaena.errors import InputError
 from hyaena.ops import HyenaState, ModalFilter, hyena
-from hyaena.ops.triton.operators import hyena_operator, hyena_step_operator
+from hyaena.ops.triton.hyena.register import hyena_operator, hyena_step_operator
 
 
 def arguments(length: int = 4, channels: int = 3) -> list[Tensor]:
@@ -21,7 +21,7 @@ def arguments(length: int = 4, channels: int = 3) -> list[Tensor]:
 def loss(method: str, z, weight, bias, poles, residues, skip, fir, iir) -> Tensor:
     state = HyenaState(fir, iir)
     y, state = hyena(z, weight, bias, ModalFilter(poles, residues, skip), state, method=method)
-    return y.sin().sum() + state.fir.sin().sum() + (state.iir * (1 + 2j)).real.sin().sum()
+    return y.sin().sum() + state.short.sin().sum() + (state.long * (1 + 2j)).real.sin().sum()
 
 
 def gradients(method: str, inputs: list[Tensor], function=loss) -> tuple[Tensor, ...]:

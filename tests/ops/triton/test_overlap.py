@@ -16,8 +16,8 @@ from hyaena.decoding.memory import StaticMemory
 from hyaena.decoding.step import step
 from hyaena.model import StripedHyena
 from hyaena.ops import triton as kernels
-from hyaena.ops.triton import gemv, overlap
-from hyaena.ops.triton.decode import FusedDecodeOperators
+from hyaena.ops.triton.decode import gemv, pdl
+from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 
 CONFIG = ModelConfig(
     vocab_size=48,
@@ -54,8 +54,8 @@ class Watch:
         monkeypatch.setattr(builder, "set_grid_idx", begin)
         monkeypatch.setattr(builder, "create_masked_load", load)
         monkeypatch.setattr(builder, "create_masked_store", store)
-        monkeypatch.setattr(overlap, "gdc_wait", lambda: self.note("wait"))
-        monkeypatch.setattr(overlap, "gdc_launch_dependents", lambda: self.note("release"))
+        monkeypatch.setattr(pdl, "gdc_wait", lambda: self.note("wait"))
+        monkeypatch.setattr(pdl, "gdc_launch_dependents", lambda: self.note("release"))
 
     def note(self, what: str) -> None:
         self.programs[-1].append(what)

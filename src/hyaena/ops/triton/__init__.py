@@ -89,7 +89,7 @@ def hyena_triton(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equals ``ops.hyena`` by any plain method: y [B,T,D], and fir and iir after z. Differentiable."""
-    from hyaena.ops.triton.operators import hyena_operator
+    from hyaena.ops.triton.hyena.register import hyena_operator
 
     batch, length, width = z.shape
     if length == 0 or (mask is not None and mask.shape != z.shape[:2]):
@@ -132,7 +132,7 @@ def hyena_step_(
         UnsupportedError: the kernels cannot run here, or on these arguments.
         InputError: more than one step, or states that cannot be written in place.
     """
-    from hyaena.ops.triton.operators import hyena_step_operator
+    from hyaena.ops.triton.hyena.register import hyena_step_operator
 
     reason = obstacle(z, short_weight, long_filter, iir, None)
     if reason is not None:

@@ -165,3 +165,12 @@ def split_double(x):
     """A float64 as the sum of two float32."""
     high = x.to(tl.float32)
     return high, (x - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def rms_scale(squares, eps, K: tl.constexpr, EPS_INSIDE: tl.constexpr):
+    """1 / rms of a vector of K numbers, from their squares."""
+    mean = tl.sum(squares, axis=0) / K
+    if EPS_INSIDE:
+        return 1.0 / tl.sqrt(mean + eps)
+    return 1.0 / (tl.sqrt(mean) + eps)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyaena.ops.triton.gemv import rms_scale
+from hyaena.ops.triton.common import rms_scale
 
 GATE_BLOCK = 2048
 """Numbers of a program of the gate: 16 bytes of bfloat16 from each operand, twice, for each of 128 threads."""

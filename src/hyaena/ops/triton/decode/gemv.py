@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyaena.ops.decode import Norm
-from hyaena.ops.triton.overlap import release, wait
+from hyaena.ops.step import Norm
+from hyaena.ops.triton.common import rms_scale
+from hyaena.ops.triton.decode.pdl import release, wait
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,6 @@ def choose_tile(matrices: int, width: int) -> Tile:
     warps = 4 if matrices * pieces <= 4 else 8
     rows = max(1, warps // triton.next_power_of_2(matrices * pieces))
     return Tile(rows=rows, width=2048, warps=warps, ahead=min(pieces, 8))
-
-
-@triton.jit
-def rms_scale(squares, eps, K: tl.constexpr, EPS_INSIDE: tl.constexpr):
-    """1 / rms of a vector of K numbers, from their squares."""
-    mean = tl.sum(squares, axis=0) / K
-    if EPS_INSIDE:
-        return 1.0 / tl.sqrt(mean + eps)
-    return 1.0 / (tl.sqrt(mean) + eps)
 
 
 @triton.jit

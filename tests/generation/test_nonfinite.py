@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hyaena.config import ModelConfig
-from hyaena.generation import diagnosis
-from hyaena.generation.diagnosis import first_non_finite
+from hyaena.generation import nonfinite
+from hyaena.generation.nonfinite import first_non_finite
 from hyaena.model import StripedHyena
 
 CONFIG = ModelConfig(
@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
 
 @pytest.mark.parametrize("chunk", [1, 3, 512])
 def test_the_position_is_that_of_the_whole_sequence(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnosis, "CHUNK", chunk)
+    monkeypatch.setattr(nonfinite, "CHUNK", chunk)
     model = StripedHyena(CONFIG)
     with torch.no_grad():
         model.embed_tokens.weight[9] = math.inf

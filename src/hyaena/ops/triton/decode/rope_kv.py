@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyaena.ops.decode import Slots
-from hyaena.ops.triton.overlap import release, wait
+from hyaena.ops.step import Slots
+from hyaena.ops.triton.decode.pdl import release, wait
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.overlap import release, wait
+from hyaena.ops.triton.decode.pdl import release, wait
 
 
 @triton.jit

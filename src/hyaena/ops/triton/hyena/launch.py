@@ -9,9 +9,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from hyaena.ops.triton.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
-from hyaena.ops.triton.forward import hyena_forward_kernel
-from hyaena.ops.triton.step import hyena_step_kernel
+from hyaena.ops.triton.hyena.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
+from hyaena.ops.triton.hyena.forward import hyena_forward_kernel
+from hyaena.ops.triton.hyena.step import hyena_step_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of z, weight, bias, poles, residues, skip, fir and iir."""

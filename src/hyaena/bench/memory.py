@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hyaena.bench import floors
+from hyaena.bench import roofline
 from hyaena.config import ModelConfig
 from hyaena.errors import CapacityError
 from hyaena.generation.chunks import pass_bytes_per_token
@@ -20,14 +20,14 @@ def prefill_bytes(config: ModelConfig, length: int, chunk: int, itemsize: int) -
 
 def decode_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:
     """About what decoding holds beside the weights: its cache, and its logits in float32 a few times over."""
-    return _cache_bytes(config, batch, slots, itemsize) + 4 * batch * config.vocab_size * floors.FLOAT32
+    return _cache_bytes(config, batch, slots, itemsize) + 4 * batch * config.vocab_size * roofline.FLOAT32
 
 
 def _cache_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:
-    return batch * (slots * config.slot_bytes(itemsize) + 2 * floors.state_bytes(config, itemsize))
+    return batch * (slots * config.kv_bytes_per_token(itemsize) + 2 * roofline.state_bytes(config, itemsize))
 
 
-def require(needed: int, device: torch.device, what: str, remedy: str) -> None:
+def require_memory(needed: int, device: torch.device, what: str, remedy: str) -> None:
     """Refuse what does not fit into the memory that is free now, as far as the system tells.
 
     Raises:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from hyaena.decoding.choice import Choice
 from hyaena.decoding.decoder import Decoder
+from hyaena.decoding.sampler import StepOutput
 
 
-class Ahead:
+class PipelinedDecoder:
     """The choices of a decoder, step by step; the next step already runs while one is looked at.
 
     A row that leaves is one step late too: what the device computed for it in between is dropped. Its place is given
@@ -24,9 +24,9 @@ class Ahead:
         self.decoder = decoder
         self.left = steps
         self.rows = list(range(decoder.rows))  # places of the rows that are still read
-        self.fetched: deque[Choice] = deque()
+        self.fetched: deque[StepOutput] = deque()
 
-    def next(self) -> Choice:
+    def next(self) -> StepOutput:
         """The choices of the rows that are still read, after one more step."""
         while self.left and len(self.fetched) + len(self.decoder.pending) < 2:
             self.decoder.launch()

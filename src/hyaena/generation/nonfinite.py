@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hyaena.model import StripedHyena
 
 
-class _FoundError(Exception):
+class _NonFiniteFound(Exception):
     """Leaves a forward pass at the module whose output is not finite."""
 
 
@@ -33,7 +33,7 @@ def first_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "
     def check(place: str, x: Tensor) -> None:
         broken = ~torch.isfinite(x[0]).all(dim=-1)  # [T]
         if bool(broken.any()):
-            raise _FoundError(f"they first appear in {place}, at token {start + int(broken.nonzero()[0])}")
+            raise _NonFiniteFound(f"they first appear in {place}, at token {start + int(broken.nonzero()[0])}")
 
     def watch(place: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -47,7 +47,7 @@ def first_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "
         for start in range(0, len(ids), CHUNK):
             part = torch.tensor([list(ids[start : start + CHUNK])], device=model.device)
             check("the head", model(part, cache=cache, method=method))
-    except _FoundError as found:
+    except _NonFiniteFound as found:
         return str(found)
     finally:
         for handle in handles:

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from hyaena.cache import Cache
-from hyaena.decoding import Ahead, Choice, Decoder, Decoding, pack
+from hyaena.decoding import Decoder, Decoding, PipelinedDecoder, StepOutput, pack_outputs
 from hyaena.errors import NonFiniteError
-from hyaena.generation.diagnosis import first_non_finite
-from hyaena.generation.text import TextEnd
+from hyaena.generation.nonfinite import first_non_finite
+from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams, finite_rows, sample
 
 FinishReason = Literal["eos", "stop", "length"]
 Progress = Callable[[int, int], None]
 
-TOGETHER = 2048
+MAX_PREFILL_BATCH_TOKENS = 2048
 """The most tokens, padding included, of prompts that share a pass: they keep a device busy, and padding, for which
 attention needs a mask of the pass's length squared, stays cheap."""
 
@@ -83,7 +83,7 @@ class Row:
     index: int
     prompt: list[int]
     params: SamplingParams
-    text: TextEnd
+    text: StopStringFilter
     eos_id: int | None
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)
@@ -146,7 +146,7 @@ class Run:
 
     def events(self) -> Iterator[Event]:
         """Inference mode is on inside the passes only: a generator would leave it on for whoever iterates."""
-        steps: Forward | Ahead | None = None
+        steps: Forward | PipelinedDecoder | None = None
         try:
             while self.rows:
                 began = time.perf_counter()
@@ -155,7 +155,7 @@ class Run:
                 else:
                     choice = steps.next()
                 if not all(choice.finite):
-                    if isinstance(steps, Ahead):
+                    if isinstance(steps, PipelinedDecoder):
                         steps.wait()
                     steps = None  # the search for the cause needs a cache of its own
                     raise self._explain(self.rows[choice.finite.index(False)])
@@ -166,11 +166,11 @@ class Run:
                 self.seconds += time.perf_counter() - began
                 yield from events
         finally:
-            if isinstance(steps, Ahead):
+            if isinstance(steps, PipelinedDecoder):
                 steps.wait()
 
     @torch.inference_mode()
-    def _begin(self) -> tuple[Choice, Forward | Ahead]:
+    def _begin(self) -> tuple[StepOutput, Forward | PipelinedDecoder]:
         """Read the prompts and choose the first token of each; and the way to the others."""
         logits, cache = self._prefill()
         seen = None
@@ -181,7 +181,7 @@ class Run:
         forward = Forward(self.model, cache, self.rows, seen, self.top)
         choice = forward.choose(logits)
         most = max(row.max_new_tokens for row in self.rows) - 1
-        if self.decoding == "forward" or most == 0 or not all(choice.finite):
+        if self.decoding == "eager" or most == 0 or not all(choice.finite):
             return choice, forward
         decoder = Decoder(
             self.model,
@@ -191,14 +191,14 @@ class Run:
             [row.generator for row in self.rows],
             seen=seen,
             top=self.top,
-            captured=self.decoding == "captured",
+            captured=self.decoding == "cuda_graph",
         )
-        return choice, Ahead(decoder, most)
+        return choice, PipelinedDecoder(decoder, most)
 
     @torch.inference_mode()
     def _prefill(self) -> tuple[Tensor, Cache]:
         """Read all prompts; the logits [B,V] after them. The order of the rows becomes that of the cache."""
-        groups = _groups(self.rows, min(self.chunk, TOGETHER))
+        groups = _groups(self.rows, min(self.chunk, MAX_PREFILL_BATCH_TOKENS))
         self.rows = [row for group in groups for row in group]
         longest = max(len(row.prompt) for row in self.rows)
         capacity = longest + self.rows[0].max_new_tokens
@@ -225,7 +225,7 @@ class Run:
             logits.append(out[:, -1])
         return torch.cat(logits), caches[0] if len(caches) == 1 else Cache.merge(caches, max_length=capacity)
 
-    def _take(self, choice: Choice, began: float) -> tuple[list[Event], list[int]]:
+    def _take(self, choice: StepOutput, began: float) -> tuple[list[Event], list[int]]:
         """What the next token of each row means, and which rows go on."""
         now = self.seconds + time.perf_counter() - began
         events, going = [], []
@@ -268,12 +268,12 @@ class Forward:
         self.ids = torch.zeros(0)
 
     @torch.inference_mode()
-    def next(self) -> Choice:
+    def next(self) -> StepOutput:
         """Read the last token of each row, and choose the next."""
         return self.choose(self.model(self.ids[:, None], cache=self.cache, logits_to_keep=1)[:, -1])
 
     @torch.inference_mode()
-    def choose(self, logits: Tensor) -> Choice:
+    def choose(self, logits: Tensor) -> StepOutput:
         """Choose a token per row from logits [B,V]; none where any row's are not finite."""
         finite = finite_rows(logits)
         if bool(finite.all()):
@@ -282,7 +282,7 @@ class Forward:
             self.ids = torch.zeros(len(finite), dtype=torch.int64, device=logits.device)
         if self.seen is not None:
             self.seen.scatter_(1, self.ids[:, None], True)
-        return Choice.unpack(pack(logits, self.ids, finite, self.top))
+        return StepOutput.unpack(pack_outputs(logits, self.ids, finite, self.top))
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:

@@ -9,15 +9,23 @@ import torch
 from torch import Tensor
 
 from hyaena.decoding.memory import move_rows
-from hyaena.ops.decode import DecodeOperators
-from hyaena.sampling import Needs, SamplingParams, choose, draw, finite_rows, knob_values, log_probabilities
+from hyaena.ops.step import DecodeOperators
+from hyaena.sampling import (
+    SamplingFeatures,
+    SamplingParams,
+    choose,
+    draw,
+    finite_rows,
+    log_probabilities,
+    params_tensor,
+)
 
 BLOCK = 256
 """Numbers that are drawn for a row and brought to the device at once."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class StepOutput:
     """The tokens of one step, on the host.
 
     Attributes:
@@ -32,9 +40,9 @@ class Choice:
     top: list[tuple[tuple[int, float], ...]]
     finite: list[bool]
 
-    def select(self, rows: Sequence[int]) -> Choice:
+    def select(self, rows: Sequence[int]) -> StepOutput:
         """Of these rows, in this order."""
-        return Choice(
+        return StepOutput(
             tokens=[self.tokens[row] for row in rows],
             logprobs=[self.logprobs[row] for row in rows],
             top=[self.top[row] for row in rows],
@@ -42,7 +50,7 @@ class Choice:
         )
 
     @classmethod
-    def unpack(cls, packed: Tensor) -> Choice:
+    def unpack(cls, packed: Tensor) -> StepOutput:
         """From what ``pack`` returns; brings it to the host if it is not there."""
         rows = packed.tolist()
         count = (packed.shape[1] - 3) // 2
@@ -57,14 +65,14 @@ class Choice:
         )
 
 
-def pack(logits: Tensor, ids: Tensor, finite: Tensor, top: int) -> Tensor:
+def pack_outputs(logits: Tensor, ids: Tensor, finite: Tensor, top: int) -> Tensor:
     """All that is said of ids [B] chosen from logits [B,V], for one copy to the host: float64 [B,3+2·top]."""
     chosen, values, indices = log_probabilities(logits, ids, top)
     said = torch.stack([ids.double(), chosen.double(), finite.double()], dim=1)
     return torch.cat([said, values.double(), indices.double()], dim=1)
 
 
-class Chooser:
+class GraphSampler:
     """Everything that choosing needs, for up to as many rows as there are parameters.
 
     Each row has its own CPU generator, of which it takes one number per token, in the order in which
@@ -84,8 +92,8 @@ class Chooser:
         self.generators = list(generators)
         self.seen = seen
         self.top = top
-        self.needs = Needs.of(self.params)
-        self.knobs = knob_values(self.params).to(device)
+        self.needs = SamplingFeatures.of(self.params)
+        self.knobs = params_tensor(self.params).to(device)
         self.uniform = torch.zeros(len(self.params), BLOCK, dtype=torch.float64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.left = 0  # numbers of the block that no step has taken
@@ -115,10 +123,10 @@ class Chooser:
         """
         count = logits.shape[0]
         seen = None if self.seen is None else self.seen[:count]
-        if self.needs == Needs() and seen is None and self.top == 0:
+        if self.needs == SamplingFeatures() and seen is None and self.top == 0:
             return operators.greedy(logits, ids)
         finite = finite_rows(logits)
-        if self.needs == Needs():
+        if self.needs == SamplingFeatures():
             chosen = logits.argmax(dim=-1)
         else:
             uniform = self.uniform[:count].index_select(1, self.counter)
@@ -127,11 +135,11 @@ class Chooser:
         ids.copy_(torch.where(finite, chosen, 0))
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
-        return pack(logits, ids, finite, self.top)
+        return pack_outputs(logits, ids, finite, self.top)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, in rising order."""
         self.params = [self.params[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
-        self.needs = Needs.of(self.params)
+        self.needs = SamplingFeatures.of(self.params)
         move_rows([self.knobs, self.uniform] + ([] if self.seen is None else [self.seen]), rows)

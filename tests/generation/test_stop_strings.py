@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyaena.generation.text import TextEnd
+from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.tokenizers import ByteTokenizer
 
 
 def shown(data: bytes, stops: list[str], prompt: bytes = b"") -> tuple[list[str], bool]:
     """What each byte brings to the screen, and whether a stop string ended it."""
-    end = TextEnd(ByteTokenizer(), list(prompt), stops)
+    end = StopStringFilter(ByteTokenizer(), list(prompt), stops)
     parts = []
     for token in data:
         text, stopped = end.push(token)
@@ -47,7 +47,7 @@ def test_the_text_ends_at_the_stop_string_that_is_complete_first(text: str, stop
 @given(text=letters, more=letters, stops=stop_strings)
 def test_nothing_that_was_shown_has_to_be_taken_back(text: str, more: str, stops: list[str]) -> None:
     """Whatever follows, what is on the screen is a beginning of the result; and no less could be held back."""
-    end = TextEnd(ByteTokenizer(), [], stops)
+    end = StopStringFilter(ByteTokenizer(), [], stops)
     so_far = ""
     for token in text.encode():
         part, stopped = end.push(token)

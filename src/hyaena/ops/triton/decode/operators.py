@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyaena.ops.decode import DecodeOperators, Norm, Slots
 from hyaena.ops.hyena import HyenaState
 from hyaena.ops.long_conv import ModalFilter
-from hyaena.ops.triton import gemv, launch, tokens
-from hyaena.ops.triton.decode_attention import decode_attention
-from hyaena.ops.triton.remember import remember
+from hyaena.ops.step import DecodeOperators, Norm, Slots
+from hyaena.ops.triton.decode import embed_argmax, gemv
+from hyaena.ops.triton.decode.attention import decode_attention
+from hyaena.ops.triton.decode.rope_kv import remember
+from hyaena.ops.triton.hyena import launch
 
 
 class FusedDecodeOperators(DecodeOperators):
@@ -30,10 +31,10 @@ class FusedDecodeOperators(DecodeOperators):
         self.overlap = overlap
 
     def begin(self, ids: Tensor, table: Tensor, slots: Slots) -> Tensor:
-        return tokens.begin(ids, table, slots, overlap=self.overlap)
+        return embed_argmax.begin(ids, table, slots, overlap=self.overlap)
 
     def greedy(self, logits: Tensor, ids: Tensor) -> Tensor:
-        return tokens.greedy(logits, ids, overlap=self.overlap)
+        return embed_argmax.greedy(logits, ids, overlap=self.overlap)
 
     def project(
         self,
@@ -78,8 +79,8 @@ class FusedDecodeOperators(DecodeOperators):
     def hyena(
         self, z: Tensor, short_weight: Tensor, short_bias: Tensor, long_filter: ModalFilter, state: HyenaState
     ) -> Tensor:
-        poles, residues, iir = (torch.view_as_real(t) for t in (long_filter.poles, long_filter.residues, state.iir))
-        fir = state.fir
+        poles, residues, iir = (torch.view_as_real(t) for t in (long_filter.poles, long_filter.residues, state.long))
+        fir = state.short
         y = launch.step(
             z, short_weight, short_bias, poles, residues, long_filter.skip, fir, iir, fir, iir, self.overlap
         )

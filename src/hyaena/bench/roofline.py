@@ -37,7 +37,7 @@ def decode_bytes(config: ModelConfig, batch: int, context: int, itemsize: int) -
     weights = weight_bytes(config, itemsize)
     if not config.tie_embeddings:
         weights -= config.vocab_size * config.hidden_size * itemsize
-    return weights + batch * (context * config.slot_bytes(itemsize) + 2 * state_bytes(config, itemsize))
+    return weights + batch * (context * config.kv_bytes_per_token(itemsize) + 2 * state_bytes(config, itemsize))
 
 
 def prefill_flops(config: ModelConfig, length: int) -> int:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyaena.ops.triton.overlap import release, wait
+from hyaena.ops.triton.decode.pdl import release, wait
 
 BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hyaena.tokenizers import Tokenizer
 
 
-class TextEnd:
+class StopStringFilter:
     """Turns the tokens of one row into text that may be shown, up to the first stop string.
 
     The stop string that is complete first counts (the longer one, if two are complete with the same character), so

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyaena.ops.triton import launch
-from hyaena.ops.triton.launch import Gradients
+from hyaena.ops.triton.hyena import launch
+from hyaena.ops.triton.hyena.launch import Gradients
 
 
 def _device(z: Tensor) -> AbstractContextManager[Any]:

@@ -1,0 +1,1 @@
+"""Fused kernels of a decoding step: products, attention, embedding, argmax, rotary positions and cache write."""

@@ -1,0 +1,1 @@
+"""Fused kernels of the Hyena operator (forward, backward, step), their launchers and their custom ops."""
