@@ -4,13 +4,14 @@ Read: our own folders, the original's folders, a weights file with a configurati
 ``torch.save`` files, with the original's names or ours. Written: folders in our layout or the original's.
 """
 
-from hyaena.checkpoints.files import COMPANIONS, Checkpoint, find, find_config, has_weights
+from hyaena.checkpoints.files import COMPANIONS, WEIGHTS, Checkpoint, find, find_config, has_weights, is_run
 from hyaena.checkpoints.load import as_device, as_dtype, load_model, read_tensors
 from hyaena.checkpoints.save import save_model
 from hyaena.checkpoints.weights import inspect
 
 __all__ = [
     "COMPANIONS",
+    "WEIGHTS",
     "Checkpoint",
     "as_device",
     "as_dtype",
@@ -18,6 +19,7 @@ __all__ = [
     "find_config",
     "has_weights",
     "inspect",
+    "is_run",
     "load_model",
     "read_tensors",
     "save_model",

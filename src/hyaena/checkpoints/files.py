@@ -100,7 +100,7 @@ def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | 
         shards = _shards_of(weights, weight_map)
     elif weights.suffix != ".safetensors" and weights.suffix not in TORCH_SUFFIXES:
         raise CheckpointError(f"{path}: not a weights file: name a folder, or a .safetensors, .bin, .pt or .pth file")
-    elif weights.name == _RUN_STATE and _is_run(folder):
+    elif is_run(weights):
         raise CheckpointError(_run_message(folder))
     state = _state(folder, shards)
     if not isinstance(config, ModelConfig):
@@ -173,7 +173,7 @@ def _weights_in(folder: Path) -> Path:
             cure = "merge it, or move it away" if adapters else "name the file that is meant, or move the others away"
             raise CheckpointError(f"{folder}: {what} ({', '.join(map(printable, models[:6]))}): {cure}")
         return folder / usual[0]
-    if _is_run(folder):
+    if is_run(folder):
         raise CheckpointError(_run_message(folder))
     if adapters and not set(others) - set(adapters):
         raise CheckpointError(f"{folder}: an adapter without its model: merge it into the model and save that")
@@ -215,9 +215,11 @@ def _adapters(folder: Path) -> list[str]:
     return [name for name in _names(folder) if re.fullmatch(r"adapter_(model\.(safetensors|bin)|config\.json)", name)]
 
 
-def _is_run(folder: Path) -> bool:
-    names = _names(folder)
-    return _RUN_STATE in names and _RUN_METRICS in names
+def is_run(path: str | PathLike[str]) -> bool:
+    """Whether a path is the folder of a training run that has saved its state, or that state (``last.pt``)."""
+    path = Path(path)
+    folder = path.parent if path.name == _RUN_STATE else path
+    return (folder / _RUN_STATE).is_file() and (folder / _RUN_METRICS).is_file()
 
 
 def _run_message(folder: Path) -> str:

@@ -135,11 +135,11 @@ def _model(
         wanted = dtype or torch.bfloat16
         return config, wanted, lambda: random_model(config, device, wanted)
     checkpoint = hub.locate(args.model, config=args.config)
-    stored = dtype or checkpoints.survey(checkpoint).dtype
+    stored = dtype or checkpoints.inspect(checkpoint).dtype
     return (
         checkpoint.config,
         stored,
-        lambda: hub.load_model(args.model, device=device, dtype=stored, config=checkpoint.config),
+        lambda: checkpoints.load_model(checkpoint, device=device, dtype=stored),
     )
 
 

@@ -98,7 +98,7 @@ def describe(config: ModelConfig, checkpoint: Checkpoint | None) -> dict[str, An
     if checkpoint is not None:
         from hyaena import checkpoints
 
-        dtype = str(checkpoints.survey(checkpoint).dtype).removeprefix("torch.")
+        dtype = str(checkpoints.inspect(checkpoint).dtype).removeprefix("torch.")
         weights = {
             "dtype": dtype,
             "bytes": sum(path.stat().st_size for path in checkpoint.shards),
