@@ -39,7 +39,7 @@ COMPANIONS = (
 )
 """Files that go with a model's weights and configuration."""
 
-_MAX_INDEX = 16_000_000
+_MAX_INDEX = 4_000_000
 _PART = re.compile(r".*-\d+-of-\d+\.\w+")
 _EMBEDDINGS = (b"embed_tokens.weight", b"embedding_layer.weight")
 _RUN_STATE, _RUN_METRICS = "last.pt", "metrics.jsonl"
@@ -122,7 +122,7 @@ def find_config(folder: Path) -> Path:
     if not found:
         raise ConfigError(f"{folder}: no config.json and no config.yml beside the weights: name one with config=")
     if len(found) > 1:
-        shown = ", ".join(map(printable, found[:6]))
+        shown = listed(found, most=6)
         try:
             different = len({repr(ModelConfig.from_file(folder / name)) for name in found}) > 1
         except ConfigError as error:
@@ -171,7 +171,7 @@ def _weights_in(folder: Path) -> Path:
         if len(models) > 1:
             what = "an adapter beside the model" if adapters and len(usual) == 1 else "several sets of weights"
             cure = "merge it, or move it away" if adapters else "name the file that is meant, or move the others away"
-            raise CheckpointError(f"{folder}: {what} ({', '.join(map(printable, models[:6]))}): {cure}")
+            raise CheckpointError(f"{folder}: {what} ({listed(models, most=6)}): {cure}")
         return folder / usual[0]
     if is_run(folder):
         raise CheckpointError(_run_message(folder))
@@ -183,7 +183,7 @@ def _weights_in(folder: Path) -> Path:
         if len(models) == 1:
             return folder / models[0]
         if found:
-            shown = ", ".join(map(printable, found[:6])) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+            shown = listed(found, most=6)
             raise CheckpointError(f"{folder}: several weights files and no index ({shown}): name one of them")
     if any(map(_PART.fullmatch, names)):
         raise CheckpointError(f"{folder}: parts of a sharded checkpoint without their index: download {INDEX}, too")
@@ -244,7 +244,8 @@ def read_index(index: Path) -> dict[str, str]:
     if len(content) > _MAX_INDEX:
         raise CheckpointError(f"{index}: larger than {_MAX_INDEX / 1e6:g} MB, so not an index of shards")
     try:
-        weight_map = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)["weight_map"]
+        text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # without a byte order mark
+        weight_map = json.loads(text, object_pairs_hook=unique_keys)["weight_map"]
         names = list(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index}: not an index of shards, or truncated: download it again") from None
@@ -260,10 +261,16 @@ def _is_plain(name: str) -> bool:
 def _shards_of(index: Path, weight_map: Mapping[str, str]) -> tuple[Path, ...]:
     names = sorted(set(weight_map.values()))
     here = set(_names(index.parent))
-    if missing := [printable(name) for name in names if name not in here]:
-        rest = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
-        raise CheckpointError(f"{index}: shards are missing ({', '.join(missing[:6])}{rest}): download them")
+    if missing := [name for name in names if name not in here]:
+        raise CheckpointError(f"{index}: shards are missing ({listed(missing, most=6)}): download them")
     return tuple(index.parent / name for name in names)
+
+
+def listed(names: Iterable[str], *, most: int = 10) -> str:
+    """Names for a message: the first ones, escaped and cut, and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + rest
 
 
 def _names(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ host memory is the model's size and one tensor.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Literal
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hyaena import original
-from hyaena.checkpoints.files import Checkpoint, find
+from hyaena.checkpoints.files import Checkpoint, find, listed
 from hyaena.checkpoints.shards import FLOATING
-from hyaena.checkpoints.weights import Item, Weights, listed, open_weights
+from hyaena.checkpoints.weights import Item, Weights, open_weights
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, InputError, printable
 from hyaena.model import StripedHyena
@@ -159,14 +159,8 @@ class _Loading:
             raise ConfigError(f"{self.checkpoint.path}: its configuration makes no model ({reason})") from None
 
     def run(self) -> StripedHyena:
-        from tqdm import tqdm
-
-        total = sum(item.stored.nbytes for item in self.weights.items)
-        quiet = total < _LARGE or not sys.stderr.isatty()
-        with tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, disable=quiet) as bar:
-            for item in self.weights.items:
-                self._take(item)
-                bar.update(item.stored.nbytes)
+        for item in _with_progress(self.weights.items):
+            self._take(item)
         if self.tied_head is not None and not self.remaining:
             original.check_tied(self.model.embed_tokens.weight.detach(), self.tied_head)
         missing = [self._shown(name) for name in self.remaining]
@@ -244,6 +238,20 @@ class _Loading:
         if self.weights.in_original_names:
             expected = original.to_original_item(name, expected, self.config)[1]
         return f"{item.key} is {printable(str(list(item.stored.shape)))}, expected {list(expected.shape)}"
+
+
+def _with_progress(items: Sequence[Item]) -> Iterator[Item]:
+    """The items; for large files, with a progress bar where the standard error is a terminal."""
+    total = sum(item.stored.nbytes for item in items)
+    if total < _LARGE or not sys.stderr.isatty():
+        yield from items
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False) as bar:
+        for item in items:
+            yield item
+            bar.update(item.stored.nbytes)
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import torch
 
-from hyaena.checkpoints.shards import Storage, StoredTensor, section
+from hyaena.checkpoints.stored import Storage, StoredTensor, section
 from hyaena.errors import CheckpointError, printable
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")

@@ -20,10 +20,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyaena import files, original
-from hyaena.checkpoints.files import COMPANIONS, CONFIGS, INDEX, SINGLE, WEIGHTS, files_of_checkpoint, other_models
+from hyaena.checkpoints.files import (
+    COMPANIONS,
+    CONFIGS,
+    INDEX,
+    SINGLE,
+    WEIGHTS,
+    files_of_checkpoint,
+    listed,
+    other_models,
+)
 from hyaena.checkpoints.load import as_dtype, dtype_of
 from hyaena.checkpoints.shards import FLOATING
-from hyaena.checkpoints.weights import listed, plain_names
+from hyaena.checkpoints.weights import plain_names
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError, printable
 from hyaena.model import StripedHyena

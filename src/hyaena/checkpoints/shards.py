@@ -1,7 +1,6 @@
 """One weights file: the names, dtypes and shapes of its tensors, and the tensors one at a time.
 
-A file is read with plain reads, never mapped: a tensor is in memory of its own, and a file that shrinks meanwhile is an
-error, not a crash. Opening reads the table of contents only.
+Opening a file reads its table of contents only.
 """
 
 from __future__ import annotations
@@ -11,15 +10,16 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from hyaena.checkpoints.pickles import read_legacy, read_zip
+from hyaena.checkpoints.stored import StoredTensor, section
 from hyaena.errors import CheckpointError, printable
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,60 +41,8 @@ SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 
-MAX_HEADER = 16_000_000
-"""Bytes of the largest header of a safetensors file that is read: some hundred thousand tensors."""
-_CHUNK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A run of bytes in a weights file, which one or more tensors are made of.
-
-    Attributes:
-        nbytes: its length.
-        open: opens it; reading it to its end checks it, where the format has checksums.
-    """
-
-    nbytes: int
-    open: Callable[[], IO[bytes]]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """What a file says about a tensor.
-
-    Attributes:
-        dtype: as it is stored; text where torch has no such dtype.
-        shape: its sizes.
-        stride: elements from one index to the next, per dimension.
-        offset: elements of the storage before the first.
-        storage: where its numbers are.
-    """
-
-    dtype: torch.dtype | str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    storage: Storage
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its numbers; 0 for a dtype that torch has not."""
-        return math.prod(self.shape) * self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 0
-
-    def read(self) -> Tensor:
-        """The tensor itself, contiguous and in memory of its own."""
-        assert isinstance(self.dtype, torch.dtype)
-        buffer = torch.empty(self.storage.nbytes // self.dtype.itemsize * self.dtype.itemsize, dtype=torch.uint8)
-        content = memoryview(buffer.numpy())
-        with self.storage.open() as file:
-            for start in range(0, len(content), _CHUNK):
-                part = content[start : start + _CHUNK]
-                if file.readinto(part) != len(part):  # type: ignore[attr-defined]
-                    raise EOFError("it is shorter than its table of contents says")
-        flat = buffer.view(self.dtype)
-        tensor = flat.as_strided(self.shape, self.stride, self.offset)
-        return tensor if tensor.is_contiguous() and tensor.numel() == flat.numel() else tensor.contiguous().clone()
+MAX_HEADER = 4_000_000
+"""Bytes of the largest header of a safetensors file that is read: some forty thousand tensors."""
 
 
 class Shard:
@@ -125,8 +73,6 @@ def open_shard(path: Path) -> Iterator[Shard]:
     Raises:
         CheckpointError: the file is not a regular one, is truncated or corrupt, would run code, or has no tensors.
     """
-    from hyaena.checkpoints.pickles import read_legacy, read_zip
-
     with open_regular(path) as file:
         with _reading(path):
             if path.suffix == ".safetensors":
@@ -225,26 +171,3 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def contiguous_stride(shape: tuple[int, ...] | list[int]) -> tuple[int, ...]:
     """Strides of a tensor that is stored in the order of its indices."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def section(file: IO[bytes], start: int, nbytes: int) -> Storage:
-    """``nbytes`` bytes of an open file, from ``start`` on."""
-
-    def opened() -> IO[bytes]:
-        file.seek(start)
-        return _Borrowed(file)  # type: ignore[return-value]
-
-    return Storage(nbytes, opened)
-
-
-class _Borrowed:
-    """An open file that stays open after ``with``."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.readinto = file.readinto  # type: ignore[attr-defined]
-
-    def __enter__(self) -> _Borrowed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from hyaena import original
-from hyaena.checkpoints.files import Checkpoint
-from hyaena.checkpoints.shards import FLOATING, Shard, StoredTensor, open_shard
-from hyaena.errors import CheckpointError, printable
+from hyaena.checkpoints.files import Checkpoint, listed
+from hyaena.checkpoints.shards import FLOATING, Shard, open_shard
+from hyaena.checkpoints.stored import StoredTensor
+from hyaena.errors import CheckpointError
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 """What wrappers of a model put before every name; taken off where all names have it."""
@@ -113,13 +114,6 @@ def plain_names(keys: Sequence[str]) -> list[str]:
     for infix in _INFIXES:
         names = [name.replace(infix, "") for name in names]
     return names
-
-
-def listed(names: Iterable[str], *, most: int = 10) -> str:
-    """Names for a message: the first ones, escaped and cut, and how many more there are."""
-    names = list(names)
-    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + rest
 
 
 def _check_index(checkpoint: Checkpoint, items: Sequence[Item]) -> None:
