@@ -9,6 +9,7 @@ Source of both formats: ``torch/serialization.py``.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pickle
@@ -28,8 +29,8 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _RUN = {"model", "optimizer", "rng", "step"}
 """Names of the state of a training run of ours (``train/storage.py``)."""
 
-_MAX_PICKLE = 4_000_000
-"""Bytes of the largest pickle that is read: that of an optimiser's state of thousands of tensors has a tenth."""
+_MAX_PICKLE = 1_000_000
+"""Bytes of the largest pickle that is read; a tensor takes about 150."""
 _MAX_VERSION = 10
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -99,8 +100,10 @@ def read_zip(file: IO[bytes]) -> dict[str, StoredTensor]:
             raise ValueError("it has two entries of one name")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise CheckpointError("its entries are compressed or encrypted: save it again with torch.save")
-        if info.file_size > size:
-            raise EOFError("an entry is longer than the file")
+        if info.file_size > size or info.compress_size != info.file_size:
+            raise EOFError("an entry is not as long as the file's table of contents says")
+        if info.filename.partition("/")[0] != archive.infolist()[0].filename.partition("/")[0]:
+            raise CheckpointError("is an archive of several folders: save model.state_dict() with torch.save")
         entries[name] = info
     if "constants.pkl" in entries:
         raise CheckpointError("is a TorchScript archive, and only plain tensors are loaded: save its state_dict()")
@@ -109,8 +112,9 @@ def read_zip(file: IO[bytes]) -> dict[str, StoredTensor]:
     for name, check in (("byteorder", b"little".__eq__), ("version", lambda text: int(text) <= _MAX_VERSION)):
         if name in entries and not (entries[name].file_size < 20 and check(archive.read(entries[name]))):
             raise CheckpointError(f"has another {name} than PyTorch writes here: save it again with torch.save")
-    with archive.open(entries["data.pkl"]) as pickled:
-        loaded = _load(pickled)
+    if entries["data.pkl"].file_size > _MAX_PICKLE:
+        raise _too_large()
+    loaded = _load(io.BytesIO(archive.read(entries["data.pkl"])))
 
     def storage(named: _StorageOf) -> Storage:
         info = entries.get(f"data/{named.key}")
@@ -213,6 +217,8 @@ class _Bounded:
     def readline(self) -> bytes:
         line = self._file.readline(1000)
         self._spend(len(line))
+        if not line.endswith(b"\n"):
+            raise EOFError("its pickle is cut short")
         return line
 
     def readinto(self, buffer: Any) -> int:
@@ -222,7 +228,11 @@ class _Bounded:
     def _spend(self, count: int) -> None:
         self._left -= count
         if count < 0 or self._left < 0:
-            raise CheckpointError("its pickle is larger than that of any model: save model.state_dict() alone")
+            raise _too_large()
+
+
+def _too_large() -> CheckpointError:
+    return CheckpointError("its pickle is larger than that of any model: save model.state_dict() alone")
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> _TensorOf:
@@ -303,6 +313,10 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             return None
         if module == "torch" and name in _NAMED_DTYPES:
             return _NAMED_DTYPES[name]
+        if module == "torch._utils" and name.startswith("_rebuild_") and (module, name) not in _FUNCTIONS:
+            raise CheckpointError(
+                f"holds tensors of a kind that is not loaded ({_Named(module, name)}): save them as plain, dense ones"
+            )
         if (module, name) not in _FUNCTIONS:
             raise CheckpointError(
                 f"wants to run code ({_Named(module, name)}), and only plain tensors are loaded: "
