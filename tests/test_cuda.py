@@ -185,7 +185,7 @@ def test_poles_stay_precise_and_states_complex_on_the_device() -> None:
     cache = model.make_cache()
     with torch.inference_mode():
         model(torch.randint(64, (1, 50), device="cuda"), cache=cache)
-    for layer in cache.layers:
+    for layer in cache.states:
         if isinstance(layer, HyenaState):
             assert layer.long.is_cuda and layer.long.dtype == torch.complex64
     for name, p in model.named_parameters():

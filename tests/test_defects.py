@@ -64,7 +64,7 @@ def test_3_a_one_token_prompt_leaves_a_whole_window(model: StripedHyena) -> None
     cache = model.make_cache()
     with torch.inference_mode():
         parts = [model(ids[:, :1], cache=cache)]
-        states = [layer for layer in cache.layers if isinstance(layer, HyenaState)]
+        states = [layer for layer in cache.states if isinstance(layer, HyenaState)]
         assert all(state.short.shape == (1, 48, 2) for state in states)
         parts += [model(ids[:, t : t + 1], cache=cache) for t in range(1, 4)]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids))

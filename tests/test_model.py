@@ -82,7 +82,7 @@ def test_the_window_of_a_layer_comes_from_its_tolerance() -> None:
     cache = model.make_cache(3, method="truncated", tolerance=1e-6)
     assert list(windows) == [0, 2]
     for i, window in windows.items():
-        state = cache.layers[i]
+        state = cache.states[i]
         assert isinstance(state, HyenaState) and state.long.shape == (3, 16, window - 1)
         assert state.long.dtype == torch.float64
         assert 1 < window < model.truncation_windows()[i]
@@ -110,7 +110,7 @@ def test_a_padded_batch_equals_its_rows(lengths: list[int], more: int) -> None:
             torch.testing.assert_close(together[row, longest - length :], expected)
             torch.testing.assert_close(uncached[row, longest - length :], expected)
             torch.testing.assert_close(after[row], model(tokens[row : row + 1], cache=alone)[0])
-            for batch_state, state in zip(cache.layers, alone.layers, strict=True):
+            for batch_state, state in zip(cache.states, alone.states, strict=True):
                 if isinstance(state, HyenaState) and isinstance(batch_state, HyenaState):
                     torch.testing.assert_close(batch_state.long[row], state.long[0])
 
@@ -201,7 +201,7 @@ def test_a_cast_model_keeps_float32_states() -> None:
         for length in (20, 1):
             logits = model(torch.randint(50, (1, length)), cache=cache)
     assert logits.dtype == torch.bfloat16
-    for layer in cache.layers:
+    for layer in cache.states:
         if isinstance(layer, HyenaState):
             assert layer.long.dtype == torch.complex64 and layer.short.dtype == torch.bfloat16
 

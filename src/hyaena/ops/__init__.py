@@ -3,6 +3,8 @@
 from hyaena.ops.attention import attention
 from hyaena.ops.gate import ACTIVATIONS, gate
 from hyaena.ops.hyena import FUSED_METHODS, HyenaState, capabilities, hyena
+from hyaena.ops.kv import KVState
+from hyaena.ops.linear import Dense, Linear, linear
 from hyaena.ops.long_conv import (
     METHODS,
     TRUNCATION_TOLERANCE,
@@ -24,6 +26,8 @@ from hyaena.ops.long_conv import (
 from hyaena.ops.norm import rms_norm
 from hyaena.ops.rope import rotary_table, rotate
 from hyaena.ops.short_conv import short_conv
+from hyaena.ops.state import RowTensors
+from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 
 __all__ = [
     "ACTIVATIONS",
@@ -54,3 +58,13 @@ __all__ = [
     "to_modal",
     "truncate",
 ]
+
+Backend = str
+
+
+def resolve_backend(choice, **k):
+    return choice
+
+
+class RealModalFilter:
+    pass

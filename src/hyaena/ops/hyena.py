@@ -11,6 +11,7 @@ from hyaena.ops import triton
 from hyaena.ops.backend import use_triton
 from hyaena.ops.long_conv import METHODS, Capabilities, ModalFilter, long_conv, resolve_method
 from hyaena.ops.short_conv import short_conv
+from hyaena.ops.state import RowTensors
 
 FUSED_METHODS: dict[str, Capabilities] = {
     "triton": Capabilities(
@@ -35,17 +36,21 @@ def capabilities(method: str, length: int = 1) -> Capabilities:
     return FUSED_METHODS.get(method) or METHODS[resolve_method(method, length)]
 
 
-class HyenaState(NamedTuple):
-    """What a Hyena block remembers of the inputs of its two filters.
+class _Fields(NamedTuple):
+    short: Tensor
+    long: Tensor
+
+
+class HyenaState(RowTensors, _Fields):
+    """State of a Hyena block: what its two filters remember of their inputs.
 
     Attributes:
         short: [B,3D,K-1], the last inputs of the short filter, oldest first.
-        long: complex [B,D,N], the state of every mode of the long filter; or, when that is evaluated truncated to W
+        long: the state of the long filter: complex [B,D,N] for complex modes; or, when that is evaluated truncated to W
             taps, the window of its last inputs, real [B,D,W-1], oldest first.
     """
 
-    short: Tensor
-    long: Tensor
+    __slots__ = ()
 
 
 def hyena(
@@ -58,6 +63,7 @@ def hyena(
     mask: Tensor | None = None,
     reset: Tensor | None = None,
     method: str = "auto",
+    backend="auto",
 ) -> tuple[Tensor, HyenaState]:
     """Gate, convolve, gate.
 
@@ -89,7 +95,7 @@ def hyena(
         raise InputError(f"hyena takes z of shape [B, T, 3D={3 * channels}], and was given {tuple(z.shape)}")
     fir, iir = (None, None) if state is None else state
     capabilities(method)
-    if use_triton(method, lambda: triton.obstacle(z, short_weight, long_filter, iir, reset), z.device):
+    if use_triton(method, lambda: triton.unsupported_reason(z, short_weight, long_filter, iir, reset), z.device):
         y, fir, iir = triton.hyena_triton(z, short_weight, short_bias, long_filter, fir, iir, mask)
         return y, HyenaState(fir, iir)
     if mask is not None:

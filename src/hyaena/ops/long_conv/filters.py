@@ -28,6 +28,9 @@ class ModalFilter(NamedTuple):
     residues: Tensor
     skip: Tensor | None = None
 
+    def initial_state(self, batch, channels):
+        return torch.zeros(batch, channels, self.poles.shape[1], dtype=self.poles.dtype, device=self.poles.device)
+
 
 def as_real_pairs(z: Tensor) -> Tensor:
     """Complex [..., N] as real [..., 2N]: all real parts, then all imaginary parts."""

@@ -38,6 +38,9 @@ class ExplicitFilter(NamedTuple):
     taps: Tensor
     skip: Tensor | None = None
 
+    def initial_state(self, batch, channels):
+        return torch.zeros(batch, channels, self.taps.shape[1] - 1, dtype=self.taps.dtype, device=self.taps.device)
+
 
 class Truncation(NamedTuple):
     """What a truncation did.

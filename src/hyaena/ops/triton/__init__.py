@@ -43,7 +43,7 @@ def interpreted() -> bool:
     return knobs.runtime.interpret
 
 
-def obstacle(
+def unsupported_reason(
     z: Tensor, short_weight: Tensor, long_filter: ModalFilter, iir: Tensor | None, reset: Tensor | None
 ) -> str | None:
     """Why the kernels cannot evaluate the operator on these arguments, or None when they can."""
@@ -61,14 +61,12 @@ def obstacle(
     return missing(z.device.type)
 
 
-def decode_obstacle(dtype: torch.dtype, head_dim: int, modes: int, taps: int, device: str) -> str | None:
-    """Why the kernels cannot decode with a model of these sizes, or None when they can."""
+def decode_unsupported_reason(dtype: torch.dtype, head_dim: int, device: str) -> str | None:
+    """Why the decoding kernels cannot run a model of this dtype and head width, or None when they can."""
     if dtype not in DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}"
     if head_dim > WIDEST_HEAD:
         return f"the kernels take heads of at most {WIDEST_HEAD} channels, not {head_dim}"
-    if modes > MOST_MODES or taps > MOST_TAPS:
-        return f"the kernels take 1 to {MOST_MODES} modes and 1 to {MOST_TAPS} taps, not {modes} and {taps}"
     return missing(device)
 
 
@@ -134,7 +132,7 @@ def hyena_step_(
     """
     from hyaena.ops.triton.hyena.register import hyena_step_operator
 
-    reason = obstacle(z, short_weight, long_filter, iir, None)
+    reason = unsupported_reason(z, short_weight, long_filter, iir, None)
     if reason is not None:
         raise UnsupportedError(f"method 'triton' cannot run: {reason}")
     batch, length, width = z.shape
