@@ -154,10 +154,10 @@ def test_generation_of_a_batch(cub) -> None:
     ids=["greedy", "seeds", "penalty"],
 )
 def test_captured_steps_write_what_calls_of_the_model_do(cub, sampling: Options) -> None:
-    """Over unequal prompts whose rows end at different times, past the numbers that are drawn at once."""
+    """Over unequal prompts whose rows join and end at different times, past the numbers that are drawn in one block."""
     model, tokenizer = cub
-    prompts = ["import os\n", "def main(", "class Stack:\n    def push(self", "x = "]
-    options = Options(max_new_tokens=300, stop=["\n\n"], **sampling)
+    prompts = ["import os\n", "def main(", "class Stack:\n    def push(self", "a = 1\n" * 700]
+    options = Options(max_new_tokens=300, stop=["\n\n"], prefill_chunk=1024, **sampling)
     wanted = hyaena.generate(model, tokenizer, prompts, **options, decoding="eager")
     assert len({len(row.tokens) for row in wanted}) >= 3
     assert resolve_decoding(model, "auto", "auto") == "cuda_graph"
