@@ -230,12 +230,12 @@ def test_both_formats_say_everything(config: ModelConfig) -> None:
 
 
 def test_every_prefill_style_means_a_method() -> None:
-    from hyaena.ops import METHODS
+    from hyaena.ops import ModalFilter
 
     six = {"recurrence", "modal-fft", "hybrid-modal-recurrence", "modal-scan", "canonical-fft", "iir-fir-caching"}
     for style in {*six, "fft"}:
-        assert ModelConfig.from_dict(original(prefill_style=style)).prefill_method in METHODS
-    for name in ("auto", *METHODS):  # our own names are the same in both
+        assert ModelConfig.from_dict(original(prefill_style=style)).prefill_method in ModalFilter.methods
+    for name in ("auto", *ModalFilter.methods):  # our own names are the same in both
         assert ModelConfig.from_dict(original(prefill_style=name)).prefill_method == name
 
 

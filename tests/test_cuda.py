@@ -13,7 +13,7 @@ from hyaena.config import ModelConfig
 from hyaena.decoding import resolve_decoding
 from hyaena.generation import Options
 from hyaena.model import StripedHyena
-from hyaena.ops import METHODS, HyenaState, ModalFilter, attention, long_conv, to_canonical, to_modal
+from hyaena.ops import HyenaState, ModalFilter, attention, long_conv, to_canonical, to_modal
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -50,7 +50,7 @@ def test_golden_greedy_ids(golden_case: Path) -> None:
     assert torch.equal(torch.cat(chosen, dim=1), greedy)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ModalFilter.methods)
 def test_every_method_equals_itself_on_the_cpu(method: str) -> None:
     poles = torch.polar(0.95 * torch.rand(8, 2), 3 * torch.rand(8, 2))
     filter = ModalFilter(poles, torch.randn(8, 2, dtype=torch.complex64), torch.randn(8))

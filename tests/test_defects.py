@@ -124,7 +124,7 @@ def test_8_the_key_value_cache_does_not_end_at_8192() -> None:
     assert cache.length == 8200 and limited.length == 0
 
 
-@pytest.mark.parametrize("method", ops.METHODS)
+@pytest.mark.parametrize("method", ops.ModalFilter.methods)
 def test_9_every_method_that_is_offered_runs(model: StripedHyena, method: str) -> None:
     ids = torch.randint(259, (1, 40))
     with torch.inference_mode():

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from hyaena.sizes import LAYER_SIZES, LayerSize, ModelSizes
 from torch import Tensor, nn
 
 import hyaena
@@ -22,7 +23,6 @@ from hyaena.errors import ConfigError
 from hyaena.model import MIXERS, Hyena, StripedHyena, record
 from hyaena.ops import RowTensors, StepContext
 from hyaena.sampling import SamplingParams
-from hyaena.sizes import LAYER_SIZES, LayerSize, ModelSizes
 from hyaena.tokenizers import ByteTokenizer
 
 # --- a mixer: the mean of all values so far ---------------------------------------------------------------------------
@@ -49,7 +49,9 @@ class Mean(nn.Module):
         width = self.value.in_features
         return MeanState(torch.zeros(batch, width, dtype=dtype, device=device), torch.zeros(batch, device=device))
 
-    def forward(self, x: Tensor, context: ForwardContext, state: MeanState | None, keep: int) -> tuple[Tensor, MeanState]:
+    def forward(
+        self, x: Tensor, context: ForwardContext, state: MeanState | None, keep: int
+    ) -> tuple[Tensor, MeanState]:
         v, ones = self.value(x), torch.ones(x.shape[:2], device=x.device)
         if context.mask is not None:
             v, ones = v * context.mask[..., None], ones * context.mask

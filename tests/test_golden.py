@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
-from hyaena.ops import METHODS, HyenaState
+from hyaena.ops import HyenaState, ModalFilter
 
 CASES = ("sh-tiny", "evo-tiny", "evo8k-tiny")
 
@@ -32,7 +32,7 @@ def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("method", ["auto", *METHODS])
+@pytest.mark.parametrize("method", ["auto", *ModalFilter.methods])
 def test_prefill(golden: Path, case: str, method: str) -> None:
     model, expected = load(golden / case)
     ids = expected["input_ids"]

@@ -45,7 +45,7 @@ def model() -> StripedHyena:
     return make()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ModalFilter.methods)
 @settings(max_examples=20)
 @given(data=st.data())
 def test_splitting_law(method: str, data: st.DataObject) -> None:
@@ -161,7 +161,7 @@ def test_ids_of_either_width(model: StripedHyena) -> None:
 
 
 def test_every_parameter_has_a_gradient(model: StripedHyena) -> None:
-    for method in (name for name, it in METHODS.items() if it.gradients):
+    for method in (name for name in ModalFilter.methods if METHODS[name].gradients):
         model.zero_grad()
         model(torch.randint(50, (2, 40)), method=method).logsumexp(-1).sum().backward()
         for name, p in model.named_parameters():

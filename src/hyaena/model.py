@@ -173,7 +173,7 @@ class Hyena(nn.Module):
         long_filter = self.long_filter()
         if ops.capabilities(method).state == "window" and isinstance(long_filter, ops.ModalFilter):
             long_filter = ops.truncate(long_filter, tolerance=tolerance)[0]
-        return HyenaState(short, long_filter.initial_state(batch, weight.shape[0] // 3).to(device))
+        return HyenaState(short, long_filter.initial_state(batch, weight.shape[0] // 3, method).to(device))
 
     def truncation_window(self, tolerance: float) -> int | None:
         """How many taps ``method="truncated"`` keeps of the long filter; None where it is not a filter of modes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,12 +213,15 @@ def _histogram(steps: Tensor) -> list[int]:
 
 def methods() -> dict[str, dict[str, Any]]:
     """``ops.METHODS`` and ``ops.FUSED_METHODS`` as plain values."""
-    from hyaena.ops import FUSED_METHODS, METHODS
+    from hyaena.ops import FUSED_METHODS, METHODS, kinds_of
 
     return {
         name: {
             "summary": method.summary,
-            "forms": [form.__name__.removesuffix("Filter").lower() for form in method.forms],
+            "filters": [
+                re.sub("(?<=[a-z])(?=[A-Z])", " ", kind.__name__.removesuffix("Filter")).lower()
+                for kind in kinds_of(name)
+            ],
             "state": method.state,
             "exact": method.exact,
             "gradients": method.gradients,
@@ -348,7 +352,7 @@ def _spark(histogram: list[int], most: int, plain: bool) -> str:
 
 
 def render_methods(table: dict[str, dict[str, Any]], *, plain: bool = False) -> Iterator[str]:
-    """The table of methods: two lines each, so that it fits a terminal."""
+    """The table of methods: three lines each, so that it fits a terminal."""
     flags = ("exact", "gradients", "padding", "documents")
     header = "".join(f"{flag:<{len(flag) + 2}}" for flag in flags)
     yield f"  {'method':<15}{'state':<8}{header}{'cost':<19}memory"
@@ -357,9 +361,11 @@ def render_methods(table: dict[str, dict[str, Any]], *, plain: bool = False) -> 
         cost, memory = (method[key].replace("·", "*") if plain else method[key] for key in ("cost", "memory"))
         yield ""
         yield f"  {name:<15}{method['state']:<8}{answers}{cost:<19}{memory}"
-        yield f"  {'':<15}{method['summary']}; takes {' and '.join(method['forms'])} filters"
+        yield f"  {'':<15}{method['summary']}"
+        if method["filters"]:
+            yield f"  {'':<15}filters: {', '.join(method['filters'])}"
     yield ""
-    yield "  documents: it can begin anew inside a row, where packed documents meet"
+    yield "  documents: packed documents in one pass; elsewhere one after another"
     yield "  cost, memory: per channel, for T steps, N modes, C steps of a chunk, W taps of a window"
 
 

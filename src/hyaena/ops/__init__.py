@@ -10,13 +10,15 @@ from hyaena.ops.long_conv import (
     TRUNCATION_TOLERANCE,
     CanonicalFilter,
     ExplicitFilter,
+    Filter,
     ModalFilter,
+    RealModalFilter,
     Truncation,
     choose_window,
     decay_lengths,
     dropped_energy,
+    kinds_of,
     long_conv,
-    resolve_method,
     taps,
     to_canonical,
     to_canonical_state,
@@ -36,8 +38,10 @@ __all__ = [
     "TRUNCATION_TOLERANCE",
     "CanonicalFilter",
     "ExplicitFilter",
+    "Filter",
     "HyenaState",
     "ModalFilter",
+    "RealModalFilter",
     "Truncation",
     "attention",
     "capabilities",
@@ -46,8 +50,8 @@ __all__ = [
     "dropped_energy",
     "gate",
     "hyena",
+    "kinds_of",
     "long_conv",
-    "resolve_method",
     "rms_norm",
     "rotary_table",
     "rotate",
@@ -64,7 +68,3 @@ Backend = str
 
 def resolve_backend(choice, **k):
     return choice
-
-
-class RealModalFilter:
-    pass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.ops.long_conv.filters import ModalFilter
+from hyaena.ops.long_conv import ModalFilter
 
 MOST_MODES = 16
 MOST_TAPS = 8
