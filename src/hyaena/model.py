@@ -15,16 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hyaena import ops, original
+from hyaena import ops
 from hyaena.cache import Cache, KVCache
-from hyaena.config import ModelConfig
+from hyaena.config import ModelConfig, unknown_layer_kind
 from hyaena.errors import InputError, UnsupportedError
+from hyaena.formats.stripedhyena import tensors as original
 from hyaena.ops import HyenaState, ModalFilter
 
 
@@ -165,6 +165,10 @@ class Hyena(nn.Module):
         return self.out_proj(y[:, -keep:]), state
 
 
+MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {"attention": Attention, "hyena": Hyena}
+"""The module of each kind of layer."""
+
+
 class Layer(nn.Module):
     """One stripe: a mixer and a gated MLP, each behind its norm, each added to the residual stream.
 
@@ -175,7 +179,7 @@ class Layer(nn.Module):
         super().__init__()
         self.kind = kind
         self.mixer_norm = RMSNorm(config)
-        self.mixer = Attention(config) if kind == "attention" else Hyena(config)
+        self.mixer = MIXERS[kind](config)
         self.mlp_norm = RMSNorm(config)
         self.mlp = GatedMLP(config)
 
@@ -199,30 +203,15 @@ class StripedHyena(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        for i, kind in enumerate(config.layer_types):
+            if kind not in MIXERS:
+                raise unknown_layer_kind(kind, i, MIXERS)
         self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_load_state_dict_pre_hook(_accept_original_names)
         if self.device.type != "meta":
             self.init_weights()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | PathLike[str],
-        *,
-        dtype: str | torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        revision: str | None = None,
-        config: ModelConfig | str | PathLike[str] | None = None,
-    ) -> StripedHyena:
-        """The model alone, from a bundled name, a folder, a weights file with ``config``, or a hub id.
-
-        The arguments are those of ``hyaena.load``.
-        """
-        from hyaena import hub  # above us in the layering, and heavier than most users of this module need
-
-        return hub.load_model(source, dtype=dtype, device=device, revision=revision, config=config)
 
     @property
     def device(self) -> torch.device:
@@ -427,7 +416,7 @@ class StripedHyena(nn.Module):
 def _accept_original_names(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
     """Rename, in place, a state dict that has the original implementation's keys."""
     assert isinstance(module, StripedHyena)
-    if original.is_original(state):
-        renamed = original.to_ours(dict(state), module.config)
+    if original.matches_tensors(state):
+        renamed = original.state_to_ours(dict(state), module.config)
         state.clear()
         state.update(renamed)
