@@ -11,6 +11,7 @@ import hyaena
 from hyaena.cli import main
 from hyaena.config import ModelConfig
 from hyaena.decoding import resolve_decoding
+from hyaena.formats import read_config
 from hyaena.generation import Options
 from hyaena.model import StripedHyena
 from hyaena.ops import HyenaState, ModalFilter, attention, long_conv, to_canonical, to_modal
@@ -34,7 +35,7 @@ def make() -> StripedHyena:
 
 
 def test_golden_greedy_ids(golden_case: Path) -> None:
-    config = ModelConfig.from_file(golden_case / "config.yml")
+    config = read_config(golden_case / "config.yml")
     model = StripedHyena(config)
     model.load_state_dict(load_file(golden_case / "model.safetensors"))
     model.cuda()

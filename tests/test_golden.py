@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from hyaena.config import ModelConfig
+from hyaena.formats import read_config
 from hyaena.model import StripedHyena
 from hyaena.ops import HyenaState, ModalFilter
 
@@ -14,7 +15,7 @@ CASES = ("sh-tiny", "evo-tiny", "evo8k-tiny")
 
 
 def load(folder: Path) -> tuple[StripedHyena, dict[str, torch.Tensor]]:
-    config = ModelConfig.from_file(folder / "config.yml")
+    config = read_config(folder / "config.yml")
     model = StripedHyena(config)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model, load_file(folder / "expected.safetensors")

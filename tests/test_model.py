@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyaena import original
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError, UnsupportedError
+from hyaena.formats.stripedhyena import tensors as original
 from hyaena.model import LongFilter, StripedHyena
 from hyaena.ops import METHODS, HyenaState, ModalFilter
 
@@ -66,7 +66,7 @@ def test_splitting_law(method: str, data: st.DataObject) -> None:
 def test_a_cache_and_a_method_that_do_not_fit(model: StripedHyena) -> None:
     """Windows and modes are never taken for each other, and a refusal leaves the cache as it was."""
     ids = torch.randint(50, (1, 6))
-    for made, asked, words in (("auto", "truncated", "make_cache"), ("truncated", "blocked", "go on with truncated")):
+    for made, asked, words in (("auto", "truncated", "make_cache"), ("truncated", "blocked", "continue with truncated")):
         cache = model.make_cache(1, method=made)
         model(ids, cache=cache)
         with pytest.raises(InputError, match=words):
@@ -211,7 +211,7 @@ def test_a_cast_model_keeps_float32_states() -> None:
 def test_load_state_dict_takes_the_original_names(prefix: str, interleaved: bool) -> None:
     config = dataclasses.replace(CONFIG, column_split_hyena=interleaved)
     model, other = StripedHyena(config), StripedHyena(config)
-    state = {prefix + k: v for k, v in original.to_original(model.state_dict(), config).items()}
+    state = {prefix + k: v for k, v in original.state_to_theirs(model.state_dict(), config).items()}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)

@@ -14,7 +14,6 @@ Shapes: B batch, T time, D channels, H query heads, G key/value heads, K short-f
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -22,12 +21,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hyaena import ops, original
+from hyaena import ops
 from hyaena.cache import Cache
-from hyaena.config import ModelConfig
+from hyaena.config import ModelConfig, unknown_layer_kind
 from hyaena.context import ForwardContext
-from hyaena.errors import ConfigError, InputError, UnsupportedError
+from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
+from hyaena.formats.stripedhyena import tensors as original
 from hyaena.ops import HyenaState, KVState, StepContext
 
 
@@ -303,11 +303,9 @@ class StripedHyena(nn.Module):
 
     def __init__(self, config: ModelConfig, *, mixers: Mixers = MIXERS) -> None:
         super().__init__()
-        unknown = next((kind for kind in config.layer_types if kind not in mixers), None)
-        if unknown is not None:
-            near = difflib.get_close_matches(str(unknown), mixers, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"no mixer is known for layers of kind {unknown!r}: {hint}known are {', '.join(mixers)}")
+        for i, kind in enumerate(config.layer_types):
+            if kind not in mixers:
+                raise unknown_layer_kind(kind, i, mixers)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, mixers[kind](config)) for kind in config.layer_types)
@@ -494,7 +492,7 @@ class StripedHyena(nn.Module):
 def _accept_original_names(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
     """Rename, in place, a state dict that has the original implementation's keys."""
     assert isinstance(module, StripedHyena)
-    if original.is_original(state):
-        renamed = original.to_ours(dict(state), module.config)
+    if original.matches_tensors(state):
+        renamed = original.state_to_ours(dict(state), module.config)
         state.clear()
         state.update(renamed)

@@ -67,7 +67,7 @@ class Decoder:
     """Decodes the rows that were added to it, all of them one token per step.
 
     ``add`` takes rows whose prompts were read into a cache, ``launch`` starts a step, ``fetch`` waits for the oldest
-    step that was not fetched, ``keep`` drops rows. A row that is finished may stay (its tokens mean nothing); ``retire``
+    step that was not fetched, ``keep`` drops rows. A finished row may stay (its tokens mean nothing): ``retire``
     marks it, so that its limit no longer counts.
 
     Args:
