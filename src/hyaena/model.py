@@ -38,7 +38,7 @@ class Step:
         padding: int [B], leading slots of each row that hold no token, or None.
         mask: bool [B,T], False where this pass reads padding, or None.
         reset: bool [B,T], True at the first token of every packed document but the first, or None.
-        segment_ids: int [B,T], packed documents, each with a number of its own, or None.
+        documents: the packed documents, found once per pass, or None.
         method: how long convolutions are evaluated.
     """
 
@@ -47,7 +47,7 @@ class Step:
     padding: Tensor | None
     mask: Tensor | None
     reset: Tensor | None
-    segment_ids: Tensor | None
+    documents: ops.Documents | None
     method: str
 
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         q, k = ops.rotate(qk, step.rotary).split([self.heads, self.groups], dim=1)
         if memory is not None:
             k, v = memory.write(k, v, step.start)
-        y = ops.attention(q[:, :, -keep:], k, v, padding=step.padding, segment_ids=step.segment_ids)
+        y = ops.attention(q[:, :, -keep:], k, v, padding=step.padding, documents=step.documents)
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
 
 
@@ -322,11 +322,11 @@ class StripedHyena(nn.Module):
             positions = (positions - padding[:, None]).clamp(min=0)
         config = self.config
         rotary = ops.rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling_factor)
-        reset = None
-        if segment_ids is not None:
+        reset = documents = None
+        if segment_ids is not None:  # a number that comes back later is another document
             reset = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
-            segment_ids = reset.cumsum(dim=1)  # a number that comes back later is another document
-        step = Step(start, rotary, padding, mask, reset, segment_ids, method)
+            documents = ops.find_documents(reset)
+        step = Step(start, rotary, padding, mask, reset, documents, method)
 
         x = self.embed_tokens(ids)
         states: dict[int, HyenaState] = {}

@@ -218,7 +218,7 @@ def _no_graphs(model: StripedHyena) -> str | None:
 def _beyond_kernels(model: StripedHyena) -> str | None:
     config = model.config
     sizes = config.head_dim, config.state_size, config.short_filter_length
-    return triton.decode_obstacle(model.dtype, *sizes, model.device.type)
+    return triton.decode_unsupported_reason(model.dtype, *sizes, model.device.type)
 
 
 def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decoding:

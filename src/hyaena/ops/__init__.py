@@ -1,6 +1,6 @@
 """Pure functions on tensors: the mathematics of StripedHyena models, with no notion of a model."""
 
-from hyaena.ops.attention import attention
+from hyaena.ops.attention import Documents, attention, find_documents
 from hyaena.ops.gate import ACTIVATIONS, gate
 from hyaena.ops.hyena import FUSED_METHODS, HyenaState, capabilities, hyena
 from hyaena.ops.long_conv import (
@@ -31,6 +31,7 @@ __all__ = [
     "METHODS",
     "TRUNCATION_TOLERANCE",
     "CanonicalFilter",
+    "Documents",
     "ExplicitFilter",
     "HyenaState",
     "ModalFilter",
@@ -40,6 +41,7 @@ __all__ = [
     "choose_window",
     "decay_lengths",
     "dropped_energy",
+    "find_documents",
     "gate",
     "hyena",
     "long_conv",

@@ -15,7 +15,7 @@ from hyaena.ops.short_conv import short_conv
 FUSED_METHODS: dict[str, Capabilities] = {
     "triton": Capabilities(
         summary="fused GPU kernel, one pass over memory",
-        reset=False,
+        reset=True,
         cost="O(T·N)",
         memory="O(N·T/C)",
     ),
@@ -89,8 +89,10 @@ def hyena(
         raise InputError(f"hyena takes z of shape [B, T, 3D={3 * channels}], and was given {tuple(z.shape)}")
     fir, iir = (None, None) if state is None else state
     capabilities(method)
-    if use_triton(method, lambda: triton.obstacle(z, short_weight, long_filter, iir, reset), z.device):
-        y, fir, iir = triton.hyena_triton(z, short_weight, short_bias, long_filter, fir, iir, mask)
+    if use_triton(method, lambda: triton.unsupported_reason(z, short_weight, long_filter, iir, reset), z.device):
+        from hyaena.ops.triton.hyena.register import fused_hyena
+
+        y, fir, iir = fused_hyena(z, short_weight, short_bias, long_filter, fir, iir, mask, reset)
         return y, HyenaState(fir, iir)
     if mask is not None:
         z = z * mask.unsqueeze(-1)

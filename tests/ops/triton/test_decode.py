@@ -10,7 +10,7 @@ from device import DEVICE
 from hyaena import ops
 from hyaena.ops import HyenaState, ModalFilter, rotary_table
 from hyaena.ops.step import DecodeOperators, Norm, Slots
-from hyaena.ops.triton import decode_obstacle
+from hyaena.ops.triton import decode_unsupported_reason
 from hyaena.ops.triton.decode import embed_argmax, gemv
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 
@@ -217,5 +217,5 @@ def test_the_greedy_choice(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, 
     ],
 )
 def test_what_the_kernels_do_not_take_has_a_reason(sizes: tuple[torch.dtype, int, int, int], message: str) -> None:
-    assert message in str(decode_obstacle(*sizes, DEVICE))
-    assert decode_obstacle(torch.float32, 256, 16, 8, DEVICE) is None
+    assert message in str(decode_unsupported_reason(*sizes, DEVICE))
+    assert decode_unsupported_reason(torch.float32, 256, 16, 8, DEVICE) is None

@@ -17,7 +17,7 @@ from hyaena.ops.triton.hyena import launch
 class FusedDecodeOperators(DecodeOperators):
     """Kernels that read every weight and every valid slot once, and never wait for the device.
 
-    They take what ``ops.triton.decode_obstacle`` has nothing against. With more than one row products are the
+    They take what ``ops.triton.decode_unsupported_reason`` has nothing against. With more than one row products are the
     library's.
 
     Args:
