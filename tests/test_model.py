@@ -66,7 +66,10 @@ def test_splitting_law(method: str, data: st.DataObject) -> None:
 def test_a_cache_and_a_method_that_do_not_fit(model: StripedHyena) -> None:
     """Windows and modes are never taken for each other, and a refusal leaves the cache as it was."""
     ids = torch.randint(50, (1, 6))
-    for made, asked, words in (("auto", "truncated", "make_cache"), ("truncated", "blocked", "continue with truncated")):
+    for made, asked, words in (
+        ("auto", "truncated", "make_cache"),
+        ("truncated", "blocked", "continue with truncated"),
+    ):
         cache = model.make_cache(1, method=made)
         model(ids, cache=cache)
         with pytest.raises(InputError, match=words):

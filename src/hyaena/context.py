@@ -25,7 +25,7 @@ class ForwardContext:
         padding: leading positions of each row that are padding, as int [B] and as numbers; None where there are none.
         mask: bool [B,T], False where this pass reads padding, or None.
         reset: bool [B,T], True at the first token of every packed document but the first, or None.
-        segment_ids: int [B,T], packed documents, numbered from 0 in every row, or None.
+        documents: the packed documents, found once per pass, or None.
         method: how long convolutions are evaluated; see ``ops.METHODS``.
         backend: what evaluates the operators; see ``ops.resolve_backend``.
     """
@@ -36,7 +36,7 @@ class ForwardContext:
     padding: tuple[Tensor, Sequence[int]] | None
     mask: Tensor | None
     reset: Tensor | None
-    segment_ids: Tensor | None
+    documents: ops.Documents | None
     method: str
     backend: ops.Backend
 
@@ -68,10 +68,10 @@ class ForwardContext:
         if mask is not None:
             leading = (~mask).sum(dim=1)
             padding = leading, tuple(leading.tolist())
-        reset = None
-        if segment_ids is not None:
+        reset = documents = None
+        if segment_ids is not None:  # a number that comes back later is another document
             reset = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
-            segment_ids = reset.cumsum(dim=1)  # a number that comes back later is another document
+            documents = ops.find_documents(reset)
         positions = _positions(length, ids.device, lengths, None if padding is None else padding[0], reset)
         return cls(
             lengths=lengths,
@@ -82,7 +82,7 @@ class ForwardContext:
             padding=padding,
             mask=mask,
             reset=reset,
-            segment_ids=segment_ids,
+            documents=documents,
             method=method,
             backend=backend,
         )

@@ -124,7 +124,7 @@ class Attention(nn.Module):
             state.write(k, v, context.lengths, None if context.padding is None else context.padding[1])
         if state is None or context.lengths is None or not any(context.lengths):
             padding = None if context.padding is None else context.padding[0]
-            y = ops.attention(q, k, v, padding=padding, segment_ids=context.segment_ids)
+            y = ops.attention(q, k, v, padding=padding, documents=context.documents)
         else:
             runs = state.runs(context.lengths, extra=k.shape[2])
             y = torch.cat([ops.attention(q[run.rows], run.keys.to(q), run.values.to(q)) for run in runs])

@@ -1,6 +1,6 @@
 """Pure functions on tensors: the mathematics of StripedHyena models, with no notion of a model."""
 
-from hyaena.ops.attention import attention
+from hyaena.ops.attention import Documents, attention, find_documents
 from hyaena.ops.gate import ACTIVATIONS, gate
 from hyaena.ops.hyena import FUSED_METHODS, HyenaState, capabilities, hyena
 from hyaena.ops.kv import KVState
@@ -39,6 +39,7 @@ __all__ = [
     "CanonicalFilter",
     "DecodeOperators",
     "Dense",
+    "Documents",
     "ExplicitFilter",
     "Filter",
     "HyenaState",
@@ -56,6 +57,7 @@ __all__ = [
     "choose_window",
     "decay_lengths",
     "dropped_energy",
+    "find_documents",
     "gate",
     "hyena",
     "kinds_of",

@@ -16,7 +16,7 @@ from hyaena.ops.state import RowTensors
 FUSED_METHODS: dict[str, Method] = {
     "triton": Method(
         summary="fused GPU kernel, one pass over memory",
-        reset=False,
+        reset=True,
         cost="O(T·N)",
         memory="O(N·T/C)",
     ),
@@ -93,8 +93,11 @@ def hyena(
         raise InputError(f"hyena takes z of shape [B, T, 3D], and was given {tuple(z.shape)}")
     check_channels(long_filter, z.shape[-1] // 3)
     fir, iir = (None, None) if state is None else state
+    capabilities(method)
     if use_triton(method, lambda: triton.unsupported_reason(z, short_weight, long_filter, iir, reset), z.device):
-        y, fir, iir = triton.hyena_triton(z, short_weight, short_bias, long_filter, fir, iir, mask)
+        from hyaena.ops.triton.hyena.register import fused_hyena
+
+        y, fir, iir = fused_hyena(z, short_weight, short_bias, long_filter, fir, iir, mask, reset)
         return y, HyenaState(fir, iir)
     if mask is not None:
         z = z * mask.unsqueeze(-1)
