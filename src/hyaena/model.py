@@ -199,7 +199,7 @@ class Hyena(nn.Module):
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
         operators, short = context.operators, self.short_filter
         z = operators.linear(x, record(self.in_proj), norm=norm)
-        y = operators.hyena(z, short.weight, short.bias, self.long_filter.view(), state)
+        y = operators.hyena(z, short.weight, short.bias, self.long_filter.view(), state)  # type: ignore[operator]
         return operators.linear(y, record(self.out_proj), residual=x)
 
     def output_projection(self) -> nn.Module:

@@ -94,10 +94,9 @@ class EagerDecoder(Generic[K]):
         """Drop rows."""
         gone = set(keys)
         rows = [row for row, key in enumerate(self.keys) if key not in gone]
-        self.keys, self.params, self.generators = (
-            [part[row] for row in rows]  # type: ignore[misc]
-            for part in (self.keys, self.params, self.generators)
-        )
+        self.keys = [self.keys[row] for row in rows]
+        self.params = [self.params[row] for row in rows]
+        self.generators = [self.generators[row] for row in rows]
         if self.cache is not None and rows:
             self.cache.keep(rows)
         self.ids = self.ids[rows]

@@ -53,20 +53,22 @@ class FusedDecodeOperators(DecodeOperators):
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         if x.shape[0] > 1 or not isinstance(layer, Dense) or not isinstance(norm, RMSNormWeight | None):
             return super().linear(x, layer, norm=norm, residual=residual)
-        tile = self.tiles.get(("linear", *layer.weight.shape))
+        rows, width = layer.weight.shape
+        tile = self.tiles.get(("linear", rows, width))
         return gemv.linear(x, layer, norm=norm, residual=residual, tile=tile, overlap=self.overlap)
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
         plain = isinstance(gate, Dense) and isinstance(up, Dense) and gate.bias is None and up.bias is None
         if x.shape[0] > 1 or not plain or not isinstance(norm, RMSNormWeight | None):
             return super().gate(x, gate, up, norm=norm, activation=activation)
+        rows, width = gate.weight.shape
         return gemv.gate(
             x,
             gate.weight,
             up.weight,
             norm=norm,
             activation=activation,
-            tile=self.tiles.get(("gate", *gate.weight.shape)),
+            tile=self.tiles.get(("gate", rows, width)),
             overlap=self.overlap,
         )
 
