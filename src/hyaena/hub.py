@@ -22,6 +22,7 @@ from hyaena import checkpoints
 from hyaena.checkpoints import Checkpoint
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
+from hyaena.formats import read_config
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 
@@ -130,7 +131,7 @@ def locate(
         path = _expanded(source)
     given = config
     if config is not None and not isinstance(config, ModelConfig):
-        given = ModelConfig.from_file(config)
+        given = read_config(config)
     if is_bundled or _is_there(path):
         if revision is not None:
             raise InputError(f"revision {revision!r} is for hub ids, and {name} is on this machine: leave it out")

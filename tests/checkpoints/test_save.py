@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from hyaena.checkpoints import load_model, save, save_model
-from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError
+from hyaena.formats import read_config
 from hyaena.model import StripedHyena
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -48,7 +48,7 @@ def test_original_to_ours_to_original_is_bit_exact(case: str, tmp_path: Path, li
     if start.config.tie_embeddings:  # the original's head is a module of its own and must be in the file
         expected["unembed.weight"] = expected["embedding_layer.weight"]
     assert equal(weights(tmp_path / "original"), expected)
-    assert ModelConfig.from_file(tmp_path / "original" / "config.yml") == start.config
+    assert read_config(tmp_path / "original" / "config.yml") == start.config
     again = load_model(tmp_path / "original")
     assert equal(again.state_dict(), start.state_dict())
 
@@ -201,6 +201,7 @@ LIMITED = """
 import resource, sys, torch
 from hyaena.checkpoints import load_model, save_model
 from hyaena.errors import CheckpointError
+from hyaena.formats import read_config
 model = load_model(sys.argv[1])
 with torch.no_grad():
     model.norm.weight.add_(1)

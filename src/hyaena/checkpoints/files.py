@@ -15,6 +15,7 @@ from hyaena import files
 from hyaena.checkpoints.shards import open_regular, unique_keys
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, printable
+from hyaena.formats import read_config
 
 INDEX_SUFFIX = ".index.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -104,7 +105,7 @@ def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | 
         raise CheckpointError(_run_message(folder))
     state = _state(folder, shards)
     if not isinstance(config, ModelConfig):
-        config = ModelConfig.from_file(config if config is not None else find_config(folder))
+        config = read_config(config if config is not None else find_config(folder))
     return Checkpoint(path, config, shards, weight_map, state)
 
 
@@ -124,7 +125,7 @@ def find_config(folder: Path) -> Path:
     if len(found) > 1:
         shown = listed(found, most=6)
         try:
-            different = len({repr(ModelConfig.from_file(folder / name)) for name in found}) > 1
+            different = len({repr(read_config(folder / name)) for name in found}) > 1
         except ConfigError as error:
             raise ConfigError(f"{folder}: several configurations ({shown}): name one with config= ({error})") from None
         if different:

@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hyaena import original
 from hyaena.checkpoints.files import Checkpoint, find, listed
 from hyaena.checkpoints.shards import FLOATING
 from hyaena.checkpoints.weights import Item, Weights, open_weights
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, InputError, printable
+from hyaena.formats.stripedhyena import tensors as original
 from hyaena.model import StripedHyena
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
@@ -84,7 +84,7 @@ def read_tensors(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[
         for item in weights.items:
             name = original.our_name(item.name)
             if name is not None and wanted(name) and isinstance(item.stored.dtype, torch.dtype):
-                ours = original.to_ours_item(item.name, item.read(), checkpoint.config)
+                ours = original.to_ours(item.name, item.read(), checkpoint.config)
                 assert ours is not None
                 found[name] = ours[1]
     return found
@@ -193,7 +193,7 @@ class _Loading:
         if not self._fits(item, self.expected[expected].shape):
             self.problems["wrong shape"].append(self._shapes(item, expected))
             return
-        ours = original.to_ours_item(item.name, item.read(), self.config)
+        ours = original.to_ours(item.name, item.read(), self.config)
         assert ours is not None
         tensor = ours[1]
         kept = self._placed(name, tensor)
@@ -222,7 +222,7 @@ class _Loading:
     def _fits(self, item: Item, shape: torch.Size) -> bool:
         """Whether a stored tensor has a parameter's shape, in our layout; decided without reading it."""
         try:
-            ours = original.to_ours_item(item.name, torch.empty(item.stored.shape, device="meta"), self.config)
+            ours = original.to_ours(item.name, torch.empty(item.stored.shape, device="meta"), self.config)
         except (RuntimeError, OverflowError):  # sizes that no tensor can have
             return False
         return ours is not None and ours[1].shape == shape
@@ -231,12 +231,12 @@ class _Loading:
         """A parameter in the words of the file: the original's name where the file is the original's."""
         if not self.weights.in_original_names:
             return name
-        return original.to_original_item(name, self.expected[name], self.config)[0]
+        return original.to_theirs(name, self.expected[name], self.config)[0]
 
     def _shapes(self, item: Item, name: str) -> str:
         expected = self.expected[name]
         if self.weights.in_original_names:
-            expected = original.to_original_item(name, expected, self.config)[1]
+            expected = original.to_theirs(name, expected, self.config)[1]
         return f"{item.key} is {printable(str(list(item.stored.shape)))}, expected {list(expected.shape)}"
 
 

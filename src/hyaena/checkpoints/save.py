@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hyaena import files, original
+from hyaena import files
 from hyaena.checkpoints.files import (
     COMPANIONS,
     CONFIGS,
@@ -35,6 +35,8 @@ from hyaena.checkpoints.shards import FLOATING
 from hyaena.checkpoints.weights import plain_names
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError, printable
+from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats.stripedhyena.config import write_config
 from hyaena.model import StripedHyena
 
 Layout = Literal["hyaena", "original"]
@@ -216,9 +218,9 @@ def _write(
     for file, keys in zip(names, shards, strict=True):
         tensors = {key: state[key].to("cpu", stored_dtype(key)) for key in keys}
         if layout == "original":
-            tensors = dict(original.to_original_item(key, tensor, config) for key, tensor in tensors.items())
+            tensors = dict(original.to_theirs(key, tensor, config) for key, tensor in tensors.items())
             if file == names[-1]:
-                tensors |= original.rotary_buffers(config)
+                tensors |= original.extra_tensors({}, config)
         tensors = {key: _alone(tensor) for key, tensor in tensors.items()}
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -261,7 +263,7 @@ def _config_text(config: ModelConfig, layout: Layout) -> str:
         return json.dumps(config.to_dict(), indent=2) + "\n"
     import yaml
 
-    return yaml.safe_dump(config.to_original_dict(), sort_keys=False, default_flow_style=None, width=120)
+    return yaml.safe_dump(write_config(config), sort_keys=False, default_flow_style=None, width=120)
 
 
 def _alone(tensor: Tensor) -> Tensor:

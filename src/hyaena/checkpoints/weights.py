@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyaena import original
 from hyaena.checkpoints.files import Checkpoint, listed
 from hyaena.checkpoints.shards import FLOATING, Shard, open_shard
 from hyaena.checkpoints.stored import StoredTensor
 from hyaena.errors import CheckpointError
+from hyaena.formats.stripedhyena import tensors as original
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 """What wrappers of a model put before every name; taken off where all names have it."""
@@ -80,7 +80,7 @@ def open_weights(checkpoint: Checkpoint) -> Iterator[Weights]:
         if "embed_tokens.weight" not in dtypes and not any(name and _OURS.match(name) for name in dtypes):
             raise CheckpointError(f"{checkpoint.path}: holds no tensor of a StripedHyena model: check the path")
         dtype = dtypes.get("embed_tokens.weight")
-        yield Weights(items, original.is_original(names), dtype if dtype in FLOATING else torch.float32)  # type: ignore[arg-type]
+        yield Weights(items, original.matches_tensors(names), dtype if dtype in FLOATING else torch.float32)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

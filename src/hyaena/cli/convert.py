@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{dest} is a file: name a folder to write")
 
     from hyaena import checkpoints, files
+    from hyaena.sizes import ModelSizes
 
     def check_empty() -> None:
         if not args.force and files.others(dest):
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     shards = checkpoints.find(dest).shards
     size = sum(file.stat().st_size for file in shards)
     print(
-        f"{dest}: {model.config.num_parameters:,} parameters in the {args.layout} layout, "
+        f"{dest}: {ModelSizes(model.config).parameters:,} parameters in the {args.layout} layout, "
         f"{decimal_bytes(size)} in {len(shards)} file{'s' * (len(shards) > 1)}"
     )
     return 0
