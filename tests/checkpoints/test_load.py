@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hyaena.checkpoints import find, load_model, read_tensors
+from hyaena.checkpoints import find, load, load_model, read_tensors
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError
 from hyaena.formats import read_config
@@ -198,6 +198,72 @@ def test_peak_memory_is_the_model_and_one_shard(tmp_path: Path, suffix: str) -> 
     grown = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     assert 0.8 * model_bytes < grown < model_bytes + shard_bytes + 8_000_000  # the rest: allocator and tables
     assert model_bytes > 5 * shard_bytes  # so that the bound says something
+
+
+@pytest.mark.parametrize(
+    "stack", [["module"], ["_orig_mod"], ["model"], ["module", "_orig_mod"], ["model", "backbone"]]
+)
+def test_prefixes_that_all_names_have_are_taken_off(folder: Path, stack: list[str]) -> None:
+    expected = load_model(folder).state_dict()
+    prefix = "".join(f"{name}." for name in stack)
+    state = load_file(folder / "model.safetensors")
+    save_file({prefix + key: tensor for key, tensor in state.items()}, folder / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(folder).state_dict().items())
+    state = {prefix + key if key != "norm.scale" else key: tensor for key, tensor in state.items()}
+    save_file(state, folder / "model.safetensors")
+    if stack != ["model", "backbone"]:  # those of the hub's files are known one by one
+        assert "unexpected: " in refusal(folder)
+
+
+def test_names_of_wrapped_layers_are_known(folder: Path) -> None:
+    expected = load_model(folder).state_dict()
+    state = load_file(folder / "model.safetensors")
+    for infix in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        renamed = {key.replace("blocks.1.", f"blocks.1.{infix}"): tensor for key, tensor in state.items()}
+        save_file(renamed, folder / "model.safetensors")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(folder).state_dict().items())
+
+
+def test_poles_that_are_stored_as_a_view_load_contiguous(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    poles = state["blocks.0.filter.poles"]
+    strided = poles.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
+    assert not strided.is_contiguous()
+    torch.save(state | {"blocks.0.filter.poles": strided}, folder / "pytorch-model.bin")
+    model = load_model(folder)
+    assert model.layers[0].mixer.long_filter.poles.is_contiguous()
+    assert torch.equal(model.layers[0].mixer.long_filter.poles, poles.squeeze(2))
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_every_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyaena.checkpoints import save_model, weights
+
+    save_model(load_model(GOLDEN / "sh-tiny"), tmp_path, max_shard_size=200_000)
+    opened: list[Path] = []
+    open_shard = weights.open_shard
+    monkeypatch.setattr(weights, "open_shard", lambda path: opened.append(path) or open_shard(path))
+    load_model(find(tmp_path))
+    assert len(opened) > 1 and sorted(opened) == sorted(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", "bfloat16"), ("half", "float16"), ("fp32", "float32")])
+def test_short_names_of_dtypes(folder: Path, name: str, dtype: str) -> None:
+    assert load_model(folder, dtype=name).dtype == getattr(torch, dtype)
+
+
+def test_a_progress_bar_is_drawn_for_large_files_on_a_terminal_only(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_model(folder)
+    monkeypatch.setattr(load, "_LARGE", 1)
+    load_model(folder)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    load_model(folder)
+    assert "loading: " in capsys.readouterr().err
 
 
 # --- what does not ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,43 @@ def test_a_model_can_be_converted_in_place(golden: Path, tmp_path: Path) -> None
     assert convert(tmp_path / "m", tmp_path / "m", "--force") == 0
     assert {path.name for path in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
     assert same(dict(load_model(tmp_path / "m").state_dict()), dict(load_model(golden / "evo-tiny").state_dict()))
+
+
+def test_what_a_killed_save_left_is_not_in_the_way(golden: Path, tmp_path: Path) -> None:
+    (tmp_path / ".unfinished-12345678").mkdir()
+    (tmp_path / ".unfinished-12345678" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".hyaena.lock").write_text("")
+    assert convert(golden / "sh-tiny", tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_nothing_behind(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    from hyaena.checkpoints import save
+
+    def interrupted(path: Path, tensors: object) -> None:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(save, "_write_tensors", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    if number == signal.SIGINT:
+        assert convert(golden / "sh-tiny", tmp_path / "deep" / "out") == 130
+    else:
+        with pytest.raises(SystemExit) as exit:
+            convert(golden / "sh-tiny", tmp_path / "deep" / "out")
+        assert exit.value.code == 143
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_tokenizer_of_the_previous_model_does_not_stay(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "sh-tiny", tmp_path / "in")
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert convert(golden / "evo-tiny", tmp_path / "out", "--force") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize(

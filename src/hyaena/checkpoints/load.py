@@ -19,6 +19,7 @@ from hyaena.checkpoints.shards import FLOATING
 from hyaena.checkpoints.weights import Item, Weights, open_weights
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, InputError, printable
+from hyaena.filters import Float32Parameters
 from hyaena.formats.stripedhyena import tensors as original
 from hyaena.model import StripedHyena
 
@@ -119,9 +120,20 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of one of our parameters in a model of that dtype: poles and residues are never below float32."""
-    return torch.promote_types(dtype, torch.float32) if name.endswith((".poles", ".residues")) else dtype
+def wide_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that are float32 at least in a model of any dtype: poles and residues."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, Float32Parameters)
+        for name, _ in module.named_parameters()
+        if name not in module.narrow
+    }
+
+
+def dtype_in(dtype: torch.dtype, *, wide: bool) -> torch.dtype:
+    """The dtype of a parameter in a model of a dtype; ``wide`` ones are float32 at least."""
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
 class _Loading:
@@ -135,6 +147,7 @@ class _Loading:
         self.model = self._empty_model()
         self.remaining = dict(self.model.named_parameters())
         self.expected = dict(self.remaining)
+        self.wide = wide_parameters(self.model)
         self.problems: dict[str, list[str]] = {
             "unexpected": [],
             "twice": [],
@@ -212,7 +225,7 @@ class _Loading:
 
     def _placed(self, name: str, tensor: Tensor) -> Tensor:
         try:
-            return tensor.to(self.device, dtype_of(name, self.dtype or tensor.dtype))
+            return tensor.to(self.device, dtype_in(self.dtype or tensor.dtype, wide=name in self.wide))
         except torch.OutOfMemoryError:
             raise CheckpointError(
                 f"{self.checkpoint.path}: does not fit into the memory of {self.device}: "

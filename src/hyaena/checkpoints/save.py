@@ -30,14 +30,14 @@ from hyaena.checkpoints.files import (
     listed,
     other_models,
 )
-from hyaena.checkpoints.load import as_dtype, dtype_of
+from hyaena.checkpoints.load import as_dtype, dtype_in, wide_parameters
 from hyaena.checkpoints.shards import FLOATING
 from hyaena.checkpoints.weights import plain_names
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError, printable
 from hyaena.formats.stripedhyena import tensors as original
 from hyaena.formats.stripedhyena.config import write_config
-from hyaena.model import StripedHyena
+from hyaena.model import MIXERS, StripedHyena
 
 Layout = Literal["hyaena", "original"]
 CONFIG_NAMES: dict[Layout, str] = {"hyaena": "config.json", "original": "config.yml"}
@@ -80,10 +80,13 @@ def save_model(
     if type(max_shard_size) is not int or max_shard_size < 1:
         raise InputError(f"max_shard_size is {max_shard_size!r}: name a whole number of bytes")
     _check_extra_files(extra_files or {})
-    config, state = _state_to_save(model, as_dtype(dtype))
+    narrow = as_dtype(dtype)
+    config, state, wide = _state_to_save(model, narrow)
     if layout == "original" and config.tie_embeddings:
         # The original's head is a module of its own, and its state dict has the shared matrix twice.
         state["lm_head.weight"] = state["embed_tokens.weight"].clone()
+
+    dtypes = {name: t.dtype if narrow is None else dtype_in(narrow, wide=name in wide) for name, t in state.items()}
 
     def fill(stage: Path) -> set[str]:
         if not overwrite and (there := files.others(folder)):
@@ -93,7 +96,7 @@ def save_model(
                 f"{folder}: other weights lie there ({listed(others, most=3)}), and a load could not tell which are "
                 "meant: move them away, or name another folder"
             )
-        _write(stage, folder, state, config, layout, as_dtype(dtype), max_shard_size, extra_files or {})
+        _write(stage, folder, state, dtypes, config, layout, max_shard_size, extra_files or {})
         return files_of_checkpoint(folder) | set(() if extra_files is None else COMPANIONS)
 
     try:
@@ -108,20 +111,26 @@ def save_model(
 # --- checks, before anything is written ------------------------------------------------------------------------------
 
 
-def _state_to_save(model: nn.Module, dtype: torch.dtype | None) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The configuration of a model and its parameters under our names, if ``load_model`` would take them."""
+def _state_to_save(model: nn.Module, dtype: torch.dtype | None) -> tuple[ModelConfig, dict[str, Tensor], set[str]]:
+    """The configuration of a model, its parameters under our names, and those among them that stay float32.
+
+    Raises:
+        CheckpointError: ``load_model`` would not take them.
+    """
     inner = _unwrapped(model)
     config = getattr(inner, "config", None)
     if not isinstance(inner, StripedHyena) or not isinstance(config, ModelConfig):
         raise CheckpointError(f"a {type(inner).__name__} cannot be saved: give the StripedHyena model inside it")
     raw = inner.state_dict()
     state = dict(zip(plain_names(list(raw)), raw.values(), strict=True))
-    with torch.device("meta"):
-        expected = StripedHyena(config).state_dict()
+    expected = _expected_state(config, state)
+    wide = set(plain_names(sorted(wide_parameters(inner))))
     if unexpected := sorted(state.keys() - expected.keys()):
         raise CheckpointError(f"cannot save {listed(unexpected, most=3)}: {_cure_of_names(unexpected)}")
     if missing := sorted(expected.keys() - state.keys()):
         raise CheckpointError(f"cannot save a model without {listed(missing, most=3)}: put the module back first")
+    # What a load without a dtype of its own casts everything to.
+    target = dtype or state["embed_tokens.weight"].dtype
     for problem, found in (
         ("on the meta device and has no weights to save: load them first", lambda _, t: t.is_meta),
         (
@@ -141,13 +150,25 @@ def _state_to_save(model: nn.Module, dtype: torch.dtype | None) -> tuple[ModelCo
             lambda _, t: not _is_finite_in(t, t.dtype),
         ),
         (
-            f"outside the range of {dtype}: choose a wider dtype",
-            lambda name, t: dtype is not None and not _is_finite_in(t, dtype_of(name, dtype)),
+            f"outside the range of {target}: choose a wider dtype",
+            lambda name, t: not _is_finite_in(t, dtype_in(target, wide=name in wide)),
         ),
     ):
         if names := [name for name, tensor in state.items() if found(name, tensor)]:
             raise CheckpointError(f"the model is {problem} ({listed(names, most=3)})")
-    return config, state
+    return config, state, wide
+
+
+def _expected_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the state of a model of a configuration should be, on the meta device.
+
+    The mixers of kinds of layers that are defined elsewhere are taken as they are in ``state``.
+    """
+    foreign = set(config.layer_types) - MIXERS.keys()
+    with torch.device("meta"):
+        model = StripedHyena(config, mixers={**MIXERS, **dict.fromkeys(foreign, lambda _: nn.Identity())})
+    theirs = tuple(f"layers.{i}.mixer." for i, kind in enumerate(config.layer_types) if kind in foreign)
+    return model.state_dict() | {name: tensor for name, tensor in state.items() if name.startswith(theirs)}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -185,7 +206,7 @@ def _is_finite_in(tensor: Tensor, dtype: torch.dtype) -> bool:
 def _check_extra_files(extra_files: Mapping[str, bytes]) -> None:
     for name, content in extra_files.items():
         own = {*CONFIGS, *WEIGHTS, files.JOURNAL, files.LOCK}
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name or name in own:
+        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name or name in own:
             raise InputError(f"extra file {printable(str(name))!r}: name a file of its own, without a folder")
         if not isinstance(content, (bytes, bytearray, memoryview)):
             raise InputError(f"extra file {printable(name)!r} is a {type(content).__name__}: give its bytes")
@@ -200,23 +221,20 @@ def _write(
     stage: Path,
     folder: Path,
     state: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
     config: ModelConfig,
     layout: Layout,
-    dtype: torch.dtype | None,
     limit: int,
     extra_files: Mapping[str, bytes],
 ) -> None:
-    def stored_dtype(name: str) -> torch.dtype:
-        return state[name].dtype if dtype is None else dtype_of(name, dtype)
-
-    shards = _split({name: tensor.numel() * stored_dtype(name).itemsize for name, tensor in state.items()}, limit)
+    shards = _split({name: tensor.numel() * dtypes[name].itemsize for name, tensor in state.items()}, limit)
     names = _shard_names(folder, len(shards))
     weight_map: dict[str, str] = {}
     total = 0
     config_file = stage / CONFIG_NAMES[layout]
     _write_bytes(config_file, _config_text(config, layout).encode())
     for file, keys in zip(names, shards, strict=True):
-        tensors = {key: state[key].to("cpu", stored_dtype(key)) for key in keys}
+        tensors = {key: state[key].to("cpu", dtypes[key]) for key in keys}
         if layout == "original":
             tensors = dict(original.to_theirs(key, tensor, config) for key, tensor in tensors.items())
             if file == names[-1]:
