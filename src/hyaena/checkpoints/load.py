@@ -59,6 +59,8 @@ def load_model(
             that is missing, truncated, corrupt or unsafe; or one that was replaced meanwhile.
         ConfigError: the configuration cannot be used.
     """
+    if isinstance(source, Checkpoint) and config is not None:
+        raise InputError("a checkpoint has its configuration: give config to the function that finds it")
     stored, device = dtype == "stored", as_device(device)
     wanted = None if stored else as_dtype(dtype)
     checkpoint = source if isinstance(source, Checkpoint) else find(source, config)

@@ -52,17 +52,6 @@ _STORAGES = {
 
 
 @dataclass(frozen=True)
-class _Named:
-    """A class or function that a pickle names; it is described here, and never imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return printable(f"{self.module}.{self.name}")
-
-
-@dataclass(frozen=True)
 class _StorageOf:
     """A storage as a pickle names it: its key in the archive, its dtype (None: bytes), its number of elements."""
 
@@ -193,7 +182,7 @@ def _placed(tensor: _TensorOf, storage: Storage) -> StoredTensor:
 
 
 def _kind(value: object) -> str:
-    names = {_Opaque: "object", _Named: "class", _TensorOf: "tensor", _StorageOf: "storage"}
+    names = {_TensorOf: "tensor", _StorageOf: "storage"}
     return value.kind if isinstance(value, _Opaque) else names.get(type(value), type(value).__name__)
 
 
@@ -302,6 +291,10 @@ _OPCODES = [
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     """Runs a pickle with the names of ``_FUNCTIONS`` and the instructions of ``_OPCODES``."""
 
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(self, file: _Bounded, storages: dict[str, _StorageOf]) -> None:
         super().__init__(file, encoding="latin-1")
         self.storages = storages
@@ -313,16 +306,17 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             return None
         if module == "torch" and name in _NAMED_DTYPES:
             return _NAMED_DTYPES[name]
-        if module == "torch._utils" and name.startswith("_rebuild_") and (module, name) not in _FUNCTIONS:
+        if (module, name) in _FUNCTIONS:
+            return _FUNCTIONS[module, name]
+        called = printable(f"{module}.{name}")
+        if called.startswith("torch._utils._rebuild_"):
             raise CheckpointError(
-                f"holds tensors of a kind that is not loaded ({_Named(module, name)}): save them as plain, dense ones"
+                f"holds a kind of tensor that is not loaded ({called}): save it as a plain, dense one"
             )
-        if (module, name) not in _FUNCTIONS:
-            raise CheckpointError(
-                f"wants to run code ({_Named(module, name)}), and only plain tensors are loaded: "
-                "save it again as a state dict, or as safetensors"
-            )
-        return _FUNCTIONS[module, name]
+        raise CheckpointError(
+            f"wants to run code ({called}), and only plain tensors are loaded: "
+            "save it again as a state dict, or as safetensors"
+        )
 
     def persistent_load(self, saved: Any) -> _StorageOf:
         kind, dtype, key, _location, count, *view = saved

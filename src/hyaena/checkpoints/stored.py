@@ -57,7 +57,7 @@ class StoredTensor:
         """The tensor itself, contiguous and in memory of its own."""
         assert isinstance(self.dtype, torch.dtype)
         buffer = torch.empty(self.storage.nbytes // self.dtype.itemsize * self.dtype.itemsize, dtype=torch.uint8)
-        content = memoryview(buffer.numpy())
+        content = memoryview(buffer.numpy())  # type: ignore[arg-type]
         with self.storage.open() as file:
             for start in range(0, len(content), _CHUNK):
                 part = content[start : start + _CHUNK]
