@@ -152,8 +152,8 @@ def shared_tuple(count: int) -> bytes:
     [
         (b"", "truncated or corrupt"),
         (b"\x80\x02}", "truncated or corrupt"),
-        (b"\x80\x02" + b"(" * 500_000 + b".", "truncated or corrupt"),
-        (b"\x80\x02" + b"]" * 400_000 + b"a" * 399_999 + b".", "holds a list"),
+        (b"\x80\x02" + b"(" * 50_000 + b".", "truncated or corrupt"),
+        (b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".", "holds a list"),
         (b"\x80\x02" + b"(" * 1_000_000 + b".", "larger than that of any model"),
         (b"\x80\x02\x8b\xff\xff\xff\x7f.", "larger than that of any model"),
         (b"\x80\x02X\xff\xff\xff\x7f.", "larger than that of any model"),

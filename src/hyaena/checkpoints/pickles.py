@@ -31,6 +31,7 @@ _RUN = {"model", "optimizer", "rng", "step"}
 
 _MAX_PICKLE = 1_000_000
 """Bytes of the largest pickle that is read; a tensor takes about 150."""
+_MAX_NESTING = 100
 _MAX_VERSION = 10
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -292,6 +293,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     """Runs a pickle with the names of ``_FUNCTIONS`` and the instructions of ``_OPCODES``."""
 
     stack: list[Any]
+    metastack: list[list[Any]]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
@@ -325,6 +327,11 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             raise ValueError("a storage is not described as one")
         return self.storages.setdefault(key, _StorageOf(key, dtype, count))
 
+    def load_mark(self) -> None:
+        if len(self.metastack) > _MAX_NESTING:
+            raise ValueError("it is nested too deeply")
+        super().load_mark()
+
     def _set_items(self, target: Any, pairs: Iterator[tuple[Any, Any]]) -> None:
         if type(target) is not dict:
             raise ValueError("it sets items of something that has none")
@@ -353,6 +360,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
 
 _OWN = {
+    pickle.MARK: _Unpickler.load_mark,
     pickle.SETITEM: _Unpickler.load_setitem,
     pickle.SETITEMS: _Unpickler.load_setitems,
     pickle.DICT: _Unpickler.load_dict,
