@@ -21,7 +21,7 @@ PREFILL_STYLES = {
     "modal-scan": "scan",
     "canonical-fft": "canonical-fft",
     "iir-fir-caching": "truncated",  # the filter cut to a finite one, whose cache is a window of inputs
-} | {name: name for name in ("auto", "reference", "fft", "blocked", "scan", "truncated", "triton")}
+} | {name: name for name in ("auto", "reference", "fft", "blocked", "scan", "truncated")}
 """Names that may stand in ``prefill_style``, the original's six and ours, each with the method that it means.
 
 The original named all six and implemented the first two. Only ``truncated`` changes results, by no more than a

@@ -301,7 +301,7 @@ class StripedHyena(nn.Module):
             segment_ids: int [B,T]; a new document begins where the number changes, and nothing passes from one to the
                 next. Not with a cache.
             logits_to_keep: compute the logits of the last so many positions only, and the last layer's output there.
-            method: how long convolutions are evaluated; see ``ops.METHODS`` and ``ops.FUSED_METHODS``.
+            method: how long convolutions are evaluated; see ``ops.METHODS``.
 
         Returns:
             [B,T,V], or [B,logits_to_keep,V].

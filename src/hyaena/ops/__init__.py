@@ -1,8 +1,9 @@
 """Pure functions on tensors: the mathematics of StripedHyena models, with no notion of a model."""
 
 from hyaena.ops.attention import attention
+from hyaena.ops.backend import Backend, resolve_backend
 from hyaena.ops.gate import ACTIVATIONS, gate
-from hyaena.ops.hyena import FUSED_METHODS, HyenaState, capabilities, hyena
+from hyaena.ops.hyena import HyenaState, capabilities, hyena
 from hyaena.ops.long_conv import (
     METHODS,
     TRUNCATION_TOLERANCE,
@@ -29,9 +30,9 @@ from hyaena.ops.short_conv import short_conv
 
 __all__ = [
     "ACTIVATIONS",
-    "FUSED_METHODS",
     "METHODS",
     "TRUNCATION_TOLERANCE",
+    "Backend",
     "CanonicalFilter",
     "ExplicitFilter",
     "Filter",
@@ -48,6 +49,7 @@ __all__ = [
     "hyena",
     "kinds_of",
     "long_conv",
+    "resolve_backend",
     "rms_norm",
     "rotary_table",
     "rotate",

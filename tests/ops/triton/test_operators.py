@@ -9,6 +9,8 @@ from hyaena.errors import InputError
 from hyaena.ops import HyenaState, ModalFilter, hyena
 from hyaena.ops.triton.hyena.register import hyena_operator, hyena_step_operator
 
+FUSED, BLOCKED = {"backend": "triton"}, {"method": "blocked"}
+
 
 def arguments(length: int = 4, channels: int = 3) -> list[Tensor]:
     poles = torch.polar(torch.rand(channels, 2) * 0.9, torch.rand(channels, 2) * 3)
@@ -18,13 +20,13 @@ def arguments(length: int = 4, channels: int = 3) -> list[Tensor]:
     return [t.to(DEVICE) for t in (z, weight, bias, poles, residues, torch.randn(channels), fir, iir)]
 
 
-def loss(method: str, z, weight, bias, poles, residues, skip, fir, iir) -> Tensor:
+def loss(method: dict[str, str], z, weight, bias, poles, residues, skip, fir, iir) -> Tensor:
     state = HyenaState(fir, iir)
-    y, state = hyena(z, weight, bias, ModalFilter(poles, residues, skip), state, method=method)
+    y, state = hyena(z, weight, bias, ModalFilter(poles, residues, skip), state, **method)
     return y.sin().sum() + state.short.sin().sum() + (state.long * (1 + 2j)).real.sin().sum()
 
 
-def gradients(method: str, inputs: list[Tensor], function=loss) -> tuple[Tensor, ...]:
+def gradients(method: dict[str, str], inputs: list[Tensor], function=loss) -> tuple[Tensor, ...]:
     leaves = [t.clone().requires_grad_() for t in inputs]
     return torch.autograd.grad(function(method, *leaves), leaves)
 
@@ -37,13 +39,13 @@ def agree(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("length", [1, 4])
 def test_autograd_equals_the_plain_operator(length: int) -> None:
     inputs = arguments(length)
-    agree(gradients("triton", inputs), gradients("blocked", inputs))
+    agree(gradients(FUSED, inputs), gradients(BLOCKED, inputs))
 
 
 def test_compiles_to_one_graph() -> None:
     inputs = arguments()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    agree(gradients("triton", inputs, compiled), gradients("blocked", inputs))
+    agree(gradients(FUSED, inputs, compiled), gradients(BLOCKED, inputs))
 
 
 def pairs(inputs: list[Tensor]) -> list[Tensor]:
@@ -68,7 +70,7 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward() -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         z, weight, bias, poles, residues, skip, fir, iir = inputs
-        hyena(z, weight, bias, ModalFilter(poles, residues, skip), HyenaState(fir, iir), method="triton")
+        hyena(z, weight, bias, ModalFilter(poles, residues, skip), HyenaState(fir, iir), backend="triton")
     known = {t.untyped_storage().data_ptr() for t in inputs}
     assert kept and all(t.untyped_storage().data_ptr() in known for t in kept)
 
@@ -76,7 +78,7 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward() -> None:
 def test_parameters_may_be_frozen() -> None:
     z, weight, bias, poles, residues, skip, _, _ = arguments()
     z.requires_grad_()
-    y, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), method="triton")
+    y, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), backend="triton")
     expected, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), method="blocked")
     agree(torch.autograd.grad(y.sum(), z), torch.autograd.grad(expected.sum(), z))
 
@@ -95,4 +97,4 @@ def test_shapes_that_do_not_fit(what: str) -> None:
         mask = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
     with pytest.raises(InputError):
         filter = ModalFilter(poles, residues, skip)
-        hyena(z, weight, bias, filter, HyenaState(fir, iir), mask=mask, method="triton")
+        hyena(z, weight, bias, filter, HyenaState(fir, iir), mask=mask, backend="triton")
