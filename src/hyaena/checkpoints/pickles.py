@@ -330,7 +330,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     def load_mark(self) -> None:
         if len(self.metastack) > _MAX_NESTING:
             raise ValueError("it is nested too deeply")
-        super().load_mark()
+        super().load_mark()  # type: ignore[misc]
 
     def _set_items(self, target: Any, pairs: Iterator[tuple[Any, Any]]) -> None:
         if type(target) is not dict:
