@@ -99,12 +99,15 @@ def read_zip(file: IO[bytes]) -> dict[str, StoredTensor]:
         raise CheckpointError("is a TorchScript archive, and only plain tensors are loaded: save its state_dict()")
     if "data.pkl" not in entries:
         raise CheckpointError("is an archive without weights: save model.state_dict() with torch.save")
-    for name, check in (("byteorder", b"little".__eq__), ("version", lambda text: int(text) <= _MAX_VERSION)):
-        if name in entries and not (entries[name].file_size < 20 and check(archive.read(entries[name]))):
-            raise CheckpointError(f"has another {name} than PyTorch writes here: save it again with torch.save")
-    if entries["data.pkl"].file_size > _MAX_PICKLE:
+    small = {name: info for name, info in entries.items() if not name.startswith("data/")}
+    if sum(info.file_size for info in small.values()) > _MAX_PICKLE:
         raise _too_large()
-    loaded = _load(io.BytesIO(archive.read(entries["data.pkl"])))
+    content = {name: archive.read(info) for name, info in small.items()}  # each against its checksum
+    if content.get("byteorder", b"little") != b"little" or int(content.get("version", b"3")) > _MAX_VERSION:
+        raise CheckpointError(
+            "has another byteorder or version than PyTorch writes here: save it again with torch.save"
+        )
+    loaded = _load(io.BytesIO(content["data.pkl"]))
 
     def storage(named: _StorageOf) -> Storage:
         info = entries.get(f"data/{named.key}")
