@@ -178,17 +178,62 @@ def test_gradients(kind: str, method: str, documents: bool) -> None:
 def test_slow_real_modes_keep_their_rate(method: str) -> None:
     """Poles of 1 - 1e-5 over 100,000 steps: float32 poles would be off by 3e-3 of their rate, and the states by 2e-3.
 
-    The step loop rounds its state at every step: 3e-8·sqrt(1e5) = 1e-5 of it, at random. Measured: 4e-6; others 6e-7.
+    The step loop, here over fewer steps, rounds its state at each: 3e-8·sqrt(T) of it, at random. Measured at 100,000:
+    4e-6; other methods 6e-7.
     """
     rates = torch.tensor([[1e-5, 3e-5, 2e-4]], dtype=torch.float64)
     filter = RealModalFilter(torch.log1p(-rates).float(), torch.tensor([[1.0, -0.5, 2.0]]))
-    x = torch.randn(1, 100_000, 1)
+    x = torch.randn(1, 30_000 if method == "recurrence" else 100_000, 1)
     exact = RealModalFilter(filter.log_poles.double(), filter.residues.double())
     expected, last = long_conv(x.double(), exact, method="fft")
     y, after = long_conv(x, filter, method=method)
     tolerance = 2e-5 if method == "recurrence" else 2e-6
     close(y.double(), expected, tolerance)
     close(after.double(), last, tolerance)
+
+
+def growing(kind: str, largest: float) -> Filter:
+    sizes = torch.tensor([[largest, 0.9], [largest, 0.5], [0.99, 0.8]])
+    if kind == "real":
+        return RealModalFilter(sizes.double().log().float(), torch.randn(3, 2))
+    poles = torch.polar(sizes, torch.tensor([[0.3, 1.0], [0.0, 2.0], [1.0, 2.0]]))
+    return ModalFilter(poles, torch.randn(3, 2, dtype=torch.complex64))
+
+
+GROWING = [
+    (kind, method) for kind in ("complex", "real") for method in MAKE[kind](1, None).methods if method != "truncated"
+]
+
+
+@pytest.mark.parametrize(("largest", "length"), [(1.0, 4000), (1.003, 8000), (1.05, 1500)])
+@pytest.mark.parametrize("kind", ["complex", "real"])
+def test_errors_grow_with_the_outputs(kind: str, largest: float, length: int) -> None:
+    """Outputs grow by 10^10 and 10^31. Errors are relative to the outputs so far, not to those to come.
+
+    Measured: below 1e-5; through an undamped FFT, the first outputs of the second case would be off by 1e3.
+    """
+    filter, x = growing(kind, largest), torch.randn(1, length, 3)
+    expected, last = long_conv(x.double(), filter, method="reference")
+    scale = expected.abs().cummax(dim=1).values
+    scale = scale.clamp(min=scale[:, 64:65])  # the first outputs may be small by chance
+    for method in filter.methods:
+        if method in ("reference", "truncated"):
+            continue
+        y, state = long_conv(x, filter, method=method)
+        assert float(((y - expected).abs() / scale).max()) < OUTPUT, method
+        assert float(((state - last).abs() / last.abs()).max()) < 1e-4, method  # a mode alone may cancel a digit
+
+
+@pytest.mark.parametrize(("kind", "method"), GROWING)
+def test_zeros_stay_zeros_where_powers_overflow(kind: str, method: str) -> None:
+    """1.5^5000 is 10^880, beyond float64: padding contributes nothing all the same."""
+    filter, x = growing(kind, 1.5), torch.randn(1, 20, 3)
+    padded = torch.cat([torch.zeros(1, 5000, 3), x], dim=1)
+    expected, last = long_conv(x, filter, method=method)
+    y, state = long_conv(padded, filter, method=method)
+    assert float(y[:, :5000].abs().max()) < 1e-5  # an FFT rounds before the first input, too
+    close(y[:, 5000:], expected)
+    close(state, last)
 
 
 def test_spectra_and_matrices_are_made_once_for_a_group() -> None:
