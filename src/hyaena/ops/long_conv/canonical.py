@@ -66,8 +66,8 @@ class CanonicalFilter(NamedTuple):
         return long_conv_canonical(x, self.numerator.to(x.dtype), self.denominator.to(x.dtype), state, reset)
 
     def _reference(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        wide = (t.double() for t in (x, self.numerator, self.denominator, state))
-        return long_conv_canonical(*wide, reset)
+        b, a = self.numerator.double(), self.denominator.double()
+        return long_conv_canonical(x.double(), b, a, state.double(), reset)
 
     def _canonical_fft(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return long_conv_rational_fft(x, self.numerator, self.denominator, state)

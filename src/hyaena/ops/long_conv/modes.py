@@ -95,9 +95,8 @@ def limit(z: Tensor, largest: float | None = None) -> Tensor:
     Powers of a pole outside the unit circle overflow, and infinity times zero is NaN. So long as they are finite, a
     channel that has read zeros only (padding, say) stays zero, and others overflow where their outputs do.
     """
-    if largest is None:
-        largest = torch.finfo(z.dtype).max ** 0.5 / 4
-    return z / (z.detach().abs() / largest).clamp(min=1)
+    bound = torch.finfo(z.dtype).max ** 0.5 / 4 if largest is None else largest
+    return z / (z.detach().abs() / bound).clamp(min=1)
 
 
 def narrow(z: Tensor, dtype: torch.dtype) -> Tensor:
