@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from hyaena.config import ModelConfig
 from hyaena.decoding import Decoder, Decoding
 from hyaena.errors import InputError, NonFiniteError, UnsupportedError
+from hyaena.formats import read_config
 from hyaena.generation import Event, Options, generate, stream
 from hyaena.model import StripedHyena
 from hyaena.ops import ModalFilter
@@ -104,7 +105,7 @@ def test_every_method_gives_the_same(model: StripedHyena, method: str) -> None:
 
 
 def test_the_golden_cases_greedy_ids(golden_case: Path) -> None:
-    config = ModelConfig.from_file(golden_case / "config.yml")
+    config = read_config(golden_case / "config.yml")
     model = StripedHyena(config)
     model.load_state_dict(load_file(golden_case / "model.safetensors"))
     expected = load_file(golden_case / "expected.safetensors")

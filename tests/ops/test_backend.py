@@ -18,13 +18,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr("hyaena.ops.triton.missing", lambda _: None)
+    monkeypatch.setattr("hyaena.ops.triton.device_unsupported_reason", lambda _: None)
     log_once.cache_clear()
 
 
 @pytest.fixture
 def unable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyaena.ops.triton.missing", lambda _: "the GPU is too old")
+    monkeypatch.setattr("hyaena.ops.triton.device_unsupported_reason", lambda _: "the GPU is too old")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_auto_logs_once_what_it_chose(caplog: pytest.LogCaptureFixture, monkeypa
         assert all(it.hyena for it in choose())
         resolve_backend("triton", device=CUDA, dtype=torch.float32)
         resolve_backend("plain", device=CUDA, dtype=torch.float32)
-        monkeypatch.setattr("hyaena.ops.triton.missing", lambda _: "the GPU is too old")
+        monkeypatch.setattr("hyaena.ops.triton.device_unsupported_reason", lambda _: "the GPU is too old")
         assert choose() == [PLAIN] * 3
     assert [record.getMessage() for record in caplog.records] == [
         "the Hyena operator, norms, gates and rotary positions run in the fused kernels",
@@ -121,7 +121,7 @@ def test_a_method_and_the_kernels_exclude_each_other(monkeypatch: pytest.MonkeyP
     for backend in ("triton", named):
         with pytest.raises(InputError, match="backend='triton' and method='fft' exclude each other"):
             hyena(*arguments(), method="fft", backend=backend)
-    monkeypatch.setattr("hyaena.ops.triton.hyena_triton", lambda *_: pytest.fail("the kernel ran"))
+    monkeypatch.setattr("hyaena.ops.triton.unsupported_reason", lambda *_: pytest.fail("the kernel was tried"))
     monkeypatch.setenv(VARIABLE, "triton")  # the environment speaks for calls that leave the choice open only
     hyena(*arguments(), method="fft")
     hyena(*arguments(), method="fft", backend=resolve_backend("auto", device=CPU, dtype=torch.float32))

@@ -93,7 +93,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no kernel can run on tensors of this device and dtype, or None."""
     if dtype not in triton.DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}"
-    return triton.missing(device.type)
+    return triton.device_unsupported_reason(device.type)
 
 
 def use_fused_hyena(
@@ -124,7 +124,7 @@ def use_fused_hyena(
         return False
     if not backend.hyena:
         return False
-    reason = triton.obstacle(z, short_weight, long_filter, state, reset)
+    reason = triton.unsupported_reason(z, short_weight, long_filter, state, reset)
     if reason is not None and backend.required_by is not None:
         raise UnsupportedError(f"{backend.required_by} cannot run: {reason}")
     if reason is not None and not torch.compiler.is_compiling():

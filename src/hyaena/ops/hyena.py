@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.ops import triton
 from hyaena.ops.backend import Backend, use_fused_hyena
-from hyaena.ops.long_conv import METHODS, Filter, Method, check_channels, long_conv
+from hyaena.ops.long_conv import METHODS, Filter, Method, ModalFilter, check_channels, long_conv
 from hyaena.ops.short_conv import short_conv
+from hyaena.ops.state import RowTensors
 
 
 def capabilities(method: str) -> Method:
@@ -24,7 +24,12 @@ def capabilities(method: str) -> Method:
     return METHODS["blocked" if method == "auto" else method]
 
 
-class HyenaState(NamedTuple):
+class _Fields(NamedTuple):
+    short: Tensor
+    long: Tensor
+
+
+class HyenaState(RowTensors, _Fields):
     """What a Hyena block remembers of the inputs of its two filters.
 
     Attributes:
@@ -32,8 +37,7 @@ class HyenaState(NamedTuple):
         long: [B,D,…], the state of the long filter, of its kind's shape and dtype; see ``long_conv``.
     """
 
-    short: Tensor
-    long: Tensor
+    __slots__ = ()
 
 
 def hyena(
@@ -80,7 +84,10 @@ def hyena(
     check_channels(long_filter, z.shape[-1] // 3)
     short, long = (None, None) if state is None else state
     if use_fused_hyena(backend, method, z, short_weight, long_filter, long, reset):
-        y, short, long = triton.hyena_triton(z, short_weight, short_bias, long_filter, short, long, mask)
+        from hyaena.ops.triton.hyena.register import fused_hyena
+
+        modal = cast("ModalFilter", long_filter)  # the only kind that the kernels take
+        y, short, long = fused_hyena(z, short_weight, short_bias, modal, short, long, mask, reset)
         return y, HyenaState(short, long)
     if mask is not None:
         z = z * mask.unsqueeze(-1)
