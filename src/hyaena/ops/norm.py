@@ -9,7 +9,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from hyaena.ops.backend import Backend, use_pointwise
 
 BOUND = 2.0**50
-"""The largest magnitude that is squared: 2^100 times as many channels as memory holds is below float32's 2^128."""
+"""The largest magnitude that is squared: a sum of 2^27 such squares is finite in float32."""
 
 
 def rms_norm(

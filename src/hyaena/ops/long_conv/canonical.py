@@ -7,7 +7,7 @@ A complex mode is a real fraction of order two, a mode with a real pole one of o
 suffices. The state is the numerator of what the past alone still makes, ``S(z)/A(z)``: M real numbers, which is the
 transposed direct form II.
 
-The coefficients of a polynomial determine clustered roots badly, so this form holds few filters: conversions run in
+The coefficients of a polynomial determine clustered roots badly, so few filters have this form: conversions run in
 float64 and refuse beyond a bound (``CONDITION``).
 """
 

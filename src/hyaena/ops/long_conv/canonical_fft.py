@@ -8,7 +8,7 @@ it. The first T outputs alone are those of the input and the state before, witho
     weights:  B_n: R_n     S_n: R_n p_n s_n     S'_n: R_n p_n s'_n
 
 Subtracting the state after makes Y a polynomial of degree T-1, so T points determine it, and nothing is padded. They
-lie on a circle outside of every pole (``z = ρ e^{iω}``, ρ a little larger than both 1 and max |p|), so poles on or
+are on a circle outside of every pole (``z = ρ e^{iω}``, ρ a little larger than both 1 and max |p|), so poles on or
 outside the unit circle are divided by as safely as others.
 
 The fractions are added where they are evaluated. Multiplied out first (``canonical.py``), sixteen poles near 1 would

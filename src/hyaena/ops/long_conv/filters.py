@@ -87,8 +87,8 @@ def check_shape(state: Tensor, shape: tuple[int, ...]) -> None:
 def by_document(evaluate: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Evaluate:
     """Give resets to a method that has none: evaluate the stretches between boundaries one after another.
 
-    A boundary of one row cuts every row; the rows without it go on from their state. Exact, and cheap while documents
-    are long: the cost of a method that is at least linear in T does not grow, but for the calls.
+    A boundary of one row cuts every row; the rows without it continue from their state. Exact, and cheap while
+    documents are long: the cost of a method that is at least linear in T does not grow, but for the calls.
     """
 
     def run(filter: Any, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
