@@ -368,7 +368,8 @@ def backward(
     batch, length, width = z.shape
     channels, modes = poles.shape[:2]
     taps = weight.shape[-1]
-    dy, dshort, dlong = (None if t is None else t.contiguous() for t in (dy, dshort, dlong))
+    dy = dy.contiguous()
+    dshort, dlong = (None if t is None else t.contiguous() for t in (dshort, dlong))
     keep = z if mask is None else mask.view(torch.uint8)
     ages = z if reset is None else age(reset)
     tiling = tiling or choose_backward_tiling(length, channels, modes)

@@ -83,7 +83,7 @@ def hyena_operator(
 
 
 @hyena_operator.register_fake
-def _(z: Tensor, weight: Tensor, bias: Tensor | None, poles: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(z: Tensor, weight: Tensor, bias: Tensor | None, poles: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = z.shape
     return (
         z.new_empty(batch, length, width // 3),
@@ -123,9 +123,9 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     poles: Tensor,
-    *_: Any,
+    *rest: Any,
 ) -> Gradients:
-    batch, _, width = z.shape
+    batch, width = z.shape[0], z.shape[2]
     wide = poles.new_empty
     return (
         torch.empty_like(z, memory_format=torch.contiguous_format),
