@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from hyaena.ops.long_conv.filters import ModalFilter
+from hyaena.ops.long_conv import ModalFilter
 
 MOST_MODES = 16
 MOST_TAPS = 8
@@ -70,14 +70,12 @@ def unsupported_reason(
     return device_unsupported_reason(z.device.type)
 
 
-def decode_unsupported_reason(dtype: torch.dtype, head_dim: int, modes: int, taps: int, device: str) -> str | None:
-    """Return why the kernels cannot decode with a model of these sizes, or None where they can."""
+def decode_unsupported_reason(dtype: torch.dtype, head_dim: int, device: str) -> str | None:
+    """Return why the decoding kernels cannot run a model of this dtype and head width, or None where they can."""
     if dtype not in DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}"
     if head_dim > WIDEST_HEAD:
         return f"the kernels take heads of at most {WIDEST_HEAD} channels, not {head_dim}"
-    if modes > MOST_MODES or taps > MOST_TAPS:
-        return f"the kernels take 1 to {MOST_MODES} modes and 1 to {MOST_TAPS} taps, not {modes} and {taps}"
     return device_unsupported_reason(device)
 
 

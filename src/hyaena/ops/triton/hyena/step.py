@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.decode.pdl import release, wait
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -73,8 +73,8 @@ def hyena_step_kernel(z, weight, bias, poles, residues, skip, short, long, y, sh
             tl.load(residues + at, mask=inside, other=0.0),
             tl.load(residues + at + 1, mask=inside, other=0.0),
         )
-    wait(OVERLAP)
-    release(OVERLAP)
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     window2 = read_window(z, short, channel, row, inside, D, K)
     window1 = read_window(z, short, D + channel, row, inside, D, K)
     window0 = read_window(z, short, 2 * D + channel, row, inside, D, K)
