@@ -22,7 +22,7 @@ def fused_hyena(
     z: Tensor,
     short_weight: Tensor,
     short_bias: Tensor | None,
-    long_filter: ModalFilter,
+    long_filter: object,
     short: Tensor | None,
     long: Tensor | None,
     mask: Tensor | None,
@@ -30,9 +30,12 @@ def fused_hyena(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Evaluate ``ops.hyena`` in one kernel: y [B,T,D], and the states of both filters after z. Differentiable.
 
+    For arguments that ``ops.triton.unsupported_reason`` finds no fault with.
+
     Raises:
         InputError: shapes that do not fit.
     """
+    assert isinstance(long_filter, ModalFilter)
     batch, length, width = z.shape
     flags = [t for t in (mask, reset) if t is not None]
     if length == 0 or any(t.shape != (batch, length) for t in flags):
