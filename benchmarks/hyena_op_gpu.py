@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hyaena.ops import HyenaState, ModalFilter, hyena
 from hyaena.ops.triton.hyena import launch
-from hyaena.ops.triton.hyena.launch import BackwardTiling, Tiling
+from hyaena.ops.triton.hyena.launch import BackwardTiling, Operands, Tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, MODES, TAPS = 4096, 2, 3
@@ -45,9 +45,9 @@ BACKWARD = {
     "chunks 64": BackwardTiling(),
     "chunks 32": BackwardTiling(chunk=32),
     "chunks 128": BackwardTiling(chunk=128),
-    "64 lanes": BackwardTiling(lanes=64),
-    "64 lanes, batch 2": BackwardTiling(lanes=64, batch=2),
-    "256 lanes": BackwardTiling(lanes=256),
+    "64 channels": BackwardTiling(channels=64),
+    "64 channels, batch 2": BackwardTiling(channels=64, batch=2),
+    "256 channels": BackwardTiling(channels=256),
 }
 
 
@@ -72,7 +72,8 @@ def fused(z: Tensor, weight: Tensor, bias: Tensor, filter: ModalFilter, past: Hy
     """The forward kernel in a given tiling."""
     poles, residues = torch.view_as_real(filter.poles), torch.view_as_real(filter.residues)
     fir, iir = (None, None) if past is None else (past.short, torch.view_as_real(past.long))
-    y, fir, iir = launch.forward(z, weight, bias, poles, residues, filter.skip, fir, iir, mask, tiling)
+    operands = Operands(z, weight, bias, poles, residues, filter.skip, fir, iir, mask, None)
+    y, fir, iir = launch.forward(operands, tiling)
     return y, HyenaState(fir, torch.view_as_complex(iir))
 
 
@@ -186,8 +187,8 @@ def check_backward(case: Case) -> list[dict[str, Any]]:
     expected = exact_gradients(dy, dpast, tuple(args), past, mask)
     rows = []
     for tiled, tiling in (BACKWARD if (modes, width) == (2, 4096) else {"": None}).items():
-        given = (dy, dpast.short, torch.view_as_real(dpast.long), *leaves(tuple(args), past), mask)
-        got = launch.backward(*given, tiling)
+        operands = Operands(*leaves(tuple(args), past), mask, None)
+        got = launch.backward(dy, dpast.short, torch.view_as_real(dpast.long), operands, tiling)
         errors = [distance(value, want) for value, want in zip(got, expected, strict=True)]
         name = f"backward B{batch} T{length} D{width} N{modes} K{taps} {str(dtype)[6:]}{' padded' * padded} {tiled}"
         rows.append(within(name, errors, [LIMITS[dtype]] + [5e-5] * 7))  # parameters sum over T once more than y does
@@ -263,7 +264,7 @@ def compile_one(tiling: Tiling | BackwardTiling) -> None:
     if isinstance(tiling, BackwardTiling):
         *args, past = inputs(1, 100, WIDTH, MODES, TAPS, torch.bfloat16)
         dy = torch.randn(1, 100, WIDTH, device=DEVICE, dtype=torch.bfloat16)
-        launch.backward(dy, None, None, *leaves(tuple(args), past), None, None, None, tiling)
+        launch.backward(dy, None, None, Operands(*leaves(tuple(args), past), *[None] * 4), tiling)
         torch.cuda.synchronize()
         return
     cut = tiling
@@ -332,7 +333,7 @@ def main() -> None:
     dy = torch.randn(1, length, WIDTH, device=DEVICE, dtype=torch.bfloat16)
     floor = 7 * WIDTH * length * 2 / bandwidth * 1e3
     for name, tiling in BACKWARD.items():
-        run = partial(launch.backward, dy, None, None, *leaves(tuple(args), None), None, None, None, tiling)
+        run = partial(launch.backward, dy, None, None, Operands(*leaves(tuple(args), None), *[None] * 4), tiling)
         record(floor, *median_ms(run), what="backward", T=length, name=name)
     wanting = [t.detach().requires_grad_() for t in leaves(tuple(args), None)]
 
