@@ -146,7 +146,7 @@ def _read_text(path: Path) -> str:
     if len(content) > MAX_BYTES:
         raise ConfigError(f"is larger than {MAX_BYTES / 1e6:g} MB: this is not a configuration file")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot be read as UTF-8 text (byte {error.start:,}): save it as UTF-8") from None
 
