@@ -66,7 +66,7 @@ def test_3_a_one_token_prompt_leaves_a_whole_window(model: StripedHyena) -> None
     cache = model.make_cache()
     with torch.inference_mode():
         parts = [model(ids[:, :1], cache=cache)]
-        states = [layer for layer in cache.layers if isinstance(layer, HyenaState)]
+        states = [layer for layer in cache.states if isinstance(layer, HyenaState)]
         assert all(state.short.shape == (1, 48, 2) for state in states)
         parts += [model(ids[:, t : t + 1], cache=cache) for t in range(1, 4)]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids))
@@ -126,7 +126,7 @@ def test_8_the_key_value_cache_does_not_end_at_8192() -> None:
     assert cache.length == 8200 and limited.length == 0
 
 
-@pytest.mark.parametrize("method", ops.METHODS)
+@pytest.mark.parametrize("method", ops.ModalFilter.methods)
 def test_9_every_method_that_is_offered_runs(model: StripedHyena, method: str) -> None:
     ids = torch.randint(259, (1, 40))
     with torch.inference_mode():

@@ -29,7 +29,7 @@ PREFILL_STYLES = {
     "modal-scan": "scan",
     "canonical-fft": "canonical-fft",
     "iir-fir-caching": "truncated",  # the filter cut to a finite one, whose cache is a window of inputs
-} | {name: name for name in ("auto", "reference", "fft", "blocked", "scan", "truncated")}
+} | {name: name for name in ("auto", "reference", "fft", "blocked", "scan", "truncated", "direct")}
 """Values of ``prefill_style``, the original's six names and ours, each with the method of evaluation that it means.
 
 The original named all six and implemented the first two. Only ``truncated`` changes results, by no more than a

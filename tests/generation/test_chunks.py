@@ -60,7 +60,7 @@ def test_a_pass_holds_what_was_said(monkeypatch: pytest.MonkeyPatch, inner: int)
 
     monkeypatch.setenv("HYAENA_BACKEND", "triton")
     # Stand-ins that allocate what the kernels do: under its interpreter Triton holds on to their arguments for a while.
-    monkeypatch.setattr("hyaena.ops.triton.missing", lambda _: None)
+    monkeypatch.setattr("hyaena.ops.triton.device_unsupported_reason", lambda _: None)
     monkeypatch.setattr(pointwise, "rms_norm", lambda x, *_, **__: x.clone())
     monkeypatch.setattr(pointwise, "gate", lambda a, b, _: a.sigmoid().mul_(b))
     monkeypatch.setattr(pointwise, "rotate", lambda x, _: x.contiguous())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyaena.bench.rates import Rates, Samples, times
-from hyaena.cache import Cache, KVCache
+from hyaena.cache import Cache
 from hyaena.decoding import Decoder, Decoding, StepOutput, pack_outputs, resolve_decoding
 from hyaena.errors import NonFiniteError
 from hyaena.generation import choose_chunk
@@ -161,10 +161,9 @@ def measure_decode(
 def filled_cache(model: StripedHyena, batch: int, context: int, *, room: int, method: str = "auto") -> Cache:
     """A cache as if ``context`` tokens had been read, with room for more: random keys, values and states."""
     cache = model.make_cache(batch, max_length=context + room, method=method)
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values) if isinstance(layer, KVCache) else layer:
-            tensor.normal_()
-    cache.length = context
+    for tensor in cache.tensors():
+        tensor.normal_()
+    cache.lengths = [context] * batch
     return cache
 
 
@@ -184,7 +183,8 @@ def _stepper(model: StripedHyena, cache: Cache, decoding: Decoding) -> Callable[
                 _look(StepOutput.unpack(pack_outputs(logits, ids, finite_rows(logits), 0)))
 
         return forward
-    decoder = Decoder(model, cache, ids, rows, generators, captured=decoding == "cuda_graph")
+    decoder = Decoder(model, cache.batch_size, cuda_graph=decoding == "cuda_graph")
+    decoder.add(cache, ids, rows, generators)
 
     def ahead(count: int) -> None:
         decoder.launch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -224,12 +225,15 @@ def _histogram(steps: Tensor) -> list[int]:
 
 def methods() -> dict[str, dict[str, Any]]:
     """``ops.METHODS`` and ``ops.FUSED_METHODS`` as plain values."""
-    from hyaena.ops import FUSED_METHODS, METHODS
+    from hyaena.ops import FUSED_METHODS, METHODS, kinds_of
 
     return {
         name: {
             "summary": method.summary,
-            "forms": [form.__name__.removesuffix("Filter").lower() for form in method.forms],
+            "filters": [
+                re.sub("(?<=[a-z])(?=[A-Z])", " ", kind.__name__.removesuffix("Filter")).lower()
+                for kind in kinds_of(name)
+            ],
             "state": method.state,
             "exact": method.exact,
             "gradients": method.gradients,
@@ -435,11 +439,12 @@ def render_methods(table: dict[str, dict[str, Any]], *, width: int = _WIDEST, pl
             yield from _row(f"  {name:<15}", f"state: {method['state']}; {known}", width)
         if not wide:
             yield from _row(f"  {'':<15}", f"cost {cost}, memory {memory}", width)
-        text = f"{method['summary']}; takes {' and '.join(method['forms'])} filters"
-        yield from _row(f"  {'':<15}", text, width)
+        yield from _row(f"  {'':<15}", method["summary"], width)
+        if method["filters"]:
+            yield from _row(f"  {'':<15}", f"filters: {', '.join(method['filters'])}", width)
     yield ""
     for note in (
-        "documents: a row may hold packed documents, at whose boundaries the method begins anew",
+        "documents: packed documents in one pass; elsewhere one after another",
         "cost, memory: per channel, for T steps, N modes, C steps of a chunk, W taps of a window",
     ):
         yield from _row("  ", note, width)
