@@ -21,7 +21,7 @@ MAX_BYTES = 1_000_000
 """Size of the largest file that is read."""
 MAX_DEPTH = 32
 """Deepest nesting of mappings and lists in YAML; Python's own JSON reader has a bound of its own."""
-MAX_VALUES = 10_000
+MAX_VALUES = 5_000
 """Most keys and values of a YAML file, each alias counted with everything that it repeats."""
 MAX_DIGITS = 100
 """Most digits of a whole number in JSON; converting a number takes time that grows faster than its length."""

@@ -90,9 +90,9 @@ def hyena_mr_size(config: ModelConfig) -> LayerSize:
 
 
 def _hyena_block(config: ModelConfig, *, filter: int, float32_state: int, float32_filter: int = 0) -> LayerSize:
-    """The projections and the short filter around a long filter, whose state (modes, or W-1 inputs) is float32 at least.
+    """The projections and the short filter around a long filter.
 
-    The state also has the K-1 inputs of the short filter.
+    The state is that of the long filter (modes, or W-1 inputs; float32 at least) and the K-1 inputs of the short one.
 
     Activations: the projection (three widths) and the output of the fused operator.
     """
