@@ -42,7 +42,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value that a JSON text stands for.
+    """Parse a JSON text.
 
     Raises:
         ConfigError: it is not valid, repeats a key, or is nested too deeply.
@@ -70,7 +70,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that a YAML text stands for; tags that would make Python objects are refused.
+    """Parse a YAML text; tags that would make Python objects are refused.
 
     Raises:
         ConfigError: it is not valid, repeats a key, is nested too deeply, or has too many values.

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a configuration, a folder, a weights file, a hub id (its weights are not downloaded), or a name: "
         f"{', '.join(preset_names())}",
     )
-    parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
+    parser.add_argument("--config", metavar="FILE", help="the configuration, where it is not beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--methods", action="store_true", help="instead: the ways to evaluate a long convolution")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -112,7 +112,7 @@ def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelC
 
 
 def describe(config: ModelConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """Everything that ``info`` knows, as plain values. Filters and stored bytes need a checkpoint."""
+    """Describe a model in plain values. Filters and stored bytes need a checkpoint."""
     dtype, weights = "bfloat16", None
     if checkpoint is not None:
         from hyaena import checkpoints
@@ -190,14 +190,14 @@ def decay_steps(size: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         size: |p| [D,N], float64.
-        weight: |R| [D,N], float64; a channel whose residues are all zero has decayed at once.
+        weight: |R| [D,N], float64; a channel whose residues are all zero has decayed at step 0.
 
     Returns:
         float64 [D], whole numbers; infinity where the envelope is still larger after ``HORIZON`` steps.
     """
     import torch
 
-    size = torch.where(weight > 0, size, 0)  # a mode without weight says nothing, even if it grows
+    size = torch.where(weight > 0, size, 0)  # a mode without weight has no effect, even if it grows
 
     def decayed(t: Tensor) -> Tensor:
         return (weight * size ** t[:, None]).sum(1) <= DECAYED * weight.sum(1)
@@ -224,8 +224,8 @@ def _histogram(steps: Tensor) -> list[int]:
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """``ops.METHODS`` and ``ops.FUSED_METHODS`` as plain values."""
-    from hyaena.ops import FUSED_METHODS, METHODS, kinds_of
+    """``ops.METHODS`` as plain values."""
+    from hyaena.ops import METHODS, kinds_of
 
     return {
         name: {
@@ -242,7 +242,7 @@ def methods() -> dict[str, dict[str, Any]]:
             "cost": method.cost,
             "memory": method.memory,
         }
-        for name, method in (METHODS | FUSED_METHODS).items()
+        for name, method in METHODS.items()
     }
 
 
@@ -440,8 +440,7 @@ def render_methods(table: dict[str, dict[str, Any]], *, width: int = _WIDEST, pl
         if not wide:
             yield from _row(f"  {'':<15}", f"cost {cost}, memory {memory}", width)
         yield from _row(f"  {'':<15}", method["summary"], width)
-        if method["filters"]:
-            yield from _row(f"  {'':<15}", f"filters: {', '.join(method['filters'])}", width)
+        yield from _row(f"  {'':<15}", f"filters: {', '.join(method['filters'])}", width)
     yield ""
     for note in (
         "documents: packed documents in one pass; elsewhere one after another",
