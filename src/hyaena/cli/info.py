@@ -88,19 +88,20 @@ def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelC
     """Find the configuration, and the weights where there are some on this machine."""
     path = Path(source)
     if source in preset_names() and source != "cub":  # cub has weights, too
-        if path.exists():
+        if os.path.lexists(source):
             raise InputError(f"{source} is the name of a preset and of a file here: write ./{source} for the file")
         if config is not None or revision is not None:
             raise InputError(f"{source} is the name of a configuration: leave --config and --revision out")
         return ModelConfig.from_name(source), None
-    if path.is_file() and path.suffix in _CONFIG_SUFFIXES and not path.name.endswith(".index.json"):
+    # os.path answers False for names that cannot be files; pathlib raises.
+    if os.path.isfile(source) and path.suffix in _CONFIG_SUFFIXES and not path.name.endswith(".index.json"):
         return read_config(path), None
 
     from hyaena import checkpoints, hub
 
-    if source not in hub.BUNDLED and path.is_dir() and not checkpoints.has_weights(path):
+    if source not in hub.BUNDLED and os.path.isdir(source) and not checkpoints.has_weights(path):
         return read_config(config or checkpoints.find_config(path)), None
-    if source not in hub.BUNDLED and not path.exists() and hub.is_hub_id(source):
+    if source not in hub.BUNDLED and not os.path.lexists(source) and hub.is_hub_id(source):
         folder = hub.download(source, revision=revision, weights=False)
         found = read_config(config or checkpoints.find_config(folder))
         return (found if config else hub.corrected(source, found)), None
