@@ -57,11 +57,16 @@ def spared_flops(config: ModelConfig, length: int) -> int:
     """Operations that ``prefill_flops`` counts and logits of the last position do not need.
 
     Nothing reads the last layer's output elsewhere: its scores, its output projection and its MLP, for all positions
-    but one. A prefill that leaves them out may come so much closer to its floor.
+    but one.
     """
     width = config.hidden_size
     scores = 2 * width * length**2 if config.layer_types[-1] == "attention" else 0
     return scores + 2 * (length - 1) * (width**2 + 3 * width * config.intermediate_size)
+
+
+def needed_flops(config: ModelConfig, length: int) -> int:
+    """Operations of a prefill without those that logits of the last position do not need: a lower bound."""
+    return prefill_flops(config, length) - spared_flops(config, length)
 
 
 def operator_bytes(config: ModelConfig, length: int, itemsize: int) -> int:
