@@ -15,6 +15,7 @@ from hyaena.bench.clock import Side, take_turns
 from hyaena.cache import Cache
 from hyaena.generation import PREFILL_CHUNK
 from hyaena.model import StripedHyena
+from hyaena.sizes import ModelSizes
 from hyaena.tokenizers import ByteTokenizer
 
 CHUNK = PREFILL_CHUNK["cpu"]
@@ -256,4 +257,4 @@ def decode_short(session: Session) -> list[Row]:
 
 
 def _size(model: StripedHyena) -> str:
-    return f"{model.config.num_parameters / 1e6:.1f}M parameters"
+    return f"{ModelSizes(model.config).parameters / 1e6:.1f}M parameters"

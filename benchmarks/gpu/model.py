@@ -7,8 +7,8 @@ from functools import partial
 
 from benchmarks.gpu.session import GpuSession
 from benchmarks.registry import Row, Step, Summary, Target
-from hyaena.bench import roofline
 from hyaena.bench.measure import Figure, measure_decode, measure_prefill
+from hyaena.sizes import ModelSizes
 
 
 def decode(session: GpuSession) -> Iterator[Step]:
@@ -40,7 +40,8 @@ def prefill(session: GpuSession) -> Iterator[Step]:
 def prefill_of(session: GpuSession, length: int) -> list[Row]:
     """Our prefill against the operations that it needs."""
     found = session.prefills[length] = measure_prefill(session.model, length, budget=10)
-    spared = roofline.spared_flops(session.sizes.config, length) / roofline.prefill_flops(session.sizes.config, length)
+    sizes = ModelSizes(session.sizes.config)
+    spared = sizes.last_layer_savings(length) / sizes.prefill_flops(length)
     note = (
         f"Chunks of {found.chunk:,}. The last layer's output is needed at one position only: the bound leaves out the "
         f"{spared:.1%} of all operations that this spares."
@@ -65,12 +66,12 @@ def _against_bound(what: str, found: Figure, tokens: int, share: str, target: fl
 
 def memory(session: GpuSession) -> list[Row]:
     """What the longest prefill allocated beside weights, keys and values."""
-    length, config = max(session.sizes.prompts), session.sizes.config
+    length, sizes = max(session.sizes.prompts), ModelSizes(session.sizes.config)
     peak = session.prefills[length].peak_memory if length in session.prefills else None
     if peak is None:
         raise RuntimeError("there is no peak memory: it is known on CUDA devices only, after the prefill")
-    weights = roofline.weight_bytes(config, session.dtype.itemsize)
-    cache = length * config.kv_bytes_per_token(session.dtype.itemsize)
+    weights = sizes.weight_bytes(session.dtype.itemsize)
+    cache = length * sizes.kv_bytes_per_token(session.dtype.itemsize)
     return [
         Row(
             what=f"peak memory of a prefill of {length:,} tokens, less weights, keys and values",

@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmarks.gpu.session import GpuSession
 from benchmarks.kernels.hyena import inputs, leaves
 from benchmarks.registry import Row, Step, Summary, Target, spanning
-from hyaena.bench import roofline
 from hyaena.bench.clock import call_times
 from hyaena.ops import ModalFilter, hyena
+from hyaena.sizes import ModelSizes
 
 
 def rates(session: GpuSession) -> Iterator[Row]:
@@ -43,7 +43,7 @@ def forward(session: GpuSession, length: int) -> list[Row]:
     ours = Summary.of(call_times(lambda: hyena(*args, method=session.fused), session.device, repeats).values)
     count = max(2, repeats // 3)
     fft = Summary.of(call_times(lambda: hyena(*args, method="fft"), session.device, count).values)
-    bound = Summary.of([roofline.operator_bytes(config, length, session.dtype.itemsize) / session.bandwidth.median])
+    bound = Summary.of([ModelSizes(config).operator_bytes(length, session.dtype.itemsize) / session.bandwidth.median])
     name = str(session.dtype).removeprefix("torch.")
     what = f"fused operator, T {length:,}, B 1, D {config.hidden_size}, {name}"
     return [

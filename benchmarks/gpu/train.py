@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import random
@@ -42,7 +41,7 @@ def at(session: GpuSession, length: int, against_attention: float, against_unpac
     segments = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(documents))[None].to(session.device)
     torch.manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, length), device=session.device)
-    ours, theirs = (trainable(c, session.device) for c in (config, baseline))
+    ours, theirs = (trainable(c, session.device, session.dtype) for c in (config, baseline))
     sides = {
         "unpacked": lambda: step(ours, ids),
         "attention": lambda: step(theirs, ids),
@@ -66,9 +65,9 @@ def pack(length: int, least: int, most: int) -> list[int]:
     return documents
 
 
-def trainable(config: ModelConfig, device: torch.device) -> StripedHyena:
-    """A model in float32 that recomputes every layer in its backward pass, as ``hyaena train`` makes it."""
-    model = random_model(config, device, torch.float32).train()
+def trainable(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StripedHyena:
+    """A model that recomputes every layer in its backward pass."""
+    model = random_model(config, device, dtype).train()
     for layer in model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     return model
@@ -76,9 +75,7 @@ def trainable(config: ModelConfig, device: torch.device) -> StripedHyena:
 
 def step(model: StripedHyena, ids: Tensor, segments: Tensor | None = None) -> None:
     """Forward and backward, gradients dropped: the mean cross-entropy of the next token."""
-    on_cuda = ids.device.type == "cuda"
-    with torch.autocast("cuda", dtype=torch.bfloat16) if on_cuda else contextlib.nullcontext():
-        logits = model(ids, segment_ids=segments)
+    logits = model(ids, segment_ids=segments)
     nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
     model.zero_grad(set_to_none=True)
 

@@ -28,7 +28,7 @@ from hyaena.bench.measure import filled_cache, stepper
 from hyaena.bench.run import SH_7B, random_model
 from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
-from hyaena.ops.step import DecodeOperators, Norm
+from hyaena.ops import DecodeOperators, Dense, RMSNormWeight
 from hyaena.ops.triton import can_overlap
 from hyaena.ops.triton.decode import gemv
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
@@ -48,8 +48,8 @@ TILES = [
 class CublasOperators(FusedDecodeOperators):
     """The kernels, but products by torch's library calls."""
 
-    def project(self, *args: Any, **kwargs: Any) -> Tensor:
-        return DecodeOperators.project(self, *args, **kwargs)
+    def linear(self, *args: Any, **kwargs: Any) -> Tensor:
+        return DecodeOperators.linear(self, *args, **kwargs)
 
     def gate(self, *args: Any, **kwargs: Any) -> Tensor:
         return DecodeOperators.gate(self, *args, **kwargs)
@@ -70,8 +70,8 @@ def shapes(config: ModelConfig) -> list[tuple[str, int, int]]:
     width, hidden = config.hidden_size, config.intermediate_size
     qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     return [
-        ("project", 3 * width, width), ("project", width, width), ("project", qkv, width), ("gate", hidden, width),
-        ("project", width, hidden), ("project", config.vocab_size, width),
+        ("linear", 3 * width, width), ("linear", width, width), ("linear", qkv, width), ("gate", hidden, width),
+        ("linear", width, hidden), ("linear", config.vocab_size, width),
     ]  # fmt: skip
 
 
@@ -120,7 +120,7 @@ class Product:
         made = [[randn(n, k) for _ in range(self.pair)] for _ in range(copies)]
         self.weights = made * max(1, 16 // copies) if CUDA else made[:2]
         self.x = randn(1, k)
-        norm = Norm(randn(k), 1e-5, True) if normed else None
+        norm = RMSNormWeight(randn(k), 1e-5, True) if normed else None
         self.options: dict[str, Any] = {"norm": norm}
         if kind == "gate":
             self.options["activation"] = "silu"
@@ -134,12 +134,14 @@ class Product:
     def plain(self) -> list[Call]:
         """With the norm, residual or activation that belongs to it."""
         function: Any = getattr(DecodeOperators(), self.kind)
-        return [partial(function, self.x, *w, **self.options) for w in self.weights]
+        return [partial(function, self.x, *map(Dense, w), **self.options) for w in self.weights]
 
     def triton(self, tile: gemv.Tile) -> list[Call]:
         """All of it in one kernel."""
-        function: Any = getattr(gemv, self.kind)
-        return [partial(function, self.x, *w, **self.options, tile=tile) for w in self.weights]
+        options = {**self.options, "tile": tile}
+        if self.kind == "gate":
+            return [partial(gemv.gate, self.x, *w, **options) for w in self.weights]
+        return [partial(gemv.linear, self.x, Dense(*w), **options) for w in self.weights]
 
 
 def ways_to_multiply(best: dict[Any, gemv.Tile]) -> dict[str, DecodeOperators]:

@@ -26,7 +26,7 @@ from hyaena.bench.clock import Call, Samples, call_times, graph_times, release
 from hyaena.bench.rates import measure_bandwidth
 from hyaena.ops import HyenaState, ModalFilter, hyena
 from hyaena.ops.triton.hyena import launch
-from hyaena.ops.triton.hyena.launch import BackwardTiling, Tiling
+from hyaena.ops.triton.hyena.launch import BackwardTiling, Operands, Tiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16
@@ -52,9 +52,9 @@ BACKWARD = {
     "chunks 64": BackwardTiling(),
     "chunks 32": BackwardTiling(chunk=32),
     "chunks 128": BackwardTiling(chunk=128),
-    "64 lanes": BackwardTiling(lanes=64),
-    "64 lanes, batch 2": BackwardTiling(lanes=64, batch=2),
-    "256 lanes": BackwardTiling(lanes=256),
+    "64 channels": BackwardTiling(channels=64),
+    "64 channels, batch 2": BackwardTiling(channels=64, batch=2),
+    "256 channels": BackwardTiling(channels=256),
 }
 
 
@@ -81,14 +81,18 @@ def leaves(args: Arguments) -> list[Tensor]:
 # --- the launchers: all that is known here of their arguments
 
 
+def _operands(args: Arguments) -> Operands:
+    return Operands(*leaves(args), short=None, long=None, mask=None, reset=None)
+
+
 def forward_call(args: Arguments, tiling: Tiling | None) -> Call:
     """The forward kernel in a tiling, without states."""
-    return partial(launch.forward, *leaves(args), None, None, None, tiling)
+    return partial(launch.forward, _operands(args), tiling)
 
 
 def backward_call(args: Arguments, dy: Tensor, tiling: BackwardTiling | None) -> Call:
     """The backward kernels in a tiling, without states."""
-    return partial(launch.backward, dy, None, None, *leaves(args), None, None, None, tiling)
+    return partial(launch.backward, dy, None, None, _operands(args), tiling)
 
 
 def step_call(args: Arguments, state: HyenaState) -> Call:

@@ -27,6 +27,7 @@ from benchmarks.registry import (
 )
 
 from benchmarks import registry, report, run
+from hyaena.sizes import ModelSizes
 
 MACHINE = {"device": "an abacus", "torch": "2"}
 OCCASION = {"date": "2001-01-01", "command": "make bench", "commit": "abc", "threads": "2", "load before": "0.00"}
@@ -160,7 +161,7 @@ def test_the_text_table_aligns_and_names_the_ratio() -> None:
 
 
 def test_predictions_follow_from_the_configuration() -> None:
-    assert predictions.as_transformer(STRIPED).layer_types == ("attention",) * 12
+    assert ModelSizes(STRIPED).parameters == 128_912_640
     transformer = predictions.as_transformer(STRIPED)
     ratio = predictions.prefill_multiplications(transformer, 8192) / predictions.prefill_multiplications(STRIPED, 8192)
     assert ratio == pytest.approx(1.27, abs=0.01)

@@ -83,7 +83,7 @@ def test_documents_fill_a_window() -> None:
 
 
 def test_a_training_step_recomputes_its_layers_and_keeps_no_gradient() -> None:
-    made = train.trainable(QUICK.training_config, torch.device("cpu"))
+    made = train.trainable(QUICK.training_config, torch.device("cpu"), torch.float32)
     passes: list[None] = []
     made.layers[0].mlp_norm.register_forward_hook(lambda *args: passes.append(None))
     ids = torch.randint(512, (1, 12))

@@ -3,7 +3,6 @@
     clock        samples of a quantity, and the timers that take them
     rates        how fast this machine moves bytes and multiplies
     machine      what was measured on, and with which versions
-    roofline     the shortest time that a prefill and a decoding step can take at such rates; no torch
     measure      a prefill and a decoding step, timed, with the rates measured in turns with them
     memory       checks that a plan fits into memory before allocating
     run          all of a plan
@@ -11,5 +10,6 @@
     report       the result as a table and as JSON
     plot         the result as a picture
 
-The folder ``benchmarks`` of the repository measures with these same clocks, rates and tables.
+The bytes and operations that a result needs come from ``hyaena.sizes``. The folder ``benchmarks`` of the repository
+measures with these same clocks, rates and tables.
 """

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyaena.bench import roofline
 from hyaena.bench.clock import Samples, call_times, wall_seconds
 from hyaena.bench.rates import Rate, measure_bandwidth, measure_flops
-from hyaena.cache import Cache, KVCache
+from hyaena.cache import Cache
 from hyaena.decoding import Decoder, Decoding, StepOutput, pack_outputs, resolve_decoding
 from hyaena.errors import NonFiniteError
 from hyaena.generation import choose_chunk
 from hyaena.model import StripedHyena
 from hyaena.ops.step import DecodeOperators
 from hyaena.sampling import SamplingParams, finite_rows, sample
+from hyaena.sizes import ModelSizes
 
 STEADY = 0.25
 """Most that the middle half of the samples may vary, as a share of their median."""
@@ -34,7 +34,7 @@ class Figure:
         seconds: of each sample.
         rates: operations or bytes per second of a plain kernel, before and after each sample (their mean).
         kernel: the plain kernel.
-        work: operations or bytes that the result needs; see ``roofline``.
+        work: operations or bytes that the result needs; see ``hyaena.sizes``.
     """
 
     seconds: Samples
@@ -166,7 +166,7 @@ def measure_prefill(
     Raises:
         NonFiniteError: the logits are not finite, so that nothing is known about the work.
     """
-    device, config = model.device, model.config
+    device, config, sizes = model.device, model.config, ModelSizes(model.config)
     chunk = choose_chunk(model, length) if chunk is None else chunk
     ids = torch.randint(config.vocab_size, (1, length), device=device)
     peaks: list[int] = []
@@ -191,7 +191,7 @@ def measure_prefill(
     # Compile, choose algorithms, wake the clocks: with a first, a later and a last chunk, and little attention.
     read(ids[:, : 2 * chunk + length % chunk])
     figure = in_turns(
-        roofline.needed_flops(config, length),
+        sizes.prefill_flops(length) - sizes.last_layer_savings(length),
         sample,
         lambda: measure_flops(device, model.dtype),
         repeats=repeats,
@@ -233,7 +233,7 @@ def measure_decode(
     run = stepper(model, cache, decoding)
     first = wall_seconds(lambda: run(1))
     run(steps)
-    work = roofline.decode_bytes(model.config, batch, context, model.dtype.itemsize)
+    work = ModelSizes(model.config).decode_bytes(batch, context, model.dtype.itemsize)
     figure = in_turns(
         work,
         lambda: wall_seconds(lambda: run(steps)) / steps,
@@ -248,10 +248,9 @@ def measure_decode(
 def filled_cache(model: StripedHyena, batch: int, context: int, *, room: int, method: str = "auto") -> Cache:
     """A cache as if ``context`` tokens had been read, with room for more: random keys, values and states."""
     cache = model.make_cache(batch, max_length=context + room, method=method)
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values) if isinstance(layer, KVCache) else layer:
-            tensor.normal_()
-    cache.length = context
+    for tensor in cache.tensors():
+        tensor.normal_()
+    cache.lengths = [context] * batch
     return cache
 
 
@@ -276,7 +275,8 @@ def stepper(
                 _require_finite(StepOutput.unpack(pack_outputs(logits, ids, finite_rows(logits), 0)))
 
         return forward
-    decoder = Decoder(model, cache, ids, rows, generators, captured=decoding == "cuda_graph", operators=operators)
+    decoder = Decoder(model, cache.batch_size, cuda_graph=decoding == "cuda_graph", operators=operators)
+    decoder.add(cache, ids, rows, generators)
 
     def ahead(count: int) -> None:
         decoder.launch()

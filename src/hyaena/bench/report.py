@@ -10,6 +10,7 @@ from hyaena.bench.clock import Samples
 from hyaena.bench.measure import Figure
 from hyaena.bench.run import Result
 from hyaena.bench.tables import text_table
+from hyaena.sizes import ModelSizes
 
 
 def as_dict(result: Result) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def as_dict(result: Result) -> dict[str, Any]:
         "machine": machine.describe(result.device),
         "model": {
             "config": result.config.to_dict(),
-            "parameters": result.config.num_parameters,
+            "parameters": ModelSizes(result.config).parameters,
             "dtype": _dtype(result),
         },
         "prefill": prefills,
@@ -70,7 +71,7 @@ def render(result: Result) -> str:
     """The page for a terminal."""
     facts = machine.describe(result.device)
     lines = [
-        f"{result.config.name}, {result.config.num_parameters:,} parameters, {_dtype(result)}",
+        f"{result.config.name}, {ModelSizes(result.config).parameters:,} parameters, {_dtype(result)}",
         f"{facts['device']}, {facts['cores']} cores, torch {facts['torch']}",
     ]
     if result.prefills:

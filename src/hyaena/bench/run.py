@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from hyaena import ops
-from hyaena.bench import memory, roofline
+from hyaena.bench import memory
 from hyaena.bench.clock import release
 from hyaena.bench.measure import ROUNDS, Decode, Prefill, measure_decode, measure_prefill, rounds_at_most
 from hyaena.bench.rates import SIZES
@@ -18,20 +18,10 @@ from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.generation import MIN_PREFILL_CHUNK, PREFILL_CHUNK
 from hyaena.model import StripedHyena
+from hyaena.sizes import ModelSizes
 
-SH_7B = ModelConfig(
-    vocab_size=32_000,
-    hidden_size=4096,
-    layer_types=("hyena", "attention") * 16,
-    intermediate_size=14_336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    state_size=2,
-    rope_theta=500_000.0,
-    max_length=131_072,
-    name="7b",
-)
-"""The shape of StripedHyena-Hessian-7B, to be filled with random weights, which take any length: four times its own."""
+SH_7B = replace(ModelConfig.from_name("sh-7b"), name="7b", max_length=131_072, prefill_style="auto")
+"""StripedHyena-Hessian-7B, to be filled with random weights, which take any length: four times its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +139,7 @@ def _needed(config: ModelConfig, plan: Plan, device: torch.device, itemsize: int
         # a copy is measured between the steps, while the cache is there
         memory.decode_bytes(config, max(plan.batches, default=1), slots, itemsize) + SIZES[device.type].bytes,
     )
-    return roofline.weight_bytes(config, itemsize) + most
+    return ModelSizes(config).weight_bytes(itemsize) + most
 
 
 def _figures(model: StripedHyena, plan: Plan, progress: Callable[[str], object]) -> Iterator[Prefill | Decode]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,8 +12,17 @@ from torch import Tensor
 from device import DEVICE
 from hyaena import ops
 from hyaena.bench.run import SH_7B
-from hyaena.ops import HyenaState, ModalFilter, hyena, rotary_table
-from hyaena.ops.step import DecodeOperators, Norm, Slots
+from hyaena.ops import (
+    DecodeOperators,
+    Dense,
+    HyenaState,
+    KVState,
+    ModalFilter,
+    RMSNormWeight,
+    StepContext,
+    hyena,
+    rotary_table,
+)
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 
 pytestmark = pytest.mark.wide
@@ -149,40 +157,48 @@ def test_gradients_through_the_operators(case: Case) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_products(dtype: torch.dtype, batch: int) -> None:
     width, inner, fused = CONFIG.hidden_size, CONFIG.intermediate_size, FusedDecodeOperators()
-    norm = Norm(randn(width, dtype=dtype), 1e-5, True)
-    exact = Norm(norm.weight.double(), 1e-5, True)
+    norm = RMSNormWeight(randn(width, dtype=dtype), 1e-5, True)
+    exact = norm._replace(weight=norm.weight.double())
     a, b = (randn(inner, width, dtype=dtype) / width**0.5 for _ in range(2))
     x, r = randn(batch, width, dtype=dtype), randn(batch, inner, dtype=dtype)
-    want = PLAIN.project(x.double(), a.double(), norm=exact, residual=r.double())
-    close(fused.project(x, a, norm=norm, residual=r), want, STEP[dtype])
-    want = PLAIN.gate(x.double(), a.double(), b.double(), norm=exact, activation="silu")
-    close(fused.gate(x, a, b, norm=norm, activation="silu"), want, STEP[dtype])
+    want = PLAIN.linear(x.double(), Dense(a.double()), norm=exact, residual=r.double())
+    close(fused.linear(x, Dense(a), norm=norm, residual=r), want, STEP[dtype])
+    want = PLAIN.gate(x.double(), Dense(a.double()), Dense(b.double()), norm=exact, activation="silu")
+    close(fused.gate(x, Dense(a), Dense(b), norm=norm, activation="silu"), want, STEP[dtype])
 
 
 @pytest.mark.parametrize("dtype", STEP)
-@pytest.mark.parametrize("paddings", [[0], [0, 4999, 1666]])
-def test_attention_and_its_cache(dtype: torch.dtype, paddings: list[int]) -> None:
-    length, capacity, batch, fused = 5000, 5100, len(paddings), FusedDecodeOperators()
+@pytest.mark.parametrize("lengths", [[5000], [5000, 1, 3334]])
+def test_attention_and_its_cache(dtype: torch.dtype, lengths: list[int]) -> None:
     heads, groups, head_dim = CONFIG.num_attention_heads, CONFIG.num_key_value_heads, CONFIG.head_dim
+    fused, batch = FusedDecodeOperators(), len(lengths)
+
+    def context() -> StepContext:
+        table = rotary_table(torch.arange(max(lengths) + 1, device=DEVICE), head_dim, CONFIG.rope_theta)
+        on_device = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        return StepContext(fused, on_device, on_device + 1, table)
+
+    state = KVState.allocate(1, groups, 1, head_dim, dtype, DEVICE).select([0] * batch)
+    state = state.reserve([length + 100 for length in lengths])
+    for tensor in state.tensors():
+        tensor.normal_()
     q = randn(batch, heads, head_dim, dtype=dtype)
-    k, v = (randn(batch, groups, capacity, head_dim, dtype=dtype) for _ in range(2))
-    table = rotary_table(torch.arange(capacity, device=DEVICE), head_dim, CONFIG.rope_theta)
-    lengths = torch.tensor([length], dtype=torch.int32, device=DEVICE)
-    slots = Slots(lengths, torch.tensor(paddings, dtype=torch.int32, device=DEVICE), table)
     rows = [
-        ops.attention(q[i : i + 1, :, None].double(), *(t[i : i + 1, :, p:length].double() for t in (k, v)))[0, :, 0]
-        for i, p in enumerate(paddings)
+        ops.attention(
+            q[i, None, :, None].double(), *(t[None, :, :n].double() for t in (state.keys(i), state.values(i)))
+        )
+        for i, n in enumerate(lengths)
     ]
-    for store, (row, first) in itertools.product((k, v), enumerate(paddings)):
-        store[row, :, length:] = torch.nan
-        store[row, :, :first] = torch.nan
-    close(fused.attend(q, k, v, slots), torch.stack(rows), STEP[dtype])
-    qkv = randn(batch, (heads + 2 * groups) * head_dim, dtype=dtype)
-    plain = k.clone(), v.clone()
-    want = PLAIN.remember(qkv, *plain, slots)
-    close(fused.remember(qkv, k, v, slots), want, STEP[dtype])
-    for store, other in zip((k, v), plain, strict=True):
-        close(store[:, :, length - 1], other[:, :, length - 1], STEP[dtype])
+    for i, n in enumerate(lengths):
+        state.keys(i)[:, n:] = torch.nan
+        state.values(i)[:, n:] = torch.nan
+    close(fused.attend(q, state, context()), torch.cat(rows).squeeze(2), STEP[dtype])
+    qkv, plain = randn(batch, (heads + 2 * groups) * head_dim, dtype=dtype), state.select(list(range(batch)))
+    want = PLAIN.rotate_and_cache(qkv, plain, context())
+    close(fused.rotate_and_cache(qkv, state, context()), want, STEP[dtype])
+    for i, n in enumerate(lengths):
+        close(state.keys(i)[:, n - 1], plain.keys(i)[:, n - 1], STEP[dtype])
+        close(state.values(i)[:, n - 1], plain.values(i)[:, n - 1], STEP[dtype])
 
 
 @pytest.mark.parametrize("dtype", STEP)
