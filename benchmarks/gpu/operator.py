@@ -40,7 +40,7 @@ def forward(session: GpuSession, length: int) -> list[Row]:
     args = inputs(
         1, length, config.hidden_size, config.state_size, config.short_filter_length, session.dtype, session.device
     )
-    ours = Summary.of(call_times(lambda: hyena(*args, method=session.fused), session.device, repeats).values)
+    ours = Summary.of(call_times(lambda: hyena(*args, **session.fused), session.device, repeats).values)
     count = max(2, repeats // 3)
     fft = Summary.of(call_times(lambda: hyena(*args, method="fft"), session.device, count).values)
     bound = Summary.of([ModelSizes(config).operator_bytes(length, session.dtype.itemsize) / session.bandwidth.median])
@@ -79,13 +79,13 @@ def gradients(session: GpuSession) -> list[Row]:
     dy = torch.randn(1, length, config.hidden_size, device=session.device, dtype=session.dtype)
     wanting = [t.detach().requires_grad_() for t in leaves(args)]
 
-    def train(method: str) -> tuple[Tensor, ...]:
+    def train(**options: str) -> tuple[Tensor, ...]:
         filter = ModalFilter(torch.view_as_complex(wanting[3]), torch.view_as_complex(wanting[4]), wanting[5])
-        y, _ = hyena(*wanting[:3], filter, method=method)
+        y, _ = hyena(*wanting[:3], filter, **options)
         return torch.autograd.grad(y, wanting, dy)
 
-    ours = Summary.of(call_times(lambda: train(session.fused), session.device, repeats).values)
-    fft = Summary.of(call_times(lambda: train("fft"), session.device, max(2, repeats // 3)).values)
+    ours = Summary.of(call_times(lambda: train(**session.fused), session.device, repeats).values)
+    fft = Summary.of(call_times(lambda: train(method="fft"), session.device, max(2, repeats // 3)).values)
     return [
         Row(
             what=f"forward and backward of it, T {length:,}",

@@ -71,6 +71,6 @@ class GpuSession(Session):
             torch.cuda.synchronize(self.device)
 
     @property
-    def fused(self) -> str:
-        """The kernels by name, so that nothing else is ever timed in their place; a CPU has none."""
-        return "triton" if self.device.type == "cuda" else "blocked"
+    def fused(self) -> dict[str, str]:
+        """Options of ``ops.hyena`` for the kernels, so that nothing else is timed in their place; a CPU has none."""
+        return {"backend": "triton"} if self.device.type == "cuda" else {"method": "blocked"}

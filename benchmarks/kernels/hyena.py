@@ -148,13 +148,14 @@ def compare_backward(bench: Bench) -> None:
         bench.record(bench.times(backward_call(args, dy, tiling)), 7 * moved, what="backward", T=length, name=name)
     wanting = [t.detach().requires_grad_() for t in leaves(args)]
 
-    def train(method: str) -> tuple[Tensor, ...]:
+    def train(**options: str) -> tuple[Tensor, ...]:
         filter = ModalFilter(torch.view_as_complex(wanting[3]), torch.view_as_complex(wanting[4]), wanting[5])
-        y, _ = hyena(*wanting[:3], filter, method=method)
+        y, _ = hyena(*wanting[:3], filter, **options)
         return torch.autograd.grad(y, wanting, dy)
 
-    for method in ("triton", "blocked", "fft"):
-        bench.record(bench.times(partial(train, method)), 11 * moved, what="both", T=length, name=method)
+    ways = {"triton": {"backend": "triton"}, "blocked": {"method": "blocked"}, "fft": {"method": "fft"}}
+    for name, options in ways.items():
+        bench.record(bench.times(partial(train, **options)), 11 * moved, what="both", T=length, name=name)
         release()
 
 

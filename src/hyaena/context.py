@@ -20,7 +20,7 @@ class ForwardContext:
 
     Attributes:
         lengths: tokens that each row of the cache holds before this pass; None without a cache.
-        counts: tokens that this pass adds to each row: T, less its padding.
+        counts: tokens that this pass adds to each row of the cache: T, less its padding; None without a cache.
         rotary: cos and sin of the positions of this pass, [T,head_dim/2] or [B,T,head_dim/2].
         padding: leading positions of each row that are padding, as int [B] and as numbers; None where there are none.
         mask: bool [B,T], False where this pass reads padding, or None.
@@ -31,7 +31,7 @@ class ForwardContext:
     """
 
     lengths: Sequence[int] | None
-    counts: Sequence[int]
+    counts: Sequence[int] | None
     rotary: tuple[Tensor, Tensor]
     padding: tuple[Tensor, Sequence[int]] | None
     mask: Tensor | None
@@ -58,8 +58,8 @@ class ForwardContext:
         Raises:
             InputError: shapes, ids or masks that do not fit.
         """
-        _check_ids(ids, config.vocab_size)
-        batch, length = ids.shape
+        _check_ids(ids)
+        length = ids.shape[1]
         lengths = None if cache is None else tuple(cache.lengths)
         if segment_ids is not None and (cache is not None or mask is not None or segment_ids.shape != ids.shape):
             raise InputError("segment_ids must have the shape of ids, and go without cache and without mask")
@@ -75,7 +75,7 @@ class ForwardContext:
         positions = _positions(length, ids.device, lengths, None if padding is None else padding[0], reset)
         return cls(
             lengths=lengths,
-            counts=[length] * batch if padding is None else [length - skip for skip in padding[1]],
+            counts=_counts(lengths, length, padding),
             rotary=ops.rotary_table(
                 positions, config.head_dim, config.rope_theta, config.rope_scaling_factor, dtype=dtype
             ),
@@ -86,6 +86,14 @@ class ForwardContext:
             method=method,
             backend=backend,
         )
+
+
+def _counts(
+    lengths: Sequence[int] | None, length: int, padding: tuple[Tensor, Sequence[int]] | None
+) -> Sequence[int] | None:
+    if lengths is None:
+        return None
+    return [length] * len(lengths) if padding is None else [length - skip for skip in padding[1]]
 
 
 def _positions(
@@ -104,19 +112,12 @@ def _positions(
     return steps + torch.tensor(lengths, device=device)[:, None]
 
 
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
+def _check_ids(ids: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         kind = f"a tensor of {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
         raise InputError(f"the model takes token ids as a tensor of integers, and was given {kind}")
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
         raise InputError(f"the model takes token ids of shape [B>=1, T>=1], and was given {tuple(ids.shape)}")
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would stall the device
-        low, high = (int(t) for t in torch.aminmax(ids))
-        if low < 0 or high >= vocab_size:
-            raise InputError(
-                f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}: "
-                "use the tokenizer of this model"
-            )
 
 
 def _check_mask(mask: Tensor | None, ids: Tensor, lengths: Sequence[int] | None) -> Tensor | None:

@@ -419,7 +419,7 @@ class StripedHyena(nn.Module):
             backend=resolved,
             dtype=self.dtype,
         )
-        if cache is None:
+        if cache is None or context.counts is None:
             return self._layers(ids, context, [None] * len(self.layers), logits_to_keep)[0]
         with cache.reading(self, len(ids), context.counts):
             logits, states = self._layers(ids, context, cache.states, logits_to_keep)
@@ -429,7 +429,14 @@ class StripedHyena(nn.Module):
     def _layers(
         self, ids: Tensor, context: ForwardContext, states: Sequence[Any], logits_to_keep: int | None
     ) -> tuple[Tensor, list[Any]]:
-        x, new = self.embed_tokens(ids), []
+        try:
+            x, new = self.embed_tokens(ids), []
+        except IndexError:  # on a CPU; elsewhere looking at the ids would stall the device
+            low, high = (int(t) for t in torch.aminmax(ids))
+            raise InputError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}: "
+                "use the tokenizer of this model"
+            ) from None
         length = ids.shape[1]
         keep = length if logits_to_keep is None else min(logits_to_keep, length)
         last = len(self.layers) - 1

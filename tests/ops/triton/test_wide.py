@@ -71,7 +71,8 @@ class Problem(NamedTuple):
     def run(self, method: str, here: slice = slice(None), past: HyenaState | None = None) -> tuple[Tensor, HyenaState]:
         """The operator on some of the steps, from its own state or a given one."""
         mask = None if self.mask is None else self.mask[:, here]
-        return hyena(self.z[:, here], self.weight, self.bias, self.filter, past or self.past, mask=mask, method=method)
+        way = {"backend": "triton"} if method == "triton" else {"method": method}
+        return hyena(self.z[:, here], self.weight, self.bias, self.filter, past or self.past, mask=mask, **way)
 
     def exact(self) -> Problem:
         """The same in float64."""

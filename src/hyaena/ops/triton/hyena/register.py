@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyaena.errors import InputError
-from hyaena.ops.long_conv.filters import ModalFilter
+from hyaena.ops.long_conv import ModalFilter
 from hyaena.ops.triton.hyena import launch
 from hyaena.ops.triton.hyena.launch import Gradients, Operands
 
