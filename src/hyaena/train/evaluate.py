@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyaena.errors import NonFiniteError
-from hyaena.train.data import IGNORE, Batch, Corpus, evaluation_batches
+from hyaena.train.corpus import Corpus
+from hyaena.train.data import IGNORE, Batch, evaluation_batches
 
 
 @dataclass(frozen=True)
