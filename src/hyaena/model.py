@@ -125,7 +125,9 @@ class LongFilter(nn.Module):
         self.skip = nn.Parameter(torch.empty(channels))
 
     def forward(self) -> ModalFilter:
-        return ModalFilter(torch.view_as_complex(self.poles), torch.view_as_complex(self.residues), self.skip)
+        return ModalFilter(
+            torch.complex(*self.poles.unbind(-1)), torch.complex(*self.residues.unbind(-1)), self.skip.clone()
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LongFilter:
         wide = [p for name, p in self.named_parameters() if name != "skip"]  # by exclusion: training reparametrises
@@ -355,7 +357,7 @@ class StripedHyena(nn.Module):
             raise InputError(f"the model takes token ids of shape [B, T>=1], and was given {tuple(ids.shape)}")
         if logits_to_keep is not None and logits_to_keep < 1:
             raise InputError(f"logits_to_keep is {logits_to_keep}: keep at least the last position")
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would stall the device
+        if _readable(ids):
             low, high = (int(t) for t in torch.aminmax(ids)) if ids.numel() else (0, 0)
             if low < 0 or high >= self.config.vocab_size:
                 raise InputError(
@@ -422,6 +424,12 @@ class StripedHyena(nn.Module):
                 module.poles.copy_(torch.view_as_real(poles))
                 nn.init.normal_(module.residues, std=(0.5 / modes) ** 0.5, generator=generator)
                 module.residues.mul_((1 - torch.exp(-dt)).sqrt().unsqueeze(-1))
+
+
+def _readable(ids: Tensor) -> bool:
+    """Whether the ids can be looked at: not while a graph is traced, not under vmap, not where it stalls a device."""
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(ids)
+    return ids.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed
 
 
 def _accept_original_names(module: nn.Module, state: dict[str, Any], *_: Any) -> None:

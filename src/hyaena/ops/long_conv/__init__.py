@@ -194,6 +194,8 @@ _SHORT_DEFAULT = _LONG_DEFAULT | {ModalFilter: "recurrence", CanonicalFilter: "r
 def resolve_method(method: str, length: int, form: type = ModalFilter) -> str:
     """The method that ``auto`` stands for at this length; any other name is checked and returned."""
     if method == "auto":
+        if torch.compiler.is_exporting() and form is ModalFilter:
+            return "fft"  # the one whose graph does not depend on the length
         return (_SHORT_DEFAULT if length < SHORT else _LONG_DEFAULT)[form]
     if method not in METHODS:
         raise UnsupportedError(f"unknown long_conv method {method!r}: choose auto, {', '.join(METHODS)}")

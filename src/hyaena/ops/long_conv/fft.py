@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hyaena.ops.long_conv.exported import long_conv_exported
 from hyaena.ops.long_conv.filters import ModalFilter, as_real_pairs, from_real_pairs, powers, taps, widen
 
 
@@ -19,6 +20,8 @@ def fft_size(length: int) -> int:
 
 def long_conv_fft(x: Tensor, filter: ModalFilter, state: Tensor) -> tuple[Tensor, Tensor]:
     """x real [B,T,D], state complex [B,D,N] -> (y real [B,T,D], final state)."""
+    if torch.compiler.is_exporting():
+        return long_conv_exported(x, filter, state)
     length = x.shape[1]
     xt = x.transpose(1, 2)  # [B,D,T]
     size = fft_size(2 * length - 1)
