@@ -71,7 +71,7 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_pointwise_kernels_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyaena.ops.triton.missing", lambda _: None)
+    monkeypatch.setattr("hyaena.ops.triton.device_unsupported_reason", lambda _: None)
     x = torch.zeros(3)
     assert not use_kernels(x)
     monkeypatch.setenv(VARIABLE, "triton")
@@ -93,16 +93,15 @@ def test_pointwise_kernels_say_for_themselves_what_was_chosen(caplog: pytest.Log
     assert record.getMessage().startswith("norms, gates and rotary positions run in plain torch, not the fused kernels")
 
 
-def call(dtype: torch.dtype = torch.float32, modes: int = 2, *, reset: bool = False) -> None:
+def call(dtype: torch.dtype = torch.float32, modes: int = 2) -> None:
     wide = torch.complex128 if dtype == torch.float64 else torch.complex64
     filter = ModalFilter(torch.zeros(2, modes, dtype=wide), torch.zeros(2, modes, dtype=wide))
-    boundary = torch.zeros(1, 3, dtype=torch.bool) if reset else None
-    hyena(torch.zeros(1, 3, 6, dtype=dtype), torch.zeros(6, 3), None, filter, reset=boundary, method="triton")
+    hyena(torch.zeros(1, 3, 6, dtype=dtype), torch.zeros(6, 3), None, filter, method="triton")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"reset": True}, "use blocked"), ({"dtype": torch.float64}, "float64"), ({"modes": 17}, "1 to 16 modes")],
+    [({"dtype": torch.float64}, "float64"), ({"modes": 17}, "1 to 16 modes")],
 )
 def test_arguments_that_the_kernel_does_not_take(arguments, words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
@@ -125,4 +124,4 @@ def test_without_a_device_the_message_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_the_names_of_fused_methods_are_their_own() -> None:
     assert set(FUSED_METHODS) == {"triton"}
     assert not set(FUSED_METHODS) & set(METHODS)
-    assert not FUSED_METHODS["triton"].reset
+    assert FUSED_METHODS["triton"].reset

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 
 from hyaena.config import ModelConfig
-from hyaena.model import Layer, LongFilter, StripedHyena
+from hyaena.filters import LongFilter
+from hyaena.model import Layer, StripedHyena
 from hyaena.train.filters import parametrize_filters
 
 CONFIG = ModelConfig(

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hyaena.config import ModelConfig
-from hyaena.model import LongFilter, StripedHyena
-from hyaena.train.filters import DecayAndPhase, parametrize_filters, plain_state_dict, poles_outside
+from hyaena.filters import LongFilter, RealLongFilter
+from hyaena.model import StripedHyena
+from hyaena.train.filters import Decay, DecayAndPhase, parametrize_filters, plain_state_dict, poles_outside
 
 CONFIG = ModelConfig(
     vocab_size=20,
@@ -126,3 +127,29 @@ def test_parametrised_poles_stay_float32() -> None:
     for name, tensor in plain_state_dict(model).items():
         if name.endswith("poles"):
             assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
+
+
+def test_real_modes_decay_and_start_where_they_are() -> None:
+    log_poles = torch.tensor([[-1e-7, -1e-3, -0.5, -20.0, 0.0, 3e-3]])
+    mapping = Decay(log_poles)
+    assert torch.equal(mapping(mapping.right_inverse(log_poles)), log_poles)
+    for alpha in (-1e30, -3.0, 0.7, 12.0, 1e30):
+        moved = mapping(torch.full_like(log_poles, alpha))
+        assert (moved[:, :4] <= 0).all() and torch.isfinite(moved).all()
+        assert (moved[:, 4:] <= 2 * log_poles[:, 4:] + 1.1e-6).all()  # RATE_MIN, and a rounding
+    # Equal relative steps of the rate.
+    torch.testing.assert_close(mapping(torch.full((1, 6), 0.5))[:, 1:4], log_poles[:, 1:4] * math.exp(0.5))
+
+
+def test_real_modes_of_a_model_are_trained_so_too() -> None:
+    module = nn.Module()
+    module.filter = RealLongFilter(4, 2)
+    with torch.no_grad():
+        module.filter.init_weights()
+    before = module.filter.log_poles.detach().clone()
+    parametrize_filters(module)
+    assert torch.equal(module.filter.log_poles, before)
+    module.to(torch.bfloat16)
+    plain = plain_state_dict(module)
+    assert set(plain) == {"filter.log_poles", "filter.residues", "filter.skip"}
+    assert torch.equal(plain["filter.log_poles"], before) and plain["filter.residues"].dtype == torch.float32

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hyaena.config import ModelConfig
-from hyaena.model import LongFilter, StripedHyena
+from hyaena.filters import LongFilter
+from hyaena.model import StripedHyena
 from hyaena.ops import taps
 
 WIDTH, LAYERS = 256, 4

@@ -15,7 +15,8 @@ from hyaena import hub
 from hyaena.checkpoints import load_model, save_model
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, InputError, NonFiniteError, OutputError
-from hyaena.model import LongFilter, StripedHyena
+from hyaena.filters import LongFilter
+from hyaena.model import StripedHyena
 from hyaena.tokenizers import ByteTokenizer
 from hyaena.train import loop
 from hyaena.train.config import TrainConfig

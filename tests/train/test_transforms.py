@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from hyaena.config import ModelConfig
-from hyaena.model import LongFilter, StripedHyena
+from hyaena.filters import LongFilter
+from hyaena.model import StripedHyena
 from hyaena.train.filters import parametrize_filters
 
 CONFIG = ModelConfig(

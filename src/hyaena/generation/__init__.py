@@ -17,7 +17,7 @@ from torch import Tensor
 from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import InputError
 from hyaena.generation.chunks import MIN_PREFILL_CHUNK, PREFILL_CHUNK, choose_chunk
-from hyaena.generation.loop import Event, FinishReason, Progress, Row, Run, Stats
+from hyaena.generation.loop import Event, FinishReason, GenerationLoop, Progress, Row, Stats
 from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
 from hyaena.ops import capabilities
@@ -178,7 +178,9 @@ def stream(
     if prefill_chunk is None:
         longest = max(len(row.prompt) for row in rows)
         prefill_chunk = choose_chunk(model, len(rows) * (longest + max_new_tokens))
-    run = Run(model, rows, method=method, decoding=decoding, chunk=prefill_chunk, top=logprobs, progress=progress)
+    run = GenerationLoop(
+        model, rows, method=method, decoding=decoding, chunk=prefill_chunk, top=logprobs, progress=progress
+    )
     run.seconds = time.perf_counter() - began
     return run.events()
 

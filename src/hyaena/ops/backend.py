@@ -84,4 +84,4 @@ def wants_gradients(*tensors: Tensor) -> bool:
 def _pointwise_obstacle(x: Tensor) -> str | None:
     if x.dtype not in triton.DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {x.dtype}"
-    return triton.missing(x.device.type)
+    return triton.device_unsupported_reason(x.device.type)

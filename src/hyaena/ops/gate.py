@@ -11,7 +11,7 @@ ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gel
 """By the name that configurations give them; gelu is the exact one."""
 
 
-def gate(a: Tensor, b: Tensor, activation: str) -> Tensor:
+def gate(a: Tensor, b: Tensor, activation: str, backend="auto") -> Tensor:
     """``activation(a) · b``, elementwise, of two tensors of one shape and dtype.
 
     On a GPU, in inference, one kernel reads each once and computes in float32; see ``ops.backend``.

@@ -9,13 +9,14 @@ from torch import Tensor
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops import triton
 from hyaena.ops.backend import use_triton
-from hyaena.ops.long_conv import METHODS, Capabilities, ModalFilter, long_conv, resolve_method
+from hyaena.ops.long_conv import METHODS, Filter, Method, check_channels, long_conv
 from hyaena.ops.short_conv import short_conv
+from hyaena.ops.state import RowTensors
 
-FUSED_METHODS: dict[str, Capabilities] = {
-    "triton": Capabilities(
+FUSED_METHODS: dict[str, Method] = {
+    "triton": Method(
         summary="fused GPU kernel, one pass over memory",
-        reset=False,
+        reset=True,
         cost="O(T·N)",
         memory="O(N·T/C)",
     ),
@@ -23,8 +24,8 @@ FUSED_METHODS: dict[str, Capabilities] = {
 """Methods that evaluate the whole operator in one piece, beside those of ``long_conv`` in ``METHODS``."""
 
 
-def capabilities(method: str, length: int = 1) -> Capabilities:
-    """What a method of ``hyena`` can do; ``"auto"`` stands for the plain one that it would be at this length.
+def capabilities(method: str) -> Method:
+    """What a method of ``hyena`` can do; ``"auto"`` stands for any exact one.
 
     Raises:
         UnsupportedError: an unknown method.
@@ -32,32 +33,36 @@ def capabilities(method: str, length: int = 1) -> Capabilities:
     known = METHODS | FUSED_METHODS
     if method != "auto" and method not in known:
         raise UnsupportedError(f"unknown method {method!r}: choose auto, {', '.join(known)}")
-    return FUSED_METHODS.get(method) or METHODS[resolve_method(method, length)]
+    return FUSED_METHODS.get(method) or METHODS["blocked" if method == "auto" else method]
 
 
-class HyenaState(NamedTuple):
+class _Fields(NamedTuple):
+    short: Tensor
+    long: Tensor
+
+
+class HyenaState(RowTensors, _Fields):
     """What a Hyena block remembers of the inputs of its two filters.
 
     Attributes:
         short: [B,3D,K-1], the last inputs of the short filter, oldest first.
-        long: complex [B,D,N], the state of every mode of the long filter; or, when that is evaluated truncated to W
-            taps, the window of its last inputs, real [B,D,W-1], oldest first.
+        long: [B,D,…], the state of the long filter, of its kind's shape and dtype; see ``long_conv``.
     """
 
-    short: Tensor
-    long: Tensor
+    __slots__ = ()
 
 
 def hyena(
     z: Tensor,
     short_weight: Tensor,
     short_bias: Tensor | None,
-    long_filter: ModalFilter,
+    long_filter: Filter,
     state: HyenaState | None = None,
     *,
     mask: Tensor | None = None,
     reset: Tensor | None = None,
     method: str = "auto",
+    backend="auto",
 ) -> tuple[Tensor, HyenaState]:
     """Gate, convolve, gate.
 
@@ -67,7 +72,7 @@ def hyena(
         z: [B,T,3D], the biased input projection, as three blocks.
         short_weight: [3D,K].
         short_bias: [3D] or None.
-        long_filter: D channels of modes.
+        long_filter: filters of any kind, for D channels; see ``long_conv``.
         state: what came before z; None for nothing.
         mask: bool [B,T], False where a step is padding: it contributes exactly nothing to any state or output.
             It is applied after both biases, the projection's and the short filter's.
@@ -84,13 +89,15 @@ def hyena(
 
     Source: Poli et al. 2023, "Hyena Hierarchy"; Together 2023, "StripedHyena".
     """
-    channels = long_filter.poles.shape[0]
-    if z.shape[-1] != 3 * channels:
-        raise InputError(f"hyena takes z of shape [B, T, 3D={3 * channels}], and was given {tuple(z.shape)}")
+    if z.ndim != 3 or z.shape[-1] % 3:
+        raise InputError(f"hyena takes z of shape [B, T, 3D], and was given {tuple(z.shape)}")
+    check_channels(long_filter, z.shape[-1] // 3)
     fir, iir = (None, None) if state is None else state
     capabilities(method)
-    if use_triton(method, lambda: triton.obstacle(z, short_weight, long_filter, iir, reset), z.device):
-        y, fir, iir = triton.hyena_triton(z, short_weight, short_bias, long_filter, fir, iir, mask)
+    if use_triton(method, lambda: triton.unsupported_reason(z, short_weight, long_filter, iir, reset), z.device):
+        from hyaena.ops.triton.hyena.register import fused_hyena
+
+        y, fir, iir = fused_hyena(z, short_weight, short_bias, long_filter, fir, iir, mask, reset)
         return y, HyenaState(fir, iir)
     if mask is not None:
         z = z * mask.unsqueeze(-1)

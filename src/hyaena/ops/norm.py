@@ -8,7 +8,7 @@ from torch import Tensor
 from hyaena.ops.backend import use_kernels
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = True) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = True, backend="auto") -> Tensor:
     """Scale x [..., D] to unit root mean square, then by ``weight`` [D].
 
     Equation: ``x / sqrt(mean(x^2) + eps) · weight`` (SH-7B), or with ``eps_inside_root=False``

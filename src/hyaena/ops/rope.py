@@ -8,7 +8,9 @@ from torch import Tensor
 from hyaena.ops.backend import use_kernels
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, scaling_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float, scaling_factor: float = 1.0, dtype=None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles ``position / scaling_factor · theta^(-2i/head_dim)``, float32.
 
     Args:
@@ -27,7 +29,7 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float, scaling_factor:
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, table: tuple[Tensor, Tensor], backend="auto") -> Tensor:
     """Rotate x [B,heads,T,head_dim] by a table of [T,head_dim/2] or [B,T,head_dim/2]; arithmetic in float32.
 
     On a GPU, in inference, one kernel does it in one pass, and the result lies in memory as [B,T,heads,head_dim]; see

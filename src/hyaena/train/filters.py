@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hyaena.model import LongFilter
+from hyaena.filters import LongFilter, RealLongFilter
+from hyaena.model import StripedHyena
 
 RATE_MIN = 1e-6
 """Slowest decay per step. Far slower than any context (a million steps), and 16 float32 roundings away from 1."""
@@ -43,11 +44,23 @@ _ALPHA_MAX = 12.0
 """α beyond which a pole is not faster, so that exp and its gradient stay finite."""
 
 
-class DecayAndPhase(nn.Module):
-    """Maps (α, φ), each [D,N] and 0 at the start, to poles [D,N,2].
+class _Float32Buffers(nn.Module):
+    """A parametrization whose buffers stay float32 when a model is cast, like the parameters that they describe."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32Buffers:
+        def keep_wide(t: Tensor) -> Tensor:
+            out = fn(t)
+            narrowed = out.dtype.is_floating_point and out.dtype.itemsize < 4
+            return t.to(out.device) if narrowed else out
+
+        return super()._apply(keep_wide, recurse)
+
+
+class DecayAndPhase(_Float32Buffers):
+    """Maps (α, φ), each [F,N] and 0 at the start, to complex poles [F,N,2].
 
     Args:
-        poles: [D,N,2], the poles at the start.
+        poles: [F,N,2], the poles at the start.
     """
 
     start: Tensor
@@ -73,13 +86,30 @@ class DecayAndPhase(nn.Module):
         """Return the parameters of the start, whatever ``poles`` are: a parametrization begins where it was made."""
         return torch.zeros_like(poles[..., 0]), torch.zeros_like(poles[..., 0])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DecayAndPhase:
-        def keep_wide(t: Tensor) -> Tensor:
-            out = fn(t)
-            narrowed = out.dtype.is_floating_point and out.dtype.itemsize < 4
-            return t.to(out.device) if narrowed else out
 
-        return super()._apply(keep_wide, recurse)
+class Decay(_Float32Buffers):
+    """Maps α [F,N], 0 at the start, to the logarithms λ = λ₀ - |λ₀|·(exp(α) - 1) of real poles.
+
+    A negative λ₀ (a pole inside) gives λ₀·exp(α), which is never positive.
+
+    Args:
+        log_poles: [F,N], λ₀.
+    """
+
+    start: Tensor
+
+    def __init__(self, log_poles: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("start", log_poles.detach().clone())
+
+    def forward(self, alpha: Tensor) -> Tensor:
+        grown = torch.expm1(alpha.clamp(max=_ALPHA_MAX))
+        scale = torch.where(self.start < 0, -self.start, self.start.clamp(min=RATE_MIN))
+        return self.start - scale * grown
+
+    def right_inverse(self, log_poles: Tensor) -> Tensor:
+        """Return the parameters of the start: see ``DecayAndPhase``."""
+        return torch.zeros_like(log_poles)
 
 
 @dataclass(frozen=True)
@@ -106,38 +136,40 @@ class PolesOutside:
         )
 
 
-def poles_outside(model: nn.Module) -> PolesOutside:
+def poles_outside(model: StripedHyena) -> PolesOutside:
     """Find the poles with |p| >= 1."""
     count = total = 0
     layers, largest = [], 0.0
-    filters = [module for module in model.modules() if isinstance(module, LongFilter)]
-    of_layer = {
-        id(module): index
-        for index, layer in enumerate(getattr(model, "layers", []))
-        for module in layer.modules()
-        if isinstance(module, LongFilter)
-    }
-    for number, module in enumerate(filters):
-        radius = module.poles.detach().double().norm(dim=-1)
-        outside = int((radius >= 1).sum())
-        count, total = count + outside, total + radius.numel()
-        largest = max(largest, float(radius.max()))
-        if outside:
-            layers.append(of_layer.get(id(module), number))
+    for index, layer in enumerate(model.layers):
+        for module in layer.modules():
+            if isinstance(module, LongFilter):
+                radius = module.poles.detach().double().norm(dim=-1)
+            elif isinstance(module, RealLongFilter):
+                radius = module.log_poles.detach().double().exp()
+            else:
+                continue
+            outside = int((radius >= 1).sum())
+            count, total = count + outside, total + radius.numel()
+            largest = max(largest, float(radius.max()))
+            if outside:
+                layers.append(index)
     return PolesOutside(count, total, tuple(layers), largest)
 
 
 def parametrize_filters(model: nn.Module) -> None:
-    """Make every ``LongFilter`` of the model train on decay and phase, starting at exactly its present poles."""
+    """Make every long filter of modes train on decay and phase, starting at exactly its present poles."""
     for module in list(model.modules()):
         if isinstance(module, LongFilter):
             parametrize.register_parametrization(module, "poles", DecayAndPhase(module.poles))
+        elif isinstance(module, RealLongFilter):
+            parametrize.register_parametrization(module, "log_poles", Decay(module.log_poles))
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the model as it was before ``parametrize_filters``, with raw poles."""
     state = {name: tensor for name, tensor in model.state_dict().items() if ".parametrizations." not in name}
     for name, module in model.named_modules():
-        if isinstance(module, LongFilter):
-            state[f"{name}.poles"] = module.poles.detach()
+        if isinstance(module, (LongFilter, RealLongFilter)):
+            poles = "poles" if isinstance(module, LongFilter) else "log_poles"
+            state[f"{name}.{poles}"] = getattr(module, poles).detach()
     return state

@@ -198,8 +198,9 @@ class Trainer:
             self.best, self.latest, self.initial = state["best"], state["latest"], state["initial"]
             self.scored = state["scored"]
             self._announce_steps(json.loads(state["config"])["steps"])
+        count = sum(parameter.numel() for parameter in self.model.parameters())
         log.info(
-            f"{self.start.config.num_parameters:,} parameters; {len(self.corpus.tokens):,} tokens of training text in "
+            f"{count:,} parameters; {len(self.corpus.tokens):,} tokens of training text in "
             f"{len(self.corpus.starts):,} documents; {self.precision} on {self.device}"
         )
 
