@@ -25,7 +25,7 @@ from hyaena.train.documents import read_documents
 from hyaena.train.evaluate import evaluate
 from hyaena.train.filters import plain_state_dict
 from hyaena.train.loop import Trainer, open_run, train
-from hyaena.train.storage import export_model, is_run, load_run
+from hyaena.train.storage import export_model, load_run
 
 MODEL: dict[str, Any] = {
     "name": "toy",
@@ -292,7 +292,6 @@ def test_a_stopped_run_yields_its_model(make: Any, tmp_path: Path) -> None:
     with open_run(config, resume=True) as trainer:
         expected = plain_state_dict(trainer.model)
     for path in (Path(config.output), Path(config.output) / "last.pt"):
-        assert is_run(path)
         folder = export_model(path, tmp_path / f"out-{path.name}")
         assert_equal(dict(load_model(folder).state_dict()), dict(expected))
     model, files, step = load_run(config.output)
@@ -302,7 +301,6 @@ def test_a_stopped_run_yields_its_model(make: Any, tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_not_exported(make: Any, tmp_path: Path) -> None:
-    assert not is_run(tmp_path)
     with pytest.raises(CheckpointError, match="is no run"):
         load_run(tmp_path)
     torch.save({"model": {}}, tmp_path / "last.pt")

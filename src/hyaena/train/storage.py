@@ -45,12 +45,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def is_run(path: str | PathLike[str]) -> bool:
-    """Whether a path is the folder of a run that has saved its state, or that state (``last.pt``)."""
-    path = Path(path)
-    return (path / CHECKPOINT).is_file() or (path.name == CHECKPOINT and path.is_file())
-
-
 def load_run(path: str | PathLike[str]) -> tuple[StripedHyena, dict[str, bytes], int]:
     """Read the model of a run, stopped or killed at whatever step, from its ``last.pt``.
 
