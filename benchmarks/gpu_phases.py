@@ -167,7 +167,7 @@ def operator(bench: Bench, length: int) -> Rows:
     """The fused operator against reading its input and writing its output, and against the FFT."""
     config, repeats = bench.sizes.config, bench.sizes.repeats
     args = inputs(1, length, config.hidden_size, config.state_size, config.short_filter_length, DTYPE)
-    ours = warm_times(lambda: hyena(*args, method=_fused(bench)), bench.device, repeats)
+    ours = warm_times(lambda: hyena(*args, **_fused(bench)), bench.device, repeats)
     fft = warm_times(lambda: hyena(*args, method="fft"), bench.device, max(2, repeats // 3))
     floor = ModelSizes(config).operator_bytes(length, DTYPE.itemsize) / bench.rates.bandwidth.median
     name = f"operator {length}"
@@ -184,20 +184,20 @@ def training(bench: Bench) -> Rows:
     dy = torch.randn(1, length, config.hidden_size, device=bench.device, dtype=DTYPE)
     wanting = [t.detach().requires_grad_() for t in leaves(tuple(args), None)]
 
-    def train(method: str) -> tuple[Tensor, ...]:
+    def train(choice: dict[str, str]) -> tuple[Tensor, ...]:
         filter = ModalFilter(torch.view_as_complex(wanting[3]), torch.view_as_complex(wanting[4]), wanting[5])
-        y, _ = hyena(*wanting[:3], filter, method=method)
+        y, _ = hyena(*wanting[:3], filter, **choice)
         return torch.autograd.grad(y, wanting, dy)
 
     ours = warm_times(lambda: train(_fused(bench)), bench.device, repeats)
-    fft = warm_times(lambda: train("fft"), bench.device, max(2, repeats // 3))
+    fft = warm_times(lambda: train({"method": "fft"}), bench.device, max(2, repeats // 3))
     note = "Gradients of the input, short filter, bias, poles, residues and skip."
     return {"training": bench.claims["training"].row(_spread(ours), _spread(fft), note)}
 
 
-def _fused(bench: Bench) -> str:
+def _fused(bench: Bench) -> dict[str, str]:
     """The kernels by name, so that nothing else is ever timed in their place; a CPU has none."""
-    return "triton" if bench.device.type == "cuda" else "blocked"
+    return {"backend": "triton"} if bench.device.type == "cuda" else {"method": "blocked"}
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

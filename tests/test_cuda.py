@@ -149,7 +149,7 @@ def test_generation_of_a_batch(cub) -> None:
     "sampling",
     [
         Options(),
-        Options(temperature=0.8, seed=[1, 2, 3, 4]),
+        Options(temperature=0.8, seed=[1, 2, 3, 4, 5]),
         Options(temperature=1.0, top_k=40, min_p=0.02, repetition_penalty=1.1, seed=5),
     ],
     ids=["greedy", "seeds", "penalty"],
@@ -157,7 +157,7 @@ def test_generation_of_a_batch(cub) -> None:
 def test_captured_steps_write_what_calls_of_the_model_do(cub, sampling: Options) -> None:
     """Over unequal prompts whose rows join and end at different times, past the numbers that are drawn in one block."""
     model, tokenizer = cub
-    prompts = ["import os\n", "def main(", "class Stack:\n    def push(self", "a = 1\n" * 700]
+    prompts = ["import os\n", "def main(", "class Stack:\n    def push(self", "x = ", "a = 1\n" * 700]
     options = Options(max_new_tokens=300, stop=["\n\n"], prefill_chunk=1024, **sampling)
     wanted = hyaena.generate(model, tokenizer, prompts, **options, decoding="eager")
     assert len({len(row.tokens) for row in wanted}) >= 3

@@ -18,7 +18,7 @@ from hyaena.cli import main
 from hyaena.cli.info import decay_steps, describe, methods, render, render_methods
 from hyaena.config import ModelConfig, preset_names
 from hyaena.model import StripedHyena
-from hyaena.ops import FUSED_METHODS, METHODS
+from hyaena.ops import METHODS
 
 
 def info(*args: object) -> int:
@@ -197,8 +197,8 @@ def test_a_terminal_without_unicode_gets_ascii(golden: Path) -> None:
 def test_the_table_of_methods_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert info("--methods") == 0
     page = capsys.readouterr().out
-    assert list(as_json(capsys, "--methods")) == [*METHODS, *FUSED_METHODS]
-    for name, method in (METHODS | FUSED_METHODS).items():
+    assert list(as_json(capsys, "--methods")) == [*METHODS]
+    for name, method in METHODS.items():
         row = next(line for line in page.splitlines() if line.startswith(f"  {name} ")).split(maxsplit=6)
         flags = [method.exact, method.gradients, method.padding, method.reset]
         assert row[:6] == [name, method.state, *("yes" if flag else "no" for flag in flags)]

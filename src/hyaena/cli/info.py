@@ -205,8 +205,8 @@ def _histogram(steps: Tensor) -> list[int]:
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """``ops.METHODS`` and ``ops.FUSED_METHODS`` as plain values."""
-    from hyaena.ops import FUSED_METHODS, METHODS, kinds_of
+    """``ops.METHODS`` as plain values."""
+    from hyaena.ops import METHODS, kinds_of
 
     return {
         name: {
@@ -223,7 +223,7 @@ def methods() -> dict[str, dict[str, Any]]:
             "cost": method.cost,
             "memory": method.memory,
         }
-        for name, method in (METHODS | FUSED_METHODS).items()
+        for name, method in METHODS.items()
     }
 
 
@@ -354,8 +354,7 @@ def render_methods(table: dict[str, dict[str, Any]], *, plain: bool = False) -> 
         yield ""
         yield f"  {name:<15}{method['state']:<8}{answers}{cost:<19}{memory}"
         yield f"  {'':<15}{method['summary']}"
-        if method["filters"]:
-            yield f"  {'':<15}filters: {', '.join(method['filters'])}"
+        yield f"  {'':<15}filters: {', '.join(method['filters'])}"
     yield ""
     yield "  documents: packed documents in one pass; elsewhere one after another"
     yield "  cost, memory: per channel, for T steps, N modes, C steps of a chunk, W taps of a window"

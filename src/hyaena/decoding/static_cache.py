@@ -42,8 +42,8 @@ class StaticCache:
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         config, device = self.model.config, self.model.device
         steps = torch.arange(positions, device=device)
-        dtype = torch.float64 if self.model.dtype == torch.float64 else torch.float32
-        return rotary_table(steps, config.head_dim, config.rope_theta, config.rope_scaling_factor, dtype=dtype)
+        theta, factor = config.rope_theta, config.rope_scaling_factor
+        return rotary_table(steps, config.head_dim, theta, factor, dtype=self.model.dtype)
 
     @property
     def rows(self) -> int:

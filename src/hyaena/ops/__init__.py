@@ -1,8 +1,9 @@
 """Pure functions on tensors: the mathematics of StripedHyena models, with no notion of a model."""
 
 from hyaena.ops.attention import Documents, attention, find_documents
+from hyaena.ops.backend import Backend, resolve_backend
 from hyaena.ops.gate import ACTIVATIONS, gate
-from hyaena.ops.hyena import FUSED_METHODS, HyenaState, capabilities, hyena
+from hyaena.ops.hyena import HyenaState, capabilities, hyena
 from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Dense, Linear, linear
 from hyaena.ops.long_conv import (
@@ -33,9 +34,9 @@ from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 
 __all__ = [
     "ACTIVATIONS",
-    "FUSED_METHODS",
     "METHODS",
     "TRUNCATION_TOLERANCE",
+    "Backend",
     "CanonicalFilter",
     "DecodeOperators",
     "Dense",
@@ -63,6 +64,7 @@ __all__ = [
     "kinds_of",
     "linear",
     "long_conv",
+    "resolve_backend",
     "rms_norm",
     "rotary_table",
     "rotate",
@@ -73,9 +75,3 @@ __all__ = [
     "to_modal",
     "truncate",
 ]
-
-Backend = str
-
-
-def resolve_backend(choice, **k):
-    return choice

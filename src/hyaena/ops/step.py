@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hyaena.ops.attention import attention
+from hyaena.ops.backend import PLAIN
 from hyaena.ops.gate import ACTIVATIONS
 from hyaena.ops.hyena import HyenaState, hyena
 from hyaena.ops.kv import KVState
@@ -94,7 +95,7 @@ class DecodeOperators:
         q, k, v = parts.split([parts.shape[1] - 2 * groups, groups, groups], dim=1)
         position = (context.lengths - 1).long()
         table = (context.rotary[0][position, None], context.rotary[1][position, None])  # [B,1,head_dim/2]
-        q, k = (rotate(t.unsqueeze(2), table) for t in (q, k))
+        q, k = (rotate(t.unsqueeze(2), table, backend=PLAIN) for t in (q, k))
         state.write(k, v.unsqueeze(2), position.tolist())
         return q.squeeze(2)
 
@@ -110,7 +111,7 @@ class DecodeOperators:
         self, z: Tensor, short_weight: Tensor, short_bias: Tensor | None, long_filter: Filter, state: HyenaState
     ) -> Tensor:
         """One step of ``ops.hyena``, z [B,3D] -> [B,D]; both states are updated in place."""
-        y, new = hyena(z.unsqueeze(1), short_weight, short_bias, long_filter, state)
+        y, new = hyena(z.unsqueeze(1), short_weight, short_bias, long_filter, state, backend=PLAIN)
         for old, now in zip(state, new, strict=True):
             old.copy_(now)
         return y.squeeze(1)
@@ -121,5 +122,5 @@ def normalise(x: Tensor, norm: Norm | None) -> Tensor:
     if norm is None:
         return x
     if isinstance(norm, RMSNormWeight):
-        return rms_norm(x, norm.weight, norm.eps, eps_inside_root=norm.eps_inside_root)
+        return rms_norm(x, norm.weight, norm.eps, eps_inside_root=norm.eps_inside_root, backend=PLAIN)
     return norm(x)

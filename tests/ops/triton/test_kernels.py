@@ -235,14 +235,13 @@ def test_a_long_sum_keeps_its_precision() -> None:
     close(got[2], long, 5e-6)
 
 
-@pytest.mark.parametrize("method", ["triton"])
 @pytest.mark.parametrize("cut", [1, 2, 12])
-def test_splitting_law(method: str, cut: int) -> None:
+def test_splitting_law(cut: int) -> None:
     z, weight, bias, poles, residues, skip, *_ = make(13)
     filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
-    whole, last = hyena(z, weight, bias, filter, method=method)
-    first, state = hyena(z[:, :cut], weight, bias, filter, method=method)
-    rest, state = hyena(z[:, cut:], weight, bias, filter, state, method=method)
+    whole, last = hyena(z, weight, bias, filter, backend="triton")
+    first, state = hyena(z[:, :cut], weight, bias, filter, backend="triton")
+    rest, state = hyena(z[:, cut:], weight, bias, filter, state, backend="triton")
     close(torch.cat([first, rest], dim=1), whole, TOLERANCE[torch.float32])
     assert torch.equal(state.short, last.short)
     close(torch.view_as_real(state.long), torch.view_as_real(last.long), TOLERANCE[torch.float32])

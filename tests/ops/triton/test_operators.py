@@ -12,6 +12,8 @@ from hyaena.ops import HyenaState, ModalFilter, hyena
 from hyaena.ops.triton import unsupported_reason
 from hyaena.ops.triton.hyena.register import hyena_operator
 
+FUSED, BLOCKED = {"backend": "triton"}, {"method": "blocked"}
+
 
 def arguments(length: int = 4, channels: int = 3) -> list[Tensor]:
     poles = torch.polar(torch.rand(channels, 2) * 0.9, torch.rand(channels, 2) * 3)
@@ -21,13 +23,13 @@ def arguments(length: int = 4, channels: int = 3) -> list[Tensor]:
     return [t.to(DEVICE) for t in (z, weight, bias, poles, residues, torch.randn(channels), short, long)]
 
 
-def loss(method: str, z, weight, bias, poles, residues, skip, short, long, reset=None) -> Tensor:
+def loss(method: dict[str, str], z, weight, bias, poles, residues, skip, short, long, reset=None) -> Tensor:
     state = HyenaState(short, long)
-    y, state = hyena(z, weight, bias, ModalFilter(poles, residues, skip), state, reset=reset, method=method)
+    y, state = hyena(z, weight, bias, ModalFilter(poles, residues, skip), state, reset=reset, **method)
     return y.sin().sum() + state.short.sin().sum() + (state.long * (1 + 2j)).real.sin().sum()
 
 
-def gradients(method: str, inputs: list[Tensor], function=loss) -> tuple[Tensor, ...]:
+def gradients(method: dict[str, str], inputs: list[Tensor], function=loss) -> tuple[Tensor, ...]:
     leaves = [t.clone().requires_grad_() for t in inputs]
     return torch.autograd.grad(function(method, *leaves), leaves)
 
@@ -40,7 +42,7 @@ def agree(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("length", [1, 4])
 def test_autograd_equals_the_plain_operator(length: int) -> None:
     inputs = arguments(length)
-    agree(gradients("triton", inputs), gradients("blocked", inputs))
+    agree(gradients(FUSED, inputs), gradients(BLOCKED, inputs))
 
 
 @pytest.mark.parametrize("steps", [[0], [3], [1, 2]])
@@ -49,13 +51,13 @@ def test_autograd_of_packed_documents(steps: list[int]) -> None:
     reset = torch.zeros(2, 5, dtype=torch.bool, device=DEVICE)
     reset[0, steps] = True
     function = partial(loss, reset=reset)
-    agree(gradients("triton", inputs, function), gradients("blocked", inputs, function))
+    agree(gradients(FUSED, inputs, function), gradients(BLOCKED, inputs, function))
 
 
 def test_one_step_that_begins_a_document() -> None:
     inputs = arguments(1)
     function = partial(loss, reset=torch.tensor([[True], [False]], device=DEVICE))
-    agree(gradients("triton", inputs, function), gradients("blocked", inputs, function))
+    agree(gradients(FUSED, inputs, function), gradients(BLOCKED, inputs, function))
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -64,7 +66,7 @@ def test_compiles_to_one_graph(documents: bool) -> None:
     reset = torch.tensor([[False, False, True, False]] * 2, device=DEVICE) if documents else None
     function = partial(loss, reset=reset)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    agree(gradients("triton", inputs, compiled), gradients("blocked", inputs, function))
+    agree(gradients(FUSED, inputs, compiled), gradients(BLOCKED, inputs, function))
 
 
 def pairs(inputs: list[Tensor]) -> list[Tensor]:
@@ -88,7 +90,7 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward() -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         z, weight, bias, poles, residues, skip, short, long = inputs
-        hyena(z, weight, bias, ModalFilter(poles, residues, skip), HyenaState(short, long), method="triton")
+        hyena(z, weight, bias, ModalFilter(poles, residues, skip), HyenaState(short, long), backend="triton")
     known = {t.untyped_storage().data_ptr() for t in inputs}
     assert kept and all(t.untyped_storage().data_ptr() in known for t in kept)
 
@@ -96,7 +98,7 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward() -> None:
 def test_parameters_may_be_frozen() -> None:
     z, weight, bias, poles, residues, skip, _, _ = arguments()
     z.requires_grad_()
-    y, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), method="triton")
+    y, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), backend="triton")
     expected, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), method="blocked")
     agree(torch.autograd.grad(y.sum(), z), torch.autograd.grad(expected.sum(), z))
 
@@ -117,7 +119,7 @@ def test_shapes_that_do_not_fit(what: str) -> None:
         reset = torch.ones(1, 4, dtype=torch.bool, device=DEVICE)
     with pytest.raises(InputError):
         filter = ModalFilter(poles, residues, skip)
-        hyena(z, weight, bias, filter, HyenaState(short, long), mask=mask, reset=reset, method="triton")
+        hyena(z, weight, bias, filter, HyenaState(short, long), mask=mask, reset=reset, backend="triton")
 
 
 class OtherFilter:
@@ -135,4 +137,4 @@ def test_filters_that_the_kernels_do_not_take_have_a_reason() -> None:
     ):
         assert message in str(unsupported_reason(z, weight, foreign, None, None))
     with pytest.raises(UnsupportedError, match="complex64"):
-        hyena(z, weight, None, ModalFilter(poles.to(torch.complex128), residues), method="triton")
+        hyena(z, weight, None, ModalFilter(poles.to(torch.complex128), residues), backend="triton")

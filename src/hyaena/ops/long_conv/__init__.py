@@ -27,6 +27,7 @@ from hyaena.ops.long_conv.filters import (
     Evaluate,
     Filter,
     by_document,
+    complex_dtype,
     group_rows,
     group_state,
     ungroup_rows,
@@ -222,7 +223,7 @@ def long_conv(
             state = filter.initial_state(batch, channels, name)
         else:
             filter.check_state(state, batch, channels, name)
-        dtype = filter.dtype.to_complex() if state.is_complex() else filter.dtype
+        dtype = complex_dtype(filter.dtype) if state.is_complex() else filter.dtype
         wide = x.to(filter.dtype)
         if reset is not None and groups != channels:
             reset = reset.repeat_interleave(channels // groups, dim=0)

@@ -72,8 +72,13 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
     """The real dtype in which a filter of these numbers is evaluated: theirs, and float32 at least."""
     dtype = torch.float32
     for t in tensors:
-        dtype = torch.promote_types(dtype, t.dtype.to_real())
+        dtype = torch.promote_types(dtype, t.real.dtype if t.is_complex() else t.dtype)
     return dtype
+
+
+def complex_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The complex dtype of a real one, float32 or float64. torch.compile does not know ``dtype.to_complex()``."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
 def check_shape(state: Tensor, shape: tuple[int, ...]) -> None:

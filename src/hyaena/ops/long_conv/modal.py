@@ -16,7 +16,7 @@ from hyaena.ops.long_conv.blocked import long_conv_blocked
 from hyaena.ops.long_conv.canonical_fft import long_conv_canonical_fft
 from hyaena.ops.long_conv.exported import long_conv_exported
 from hyaena.ops.long_conv.fft import long_conv_fft
-from hyaena.ops.long_conv.filters import SHORT, by_document, check_shape, wide_dtype
+from hyaena.ops.long_conv.filters import SHORT, by_document, check_shape, complex_dtype, wide_dtype
 from hyaena.ops.long_conv.modes import Modes, widen
 from hyaena.ops.long_conv.recurrence import long_conv_recurrence
 from hyaena.ops.long_conv.reference import long_conv_reference
@@ -87,7 +87,7 @@ class ModalFilter(NamedTuple):
 
     def modes(self) -> Modes:
         """Poles in double precision, residues in the precision of the arithmetic."""
-        return Modes(widen(self.poles), self.residues.to(self.dtype.to_complex()))
+        return Modes(widen(self.poles), self.residues.to(complex_dtype(self.dtype)))
 
     def initial_state(self, batch: int, channels: int, method: str = "auto") -> Tensor:
         return _zero_state(self, batch, channels, method)
