@@ -3,58 +3,53 @@
 
     python examples/finetune.py [FOLDER]
 
-The task is to spell numbers: the prompt is ``spell(42) == "`` and the answer ``forty-two"``. The loss counts the
-answers only. FOLDER (by default a temporary one) gets the data, the run and the new model, ``run/final``.
+The task is to greet: the prompt is ``# greet Bolani`` and the answer ``print("Hello, Bolani!")``. The loss counts the
+answers only, and the names of the held-out rows are not in the training rows. FOLDER (by default a temporary one) gets
+the data, the run and the new model, ``run/final``.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import random
 import sys
 import tempfile
 from pathlib import Path
+from random import Random
 
 import hyaena
 from hyaena.tokenizers import Tokenizer
 from hyaena.train.config import DataConfig, OptimConfig, TrainConfig
 from hyaena.train.loop import train
 
-ONES = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-)  # fmt: skip
-TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+def make_name(random: Random) -> str:
+    """Make a name of two to four syllables."""
+    syllables = (random.choice("bdfgklmnprstvz") + random.choice("aeiou") for _ in range(random.randint(2, 4)))
+    return "".join(syllables).capitalize()
 
 
-def spell(number: int) -> str:
-    """Spell a number from 0 to 99."""
-    if number < 20:
-        return ONES[number]
-    tens, ones = divmod(number, 10)
-    return TENS[tens] + (f"-{ONES[ones]}" if ones else "")
-
-
-def write_rows(path: Path, numbers: list[int]) -> None:
+def write_rows(path: Path, names: list[str]) -> None:
     """Write one JSON object per line: the form of data with prompts."""
-    rows = [{"prompt": f'spell({number}) == "', "completion": f'{spell(number)}"'} for number in numbers]
+    rows = [{"prompt": f"# greet {name}\n", "completion": f'print("Hello, {name}!")\n'} for name in names]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def answer(model: hyaena.StripedHyena, tokenizer: Tokenizer, number: int) -> str:
-    """Complete the prompt of a number with the most likely text."""
-    prompt = f'spell({number}) == "'
-    completion = hyaena.generate(model, tokenizer, prompt, max_new_tokens=20, temperature=0, stop='"', seed=0)
+def answer(model: hyaena.StripedHyena, tokenizer: Tokenizer, name: str) -> str:
+    """Complete the prompt of a name with the most likely text, up to the end of the line."""
+    prompt = f"# greet {name}\n"
+    completion = hyaena.generate(model, tokenizer, prompt, max_new_tokens=40, temperature=0, stop="\n", seed=0)
     assert not isinstance(completion, list)
     return completion.text
 
 
 def main(folder: Path, steps: int = 40) -> None:
     """Write the data, train, and compare answers before and after."""
-    numbers = random.Random(0).sample(range(100), 100)
-    heldout = numbers[:20]
-    write_rows(folder / "train.jsonl", numbers[20:])
+    random = Random(0)
+    names = sorted({make_name(random) for _ in range(400)})
+    random.shuffle(names)
+    heldout = names[:10]
+    write_rows(folder / "train.jsonl", names[10:])
     write_rows(folder / "heldout.jsonl", heldout)
     config = TrainConfig(
         output=str(folder / "run"),
@@ -62,7 +57,7 @@ def main(folder: Path, steps: int = 40) -> None:
         data=DataConfig(train=(str(folder / "train.jsonl"),), heldout=(str(folder / "heldout.jsonl"),)),
         optim=OptimConfig(lr=1e-3, warmup_steps=4),
         steps=steps,
-        window=64,
+        window=96,
         batch_size=4,
         eval_every=20,
     )
@@ -71,10 +66,10 @@ def main(folder: Path, steps: int = 40) -> None:
     print(
         f"held-out answers: {result.initial_bits_per_byte:.2f} bits per byte before, {result.bits_per_byte:.2f} after"
     )
-    for number in heldout[:5]:
-        print(f"{number}: {answer(*before, number)!r} before, {answer(*after, number)!r} after")
-    right = sum(answer(*after, number) == spell(number) for number in heldout)
-    print(f"{right} of {len(heldout)} numbers that it has not seen are spelled right; the model is {folder}/run/final")
+    for name in heldout[:3]:
+        print(f"{name}: {answer(*before, name)!r} before, {answer(*after, name)!r} after")
+    right = sum(answer(*after, name) == f'print("Hello, {name}!")' for name in heldout)
+    print(f"{right} of {len(heldout)} names that it has not seen are greeted; the model is {folder}/run/final")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    assert [example.spell(number) for number in (0, 12, 40, 99)] == ["zero", "twelve", "forty", "ninety-nine"]
     example.main(tmp_path, steps=2)
     out = capsys.readouterr().out
     assert out.startswith("held-out answers: ") and f"the model is {tmp_path}/run/final" in out
     rows = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
-    assert len(rows) == 20 and set(rows[0]) == {"prompt", "completion"}
+    assert len(rows) == 10 and set(rows[0]) == {"prompt", "completion"}

@@ -290,10 +290,11 @@ class Trainer:
                 self._evaluate(self.heldout)
             interval = _Interval(self.step)
             leaving = self.step >= config.steps
-            if leaving and self.heldout is not None and self.scored != self.step:  # steps was lowered to where it is
-                self._evaluate(self.heldout)
-                self.save()
-                self._plot()
+            if leaving:
+                if self.heldout is not None and self.scored != self.step:  # steps was lowered to where the run is
+                    self._evaluate(self.heldout)
+                    self.save()
+                self._plot()  # again, if the command before was killed while it did so
             while not leaving:
                 interval.add(*self.update())
                 bar.update()
