@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ from hyaena.checkpoints import load_model
 from hyaena.cli import main
 from hyaena.cli.formatting import binary_bytes, decimal_bytes, parse_size, short_count
 from hyaena.errors import InputError
+from hyaena.train.filters import parametrize_filters
+from hyaena.train.storage import save_checkpoint
 
 COMMANDS = {"convert": "hyaena.cli.convert"}
 
@@ -116,6 +119,34 @@ def test_signals_leave_nothing_behind(
             convert(golden / "sh-tiny", tmp_path / "deep" / "out")
         assert exit.value.code == 143
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_newest_model_of_a_killed_run_is_written(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, start = tmp_path / "run", load_model(golden / "evo-tiny")
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("")
+    trained = load_model(golden / "evo-tiny")
+    parametrize_filters(trained)
+    state = {"optimizer": {}, "rng": torch.get_rng_state(), "step": 1_700, "model": trained.state_dict()}
+    state |= {"model_config": json.dumps(start.config.to_dict()), "tokenizer": {"tokenizer.json": "{}"}}
+    save_checkpoint(run, state)
+    for source, options in ((run, []), (run / "last.pt", ["--layout", "original", "--dtype", "bfloat16"])):
+        out = tmp_path / f"out-{source.name}"
+        assert convert(source, out, *options) == 0
+        assert "the model of step 1,700" in capsys.readouterr().err
+        assert (out / "tokenizer.json").read_text() == "{}"
+        loaded = load_model(out)
+        assert loaded.dtype == (torch.bfloat16 if options else torch.float32)
+        for name, tensor in start.named_parameters():
+            # Trainable poles are rounded once to decay and phase and back.
+            torch.testing.assert_close(
+                loaded.get_parameter(name), tensor.to(loaded.get_parameter(name)), atol=1e-6, rtol=0
+            )
+    assert convert(run, tmp_path / "x", "--config", golden / "evo-tiny" / "config.yml") == 2
+    assert "is a training run, which has its own configuration" in capsys.readouterr().err
+    assert convert(tmp_path / "nothing" / "last.pt", tmp_path / "x") == 2 and not (tmp_path / "x").exists()
 
 
 def test_the_tokenizer_of_the_previous_model_does_not_stay(golden: Path, tmp_path: Path) -> None:
