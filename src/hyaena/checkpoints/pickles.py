@@ -13,6 +13,7 @@ import io
 import math
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def read_zip(file: IO[bytes]) -> dict[str, StoredTensor]:
         if info.filename.partition("/")[0] != archive.infolist()[0].filename.partition("/")[0]:
             raise CheckpointError("is an archive of several folders: save model.state_dict() with torch.save")
         entries[name] = info
+    _check_end(file, len(entries))
     if "constants.pkl" in entries:
         raise CheckpointError("is a TorchScript archive, and only plain tensors are loaded: save its state_dict()")
     if "data.pkl" not in entries:
@@ -116,6 +118,15 @@ def read_zip(file: IO[bytes]) -> dict[str, StoredTensor]:
         return Storage(info.file_size, lambda: archive.open(info))
 
     return _tensors(loaded, storage)
+
+
+def _check_end(file: IO[bytes], count: int) -> None:
+    """Refuse an archive whose last record contradicts its table of contents; ``zipfile`` ignores most of it."""
+    file.seek(-22, os.SEEK_END)
+    signature, disk, first_disk, here, total, _, _, comment = struct.unpack("<4s4H2LH", file.read(22))
+    many = (count, 0xFFFF)  # the larger number where a record of 64 bits precedes it
+    if signature != b"PK\x05\x06" or disk or first_disk or here != total or total not in many or comment:
+        raise ValueError("its last record contradicts its table of contents")
 
 
 def read_legacy(file: IO[bytes]) -> dict[str, StoredTensor]:
