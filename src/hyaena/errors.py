@@ -1,4 +1,4 @@
-"""Errors that a user can act on.
+"""Errors that a user can act on, and how their messages print what came from outside.
 
 Every message is one line, says what is wrong and names the fix. The command line prints it without a
 traceback and exits with status 2; ``--debug`` shows the traceback.
@@ -6,9 +6,25 @@ traceback and exits with status 2; ``--debug`` shows the traceback.
 
 from __future__ import annotations
 
+import difflib
+import reprlib
+from collections.abc import Iterable, Sequence
+
+SCREEN = 1920
+"""The most characters of a message: one screen of 24 lines of 80."""
+
+_TOO_LONG = 10_000
+"""Characters of a text from a file that are looked at, before it is cut to the length that is printed."""
+
 
 class HyaenaError(Exception):
-    """Base class of the errors that this package raises on purpose."""
+    """Base class of the errors that this package raises on purpose.
+
+    Control characters of a message are escaped, and a message is cut to one screen.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, limit=SCREEN))
 
 
 class ConfigError(HyaenaError, ValueError):
@@ -28,7 +44,7 @@ class CapacityError(HyaenaError, RuntimeError):
 
 
 class UnsupportedError(HyaenaError, RuntimeError):
-    """A method or backend was asked for by name and cannot do what was asked."""
+    """A method or backend was named explicitly and does not support the request."""
 
 
 class OutputError(HyaenaError, RuntimeError):
@@ -37,3 +53,40 @@ class OutputError(HyaenaError, RuntimeError):
 
 class NonFiniteError(HyaenaError, ArithmeticError):
     """A computation produced NaN or infinity."""
+
+
+# --- text of messages ------------------------------------------------------------------------------------------------
+
+
+def printable(text: str, *, limit: int = 120) -> str:
+    """A text with its control characters escaped, cut in the middle to at most ``limit`` characters."""
+    if len(text) > _TOO_LONG:
+        text = text[: _TOO_LONG // 2] + text[-_TOO_LONG // 2 :]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    if len(text) > limit:
+        head = limit * 2 // 3
+        text = f"{text[:head]} … {text[head + 3 - limit :]}"
+    return text
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, on one line, cut to about a hundred characters however large it is."""
+    writer = reprlib.Repr()
+    writer.maxstring = writer.maxother = 60
+    writer.maxlong = 40
+    try:
+        return printable(writer.repr(value))
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return "a number of thousands of digits"
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known name that is most like ``name``, if any is like it."""
+    return next(iter(difflib.get_close_matches(name[:100], list(known), n=1, cutoff=cutoff)), None)
+
+
+def joined(problems: Sequence[str], *, most: int = 6) -> str:
+    """Several problems as one message; beyond ``most``, their number only."""
+    rest = len(problems) - most
+    return "; ".join(problems[:most]) + (f"; and {rest:,} more" if rest > 0 else "")

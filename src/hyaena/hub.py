@@ -26,7 +26,13 @@ from hyaena.tokenizers import Tokenizer, load_tokenizer
 BUNDLED = ("cub",)
 """Models that come with the package, each in a folder of its name beside this file."""
 
-_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 _WEIGHTS = (
     ("*.safetensors", "*.safetensors.index.json"),
     ("*.bin", "*.bin.index.json", "*.pt"),
