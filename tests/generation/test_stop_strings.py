@@ -1,4 +1,4 @@
-"""Text that may be shown: the same whatever the tokens, and never past a stop string."""
+"""Stop strings: the same text whatever the tokens, and never past a stop string."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hyaena.tokenizers import ByteTokenizer
 
 
 def shown(data: bytes, stops: list[str], prompt: bytes = b"") -> tuple[list[str], bool]:
-    """What each byte brings to the screen, and whether a stop string ended it."""
+    """The text that each byte shows, and whether a stop string ended it."""
     end = StopStringFilter(ByteTokenizer(), list(prompt), stops)
     parts = []
     for token in data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
@@ -12,6 +13,10 @@ from hyaena.errors import InputError, shown
 
 MAX_VOCAB_SIZE = 2**22
 """Most ids of a vocabulary; a file that numbers its tokens beyond would only fill the memory."""
+
+
+MAX_ITEMS = 2**24
+"""Most items of a sequence that is read: an iterator might never end."""
 
 
 class Tokenizer(ABC):
@@ -174,13 +179,7 @@ def token_ids(values: Any, what: str = "token ids") -> list[int]:
     Raises:
         InputError: texts, mappings, sets, single numbers, several dimensions, or values that are no whole numbers.
     """
-    problem = f"{what} must be a list of whole numbers, not "
-    if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set) or not hasattr(values, "__iter__"):
-        raise InputError(problem + kind_of(values))
-    values = plain(values, problem)
-    if not isinstance(values, Iterable):
-        raise InputError(problem + shown(values))
-    items = list(values)
+    items = as_list(values, f"{what} must be a list of whole numbers, not ")
     if all(type(item) is int for item in items):
         return items
     ids = [as_whole(item) for item in items]
@@ -190,18 +189,23 @@ def token_ids(values: Any, what: str = "token ids") -> list[int]:
     return ids  # pyright: ignore[reportReturnType]  None was excluded
 
 
-def plain(values: Any, problem: str) -> Any:
-    """The content of an array or tensor as Python lists and numbers; anything else as it is.
+def as_list(values: Any, problem: str) -> list[Any]:
+    """The items of a sequence, an iterator, an array or a tensor.
 
     Raises:
-        InputError: ``problem`` and what the value is: it has no values, such as a tensor on the meta device.
+        InputError: ``problem`` and what the value is: text, something without items or without their order, a tensor
+            without values, or an iterator that does not end.
     """
-    if not hasattr(values, "tolist"):
-        return values
+    if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set) or not hasattr(values, "__iter__"):
+        raise InputError(problem + kind_of(values))
     try:
-        return values.tolist()
-    except (TypeError, ValueError, RuntimeError) as error:
+        content = values.tolist() if hasattr(values, "tolist") else values
+        items = list(itertools.islice(content, MAX_ITEMS + 1))
+    except (TypeError, ValueError, RuntimeError) as error:  # on the meta device, or without dimensions
         raise InputError(problem + kind_of(values)) from error
+    if len(items) > MAX_ITEMS:
+        raise InputError(f"{problem}{kind_of(values)} of more than {MAX_ITEMS:,} items")
+    return items
 
 
 def to_bytes(text: str | bytes, *, allow_escapes: bool = True) -> bytes:
