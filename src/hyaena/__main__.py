@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from types import FrameType
+
+TYPE_CHECKING = False  # see hyaena/__init__.py
+if TYPE_CHECKING:
+    from types import FrameType
 
 
 def main() -> int:
