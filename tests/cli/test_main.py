@@ -127,6 +127,27 @@ def test_an_unknown_option_names_the_nearest(
     assert f"unrecognized arguments: {word}: did you mean --size? (see 'hyaena fake --help')" in err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "--prompt", "x"],
+        ["generate", "x", "--max-new", "5"],
+        ["convert", "a", "b", "--lay", "original"],
+        ["info", "cub", "--rev", "main"],
+        ["train", "a.yml", "--res"],
+        ["bench", "--dev", "cpu"],
+        ["bench", "--prefill-chunk", "1,2"],
+        ["--deb", "info", "cub"],
+        ["--versio"],
+    ],
+)
+def test_no_command_takes_abbreviations_or_drops_a_number(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("error", [OSError(5, "x\x1b[31m\ny"), InputError("\x1b[31m" * 9000), MemoryError()])
 def test_a_message_is_printable_and_at_most_one_screen(
     command: Callable[..., None], capsys: pytest.CaptureFixture[str], error: Exception
