@@ -1,6 +1,6 @@
 """Continue a prompt with a checkpoint of the original implementation, by the original's command:
 
-    python generate.py --config_path configs/7b-sh-32k-v1.yml --checkpoint_path pytorch-model.bin \\
+    python generate.py --config_path config.yml --checkpoint_path pytorch-model.bin \\
         --cached_generation --prompt_file prompt.txt --num_tokens 84
 
 It is ``hyaena generate`` under the names that users of the original know; ``hyaena generate --help`` offers more.
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import hyaena.cli
-from hyaena.config import ModelConfig
 from hyaena.errors import HyaenaError, nearest, printable
+from hyaena.formats import read_config
 
 FLAGS = {
     "config_path": "config",
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.append("--echo")  # so that the completion is not read as the whole
     else:
         try:
-            method = ModelConfig.from_file(args.config_path).prefill_method
+            method = read_config(args.config_path).prefill_method
         except HyaenaError as error:
             print(f"generate.py: error: {error}", file=sys.stderr)
             return 2

@@ -91,7 +91,7 @@ def operator(width: int, lengths: Sequence[int]) -> Found:
         padded = length == lengths[0]
         args = inputs(2 if padded else 1, length, width, 2, 3, torch.bfloat16, state=True)
         mask = torch.arange(length, device=DEVICE) >= torch.tensor([[0], [length // 3]], device=DEVICE)
-        got = hyena(*args, mask=mask if padded else None, method="triton")
+        got = hyena(*args, mask=mask if padded else None, backend="triton")
         _compare(found, f"operator, T {length}", got, exact(*args, mask if padded else None))
     return found
 
@@ -107,7 +107,7 @@ def gradients(width: int, length: int) -> Found:
     ours = [t.detach().clone().requires_grad_() for t in leaves(tuple(args), past)]
     filter = ModalFilter(torch.view_as_complex(ours[3]), torch.view_as_complex(ours[4]), ours[5])
     before = HyenaState(ours[6], torch.view_as_complex(ours[7]))
-    y, state = hyena(*ours[:3], filter, before, mask=mask, method="triton")
+    y, state = hyena(*ours[:3], filter, before, mask=mask, backend="triton")
     outputs, given = (y, state.short, torch.view_as_real(state.long)), (dy, dpast.short, torch.view_as_real(dpast.long))
     got = torch.autograd.grad(outputs, ours, given)
     names = ("z", "short weight", "bias", "poles", "residues", "skip", "fir", "iir")

@@ -16,7 +16,7 @@ METHOD = """\
 Written by `python -m benchmarks.gpu`; do not edit. Random weights, bfloat16; our model has the shape of
 StripedHyena-Hessian-7B, the peer is transformers' `MistralForCausalLM` in the same widths with attention in every
 layer (Mistral-7B's shape), scaled-dot-product attention, no sliding window. Figures are medians. Floors come from a
-copy and a matrix product measured in the same run (`hyaena.bench.roofline`): 4·D numbers a token for the operator;
+copy and a matrix product measured in the same run (`hyaena.sizes`): 4·D numbers a token for the operator;
 weights, keys, values and states for a decoding step; products and causal scores for a prefill. Before anything is
 timed, the kernels are checked against the plain operator in float64, captured steps against the model's forward, and
 prefill in chunks against one pass.

@@ -22,12 +22,12 @@ from benchmarks.gpu_sizes import Claim, Sizes, claims
 from benchmarks.hyena_op_gpu import inputs, leaves
 from benchmarks.machine import ROOT
 from benchmarks.registry import IncorrectError, Row, Spread
-from hyaena.bench import roofline
 from hyaena.bench.measure import Decode, Prefill, measure_decode, measure_prefill
 from hyaena.bench.rates import SIZES, Rates, Samples, measure_rates, warm_times
 from hyaena.bench.run import random_model, release
 from hyaena.model import StripedHyena
 from hyaena.ops import ModalFilter, hyena
+from hyaena.sizes import ModelSizes
 
 DTYPE = torch.bfloat16
 GRACE = 20.0
@@ -167,9 +167,9 @@ def operator(bench: Bench, length: int) -> Rows:
     """The fused operator against reading its input and writing its output, and against the FFT."""
     config, repeats = bench.sizes.config, bench.sizes.repeats
     args = inputs(1, length, config.hidden_size, config.state_size, config.short_filter_length, DTYPE)
-    ours = warm_times(lambda: hyena(*args, method=_fused(bench)), bench.device, repeats)
+    ours = warm_times(lambda: hyena(*args, **_fused(bench)), bench.device, repeats)
     fft = warm_times(lambda: hyena(*args, method="fft"), bench.device, max(2, repeats // 3))
-    floor = roofline.operator_bytes(config, length, DTYPE.itemsize) / bench.rates.bandwidth.median
+    floor = ModelSizes(config).operator_bytes(length, DTYPE.itemsize) / bench.rates.bandwidth.median
     name = f"operator {length}"
     return {
         f"{name} floor": bench.claims[f"{name} floor"].row(_spread(ours), Spread.of([floor])),
@@ -184,20 +184,20 @@ def training(bench: Bench) -> Rows:
     dy = torch.randn(1, length, config.hidden_size, device=bench.device, dtype=DTYPE)
     wanting = [t.detach().requires_grad_() for t in leaves(tuple(args), None)]
 
-    def train(method: str) -> tuple[Tensor, ...]:
+    def train(choice: dict[str, str]) -> tuple[Tensor, ...]:
         filter = ModalFilter(torch.view_as_complex(wanting[3]), torch.view_as_complex(wanting[4]), wanting[5])
-        y, _ = hyena(*wanting[:3], filter, method=method)
+        y, _ = hyena(*wanting[:3], filter, **choice)
         return torch.autograd.grad(y, wanting, dy)
 
     ours = warm_times(lambda: train(_fused(bench)), bench.device, repeats)
-    fft = warm_times(lambda: train("fft"), bench.device, max(2, repeats // 3))
+    fft = warm_times(lambda: train({"method": "fft"}), bench.device, max(2, repeats // 3))
     note = "Gradients of the input, short filter, bias, poles, residues and skip."
     return {"training": bench.claims["training"].row(_spread(ours), _spread(fft), note)}
 
 
-def _fused(bench: Bench) -> str:
+def _fused(bench: Bench) -> dict[str, str]:
     """The kernels by name, so that nothing else is ever timed in their place; a CPU has none."""
-    return "triton" if bench.device.type == "cuda" else "blocked"
+    return {"backend": "triton"} if bench.device.type == "cuda" else {"method": "blocked"}
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def prefill(bench: Bench, length: int) -> Rows:
     """Our prefill against the operations that it cannot do without."""
     found = bench.prefills[length] = measure_prefill(bench.model, length, budget=12)
     floor = length * bench.rates.flops.median / found.flops
-    spared = roofline.spared_flops(bench.sizes.config, length) / found.flops
+    spared = ModelSizes(bench.sizes.config).last_layer_savings(length) / found.flops
     part = found.of_floor(bench.rates)
     note = (
         f"Chunks of {found.chunk:,}. The floor counts every layer in full; the last one computes its output at the last"
@@ -225,8 +225,9 @@ def memory(bench: Bench) -> Rows:
     peak = bench.prefills[length].peak_memory
     if peak is None:
         return {"memory": "peak memory can be told on CUDA devices only"}
-    weights = roofline.weight_bytes(config, DTYPE.itemsize)
-    cache = length * config.kv_bytes_per_token(DTYPE.itemsize)
+    sizes = ModelSizes(config)
+    weights = sizes.weight_bytes(DTYPE.itemsize)
+    cache = length * sizes.kv_bytes_per_token(DTYPE.itemsize)
     note = f"Peak {peak / 1e9:.2f} GB, weights {weights / 1e9:.2f} GB, keys and values {cache / 1e9:.2f} GB."
     return {"memory": bench.claims["memory"].row(Spread.of([(peak - weights - cache) / 1e9]), note=note)}
 

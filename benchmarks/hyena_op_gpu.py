@@ -336,14 +336,15 @@ def main() -> None:
         record(floor, *median_ms(run), what="backward", T=length, name=name)
     wanting = [t.detach().requires_grad_() for t in leaves(tuple(args), None)]
 
-    def train(method: str) -> tuple[Tensor, ...]:
+    def train(choice: dict[str, str]) -> tuple[Tensor, ...]:
         filter = ModalFilter(torch.view_as_complex(wanting[3]), torch.view_as_complex(wanting[4]), wanting[5])
-        y, _ = hyena(*wanting[:3], filter, method=method)
+        y, _ = hyena(*wanting[:3], filter, **choice)
         return torch.autograd.grad(y, wanting, dy)
 
     times = {}
     for method in ("triton", "blocked", "fft"):
-        times[method], spread = median_ms(partial(train, method))
+        choice = {"backend": method} if method == "triton" else {"method": method}
+        times[method], spread = median_ms(partial(train, choice))
         record(floor * 11 / 7, times[method], spread, what="both", T=length, name=method)
     print(f"    fft / triton = {times['fft'] / times['triton']:.1f}", flush=True)
     torch.cuda.empty_cache()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hyaena.config import ModelConfig
+from hyaena.sizes import FLOAT32, ModelSizes
 
-FLOAT32 = 4
 CHUNK = 32
 """Steps of a block of the blocked convolution, as ``hyaena.ops.long_conv.blocked`` cuts them."""
 
@@ -53,9 +53,9 @@ class DecodeBytes:
 
 def decode_bytes(config: ModelConfig, context: int, *, concatenates: bool) -> DecodeBytes:
     """One float32 step at a context; a cache that concatenates reads and writes all of itself at each step."""
-    weights = FLOAT32 * (config.num_parameters - config.vocab_size * config.hidden_size)
-    per_token = 2 * config.num_key_value_heads * config.head_dim * FLOAT32
-    cache = config.layer_types.count("attention") * per_token * context
+    sizes = ModelSizes(config)
+    weights = sizes.weight_bytes(FLOAT32) - FLOAT32 * config.vocab_size * config.hidden_size
+    cache = context * sizes.kv_bytes_per_token(FLOAT32)
     return DecodeBytes(weights, cache, 2 * cache if concatenates else 0)
 
 

@@ -15,6 +15,7 @@ from benchmarks.registry import Bar, IncorrectError, Row, Spread
 from hyaena.cache import Cache
 from hyaena.generation import PREFILL_CHUNK
 from hyaena.model import StripedHyena
+from hyaena.sizes import ModelSizes
 from hyaena.tokenizers import ByteTokenizer
 
 # Of the largest logit: two float32 evaluations of 12 layers in different orders of summation.
@@ -256,4 +257,4 @@ def decode_short(quick: bool) -> list[Row]:
 
 
 def _size(model: StripedHyena) -> str:
-    return f"{model.config.num_parameters / 1e6:.1f}M parameters"
+    return f"{ModelSizes(model.config).parameters / 1e6:.1f}M parameters"

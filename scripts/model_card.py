@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from hyaena import hub
 from hyaena.errors import HyaenaError
+from hyaena.sizes import ModelSizes
 from hyaena.train.data import evaluation_batches, read_documents, tokenize
 from hyaena.train.evaluate import evaluate
 
@@ -55,7 +56,7 @@ def measure(source: str, documents: list[str], arguments: argparse.Namespace) ->
     windows = sum(len(batch.ids) for batch in evaluation_batches(corpus, **shape))
     with tqdm(total=windows, unit="window", desc=model.config.name) as bar:
         result = evaluate(model, corpus, device=arguments.device, progress=bar.update, **shape)
-    return Row(model.config.name, f"{model.config.num_parameters / 1e6:.2f} M parameters", result.bits_per_byte)
+    return Row(model.config.name, f"{ModelSizes(model.config).parameters / 1e6:.2f} M parameters", result.bits_per_byte)
 
 
 def table(rows: list[Row]) -> str:

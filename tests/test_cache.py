@@ -1,12 +1,15 @@
 """The cache's verbs, each against rows that ran alone."""
 
+import threading
+
 import pytest
 import torch
 
-from hyaena.cache import Cache, KVCache
+from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
+from hyaena.ops import KVState
 
 CONFIG = ModelConfig(
     vocab_size=50,
@@ -40,22 +43,99 @@ def step(model: StripedHyena, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
 def test_select_and_merge_equal_rows_alone(model: StripedHyena) -> None:
     prompts = [torch.randint(50, (1, n)) for n in (5, 1, 9)]
     batch = Cache.merge([read(model, p) for p in prompts])
-    assert batch.length == 9 and batch.padding is not None and batch.padding.tolist() == [4, 8, 0]
+    assert batch.lengths == [5, 1, 9] and batch.length == 9
     tokens = torch.randint(50, (3, 4))
     alone = [step(model, read(model, p), tokens[i : i + 1]) for i, p in enumerate(prompts)]
     torch.testing.assert_close(step(model, batch, tokens), torch.cat(alone))
     shorter = batch.select([1, 0])
-    assert shorter.length == 13 - 4 and shorter.padding is not None and shorter.padding.tolist() == [4, 0]
+    assert shorter.lengths == [1 + 4, 5 + 4]
     more = torch.randint(50, (2, 2))
     expected = step(model, batch, torch.stack([more[1], more[0], more[0]]))[[1, 0]]
     torch.testing.assert_close(step(model, shorter, more), expected)
 
 
-def test_padding_disappears_with_the_rows_that_needed_it(model: StripedHyena) -> None:
-    batch = Cache.merge([read(model, torch.randint(50, (1, n)), max_length=n + 3) for n in (2, 7)])
-    assert batch.max_length == 10
+def test_rows_keep_their_own_limits_and_memory(model: StripedHyena) -> None:
+    """A mixed batch costs the sum of its rows, not its longest times their number."""
+    caches = [read(model, torch.randint(50, (1, n)), max_length=n + 3) for n in (2, 700)]
+    batch = Cache.merge(caches)
+    assert batch.max_length == 703 and batch.limits == [5, 703]
+    assert batch.nbytes == sum(cache.nbytes for cache in caches)
     alone = batch.select([0])
-    assert alone.padding is None and alone.length == 2 and alone.max_length == 5
+    assert alone.lengths == [2] and alone.max_length == 5 and alone.nbytes == caches[0].nbytes
+
+
+def test_extend_moves_rows_without_copying_keys_and_values(model: StripedHyena) -> None:
+    one, two = (read(model, torch.randint(50, (1, n)), max_length=20) for n in (3, 8))
+    expected = Cache.merge([one, two])
+    stores = [t.data_ptr() for cache in (one, two) for t in cache.states[1].tensors()]
+    one.extend([two])
+    assert [t.data_ptr() for t in one.states[1].tensors()] == stores
+    tokens = torch.randint(50, (2, 4))
+    torch.testing.assert_close(step(model, one, tokens), step(model, expected, tokens))
+    with pytest.raises(InputError, match=r"0 rows \(they were moved"):
+        step(model, two, tokens)
+
+
+def test_keep_drops_rows_and_frees_their_memory(model: StripedHyena) -> None:
+    cache = read(model, torch.randint(50, (4, 6)), max_length=20)
+    expected = cache.select([1, 3])
+    size = cache.nbytes
+    cache.keep([1, 3])
+    assert cache.nbytes == size // 2
+    tokens = torch.randint(50, (2, 2))
+    torch.testing.assert_close(step(model, cache, tokens), step(model, expected, tokens))
+    with pytest.raises(InputError, match="rising order"):
+        cache.keep([1, 0])
+
+
+def test_a_cache_of_another_model_is_refused(model: StripedHyena) -> None:
+    other = StripedHyena(CONFIG).double()
+    cache, foreign = read(model, torch.randint(50, (1, 4))), read(other, torch.randint(50, (1, 4)))
+    for bad in (
+        lambda: step(other, cache, torch.zeros(1, 1, dtype=torch.long)),
+        lambda: cache.restore(foreign),
+        lambda: cache.extend([foreign]),
+        lambda: Cache.merge([cache, foreign]),
+    ):
+        with pytest.raises(InputError, match="another model"):
+            bad()
+    assert cache.lengths == [4] and foreign.lengths == [4]
+
+
+def test_one_cache_in_two_threads_is_refused(model: StripedHyena) -> None:
+    cache = read(model, torch.randint(50, (1, 4)))
+    errors: list[BaseException] = []
+
+    def intrude(*_: object) -> None:
+        def other() -> None:
+            try:
+                step(model, cache, torch.zeros(1, 1, dtype=torch.long))
+            except InputError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    handle = model.layers[1].register_forward_hook(intrude)
+    step(model, cache, torch.zeros(1, 1, dtype=torch.long))
+    handle.remove()
+    assert len(errors) == 1 and "in use by another thread" in str(errors[0])
+    assert cache.lengths == [5]
+
+
+def test_autocast_and_narrow_keys_work(model: StripedHyena) -> None:
+    """Keys and values in another dtype than the queries are converted when they are read."""
+    narrow = StripedHyena(CONFIG)
+    ids = torch.randint(50, (2, 9))
+    with torch.inference_mode():
+        cache = narrow.make_cache(2, dtype=torch.bfloat16)
+        got = torch.cat([narrow(part, cache=cache) for part in ids.split(3, dim=1)], dim=1)
+        torch.testing.assert_close(got, narrow(ids), atol=0.05, rtol=0.05)  # keys in bfloat16
+        cache = narrow.make_cache(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = torch.cat([narrow(part, cache=cache) for part in ids.split(3, dim=1)], dim=1)
+        torch.testing.assert_close(got.float(), narrow(ids), atol=0.1, rtol=0.1)  # products in bfloat16
 
 
 def test_snapshot_and_restore(model: StripedHyena) -> None:
@@ -90,7 +170,7 @@ def test_windows_of_truncated_filters_are_batched_like_modes(model: StripedHyena
     chosen.reset()
     fresh = step(model, model.make_cache(2), tokens[:2])
     torch.testing.assert_close(step(model, chosen, tokens[:2]), fresh, rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="different methods"):
+    with pytest.raises(InputError, match="same method"):
         Cache.merge([saved, read(model, prompts[0])])
 
 
@@ -109,8 +189,8 @@ def test_storage_grows_without_a_maximum(model: StripedHyena) -> None:
     with torch.inference_mode():
         parts = torch.cat([model(part, cache=cache) for part in ids.split(90, dim=1)], dim=1)
         torch.testing.assert_close(parts, model(ids))
-    kv = next(layer for layer in cache.layers if isinstance(layer, KVCache))
-    assert 700 <= kv.keys.shape[2] < 1400
+    kv = next(state for state in cache.states if isinstance(state, KVState))
+    assert 700 <= kv.capacities[0] < 1400
 
 
 def test_a_full_cache_refuses_and_keeps_what_it_has(model: StripedHyena) -> None:
@@ -139,9 +219,9 @@ def test_a_failing_pass_leaves_the_cache_as_it_was(model: StripedHyena) -> None:
 
 
 def test_bytes() -> None:
-    cache = Cache.create(CONFIG, 3, max_length=10, dtype=torch.bfloat16)
+    cache = StripedHyena(CONFIG).make_cache(3, max_length=10, dtype=torch.bfloat16)
     keys = 2 * 3 * 2 * 10 * 4 * 2  # two stores, B, G, slots, head_dim, bytes
-    states = 2 * 3 * (3 * 16 * 2 * 2 + 16 * 2 * 8)  # two layers, B, fir in bfloat16, iir in complex64
+    states = 2 * 3 * (3 * 16 * 2 * 2 + 16 * 2 * 8)  # two layers, B, short in bfloat16, long in complex64
     assert cache.nbytes == keys + states
 
 

@@ -10,6 +10,8 @@ import hyaena
 from hyaena import ops
 from hyaena.config import ModelConfig
 from hyaena.errors import CapacityError, ConfigError, NonFiniteError
+from hyaena.formats import config_from_dict
+from hyaena.formats.stripedhyena.config import write_config
 from hyaena.model import StripedHyena
 from hyaena.ops import HyenaState
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
@@ -64,7 +66,7 @@ def test_3_a_one_token_prompt_leaves_a_whole_window(model: StripedHyena) -> None
     cache = model.make_cache()
     with torch.inference_mode():
         parts = [model(ids[:, :1], cache=cache)]
-        states = [layer for layer in cache.layers if isinstance(layer, HyenaState)]
+        states = [layer for layer in cache.states if isinstance(layer, HyenaState)]
         assert all(state.short.shape == (1, 48, 2) for state in states)
         parts += [model(ids[:, t : t + 1], cache=cache) for t in range(1, 4)]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids))
@@ -124,7 +126,7 @@ def test_8_the_key_value_cache_does_not_end_at_8192() -> None:
     assert cache.length == 8200 and limited.length == 0
 
 
-@pytest.mark.parametrize("method", ops.METHODS)
+@pytest.mark.parametrize("method", ops.ModalFilter.methods)
 def test_9_every_method_that_is_offered_runs(model: StripedHyena, method: str) -> None:
     ids = torch.randint(259, (1, 40))
     with torch.inference_mode():
@@ -140,12 +142,12 @@ def test_10_bytes_survive_the_round_trip(tokenizer: ByteTokenizer | CharacterTok
 
 
 def test_11_flags_are_booleans_and_missing_keys_are_named() -> None:
-    values = CONFIG.to_original_dict()
+    values = write_config(CONFIG)
     with pytest.raises(ConfigError, match="qkv_proj_bias"):
-        ModelConfig.from_dict(values | {"qkv_proj_bias": "False"})
+        config_from_dict(values | {"qkv_proj_bias": "False"})
     del values["num_attention_heads"]
     with pytest.raises(ConfigError, match="num_attention_heads"):
-        ModelConfig.from_dict(values)
+        config_from_dict(values)
 
 
 def test_12_casting_the_whole_model_spares_poles_and_residues() -> None:

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import hyaena
-from hyaena.config import ModelConfig
+from hyaena.formats import read_config
 from hyaena.tokenizers import CharacterTokenizer
 
 
@@ -40,7 +40,7 @@ def flags(folder: Path) -> list[str]:
 
 
 def expected(folder: Path) -> str:
-    model = hyaena.StripedHyena(ModelConfig.from_file(folder / "config.yml"))
+    model = hyaena.StripedHyena(read_config(folder / "config.yml"))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     tokenizer = CharacterTokenizer(model.config.vocab_size)
     return hyaena.generate(model, tokenizer, "ACGTTGCA", max_new_tokens=6).text

@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from hyaena.config import ModelConfig
+from hyaena.formats import read_config
 from hyaena.model import StripedHyena
-from hyaena.ops import METHODS, HyenaState
+from hyaena.ops import HyenaState, ModalFilter
 
 CASES = ("sh-tiny", "evo-tiny", "evo8k-tiny")
 
 
 def load(folder: Path) -> tuple[StripedHyena, dict[str, torch.Tensor]]:
-    config = ModelConfig.from_file(folder / "config.yml")
+    config = read_config(folder / "config.yml")
     model = StripedHyena(config)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model, load_file(folder / "expected.safetensors")
@@ -32,7 +33,7 @@ def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("method", ["auto", *METHODS])
+@pytest.mark.parametrize("method", ["auto", *ModalFilter.methods])
 def test_prefill(golden: Path, case: str, method: str) -> None:
     model, expected = load(golden / case)
     ids = expected["input_ids"]
@@ -40,7 +41,7 @@ def test_prefill(golden: Path, case: str, method: str) -> None:
     with torch.inference_mode():
         assert relative(model(ids, method=method), expected["logits"]) < 1e-4
         assert relative(model(ids, cache=cache, method=method), expected["logits"]) < 1e-4
-    states = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, HyenaState)}
+    states = {i: layer for i, layer in enumerate(cache.states) if isinstance(layer, HyenaState)}
     assert states
     for i, state in states.items():
         fir = original_channel_order(state.short, model.config)
@@ -62,6 +63,6 @@ def test_greedy_decoding(golden: Path, case: str) -> None:
             chosen.append(logits[-1].argmax(-1))
     assert torch.equal(torch.cat(chosen, dim=1), greedy)
     assert relative(torch.cat(logits, dim=1), expected["decode_logits"]) < 1e-4
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(cache.states):
         if isinstance(layer, HyenaState):
             assert relative(torch.view_as_real(layer.long), expected[f"final.iir_state.{i}"]) < 1e-4

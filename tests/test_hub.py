@@ -25,6 +25,7 @@ from hyaena import hub
 from hyaena.checkpoints import save_model
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, HyaenaError, InputError
+from hyaena.formats import read_config
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
 
@@ -99,8 +100,8 @@ def test_a_folder_in_the_originals_layout_loads_with_its_tokenizer(case: str) ->
     assert (logits - expected["logits"]).abs().max() <= 1e-4 * expected["logits"].abs().max()
 
 
-def test_from_pretrained_takes_the_same_sources_without_a_tokenizer() -> None:
-    model = StripedHyena.from_pretrained(GOLDEN / "sh-tiny", dtype="bfloat16")
+def test_load_model_takes_the_same_sources_without_a_tokenizer() -> None:
+    model = hyaena.load_model(GOLDEN / "sh-tiny", dtype="bfloat16")
     assert model.dtype == torch.bfloat16 and model.config.name == "sh-7b-32k-v1"
 
 
@@ -226,7 +227,7 @@ def test_revisions(remote: Hub, hub_id: str, given: str | None, asked: str | Non
 
 
 def test_a_configuration_of_the_users_own_is_not_corrected(remote: Hub) -> None:
-    config = ModelConfig.from_file(GOLDEN / "evo-tiny" / "config.yml")
+    config = read_config(GOLDEN / "evo-tiny" / "config.yml")
     assert hub.load_model(EVO_131K, config=config).config == config
 
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyaena import original
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError, UnsupportedError
+from hyaena.formats.stripedhyena import tensors as original
 from hyaena.model import LongFilter, StripedHyena
 from hyaena.ops import METHODS, HyenaState, ModalFilter
 
@@ -45,7 +45,7 @@ def model() -> StripedHyena:
     return make()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ModalFilter.methods)
 @settings(max_examples=20)
 @given(data=st.data())
 def test_splitting_law(method: str, data: st.DataObject) -> None:
@@ -66,7 +66,10 @@ def test_splitting_law(method: str, data: st.DataObject) -> None:
 def test_a_cache_and_a_method_that_do_not_fit(model: StripedHyena) -> None:
     """Windows and modes are never taken for each other, and a refusal leaves the cache as it was."""
     ids = torch.randint(50, (1, 6))
-    for made, asked, words in (("auto", "truncated", "make_cache"), ("truncated", "blocked", "go on with truncated")):
+    for made, asked, words in (
+        ("auto", "truncated", "make_cache"),
+        ("truncated", "blocked", "continue with truncated"),
+    ):
         cache = model.make_cache(1, method=made)
         model(ids, cache=cache)
         with pytest.raises(InputError, match=words):
@@ -82,7 +85,7 @@ def test_the_window_of_a_layer_comes_from_its_tolerance() -> None:
     cache = model.make_cache(3, method="truncated", tolerance=1e-6)
     assert list(windows) == [0, 2]
     for i, window in windows.items():
-        state = cache.layers[i]
+        state = cache.states[i]
         assert isinstance(state, HyenaState) and state.long.shape == (3, 16, window - 1)
         assert state.long.dtype == torch.float64
         assert 1 < window < model.truncation_windows()[i]
@@ -110,7 +113,7 @@ def test_a_padded_batch_equals_its_rows(lengths: list[int], more: int) -> None:
             torch.testing.assert_close(together[row, longest - length :], expected)
             torch.testing.assert_close(uncached[row, longest - length :], expected)
             torch.testing.assert_close(after[row], model(tokens[row : row + 1], cache=alone)[0])
-            for batch_state, state in zip(cache.layers, alone.layers, strict=True):
+            for batch_state, state in zip(cache.states, alone.states, strict=True):
                 if isinstance(state, HyenaState) and isinstance(batch_state, HyenaState):
                     torch.testing.assert_close(batch_state.long[row], state.long[0])
 
@@ -161,7 +164,7 @@ def test_ids_of_either_width(model: StripedHyena) -> None:
 
 
 def test_every_parameter_has_a_gradient(model: StripedHyena) -> None:
-    for method in (name for name, it in METHODS.items() if it.gradients):
+    for method in (name for name in ModalFilter.methods if METHODS[name].gradients):
         model.zero_grad()
         model(torch.randint(50, (2, 40)), method=method).logsumexp(-1).sum().backward()
         for name, p in model.named_parameters():
@@ -201,7 +204,7 @@ def test_a_cast_model_keeps_float32_states() -> None:
         for length in (20, 1):
             logits = model(torch.randint(50, (1, length)), cache=cache)
     assert logits.dtype == torch.bfloat16
-    for layer in cache.layers:
+    for layer in cache.states:
         if isinstance(layer, HyenaState):
             assert layer.long.dtype == torch.complex64 and layer.short.dtype == torch.bfloat16
 
@@ -211,7 +214,7 @@ def test_a_cast_model_keeps_float32_states() -> None:
 def test_load_state_dict_takes_the_original_names(prefix: str, interleaved: bool) -> None:
     config = dataclasses.replace(CONFIG, column_split_hyena=interleaved)
     model, other = StripedHyena(config), StripedHyena(config)
-    state = {prefix + k: v for k, v in original.to_original(model.state_dict(), config).items()}
+    state = {prefix + k: v for k, v in original.state_to_theirs(model.state_dict(), config).items()}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)

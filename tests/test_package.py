@@ -1,4 +1,4 @@
-"""The package's front door: lazy names, and an import that costs nothing."""
+"""The public names: loaded on first use, so that an import is instant."""
 
 from __future__ import annotations
 

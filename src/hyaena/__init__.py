@@ -13,20 +13,33 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hyaena import ops
+    from hyaena.checkpoints import save_model
     from hyaena.config import ModelConfig
     from hyaena.generation import generate, stream
-    from hyaena.hub import load
+    from hyaena.hub import load, load_model
     from hyaena.model import StripedHyena
 
 __version__ = "0.1.0"
 
-__all__ = ["ModelConfig", "StripedHyena", "__version__", "generate", "load", "ops", "stream"]
+__all__ = [
+    "ModelConfig",
+    "StripedHyena",
+    "__version__",
+    "generate",
+    "load",
+    "load_model",
+    "ops",
+    "save_model",
+    "stream",
+]
 
 _HOMES = {
     "ModelConfig": "hyaena.config",
     "StripedHyena": "hyaena.model",
     "generate": "hyaena.generation",
     "load": "hyaena.hub",
+    "load_model": "hyaena.hub",
+    "save_model": "hyaena.checkpoints",
     "stream": "hyaena.generation",
 }
 

@@ -1,231 +1,244 @@
-"""What a model remembers of the sequences it has read: keys and values, and the states of Hyena blocks.
+"""What a model remembers of the sequences it has read: one state per layer, and how many tokens each row holds.
 
-Rows of unequal length are aligned at their ends: a row that is shorter begins with ``padding`` slots that nothing
-ever sees. The verbs below are all that batching needs: select rows, merge caches, snapshot, restore, reset.
+A cache knows no kind of layer. Every mixer makes states of its own kind (``make_state``), and the cache calls their
+verbs. Rows are independent: each has a length of its own, begins at position 0, and costs the memory of its own tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from hyaena.config import ModelConfig
 from hyaena.errors import CapacityError, InputError
-from hyaena.ops.hyena import HyenaState
 
-GROWTH = 256
-"""Slots that a growing key/value store begins with; it then doubles."""
+S = TypeVar("S", bound="State")
 
 
-@dataclass
-class KVCache:
-    """Keys and values of one attention layer, each [B,G,capacity,head_dim]."""
+class State(Protocol):
+    """What one layer remembers of a batch of rows.
 
-    keys: Tensor
-    values: Tensor
+    Verbs return a state; the old one must not be used afterwards, unless they copy. ``ops.RowTensors`` implements them
+    for tuples of tensors whose first axis is the row, ``ops.KVState`` for keys and values.
+    """
 
-    @classmethod
-    def allocate(
-        cls, batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
-        shape = (batch, heads, capacity, head_dim)
-        with torch.inference_mode(False):  # storage that grew in inference mode may be written outside of it
-            return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+    def tensors(self) -> list[Tensor]:
+        """All storage, each tensor once."""
+        ...
 
-    def write(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store [B,G,T,head_dim] from slot ``start`` on; return everything up to the end of it."""
-        stop = start + keys.shape[2]
-        self.keys[:, :, start:stop] = keys
-        self.values[:, :, start:stop] = values
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+    def select(self: S, rows: Sequence[int]) -> S:
+        """Copy the given rows, in that order."""
+        ...
 
-    def resized(self, rows: Tensor | None, drop: int, length: int, capacity: int) -> KVCache:
-        """A copy of slots ``drop … length-1`` of the given rows, at the front of a new store."""
-        batch = self.keys.shape[0] if rows is None else len(rows)
-        _, heads, _, head_dim = self.keys.shape
-        new = KVCache.allocate(batch, heads, capacity, head_dim, self.keys.dtype, self.keys.device)
-        for source, target in ((self.keys, new.keys), (self.values, new.values)):
-            kept = source[:, :, drop:length]
-            target[:, :, : length - drop] = kept if rows is None else kept[rows]
-        return new
+    def keep(self: S, rows: Sequence[int]) -> S:
+        """Drop all rows but these, which are in rising order; free what nothing uses any more."""
+        ...
+
+    def join(self: S, others: Sequence[S]) -> S:
+        """Append the rows of other states. Raises InputError where they are of another kind."""
+        ...
+
+    def reset(self: S) -> S:
+        """Forget everything."""
+        ...
+
+    def reserve(self: S, lengths: Sequence[int]) -> S:
+        """Make room for so many tokens in each row."""
+        ...
+
+    def first(self: S, count: int) -> S:
+        """The first rows, over the same storage."""
+        ...
+
+    def blank(self: S, rows: int) -> S:
+        """An empty state of this kind for so many rows, as small as possible."""
+        ...
+
+    def put(self: S, row: int, source: S, source_row: int) -> None:
+        """Replace a row, in place, by a row of another state, which must not be used afterwards."""
+        ...
+
+    def mutated(self) -> list[Tensor]:
+        """What a decoding step changes, and would change again if it ran twice for the same token."""
+        ...
+
+    def detach(self: S) -> S:
+        """The same numbers without their autograd history."""
+        ...
 
 
 class Cache:
-    """The memory of a batch of sequences, one entry per layer.
+    """The states of a batch of sequences.
 
     Attributes:
-        layers: a ``KVCache`` for an attention layer, a ``HyenaState`` for a Hyena layer.
-        length: slots in use, padding included; the position of the next token of an unpadded row.
-        max_length: the length past which the cache refuses, or None to grow for ever.
-        padding: int [B], leading slots of each row that hold no token; None when no row has any.
+        states: one per layer.
+        lengths: tokens that each row holds, which is also the position of its next token.
+        limits: the most tokens of each row, or None for a row that may grow without limit.
     """
 
     def __init__(
-        self, layers: list[KVCache | HyenaState], *, length: int, max_length: int | None, padding: Tensor | None
+        self, states: Sequence[Any], lengths: Sequence[int], limits: Sequence[int | None], *, owner: object = None
     ) -> None:
-        self.layers = layers
-        self.length = length
-        self.max_length = max_length
-        self.padding = padding
+        self.states: list[Any] = list(states)
+        self.lengths = list(lengths)
+        self.limits = list(limits)
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._lock = threading.Lock()
 
-    @classmethod
-    def create(
-        cls,
-        config: ModelConfig,
-        batch_size: int = 1,
-        *,
-        max_length: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        windows: Mapping[int, int] | None = None,
-    ) -> Cache:
-        """An empty cache: storage for ``max_length`` tokens at once, or storage that grows.
-
-        Hyena states are float32 pairs (complex64) whatever ``dtype`` is; wider when ``dtype`` is float64. A layer that
-        ``windows`` gives W taps to keeps the window of a truncated filter instead, in the same precision.
-        """
-        if batch_size < 1 or (max_length is not None and max_length < 1):
-            raise InputError(f"a cache takes batch_size >= 1 and max_length >= 1, not {batch_size} and {max_length}")
-        device = torch.device(device)
-        complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
-        layers: list[KVCache | HyenaState] = []
-        for i, kind in enumerate(config.layer_types):
-            if kind == "attention":
-                capacity = max_length if max_length is not None else GROWTH
-                layers.append(
-                    KVCache.allocate(batch_size, config.num_key_value_heads, capacity, config.head_dim, dtype, device)
-                )
-            else:
-                fir = torch.zeros(
-                    batch_size, 3 * config.hidden_size, config.short_filter_length - 1, dtype=dtype, device=device
-                )
-                size, iir_dtype = config.state_size, complex_dtype
-                if windows is not None and i in windows:
-                    size, iir_dtype = windows[i] - 1, complex_dtype.to_real()
-                iir = torch.zeros(batch_size, config.hidden_size, size, dtype=iir_dtype, device=device)
-                layers.append(HyenaState(fir, iir))
-        return cls(layers, length=0, max_length=max_length, padding=None)
-
-    def _tensors(self) -> list[Tensor]:
-        pairs = [(x.keys, x.values) if isinstance(x, KVCache) else tuple(x) for x in self.layers]
-        return [t for pair in pairs for t in pair]
+    def __repr__(self) -> str:
+        limit = "no limit" if self.max_length is None else f"at most {self.max_length} tokens a row"
+        return f"Cache(rows={self.batch_size}, lengths={self.lengths}, {limit}, {self.nbytes:,} bytes)"
 
     @property
     def batch_size(self) -> int:
-        return self._tensors()[0].shape[0]
+        return len(self.lengths)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths, default=0)
+
+    @property
+    def max_length(self) -> int | None:
+        """The largest limit of a row; None where a row may grow without limit."""
+        limits = [limit for limit in self.limits if limit is not None]
+        return max(limits) if limits and len(limits) == len(self.limits) else None
 
     @property
     def device(self) -> torch.device:
-        return self._tensors()[0].device
+        return self.tensors()[0].device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage held, used or reserved."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
+        """Bytes of storage, used or reserved."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
-    def reserve(self, count: int) -> None:
-        """Make room for ``count`` more tokens, or raise CapacityError and change nothing."""
-        needed = self.length + count
-        if self.max_length is not None and needed > self.max_length:
-            raise CapacityError(
-                f"the cache holds {self.length} of at most {self.max_length} tokens and was given {count} more: "
-                "make it with a larger max_length, or shorten the prompt"
-            )
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, KVCache) and layer.keys.shape[2] < needed:
-                capacity = max(needed, 2 * layer.keys.shape[2])
-                if self.max_length is not None:
-                    capacity = min(capacity, self.max_length)
-                self.layers[i] = layer.resized(None, 0, self.length, capacity)
+    def tensors(self) -> list[Tensor]:
+        return [t for state in self.states for t in state.tensors()]
 
-    def commit(self, states: dict[int, HyenaState], count: int) -> None:
-        """Make a finished forward pass of ``count`` tokens part of the memory, all at once."""
-        for i, state in states.items():
-            self.layers[i] = state
-        self.length += count
+    # --- for the model -------------------------------------------------------------------------------------------
 
-    def _copy(self, rows: Tensor | None, drop: int = 0) -> Cache:
-        layers: list[KVCache | HyenaState] = []
-        for layer in self.layers:
-            if isinstance(layer, KVCache):
-                capacity = layer.keys.shape[2] if self.max_length is None else self.max_length - drop
-                layers.append(layer.resized(rows, drop, self.length, capacity))
-            else:
-                layers.append(HyenaState(*(t.clone() if rows is None else t[rows] for t in layer)))
-        padding = self.padding
-        if padding is not None:
-            padding = (padding.clone() if rows is None else padding[rows]) - drop
-            padding = padding if bool(padding.any()) else None
-        max_length = None if self.max_length is None else self.max_length - drop
-        return Cache(layers, length=self.length - drop, max_length=max_length, padding=padding)
+    @contextmanager
+    def reading(self, owner: object, rows: int, counts: Sequence[int]) -> Iterator[None]:
+        """Guard one forward pass of ``owner`` over ``rows`` rows, which adds ``counts`` tokens to them.
+
+        Raises:
+            InputError: the cache belongs to another model, holds other rows, or is in use by another thread.
+            CapacityError: a row would pass its limit. Nothing has changed.
+        """
+        if self._owner is not None and self._owner() is not owner:
+            raise InputError("the cache was made by another model: make one with this model's make_cache")
+        if self.batch_size != rows:
+            taken = " (they were moved to another cache or decoder)" if self.batch_size == 0 else ""
+            raise InputError(f"the cache holds {self.batch_size} rows{taken} and the ids {rows}: make another cache")
+        if not self._lock.acquire(blocking=False):
+            raise InputError("the cache is in use by another thread: give each thread a cache of its own")
+        try:
+            self._reserve(counts)
+            yield
+        finally:
+            self._lock.release()
+
+    def _reserve(self, counts: Sequence[int]) -> None:
+        needed = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        for have, need, limit in zip(self.lengths, needed, self.limits, strict=True):
+            if limit is not None and need > limit:
+                raise CapacityError(
+                    f"the cache holds {have} of at most {limit} tokens and was given {need - have} more: "
+                    "make it with a larger max_length, or shorten the prompt"
+                )
+        self.states = [state.reserve(needed) for state in self.states]
+
+    def commit(self, states: Sequence[Any], counts: Sequence[int]) -> None:
+        """Replace all states by those after a finished forward pass, which added ``counts`` tokens to the rows."""
+        self.states = list(states)
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    # --- verbs ---------------------------------------------------------------------------------------------------
 
     def select(self, rows: Sequence[int] | Tensor) -> Cache:
-        """A cache of the given rows, in that order; padding that all of them share is dropped, and its room with it."""
-        index = torch.as_tensor(rows, dtype=torch.long)
-        if index.numel() == 0 or int(index.min()) < 0 or int(index.max()) >= self.batch_size:
-            raise InputError(f"select takes rows of 0 … {self.batch_size - 1}, and was given {index.tolist()}")
-        index = index.to(self.device)
-        drop = 0 if self.padding is None else int(self.padding[index].min())
-        return self._copy(index, drop)
+        """Copy the given rows, in that order."""
+        index = self._index("select", rows)
+        return self._with(
+            [state.select(index) for state in self.states],
+            [self.lengths[row] for row in index],
+            [self.limits[row] for row in index],
+        )
+
+    def keep(self, rows: Sequence[int] | Tensor) -> None:
+        """Drop all rows but these, which are in rising order."""
+        index = self._index("keep", rows)
+        if index != sorted(set(index)):
+            raise InputError(f"keep takes rows in rising order, each once, and was given {index}: use select")
+        self.states = [state.keep(index) for state in self.states]
+        self.lengths = [self.lengths[row] for row in index]
+        self.limits = [self.limits[row] for row in index]
+
+    def extend(self, others: Sequence[Cache]) -> None:
+        """Append all rows of other caches, which are empty afterwards. Keys and values are not copied."""
+        self._check_kin("extend", others)
+        self.states = [
+            state.join([other.states[i] for other in others]) if others else state
+            for i, state in enumerate(self.states)
+        ]
+        for other in others:
+            self.lengths += other.lengths
+            self.limits += other.limits
+            other.take()
+
+    def take(self) -> list[Any]:
+        """Hand the states over to the caller; the cache has no rows afterwards."""
+        states, self.states, self.lengths, self.limits = self.states, [], [], []
+        return states
 
     @staticmethod
-    def merge(caches: Sequence[Cache], *, max_length: int | None = None) -> Cache:
-        """One batch of all rows of all caches, aligned at their ends.
-
-        ``max_length`` of the result, when it is not given: as many tokens more as the roomiest cache had left.
-        """
+    def merge(caches: Sequence[Cache]) -> Cache:
+        """One cache of copies of all rows of all caches, in that order."""
         if not caches:
             raise InputError("merge takes at least one cache")
-        length = max(c.length for c in caches)
-        if max_length is None and all(c.max_length is not None for c in caches):
-            max_length = length + max((c.max_length or 0) - c.length for c in caches)
-        if max_length is not None and max_length < length:
-            raise CapacityError(f"merge was given max_length {max_length} for caches that hold {length} tokens")
-        layers: list[KVCache | HyenaState] = []
-        for column in zip(*(c.layers for c in caches), strict=True):
-            first = column[0]
-            if isinstance(first, KVCache):
-                _, heads, _, head_dim = first.keys.shape
-                rows, capacity = sum(c.batch_size for c in caches), max(max_length or length, 1)
-                new = KVCache.allocate(rows, heads, capacity, head_dim, first.keys.dtype, first.keys.device)
-                row = 0
-                for cache, layer in zip(caches, column, strict=True):
-                    here = slice(row, row + cache.batch_size)
-                    new.keys[here, :, length - cache.length : length] = layer.keys[:, :, : cache.length]
-                    new.values[here, :, length - cache.length : length] = layer.values[:, :, : cache.length]
-                    row += cache.batch_size
-                layers.append(new)
-            elif any(c.long.shape[1:] != first.long.shape[1:] or c.long.dtype != first.long.dtype for c in column):
-                raise InputError("merge was given caches of different methods: make all of them with the same one")
-            else:
-                layers.append(HyenaState(*(torch.cat(parts) for parts in zip(*column, strict=True))))
-        device = caches[0].device
-        padding = torch.cat(
-            [
-                (torch.zeros(c.batch_size, dtype=torch.long, device=device) if c.padding is None else c.padding)
-                + (length - c.length)
-                for c in caches
-            ]
-        )
-        return Cache(layers, length=length, max_length=max_length, padding=padding if bool(padding.any()) else None)
+        caches[0]._check_kin("merge", caches[1:])
+        merged, *others = [cache.snapshot() for cache in caches]
+        merged.extend(others)
+        return merged
 
     def snapshot(self) -> Cache:
-        """An independent copy: what happens to either leaves the other alone."""
-        return self._copy(None)
+        """An independent copy: what happens to either leaves the other unchanged."""
+        return self.select(range(self.batch_size))
 
     def restore(self, snapshot: Cache) -> None:
-        """Become what ``snapshot`` holds; the snapshot stays usable."""
-        copy = snapshot._copy(None)
-        self.layers, self.length = copy.layers, copy.length
-        self.max_length, self.padding = copy.max_length, copy.padding
+        """Return to what ``snapshot`` holds; the snapshot stays usable.
+
+        Raises:
+            InputError: the snapshot is of a cache of another model.
+        """
+        self._check_kin("restore", [snapshot])
+        copy = snapshot.snapshot()
+        self.states, self.lengths, self.limits = copy.states, copy.lengths, copy.limits
 
     def reset(self) -> None:
         """Forget everything; keep the storage."""
-        for i, layer in enumerate(self.layers):
-            if isinstance(layer, HyenaState):
-                self.layers[i] = HyenaState(*map(torch.zeros_like, layer))
-        self.length = 0  # nothing reads keys and values beyond it
-        self.padding = None
+        self.states = [state.reset() for state in self.states]
+        self.lengths = [0] * self.batch_size
+
+    def _with(self, states: Sequence[Any], lengths: Sequence[int], limits: Sequence[int | None]) -> Cache:
+        return Cache(states, lengths, limits, owner=None if self._owner is None else self._owner())
+
+    def _index(self, verb: str, rows: Sequence[int] | Tensor) -> list[int]:
+        index = torch.as_tensor(rows).tolist() if isinstance(rows, Tensor) else list(rows)
+        if not index or not all(isinstance(row, int) and 0 <= row < self.batch_size for row in index):
+            raise InputError(f"{verb} takes rows of 0 … {self.batch_size - 1}, and was given {index}")
+        return index
+
+    def _check_kin(self, verb: str, others: Sequence[Cache]) -> None:
+        for other in others:
+            if other._owner is not self._owner and (
+                other._owner is None or self._owner is None or other._owner() is not self._owner()
+            ):
+                raise InputError(f"{verb} was given a cache of another model: use caches of one model")
+            if other.batch_size == 0:
+                raise InputError(f"{verb} was given a cache without rows (they were moved elsewhere)")

@@ -1,29 +1,172 @@
-"""What a StripedHyena model is: one frozen, typed record, checked in one place.
+"""The architecture of a StripedHyena model as one frozen, typed record, checked in one place.
 
-Nothing here imports torch, so reading a configuration is instant. The original's key names live in
-:mod:`hyaena.config_original`; everything else of the package knows only this record.
+Nothing here imports torch, so reading a configuration is instant. This module knows our own keys only; other formats
+are read and written by :mod:`hyaena.formats`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hyaena import config_original
-from hyaena.errors import ConfigError
+from hyaena.errors import ConfigError, joined, nearest, printable, shown
+from hyaena.mappings import read_mapping
 
-LayerType = Literal["attention", "hyena"]
 Activation = Literal["silu", "gelu"]
 TokenizerType = Literal["hf", "characters", "bytes"]
 
 FORMAT = "hyaena"
 """The value of the key ``format`` in our own ``config.json``."""
+
+PREFILL_STYLES = {
+    "recurrence": "recurrence",
+    "modal-fft": "fft",
+    "hybrid-modal-recurrence": "blocked",  # convolutions inside blocks, the recurrence from block to block
+    "modal-scan": "scan",
+    "canonical-fft": "canonical-fft",
+    "iir-fir-caching": "truncated",  # the filter cut to a finite one, whose cache is a window of inputs
+} | {name: name for name in ("auto", "reference", "fft", "blocked", "scan", "truncated")}
+"""Values of ``prefill_style``, the original's six names and ours, each with the method of evaluation that it means.
+
+The original named all six and implemented the first two. Only ``truncated`` changes results, by no more than a
+tolerance.
+"""
+
+_TRANSFORMERS = "concerns the transformers library only"
+_GENERATION = "a default of text generation in transformers; options of `generate` choose here"
+_DTYPE = "the dtype is chosen when a model is loaded"
+_TOKENS = "the tokenizer knows its special tokens"
+_TRAINING = "concerns training in other libraries only"
+
+TOOL_KEYS: dict[str, str] = {
+    "tie_word_embeddings": "tie_embeddings states whether the head is tied",
+    "tokenizer_class": "the key for the tokenizer is tokenizer (tokenizer_type in the original's files)",
+    "model_type": "the format of the configuration is known from its other keys",
+    "torch_dtype": _DTYPE,
+    "dtype": _DTYPE,
+    "use_bfloat16": _DTYPE,
+    "use_cache": "whether a cache is used is chosen at the call",
+    "initializer_range": _TRAINING,
+    "attention_dropout": _TRAINING,
+    "hidden_dropout": _TRAINING,
+    "dropout": _TRAINING,
+    "gradient_checkpointing": _TRAINING,
+    "pretraining_tp": _TRAINING,
+    "unsloth_fixed": _TRAINING,
+    "unsloth_version": _TRAINING,
+    **dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"), _TOKENS
+    ),
+    **dict.fromkeys(
+        (
+            "_attn_implementation",
+            "_attn_implementation_autoset",
+            "_attn_implementation_internal",
+            "_auto_class",
+            "_commit_hash",
+            "_from_pipeline",
+            "_name_or_path",
+            "add_cross_attention",
+            "architectures",
+            "attn_implementation",
+            "auto_map",
+            "base_model_name_or_path",
+            "chunk_size_feed_forward",
+            "cross_attention_hidden_size",
+            "finetuning_task",
+            "id2label",
+            "is_decoder",
+            "is_encoder_decoder",
+            "keys_to_ignore_at_inference",
+            "label2id",
+            "output_attentions",
+            "output_hidden_states",
+            "prefix",
+            "problem_type",
+            "pruned_heads",
+            "return_dict",
+            "task_specific_params",
+            "tf_legacy_loss",
+            "tie_encoder_decoder",
+            "torchscript",
+            "transformers_version",
+            "transformers.js_config",
+        ),
+        _TRANSFORMERS,
+    ),
+    **dict.fromkeys(
+        (
+            "bad_words_ids",
+            "begin_suppress_tokens",
+            "diversity_penalty",
+            "do_sample",
+            "early_stopping",
+            "encoder_no_repeat_ngram_size",
+            "exponential_decay_length_penalty",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "length_penalty",
+            "min_length",
+            "no_repeat_ngram_size",
+            "num_beam_groups",
+            "num_beams",
+            "num_return_sequences",
+            "output_scores",
+            "remove_invalid_values",
+            "repetition_penalty",
+            "return_dict_in_generate",
+            "suppress_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "typical_p",
+        ),
+        _GENERATION,
+    ),
+}
+"""Keys that other tools add to a ``config.json``, each with the reason why it has no effect here."""
+
+UNSUPPORTED_KEYS = {
+    "quantization_config": "quantized checkpoints cannot be read: use the checkpoint that was quantized",
+}
+"""Keys of other tools that would change the numbers; null is accepted."""
+
+LARGEST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "state_size": 1 << 12,
+    "short_filter_length": 1 << 12,
+    "se_filter_length": 1 << 16,
+    "se_filter_groups": 1 << 20,
+    "mr_filter_length": 1 << 16,
+    "mr_filter_groups": 1 << 20,
+    "max_length": 1 << 40,
+}
+"""The largest value of each whole number: far above any model, and small enough to compute and allocate with."""
+
+RANGES = {"norm_eps": (1e-20, 1.0), "rope_theta": (1.0, 1e15), "rope_scaling_factor": (1e-3, 1e6)}
+"""The smallest and the largest value of each real number, within what float32 can compute with."""
+
+MAX_LAYERS = 1024
+MAX_NAME = 200
+"""Characters of ``name`` and of ``vocab_file``."""
+
+_OPTIONAL = ("se_filter_groups", "mr_filter_groups")
+_FLAGS = ("norm_eps_inside_root", "tie_embeddings", "attention_qkv_bias", "attention_out_bias", "column_split_hyena")
+_CHOICES = {
+    "activation": get_args(Activation),
+    "tokenizer": get_args(TokenizerType),
+    "prefill_style": tuple(PREFILL_STYLES),
+}
+_PRESETS = Path(__file__).parent / "configs"
+_BUNDLED = {"cub": Path(__file__).parent / "cub" / "config.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +174,23 @@ class ModelConfig:
     """The architecture of one StripedHyena model.
 
     Shapes are written with the letters of ``docs/architecture.md``: D channels, H query heads, G key/value
-    heads, K short-filter taps, N modes per channel, V vocabulary.
+    heads, K short-filter taps, N modes per channel, W taps of an explicit filter, V vocabulary.
 
     Attributes:
         vocab_size: V, rows of the embedding.
         hidden_size: D, channels of the residual stream.
-        layer_types: one entry per layer, ``"hyena"`` or ``"attention"``; the stripes.
+        layer_types: the kind of each layer, such as ``"attention"`` or ``"hyena"``: the stripes. Kinds are those of
+            ``sizes.LAYER_SIZES``; a model built with mixers of its own may have others.
         intermediate_size: width of the gated MLP.
         num_attention_heads: H; also the number of heads by which original checkpoints interleave Hyena projections.
         num_key_value_heads: G, a divisor of H.
-        state_size: N, modes of each channel's long filter.
+        state_size: N, modes of each channel's long filter in layers of kind ``hyena`` and ``hyena_li``.
         short_filter_length: K, taps of the short depthwise filter.
+        se_filter_length: W, taps of the explicit filters of ``hyena_se`` layers.
+        se_filter_groups: how many filters a ``hyena_se`` layer has, each for D / groups neighbouring channels; None
+            for one per channel.
+        mr_filter_length: W, taps of the explicit filters of ``hyena_mr`` layers.
+        mr_filter_groups: the same number of filters for ``hyena_mr`` layers.
         activation: the MLP's gate activation; ``"gelu"`` is the exact (erf) form.
         norm_eps: the epsilon of every RMSNorm.
         norm_eps_inside_root: True for ``x / sqrt(mean(x^2) + eps)`` (SH-7B), False for
@@ -50,13 +199,14 @@ class ModelConfig:
         attention_qkv_bias: the fused attention projection has a bias.
         attention_out_bias: the attention output projection has a bias.
         rope_theta: base of the rotary frequencies.
-        rope_scaling_factor: positions are divided by this (linear interpolation); 1 leaves them alone.
+        rope_scaling_factor: positions are divided by this (linear interpolation); 1 leaves them unchanged.
         max_length: the longest sequence that the model is meant for, in tokens.
         column_split_hyena: how the *original* checkpoint layout stores this model's Hyena projections: interleaved
             per head (True) or as three blocks. Read only when original files are loaded or written.
-        prefill_style: the evaluation method that the original YAML asks for, in its words or ours, kept for the
-            entry script ``generate.py``; models choose by themselves unless told.
+        prefill_style: the evaluation method that an original YAML names (``PREFILL_STYLES``), used by the entry
+            script ``generate.py``; other commands choose the method themselves.
         tokenizer: ``"hf"`` (a ``tokenizer.json``), ``"characters"`` (Evo) or ``"bytes"``.
+        vocab_file: the path of the tokenizer's file relative to the model's folder, or None for ``tokenizer.json``.
         name: a label for people.
 
     Raises:
@@ -65,12 +215,16 @@ class ModelConfig:
 
     vocab_size: int
     hidden_size: int
-    layer_types: tuple[LayerType, ...]
+    layer_types: tuple[str, ...]
     intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int
     state_size: int
     short_filter_length: int = 3
+    se_filter_length: int = 7
+    se_filter_groups: int | None = None
+    mr_filter_length: int = 128
+    mr_filter_groups: int | None = None
     activation: Activation = "silu"
     norm_eps: float = 1e-5
     norm_eps_inside_root: bool = True
@@ -83,6 +237,7 @@ class ModelConfig:
     column_split_hyena: bool = True
     prefill_style: str = "auto"
     tokenizer: TokenizerType = "hf"
+    vocab_file: str | None = None
     name: str = "striped-hyena"
 
     def __post_init__(self) -> None:
@@ -90,11 +245,9 @@ class ModelConfig:
             object.__setattr__(self, "layer_types", tuple(self.layer_types))
         problems = _problems(self)
         if problems:
-            raise ConfigError("; ".join(problems))
-        for name in _NUMBERS:  # 500000 in a file means 500000.0
+            raise ConfigError(joined(problems))
+        for name in RANGES:  # 500000 in a file means 500000.0
             object.__setattr__(self, name, float(getattr(self, name)))
-
-    # --- sizes ---------------------------------------------------------------------------------------------------
 
     @property
     def num_layers(self) -> int:
@@ -107,178 +260,131 @@ class ModelConfig:
     @property
     def prefill_method(self) -> str:
         """``prefill_style`` as a method of ``ops.long_conv``."""
-        return config_original.PREFILL_STYLES[self.prefill_style]
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers a model of this configuration learns; a tied embedding counts once."""
-        d, taps, modes = self.hidden_size, self.short_filter_length, self.state_size
-        qkv = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-        attention = qkv * d + d * d + qkv * self.attention_qkv_bias + d * self.attention_out_bias
-        projections = 3 * d * d + 3 * d + d * d + d
-        filters = 3 * d * taps + 3 * d + 4 * d * modes + d  # short weight and bias; poles and residues; skip
-        mixers = {"attention": attention, "hyena": projections + filters}
-        layers = sum(mixers[kind] + 2 * d + 3 * d * self.intermediate_size for kind in self.layer_types)
-        return self.vocab_size * d * (1 if self.tie_embeddings else 2) + layers + d
-
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of the keys and values of one token in all attention layers, for a dtype of ``itemsize`` bytes."""
-        return self.layer_types.count("attention") * 2 * self.num_key_value_heads * self.head_dim * itemsize
+        return PREFILL_STYLES[self.prefill_style]
 
     # --- reading and writing -------------------------------------------------------------------------------------
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Build the record from our own keys or from the original's (recognised by the keys themselves).
+        """Build the record from our own keys; see :func:`hyaena.formats.read_config` for those of other formats.
+
+        Keys that other tools add (``TOOL_KEYS``) are left out.
 
         Raises:
-            ConfigError: unknown, missing, ill-typed, contradictory or unsupported keys, each with its fix.
+            ConfigError: unknown, missing, ill-typed or contradictory keys, each with its fix.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        if "format" in values:
-            if values["format"] != FORMAT:
-                raise ConfigError(
-                    f"format {values['format']!r} is unknown: write {FORMAT!r}, or use the original's keys"
-                )
-            values = {key: value for key, value in values.items() if key != "format"}
-        elif config_original.is_original(values):
-            try:
-                return cls(**config_original.read(values))
-            except ConfigError as error:
-                raise ConfigError(config_original.in_original_words(str(error))) from None
-        unknown = [config_original.unknown_key(key, fields) for key in values if key not in fields]
+        if values.get("format", FORMAT) != FORMAT:
+            raise ConfigError(f"format {shown(values['format'])} is unknown: write {FORMAT!r}")
+        values = {key: value for key, value in values.items() if key in fields or key not in {"format", *TOOL_KEYS}}
+        problems = unsupported_keys(values)
+        problems += unknown_keys([key for key in values if key not in {*fields, *UNSUPPORTED_KEYS}], fields)
         required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-        missing = [f"{name} is missing: add it" for name in required if name not in values]
-        if unknown or missing:
-            raise ConfigError("; ".join(unknown + missing))
-        return cls(**values)
+        problems += [f"{name} is missing: add it" for name in required if name not in values]
+        if problems:
+            raise ConfigError(joined(problems))
+        return cls(**{key: value for key, value in values.items() if key in fields})
 
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> ModelConfig:
-        """Read the original's YAML, the original's hub ``config.json`` or our ``config.json``, told apart by content.
+        """Read our own keys from a JSON or YAML file; :func:`hyaena.formats.read_config` reads other formats, too.
 
         Raises:
             ConfigError: the file is missing or is not a configuration; the message begins with its path.
         """
-        path = Path(path)
         try:
-            return cls.from_dict(read_mapping(path))
+            return cls.from_dict(read_mapping(Path(path)))
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            raise ConfigError(f"{printable(str(path))}: {error}") from None
+
+    @classmethod
+    def from_name(cls, name: str) -> ModelConfig:
+        """The configuration of a published architecture, such as ``"sh-7b"``; see :func:`preset_names`.
+
+        Raises:
+            ConfigError: there is no preset of this name.
+        """
+        if name not in preset_names():
+            near = nearest(str(name), preset_names())
+            hint = f"did you mean {near}? " if near else ""
+            raise ConfigError(f"no preset is called {shown(name)}: {hint}choose one of {', '.join(preset_names())}")
+        return cls.from_file(_BUNDLED.get(name, _PRESETS / f"{name}.yml"))
 
     def to_dict(self) -> dict[str, Any]:
         """Our own ``config.json``: ``{"format": "hyaena", ...every field}``; :meth:`from_dict` reads it back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"format": FORMAT, **values, "layer_types": list(self.layer_types)}
 
-    def to_original_dict(self) -> dict[str, Any]:
-        """The same architecture in the original's keys; :meth:`from_dict` reads it back to an equal record."""
-        return config_original.write(self.to_dict())
+
+def preset_names() -> tuple[str, ...]:
+    """The names that :meth:`ModelConfig.from_name` takes: the files of ``configs/`` and the bundled model."""
+    return (*sorted(path.stem for path in _PRESETS.glob("*.yml")), *_BUNDLED)
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML or JSON file holds. A key written twice is an error: one of the two would be lost."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError("no such file: check the path of the configuration") from None
-    except IsADirectoryError:
-        raise ConfigError("is a folder: name the configuration file in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read as text: {_one_line(error)}") from None
-    values = _parse_json(text) if text.lstrip().startswith("{") else _parse_yaml(text)
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError("holds no mapping of names to values: write one `key: value` per line")
-    return values
+def unknown_keys(keys: Iterable[str], known: Iterable[str]) -> list[str]:
+    """A sentence about each key that is not known, naming the nearest one that is; see ``joined`` for their number."""
+    known = list(known)
+    problems = []
+    for count, key in enumerate(keys):
+        # Searching is slow, and only the first few are printed.
+        near = nearest(key, known) if count < 10 else None
+        hint = f"did you mean {near}?" if near else "remove it"
+        problems.append(f"{printable(key) or repr(key)} is not a known key: {hint}")
+    return problems
 
 
-def _parse_json(text: str) -> Any:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ConfigError(f"{max(keys, key=keys.count)} is written twice: keep one")
-        return values
-
-    try:
-        return json.loads(text, object_pairs_hook=no_duplicates)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"is not valid JSON: {_one_line(error)}") from None
+def unsupported_keys(values: Mapping[str, Any]) -> list[str]:
+    """A sentence about each key of another tool that would change the numbers and is not null."""
+    return [f"{key}: {reason}" for key, reason in UNSUPPORTED_KEYS.items() if values.get(key) is not None]
 
 
-def _parse_yaml(text: str) -> Any:
-    import yaml  # here, so that importing this module stays instant
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise ConfigError(f"{key} is written twice: keep one")
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"is not valid YAML: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-_NUMBERS = ("norm_eps", "rope_theta", "rope_scaling_factor")
+def unknown_layer_kind(kind: str, layer: int, known: Iterable[str]) -> ConfigError:
+    """The error about a kind of layer that is not known, naming the nearest one that is."""
+    near = nearest(kind, known)
+    hint = f"did you mean {near}? " if near else ""
+    return ConfigError(f"layer {layer}: unknown layer kind {shown(kind)}: {hint}known: {', '.join(known)}")
 
 
 def _problems(config: ModelConfig) -> list[str]:
     """Everything that is wrong with the values of a configuration, one sentence each."""
     problems = []
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "state_size",
-        "short_filter_length",
-        "max_length",
-    ):
+    for name, largest in LARGEST.items():
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problems.append(f"{name} is {value!r}: write a whole number of at least 1")
-    for name in _NUMBERS:
+        if value is None and name in _OPTIONAL:
+            continue
+        if type(value) is not int or value < 1:
+            problems.append(f"{name} is {shown(value)}: write a whole number of at least 1")
+        elif value > largest:
+            problems.append(f"{name} is {shown(value)}: write at most {largest:,}")
+    for name, (smallest, largest) in RANGES.items():
         value = getattr(config, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
+        if type(value) not in (int, float) or not smallest <= value <= largest:  # NaN is in no range
             # YAML 1.1 reads 1e-5, without a dot, as text.
             hint = " (in YAML 1.0e-5, not 1e-5)" if isinstance(value, str) else ""
-            problems.append(f"{name} is {value!r}: write a positive number{hint}")
-    for name in (
-        "norm_eps_inside_root",
-        "tie_embeddings",
-        "attention_qkv_bias",
-        "attention_out_bias",
-        "column_split_hyena",
-    ):
+            problems.append(f"{name} is {shown(value)}: write a positive number{hint} from {smallest:g} to {largest:g}")
+    for name in _FLAGS:
         value = getattr(config, name)
         if not isinstance(value, bool):
-            problems.append(f"{name} is {value!r}: write true or false, without quotes")
-    for name, choices in (
-        ("activation", get_args(Activation)),
-        ("tokenizer", get_args(TokenizerType)),
-        ("prefill_style", tuple(config_original.PREFILL_STYLES)),
-    ):
+            problems.append(f"{name} is {shown(value)}: write true or false, without quotes")
+    for name, choices in _CHOICES.items():
         value = getattr(config, name)
-        if value not in choices:
-            problems.append(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-    if not isinstance(config.name, str):
-        problems.append(f"name is {config.name!r}: write text")
+        if not isinstance(value, str) or value not in choices:
+            problems.append(f"{name} is {shown(value)}: choose one of {', '.join(choices)}")
+    problems += _text_problem("name", config.name)
+    if config.vocab_file is not None:
+        problems += _text_problem("vocab_file", config.vocab_file)
 
     kinds = config.layer_types
     if not isinstance(kinds, tuple) or not kinds:
-        problems.append(f"layer_types is {kinds!r}: list 'hyena' or 'attention' once per layer")
-    elif unknown := [f"{kind!r} (layer {i})" for i, kind in enumerate(kinds) if kind not in get_args(LayerType)]:
-        problems.append(f"layer_types holds {', '.join(unknown)}: every layer is 'hyena' or 'attention'")
+        problems.append(f"layer_types is {shown(kinds)}: list the kind of each layer, such as 'hyena' or 'attention'")
+    elif len(kinds) > MAX_LAYERS:
+        problems.append(f"layer_types lists {len(kinds):,} layers: at most {MAX_LAYERS:,} are supported")
+    else:
+        wrong = [(i, kind) for i, kind in enumerate(kinds) if not isinstance(kind, str) or not kind.strip()]
+        problems += [
+            f"layer_types has {shown(kind)} for layer {i}: write a name, such as 'hyena' or 'attention'"
+            for i, kind in wrong
+        ]
 
     if problems:  # what follows compares values, which have to make sense by themselves first
         return problems
@@ -291,4 +397,19 @@ def _problems(config: ModelConfig) -> list[str]:
         )
     if heads % groups:
         problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}: change one")
+    for name in _OPTIONAL:
+        filters = getattr(config, name)
+        if filters is not None and d % filters:
+            problems.append(f"hidden_size {d} is not a multiple of {name} {filters}: change one of them")
     return problems
+
+
+def _text_problem(name: str, value: Any) -> list[str]:
+    """What is wrong with a text that is printed: its type, its length, or characters that no terminal should get."""
+    if not isinstance(value, str):
+        return [f"{name} is {shown(value)}: write text"]
+    if len(value) > MAX_NAME:
+        return [f"{name} has {len(value):,} characters: write at most {MAX_NAME}"]
+    if not value.isprintable():
+        return [f"{name} is {shown(value)}: leave out characters that cannot be printed"]
+    return []

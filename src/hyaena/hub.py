@@ -20,6 +20,7 @@ from hyaena import checkpoints
 from hyaena.checkpoints import Checkpoint
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
+from hyaena.formats import read_config
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 
@@ -131,9 +132,9 @@ def load_tokenizer_of(
     if isinstance(config, ModelConfig):
         found = config
     elif config is not None:
-        found = ModelConfig.from_file(config)
+        found = read_config(config)
     else:
-        found = corrected(name, ModelConfig.from_file(checkpoints.find_config(folder)))
+        found = corrected(name, read_config(checkpoints.find_config(folder)))
     return found, load_tokenizer(folder, found)
 
 

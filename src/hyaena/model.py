@@ -1,11 +1,13 @@
-"""The StripedHyena architecture, read top to bottom.
+"""The StripedHyena architecture.
 
     tokens -> embed -> layers -> norm -> head -> logits
     layer:  x += mixer(mixer_norm(x));  x += mlp(mlp_norm(x))
-    mixer:  grouped-query attention, or a Hyena block
+    mixer:  grouped-query attention, or a Hyena block with one of several kinds of long filter
 
-One forward serves training, prefill, chunked prefill, continuation and decoding:
-``model(a ++ b)`` equals ``model(a, cache)`` then ``model(b, cache)``.
+A layer owns what a layer is: ``make_state`` allocates what it remembers, ``forward`` reads any number of tokens, and
+``step`` reads one token per row with its state updated in place, over operators that can be captured in a CUDA graph.
+Forward serves training, prefill, chunked prefill, continuation and decoding: ``model(a ++ b)`` equals
+``model(a, cache)`` then ``model(b, cache)``.
 
 Shapes: B batch, T time, D channels, H query heads, G key/value heads, K short-filter taps, N modes, V vocabulary.
 """
@@ -13,42 +15,40 @@ Shapes: B batch, T time, D channels, H query heads, G key/value heads, K short-f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from os import PathLike
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hyaena import ops, original
-from hyaena.cache import Cache, KVCache
-from hyaena.config import ModelConfig
+from hyaena import ops
+from hyaena.cache import Cache
+from hyaena.config import ModelConfig, unknown_layer_kind
+from hyaena.context import ForwardContext
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.ops import HyenaState, ModalFilter
+from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
+from hyaena.formats.stripedhyena import tensors as original
+from hyaena.ops import HyenaState, KVState, StepContext
 
 
-@dataclass(frozen=True)
-class Step:
-    """What every layer needs to know of one forward pass.
+class Mixer(Protocol):
+    """What the first half of a layer must be able to do. A module of the user's own is as good as those below."""
 
-    Attributes:
-        start: slots of the cache in use before this pass.
-        rotary: cos and sin of the positions of this pass.
-        padding: int [B], leading slots of each row that hold no token, or None.
-        mask: bool [B,T], False where this pass reads padding, or None.
-        reset: bool [B,T], True at the first token of every packed document but the first, or None.
-        segment_ids: int [B,T], packed documents, each with a number of its own, or None.
-        method: how long convolutions are evaluated.
-    """
+    def make_state(self, batch: int, *, max_length: int | None, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """An empty state of ``batch`` rows (see ``cache.State``), for at most ``max_length`` tokens, or growing."""
+        ...
 
-    start: int
-    rotary: tuple[Tensor, Tensor]
-    padding: Tensor | None
-    mask: Tensor | None
-    reset: Tensor | None
-    segment_ids: Tensor | None
-    method: str
+    def forward(self, x: Tensor, context: ForwardContext, state: Any, keep: int) -> tuple[Tensor, Any]:
+        """Read x [B,T,D] after ``state``, which is None without a cache; the output [B,keep,D] at the last positions.
+
+        Returns the state after x. Nothing of the state that was given may change where it would be seen: a pass that
+        fails later must leave the cache as it was.
+        """
+        ...
+
+    def step(self, x: Tensor, norm: ops.Norm, state: Any, context: StepContext) -> Tensor:
+        """``x + mixer(norm(x))`` for one token per row, x [B,D]; the state is updated in place."""
+        ...
 
 
 class RMSNorm(nn.Module):
@@ -60,8 +60,14 @@ class RMSNorm(nn.Module):
         self.eps = config.norm_eps
         self.eps_inside_root = config.norm_eps_inside_root
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps, eps_inside_root=self.eps_inside_root)
+    def forward(self, x: Tensor, backend: str | ops.Backend = "auto") -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps, eps_inside_root=self.eps_inside_root, backend=backend)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}, eps_inside_root={self.eps_inside_root}"
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        nn.init.ones_(self.weight)
 
 
 class GatedMLP(nn.Module):
@@ -74,8 +80,17 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.activation = config.activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.gate(self.gate_proj(x), self.up_proj(x), self.activation))
+    def forward(self, x: Tensor, backend: str | ops.Backend = "auto") -> Tensor:
+        return self.down_proj(ops.gate(self.gate_proj(x), self.up_proj(x), self.activation, backend=backend))
+
+    def step(self, x: Tensor, norm: ops.Norm, context: StepContext) -> Tensor:
+        """``x + mlp(norm(x))`` for one token per row, x [B,D]."""
+        gate, up, down = record(self.gate_proj), record(self.up_proj), record(self.down_proj)
+        h = context.operators.gate(x, gate, up, norm=norm, activation=self.activation)
+        return context.operators.linear(h, down, residual=x)
+
+    def output_projection(self) -> nn.Module:
+        return self.down_proj
 
 
 class Attention(nn.Module):
@@ -92,99 +107,183 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.attention_qkv_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_out_bias)
 
-    def forward(self, x: Tensor, step: Step, memory: KVCache | None, keep: int) -> tuple[Tensor, None]:
+    def make_state(
+        self, batch: int, *, max_length: int | None, dtype: torch.dtype, device: torch.device | str, **_: Any
+    ) -> KVState:
+        capacity = INITIAL_CAPACITY if max_length is None else max_length
+        return KVState.allocate(batch, self.groups, capacity, self.head_dim, dtype, device)
+
+    def forward(
+        self, x: Tensor, context: ForwardContext, state: KVState | None, keep: int
+    ) -> tuple[Tensor, KVState | None]:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B,H+2G,T,head_dim]
         qk, v = qkv.split([self.heads + self.groups, self.groups], dim=1)
-        q, k = ops.rotate(qk, step.rotary).split([self.heads, self.groups], dim=1)
-        if memory is not None:
-            k, v = memory.write(k, v, step.start)
-        y = ops.attention(q[:, :, -keep:], k, v, padding=step.padding, segment_ids=step.segment_ids)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), None
+        q, k = ops.rotate(qk, context.rotary, backend=context.backend).split([self.heads, self.groups], dim=1)
+        q = q[:, :, -keep:]
+        if state is not None and context.lengths is not None:
+            state.write(k, v, context.lengths, None if context.padding is None else context.padding[1])
+        if state is None or context.lengths is None or not any(context.lengths):
+            padding = None if context.padding is None else context.padding[0]
+            y = ops.attention(q, k, v, padding=padding, documents=context.documents)
+        else:
+            runs = state.runs(context.lengths, extra=k.shape[2])
+            y = torch.cat([ops.attention(q[run.rows], run.keys.to(q), run.values.to(q)) for run in runs])
+        return self.o_proj(y.transpose(1, 2).flatten(2)), state
 
+    def step(self, x: Tensor, norm: ops.Norm, state: KVState, context: StepContext) -> Tensor:
+        operators = context.operators
+        qkv = operators.linear(x, record(self.qkv_proj), norm=norm)
+        q = operators.rotate_and_cache(qkv, state, context)
+        y = operators.attend(q, state, context)
+        return operators.linear(y.flatten(1), record(self.o_proj), residual=x)
 
-class ShortFilter(nn.Module):
-    """The parameters of the short depthwise filter: weight [3D,K], bias [3D]."""
-
-    def __init__(self, channels: int, taps: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, taps))
-        self.bias = nn.Parameter(torch.empty(channels))
-
-
-class LongFilter(nn.Module):
-    """The parameters of the long filter; calling it gives the filter itself.
-
-    Poles and residues, stored as real pairs [D,N,2], are never narrower than float32: they ignore ``.to(bfloat16)``,
-    ``.half()`` and whatever else casts a model, because a pole of 0.999 has no neighbour in bfloat16 below 1.
-    """
-
-    def __init__(self, channels: int, modes: int) -> None:
-        super().__init__()
-        self.poles = nn.Parameter(torch.empty(channels, modes, 2, dtype=torch.float32))
-        self.residues = nn.Parameter(torch.empty(channels, modes, 2, dtype=torch.float32))
-        self.skip = nn.Parameter(torch.empty(channels))
-
-    def forward(self) -> ModalFilter:
-        return ModalFilter(torch.view_as_complex(self.poles), torch.view_as_complex(self.residues), self.skip)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LongFilter:
-        wide = [p for name, p in self.named_parameters() if name != "skip"]  # by exclusion: training reparametrises
-        precise = {id(t) for p in wide for t in (p, p.grad) if t is not None}
-
-        def apply(t: Tensor) -> Tensor:
-            out = fn(t)
-            if id(t) in precise and out.dtype.is_floating_point and out.dtype.itemsize < 4:
-                return t.to(out.device)
-            return out
-
-        return super()._apply(apply, recurse)
+    def output_projection(self) -> nn.Module:
+        return self.o_proj
 
 
 class Hyena(nn.Module):
-    """A Hyena block: project to ``[x2 | x1 | v]``, gate, convolve, gate, project back."""
+    """A Hyena block: project to ``[x2 | x1 | v]``, gate, convolve, gate, project back.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: of the model.
+        long_filter: the module of the long filter; calling it gives the filter that ``ops.hyena`` evaluates.
+    """
+
+    def __init__(self, config: ModelConfig, long_filter: nn.Module) -> None:
         super().__init__()
         width = config.hidden_size
         self.in_proj = nn.Linear(width, 3 * width)
         self.short_filter = ShortFilter(3 * width, config.short_filter_length)
-        self.long_filter = LongFilter(width, config.state_size)
+        self.long_filter = long_filter
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, step: Step, memory: HyenaState | None, keep: int) -> tuple[Tensor, HyenaState]:
+    def make_state(
+        self,
+        batch: int,
+        *,
+        max_length: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        method: str = "auto",
+        tolerance: float = ops.TRUNCATION_TOLERANCE,
+    ) -> HyenaState:
+        """An empty state; for ``method="truncated"`` of the window that ``tolerance`` leaves of the long filter."""
+        weight = self.short_filter.weight
+        short = torch.zeros(batch, weight.shape[0], weight.shape[1] - 1, dtype=dtype, device=device)
+        long_filter = self.long_filter()
+        if ops.capabilities(method).state == "window" and isinstance(long_filter, ops.ModalFilter):
+            long_filter = ops.truncate(long_filter, tolerance=tolerance)[0]
+        return HyenaState(short, long_filter.initial_state(batch, weight.shape[0] // 3, method).to(device))
+
+    def truncation_window(self, tolerance: float) -> int | None:
+        """How many taps ``method="truncated"`` keeps of the long filter; None where it is not a filter of modes."""
+        long_filter = self.long_filter()
+        return ops.choose_window(long_filter, tolerance) if isinstance(long_filter, ops.ModalFilter) else None
+
+    def forward(
+        self, x: Tensor, context: ForwardContext, state: HyenaState | None, keep: int
+    ) -> tuple[Tensor, HyenaState]:
         y, state = ops.hyena(
             self.in_proj(x),
             self.short_filter.weight,
             self.short_filter.bias,
             self.long_filter(),
-            memory,
-            mask=step.mask,
-            reset=step.reset,
-            method=step.method,
+            state,
+            mask=context.mask,
+            reset=context.reset,
+            method=context.method,
+            backend=context.backend,
         )
         return self.out_proj(y[:, -keep:]), state
+
+    def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
+        operators, short = context.operators, self.short_filter
+        z = operators.linear(x, record(self.in_proj), norm=norm)
+        y = operators.hyena(z, short.weight, short.bias, self.long_filter.view(), state)  # type: ignore[operator]
+        return operators.linear(y, record(self.out_proj), residual=x)
+
+    def output_projection(self) -> nn.Module:
+        return self.out_proj
+
+
+def _hyena(config: ModelConfig) -> Hyena:
+    return Hyena(config, LongFilter(config.hidden_size, config.state_size))
+
+
+def _hyena_li(config: ModelConfig) -> Hyena:
+    return Hyena(config, RealLongFilter(config.hidden_size, config.state_size))
+
+
+def _hyena_se(config: ModelConfig) -> Hyena:
+    taps, groups = config.se_filter_length, config.se_filter_groups
+    return Hyena(config, ExplicitLongFilter(config.hidden_size, taps, groups=groups, skip=False))
+
+
+def _hyena_mr(config: ModelConfig) -> Hyena:
+    taps, groups = config.mr_filter_length, config.mr_filter_groups
+    return Hyena(config, ExplicitLongFilter(config.hidden_size, taps, groups=groups, skip=True))
+
+
+Mixers = Mapping[str, Callable[[ModelConfig], nn.Module]]
+
+MIXERS: Mixers = {
+    "attention": Attention,
+    "hyena": _hyena,
+    "hyena_se": _hyena_se,
+    "hyena_mr": _hyena_mr,
+    "hyena_li": _hyena_li,
+}
+"""What makes the mixer of each kind of layer. ``StripedHyena(config, mixers={**MIXERS, "mine": make})`` adds a kind."""
+
+INITIAL_CAPACITY = 256
+"""Tokens for which a growing cache has room at first; the room then doubles."""
 
 
 class Layer(nn.Module):
     """One stripe: a mixer and a gated MLP, each behind its norm, each added to the residual stream.
 
-    A layer reads all T positions into its memory, and computes its output at the last ``keep`` of them only.
+    A layer reads all T positions into its state, and computes its output at the last ``keep`` of them only.
     """
 
-    def __init__(self, config: ModelConfig, kind: str) -> None:
+    def __init__(self, config: ModelConfig, mixer: nn.Module) -> None:
         super().__init__()
-        self.kind = kind
         self.mixer_norm = RMSNorm(config)
-        self.mixer = Attention(config) if kind == "attention" else Hyena(config)
+        self.mixer = mixer
         self.mlp_norm = RMSNorm(config)
         self.mlp = GatedMLP(config)
 
-    def forward(
-        self, x: Tensor, step: Step, memory: KVCache | HyenaState | None, keep: int
-    ) -> tuple[Tensor, HyenaState | None]:
-        y, state = self.mixer(self.mixer_norm(x), step, memory, keep)
+    def forward(self, x: Tensor, context: ForwardContext, state: Any, keep: int) -> tuple[Tensor, Any]:
+        y, state = self.mixer(call(self.mixer_norm, x, context), context, state, keep)
         x = x[:, -keep:] + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x + call(self.mlp, call(self.mlp_norm, x, context), context), state
+
+    def step(self, x: Tensor, state: Any, context: StepContext) -> Tensor:
+        """The layer for one token per row, x [B,D]; the state is updated in place."""
+        x = self.mixer.step(x, norm_record(self.mixer_norm), state, context)  # type: ignore[operator]
+        return self.mlp.step(x, norm_record(self.mlp_norm), context)
+
+
+def call(module: nn.Module, x: Tensor, context: ForwardContext) -> Tensor:
+    """Call a norm or an MLP; those of ours are told the backend, which then need not be resolved again."""
+    return module(x, context.backend) if isinstance(module, RMSNorm | GatedMLP) else module(x)
+
+
+def record(module: nn.Module) -> ops.Linear:
+    """The weights of a plain linear layer, which kernels may read; any other module itself, to be called."""
+    if type(module) is nn.Linear and not _has_hooks(module):
+        return ops.Dense(module.weight, module.bias)
+    return module
+
+
+def norm_record(module: nn.Module) -> ops.Norm:
+    """The weight and convention of a norm of ours, which kernels may read; any other module itself."""
+    if type(module) is RMSNorm and not _has_hooks(module):
+        return ops.RMSNormWeight(module.weight, module.eps, module.eps_inside_root)
+    return module
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class StripedHyena(nn.Module):
@@ -192,37 +291,29 @@ class StripedHyena(nn.Module):
 
     ``load_state_dict`` takes our parameter names and those of the original implementation.
 
+    Args:
+        config: the architecture. On the meta device no weights are initialised.
+        mixers: what makes the mixer of each kind of layer that the configuration names.
+
+    Raises:
+        ConfigError: a kind of layer that ``mixers`` does not know.
+
     Source: Together 2023, "StripedHyena"; Nguyen et al. 2024, "Sequence modeling and design … with Evo".
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, mixers: Mixers = MIXERS) -> None:
         super().__init__()
+        for i, kind in enumerate(config.layer_types):
+            if kind not in mixers:
+                raise unknown_layer_kind(kind, i, mixers)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_types)
+        self.layers = nn.ModuleList(Layer(config, mixers[kind](config)) for kind in config.layer_types)
         self.norm = RMSNorm(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_load_state_dict_pre_hook(_accept_original_names)
         if self.device.type != "meta":
             self.init_weights()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | PathLike[str],
-        *,
-        dtype: str | torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        revision: str | None = None,
-        config: ModelConfig | str | PathLike[str] | None = None,
-    ) -> StripedHyena:
-        """The model alone, from a bundled name, a folder, a weights file with ``config``, or a hub id.
-
-        The arguments are those of ``hyaena.load``.
-        """
-        from hyaena import hub  # above us in the layering, and heavier than most users of this module need
-
-        return hub.load_model(source, dtype=dtype, device=device, revision=revision, config=config)
 
     @property
     def device(self) -> torch.device:
@@ -242,43 +333,44 @@ class StripedHyena(nn.Module):
         method: str = "auto",
         tolerance: float = ops.TRUNCATION_TOLERANCE,
     ) -> Cache:
-        """An empty cache for this model: room for ``max_length`` tokens, or room that grows.
+        """Make an empty cache for this model: room for ``max_length`` tokens a row, or room that grows.
 
         Args:
             batch_size: rows.
-            max_length: the most tokens; None to grow for ever.
-            dtype: of keys, values and the short filters' windows; the model's unless given.
+            max_length: the most tokens of a row; None for a growing cache.
+            dtype: of keys, values and the short filters' windows; the model's unless given. States of long filters are
+                float32 or wider.
             device: the model's unless given.
             method: how long convolutions will be evaluated. It matters for ``"truncated"``, which remembers a window of
                 inputs where every other method remembers modes; ``method="auto"`` then goes on from what it finds.
             tolerance: the share of a filter's energy that ``"truncated"`` may drop; it decides the window of a layer.
 
         Raises:
+            InputError: a size below 1.
             UnsupportedError: an unknown method, or a filter that cannot be cut; see ``ops.truncate``.
         """
-        windowed = ops.capabilities(method).state == "window"
-        return Cache.create(
-            self.config,
-            batch_size,
-            max_length=max_length,
-            dtype=dtype or self.dtype,
-            device=device or self.device,
-            windows=self.truncation_windows(tolerance) if windowed else None,
-        )
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"a cache takes {name} as a whole number of at least 1, not {value!r}")
+        options: dict[str, Any] = {"max_length": max_length, "dtype": dtype or self.dtype}
+        options["device"] = torch.device(device) if device is not None else self.device
+        if ops.capabilities(method).state == "window":
+            options |= {"method": method, "tolerance": tolerance}
+        states = []
+        for i, layer in enumerate(self.layers):
+            try:
+                states.append(layer.mixer.make_state(batch_size, **options))  # type: ignore[union-attr, operator]
+            except UnsupportedError as error:
+                raise UnsupportedError(f"layer {i}: {error}") from None
+        return Cache(states, [0] * batch_size, [max_length] * batch_size, owner=self)
 
     def truncation_windows(self, tolerance: float = ops.TRUNCATION_TOLERANCE) -> dict[int, int]:
-        """How many taps of each Hyena layer's filter the method ``"truncated"`` keeps, layer -> W.
-
-        Raises:
-            UnsupportedError: a filter that cannot be cut; see ``ops.truncate``.
-        """
+        """How many taps ``method="truncated"`` keeps, layer -> W, of every layer with a filter of modes."""
         windows = {}
         for i, layer in enumerate(self.layers):
-            if isinstance(layer.mixer, Hyena):
-                try:
-                    windows[i] = ops.choose_window(layer.mixer.long_filter(), tolerance)
-                except UnsupportedError as error:
-                    raise UnsupportedError(f"layer {i}: {error}") from None
+            window = getattr(layer.mixer, "truncation_window", lambda _: None)(tolerance)
+            if window is not None:
+                windows[i] = window
         return windows
 
     def forward(
@@ -290,144 +382,124 @@ class StripedHyena(nn.Module):
         segment_ids: Tensor | None = None,
         logits_to_keep: int | None = None,
         method: str = "auto",
+        backend: str = "auto",
     ) -> Tensor:
         """Logits of the token that follows each position.
 
         Args:
             ids: int [B,T], T >= 1.
-            cache: what came before; it is brought up to date, or left as it was if anything fails.
+            cache: what came before; it is brought up to date, or left unchanged if anything fails. Its rows may hold
+                different numbers of tokens.
             mask: bool [B,T], True where there is a token; padding stands on the left, and a cache takes it with its
                 first tokens only.
-            segment_ids: int [B,T]; a new document begins where the number changes, and nothing passes from one to the
-                next. Not with a cache.
+            segment_ids: int [B,T]; a new document begins where the number changes. Nothing passes from one document to
+                the next, and positions restart. Not with a cache.
             logits_to_keep: compute the logits of the last so many positions only, and the last layer's output there.
-            method: how long convolutions are evaluated; see ``ops.METHODS`` and ``ops.FUSED_METHODS``.
+            method: how long convolutions are evaluated; see ``ops.METHODS``.
+            backend: what evaluates the operators: ``"triton"`` (fused kernels), ``"plain"`` (torch), or ``"auto"``.
 
         Returns:
             [B,T,V], or [B,logits_to_keep,V].
 
         Raises:
-            InputError: shapes, ids or masks that do not fit.
-            CapacityError: the cache would pass its maximum length.
+            InputError: shapes, ids or masks that do not fit; a cache of another model or in use by another thread.
+            CapacityError: a row of the cache would pass its maximum length.
+            UnsupportedError: an unknown method or backend, or one that cannot run here.
         """
-        mask, padding = self._check(ids, cache, mask, segment_ids, logits_to_keep)
-        length = ids.shape[1]
-        start = 0
-        if cache is not None:
-            cache.reserve(length)
-            start = cache.length
-            padding = cache.padding if start else padding
-        positions = torch.arange(start, start + length, device=ids.device)
-        if padding is not None:
-            positions = (positions - padding[:, None]).clamp(min=0)
-        config = self.config
-        rotary = ops.rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling_factor)
-        reset = None
-        if segment_ids is not None:
-            reset = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
-            segment_ids = reset.cumsum(dim=1)  # a number that comes back later is another document
-        step = Step(start, rotary, padding, mask, reset, segment_ids, method)
-
-        x = self.embed_tokens(ids)
-        states: dict[int, HyenaState] = {}
-        keep = length if logits_to_keep is None else min(logits_to_keep, length)
-        for i, layer in enumerate(self.layers):
-            kept = keep if i == len(self.layers) - 1 else length  # nothing reads the other outputs of the last layer
-            x, state = layer(x, step, None if cache is None else cache.layers[i], kept)
-            if cache is not None and state is not None:
-                states[i] = HyenaState(*(t.detach() for t in state))
-        if cache is not None:
-            cache.padding = padding
-            cache.commit(states, length)
-        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return nn.functional.linear(self.norm(x), head)
-
-    def _check(
-        self,
-        ids: Tensor,
-        cache: Cache | None,
-        mask: Tensor | None,
-        segment_ids: Tensor | None,
-        logits_to_keep: int | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Refuse what does not fit; return the mask and the padding, each None where there is none."""
-        if ids.ndim != 2 or ids.shape[1] == 0:
-            raise InputError(f"the model takes token ids of shape [B, T>=1], and was given {tuple(ids.shape)}")
         if logits_to_keep is not None and logits_to_keep < 1:
             raise InputError(f"logits_to_keep is {logits_to_keep}: keep at least the last position")
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would stall the device
-            low, high = (int(t) for t in torch.aminmax(ids)) if ids.numel() else (0, 0)
-            if low < 0 or high >= self.config.vocab_size:
-                raise InputError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}: "
-                    "use the tokenizer of this model"
-                )
-        if cache is not None and cache.batch_size != ids.shape[0]:
-            raise InputError(f"the cache holds {cache.batch_size} rows and the ids {ids.shape[0]}: make another cache")
-        if segment_ids is not None and (cache is not None or mask is not None or segment_ids.shape != ids.shape):
-            raise InputError("segment_ids must have the shape of ids, and go without cache and without mask")
-        if mask is None:
-            return None, None
-        if mask.shape != ids.shape:
-            raise InputError(f"the mask has shape {tuple(mask.shape)} and the ids {tuple(ids.shape)}")
-        mask = mask.to(torch.bool)
-        if bool(mask.all()):
-            return None, None
-        if cache is not None and cache.length:
-            raise InputError("padding is accepted with a cache's first tokens only")
-        if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-            raise InputError("padding must stand on the left: every row of the mask is False …, then True …")
-        return mask, (~mask).sum(dim=1)
+        resolved = ops.resolve_backend(backend, device=self.device, dtype=self.dtype, gradients=torch.is_grad_enabled())
+        context = ForwardContext.of(
+            self.config,
+            ids,
+            cache=cache,
+            mask=mask,
+            segment_ids=segment_ids,
+            method=method,
+            backend=resolved,
+            dtype=self.dtype,
+        )
+        if cache is None or context.counts is None:
+            return self._layers(ids, context, [None] * len(self.layers), logits_to_keep)[0]
+        with cache.reading(self, len(ids), context.counts):
+            logits, states = self._layers(ids, context, cache.states, logits_to_keep)
+            cache.commit([state.detach() for state in states], context.counts)
+        return logits
+
+    def _layers(
+        self, ids: Tensor, context: ForwardContext, states: Sequence[Any], logits_to_keep: int | None
+    ) -> tuple[Tensor, list[Any]]:
+        try:
+            x, new = self.embed_tokens(ids), []
+        except IndexError:  # on a CPU; elsewhere looking at the ids would stall the device
+            low, high = (int(t) for t in torch.aminmax(ids))
+            raise InputError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}: "
+                "use the tokenizer of this model"
+            ) from None
+        length = ids.shape[1]
+        keep = length if logits_to_keep is None else min(logits_to_keep, length)
+        last = len(self.layers) - 1
+        for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            x, state = layer(x, context, state, keep if i == last else length)  # nothing else of the last layer is read
+            new.append(state)
+        x = call(self.norm, x, context)
+        return self.lm_head(x) if self.lm_head is not None else nn.functional.linear(x, self.embed_tokens.weight), new
+
+    def step(self, ids: Tensor, states: Sequence[Any], context: StepContext) -> Tensor:
+        """Read one token per row, ids [B]; logits [B,V] of the next. States and lengths are updated in place."""
+        plain = type(self.embed_tokens) is nn.Embedding and not _has_hooks(self.embed_tokens)
+        x = context.operators.embed(ids, self.embed_tokens.weight if plain else self.embed_tokens, context)  # [B,D]
+        for layer, state in zip(self.layers, states, strict=True):
+            x = layer.step(x, state, context)  # type: ignore[operator]
+        head = ops.Dense(self.embed_tokens.weight) if self.lm_head is None else record(self.lm_head)
+        return context.operators.linear(x, head, norm=norm_record(self.norm))
+
+    def unsupported_reason(self) -> str | None:
+        """Why ``step`` cannot compute what ``forward`` does, or None. Parts that ``step`` does not call are named."""
+        for i, layer in enumerate(self.layers):
+            if type(layer) is not Layer or type(layer.mlp) is not GatedMLP:
+                part = layer if type(layer) is not Layer else layer.mlp
+                return f"layer {i} has a {type(part).__name__}, which static decoding does not support"
+            if not hasattr(layer.mixer, "step"):
+                return f"the mixer of layer {i}, a {type(layer.mixer).__name__}, has no method step"
+            for name, module in (("layer", layer), ("mixer", layer.mixer), ("mlp", layer.mlp)):
+                if _has_hooks(module):
+                    return f"the {name} of layer {i} has forward hooks, which static decoding would not call"
+        if _has_hooks(self):
+            return "the model has forward hooks, which static decoding would not call"
+        if torch.is_autocast_enabled(self.device.type):
+            return "autocast is on"
+        return None
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights for training from scratch.
+        """Initialise all weights for training from scratch.
 
         Linear weights ~ N(0, 2/(5D)), those that write to the residual stream ~ N(0, (2/(L·√D))²) for L layers
-        (Nguyen & Salazar 2019; Wang & Komatsuzaki 2021, GPT-J). Poles after S4D-Lin (Gu et al. 2022):
-        ``p = exp(dt·(-1/2 + iπn))``, dt log-uniform in [1e-3, 0.1] per channel, so time constants of 20 to 2,000
-        steps; residues random with ``E|R|² = (1-|p|²)/N``, so that white noise keeps its power (the normalisation of
-        Orvieto et al. 2023, "Resurrecting Recurrent Neural Networks").
+        (Nguyen & Salazar 2019; Wang & Komatsuzaki 2021, GPT-J). Filters and norms initialise themselves: any module
+        with a method ``init_weights(generator)`` does. A mixer names the layer that writes to the residual stream by
+        ``output_projection()``.
         """
-        config = self.config
-        width, modes = config.hidden_size, config.state_size
-        small, output = math.sqrt(2 / (5 * width)), 2 / (config.num_layers * math.sqrt(width))
-        writers: set[nn.Module] = set()
+        width = self.config.hidden_size
+        small, output = math.sqrt(2 / (5 * width)), 2 / (self.config.num_layers * math.sqrt(width))
+        parts = [part for layer in self.layers for part in (layer.mixer, layer.mlp)]
+        writers = {part.output_projection() for part in parts if hasattr(part, "output_projection")}  # type: ignore[operator]
         for module in self.modules():
-            if isinstance(module, Attention):
-                writers.add(module.o_proj)
-            elif isinstance(module, Hyena):
-                writers.add(module.out_proj)
-            elif isinstance(module, GatedMLP):
-                writers.add(module.down_proj)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if module is not self and hasattr(module, "init_weights"):
+                module.init_weights(generator)  # type: ignore[operator]
+            elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=output if module in writers else small, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=small, generator=generator)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, ShortFilter):
-                bound = module.weight.shape[-1] ** -0.5
-                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, LongFilter):
-                nn.init.ones_(module.skip)
-                nn.init.uniform_(module.poles, math.log(1e-3), math.log(0.1), generator=generator)
-                dt = module.poles[:, :1, 0].exp()  # one draw per channel
-                phase = torch.arange(modes, device=dt.device) * torch.pi
-                poles = torch.polar(torch.exp(-0.5 * dt).expand(-1, modes), dt * phase)
-                module.poles.copy_(torch.view_as_real(poles))
-                nn.init.normal_(module.residues, std=(0.5 / modes) ** 0.5, generator=generator)
-                module.residues.mul_((1 - torch.exp(-dt)).sqrt().unsqueeze(-1))
 
 
 def _accept_original_names(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
     """Rename, in place, a state dict that has the original implementation's keys."""
     assert isinstance(module, StripedHyena)
-    if original.is_original(state):
-        renamed = original.to_ours(dict(state), module.config)
+    if original.matches_tensors(state):
+        renamed = original.state_to_ours(dict(state), module.config)
         state.clear()
         state.update(renamed)

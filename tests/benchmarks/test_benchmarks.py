@@ -12,6 +12,7 @@ from benchmarks.models import STRIPED
 from benchmarks.registry import BENCHMARKS, Bar, Benchmark, IncorrectError, Row, Spread, select
 
 from benchmarks import predictions, report, run
+from hyaena.sizes import ModelSizes
 
 MACHINE = {"processor": "an abacus", "torch": "2"}
 OCCASION = {"date": "today", "command": "make bench", "commit": "abc", "threads": "2", "load before": "0.00"}
@@ -125,7 +126,7 @@ def test_the_text_table_aligns_and_names_the_ratio() -> None:
 
 
 def test_predictions_follow_from_the_configuration() -> None:
-    assert STRIPED.num_parameters == 128_912_640
+    assert ModelSizes(STRIPED).parameters == 128_912_640
     peer = predictions.as_transformer(STRIPED)
     ratio = predictions.prefill_multiplications(peer, 8192) / predictions.prefill_multiplications(STRIPED, 8192)
     assert ratio == pytest.approx(1.27, abs=0.01)

@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from hyaena.checkpoints import find, load_model, read_tensors
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError
-from hyaena.original import to_ours
+from hyaena.formats import read_config
+from hyaena.formats.stripedhyena.tensors import state_to_ours
+from hyaena.sizes import ModelSizes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def golden_config(case: str) -> ModelConfig:
-    return ModelConfig.from_file(GOLDEN / case / "config.yml")
+    return read_config(GOLDEN / case / "config.yml")
 
 
 def refusal(*args: Any, **kwargs: Any) -> str:
@@ -53,7 +55,7 @@ def change(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
 
 def test_every_form_gives_the_same_weights(checkpoint: Path, case: str) -> None:
     config = golden_config(case)
-    expected = to_ours(load_file(GOLDEN / case / "model.safetensors"), config)
+    expected = state_to_ours(load_file(GOLDEN / case / "model.safetensors"), config)
     model = load_model(checkpoint)
     assert model.config == config and not model.training
     state = model.state_dict()
@@ -120,7 +122,7 @@ def test_stored_keeps_every_dtype_but_those_of_poles(folder: Path) -> None:
 
 def test_some_tensors_can_be_read_alone(checkpoint: Path, case: str) -> None:
     found = read_tensors(find(checkpoint), lambda name: name.endswith(".poles"))
-    expected = to_ours(load_file(GOLDEN / case / "model.safetensors"), golden_config(case))
+    expected = state_to_ours(load_file(GOLDEN / case / "model.safetensors"), golden_config(case))
     assert found.keys() == {name for name in expected if name.endswith(".poles")}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
@@ -181,7 +183,7 @@ def test_peak_memory_is_the_model_and_one_shard(tmp_path: Path, suffix: str) -> 
     save_model(StripedHyena(config), tmp_path, layout="original", max_shard_size=18_000_000)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) >= 8
-    model_bytes, shard_bytes = 4 * config.num_parameters, max(path.stat().st_size for path in shards)
+    model_bytes, shard_bytes = 4 * ModelSizes(config).parameters, max(path.stat().st_size for path in shards)
     if suffix == "bin":
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         index["weight_map"] = {key: file.replace("safetensors", "bin") for key, file in index["weight_map"].items()}
@@ -237,7 +239,7 @@ def test_all_misfits_are_reported_by_name_at_once(folder: Path) -> None:
 
 def test_our_own_files_are_reported_in_our_names(folder: Path) -> None:
     config = golden_config("sh-tiny")
-    state = to_ours(load_file(folder / "model.safetensors"), config)
+    state = state_to_ours(load_file(folder / "model.safetensors"), config)
     state["layers.0.mixer.in_proj.weight"] = torch.zeros(2, 2)
     save_file(
         {key: tensor.contiguous() for key, tensor in state.items() if key != "norm.weight"},

@@ -16,11 +16,9 @@ from hyaena import hub
 from hyaena.checkpoints import load_model, save_model
 from hyaena.cli import main
 from hyaena.cli.info import decay_steps, describe, methods, render, render_methods
-from hyaena.config import ModelConfig
+from hyaena.config import ModelConfig, preset_names
 from hyaena.model import StripedHyena
-from hyaena.ops import FUSED_METHODS, METHODS
-
-ROOT = Path(__file__).parents[2]
+from hyaena.ops import METHODS
 
 
 def info(*args: object) -> int:
@@ -52,7 +50,7 @@ def small(**changes: Any) -> ModelConfig:
 def test_a_configuration_alone_needs_no_torch() -> None:
     code = "import sys; from hyaena.cli import main; main(sys.argv[1:], commands={'info': 'hyaena.cli.info'}); "
     code += "sys.exit('torch' in sys.modules)"
-    path = ROOT / "configs" / "7b-sh-32k-v1.yml"
+    path = "sh-7b"
     result = subprocess.run(
         [sys.executable, "-c", code, "info", str(path)], capture_output=True, text=True, check=False
     )
@@ -61,7 +59,7 @@ def test_a_configuration_alone_needs_no_torch() -> None:
 
 def test_the_7b_remembers_what_is_published(capsys: pytest.CaptureFixture[str]) -> None:
     """In bfloat16: 65,536 bytes for every token, and 1.75 MiB of Hyena state whatever the length."""
-    known = as_json(capsys, ROOT / "configs" / "7b-sh-32k-v1.yml")
+    known = as_json(capsys, "sh-7b")
     assert known["cache"]["bytes_per_token"] == 65_536
     assert known["cache"]["bytes_per_sequence"] == 1.75 * 2**20
     assert known["weights"] is None and known["filters"] is None
@@ -174,8 +172,8 @@ def test_many_layers_are_drawn_narrow_and_wrapped() -> None:
 
 
 def test_the_page_fits_a_terminal_and_is_plain_where_it_must_be(golden: Path) -> None:
-    for name in ("7b-sh-32k-v1", "evo-1-8k", "evo-1-131k", "evo-1.5-8k"):
-        config = ModelConfig.from_file(ROOT / "configs" / f"{name}.yml")
+    for name in preset_names():
+        config = ModelConfig.from_name(name)
         assert max(map(len, page(config))) <= 100
         assert "\n".join(page(config, plain=True)).isascii()
         assert "\x1b" not in "\n".join(page(config)) and "\x1b[33m" in "\n".join(page(config, coloured=True))
@@ -199,8 +197,8 @@ def test_a_terminal_without_unicode_gets_ascii(golden: Path) -> None:
 def test_the_table_of_methods_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert info("--methods") == 0
     page = capsys.readouterr().out
-    assert list(as_json(capsys, "--methods")) == [*METHODS, *FUSED_METHODS]
-    for name, method in (METHODS | FUSED_METHODS).items():
+    assert list(as_json(capsys, "--methods")) == [*METHODS]
+    for name, method in METHODS.items():
         row = next(line for line in page.splitlines() if line.startswith(f"  {name} ")).split(maxsplit=6)
         flags = [method.exact, method.gradients, method.padding, method.reset]
         assert row[:6] == [name, method.state, *("yes" if flag else "no" for flag in flags)]

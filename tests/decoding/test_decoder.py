@@ -1,4 +1,4 @@
-"""Decoding on fixed memory says what the model's own forward says, token by token."""
+"""Static decoding equals the model's own forward, token by token, whatever rows join and leave."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from device import DEVICE
 from hyaena.config import ModelConfig
-from hyaena.decoding import Decoder, StepOutput, resolve_decoding, why_not
+from hyaena.decoding import Decoder, PipelinedDecoder, StepOutput, resolve_decoding
 from hyaena.decoding.decoder import Graph, Shape
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.model import StripedHyena
-from hyaena.ops import HyenaState
+from hyaena.ops import HyenaState, KVState
 from hyaena.ops.step import DecodeOperators
 from hyaena.sampling import SamplingFeatures, SamplingParams, log_probabilities, sample
 
@@ -71,6 +71,20 @@ def prefill(model: StripedHyena, paddings: list[int], capacity: int = 40) -> tup
     return cache, first, seen
 
 
+def decoder_of(
+    model: StripedHyena,
+    cache: Any,
+    ids: Tensor,
+    params: list[SamplingParams],
+    seen: Tensor | None = None,
+    **options: Any,
+) -> Decoder:
+    """A decoder with the rows of one cache."""
+    decoder = Decoder(model, len(params), **options)
+    decoder.add(cache, ids, params, [p.generator() for p in params], seen=seen)
+    return decoder
+
+
 PARAMS = {
     "greedy": [SamplingParams()] * 3,
     "drawn": [SamplingParams(temperature=1.0, seed=s) for s in (1, 2, 3)],
@@ -88,7 +102,7 @@ def test_a_decoder_says_what_forward_and_sample_say(config: ModelConfig, kind: s
     model, params = make(config), PARAMS[kind]
     cache, ids, seen = prefill(model, PADDINGS)
     twin, _, _ = prefill(model, PADDINGS)
-    decoder = Decoder(model, twin, ids, params, [p.generator() for p in params], seen=seen.clone(), top=3)
+    decoder = decoder_of(model, twin, ids, params, seen.clone(), top=3)
     generators = [p.generator() for p in params]
     for _ in range(20):
         with torch.inference_mode():
@@ -111,21 +125,22 @@ def test_the_memory_is_what_the_cache_would_hold() -> None:
     cache, ids, _ = prefill(model, PADDINGS)
     twin, _, _ = prefill(model, PADDINGS)
     params = [SamplingParams()] * 3
-    decoder = Decoder(model, twin, ids, params, [p.generator() for p in params])
+    decoder = decoder_of(model, twin, ids, params)
     for _ in range(9):
         with torch.inference_mode():
             ids = model(ids[:, None], cache=cache)[:, -1].argmax(-1)
         decoder.launch()
     held = decoder.cache()
-    assert held.length == cache.length and held.max_length == cache.max_length
-    assert held.padding is not None and held.padding.tolist() == PADDINGS
-    for got, want in zip(held.layers, cache.layers, strict=True):
-        if isinstance(got, HyenaState) and isinstance(want, HyenaState):
+    assert held.lengths == cache.lengths and held.limits == cache.limits
+    for got, want in zip(held.states, cache.states, strict=True):
+        if isinstance(got, HyenaState):
             torch.testing.assert_close(got.short, want.short)
             torch.testing.assert_close(got.long, want.long)
-        elif not isinstance(got, HyenaState) and not isinstance(want, HyenaState):
-            torch.testing.assert_close(got.keys, want.keys)
-            torch.testing.assert_close(got.values, want.values)
+        else:
+            assert isinstance(got, KVState)
+            for row, length in enumerate(held.lengths):
+                torch.testing.assert_close(got.keys(row)[:, :length], want.keys(row)[:, :length])
+                torch.testing.assert_close(got.values(row)[:, :length], want.values(row)[:, :length])
     with torch.inference_mode():  # and the ordinary path goes on from it
         torch.testing.assert_close(model(ids[:, None], cache=held), model(ids[:, None], cache=cache))
 
@@ -140,7 +155,7 @@ def test_the_kernels_say_the_same(config: ModelConfig) -> None:
 
     def run(operators: DecodeOperators) -> list[StepOutput]:
         cache, ids, _ = prefill(model, PADDINGS)
-        decoder = Decoder(model, cache, ids, params, [p.generator() for p in params], operators=operators)
+        decoder = decoder_of(model, cache, ids, params, operators=operators)
         choices = []
         for count in range(5):
             if count == 3:
@@ -161,7 +176,7 @@ def test_rows_leave_and_the_others_do_not_notice(kind: str) -> None:
 
     def run(leave: dict[int, list[int]]) -> dict[int, list[int]]:
         cache, ids, seen = prefill(model, PADDINGS)
-        decoder = Decoder(model, cache, ids, params, [p.generator() for p in params], seen=seen)
+        decoder = decoder_of(model, cache, ids, params, seen)
         rows, tokens = [0, 1, 2], {row: [] for row in range(3)}
         for count in range(20):
             if count in leave:
@@ -180,12 +195,12 @@ def test_a_row_in_a_batch_is_the_row_alone() -> None:
     model, params = make(), PARAMS["mixed"]
     cache, ids, seen = prefill(model, PADDINGS)
     alone = [(cache.select([row]), ids[row : row + 1], seen[row : row + 1].clone()) for row in range(3)]
-    together = Decoder(model, cache, ids, params, [p.generator() for p in params], seen=seen)
+    together = decoder_of(model, cache, ids, params, seen)
     for _ in range(15):
         together.launch()
     tokens = [together.fetch().tokens for _ in range(15)]
     for row, (own, first, own_seen) in enumerate(alone):
-        decoder = Decoder(model, own, first, [params[row]], [params[row].generator()], seen=own_seen)
+        decoder = decoder_of(model, own, first, [params[row]], own_seen)
         for step in tokens:
             decoder.launch()
             assert decoder.fetch().tokens == [step[row]]
@@ -198,7 +213,7 @@ def test_numbers_are_drawn_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPa
     for block in (256, 3):
         monkeypatch.setattr("hyaena.decoding.sampler.BLOCK", block)
         cache, ids, _ = prefill(model, PADDINGS)
-        decoder = Decoder(model, cache, ids, params, [p.generator() for p in params])
+        decoder = decoder_of(model, cache, ids, params)
         for _ in range(14):
             decoder.launch()
         tokens.append([decoder.fetch().tokens for _ in range(14)])
@@ -208,7 +223,7 @@ def test_numbers_are_drawn_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPa
 def test_tokens_are_fetched_late() -> None:
     model = make()
     cache, ids, _ = prefill(model, [0])
-    decoder = Decoder(model, cache, ids, [SamplingParams()], [torch.Generator()])
+    decoder = decoder_of(model, cache, ids, [SamplingParams()])
     decoder.launch()
     decoder.launch()
     first, second = decoder.fetch(), decoder.fetch()
@@ -223,9 +238,9 @@ def test_logits_that_are_not_finite_are_reported_with_the_token(temperature: flo
     model = make()
     cache, ids, _ = prefill(model, PADDINGS)
     with torch.inference_mode():
-        cache.layers[0].long[1] = math.nan
+        cache.states[0].long[1] = math.nan
     params = [SamplingParams(temperature=temperature, seed=0)] * 3
-    decoder = Decoder(model, cache, ids, params, [p.generator() for p in params])
+    decoder = decoder_of(model, cache, ids, params)
     decoder.launch()
     decoder.launch()
     for _ in range(2):
@@ -237,10 +252,10 @@ def test_logits_that_are_not_finite_are_reported_with_the_token(temperature: flo
 def test_a_full_memory_refuses() -> None:
     model = make()
     cache, ids, _ = prefill(model, [0], capacity=LENGTH + 2)
-    decoder = Decoder(model, cache, ids, [SamplingParams()], [torch.Generator()])
+    decoder = decoder_of(model, cache, ids, [SamplingParams()])
     decoder.launch()
     decoder.launch()
-    with pytest.raises(CapacityError, match="14 of at most 14 tokens: make it with a larger max_length"):
+    with pytest.raises(CapacityError, match="row 0 holds 14 of at most 14 tokens: make its cache with a larger"):
         decoder.launch()
     decoder.fetch()
     decoder.fetch()
@@ -248,39 +263,162 @@ def test_a_full_memory_refuses() -> None:
 
 def test_what_a_step_would_not_call_is_refused() -> None:
     model = make()
-    assert why_not(model) is None
+    assert model.unsupported_reason() is None
     cache, ids, _ = prefill(model, [0])
 
-    def refused(message: str, captured: bool = False) -> None:
+    def refused(message: str, cuda_graph: bool = False) -> None:
         with pytest.raises(UnsupportedError, match=message + ".*decode with decoding='eager'") as caught:
-            Decoder(model, cache, ids, [SamplingParams()], [torch.Generator()], captured=captured)
+            decoder_of(model, cache, ids, [SamplingParams()], cuda_graph=cuda_graph)
         assert "\n" not in str(caught.value)
 
-    refused("graphs are captured on CUDA devices, and the model is on cpu", captured=True)
+    refused("graphs are captured on CUDA devices, and the model is on cpu", cuda_graph=True)
     handle = model.layers[1].register_forward_hook(lambda *_: None)
-    refused(r"layers\.1 has forward hooks")
+    refused("the layer of layer 1 has forward hooks")
     handle.remove()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         refused("autocast is on")
-    model.norm.half()
-    refused("several dtypes")
-    model.norm.double()
-    model.norm = torch.nn.LayerNorm(32)  # type: ignore[assignment]
-    refused("norm is a LayerNorm")
+    mlp = model.layers[1].mlp
+    model.layers[1].mlp = torch.nn.Identity()
+    refused("layer 1 has a Identity")
+    model.layers[1].mlp = mlp
+    model.layers[2].mixer = torch.nn.Identity()
+    refused("the mixer of layer 2, a Identity, has no method step")
+
+
+class Adapter(torch.nn.Module):
+    """A linear layer with a low-rank update, as fine-tuning puts it in the place of one of ours."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_foreign_linear_layers_norms_and_hooks_are_called() -> None:
+    """Every module below a mixer is called, by forward and by step: the head, too."""
+    for config in (SH, EVO):
+        model = make(config)
+        cache, ids, _ = prefill(model, PADDINGS)
+        plain = decoder_of(model, cache, ids, [SamplingParams()] * 3)
+        plain.launch()
+        for layer in model.layers:
+            for parent in (layer.mixer, layer.mlp):
+                for name, module in list(parent.named_children()):
+                    if isinstance(module, torch.nn.Linear):
+                        setattr(parent, name, Adapter(module))
+        calls: list[Tensor] = []
+        if model.lm_head is not None:
+            model.lm_head.register_forward_hook(lambda module, x, y, calls=calls: calls.append(y))
+        model.embed_tokens.register_forward_hook(lambda module, x, y: 2 * y)
+        model.norm = torch.nn.LayerNorm(32, dtype=torch.float64)  # type: ignore[assignment]
+        cache, ids, _ = prefill(model, PADDINGS)
+        other, _, _ = prefill(model, PADDINGS)
+        decoder = decoder_of(model, other, ids, [SamplingParams()] * 3)
+        calls.clear()
+        decoder.launch()
+        assert len(calls) == (model.lm_head is not None)
+        with torch.inference_mode():
+            expected = model(ids[:, None], cache=cache)[:, -1]
+        output = decoder.fetch()
+        assert output.tokens == expected.argmax(-1).tolist()
+        assert output.logprobs == pytest.approx(expected.log_softmax(-1).amax(-1).tolist(), abs=1e-9)
+        assert output.logprobs != pytest.approx(plain.fetch().logprobs, abs=1e-3)
+
+
+def test_rows_join_and_leave_at_any_step() -> None:
+    """What a row decodes does not depend on the rows that come and go beside it, or on its place."""
+    model, params = make(), PARAMS["mixed"]
+    cache, ids, seen = prefill(model, PADDINGS)
+    parts = [(cache.select([row]), ids[row : row + 1], seen[row : row + 1].clone()) for row in range(3)]
+    whole = decoder_of(model, cache, ids, params, seen)
+    for _ in range(16):
+        whole.launch()
+    expected = [whole.fetch().tokens for _ in range(16)]
+
+    decoder = Decoder(model, 4)
+    rows: list[int] = []
+    tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for step in range(30):
+        if step in (0, 3, 7):
+            row = {0: 2, 3: 0, 7: 1}[step]
+            own, first, own_seen = parts[row]
+            decoder.add(own, first, [params[row]], [params[row].generator()], seen=own_seen)
+            rows.append(row)
+        decoder.launch()
+        for row, token in zip(rows, decoder.fetch().tokens, strict=True):
+            tokens[row].append(token)
+        done = [row for row in rows if len(tokens[row]) == 16]
+        if done:
+            decoder.keep([place for place, row in enumerate(rows) if row not in done])
+            rows = [row for row in rows if row not in done]
+            if not rows:
+                break
+    assert [tokens[row] for row in range(3)] == [list(column) for column in zip(*expected, strict=True)]
+
+
+def test_the_pipeline_names_its_rows() -> None:
+    """Outputs that were computed before rows joined or left carry the rows of their own step."""
+    model, params = make(), [SamplingParams()] * 3
+    cache, ids, _ = prefill(model, PADDINGS)
+    late = cache.select([0])
+    whole = decoder_of(model, cache.select(range(3)), ids, params)
+    for _ in range(12):
+        whole.launch()
+    expected = [list(column) for column in zip(*(whole.fetch().tokens for _ in range(12)), strict=True)]
+
+    pipeline: PipelinedDecoder[str] = PipelinedDecoder(Decoder(model, 4))
+    cache.keep([1, 2])
+    pipeline.add(["b", "c"], [12, 5], cache, ids[1:], params[:2], [p.generator() for p in params[:2]])
+    got: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    steps = {"a": 6, "b": 12, "c": 5}
+    for step in range(40):
+        if step == 4:
+            pipeline.add(["a"], [6], late, ids[:1], params[:1], [params[0].generator()])
+        keys, output = pipeline.next()
+        for key, token in zip(keys, output.tokens, strict=True):
+            if key in pipeline.left:
+                got[key].append(token)
+        pipeline.remove([key for key in list(pipeline.left) if len(got[key]) == steps[key]])
+        if not pipeline.left:
+            break
+    assert got == {"a": expected[0][:6], "b": expected[1], "c": expected[2][:5]}
+
+
+def test_memory_is_the_sum_of_the_rows() -> None:
+    model = make()
+    decoder = Decoder(model, 2)
+    caches = [prefill(model, [0], capacity=capacity)[0] for capacity in (20, 4000)]
+    bytes_of = [cache.states[1].tensors()[0].nbytes for cache in caches]
+    for cache in caches:
+        decoder.add(cache, torch.ones(1, dtype=torch.long), [SamplingParams()], [torch.Generator()])
+    assert sum(t.nbytes for t in decoder.static.states[1].tensors()) == 2 * sum(bytes_of)
+    decoder.launch()
+    decoder.fetch()
+    decoder.keep([0])  # the long row's storage is freed, and its place reads one slot of scratch
+    assert sum(t.nbytes for t in decoder.static.states[1].tensors()) < 3 * bytes_of[0]
 
 
 def test_mistakes_are_named() -> None:
     model = make()
     cache, ids, _ = prefill(model, PADDINGS)
     params, generators = [SamplingParams()] * 3, [torch.Generator()] * 3
+    decoder = Decoder(model, 3)
+    with pytest.raises(InputError, match="no rows"):
+        decoder.launch()
     with pytest.raises(InputError, match="the cache holds 3 rows, and the decoder was given 2 ids"):
-        Decoder(model, cache, ids[:2], params, generators)
+        decoder.add(cache, ids[:2], params, generators)
     with pytest.raises(InputError, match="make it with max_length"):
-        Decoder(model, model.make_cache(3), ids, params, generators)
-    decoder = Decoder(model, cache, ids, params, generators)
-    for rows in ([], [1, 0], [3], [0, 0]):
+        decoder.add(model.make_cache(3), ids, params, generators)
+    decoder.add(cache.select([0, 1, 2]), ids, params, generators)
+    for rows in ([1, 0], [3], [0, 0]):
         with pytest.raises(InputError, match="in rising order"):
             decoder.keep(rows)
+    with pytest.raises(CapacityError, match=r"4 places, and 3 \+ 3 rows"):
+        decoder.add(cache, ids, params, generators)
 
 
 def test_a_graph_of_another_shape_is_never_replayed() -> None:
@@ -290,13 +428,14 @@ def test_a_graph_of_another_shape_is_never_replayed() -> None:
         def replay(self) -> None:
             replayed.append(self)
 
-    shape = Shape(rows=2, capacity=40, needs=SamplingFeatures(), top=0)
+    shape = Shape(places=2, positions=64, features=SamplingFeatures(), top=0, seen=False)
     packed = torch.zeros(2, 3)
     graph = Graph(shape, Fake(), packed)  # type: ignore[arg-type]
-    assert graph.replay(Shape(rows=2, capacity=40, needs=SamplingFeatures(), top=0)) is packed
-    for other in ({"rows": 1}, {"capacity": 41}, {"needs": SamplingFeatures(draw=True)}, {"top": 1}):
+    assert graph.replay(dataclasses.replace(shape)) is packed
+    changes = {"places": 1, "positions": 128, "features": SamplingFeatures(draw=True), "top": 1, "seen": True}
+    for name, value in changes.items():
         with pytest.raises(AssertionError, match="was to be replayed for"):
-            graph.replay(dataclasses.replace(shape, **other))
+            graph.replay(dataclasses.replace(shape, **{name: value}))
     assert len(replayed) == 1
 
 

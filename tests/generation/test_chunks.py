@@ -1,7 +1,6 @@
 """How long a pass is: what it holds in memory, and what of it fits."""
 
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +8,11 @@ import pytest
 import torch
 
 from hyaena.config import ModelConfig
-from hyaena.generation.chunks import choose_chunk, fitting_chunk, pass_bytes_per_token
+from hyaena.generation.chunks import choose_chunk, fitting_chunk
 from hyaena.model import StripedHyena
+from hyaena.sizes import ModelSizes
 from watching import LiveBytes
 
-SEVEN_BILLION = Path(__file__).parents[2] / "configs/7b-sh-32k-v1.yml"
 SMALL = ModelConfig(
     vocab_size=16,
     hidden_size=64,
@@ -26,8 +25,8 @@ SMALL = ModelConfig(
 
 
 def test_a_seven_billion_parameter_model() -> None:
-    config = ModelConfig.from_file(SEVEN_BILLION)
-    assert pass_bytes_per_token(config, 2) == 2 * (4 * 4096 + 3 * 14336)
+    config = ModelConfig.from_name("sh-7b")
+    assert ModelSizes(config).activation_bytes_per_token(2) == 2 * (4 * 4096 + 3 * 14336)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,7 @@ def test_the_largest_power_of_two_that_fits(free: int, expected: int) -> None:
 
 
 def test_the_memory_of_a_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig.from_file(SEVEN_BILLION)
+    config = ModelConfig.from_name("sh-7b")
     model: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
     free = 3_000_000_000
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free - 500_000_000, 24_000_000_000))
@@ -61,7 +60,7 @@ def test_a_pass_holds_what_was_said(monkeypatch: pytest.MonkeyPatch, inner: int)
 
     monkeypatch.setenv("HYAENA_BACKEND", "triton")
     # Stand-ins that allocate what the kernels do: under its interpreter Triton holds on to their arguments for a while.
-    monkeypatch.setattr("hyaena.ops.triton.missing", lambda _: None)
+    monkeypatch.setattr("hyaena.ops.triton.device_unsupported_reason", lambda _: None)
     monkeypatch.setattr(pointwise, "rms_norm", lambda x, *_, **__: x.clone())
     monkeypatch.setattr(pointwise, "gate", lambda a, b, _: a.sigmoid().mul_(b))
     monkeypatch.setattr(pointwise, "rotate", lambda x, _: x.contiguous())
@@ -73,6 +72,6 @@ def test_a_pass_holds_what_was_said(monkeypatch: pytest.MonkeyPatch, inner: int)
         model(ids, cache=cache, logits_to_keep=1)
         with LiveBytes() as live:
             model(ids, cache=cache, logits_to_keep=1)
-    said = length * pass_bytes_per_token(config, 4)
+    said = length * ModelSizes(config).activation_bytes_per_token(4)
     # the angles of rotary positions and the normalisers of attention are not counted: a twentieth of a layer so narrow
     assert 0.8 * said < live.most < 1.05 * said, (live.most / length, said / length)

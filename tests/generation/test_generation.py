@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from hyaena.config import ModelConfig
 from hyaena.decoding import Decoder, Decoding
 from hyaena.errors import InputError, NonFiniteError, UnsupportedError
+from hyaena.formats import read_config
 from hyaena.generation import Event, Options, generate, stream
 from hyaena.model import StripedHyena
-from hyaena.ops import METHODS
+from hyaena.ops import ModalFilter
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
 
 CONFIG = ModelConfig(
@@ -96,14 +97,14 @@ def test_greedy_is_what_reading_everything_again_gives(model: StripedHyena, prom
     assert completion.text == TOKENIZER.decode(completion.tokens)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ModalFilter.methods)
 def test_every_method_gives_the_same(model: StripedHyena, method: str) -> None:
     completion = generate(model, TOKENIZER, PROMPTS[2], max_new_tokens=12, method=method, prefill_chunk=11)
     assert completion.tokens == naive(model, PROMPTS[2], 12)
 
 
 def test_the_golden_cases_greedy_ids(golden_case: Path) -> None:
-    config = ModelConfig.from_file(golden_case / "config.yml")
+    config = read_config(golden_case / "config.yml")
     model = StripedHyena(config)
     model.load_state_dict(load_file(golden_case / "model.safetensors"))
     expected = load_file(golden_case / "expected.safetensors")

@@ -1,12 +1,14 @@
 """Attention against the softmax written out, for every way in which queries meet keys."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from hyaena.errors import InputError
-from hyaena.ops import attention
+from hyaena.ops import Documents, attention, find_documents
 from watching import LargestResult
 
 attention_module = importlib.import_module("hyaena.ops.attention")  # the function has its name in ops
@@ -48,14 +50,91 @@ def test_equals_the_softmax_written_out(groups: int, length: int, past: int, pad
         torch.testing.assert_close(got[b, :, first:].double(), expected[b, :, first:], rtol=1e-5, atol=1e-5)
 
 
-def test_packed_documents_do_not_see_one_another() -> None:
-    segment_ids = torch.tensor([[0] * 5 + [1] * 3 + [2] * 4, [7] * 12])
+def packed(*rows: tuple[int, ...]) -> tuple[torch.Tensor, Documents]:
+    """The number of every position's document, int [B,S], and the documents, from the lengths of each row."""
+    ids = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows])
+    return ids, find_documents(torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0)))
+
+
+ROWS = (5, 1, 2, 4), (1, 1, 9, 1)
+
+
+def test_the_lengths_of_packed_documents() -> None:
+    _, documents = packed(*ROWS)
+    assert documents.lengths == [[5, 1, 2, 4], [1, 1, 9, 1]] and documents.max_length == 9
+    assert documents.cu_seqlens is not None and documents.cu_seqlens.dtype == torch.int32
+    assert documents.cu_seqlens.tolist() == [0, 5, 6, 8, 12, 13, 14, 23, 24]
+    assert find_documents(torch.ones(1, 3, dtype=torch.bool)).lengths == [[1, 1, 1]]  # the first one may be marked
+
+
+@pytest.mark.parametrize("length", [12, 3, 1])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_packed_documents_do_not_see_one_another(groups: int, length: int) -> None:
+    """Also where only the last positions are queries."""
+    ids, documents = packed(*ROWS)
+    q, k, v = torch.randn(2, 4, length, 8), torch.randn(2, groups, 12, 8), torch.randn(2, groups, 12, 8)
+    expected = written_out(torch.cat([torch.zeros(2, 4, 12 - length, 8), q], dim=2), k, v, [0, 0], ids)
+    got = attention(q, k, v, documents=documents)
+    torch.testing.assert_close(got.double(), expected[:, :, 12 - length :], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_documents_equal_documents_alone(dtype: torch.dtype) -> None:
+    """Results and gradients, also when the forward is computed again in the backward pass."""
+    q, k, v = (torch.randn(1, heads, 12, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
+    slope = torch.randn(1, 4, 12, 8, dtype=dtype)
+    _, documents = packed(ROWS[0])
+    parts = zip(*(t.split(ROWS[0], dim=2) for t in (q, k, v)), strict=True)
+    alone = torch.cat([attention(*part) for part in parts], dim=2)
+    together = checkpoint(partial(attention, documents=documents), q, k, v, use_reentrant=False)
+    assert isinstance(together, torch.Tensor)
+    # a document is the same problem in both; in bfloat16 half an ulp of 8 bits
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 2**-8}
+    torch.testing.assert_close(together, alone, **tolerance)
+    for got, expected in zip(
+        torch.autograd.grad(together, (q, k, v), slope), torch.autograd.grad(alone, (q, k, v), slope), strict=True
+    ):
+        torch.testing.assert_close(got, expected, **tolerance)
+
+
+def test_packed_documents_compile_to_one_graph() -> None:
+    ids, _ = packed(*ROWS)
+    reset = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
     q, k, v = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
-    got = attention(q, k, v, segment_ids=segment_ids)
-    expected = written_out(q, k, v, [0, 0], segment_ids)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
-    last = attention(q[:, :, -3:], k, v, segment_ids=segment_ids)
-    torch.testing.assert_close(last.double(), expected[:, :, -3:], rtol=1e-5, atol=1e-5)
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, reset: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, documents=find_documents(reset))
+
+    got = torch.compile(function, fullgraph=True, backend="eager")(q, k, v, reset)
+    torch.testing.assert_close(got, function(q, k, v, reset), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_documents_make_no_quadratic_mask() -> None:
+    _, documents = packed((300, 1000, 748))
+    q, k, v = (torch.randn(1, heads, 2048, 8, requires_grad=True) for heads in (4, 1, 1))
+    with LargestResult() as largest:
+        attention(q, k, v, documents=documents).sum().backward()
+    assert 0 < largest.numel <= q.numel()  # repeated keys would be no larger; a mask would be 64 times q
+
+
+def test_variable_lengths_copy_no_keys() -> None:
+    """torch's own shapes, on its device without data, of FlashAttention over the documents of two rows."""
+    q = torch.empty(2, 6, 8, 16, device="meta", dtype=torch.bfloat16).transpose(1, 2)
+    k, v = torch.empty(2, 2, 6, 2, 16, device="meta", dtype=torch.bfloat16).transpose(2, 3)
+    cu_seqlens = torch.empty(5, device="meta", dtype=torch.int32)
+    with LargestResult() as largest:
+        y = attention_module._varlen(q, k, v, cu_seqlens, 4)
+    assert y.shape == q.shape and y.dtype == q.dtype and y.transpose(1, 2).is_contiguous()
+    assert 0 < largest.numel <= q.numel()
+
+
+def test_documents_that_do_not_fit_are_refused() -> None:
+    q, k = torch.zeros(2, 4, 12, 8), torch.zeros(2, 2, 12, 8)
+    _, documents = packed(*ROWS)
+    with pytest.raises(InputError, match="and padding"):
+        attention(q, k, k, documents=documents, padding=torch.tensor([1, 0]))
+    with pytest.raises(InputError, match=r"documents \[B, S\] = \[2, 12\]"):
+        attention(q, k, k, documents=packed((4, 4), (3, 5))[1])
 
 
 def test_a_long_past_makes_no_quadratic_mask() -> None:
@@ -78,8 +157,10 @@ def test_bad_inputs(q: tuple, k: tuple) -> None:
         attention(torch.zeros(q), torch.zeros(k), torch.zeros(k))
 
 
-def twin_of_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the library's kernel computes: a result in the layout of the queries, and its normalisers."""
+def reference_of_cudnn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute what the library's kernel does: a result in the layout of the queries, and its log-sum-exp."""
     length, total = q.shape[2], k.shape[2]
     assert not causal or length == total, "with a past its causal mask is aligned otherwise"
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
@@ -93,11 +174,11 @@ def twin_of_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: boo
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize(("length", "past"), [(1, 9), (6, 0), (6, 1), (6, 9), (40, 3)])
 def test_the_parts_of_a_gpu_make_the_whole(monkeypatch, groups: int, length: int, past: int) -> None:
-    monkeypatch.setattr(attention_module, "_cudnn", twin_of_cudnn)
-    monkeypatch.setattr(attention_module, "_gpu_part", lambda *_: twin_of_cudnn)
+    monkeypatch.setattr(attention_module, "_cudnn", reference_of_cudnn)
+    monkeypatch.setattr(attention_module, "_gpu_part", lambda *_: reference_of_cudnn)
     q = torch.randn(2, length, 6, 8).transpose(1, 2)[:, :4]
     k, v = torch.randn(2, 2, groups, 60, 8)[:, :, :, : length + past]
-    got = attention(q, 30 * k, v)  # scores of tens: the normalisers of past and present are far apart
+    got = attention(q, 30 * k, v)  # scores of tens: the log-sum-exps of past and present are far apart
     torch.testing.assert_close(got.double(), written_out(q, 30 * k, v, [0, 0]), rtol=1e-5, atol=1e-5)
     assert got.transpose(1, 2).is_contiguous()
 

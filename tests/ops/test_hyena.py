@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hyaena.errors import InputError
-from hyaena.ops import METHODS, ModalFilter, hyena
+from hyaena.ops import ModalFilter, hyena
 
 
 def parts(channels: int = 5, modes: int = 2) -> tuple[torch.Tensor, torch.Tensor, ModalFilter]:
@@ -28,7 +28,7 @@ def test_equals_its_definition() -> None:
         torch.testing.assert_close(y[0, t].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ModalFilter.methods)
 @pytest.mark.parametrize("padding", [1, 2, 7])
 def test_padding_contributes_exactly_nothing(method: str, padding: int) -> None:
     weight, bias, filter = parts()
@@ -45,5 +45,5 @@ def test_padding_contributes_exactly_nothing(method: str, padding: int) -> None:
 
 def test_a_projection_of_another_width_is_refused() -> None:
     weight, bias, filter = parts()
-    with pytest.raises(InputError, match="3D=15"):
+    with pytest.raises(InputError, match="10"):
         hyena(torch.zeros(1, 4, 10), weight, bias, filter)

@@ -169,5 +169,7 @@ def test_what_no_modes_make_is_refused() -> None:
     filter.residues[4, 1] = torch.nan
     with pytest.raises(InputError, match="channel 4 are not finite"):
         to_canonical(filter)
-    with pytest.raises(UnsupportedError, match="takes no CanonicalFilter: choose recurrence, canonical-fft"):
+    with pytest.raises(
+        UnsupportedError, match="takes no CanonicalFilter: choose auto, reference, recurrence, canonical-fft"
+    ):
         long_conv(torch.zeros(1, 3, 5), form, method="blocked")

@@ -130,5 +130,5 @@ def test_windows_without_end_and_other_mistakes() -> None:
     cut, _ = truncate(filter, window=5)
     with pytest.raises(InputError, match=r"must be \(1, 4, 4\)"):
         long_conv(torch.zeros(1, 3, 4), cut, torch.zeros(1, 4, 5))
-    with pytest.raises(UnsupportedError, match="takes no ExplicitFilter: choose truncated"):
-        long_conv(torch.zeros(1, 3, 4), cut, method="blocked")
+    with pytest.raises(UnsupportedError, match="takes no ExplicitFilter: choose auto, reference"):
+        long_conv(torch.zeros(1, 3, 4), cut, method="scan")

@@ -57,6 +57,27 @@ def test_reset_equals_documents_alone(length: int, taps: int, data: st.DataObjec
     torch.testing.assert_close(last, state)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("taps", [3, 8])
+def test_half_precision_is_rounded_once(dtype: torch.dtype, taps: int) -> None:
+    """The sum of exact products, rounded: equal, but where float32's own rounding of 6e-8 crosses a half."""
+    z, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((2, 200, 6), (6, taps), (6,)))
+    state = torch.randn(2, 6, taps - 1).to(dtype)
+    reset = torch.rand(2, 200) < 0.05
+    for boundaries in (None, reset):
+        u, last = short_conv(z, weight, bias, state, reset=boundaries)
+        wide = (t.double() for t in (z, weight, bias, state))
+        expected, window = short_conv(*wide, reset=boundaries)
+        assert u.dtype == last.dtype == dtype and torch.equal(last.double(), window)
+        assert float((u != expected.to(dtype)).float().mean()) < 1e-3
+        torch.testing.assert_close(u.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=1e-6)
+
+
+def test_a_state_keeps_no_more_than_itself() -> None:
+    _, state = short_conv(torch.randn(1, 300, 6), torch.randn(6, 3), None)
+    assert state.untyped_storage().nbytes() == state.numel() * state.element_size()
+
+
 def test_a_state_of_another_width_is_refused() -> None:
     with pytest.raises(InputError, match="state must be"):
         short_conv(torch.zeros(1, 4, 6), torch.zeros(6, 3), None, torch.zeros(1, 6, 1))

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyaena.bench import roofline
 from hyaena.bench.rates import Rates, Samples, times
-from hyaena.cache import Cache, KVCache
+from hyaena.cache import Cache
 from hyaena.decoding import Decoder, Decoding, StepOutput, pack_outputs, resolve_decoding
 from hyaena.errors import NonFiniteError
 from hyaena.generation import choose_chunk
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams, finite_rows, sample
+from hyaena.sizes import ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Prefill:
         length: tokens of the prompt.
         chunk: tokens of a pass.
         seconds: from the ids to the logits of the last position, the cache's allocation included.
-        flops: operations that it cannot do without; see ``roofline.prefill_flops``.
+        flops: operations that it cannot do without; see ``ModelSizes.prefill_flops``.
         peak_memory: the most bytes that tensors held meanwhile, weights and cache included; None off CUDA, where only
             the whole process can be observed.
     """
@@ -56,7 +56,7 @@ class Decode:
         context: tokens that each row remembers when the first step begins.
         decoding: how steps are evaluated: ``"eager"``, ``"static"`` or ``"cuda_graph"``.
         seconds: of one step, each the mean over a round of them; every token is read by the host.
-        bytes: that a step at ``context`` cannot do without; see ``roofline.decode_bytes``.
+        bytes: that a step at ``context`` cannot do without; see ``ModelSizes.decode_bytes``.
         first_step: seconds of the very first step, kernels compiled and graphs captured in it.
     """
 
@@ -115,7 +115,7 @@ def measure_prefill(
         length=length,
         chunk=chunk,
         seconds=Samples(tuple(taken)),
-        flops=roofline.prefill_flops(config, length),
+        flops=ModelSizes(config).prefill_flops(length),
         peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
@@ -152,7 +152,7 @@ def measure_decode(
         context=context,
         decoding=decoding,
         seconds=Samples(tuple(taken)).map(lambda s: s / steps),
-        bytes=roofline.decode_bytes(model.config, batch, context, model.dtype.itemsize),
+        bytes=ModelSizes(model.config).decode_bytes(batch, context, model.dtype.itemsize),
         first_step=first,
     )
 
@@ -161,10 +161,9 @@ def measure_decode(
 def filled_cache(model: StripedHyena, batch: int, context: int, *, room: int, method: str = "auto") -> Cache:
     """A cache as if ``context`` tokens had been read, with room for more: random keys, values and states."""
     cache = model.make_cache(batch, max_length=context + room, method=method)
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values) if isinstance(layer, KVCache) else layer:
-            tensor.normal_()
-    cache.length = context
+    for tensor in cache.tensors():
+        tensor.normal_()
+    cache.lengths = [context] * batch
     return cache
 
 
@@ -184,7 +183,8 @@ def _stepper(model: StripedHyena, cache: Cache, decoding: Decoding) -> Callable[
                 _look(StepOutput.unpack(pack_outputs(logits, ids, finite_rows(logits), 0)))
 
         return forward
-    decoder = Decoder(model, cache, ids, rows, generators, captured=decoding == "cuda_graph")
+    decoder = Decoder(model, cache.batch_size, cuda_graph=decoding == "cuda_graph")
+    decoder.add(cache, ids, rows, generators)
 
     def ahead(count: int) -> None:
         decoder.launch()

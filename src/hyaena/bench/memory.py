@@ -6,25 +6,25 @@ from pathlib import Path
 
 import torch
 
-from hyaena.bench import roofline
 from hyaena.config import ModelConfig
 from hyaena.errors import CapacityError
-from hyaena.generation.chunks import pass_bytes_per_token
+from hyaena.sizes import FLOAT32, ModelSizes
 
 
 def prefill_bytes(config: ModelConfig, length: int, chunk: int, itemsize: int) -> int:
     """About what a prefill holds beside the weights: its cache, and a chunk's activations twice, for plain methods."""
-    activations = min(chunk, length) * pass_bytes_per_token(config, itemsize)
+    activations = min(chunk, length) * ModelSizes(config).activation_bytes_per_token(itemsize)
     return _cache_bytes(config, 1, length, itemsize) + 2 * activations
 
 
 def decode_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:
     """About what decoding holds beside the weights: its cache, and its logits in float32 a few times over."""
-    return _cache_bytes(config, batch, slots, itemsize) + 4 * batch * config.vocab_size * roofline.FLOAT32
+    return _cache_bytes(config, batch, slots, itemsize) + 4 * batch * config.vocab_size * FLOAT32
 
 
 def _cache_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:
-    return batch * (slots * config.kv_bytes_per_token(itemsize) + 2 * roofline.state_bytes(config, itemsize))
+    sizes = ModelSizes(config)
+    return sizes.cache_bytes(batch, slots, itemsize) + batch * sizes.state_bytes(itemsize)
 
 
 def require_memory(needed: int, device: torch.device, what: str, remedy: str) -> None:

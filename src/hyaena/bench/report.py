@@ -13,6 +13,7 @@ import torch
 import hyaena
 from hyaena.bench.rates import Samples
 from hyaena.bench.run import Result
+from hyaena.sizes import ModelSizes
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def as_dict(result: Result) -> dict[str, Any]:
         "machine": machine(result.device),
         "model": {
             "config": result.config.to_dict(),
-            "parameters": result.config.num_parameters,
+            "parameters": ModelSizes(result.config).parameters,
             "dtype": str(result.dtype).removeprefix("torch."),
         },
         "copy_bytes_per_second": _samples(bandwidth),
@@ -91,7 +92,7 @@ def render(result: Result) -> str:
     bandwidth, flops = result.rates.bandwidth, result.rates.flops
     dtype = str(result.dtype).removeprefix("torch.")
     lines = [
-        f"{result.config.name}, {result.config.num_parameters:,} parameters, {dtype}",
+        f"{result.config.name}, {ModelSizes(result.config).parameters:,} parameters, {dtype}",
         f"{device_name(result.device)}, torch {torch.__version__}",
         f"copies {bandwidth.median / 1e9:,.3g} GB/s {_percent(bandwidth)}, "
         f"multiplies {flops.median / 1e12:,.3g} TFLOP/s {_percent(flops)}",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from hyaena import ops
-from hyaena.bench import memory, roofline
+from hyaena.bench import memory
 from hyaena.bench.measure import Decode, Prefill, measure_decode, measure_prefill
 from hyaena.bench.rates import SIZES, Rates, measure_rates
 from hyaena.config import ModelConfig
@@ -18,20 +18,10 @@ from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.generation import MIN_PREFILL_CHUNK, PREFILL_CHUNK
 from hyaena.model import StripedHyena
+from hyaena.sizes import ModelSizes
 
-SH_7B = ModelConfig(
-    vocab_size=32_000,
-    hidden_size=4096,
-    layer_types=("hyena", "attention") * 16,
-    intermediate_size=14_336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    state_size=2,
-    rope_theta=500_000.0,
-    max_length=131_072,
-    name="7b",
-)
-"""The shape of StripedHyena-Hessian-7B, to be filled with random weights, which take any length: four times its own."""
+SH_7B = replace(ModelConfig.from_name("sh-7b"), name="7b", max_length=131_072, prefill_style="auto")
+"""StripedHyena-Hessian-7B, to be filled with random weights, which take any length: four times its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +139,7 @@ def _needed(config: ModelConfig, plan: Plan, device: torch.device, itemsize: int
         memory.prefill_bytes(config, max(plan.lengths, default=1), chunk, itemsize),
         memory.decode_bytes(config, max(plan.batches, default=1), slots, itemsize),
     )
-    return roofline.weight_bytes(config, itemsize) + most
+    return ModelSizes(config).weight_bytes(itemsize) + most
 
 
 def _prefills(model: StripedHyena, plan: Plan, say: Callable[[str], object]) -> Iterator[Prefill]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError
+from hyaena.formats import read_config
 
 INDEX_SUFFIX = ".index.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -63,7 +64,7 @@ def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | 
     else:
         raise CheckpointError(f"{path}: not a weights file: name a folder, or a .safetensors, .bin, .pt or .pth file")
     if not isinstance(config, ModelConfig):
-        config = ModelConfig.from_file(config if config is not None else find_config(weights.parent))
+        config = read_config(config if config is not None else find_config(weights.parent))
     return Checkpoint(path, config, shards)
 
 

@@ -13,11 +13,11 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
-from hyaena import original
 from hyaena.checkpoints.files import Checkpoint, find
 from hyaena.checkpoints.shards import open_shard
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
+from hyaena.formats.stripedhyena import tensors as original
 from hyaena.model import StripedHyena
 
 STORED = "stored"
@@ -63,7 +63,7 @@ def read_tensors(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[
             for key in shard.keys():  # noqa: SIM118  a shard is not a mapping
                 name = original.our_name(key)
                 if name is not None and wanted(name):
-                    item = original.to_ours_item(key, shard.tensor(key), checkpoint.config)
+                    item = original.to_ours(key, shard.tensor(key), checkpoint.config)
                     assert item is not None
                     found[name] = item[1].clone()  # out of the mapped file
     return found
@@ -90,7 +90,7 @@ def survey(checkpoint: Checkpoint) -> Survey:
     names = {original.our_name(key): dtype for key, dtype in dtypes.items()}
     if "embed_tokens.weight" not in names and not any(name and name.startswith("layers.") for name in names):
         raise CheckpointError(f"{checkpoint.path}: holds no tensor of a StripedHyena model: check the path")
-    return Survey(original.is_original(dtypes), names.get("embed_tokens.weight") or torch.float32)
+    return Survey(original.matches_tensors(dtypes), names.get("embed_tokens.weight") or torch.float32)
 
 
 def as_device(device: str | torch.device | None) -> torch.device:
@@ -152,7 +152,7 @@ class _Loading:
             )
 
     def _take(self, key: str, stored: Tensor) -> None:
-        item = original.to_ours_item(key, stored, self.checkpoint.config)
+        item = original.to_ours(key, stored, self.checkpoint.config)
         if item is None:
             return
         name, tensor = item
@@ -186,13 +186,13 @@ class _Loading:
         """A parameter in the words of the file: the original's name where the file is the original's."""
         if not self.in_original_names:
             return name
-        return original.to_original_item(name, self.expected[name], self.checkpoint.config)[0]
+        return original.to_theirs(name, self.expected[name], self.checkpoint.config)[0]
 
     def _shapes(self, key: str, name: str, tensor: Tensor) -> str:
         found, expected = tensor, self.expected[name]
         if self.in_original_names:
-            expected = original.to_original_item(name, expected, self.checkpoint.config)[1]
-            found = original.to_original_item(name, found, self.checkpoint.config)[1]
+            expected = original.to_theirs(name, expected, self.checkpoint.config)[1]
+            found = original.to_theirs(name, found, self.checkpoint.config)[1]
         kind = "" if tensor.dtype in _DTYPES.values() else f" of {tensor.dtype}"
         return f"{key} is {list(found.shape)}{kind}, expected {list(expected.shape)}"
 

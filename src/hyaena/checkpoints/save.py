@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hyaena import original
 from hyaena.checkpoints.load import dtype_of
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError
+from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats.stripedhyena.config import write_config
 from hyaena.model import StripedHyena
 
 Layout = Literal["hyaena", "original"]
@@ -113,9 +114,11 @@ def _write(
     for file, keys in zip(names, shards, strict=True):
         tensors = {key: state[key].to("cpu", _dtype_of(key, state[key], dtype)) for key in keys}
         if layout == "original":
-            tensors = dict(original.to_original_item(key, tensor, config) for key, tensor in tensors.items())
+            tensors = dict(original.to_theirs(key, tensor, config) for key, tensor in tensors.items())
             if file == names[-1]:
-                tensors |= original.rotary_buffers(config)
+                name, embedding = "embed_tokens.weight", state["embed_tokens.weight"]
+                embedding = embedding.to("cpu", _dtype_of(name, embedding, dtype))
+                tensors |= original.extra_tensors({name: embedding}, config)
         tensors = {key: _alone(tensor) for key, tensor in tensors.items()}
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -157,7 +160,7 @@ def _config_text(config: ModelConfig, layout: Layout) -> str:
         return json.dumps(config.to_dict(), indent=2) + "\n"
     import yaml
 
-    return yaml.safe_dump(config.to_original_dict(), sort_keys=False, default_flow_style=None, width=120)
+    return yaml.safe_dump(write_config(config), sort_keys=False, default_flow_style=None, width=120)
 
 
 def _alone(tensor: Tensor) -> Tensor:

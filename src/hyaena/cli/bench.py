@@ -125,13 +125,13 @@ def _model(
     from hyaena import checkpoints, hub
     from hyaena.bench.run import SH_7B, random_model
     from hyaena.checkpoints.load import as_dtype
-    from hyaena.config import ModelConfig
+    from hyaena.formats import read_config
 
     dtype = as_dtype(args.dtype) or (torch.float32 if device.type == "cpu" else None)
     if args.model in (None, PRESET):
         if args.model == PRESET and args.config is not None:
             raise InputError("--model 7b has its own configuration: leave --config out, or --model")
-        config = SH_7B if args.config is None else ModelConfig.from_file(args.config)
+        config = SH_7B if args.config is None else read_config(args.config)
         wanted = dtype or torch.bfloat16
         return config, wanted, lambda: random_model(config, device, wanted)
     checkpoint = hub.locate(args.model, config=args.config)

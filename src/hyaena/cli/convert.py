@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
 
     from hyaena import checkpoints, hub
+    from hyaena.sizes import ModelSizes
 
     checkpoint = hub.locate(args.source, revision=args.revision, config=args.config)
     extra = {name: path.read_bytes() for name in _TOKENIZER_FILES if (path := checkpoint.folder / name).is_file()}
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     files = checkpoints.find(dest).shards
     size = sum(file.stat().st_size for file in files)
     print(
-        f"{dest}: {model.config.num_parameters:,} parameters in the {args.layout} layout, "
+        f"{dest}: {ModelSizes(model.config).parameters:,} parameters in the {args.layout} layout, "
         f"{decimal_bytes(size)} in {len(files)} file{'s' * (len(files) > 1)}"
     )
     return 0

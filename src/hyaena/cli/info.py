@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyaena.bench import roofline
 from hyaena.cli.formatting import binary_bytes, decimal_bytes, short_count
-from hyaena.config import ModelConfig
+from hyaena.config import ModelConfig, preset_names
 from hyaena.errors import InputError
+from hyaena.formats import read_config
+from hyaena.sizes import ModelSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="?",
         metavar="SOURCE",
-        help="a configuration, a folder, a weights file, a bundled name, or a hub id (its weights are not fetched)",
+        help="a configuration, a folder, a weights file, a hub id (its weights are not downloaded), or a name: "
+        f"{', '.join(preset_names())}",
     )
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
@@ -74,16 +77,20 @@ def run(args: argparse.Namespace) -> int:
 def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelConfig, Checkpoint | None]:
     """The configuration that is meant, and the weights where there are some on this machine."""
     path = Path(source)
+    if source in preset_names() and source != "cub":
+        if path.exists():
+            raise InputError(f"{source} is the name of a preset and of a file here: write ./{source} for the file")
+        return ModelConfig.from_name(source), None
     if path.is_file() and path.suffix in _CONFIG_SUFFIXES and not path.name.endswith(".index.json"):
-        return ModelConfig.from_file(path), None
+        return read_config(path), None
 
     from hyaena import checkpoints, hub
 
     if source not in hub.BUNDLED and path.is_dir() and not checkpoints.has_weights(path):
-        return ModelConfig.from_file(config or checkpoints.find_config(path)), None
+        return read_config(config or checkpoints.find_config(path)), None
     if source not in hub.BUNDLED and not path.exists() and hub.is_hub_id(source):
         folder = hub.download(source, revision=revision, weights=False)
-        found = ModelConfig.from_file(config or checkpoints.find_config(folder))
+        found = read_config(config or checkpoints.find_config(folder))
         return (found if config else hub.corrected(source, found)), None
     checkpoint = hub.locate(source, revision=revision, config=config)
     return checkpoint.config, checkpoint
@@ -104,35 +111,22 @@ def describe(config: ModelConfig, checkpoint: Checkpoint | None) -> dict[str, An
             "bytes": sum(path.stat().st_size for path in checkpoint.shards),
             "files": [str(path) for path in checkpoint.shards],
         }
-    width = {"float64": 8, "float32": 4}.get(dtype, 2)
+    itemsize, sizes = {"float64": 8, "float32": 4}.get(dtype, 2), ModelSizes(config)
     return {
         "config": config.to_dict(),
-        "parameters": {"total": config.num_parameters, **_parameters(config)},
+        "parameters": {"total": sizes.parameters, **sizes.parameters_by_part},
         "weights": weights,
-        "cache": {"dtype": dtype, **_cache(config, width)},
+        "cache": {"dtype": dtype, **_cache(sizes, itemsize)},
         "filters": None if checkpoint is None else _filters(checkpoint),
     }
 
 
-def _parameters(config: ModelConfig) -> dict[str, int]:
-    d, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads
-    kinds = config.layer_types
-    norms = d * (2 * config.num_layers + 1)
-    embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
-    mlp = 3 * d * config.intermediate_size * config.num_layers
-    biases = heads * config.head_dim * config.attention_qkv_bias + d * config.attention_out_bias
-    attention = (heads * config.head_dim * d + d * d + biases) * kinds.count("attention")
-    rest = config.num_parameters - norms - embeddings - mlp - attention
-    return {"embeddings": embeddings, "mlp": mlp, "hyena": rest, "attention": attention, "norms": norms}
-
-
-def _cache(config: ModelConfig, width: int) -> dict[str, int]:
-    """Bytes that a model remembers: keys and values of every token, and Hyena states whatever the length."""
-    per_token, per_sequence = config.kv_bytes_per_token(width), roofline.state_bytes(config, width)
+def _cache(sizes: ModelSizes, itemsize: int) -> dict[str, int]:
+    """Bytes of a cache: keys and values of every token, and states of one sequence whatever its length."""
     return {
-        "bytes_per_token": per_token,
-        "bytes_per_sequence": per_sequence,
-        "bytes_at_max_length": per_token * config.max_length + per_sequence,
+        "bytes_per_token": sizes.kv_bytes_per_token(itemsize),
+        "bytes_per_sequence": sizes.state_bytes(itemsize),
+        "bytes_at_max_length": sizes.cache_bytes(1, sizes.config.max_length, itemsize),
     }
 
 
@@ -211,13 +205,16 @@ def _histogram(steps: Tensor) -> list[int]:
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """``ops.METHODS`` and ``ops.FUSED_METHODS`` as plain values."""
-    from hyaena.ops import FUSED_METHODS, METHODS
+    """``ops.METHODS`` as plain values."""
+    from hyaena.ops import METHODS, kinds_of
 
     return {
         name: {
             "summary": method.summary,
-            "forms": [form.__name__.removesuffix("Filter").lower() for form in method.forms],
+            "filters": [
+                re.sub("(?<=[a-z])(?=[A-Z])", " ", kind.__name__.removesuffix("Filter")).lower()
+                for kind in kinds_of(name)
+            ],
             "state": method.state,
             "exact": method.exact,
             "gradients": method.gradients,
@@ -226,7 +223,7 @@ def methods() -> dict[str, dict[str, Any]]:
             "cost": method.cost,
             "memory": method.memory,
         }
-        for name, method in (METHODS | FUSED_METHODS).items()
+        for name, method in METHODS.items()
     }
 
 
@@ -275,15 +272,14 @@ def _sizes(description: dict[str, Any], config: ModelConfig, plain: bool) -> Ite
     parts = description["parameters"]
     total = parts["total"]
     yield f"  {'parameters':<14}{total:>16,}   {short_count(total)}"
-    for name in ("embeddings", "mlp", "hyena", "attention", "norms"):
+    for name in ("embeddings", "mlp", *dict.fromkeys(config.layer_types), "norms"):
         share = parts[name] / total
         if parts[name]:
             bar = ("#" if plain else "█") * round(24 * share)
             yield f"    {name:<12}{parts[name]:>16,}   {share:6.1%}  {bar}".rstrip()
     weights = description["weights"]
     if weights is None:
-        filters = 4 * config.hidden_size * config.state_size * config.layer_types.count("hyena")
-        size, note = 2 * total + 2 * filters, "in bfloat16, poles and residues in float32 (none were read)"
+        size, note = ModelSizes(config).weight_bytes(2), "in bfloat16, poles and residues in float32 (none were read)"
     else:
         count = len(weights["files"])
         size, note = weights["bytes"], f"{weights['dtype']}, {count} file{'s' * (count > 1)}"
@@ -348,7 +344,7 @@ def _spark(histogram: list[int], most: int, plain: bool) -> str:
 
 
 def render_methods(table: dict[str, dict[str, Any]], *, plain: bool = False) -> Iterator[str]:
-    """The table of methods: two lines each, so that it fits a terminal."""
+    """The table of methods: three lines each, so that it fits a terminal."""
     flags = ("exact", "gradients", "padding", "documents")
     header = "".join(f"{flag:<{len(flag) + 2}}" for flag in flags)
     yield f"  {'method':<15}{'state':<8}{header}{'cost':<19}memory"
@@ -357,9 +353,10 @@ def render_methods(table: dict[str, dict[str, Any]], *, plain: bool = False) -> 
         cost, memory = (method[key].replace("·", "*") if plain else method[key] for key in ("cost", "memory"))
         yield ""
         yield f"  {name:<15}{method['state']:<8}{answers}{cost:<19}{memory}"
-        yield f"  {'':<15}{method['summary']}; takes {' and '.join(method['forms'])} filters"
+        yield f"  {'':<15}{method['summary']}"
+        yield f"  {'':<15}filters: {', '.join(method['filters'])}"
     yield ""
-    yield "  documents: it can begin anew inside a row, where packed documents meet"
+    yield "  documents: packed documents in one pass; elsewhere one after another"
     yield "  cost, memory: per channel, for T steps, N modes, C steps of a chunk, W taps of a window"
 
 

@@ -1,8 +1,19 @@
-"""Decoding on fixed memory: one step of the model, choice of the next token included, as one captured graph."""
+"""From the last token of every row to the next: by calls of the model, or by steps on static memory and CUDA graphs."""
 
 from hyaena.decoding.decoder import Decoder, Decoding, resolve_decoding
+from hyaena.decoding.eager import EagerDecoder, sample_outputs
 from hyaena.decoding.pipeline import PipelinedDecoder
 from hyaena.decoding.sampler import StepOutput, pack_outputs
-from hyaena.decoding.step import why_not
+from hyaena.decoding.static_cache import StaticCache
 
-__all__ = ["Decoder", "Decoding", "PipelinedDecoder", "StepOutput", "pack_outputs", "resolve_decoding", "why_not"]
+__all__ = [
+    "Decoder",
+    "Decoding",
+    "EagerDecoder",
+    "PipelinedDecoder",
+    "StaticCache",
+    "StepOutput",
+    "pack_outputs",
+    "resolve_decoding",
+    "sample_outputs",
+]

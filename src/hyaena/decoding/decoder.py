@@ -1,8 +1,7 @@
 """Decoding without waiting: a step reads its tokens from the device, leaves the next ones there, and is captured.
 
-On a CUDA device a step is recorded once per number of rows and then replayed as one graph, so that no step costs the
-host more than a launch. What it chose comes back a step late: while the host looks at one token, the device already
-computes the next.
+On a CUDA device a step is captured once per bucket of rows (1, 2, 4, 8, …) and then replayed as one graph, so that no
+step costs the host more than a launch. Rows join and leave between steps.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ from torch import Tensor
 
 from hyaena import ops
 from hyaena.cache import Cache
-from hyaena.decoding.memory import StaticMemory, move_rows
-from hyaena.decoding.sampler import GraphSampler, StepOutput
-from hyaena.decoding.step import step, why_not
+from hyaena.decoding.sampler import GraphSampler, StepOutput, move_rows
+from hyaena.decoding.static_cache import StaticCache
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.model import StripedHyena
-from hyaena.ops import triton
+from hyaena.ops import StepContext, triton
 from hyaena.ops.backend import log_once
 from hyaena.ops.step import DecodeOperators
 from hyaena.sampling import SamplingFeatures, SamplingParams
@@ -32,24 +30,33 @@ Decoding = Literal["auto", "eager", "static", "cuda_graph"]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a graph is good for, and nothing else."""
+    """What a captured graph depends on.
 
-    rows: int
-    capacity: int
-    needs: SamplingFeatures
+    Attributes:
+        places: rows that it computes, a power of two.
+        positions: the most tokens of any row.
+        features: of sampling.
+        top: most probable tokens that it reports.
+        seen: whether it records which tokens occurred.
+    """
+
+    places: int
+    positions: int
+    features: SamplingFeatures
     top: int
+    seen: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """A captured step, and where it leaves what it chose."""
+    """A captured step and the tensor that it leaves its outputs in."""
 
     shape: Shape
     graph: torch.cuda.CUDAGraph
     packed: Tensor
 
     def replay(self, shape: Shape) -> Tensor:
-        """Run the step again. A graph of another shape would read and write what is not its own."""
+        """Run the step again. A graph of another shape would read and write memory that is not its own."""
         if shape != self.shape:
             raise AssertionError(f"a graph captured for {self.shape} was to be replayed for {shape}")
         self.graph.replay()
@@ -57,85 +64,121 @@ class Graph:
 
 
 class Decoder:
-    """The rows of a cache, decoded together.
+    """Decodes the rows that were added to it, all of them one token per step.
 
-    ``launch`` starts a step, ``fetch`` waits for the oldest that was not fetched. Rows that are finished may be left in
-    (their tokens mean nothing) or dropped with ``keep``.
+    ``add`` takes rows whose prompts were read into a cache, ``launch`` starts a step, ``fetch`` waits for the oldest
+    step that was not fetched, ``keep`` drops rows. A finished row may stay (its tokens mean nothing): ``retire``
+    marks it, so that its limit no longer counts.
 
     Args:
-        model: whose cache it is.
-        cache: prompts, read; of fixed size. It is taken over and must not be used afterwards.
-        ids: int [B], the token that each row goes on from.
-        params, generators: of each row.
-        seen: bool [B,V], where a repetition penalty needs it; taken over.
+        model: of all rows.
+        max_rows: the most rows; a power of two is used.
         top: how many of the most probable tokens to report.
-        captured: record steps as CUDA graphs; otherwise the same code runs each time.
+        cuda_graph: capture steps as CUDA graphs; otherwise the same code runs each time.
         operators: what a step computes with; chosen by the device unless given.
 
     Raises:
         UnsupportedError: the model has parts that a step would not call, or the device no graphs.
-        InputError: ids that do not fit, or a cache without maximum length.
     """
 
     def __init__(
         self,
         model: StripedHyena,
+        max_rows: int,
+        *,
+        top: int = 0,
+        cuda_graph: bool = False,
+        operators: DecodeOperators | None = None,
+    ) -> None:
+        reason = model.unsupported_reason() or (_no_graphs(model) if cuda_graph else None)
+        if reason is not None:
+            raise UnsupportedError(f"static decoding is not possible: {reason}; decode with decoding='eager'")
+        self.model = model
+        self.operators = operators or choose_operators(model)
+        places = _bucket(max_rows)
+        with torch.inference_mode():
+            self.static = StaticCache(model, places)
+            self.sampler = GraphSampler(places, model.config.vocab_size, top=top, device=model.device)
+            self.ids = torch.zeros(places, dtype=torch.int64, device=model.device)
+        self.retired: set[int] = set()
+        self.cuda_graph = cuda_graph
+        self.graphs: dict[Shape, Graph] = {}
+        self.pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    @property
+    def rows(self) -> int:
+        return self.static.rows
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row holds, those of launched steps included."""
+        return self.static.lengths
+
+    @torch.inference_mode()
+    def add(
+        self,
         cache: Cache,
         ids: Tensor,
         params: Sequence[SamplingParams],
         generators: Sequence[torch.Generator],
         *,
         seen: Tensor | None = None,
-        top: int = 0,
-        captured: bool = False,
-        operators: DecodeOperators | None = None,
     ) -> None:
-        reason = why_not(model) or (_no_graphs(model) if captured else None)
-        if reason is not None:
-            raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='eager'")
+        """Append the rows of a cache, which is empty afterwards. Everything launched must have been fetched.
+
+        Args:
+            cache: prompts, read; with a maximum length.
+            ids: int [rows], the token that each row goes on from.
+            params, generators: of each row.
+            seen: bool [rows,V], the tokens that occurred, where a repetition penalty needs them.
+
+        Raises:
+            InputError: ids that do not fit, or a cache without maximum length.
+            CapacityError: more rows than ``max_rows``.
+        """
+        self._check_idle()
         if not ids.shape[0] == cache.batch_size == len(params) == len(generators):
             raise InputError(f"the cache holds {cache.batch_size} rows, and the decoder was given {ids.shape[0]} ids")
-        self.model = model
-        self.operators = operators or choose_operators(model)
-        with torch.inference_mode():
-            self.memory = StaticMemory.adopt(cache, model.config)
-            self.chooser = GraphSampler(params, generators, seen=seen, top=top, device=model.device)
-            self.ids = ids.to(model.device, torch.int64, copy=True)
-        self.length = cache.length
-        self.rows = ids.shape[0]
-        self.captured = captured
-        self.graphs: dict[Shape, Graph] = {}
-        self.pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        start = self.rows
+        positions = self.static.positions
+        self.static.add(cache)
+        self.sampler.add(params, generators, seen)
+        self.ids[start : self.rows] = ids.to(self.ids.device)
+        if self.static.positions != positions:
+            self.graphs.clear()  # they read the rotary table of fewer positions
 
     @torch.inference_mode()
     def launch(self) -> None:
         """Start a step; on a CUDA device, without waiting for it.
 
         Raises:
-            CapacityError: the memory is full; nothing was started.
+            CapacityError: a row that is not retired has reached its limit; nothing was started.
         """
-        if self.length >= self.memory.capacity:
-            raise CapacityError(
-                f"the cache holds {self.length} of at most {self.memory.capacity} tokens: "
-                "make it with a larger max_length"
-            )
+        for row, (length, limit) in enumerate(zip(self.static.lengths, self.static.limits, strict=True)):
+            if length >= limit and row not in self.retired:
+                raise CapacityError(
+                    f"row {row} holds {length} of at most {limit} tokens: make its cache with a larger max_length"
+                )
+        if not self.rows:
+            raise InputError("the decoder has no rows: add some")
         if self.model.device.type != "cuda":
-            self.chooser.prepare()
-            self.pending.append((self._step(self.memory.rows(self.rows)), None))
+            self.sampler.prepare()
+            self.pending.append((self._step(self._shape()), None))
         else:
             with torch.cuda.device(self.model.device):  # graphs and kernels go to the current one
                 self.pending.append(self._launch())
-        self.length += 1
+        pairs = zip(self.static.lengths, self.static.limits, strict=True)
+        self.static.lengths = [min(length + 1, limit) for length, limit in pairs]
 
     def _launch(self) -> tuple[Tensor, torch.cuda.Event]:
-        self.chooser.prepare()
-        if self.captured:
-            shape = self._shape()
+        self.sampler.prepare()
+        shape = self._shape()
+        if self.cuda_graph:
             if shape not in self.graphs:
                 self.graphs[shape] = self._capture(shape)
             packed = self.graphs[shape].replay(shape)
         else:
-            packed = self._step(self.memory.rows(self.rows))
+            packed = self._step(shape)
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         host.copy_(packed, non_blocking=True)
         event = torch.cuda.Event()
@@ -143,65 +186,84 @@ class Decoder:
         return host, event
 
     def fetch(self) -> StepOutput:
-        """What the oldest step that was not fetched chose."""
+        """The outputs of the oldest step that was not fetched, of the rows that are here."""
         packed, event = self.pending.popleft()
         if event is not None:
             event.synchronize()
-        return StepOutput.unpack(packed)
+        return StepOutput.unpack(packed[: self.rows])
+
+    def retire(self, row: int) -> None:
+        """Say that the tokens of a row no longer matter, so that it may stay although it is full."""
+        self.retired.add(row)
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, in rising order. Everything launched must have been fetched."""
-        if self.pending:
-            raise AssertionError("rows may leave between steps only: fetch what was launched")
-        if not rows or list(rows) != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < self.rows:
+        """Drop all rows but these, in rising order. Everything launched must have been fetched."""
+        self._check_idle()
+        if list(rows) != sorted(set(rows)) or not all(0 <= row < self.rows for row in rows):
             raise InputError(f"keep takes rows of 0 … {self.rows - 1} in rising order, and was given {list(rows)}")
-        move_rows([*self.memory.by_row(), self.ids], rows)
-        self.chooser.keep(rows)
-        self.rows = len(rows)
+        self.static.keep(list(rows))
+        self.sampler.keep(rows)
+        move_rows(self.ids, rows)
+        self.retired = {place for place, row in enumerate(rows) if row in self.retired}
 
     def cache(self) -> Cache:
-        """An ordinary cache of what has been read, over the same storage: valid until the next step."""
-        return self.memory.rows(self.rows).as_cache(self.length)
+        """An ordinary cache of the rows, over the same storage: valid until the next step."""
+        return self.static.cache()
 
-    def _step(self, memory: StaticMemory) -> Tensor:
-        ids = self.ids[: self.rows]
-        logits = step(self.model, memory, ids, self.operators)
-        return self.chooser.choose(logits, ids, self.operators)
+    def _check_idle(self) -> None:
+        if self.pending:
+            raise AssertionError("rows join and leave between steps only: fetch what was launched")
+
+    def _step(self, shape: Shape) -> Tensor:
+        static, places = self.static, shape.places
+        states = [state.first(places) for state in static.states]
+        context = StepContext(
+            self.operators, static.device_lengths[:places], static.device_limits[:places], static.rotary
+        )
+        ids = self.ids[:places]
+        return self.sampler.sample(self.model.step(ids, states, context), ids, self.operators)
 
     def _shape(self) -> Shape:
-        return Shape(self.rows, self.memory.capacity, self.chooser.needs, self.chooser.top)
+        sampler = self.sampler
+        places = _bucket(self.rows) if self.cuda_graph else self.rows
+        return Shape(places, self.static.positions, sampler.features, sampler.top, sampler.seen is not None)
 
     def _capture(self, shape: Shape) -> Graph:
-        """Run the step once, which compiles kernels and lets libraries allocate, undo it, and record it."""
-        memory = self.memory.rows(self.rows)
-        changing = [*memory.changing(), *self.chooser.changing(), self.ids]
+        """Run the step once, which compiles kernels and lets libraries allocate, undo it, and capture it."""
+        places = shape.places
+        changing = [*self.static.mutated_tensors(places), *self.sampler.mutated_tensors(places), self.ids]
         before = [t.clone() for t in changing]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(memory)
+            self._step(shape)
             for tensor, old in zip(changing, before, strict=True):
                 tensor.copy_(old)
         torch.cuda.current_stream().wait_stream(stream)
         pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            packed = self._step(memory)
+            packed = self._step(shape)
         return Graph(shape, graph, packed)
 
 
+def _bucket(rows: int) -> int:
+    """The smallest power of two that is at least ``rows``."""
+    return 1 << (max(1, rows) - 1).bit_length()
+
+
 def choose_operators(model: StripedHyena) -> DecodeOperators:
-    """The kernels on a CUDA device, the plain composition elsewhere. Kernels overlap where the device can do that.
+    """The kernels on a CUDA device, the plain operators elsewhere. Kernels overlap where the device supports it.
 
     Raises:
         UnsupportedError: the kernels cannot run there, or not on this model.
     """
     if model.device.type != "cuda":
         return DecodeOperators()
-    reason = _beyond_kernels(model)
+    reason = _unsupported_by_kernels(model)
     if reason is not None:
-        raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='eager'")
+        raise UnsupportedError(f"static decoding is not possible: {reason}; decode with decoding='eager'")
     from hyaena.ops.triton.decode.operators import FusedDecodeOperators  # Triton comes with torch on CUDA machines only
 
     return FusedDecodeOperators(overlap=triton.can_overlap(model.device))
@@ -211,18 +273,16 @@ def _no_graphs(model: StripedHyena) -> str | None:
     if model.device.type != "cuda":
         return f"graphs are captured on CUDA devices, and the model is on {model.device}"
     if triton.interpreted():
-        return "what Triton's interpreter does cannot be captured: unset TRITON_INTERPRET"
+        return "the work of Triton's interpreter cannot be captured: unset TRITON_INTERPRET"
     return None
 
 
-def _beyond_kernels(model: StripedHyena) -> str | None:
-    config = model.config
-    sizes = config.head_dim, config.state_size, config.short_filter_length
-    return triton.decode_obstacle(model.dtype, *sizes, model.device.type)
+def _unsupported_by_kernels(model: StripedHyena) -> str | None:
+    return triton.decode_unsupported_reason(model.dtype, model.config.head_dim, model.device.type)
 
 
 def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decoding:
-    """How tokens will be decoded: what was asked for, if it can be; ``"auto"`` is the fastest that can.
+    """How tokens will be decoded: as requested where that is possible; ``"auto"`` is the fastest possible way.
 
     Args:
         model: whose tokens.
@@ -239,15 +299,15 @@ def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decodi
         raise InputError(f"unknown decoding {wish!r}: choose {', '.join(get_args(Decoding))}")
     if wish == "eager" or (wish == "auto" and model.device.type != "cuda"):
         return "eager"
-    reason = why_not(model) or (_no_graphs(model) if wish != "static" else None)
+    reason = model.unsupported_reason() or (_no_graphs(model) if wish != "static" else None)
     if reason is None and model.device.type == "cuda":
-        reason = _beyond_kernels(model)
+        reason = _unsupported_by_kernels(model)
         if reason is None and ops.capabilities(method).state == "window":
             reason = f"the kernels step modes, and {method!r} leaves the windows of cut filters"
     if wish == "auto":
-        choice = "captured steps" if reason is None else f"calls of the model, not captured steps: {reason}"
+        choice = "CUDA graphs" if reason is None else f"calls of the model, not CUDA graphs: {reason}"
         log_once("tokens are decoded by", choice)
         return "cuda_graph" if reason is None else "eager"
     if reason is not None:
-        raise UnsupportedError(f"cannot decode on fixed memory: {reason}; decode with decoding='eager'")
+        raise UnsupportedError(f"static decoding is not possible: {reason}; decode with decoding='eager'")
     return wish

@@ -1,49 +1,88 @@
-"""A decoder that is kept one step ahead of whoever reads its tokens."""
+"""Runs the decoder one step ahead, so that the device never waits for the host."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
 
+import torch
+from torch import Tensor
+
+from hyaena.cache import Cache
 from hyaena.decoding.decoder import Decoder
 from hyaena.decoding.sampler import StepOutput
+from hyaena.sampling import SamplingParams
+
+K = TypeVar("K", bound=Hashable)
 
 
-class PipelinedDecoder:
-    """The choices of a decoder, step by step; the next step already runs while one is looked at.
+class PipelinedDecoder(Generic[K]):
+    """A decoder whose next step already runs while the outputs of one are looked at.
 
-    A row that leaves is one step late too: what the device computed for it in between is dropped. Its place is given
-    back when half of the rows have left, since every number of rows is a graph of its own.
+    Rows have keys, by which outputs name them. A row that leaves is one step late: what the device computed for it in
+    between is dropped. Its place is freed when rows join, or when half of the rows have left.
 
     Args:
         decoder: whose rows are read; nobody else may launch or fetch.
-        steps: the most that will be asked for. None more is launched.
     """
 
-    def __init__(self, decoder: Decoder, steps: int) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.left = steps
-        self.rows = list(range(decoder.rows))  # places of the rows that are still read
-        self.fetched: deque[StepOutput] = deque()
+        self.keys: list[K] = []  # of the decoder's rows, in order
+        self.left: dict[K, int] = {}  # steps that a row still needs, of rows that have not left
+        self.fetched: deque[tuple[list[K], StepOutput]] = deque()
 
-    def next(self) -> StepOutput:
-        """The choices of the rows that are still read, after one more step."""
-        while self.left and len(self.fetched) + len(self.decoder.pending) < 2:
-            self.decoder.launch()
-            self.left -= 1
-        choice = self.fetched.popleft() if self.fetched else self.decoder.fetch()
-        return choice.select(self.rows)
+    def add(
+        self,
+        keys: Sequence[K],
+        steps: Sequence[int],
+        cache: Cache,
+        ids: Tensor,
+        params: Sequence[SamplingParams],
+        generators: Sequence[torch.Generator],
+        *,
+        seen: Tensor | None = None,
+    ) -> None:
+        """Add rows, see ``Decoder.add``; ``steps`` is the most that each needs."""
+        self.wait()
+        self._compact()
+        self.decoder.add(cache, ids, params, generators, seen=seen)
+        self.keys += keys
+        self.left |= dict(zip(keys, steps, strict=True))
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these of the rows that are still read."""
-        self.rows = [self.rows[row] for row in rows]
-        if self.rows and 2 * len(self.rows) <= self.decoder.rows:
+    def next(self) -> tuple[list[K], StepOutput]:
+        """The outputs of one more step, and the keys of its rows; rows that have left may be among them."""
+        while len(self.fetched) + len(self.decoder.pending) < 2 and any(self.left.values()):
+            self._launch()
+        return self.fetched.popleft() if self.fetched else self._fetch()
+
+    def remove(self, keys: Sequence[K]) -> None:
+        """Drop rows."""
+        for key in keys:
+            del self.left[key]
+            self.decoder.retire(self.keys.index(key))
+        if self.left and 2 * len(self.left) <= len(self.keys):
             self.wait()
-            self.fetched = deque(choice.select(self.rows) for choice in self.fetched)
-            self.decoder.keep(self.rows)
-            self.rows = list(range(len(self.rows)))
+            self._compact()
 
     def wait(self) -> None:
         """Fetch what was launched: afterwards the device no longer works on this decoder's memory."""
         while self.decoder.pending:
-            self.fetched.append(self.decoder.fetch())
+            self.fetched.append(self._fetch())
+
+    def _launch(self) -> None:
+        for row, key in enumerate(self.keys):
+            if not self.left.get(key):
+                self.decoder.retire(row)
+        self.decoder.launch()
+        self.left = {key: max(0, steps - 1) for key, steps in self.left.items()}
+
+    def _fetch(self) -> tuple[list[K], StepOutput]:
+        return list(self.keys), self.decoder.fetch()
+
+    def _compact(self) -> None:
+        rows = [row for row, key in enumerate(self.keys) if key in self.left]
+        if len(rows) < len(self.keys):
+            self.decoder.keep(rows)
+            self.keys = [self.keys[row] for row in rows]

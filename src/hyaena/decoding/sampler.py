@@ -1,4 +1,4 @@
-"""Choosing tokens on the device, in storage that never moves: ``sampling`` without waiting."""
+"""Samples on the device into fixed buffers, so that it can be captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hyaena.decoding.memory import move_rows
 from hyaena.ops.step import DecodeOperators
 from hyaena.sampling import (
     SamplingFeatures,
@@ -21,7 +20,7 @@ from hyaena.sampling import (
 )
 
 BLOCK = 256
-"""Numbers that are drawn for a row and brought to the device at once."""
+"""Uniform numbers that are drawn for a row and copied to the device together."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class StepOutput:
 
     Attributes:
         tokens: one per row.
-        logprobs: theirs.
+        logprobs: their log-probabilities.
         top: per row, the most probable (id, log-probability) pairs.
         finite: per row, whether the logits were; where not, the token means nothing.
     """
@@ -40,18 +39,9 @@ class StepOutput:
     top: list[tuple[tuple[int, float], ...]]
     finite: list[bool]
 
-    def select(self, rows: Sequence[int]) -> StepOutput:
-        """Of these rows, in this order."""
-        return StepOutput(
-            tokens=[self.tokens[row] for row in rows],
-            logprobs=[self.logprobs[row] for row in rows],
-            top=[self.top[row] for row in rows],
-            finite=[self.finite[row] for row in rows],
-        )
-
     @classmethod
     def unpack(cls, packed: Tensor) -> StepOutput:
-        """From what ``pack`` returns; brings it to the host if it is not there."""
+        """Read what ``pack_outputs`` returned; copies it to the host if it is not there."""
         rows = packed.tolist()
         count = (packed.shape[1] - 3) // 2
         return cls(
@@ -66,49 +56,67 @@ class StepOutput:
 
 
 def pack_outputs(logits: Tensor, ids: Tensor, finite: Tensor, top: int) -> Tensor:
-    """All that is said of ids [B] chosen from logits [B,V], for one copy to the host: float64 [B,3+2·top]."""
+    """Pack token, log-probability, finite flag and top-k of every row into one tensor (one copy to the host).
+
+    logits [B,V], ids [B], finite [B] -> float64 [B,3+2·top].
+    """
     chosen, values, indices = log_probabilities(logits, ids, top)
-    said = torch.stack([ids.double(), chosen.double(), finite.double()], dim=1)
-    return torch.cat([said, values.double(), indices.double()], dim=1)
+    first = torch.stack([ids.double(), chosen.double(), finite.double()], dim=1)
+    return torch.cat([first, values.double(), indices.double()], dim=1)
 
 
 class GraphSampler:
-    """Everything that choosing needs, for up to as many rows as there are parameters.
+    """Sampling parameters, random numbers and seen tokens of up to ``max_rows`` rows, in buffers that never move.
 
     Each row has its own CPU generator, of which it takes one number per token, in the order in which
-    ``sampling.sample`` would: so a seed means the same here. They are drawn a block ahead.
+    ``sampling.sample`` would: so a seed means the same here. They are drawn in blocks.
     """
 
-    def __init__(
-        self,
-        params: Sequence[SamplingParams],
-        generators: Sequence[torch.Generator],
-        *,
-        seen: Tensor | None,
-        top: int,
-        device: torch.device,
-    ) -> None:
-        self.params = list(params)
-        self.generators = list(generators)
-        self.seen = seen
+    def __init__(self, max_rows: int, vocab_size: int, *, top: int, device: torch.device) -> None:
+        self.params: list[SamplingParams] = []
+        self.generators: list[torch.Generator] = []
         self.top = top
-        self.needs = SamplingFeatures.of(self.params)
-        self.knobs = params_tensor(self.params).to(device)
-        self.uniform = torch.zeros(len(self.params), BLOCK, dtype=torch.float64, device=device)
+        self.features = SamplingFeatures()
+        self.knobs = params_tensor([SamplingParams()] * max_rows).to(device)
+        self.uniform = torch.zeros(max_rows, BLOCK, dtype=torch.float64, device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.left = 0  # numbers of the block that no step has taken
+        self.vocab_size = vocab_size
+        self.seen: Tensor | None = None  # bool [max_rows,V], where a repetition penalty needs it
 
-    def changing(self) -> list[Tensor]:
-        """What a step changes."""
-        return [self.counter] + ([] if self.seen is None else [self.seen])
+    def mutated_tensors(self, places: int) -> list[Tensor]:
+        """What a step changes and would change again if repeated."""
+        return [self.counter] + ([] if self.seen is None else [self.seen[:places]])
+
+    def add(self, params: Sequence[SamplingParams], generators: Sequence[torch.Generator], seen: Tensor | None) -> None:
+        """Append rows. ``seen`` bool [rows,V] says which tokens occurred, where a repetition penalty needs it."""
+        start = len(self.params)
+        self.params += params
+        self.generators += generators
+        self.features = SamplingFeatures.of(self.params)
+        here = slice(start, len(self.params))
+        self.knobs[here] = params_tensor(params).to(self.knobs.device)
+        if self.features.draw and self.left:  # the rest of the block, so that all rows exhaust it together
+            self.uniform[here, BLOCK - self.left :] = self._draw(here, self.left).to(self.uniform.device)
+        if self.features.penalty and self.seen is None:
+            self.seen = torch.zeros(self.knobs.shape[0], self.vocab_size, dtype=torch.bool, device=self.knobs.device)
+        if self.seen is not None:
+            self.seen[here] = False if seen is None else seen
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, which are in rising order."""
+        self.params = [self.params[row] for row in rows]
+        self.generators = [self.generators[row] for row in rows]
+        self.features = SamplingFeatures.of(self.params)
+        for tensor in [self.knobs, self.uniform] + ([] if self.seen is None else [self.seen]):
+            move_rows(tensor, rows)
 
     def prepare(self) -> None:
-        """Before each step: see that there is a number left for it. Never waits for the device."""
-        if not self.needs.draw:
+        """Make sure, before each step, that there is a number for it. Never waits for the device."""
+        if not self.features.draw:
             return
         if self.left == 0:
-            pairs = zip(self.params, self.generators, strict=True)
-            block = torch.stack([draw(params, generator, BLOCK) for params, generator in pairs])
+            block = self._draw(slice(0, len(self.params)), BLOCK)
             if self.uniform.is_cuda:
                 block = block.pin_memory()  # a copy from pageable memory would wait
             self.uniform[: len(self.params)].copy_(block, non_blocking=True)
@@ -116,30 +124,34 @@ class GraphSampler:
             self.left = BLOCK
         self.left -= 1
 
-    def choose(self, logits: Tensor, ids: Tensor, operators: DecodeOperators) -> Tensor:
-        """The tokens after logits [B,V] into ids [B], in place; all that is said of them, packed: float64 [B,3+2·top].
+    def _draw(self, rows: slice, count: int) -> Tensor:
+        pairs = zip(self.params[rows], self.generators[rows], strict=True)
+        return torch.stack([draw(params, generator, count) for params, generator in pairs])
 
-        The next step reads the ids, whatever the host does later: they are 0 where logits are not finite.
+    def sample(self, logits: Tensor, ids: Tensor, operators: DecodeOperators) -> Tensor:
+        """Choose a token per row of logits [B,V] into ids [B], in place; the packed outputs float64 [B,3+2·top].
+
+        The next step reads the ids whatever the host does later: they are 0 where logits are not finite.
         """
         count = logits.shape[0]
         seen = None if self.seen is None else self.seen[:count]
-        if self.needs == SamplingFeatures() and seen is None and self.top == 0:
-            return operators.greedy(logits, ids)
+        if self.features == SamplingFeatures() and seen is None and self.top == 0:
+            return operators.argmax(logits, ids)
         finite = finite_rows(logits)
-        if self.needs == SamplingFeatures():
+        if self.features == SamplingFeatures():
             chosen = logits.argmax(dim=-1)
         else:
             uniform = self.uniform[:count].index_select(1, self.counter)
-            chosen = choose(logits, self.knobs[:count], uniform, seen, self.needs)
+            chosen = choose(logits, self.knobs[:count], uniform, seen, self.features)
             self.counter.add_(1)
         ids.copy_(torch.where(finite, chosen, 0))
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)
         return pack_outputs(logits, ids, finite, self.top)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, in rising order."""
-        self.params = [self.params[row] for row in rows]
-        self.generators = [self.generators[row] for row in rows]
-        self.needs = SamplingFeatures.of(self.params)
-        move_rows([self.knobs, self.uniform] + ([] if self.seen is None else [self.seen]), rows)
+
+def move_rows(tensor: Tensor, rows: Sequence[int]) -> None:
+    """Move the given rows, in rising order, to the front, in place."""
+    for place, row in enumerate(rows):
+        if place != row:
+            tensor[place].copy_(tensor[row])

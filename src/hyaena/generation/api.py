@@ -14,7 +14,7 @@ from hyaena.arguments import kind_of
 from hyaena.decoding import resolve_decoding
 from hyaena.errors import InputError, nearest, shown
 from hyaena.generation.chunks import choose_chunk
-from hyaena.generation.loop import Event, FinishReason, Row, Run, Stats
+from hyaena.generation.loop import Event, FinishReason, GenerationLoop, Row, Stats
 from hyaena.generation.settings import Options, Settings, encode_prompts, parse_prompts
 from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
@@ -190,7 +190,7 @@ def _start(
         for index, (ids, seed, repeat) in enumerate(zip(encoded, seeds, settings.repeats(encoded), strict=True))
     ]
     longest = max(len(row.prompt) for row in rows)
-    run = Run(
+    run = GenerationLoop(
         model,
         rows,
         method=settings.method,

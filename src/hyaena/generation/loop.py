@@ -1,14 +1,16 @@
-"""The machinery of generation: rows, prefill, step, choice.
+"""The generation loop: rows whose prompts are read, and rows that are decoded, at the same time.
 
-Short prompts are read together, padded on the left, long ones by themselves and in chunks, and no pass through the
-model carries more than a chunk's tokens, so the memory of a prefill does not grow with the prompt (the cache does).
-Rows that finish leave the batch.
+Prompts are read shortest first. Short ones are read together, padded on the left, long ones by themselves and in
+chunks, and no pass through the model carries more than a chunk's tokens, so the memory of a prefill does not grow with
+the prompt (the cache does). A row is decoded as soon as its prompt is read: between two passes over longer prompts, all
+rows that were read take one step. Rows that finish leave the batch.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,12 +19,12 @@ import torch
 from torch import Tensor
 
 from hyaena.cache import Cache
-from hyaena.decoding import Decoder, Decoding, PipelinedDecoder, StepOutput, pack_outputs
+from hyaena.decoding import Decoder, Decoding, EagerDecoder, PipelinedDecoder, StepOutput, sample_outputs
 from hyaena.errors import NonFiniteError
 from hyaena.generation.nonfinite import first_non_finite
 from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
-from hyaena.sampling import SamplingParams, finite_rows, sample
+from hyaena.sampling import SamplingParams
 
 FinishReason = Literal["eos", "stop", "length"]
 Progress = Callable[[int, int], None]
@@ -34,7 +36,7 @@ attention needs a mask of the pass's length squared, stays cheap."""
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What one row took. Seconds count work, not the time between events that the caller keeps for itself.
+    """Timing and memory of one sequence. Seconds count work, not the time that the caller takes between events.
 
     Attributes:
         prompt_tokens: tokens read.
@@ -136,10 +138,18 @@ class Row:
         )
 
 
-class Run:
-    """The rows that are still being written: their prefill, and what is made of each token."""
+class GenerationLoop:
+    """Reads the prompts of all rows and decodes them.
 
-    seconds: float = 0.0  # of work, since the call
+    Args:
+        model: of all rows.
+        rows: to be read.
+        method: how long convolutions of the prompts are evaluated.
+        decoding: how single steps are evaluated; resolved, not ``"auto"``.
+        chunk: the most tokens of one pass over prompts.
+        top: how many of the most probable tokens to report.
+        progress: called with the prompt tokens that were read, and all prompt tokens, after each pass.
+    """
 
     def __init__(
         self,
@@ -153,117 +163,115 @@ class Run:
         progress: Progress | None,
     ) -> None:
         self.model = model
-        self.rows = rows
+        self.rows = {row.index: row for row in rows}  # not finished
         self.method = method
         self.decoding = decoding
         self.chunk = chunk
         self.top = top
         self.progress = progress
+        self.seconds = 0.0  # of work, since the call
+        self.waiting = deque(
+            Prefill(model, group, method, chunk) for group in _groups(rows, min(chunk, MAX_PREFILL_BATCH_TOKENS))
+        )
+        self.total, self.read = sum(len(row.prompt) for row in rows), 0
+        self.decoder: EagerDecoder[int] | PipelinedDecoder[int] | None = None
+        self.decoding_rows: set[int] = set()
 
     def events(self) -> Iterator[Event]:
-        """Inference mode is on inside the passes only: a generator would leave it on for whoever iterates."""
-        steps: Forward | PipelinedDecoder | None = None
+        """Events, as they come. Inference mode is on inside the passes only: a generator would leave it on outside."""
         try:
-            while self.rows:
-                began = time.perf_counter()
-                if steps is None:
-                    choice, steps = self._begin()
-                else:
-                    choice = steps.next()
-                if not all(choice.finite):
-                    if isinstance(steps, PipelinedDecoder):
-                        steps.wait()
-                    steps = None  # the search for the cause needs a cache of its own
-                    raise self._explain(self.rows[choice.finite.index(False)])
-                events, going = self._take(choice, began)
-                if len(going) < len(self.rows):
-                    self.rows = [self.rows[i] for i in going]
-                    steps.keep(going)
-                self.seconds += time.perf_counter() - began
-                yield from events
+            while self.waiting or self.decoding_rows:
+                if self.waiting:
+                    yield from self._work(self._read)
+                if self.decoding_rows:
+                    yield from self._work(self._decode)
         finally:
-            if isinstance(steps, PipelinedDecoder):
-                steps.wait()
+            if self.decoder is not None:
+                self.decoder.wait()
+
+    def _work(self, part: Callable[[], tuple[list[int], StepOutput] | None]) -> list[Event]:
+        """Do one part of the work, with its time counted."""
+        began = time.perf_counter()
+        result = part()
+        events = [] if result is None else self._take(*result, began)
+        self.seconds += time.perf_counter() - began
+        return events
 
     @torch.inference_mode()
-    def _begin(self) -> tuple[StepOutput, Forward | PipelinedDecoder]:
-        """Read the prompts and choose the first token of each; and the way to the others."""
-        logits, cache = self._prefill()
+    def _read(self) -> tuple[list[int], StepOutput] | None:
+        """One pass over prompts; where it was the last of a group, the first tokens of the group's rows."""
+        prefill = self.waiting[0]
+        logits = prefill.run_pass()
+        self.read += prefill.last_count
+        if self.progress is not None:
+            self.progress(self.read, self.total)
+        if logits is None:
+            return None
+        self.waiting.popleft()
+        rows = prefill.rows
+        params, generators = [row.params for row in rows], [row.generator for row in rows]
         seen = None
-        if any(row.params.repetition_penalty != 1 for row in self.rows):
+        if any(row.params.repetition_penalty != 1 for row in rows):
             seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            for i, row in enumerate(self.rows):
+            for i, row in enumerate(rows):
                 seen[i, torch.tensor(row.prompt, device=logits.device)] = True
-        forward = Forward(self.model, cache, self.rows, seen, self.top)
-        choice = forward.choose(logits)
-        most = max(row.max_new_tokens for row in self.rows) - 1
-        if self.decoding == "eager" or most == 0 or not all(choice.finite):
-            return choice, forward
-        decoder = Decoder(
-            self.model,
-            cache,
-            forward.ids,
-            [row.params for row in self.rows],
-            [row.generator for row in self.rows],
-            seen=seen,
-            top=self.top,
-            captured=self.decoding == "cuda_graph",
-        )
-        return choice, PipelinedDecoder(decoder, most)
+        ids, output = sample_outputs(logits, params, generators, seen, self.top)
+        keys = [row.index for row in rows]
+        steps = [row.max_new_tokens - 1 for row in rows]
+        if all(output.finite) and any(steps):
+            if self.decoder is None:
+                self.decoder = self._make_decoder()
+            self.decoder.add(keys, steps, prefill.cache, ids, params, generators, seen=seen)
+            self.decoding_rows |= set(keys)
+        return keys, output
 
-    @torch.inference_mode()
-    def _prefill(self) -> tuple[Tensor, Cache]:
-        """Read all prompts; the logits [B,V] after them. The order of the rows becomes that of the cache."""
-        groups = _groups(self.rows, min(self.chunk, MAX_PREFILL_BATCH_TOKENS))
-        self.rows = [row for group in groups for row in group]
-        longest = max(len(row.prompt) for row in self.rows)
-        capacity = longest + self.rows[0].max_new_tokens
-        total, done = sum(len(row.prompt) for row in self.rows), 0
-        caches, logits = [], []
-        for group in groups:
-            width = max(len(row.prompt) for row in group)
-            # Where caches are merged, each only has to hold its prompts: the merged one gets the room to write.
-            room = capacity if len(groups) == 1 else width
-            cache = self.model.make_cache(len(group), max_length=room, method=self.method)
-            for part, mask in _passes(group, width, self.chunk):
-                device = self.model.device
-                out = self.model(
-                    part.to(device),
-                    cache=cache,
-                    mask=None if mask is None else mask.to(device),
-                    logits_to_keep=1,
-                    method=self.method,
-                )
-                done += int(part.numel() if mask is None else mask.sum())
-                if self.progress is not None:
-                    self.progress(done, total)
-            caches.append(cache)
-            logits.append(out[:, -1])
-        return torch.cat(logits), caches[0] if len(caches) == 1 else Cache.merge(caches, max_length=capacity)
+    def _decode(self) -> tuple[list[int], StepOutput]:
+        assert self.decoder is not None
+        return self.decoder.next()
 
-    def _take(self, choice: StepOutput, began: float) -> tuple[list[Event], list[int]]:
-        """What the next token of each row means, and which rows go on."""
+    def _make_decoder(self) -> EagerDecoder[int] | PipelinedDecoder[int]:
+        if self.decoding == "eager":
+            return EagerDecoder(self.model, top=self.top)
+        decoder = Decoder(self.model, len(self.rows), top=self.top, cuda_graph=self.decoding == "cuda_graph")
+        return PipelinedDecoder(decoder)
+
+    def _take(self, keys: list[int], output: StepOutput, began: float) -> list[Event]:
+        """Add the tokens of one step to their rows; rows that finish leave."""
         now = self.seconds + time.perf_counter() - began
-        events, going = [], []
-        for i, row in enumerate(self.rows):
-            text, reason = row.take(choice.tokens[i], now)
+        events, finished = [], []
+        for i, key in enumerate(keys):
+            row = self.rows.get(key)
+            if row is None:  # it finished while this step was computed
+                continue
+            if not output.finite[i]:
+                raise self._explain(row)
+            text, reason = row.take(output.tokens[i], now)
             events.append(
                 Event(
                     index=row.index,
-                    token=choice.tokens[i],
+                    token=output.tokens[i],
                     text=text,
-                    logprob=choice.logprobs[i],
-                    top_logprobs=choice.top[i],
+                    logprob=output.logprobs[i],
+                    top_logprobs=output.top[i],
                     finish_reason=reason,
                     stats=row.stats(now, self.model.device) if reason else None,
                 )
             )
-            if reason is None:
-                going.append(i)
-        return events, going
+            if reason is not None:
+                finished.append(key)
+        for key in finished:
+            del self.rows[key]
+        leaving = [key for key in finished if key in self.decoding_rows]
+        if leaving and self.decoder is not None:
+            self.decoding_rows -= set(leaving)
+            self.decoder.remove(leaving)
+        return events
 
     def _explain(self, row: Row) -> NonFiniteError:
-        """Find where the numbers went wrong; what to say of it."""
+        """Find where the numbers went wrong; the error that says so."""
+        if self.decoder is not None:
+            self.decoder.wait()
+        self.decoder = None  # the search for the cause needs a cache of its own
         where = first_non_finite(self.model, row.prompt + row.tokens, method=self.method)
         return NonFiniteError(
             f"the logits after {len(row.prompt)} prompt tokens and {len(row.tokens)} new ones are not finite: {where}; "
@@ -271,45 +279,46 @@ class Run:
         )
 
 
-class Forward:
-    """Decoding by calls of the model: any model, any device."""
+class Prefill:
+    """Reads the prompts of rows together, pass by pass, into a cache of their own.
 
-    def __init__(self, model: StripedHyena, cache: Cache, rows: list[Row], seen: Tensor | None, top: int) -> None:
+    Attributes:
+        rows: that are read.
+        cache: with room for the prompts and the new tokens of the rows.
+        last_count: prompt tokens that the last pass read.
+    """
+
+    def __init__(self, model: StripedHyena, rows: list[Row], method: str, chunk: int) -> None:
         self.model = model
-        self.cache = cache
-        self.params = [row.params for row in rows]
-        self.generators = [row.generator for row in rows]
-        self.seen = seen
-        self.top = top
-        self.ids = torch.zeros(0)
+        self.rows = rows
+        self.method = method
+        self.last_count = 0
+        self.width = max(len(row.prompt) for row in rows)
+        self._passes = _passes(rows, self.width, chunk)
+        self._left = 1 if len(rows) > 1 else -(-self.width // chunk)
+        self._cache: Cache | None = None
 
-    @torch.inference_mode()
-    def next(self) -> StepOutput:
-        """Read the last token of each row, and choose the next."""
-        return self.choose(self.model(self.ids[:, None], cache=self.cache, logits_to_keep=1)[:, -1])
+    @property
+    def cache(self) -> Cache:
+        if self._cache is None:  # made when the first pass is, so that waiting prompts cost nothing
+            room = max(len(row.prompt) + row.max_new_tokens for row in self.rows)
+            self._cache = self.model.make_cache(len(self.rows), max_length=room, method=self.method)
+        return self._cache
 
-    @torch.inference_mode()
-    def choose(self, logits: Tensor) -> StepOutput:
-        """Choose a token per row from logits [B,V]; none where any row's are not finite."""
-        finite = finite_rows(logits)
-        if bool(finite.all()):
-            self.ids = sample(logits, self.params, self.generators, seen=self.seen)
-        else:
-            self.ids = torch.zeros(len(finite), dtype=torch.int64, device=logits.device)
-        if self.seen is not None:
-            self.seen.scatter_(1, self.ids[:, None], True)
-        return StepOutput.unpack(pack_outputs(logits, self.ids, finite, self.top))
-
-    @torch.inference_mode()
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows."""
-        if not rows:
-            return
-        self.cache = self.cache.select(rows)
-        self.ids = self.ids[rows]
-        self.params = [self.params[row] for row in rows]
-        self.generators = [self.generators[row] for row in rows]
-        self.seen = None if self.seen is None else self.seen[rows]
+    def run_pass(self) -> Tensor | None:
+        """Read the next pass; after the last one the logits [B,V] that follow the prompts, before it None."""
+        ids, mask = next(self._passes)
+        device = self.model.device
+        logits = self.model(
+            ids.to(device),
+            cache=self.cache,
+            mask=None if mask is None else mask.to(device),
+            logits_to_keep=1,
+            method=self.method,
+        )
+        self.last_count = int(ids.numel() if mask is None else mask.sum())
+        self._left -= 1
+        return None if self._left else logits[:, -1]
 
 
 def _groups(rows: list[Row], most: int) -> list[list[Row]]:

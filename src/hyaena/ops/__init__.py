@@ -1,20 +1,25 @@
 """Pure functions on tensors: the mathematics of StripedHyena models, with no notion of a model."""
 
-from hyaena.ops.attention import attention
+from hyaena.ops.attention import Documents, attention, find_documents
+from hyaena.ops.backend import Backend, resolve_backend
 from hyaena.ops.gate import ACTIVATIONS, gate
-from hyaena.ops.hyena import FUSED_METHODS, HyenaState, capabilities, hyena
+from hyaena.ops.hyena import HyenaState, capabilities, hyena
+from hyaena.ops.kv import KVState
+from hyaena.ops.linear import Dense, Linear, linear
 from hyaena.ops.long_conv import (
     METHODS,
     TRUNCATION_TOLERANCE,
     CanonicalFilter,
     ExplicitFilter,
+    Filter,
     ModalFilter,
+    RealModalFilter,
     Truncation,
     choose_window,
     decay_lengths,
     dropped_energy,
+    kinds_of,
     long_conv,
-    resolve_method,
     taps,
     to_canonical,
     to_canonical_state,
@@ -24,26 +29,42 @@ from hyaena.ops.long_conv import (
 from hyaena.ops.norm import rms_norm
 from hyaena.ops.rope import rotary_table, rotate
 from hyaena.ops.short_conv import short_conv
+from hyaena.ops.state import RowTensors
+from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 
 __all__ = [
     "ACTIVATIONS",
-    "FUSED_METHODS",
     "METHODS",
     "TRUNCATION_TOLERANCE",
+    "Backend",
     "CanonicalFilter",
+    "DecodeOperators",
+    "Dense",
+    "Documents",
     "ExplicitFilter",
+    "Filter",
     "HyenaState",
+    "KVState",
+    "Linear",
     "ModalFilter",
+    "Norm",
+    "RMSNormWeight",
+    "RealModalFilter",
+    "RowTensors",
+    "StepContext",
     "Truncation",
     "attention",
     "capabilities",
     "choose_window",
     "decay_lengths",
     "dropped_energy",
+    "find_documents",
     "gate",
     "hyena",
+    "kinds_of",
+    "linear",
     "long_conv",
-    "resolve_method",
+    "resolve_backend",
     "rms_norm",
     "rotary_table",
     "rotate",

@@ -7,57 +7,50 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.ops import triton
-from hyaena.ops.backend import use_triton
-from hyaena.ops.long_conv import METHODS, Capabilities, ModalFilter, long_conv, resolve_method
+from hyaena.ops.backend import Backend, use_fused_hyena
+from hyaena.ops.long_conv import METHODS, Filter, Method, check_channels, long_conv
 from hyaena.ops.short_conv import short_conv
-
-FUSED_METHODS: dict[str, Capabilities] = {
-    "triton": Capabilities(
-        summary="fused GPU kernel, one pass over memory",
-        reset=False,
-        cost="O(T·N)",
-        memory="O(N·T/C)",
-    ),
-}
-"""Methods that evaluate the whole operator in one piece, beside those of ``long_conv`` in ``METHODS``."""
+from hyaena.ops.state import RowTensors
 
 
-def capabilities(method: str, length: int = 1) -> Capabilities:
-    """What a method of ``hyena`` can do; ``"auto"`` stands for the plain one that it would be at this length.
+def capabilities(method: str) -> Method:
+    """What a method of this package can do; ``"auto"`` stands for any exact one.
 
     Raises:
         UnsupportedError: an unknown method.
     """
-    known = METHODS | FUSED_METHODS
-    if method != "auto" and method not in known:
-        raise UnsupportedError(f"unknown method {method!r}: choose auto, {', '.join(known)}")
-    return FUSED_METHODS.get(method) or METHODS[resolve_method(method, length)]
+    if method != "auto" and method not in METHODS:
+        raise UnsupportedError(f"unknown method {method!r}: choose auto, {', '.join(METHODS)}")
+    return METHODS["blocked" if method == "auto" else method]
 
 
-class HyenaState(NamedTuple):
+class _Fields(NamedTuple):
+    short: Tensor
+    long: Tensor
+
+
+class HyenaState(RowTensors, _Fields):
     """What a Hyena block remembers of the inputs of its two filters.
 
     Attributes:
         short: [B,3D,K-1], the last inputs of the short filter, oldest first.
-        long: complex [B,D,N], the state of every mode of the long filter; or, when that is evaluated truncated to W
-            taps, the window of its last inputs, real [B,D,W-1], oldest first.
+        long: [B,D,…], the state of the long filter, of its kind's shape and dtype; see ``long_conv``.
     """
 
-    short: Tensor
-    long: Tensor
+    __slots__ = ()
 
 
 def hyena(
     z: Tensor,
     short_weight: Tensor,
     short_bias: Tensor | None,
-    long_filter: ModalFilter,
+    long_filter: Filter,
     state: HyenaState | None = None,
     *,
     mask: Tensor | None = None,
     reset: Tensor | None = None,
     method: str = "auto",
+    backend: Backend | str = "auto",
 ) -> tuple[Tensor, HyenaState]:
     """Gate, convolve, gate.
 
@@ -67,36 +60,39 @@ def hyena(
         z: [B,T,3D], the biased input projection, as three blocks.
         short_weight: [3D,K].
         short_bias: [3D] or None.
-        long_filter: D channels of modes.
-        state: what came before z; None for nothing.
+        long_filter: filters of any kind, for D channels; see ``long_conv``.
+        state: the state that the steps before z left; None for nothing.
         mask: bool [B,T], False where a step is padding: it contributes exactly nothing to any state or output.
             It is applied after both biases, the projection's and the short filter's.
         reset: bool [B,T], True where a packed document begins.
-        method: a key of ``METHODS``, how the long convolution is evaluated; ``"triton"``, the fused kernel; or
-            ``"auto"``, the fused kernel where it can run and the best of ``METHODS`` elsewhere (see ``ops.backend``).
+        method: how plain torch evaluates the long convolution, a method of the filter; ``"auto"`` leaves it open.
+        backend: ``"auto"``, ``"triton"`` (the fused kernel) or ``"plain"``, or what ``resolve_backend`` returned. The
+            kernel runs with ``method="auto"`` only.
 
     Returns:
         y [B,T,D] and the state after z.
 
     Raises:
-        InputError: shapes that do not fit.
-        UnsupportedError: an unknown method, or one that cannot do what was asked here.
+        InputError: shapes that do not fit, or ``backend="triton"`` together with a method.
+        UnsupportedError: a method that the kind of filter does not have, or arguments that the kernels do not take
+            where they were chosen by name.
 
     Source: Poli et al. 2023, "Hyena Hierarchy"; Together 2023, "StripedHyena".
     """
-    channels = long_filter.poles.shape[0]
-    if z.shape[-1] != 3 * channels:
-        raise InputError(f"hyena takes z of shape [B, T, 3D={3 * channels}], and was given {tuple(z.shape)}")
-    fir, iir = (None, None) if state is None else state
-    capabilities(method)
-    if use_triton(method, lambda: triton.obstacle(z, short_weight, long_filter, iir, reset), z.device):
-        y, fir, iir = triton.hyena_triton(z, short_weight, short_bias, long_filter, fir, iir, mask)
-        return y, HyenaState(fir, iir)
+    if z.ndim != 3 or z.shape[1] == 0 or z.shape[-1] % 3:
+        raise InputError(f"hyena takes z of shape [B, T>=1, 3D], and was given {tuple(z.shape)}")
+    check_channels(long_filter, z.shape[-1] // 3)
+    short, long = (None, None) if state is None else state
+    if use_fused_hyena(backend, method, z, short_weight, long_filter, long, reset):
+        from hyaena.ops.triton.hyena.register import fused_hyena
+
+        y, short, long = fused_hyena(z, short_weight, short_bias, long_filter, short, long, mask, reset)
+        return y, HyenaState(short, long)
     if mask is not None:
         z = z * mask.unsqueeze(-1)
-    u, fir = short_conv(z, short_weight, short_bias, fir, reset=reset)
+    u, short = short_conv(z, short_weight, short_bias, short, reset=reset)
     if mask is not None:
         u = u * mask.unsqueeze(-1)
     x2, x1, v = u.chunk(3, dim=-1)
-    y, iir = long_conv(x1 * v, long_filter, iir, method=method, reset=reset)
-    return y * x2, HyenaState(fir, iir)
+    y, long = long_conv(x1 * v, long_filter, long, method=method, reset=reset)
+    return y * x2, HyenaState(short, long)

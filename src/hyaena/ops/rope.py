@@ -5,35 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyaena.ops.backend import use_kernels
+from hyaena.ops.backend import Backend, use_pointwise
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, scaling_factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles ``position / scaling_factor · theta^(-2i/head_dim)``, float32.
+def rotary_table(
+    positions: Tensor,
+    head_dim: int,
+    theta: float,
+    scaling_factor: float = 1.0,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Compute cos and sin of the angles ``position / scaling_factor · theta^(-2i/head_dim)``.
 
     Args:
         positions: int [T] or [B,T].
         head_dim: channels of a head, even.
         theta: base of the frequencies.
         scaling_factor: linear interpolation of positions; 1 leaves them alone.
+        dtype: that of the model. Angles and tables are float64 for float64, and float32 for any other.
 
     Returns:
         cos and sin, each [..., T, head_dim/2].
 
     Source: Su et al. 2021, "RoFormer"; interpolation: Chen et al. 2023, "Extending Context Window … by Interpolation".
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = (positions.float() / scaling_factor).unsqueeze(-1) * (1.0 / theta**exponents)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
+    angles = (positions.to(wide) / scaling_factor).unsqueeze(-1) * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x [B,heads,T,head_dim] by a table of [T,head_dim/2] or [B,T,head_dim/2]; arithmetic in float32.
+def rotate(x: Tensor, table: tuple[Tensor, Tensor], *, backend: Backend | str = "auto") -> Tensor:
+    """Rotate x [B,heads,T,head_dim] by a table of [T,head_dim/2] or [B,T,head_dim/2].
 
-    On a GPU, in inference, one kernel does it in one pass, and the result lies in memory as [B,T,heads,head_dim]; see
-    ``ops.backend``.
+    Arithmetic is in the dtype of the table; the result has the dtype of x. On a GPU, in inference, one kernel does it
+    in one pass, and the result is stored as [B,T,heads,head_dim]; see ``ops.backend``.
     """
-    if use_kernels(x):
+    if use_pointwise(backend, x):
         from hyaena.ops.triton import pointwise
 
         return pointwise.rotate(x, table)

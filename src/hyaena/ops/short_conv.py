@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hyaena.errors import InputError
+from hyaena.ops.long_conv.explicit import fir_sum, next_window
 
 
 def short_conv(
@@ -14,6 +15,7 @@ def short_conv(
     """Filter every channel with its own K taps.
 
     Equation: ``u[t] = bias + Σ_k weight[K-1-k]·z[t-k]``, k = 0 … K-1; steps before the first come from the state.
+    The sum is float32 (float64 for float64), and is rounded once to the dtype of z.
 
     Args:
         z: [B,T,E], T >= 1.
@@ -23,31 +25,18 @@ def short_conv(
         reset: bool [B,T]; True forgets everything before that step.
 
     Returns:
-        u [B,T,E], and the state after z, [B,E,K-1].
+        u [B,T,E], and the state after z, [B,E,K-1] in the dtype of z.
+
+    Raises:
+        InputError: a state of another shape.
     """
-    batch, length, channels = z.shape
-    window = weight.shape[-1] - 1
+    shape = z.shape[0], z.shape[2], weight.shape[-1] - 1
     if state is None:
-        state = z.new_zeros(batch, channels, window)
-    elif state.shape != (batch, channels, window):
-        raise InputError(f"short_conv's state must be {(batch, channels, window)}, and is {tuple(state.shape)}")
-    padded = torch.cat([state.transpose(1, 2).to(z.dtype), z], dim=1)  # [B,K-1+T,E]
-    weight = weight.to(z.dtype)
-
-    now = padded[:, window:]
-    u = now * weight[:, window] if bias is None else torch.addcmul(bias.to(z.dtype), now, weight[:, window])
-    keep = None  # [B,T,1]: no boundary between the tap's step and the current one
-    for k in range(1, window + 1):
-        tap = padded[:, window - k : window - k + length]
-        if reset is not None:
-            crossed = torch.nn.functional.pad(reset, (k - 1, 0))[:, :length]  # the boundary k-1 steps ago
-            keep = ~crossed.unsqueeze(-1) if keep is None else keep & ~crossed.unsqueeze(-1)
-            tap = tap * keep
-        u.addcmul_(tap, weight[:, window - k])
-
-    state = padded[:, length:].transpose(1, 2)
-    if reset is not None:  # a step is remembered when no boundary came after it
-        boundaries = torch.nn.functional.pad(reset, (window, 0)).long()
-        later = boundaries.flip(1).cumsum(1).flip(1) - boundaries
-        state = state * (later[:, length:] == 0).unsqueeze(1)
-    return u, state
+        state = z.new_zeros(shape)
+    elif state.shape != shape:
+        raise InputError(f"short_conv's state must be {shape}, and is {tuple(state.shape)}")
+    state = state.to(z.dtype)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    padded = torch.cat([state.transpose(1, 2), z], dim=1)  # [B,K-1+T,E]
+    u = fir_sum(padded, weight.flip(-1).to(wide), None if bias is None else bias.to(wide), reset)
+    return u.to(z.dtype), next_window(z, state, reset)

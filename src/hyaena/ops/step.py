@@ -1,28 +1,33 @@
-"""The operators of one decoding step: T = 1, memory updated in place, positions read from the device.
+"""The operators of one decoding step: T = 1, states updated in place, lengths read from the device.
 
-``DecodeOperators`` composes them of the plain functions; it is what runs on a CPU, and the twin that
-``ops.triton.FusedDecodeOperators`` must equal, where each is one kernel that reads its weights once. The numbers
-that differ from step to step (how many slots are used) are tensors, so that a step can be captured as a graph.
+``DecodeOperators`` composes them of the plain functions. It runs on every device and is the reference that
+``ops.triton.decode.operators.FusedDecodeOperators`` must equal, where each is one kernel that reads its weights once.
+The numbers that differ from step to step (how many tokens a row holds) are tensors, so that a step can be captured in a
+CUDA graph.
 
 Shapes: B rows, D channels, H query heads, G key/value heads, K taps, N modes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyaena.ops.attention import attention
+from hyaena.ops.backend import PLAIN
 from hyaena.ops.gate import ACTIVATIONS
 from hyaena.ops.hyena import HyenaState, hyena
-from hyaena.ops.long_conv import ModalFilter
+from hyaena.ops.kv import KVState
+from hyaena.ops.linear import Linear, linear
+from hyaena.ops.long_conv import Filter
 from hyaena.ops.norm import rms_norm
 from hyaena.ops.rope import rotate
 
 
-class Norm(NamedTuple):
+class RMSNormWeight(NamedTuple):
     """An RMSNorm: weight [D] and its convention, see ``rms_norm``."""
 
     weight: Tensor
@@ -30,33 +35,37 @@ class Norm(NamedTuple):
     eps_inside_root: bool
 
 
-class Slots(NamedTuple):
-    """Where the newest token of every row stands.
+Norm = RMSNormWeight | Callable[[Tensor], Tensor]
+"""A record of a norm, which kernels may read, or anything that maps [..., D] to [..., D] when it is called."""
+
+
+class StepContext(NamedTuple):
+    """What every layer needs to know of one decoding step.
 
     Attributes:
-        used: int32 [1], slots in use, the newest among them; it goes to slot ``used - 1`` of every row.
-        padding: int32 [B], leading slots of each row that hold no token; its position is ``used - 1 - padding``.
-        rotary: cos and sin of every position, float32 [capacity,head_dim/2] each.
+        operators: that compute the step.
+        lengths: int32 [B], tokens of each row, the newest among them; it stands at position and slot ``lengths - 1``.
+        limits: int32 [B], the most tokens of each row. A row that is full overwrites its last slot: nothing is written
+            outside of its storage, and its results mean nothing.
+        rotary: cos and sin of every position, float32 [positions,head_dim/2] each.
     """
 
-    used: Tensor
-    padding: Tensor
+    operators: DecodeOperators
+    lengths: Tensor
+    limits: Tensor
     rotary: tuple[Tensor, Tensor]
 
 
 class DecodeOperators:
-    """The plain composition.
+    """The plain composition. Every step begins with ``embed``."""
 
-    A step is ``begin``, the layers' operators, and a choice; ``begin`` comes first in every step.
-    """
+    def embed(self, ids: Tensor, table: Tensor | Callable[[Tensor], Tensor], context: StepContext) -> Tensor:
+        """Count one more token in every row, in place, and look up ids [B] in the table [V,D]: [B,D]."""
+        torch.minimum(context.lengths + 1, context.limits, out=context.lengths)
+        return torch.nn.functional.embedding(ids, table) if isinstance(table, Tensor) else table(ids)
 
-    def begin(self, ids: Tensor, table: Tensor, slots: Slots) -> Tensor:
-        """One more slot is in use, in place, and the embeddings of its tokens: ids [B], table [V,D] -> [B,D]."""
-        slots.used.add_(1)
-        return torch.nn.functional.embedding(ids, table)
-
-    def greedy(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """The most probable token of each row of logits [B,V] into ids [B], in place; 0 where they are not finite.
+    def argmax(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Write the most probable token of each row of logits [B,V] into ids [B]; 0 where they are not finite.
 
         Returns:
             float64 [B,3]: the token, its log-probability, and whether the logits were finite.
@@ -67,60 +76,51 @@ class DecodeOperators:
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return torch.stack([ids.double(), (best - wide.logsumexp(dim=-1)).double(), finite.double()], dim=1)
 
-    def project(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        norm: Norm | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """``residual + weight·norm(x) + bias``: x [B,D], weight [E,D] -> [B,E]."""
-        y = torch.nn.functional.linear(normalise(x, norm), weight, bias)
-        return y if residual is None else residual + y
+    def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        """``residual + weight·norm(x) + bias``: x [B,D] -> [B,E]."""
+        return linear(normalise(x, norm), layer, residual=residual)
 
-    def gate(self, x: Tensor, gate: Tensor, up: Tensor, *, norm: Norm | None = None, activation: str) -> Tensor:
-        """``act(gate·norm(x)) · (up·norm(x))``: x [B,D], both weights [E,D] -> [B,E]."""
+    def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
+        """``act(gate·norm(x)) · (up·norm(x))``: x [B,D] -> [B,E]."""
         x = normalise(x, norm)
-        linear = torch.nn.functional.linear
         return ACTIVATIONS[activation](linear(x, gate)) * linear(x, up)
 
-    def remember(self, qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
+    def rotate_and_cache(self, qkv: Tensor, state: KVState, context: StepContext) -> Tensor:
         """Rotate queries and keys of qkv [B,(H+2G)·head_dim], store keys and values; the queries [B,H,head_dim].
 
-        keys, values: [B,G,capacity,head_dim], written at slot ``used - 1``.
+        Waits for the device.
         """
-        groups, _, width = keys.shape[1:]
+        groups, _, width = state.keys(0).shape
         parts = qkv.unflatten(-1, (-1, width))
-        heads = parts.shape[1] - 2 * groups
-        q, k, v = parts.split([heads, groups, groups], dim=1)
-        slot = slots.used - 1
-        position = (slot - slots.padding).long()
-        table = (slots.rotary[0][position, None], slots.rotary[1][position, None])  # [B,1,head_dim/2]
-        q, k = (rotate(t.unsqueeze(2), table).squeeze(2) for t in (q, k))
-        keys.index_copy_(2, slot.long(), k.unsqueeze(2))
-        values.index_copy_(2, slot.long(), v.unsqueeze(2))
-        return q
+        q, k, v = parts.split([parts.shape[1] - 2 * groups, groups, groups], dim=1)
+        position = (context.lengths - 1).long()
+        table = (context.rotary[0][position, None], context.rotary[1][position, None])  # [B,1,head_dim/2]
+        q, k = (rotate(t.unsqueeze(2), table, backend=PLAIN) for t in (q, k))
+        state.write(k, v.unsqueeze(2), position.tolist())
+        return q.squeeze(2)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
-        """Attention of q [B,H,head_dim] to the slots in use; [B,H,head_dim]. Waits for the device."""
-        used = int(slots.used)
-        padding = slots.padding if bool(slots.padding.any()) else None
-        return attention(q.unsqueeze(2), keys[:, :, :used], values[:, :, :used], padding=padding).squeeze(2)
+    def attend(self, q: Tensor, state: KVState, context: StepContext) -> Tensor:
+        """Attention of q [B,H,head_dim] to the tokens of each row; [B,H,head_dim]. Waits for the device."""
+        parts = [
+            attention(q[run.rows].unsqueeze(2), run.keys, run.values).squeeze(2)
+            for run in state.runs(context.lengths.tolist())
+        ]
+        return torch.cat(parts)
 
     def hyena(
-        self, z: Tensor, short_weight: Tensor, short_bias: Tensor, long_filter: ModalFilter, state: HyenaState
+        self, z: Tensor, short_weight: Tensor, short_bias: Tensor | None, long_filter: Filter, state: HyenaState
     ) -> Tensor:
-        """One step of ``ops.hyena``, z [B,3D] -> [B,D]; both states move on in place."""
-        y, new = hyena(z.unsqueeze(1), short_weight, short_bias, long_filter, state)
+        """One step of ``ops.hyena``, z [B,3D] -> [B,D]; both states are updated in place."""
+        y, new = hyena(z.unsqueeze(1), short_weight, short_bias, long_filter, state, backend=PLAIN)
         for old, now in zip(state, new, strict=True):
             old.copy_(now)
         return y.squeeze(1)
 
 
 def normalise(x: Tensor, norm: Norm | None) -> Tensor:
-    """``rms_norm``, or x itself."""
+    """Apply a norm, or return x itself where there is none."""
     if norm is None:
         return x
-    return rms_norm(x, norm.weight, norm.eps, eps_inside_root=norm.eps_inside_root)
+    if isinstance(norm, RMSNormWeight):
+        return rms_norm(x, norm.weight, norm.eps, eps_inside_root=norm.eps_inside_root, backend=PLAIN)
+    return norm(x)

@@ -15,8 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from hyaena.config import ModelConfig, read_mapping
+from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError
+from hyaena.formats import config_from_dict, read_config
+from hyaena.mappings import read_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,10 +252,10 @@ def _tuple(value: Any, kinds: tuple[Any, ...], where: str) -> tuple[Any, ...]:
 
 def _model(value: Any, where: str) -> ModelConfig:
     if isinstance(value, str):
-        return ModelConfig.from_file(value)
+        return read_config(value)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} must be the fields of a model or the path of a configuration file")
     try:
-        return ModelConfig.from_dict(value)
+        return config_from_dict(value)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None

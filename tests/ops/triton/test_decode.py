@@ -1,4 +1,4 @@
-"""The kernels of a decoding step equal their plain twins: on a GPU where there is one, else on Triton's interpreter."""
+"""The kernels of a decoding step equal the plain operators: on a GPU if there is one, else on Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 from device import DEVICE
 from hyaena import ops
-from hyaena.ops import HyenaState, ModalFilter, rotary_table
-from hyaena.ops.step import DecodeOperators, Norm, Slots
-from hyaena.ops.triton import decode_obstacle
+from hyaena.ops import Dense, HyenaState, KVState, ModalFilter, RMSNormWeight, StepContext, rotary_table
+from hyaena.ops.step import DecodeOperators
+from hyaena.ops.triton import decode_unsupported_reason
 from hyaena.ops.triton.decode import embed_argmax, gemv
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 
 PLAIN = DecodeOperators()
-# One rounding of the result to its own dtype, and in the twin one or two more on the way: 2^-24, 2^-11, 2^-8 each.
+# One rounding of the result to its own dtype, and in the reference one or two more on the way: 2^-24, 2^-11, 2^-8 each.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 DTYPES = list(TOLERANCE)
 
@@ -29,86 +29,94 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype], error  # NaN fails too
 
 
-def slots(used: int, paddings: list[int], capacity: int, head_dim: int) -> Slots:
-    """Where things stand, as the device knows it."""
-    table = rotary_table(torch.arange(capacity, device=DEVICE), head_dim, 10_000.0)
-    return Slots(
-        torch.tensor([used], dtype=torch.int32, device=DEVICE),
-        torch.tensor(paddings, dtype=torch.int32, device=DEVICE),
-        table,
-    )
+def step_context(lengths: list[int], head_dim: int, operators: DecodeOperators = PLAIN) -> StepContext:
+    """The context of a step in which the rows hold so many tokens."""
+    table = rotary_table(torch.arange(max(lengths) + 1, device=DEVICE), head_dim, 10_000.0)
+    on_device = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    return StepContext(operators, on_device, on_device + 1, table)
+
+
+def kv_state(capacities: list[int], groups: int, head_dim: int, dtype: torch.dtype = torch.float32) -> KVState:
+    """Random keys and values; rows of equal capacity share an allocation."""
+    state = KVState.allocate(1, groups, 1, head_dim, dtype, DEVICE).select([0] * len(capacities))
+    state = state.reserve(capacities)
+    for tensor in state.tensors():
+        tensor.normal_()
+    return state
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("used", "paddings", "capacity"),
-    [
-        (1, [0, 0], 8),
-        (2, [0, 1], 1200),
-        (3, [2, 0], 1200),
-        (63, [0, 5], 63),
-        (1000, [0, 937], 1200),
-        (1000, [999, 63], 1000),
-    ],
+    ("lengths", "capacities"),
+    [([1, 1], [8, 8]), ([2, 1], [1200, 1200]), ([1, 3], [1, 1200]), ([63, 58], [63, 64]), ([1000, 63], [1200, 100])],
 )
 def test_attention_reads_the_valid_slots_and_no_other(
-    dtype: torch.dtype, used: int, paddings: list[int], capacity: int
+    dtype: torch.dtype, lengths: list[int], capacities: list[int]
 ) -> None:
-    q = randn(2, 6, 24, dtype=dtype)
-    k, v = randn(2, 2, capacity, 24, dtype=dtype), randn(2, 2, capacity, 24, dtype=dtype)
-    padding = torch.tensor(paddings, device=DEVICE)
-    want = ops.attention(
-        q[:, :, None].double(), k[:, :, :used].double(), v[:, :, :used].double(), padding=padding
-    ).squeeze(2)
-    for store in (k, v):
-        store[:, :, used:] = torch.nan
-        for row, first in enumerate(paddings):
-            store[row, :, :first] = torch.nan
-    fused = FusedDecodeOperators()
-    close(fused.attend(q, k, v, slots(used, paddings, capacity, 24)), want, dtype)
+    q, state = randn(2, 6, 24, dtype=dtype), kv_state(capacities, 2, 24, dtype)
+    want = [
+        ops.attention(
+            q[i, :, None][None].double(), state.keys(i)[None, :, :n].double(), state.values(i)[None, :, :n].double()
+        )
+        for i, n in enumerate(lengths)
+    ]
+    for i, n in enumerate(lengths):
+        state.keys(i)[:, n:] = torch.nan
+        state.values(i)[:, n:] = torch.nan
+    got = FusedDecodeOperators().attend(q, state, step_context(lengths, 24))
+    close(got, torch.cat(want).squeeze(2), dtype)
 
 
 @pytest.mark.parametrize(
     ("heads", "groups", "head_dim"), [(1, 1, 16), (8, 1, 64), (3, 3, 80), (32, 8, 128), (2, 1, 256)]
 )
 def test_attention_of_every_head_shape(heads: int, groups: int, head_dim: int) -> None:
-    q, k, v = randn(1, heads, head_dim), randn(1, groups, 200, head_dim), randn(1, groups, 200, head_dim)
-    where = slots(150, [0], 200, head_dim)
-    fused = FusedDecodeOperators()
-    close(fused.attend(q, k, v, where), PLAIN.attend(q, k, v, where), torch.float32)
+    q, state, context = randn(1, heads, head_dim), kv_state([200], groups, head_dim), step_context([150], head_dim)
+    close(FusedDecodeOperators().attend(q, state, context), PLAIN.attend(q, state, context), torch.float32)
 
 
 def test_attention_of_large_scores() -> None:
     """Splits whose normalisers differ by more than a float32 can hold."""
-    q, k, v = 30 * randn(1, 1, 32), 30 * randn(1, 1, 700, 32), randn(1, 1, 700, 32)
-    where = slots(700, [0], 700, 32)
-    want = PLAIN.attend(q.double(), k.double(), v.double(), where)
-    close(FusedDecodeOperators().attend(q, k, v, where), want, torch.float16)  # scores of 1e4
+    q, state = 30 * randn(1, 1, 32), kv_state([700], 1, 32)
+    state.keys(0).mul_(30)
+    k, v = (t[None].double() for t in (state.keys(0), state.values(0)))
+    want = ops.attention(q[:, :, None].double(), k, v).squeeze(2)
+    close(FusedDecodeOperators().attend(q, state, step_context([700], 32)), want, torch.float16)  # scores of 1e4
 
 
 def test_one_grid_serves_every_length() -> None:
-    """What longer sequences left behind in the splits is not read: a captured graph keeps its buffers."""
-    q, k, v = randn(1, 2, 16), randn(1, 1, 3000, 16), randn(1, 1, 3000, 16)
-    fused = FusedDecodeOperators()
-    for used in (3000, 2, 700, 64, 65):
-        where = slots(used, [0], 3000, 16)
-        close(fused.attend(q, k, v, where), PLAIN.attend(q, k, v, where), torch.float32)
+    """What longer sequences left in the splits is not read: a captured graph keeps its buffers."""
+    q, state = randn(1, 2, 16), kv_state([3000], 1, 16)
+    for length in (3000, 2, 700, 64, 65):
+        context = step_context([length], 16)
+        close(FusedDecodeOperators().attend(q, state, context), PLAIN.attend(q, state, context), torch.float32)
+
+
+def test_kernels_see_the_rows_of_the_moment() -> None:
+    """A row that is replaced is found through the same tables, so that a captured graph reads it."""
+    state, other, q = kv_state([90, 90], 2, 16), kv_state([300], 2, 16), randn(2, 4, 16)
+    tables = [t.data_ptr() for t in state.pointers()]
+    state.put(1, other, 0)
+    assert [t.data_ptr() for t in state.pointers()] == tables
+    context = step_context([80, 280], 16)
+    close(FusedDecodeOperators().attend(q, state, context), PLAIN.attend(q, state, context), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 24, 128])
-def test_remember_rotates_and_writes_one_slot(dtype: torch.dtype, head_dim: int) -> None:
-    heads, groups, capacity = 6, 2, 40
+def test_rotate_and_cache_writes_one_slot_per_row(dtype: torch.dtype, head_dim: int) -> None:
+    heads, groups = 6, 2
     qkv = randn(2, (heads + 2 * groups) * head_dim, dtype=dtype)
-    stores = [randn(2, groups, capacity, head_dim, dtype=dtype) for _ in range(2)]
-    twins = [t.clone() for t in stores]
-    where = slots(17, [0, 9], capacity, head_dim)
-    got = FusedDecodeOperators().remember(qkv, stores[0], stores[1], where)
-    close(got, PLAIN.remember(qkv, twins[0], twins[1], where), dtype)
-    for store, twin in zip(stores, twins, strict=True):
-        close(store[:, :, 16], twin[:, :, 16], dtype)
-        store[:, :, 16] = twin[:, :, 16]
-        assert torch.equal(store, twin)
+    state = kv_state([40, 25], groups, head_dim, dtype)
+    reference = state.select([0, 1])
+    context = step_context([17, 8], head_dim)
+    got = FusedDecodeOperators().rotate_and_cache(qkv, state, context)
+    close(got, PLAIN.rotate_and_cache(qkv, reference, context), dtype)
+    for row, slot in enumerate((16, 7)):
+        for store, want in ((state.keys(row), reference.keys(row)), (state.values(row), reference.values(row))):
+            close(store[:, slot], want[:, slot], dtype)
+            store[:, slot] = want[:, slot]
+            assert torch.equal(store, want)
 
 
 NORMS = [None, True, False]
@@ -121,13 +129,13 @@ def test_products(dtype: torch.dtype, inside: bool | None, batch: int, rows: int
     fused = FusedDecodeOperators()
     x, bias, residual = randn(batch, width, dtype=dtype), randn(rows, dtype=dtype), randn(batch, rows, dtype=dtype)
     a, b = (randn(rows, width, dtype=dtype) / width**0.5 for _ in range(2))
-    norm = None if inside is None else Norm(randn(width, dtype=dtype), 1e-2, inside)
-    close(fused.project(x, a, norm=norm), PLAIN.project(x, a, norm=norm), dtype)
-    whole = {"bias": bias, "norm": norm, "residual": residual}
-    close(fused.project(x, a, **whole), PLAIN.project(x, a, **whole), dtype)
+    norm = None if inside is None else RMSNormWeight(randn(width, dtype=dtype), 1e-2, inside)
+    close(fused.linear(x, Dense(a), norm=norm), PLAIN.linear(x, Dense(a), norm=norm), dtype)
+    whole = {"norm": norm, "residual": residual}
+    close(fused.linear(x, Dense(a, bias), **whole), PLAIN.linear(x, Dense(a, bias), **whole), dtype)
     for activation in ("silu", "gelu"):
-        got = fused.gate(x, a, b, norm=norm, activation=activation)
-        close(got, PLAIN.gate(x, a, b, norm=norm, activation=activation), dtype)
+        got = fused.gate(x, Dense(a), Dense(b), norm=norm, activation=activation)
+        close(got, PLAIN.gate(x, Dense(a), Dense(b), norm=norm, activation=activation), dtype)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +150,10 @@ def test_products(dtype: torch.dtype, inside: bool | None, batch: int, rows: int
 )
 def test_products_in_any_tile(tile: gemv.Tile) -> None:
     x, a, b = randn(1, 96), randn(13, 96), randn(13, 96)
-    norm = Norm(randn(96), 1e-5, True)
-    close(gemv.project(x, a, norm=norm, tile=tile), PLAIN.project(x, a, norm=norm), torch.float32)
+    norm = RMSNormWeight(randn(96), 1e-5, True)
+    close(gemv.linear(x, Dense(a), norm=norm, tile=tile), PLAIN.linear(x, Dense(a), norm=norm), torch.float32)
     got = gemv.gate(x, a, b, norm=norm, activation="silu", tile=tile)
-    close(got, PLAIN.gate(x, a, b, norm=norm, activation="silu"), torch.float32)
+    close(got, PLAIN.gate(x, Dense(a), Dense(b), norm=norm, activation="silu"), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,32 +168,34 @@ def test_the_hyena_step_moves_both_states(dtype: torch.dtype, modes: int, taps: 
         randn(2, 3 * channels, taps - 1, dtype=dtype),
         torch.complex(randn(2, channels, modes), randn(2, channels, modes)),
     )
-    twin = HyenaState(*(t.clone() for t in state))
+    reference = HyenaState(*(t.clone() for t in state))
     fused = FusedDecodeOperators()
     for _ in range(3):
         got = fused.hyena(z, weight.to(dtype), bias.to(dtype), long_filter, state)
-        wide = HyenaState(twin.short.float(), twin.long)
+        wide = HyenaState(reference.short.float(), reference.long)
         skip = None if long_filter.skip is None else long_filter.skip.float()
         exact = long_filter._replace(skip=skip)
         want = PLAIN.hyena(z.float(), weight.to(dtype).float(), bias.to(dtype).float(), exact, wide)
-        twin.short.copy_(wide.short)
+        reference.short.copy_(wide.short)
         close(got, want, dtype)
-        assert torch.equal(state.short, twin.short)
-        close(torch.view_as_real(state.long), torch.view_as_real(twin.long), torch.float32)
+        assert torch.equal(state.short, reference.short)
+        close(torch.view_as_real(state.long), torch.view_as_real(reference.long), torch.float32)
         z = z.roll(1, dims=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_first_kernel_counts_a_slot_and_looks_tokens_up(dtype: torch.dtype) -> None:
-    where, table = slots(5, [0, 0, 0], 9, 16), randn(11, 40, dtype=dtype)
-    ids = torch.tensor([10, 0, 3], device=DEVICE)
-    assert torch.equal(FusedDecodeOperators().begin(ids, table, where), table[ids])
-    assert where.used.tolist() == [6]
+def test_embed_counts_a_token_and_looks_it_up(dtype: torch.dtype) -> None:
+    table, ids = randn(11, 40, dtype=dtype), torch.tensor([10, 0, 3], device=DEVICE)
+    for operators in (FusedDecodeOperators(), PLAIN):
+        context = step_context([5, 0, 2], 16)
+        context.limits[2] = 2
+        assert torch.equal(operators.embed(ids, table, context), table[ids])
+        assert context.lengths.tolist() == [6, 1, 2]  # the last row is full
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [16, 32768])
-def test_the_greedy_choice(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int) -> None:
+def test_argmax(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int) -> None:
     monkeypatch.setattr(embed_argmax, "BLOCK", block)
     logits = 5 * randn(9, 50, dtype=dtype)
     logits[0, [7, 9, 40]] = 100.0  # the first of equals
@@ -195,27 +205,22 @@ def test_the_greedy_choice(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, 
     logits[4, 49] = torch.inf
     logits[5] = -torch.inf
     logits[6] = torch.nan
-    ids, twin = (torch.full((9,), 77, device=DEVICE) for _ in range(2))
-    got, want = FusedDecodeOperators().greedy(logits, ids), PLAIN.greedy(logits, twin)
-    assert torch.equal(ids, twin) and ids[0] == 7 and ids[3:7].tolist() == [0] * 4
+    ids, other = (torch.full((9,), 77, device=DEVICE) for _ in range(2))
+    got, want = FusedDecodeOperators().argmax(logits, ids), PLAIN.argmax(logits, other)
+    assert torch.equal(ids, other) and ids[0] == 7 and ids[3:7].tolist() == [0] * 4
     assert got[:, 0].tolist() == ids.tolist()
     finite = want[:, 2] == 1
     assert finite.tolist() == [True] * 3 + [False] * 4 + [True] * 2
     assert torch.equal(got[:, 2], want[:, 2])
     torch.testing.assert_close(
         got[finite, 1], want[finite, 1], rtol=1e-6, atol=1e-5
-    )  # the twin's: of two large numbers
+    )  # the reference subtracts two large numbers
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [
-        ((torch.float64, 64, 2, 3), "not torch.float64"),
-        ((torch.float32, 320, 2, 3), "heads of at most 256 channels, not 320"),
-        ((torch.float32, 64, 17, 3), "1 to 16 modes and 1 to 8 taps, not 17 and 3"),
-        ((torch.float32, 64, 2, 9), "1 to 16 modes and 1 to 8 taps, not 2 and 9"),
-    ],
+    [((torch.float64, 64), "not torch.float64"), ((torch.float32, 320), "heads of at most 256 channels, not 320")],
 )
-def test_what_the_kernels_do_not_take_has_a_reason(sizes: tuple[torch.dtype, int, int, int], message: str) -> None:
-    assert message in str(decode_obstacle(*sizes, DEVICE))
-    assert decode_obstacle(torch.float32, 256, 16, 8, DEVICE) is None
+def test_what_the_kernels_do_not_take_has_a_reason(sizes: tuple[torch.dtype, int], message: str) -> None:
+    assert message in str(decode_unsupported_reason(*sizes, DEVICE))
+    assert decode_unsupported_reason(torch.float32, 256, DEVICE) is None

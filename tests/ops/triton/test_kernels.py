@@ -3,22 +3,23 @@
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from device import DEVICE
-from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops import HyenaState, ModalFilter, hyena
-from hyaena.ops.triton import hyena_step_
+from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 from hyaena.ops.triton.hyena.launch import (
     BackwardTiling,
+    Operands,
     Tiling,
+    age,
     backward,
     choose_stages,
     choose_tiling,
+    find_boundaries,
     forward,
     segment_bits,
 )
@@ -35,34 +36,27 @@ SMALL = Tiling(channels=4, segments=2, steps=4, group=2)
 AWKWARD = (1, 2, 3, 63, 1000)
 
 
-class Problem(NamedTuple):
-    """The arguments of the operator, complex numbers as real pairs, in the order of the launchers."""
-
-    z: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    poles: Tensor
-    residues: Tensor
-    skip: Tensor | None
-    fir: Tensor | None
-    iir: Tensor | None
-    mask: Tensor | None
-
-    def exact(self) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
-        """Leaves in float64 (all but the mask), and what the plain operator makes of them."""
-        wide = [None if t is None else t.double().requires_grad_() for t in self[:8]]
-        return wide, *plain(*wide, mask=self.mask)
-
-
-def plain(z, weight, bias, poles, residues, skip, fir, iir, *, mask=None) -> tuple[Tensor, Tensor, Tensor]:
+def exact(problem: Operands) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
+    """Leaves in float64 (all but mask and reset), and what the plain operator makes of them."""
+    wide = [None if t is None else t.double().requires_grad_() for t in problem[:8]]
+    z, weight, bias, poles, residues, skip, short, long = wide
+    assert z is not None and weight is not None and poles is not None and residues is not None
     filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
-    if fir is None:
-        fir = z.new_zeros(z.shape[0], z.shape[2], weight.shape[1] - 1)
-    if iir is None:
-        iir = z.new_zeros(z.shape[0], *poles.shape)
-    state = HyenaState(fir, torch.view_as_complex(iir))
-    y, state = hyena(z, weight, bias, filter, state, mask=mask, method="blocked")
-    return y, state.short, torch.view_as_real(state.long)
+    if short is None:
+        short = z.new_zeros(z.shape[0], z.shape[2], weight.shape[1] - 1)
+    if long is None:
+        long = z.new_zeros(z.shape[0], *poles.shape)
+    state = HyenaState(short, torch.view_as_complex(long))
+    y, state = hyena(z, weight, bias, filter, state, mask=problem.mask, reset=problem.reset, method="recurrence")
+    return wide, y, state.short, torch.view_as_real(state.long)
+
+
+def boundaries(length: int, *rows: tuple[int, ...]) -> Tensor:
+    """reset [B,T], True at the given steps of each row."""
+    reset = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, steps in zip(reset, rows, strict=True):
+        row[list(steps)] = True
+    return reset.to(DEVICE)
 
 
 def make(
@@ -75,15 +69,23 @@ def make(
     dtype: torch.dtype = torch.float32,
     padded: bool = False,
     bare: bool = False,
-) -> Problem:
-    """A random problem, one pole on the unit circle; ``bare`` leaves out all that may be None."""
+    documents: bool = False,
+) -> Operands:
+    """A random problem, one pole on the unit circle; ``bare`` leaves out all that may be None.
+
+    With ``documents`` about every seventh step begins a document, the last one among them.
+    """
     size = torch.rand(channels, modes) * 0.5 + 0.5
     size[0, 0] = 1.0
     poles = torch.view_as_real(torch.polar(size, torch.rand(channels, modes) * 3))
     mask = None
     if padded:
         mask = torch.arange(length) >= torch.randint(0, length, (batch, 1))
-    problem = Problem(
+    reset = None
+    if documents:
+        reset = torch.rand(batch, length) < 0.15
+        reset[0, -1] = True
+    problem = Operands(
         torch.randn(batch, length, 3 * channels).to(dtype),
         torch.randn(3 * channels, taps),
         torch.randn(3 * channels),
@@ -93,24 +95,27 @@ def make(
         torch.randn(batch, 3 * channels, taps - 1).to(dtype),
         torch.randn(batch, channels, modes, 2),
         mask,
+        reset,
     )
     if bare:
-        problem = problem._replace(bias=None, skip=None, fir=None, iir=None)
-    return Problem(*(None if t is None else t.to(DEVICE) for t in problem))
+        problem = problem._replace(bias=None, skip=None, short=None, long=None)
+    return Operands(*(None if t is None else t.to(DEVICE) for t in problem))
 
 
-# (dtype, padded) and (modes, channels, parts of time): every type with every number of modes, in the tiling that a
-# device is given. Compiling each pair takes long, so the rest varies along.
-KINDS = ((torch.float32, False), (torch.bfloat16, True), (torch.float16, False))
+# (dtype, padded; None: packed documents) and (modes, channels, parts of time): every type with every number of modes,
+# in the tiling that a device is given. Compiling each pair takes long, so the rest varies along.
+KINDS = ((torch.float32, False), (torch.bfloat16, True), (torch.float16, False), (torch.bfloat16, None))
 SIZES = ((1, 100, 1), (2, 100, None), (3, 33, 1), (4, 100, 1), (8, 33, 1), (16, 100, 1))
 
 
 @pytest.fixture(params=itertools.product(KINDS, SIZES), ids=lambda p: f"{p[0][0]}-{p[1][0]}".removeprefix("torch."))
-def compiled(request: pytest.FixtureRequest) -> tuple[Problem, Tiling]:
+def compiled(request: pytest.FixtureRequest) -> tuple[Operands, Tiling]:
     if DEVICE == "cpu":
         pytest.skip("minutes under the interpreter")
     (dtype, padded), (modes, channels, parts) = request.param
-    problem = make(sum(AWKWARD), channels, modes, dtype=dtype, padded=padded)
+    problem = make(sum(AWKWARD), channels, modes, dtype=dtype, padded=bool(padded))
+    if padded is None:
+        problem = problem._replace(reset=torch.rand(2, sum(AWKWARD), device=DEVICE) < 0.02)
     return problem, replace(choose_tiling(modes, dtype), parts=parts)
 
 
@@ -123,9 +128,9 @@ def close(value: Tensor, expected: Tensor, tolerance: float) -> None:
         assert float(error) < tolerance
 
 
-def check_forward(problem: Problem, tiling: Tiling | None) -> None:
-    got = forward(*problem, tiling)
-    _, *expected = problem.exact()
+def check_forward(problem: Operands, tiling: Tiling | None) -> None:
+    got = forward(problem, tiling)
+    _, *expected = exact(problem)
     for value, want in zip(got, expected, strict=True):
         close(value, want, TOLERANCE[value.dtype])
 
@@ -168,7 +173,7 @@ def test_forward_where_padding_is_anywhere() -> None:
 
 def test_padding_is_handed_over_by_segments() -> None:
     mask = torch.rand(2, 23) > 0.5
-    for row, bits in zip(mask.tolist(), segment_bits(mask, 8, 2).tolist(), strict=True):
+    for row, bits in zip(mask.tolist(), segment_bits(mask, 8, 2, earlier=True).tolist(), strict=True):
         assert len(bits) == 3
         for segment, word in enumerate(bits):
             for i in range(10):
@@ -201,17 +206,18 @@ def test_forward_in_narrow_types(dtype: torch.dtype, channels: int) -> None:
     check_forward(make(50, channels, dtype=dtype), None)
 
 
-def test_forward_whole_and_in_parts_of_awkward_lengths(compiled: tuple[Problem, Tiling]) -> None:
+def test_forward_whole_and_in_parts_of_awkward_lengths(compiled: tuple[Operands, Tiling]) -> None:
     problem, tiling = compiled
-    _, *expected = problem.exact()
-    whole = forward(*problem, tiling)
-    y, fir, iir = [], problem.fir, problem.iir
+    _, *expected = exact(problem)
+    whole = forward(problem, tiling)
+    y, short, long = [], problem.short, problem.long
     for start, length in zip(itertools.accumulate(AWKWARD, initial=0), AWKWARD, strict=False):
         here = slice(start, start + length)
-        mask = None if problem.mask is None else problem.mask[:, here]
-        part, fir, iir = forward(*problem._replace(z=problem.z[:, here], fir=fir, iir=iir, mask=mask), tiling)
+        mask, reset = (None if t is None else t[:, here] for t in (problem.mask, problem.reset))
+        now = problem._replace(z=problem.z[:, here], short=short, long=long, mask=mask, reset=reset)
+        part, short, long = forward(now, tiling)
         y.append(part)
-    for got in (whole, (torch.cat(y, dim=1), fir, iir)):
+    for got in (whole, (torch.cat(y, dim=1), short, long)):
         for value, want in zip(got, expected, strict=True):
             close(value, want, TOLERANCE[value.dtype])
 
@@ -223,20 +229,19 @@ def test_forward_of_what_may_be_left_out() -> None:
 def test_a_long_sum_keeps_its_precision() -> None:
     """The state of a pole on the unit circle holds every step since the first, through a thousand segments."""
     problem = make(4096, channels=1, batch=1, modes=1)
-    got = forward(*problem, Tiling(1, 16, 4, group=1))
-    _, y, _, iir = problem.exact()
+    got = forward(problem, Tiling(1, 16, 4, group=1))
+    _, y, _, long = exact(problem)
     close(got[0], y, 5e-6)
-    close(got[2], iir, 5e-6)
+    close(got[2], long, 5e-6)
 
 
-@pytest.mark.parametrize("method", ["triton"])
 @pytest.mark.parametrize("cut", [1, 2, 12])
-def test_splitting_law(method: str, cut: int) -> None:
+def test_splitting_law(cut: int) -> None:
     z, weight, bias, poles, residues, skip, *_ = make(13)
     filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
-    whole, last = hyena(z, weight, bias, filter, method=method)
-    first, state = hyena(z[:, :cut], weight, bias, filter, method=method)
-    rest, state = hyena(z[:, cut:], weight, bias, filter, state, method=method)
+    whole, last = hyena(z, weight, bias, filter, backend="triton")
+    first, state = hyena(z[:, :cut], weight, bias, filter, backend="triton")
+    rest, state = hyena(z[:, cut:], weight, bias, filter, state, backend="triton")
     close(torch.cat([first, rest], dim=1), whole, TOLERANCE[torch.float32])
     assert torch.equal(state.short, last.short)
     close(torch.view_as_real(state.long), torch.view_as_real(last.long), TOLERANCE[torch.float32])
@@ -244,32 +249,33 @@ def test_splitting_law(method: str, cut: int) -> None:
 
 def test_padding_contributes_exactly_nothing() -> None:
     problem = make(12, bare=True)
-    y, fir, iir = forward(*problem, SMALL)
+    y, short, long = forward(problem, SMALL)
     garbage = torch.full((2, 5, 15), torch.nan, device=DEVICE)
     mask = (torch.arange(17, device=DEVICE) >= 5).expand(2, 17)
     padded = problem._replace(z=torch.cat([garbage, problem.z], dim=1), mask=mask)
-    y_padded, fir_padded, iir_padded = forward(*padded, SMALL)
+    y_padded, short_padded, long_padded = forward(padded, SMALL)
     assert not y_padded[:, :5].any()
     close(y_padded[:, 5:], y, TOLERANCE[torch.float32])
-    close(iir_padded, iir, TOLERANCE[torch.float32])
-    assert torch.equal(fir_padded, fir)
+    close(long_padded, long, TOLERANCE[torch.float32])
+    assert torch.equal(short_padded, short)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("modes", "taps"), [(2, 3), (5, 1)])
 def test_a_step_moves_its_states_in_place(dtype: torch.dtype, modes: int, taps: int) -> None:
     problem = make(1, channels=70, modes=modes, taps=taps, batch=3, dtype=dtype)
-    _, y, fir, iir = problem.exact()
+    _, y, short, long = exact(problem)
     filter = ModalFilter(torch.view_as_complex(problem.poles), torch.view_as_complex(problem.residues), problem.skip)
-    state = HyenaState(problem.fir, torch.view_as_complex(problem.iir))
-    got = hyena_step_(problem.z, problem.weight, problem.bias, filter, *state)
-    close(got, y, TOLERANCE[dtype])
-    close(torch.view_as_real(state.long), iir, TOLERANCE[torch.float32])
-    assert torch.equal(state.short.double(), fir)
+    assert problem.short is not None and problem.long is not None and problem.bias is not None
+    state = HyenaState(problem.short, torch.view_as_complex(problem.long))
+    got = FusedDecodeOperators().hyena(problem.z.squeeze(1), problem.weight, problem.bias, filter, state)
+    close(got, y.squeeze(1), TOLERANCE[dtype])
+    close(torch.view_as_real(state.long), long, TOLERANCE[torch.float32])
+    assert torch.equal(state.short.double(), short)
 
 
-def check_backward(problem: Problem, tiling: BackwardTiling | None, *, of_states: bool = True) -> None:
-    wide, *outputs = problem.exact()
+def check_backward(problem: Operands, tiling: BackwardTiling | None, *, of_states: bool = True) -> None:
+    wide, *outputs = exact(problem)
     slopes = [
         torch.randn(t.shape).to(DEVICE, problem.z.dtype if i < 2 else torch.float32) for i, t in enumerate(outputs)
     ]
@@ -278,7 +284,7 @@ def check_backward(problem: Problem, tiling: BackwardTiling | None, *, of_states
     loss = sum((t * slope).sum() for t, slope in zip(outputs, slopes, strict=False))
     leaves = [t for t in wide if t is not None]
     expected = iter(torch.autograd.grad(loss, leaves))
-    got = backward(*slopes, *problem, tiling)
+    got = backward(*slopes, problem, tiling)
     for i, (value, leaf) in enumerate(zip(got, wide, strict=True)):
         if leaf is not None:
             close(value, next(expected), max(GRADIENT, TOLERANCE[value.dtype]) if i == 0 else GRADIENT)
@@ -292,7 +298,7 @@ def test_backward_at_awkward_lengths(length: int) -> None:
 @pytest.mark.parametrize("length", [8, 9, 10, 23])
 def test_backward_over_several_chunks(length: int) -> None:
     """Around the end of a chunk, where the adjoint passes on inside the window of the short filter."""
-    check_backward(make(length, channels=3, padded=length == 23), BackwardTiling(chunk=4, batch=2, lanes=4, run=2))
+    check_backward(make(length, channels=3, padded=length == 23), BackwardTiling(chunk=4, batch=2, channels=4, run=2))
 
 
 @pytest.mark.parametrize(("modes", "taps"), [(1, 1), (16, 3), (3, 8)])
@@ -309,7 +315,7 @@ def test_backward_in_narrow_types(dtype: torch.dtype) -> None:
     check_backward(make(20, batch=1, dtype=dtype), None)
 
 
-def test_backward_of_many_steps(compiled: tuple[Problem, Tiling]) -> None:
+def test_backward_of_many_steps(compiled: tuple[Operands, Tiling]) -> None:
     check_backward(compiled[0], None)
 
 
@@ -317,14 +323,94 @@ def test_backward_of_what_may_be_left_out() -> None:
     check_backward(make(7, bare=True), BackwardTiling(4, 2, 8), of_states=False)
 
 
-def test_a_step_that_cannot_be_written_is_refused() -> None:
-    z, weight, bias, poles, residues, skip, fir, iir, _ = make(1)
-    filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
-    state = torch.view_as_complex(iir)
-    with pytest.raises(InputError, match="contiguous"):
-        hyena_step_(z, weight, bias, filter, fir.transpose(1, 2).contiguous().transpose(1, 2), state)
-    with pytest.raises(InputError, match="one step"):
-        hyena_step_(z.expand(2, 2, 15), weight, bias, filter, fir, state)
-    with pytest.raises(UnsupportedError, match="complex64"):
-        wide = ModalFilter(filter.poles.to(torch.complex128), filter.residues.to(torch.complex128))
-        hyena_step_(z, weight, bias, wide, fir, state)
+# Where documents begin in two rows of 19 steps, for tiles of 2 segments of 4 steps (SMALL) and chunks of 4: at the
+# first and the last step, at ends of segments, tiles and chunks and beside them, and one after another.
+EDGES = ((0, 4, 8, 9, 15, 18), (1, 2, 3, 7, 12, 13))
+CHUNKS = BackwardTiling(chunk=4, batch=2, channels=4, run=2)
+
+
+@pytest.mark.parametrize("rows", [EDGES, ((0,), (18,)), ((8,), (7, 8, 9)), (tuple(range(19)), ())])
+def test_documents_at_every_edge(rows: tuple[tuple[int, ...], ...]) -> None:
+    problem = make(19, channels=3)._replace(reset=boundaries(19, *rows))
+    check_forward(problem, SMALL)
+    check_backward(problem, CHUNKS)
+
+
+@pytest.mark.parametrize(("modes", "taps", "padded"), [(1, 1, True), (2, 8, False), (16, 3, True)])
+def test_documents_with_any_filter(modes: int, taps: int, padded: bool) -> None:
+    problem = make(19, channels=2, modes=modes, taps=taps, batch=1, padded=padded)
+    problem = problem._replace(reset=boundaries(19, EDGES[0]))
+    check_forward(problem, Tiling(channels=2, segments=2, steps=8, group=2))
+    check_backward(problem, BackwardTiling(chunk=8, batch=4, channels=2, run=3))
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(1, torch.float32), (2, torch.bfloat16), (63, torch.float32), (300, torch.bfloat16), (130, torch.float16)],
+)
+def test_documents_at_awkward_lengths(length: int, dtype: torch.dtype) -> None:
+    """In the tiling that is chosen; an even number of channels is packed."""
+    problem = make(length, channels=4, batch=1, dtype=dtype, documents=True)
+    check_forward(problem, None)
+    if length <= 63:
+        check_backward(problem, None)
+
+
+def test_documents_in_parts_of_time() -> None:
+    """Every row has a part in which no document begins."""
+    problem = make(39, channels=3)._replace(reset=boundaries(39, (0, 20, 21), (38,)))
+    check_forward(problem, Tiling(4, 2, 4, 1, parts=3))
+
+
+def test_documents_in_runs_of_segments() -> None:
+    """Several runs of four segments; documents begin in a run's first, its last and no segment, and not in a tile."""
+    reset = boundaries(80, (0, 9, 14, 79), (35, 36, 60))
+    check_forward(make(80, channels=2)._replace(reset=reset), Tiling(channels=4, segments=16, steps=2, group=2))
+
+
+def test_documents_without_a_state_nor_gradients_of_states() -> None:
+    problem = make(9, channels=3, bare=True)._replace(reset=boundaries(9, (2,), (8,)))
+    check_forward(problem, SMALL)
+    check_backward(problem, CHUNKS, of_states=False)
+
+
+def test_packed_documents_equal_documents_alone() -> None:
+    lengths = (3, 1, 1, 9, 5)
+    z, *rest = make(sum(lengths), channels=3, bare=True, batch=1)
+    starts = list(itertools.accumulate(lengths, initial=0))[:-1]
+    packed = Operands(z, *rest)._replace(reset=boundaries(sum(lengths), tuple(starts)))
+    y, short, long = forward(packed, SMALL)
+    alone = [forward(Operands(part, *rest), SMALL) for part in z.split(lengths, dim=1)]
+    close(y, torch.cat([part[0] for part in alone], dim=1), TOLERANCE[torch.float32])
+    close(long, alone[-1][2], TOLERANCE[torch.float32])
+    assert torch.equal(short, alone[-1][1])
+
+
+@pytest.mark.parametrize("cut", [8, 14])
+def test_the_splitting_law_with_documents(cut: int) -> None:
+    problem = make(19, channels=3)._replace(reset=boundaries(19, *EDGES))
+    assert problem.reset is not None
+    whole = forward(problem, SMALL)
+    first, short, long = forward(problem._replace(z=problem.z[:, :cut], reset=problem.reset[:, :cut]), SMALL)
+    now = problem._replace(z=problem.z[:, cut:], reset=problem.reset[:, cut:], short=short, long=long)
+    rest, short, long = forward(now, SMALL)
+    close(torch.cat([first, rest], dim=1), whole[0], TOLERANCE[torch.float32])
+    close(long, whole[2], TOLERANCE[torch.float32])
+    assert torch.equal(short, whole[1])
+
+
+def test_boundaries_by_segments_tiles_and_parts() -> None:
+    """Segments of 4 steps with 2 steps before them, tiles of 2 segments, parts of 2 tiles."""
+    reset = torch.zeros(1, 19, dtype=torch.bool)
+    reset[0, [0, 7, 17]] = True
+    segments, tiles, parts = find_boundaries(reset, 4, 2, 2, 2)
+    assert segments.tolist() == [[0b000100, 0b100000, 0b000010, 0, 0b001000]]
+    assert tiles.tolist() == [[0b11, 0, 0b01]]
+    assert parts.tolist() == [[1, 1]]
+
+
+def test_the_age_of_a_step() -> None:
+    reset = torch.tensor([[False, True, False, False, True], [True, False, False, False, False]])
+    first, second = age(reset)
+    assert first[0] >= 2**30 and first[1:].tolist() == [0, 1, 2, 0]
+    assert second.tolist() == [0, 1, 2, 3, 4]

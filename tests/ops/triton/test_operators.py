@@ -1,30 +1,35 @@
 """The kernels as operators of torch: autograd, torch.compile, torch's own checks, and what is kept for the backward."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from device import DEVICE
-from hyaena.errors import InputError
+from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops import HyenaState, ModalFilter, hyena
-from hyaena.ops.triton.hyena.register import hyena_operator, hyena_step_operator
+from hyaena.ops.triton import unsupported_reason
+from hyaena.ops.triton.hyena.register import hyena_operator
+
+FUSED, BLOCKED = {"backend": "triton"}, {"method": "blocked"}
 
 
 def arguments(length: int = 4, channels: int = 3) -> list[Tensor]:
     poles = torch.polar(torch.rand(channels, 2) * 0.9, torch.rand(channels, 2) * 3)
     residues = torch.randn(channels, 2, dtype=torch.complex64)
-    fir, iir = torch.randn(2, 3 * channels, 2), torch.randn(2, channels, 2, dtype=torch.complex64)
+    short, long = torch.randn(2, 3 * channels, 2), torch.randn(2, channels, 2, dtype=torch.complex64)
     z, weight, bias = torch.randn(2, length, 3 * channels), torch.randn(3 * channels, 3), torch.randn(3 * channels)
-    return [t.to(DEVICE) for t in (z, weight, bias, poles, residues, torch.randn(channels), fir, iir)]
+    return [t.to(DEVICE) for t in (z, weight, bias, poles, residues, torch.randn(channels), short, long)]
 
 
-def loss(method: str, z, weight, bias, poles, residues, skip, fir, iir) -> Tensor:
-    state = HyenaState(fir, iir)
-    y, state = hyena(z, weight, bias, ModalFilter(poles, residues, skip), state, method=method)
+def loss(method: dict[str, str], z, weight, bias, poles, residues, skip, short, long, reset=None) -> Tensor:
+    state = HyenaState(short, long)
+    y, state = hyena(z, weight, bias, ModalFilter(poles, residues, skip), state, reset=reset, **method)
     return y.sin().sum() + state.short.sin().sum() + (state.long * (1 + 2j)).real.sin().sum()
 
 
-def gradients(method: str, inputs: list[Tensor], function=loss) -> tuple[Tensor, ...]:
+def gradients(method: dict[str, str], inputs: list[Tensor], function=loss) -> tuple[Tensor, ...]:
     leaves = [t.clone().requires_grad_() for t in inputs]
     return torch.autograd.grad(function(method, *leaves), leaves)
 
@@ -37,13 +42,31 @@ def agree(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("length", [1, 4])
 def test_autograd_equals_the_plain_operator(length: int) -> None:
     inputs = arguments(length)
-    agree(gradients("triton", inputs), gradients("blocked", inputs))
+    agree(gradients(FUSED, inputs), gradients(BLOCKED, inputs))
 
 
-def test_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("steps", [[0], [3], [1, 2]])
+def test_autograd_of_packed_documents(steps: list[int]) -> None:
+    inputs = arguments(5)
+    reset = torch.zeros(2, 5, dtype=torch.bool, device=DEVICE)
+    reset[0, steps] = True
+    function = partial(loss, reset=reset)
+    agree(gradients(FUSED, inputs, function), gradients(BLOCKED, inputs, function))
+
+
+def test_one_step_that_begins_a_document() -> None:
+    inputs = arguments(1)
+    function = partial(loss, reset=torch.tensor([[True], [False]], device=DEVICE))
+    agree(gradients(FUSED, inputs, function), gradients(BLOCKED, inputs, function))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_compiles_to_one_graph(documents: bool) -> None:
     inputs = arguments()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    agree(gradients("triton", inputs, compiled), gradients("blocked", inputs))
+    reset = torch.tensor([[False, False, True, False]] * 2, device=DEVICE) if documents else None
+    function = partial(loss, reset=reset)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    agree(gradients(FUSED, inputs, compiled), gradients(BLOCKED, inputs, function))
 
 
 def pairs(inputs: list[Tensor]) -> list[Tensor]:
@@ -52,14 +75,13 @@ def pairs(inputs: list[Tensor]) -> list[Tensor]:
 
 def test_torch_accepts_the_operators() -> None:
     inputs = [t.requires_grad_() for t in pairs(arguments(length=2))]
-    torch.library.opcheck(hyena_operator, (*inputs, None))
-    torch.library.opcheck(hyena_step_operator, tuple(t.detach() for t in pairs(arguments(length=1))))
+    torch.library.opcheck(hyena_operator, (*inputs, None, None))
 
 
 def test_torch_accepts_what_may_be_left_out() -> None:
     z, weight, _, poles, residues, *_ = pairs(arguments())
     mask = torch.tensor([[False, True, True, True]] * 2, device=DEVICE)
-    given = (z, weight, None, poles, residues, None, None, None, mask)
+    given = (z, weight, None, poles, residues, None, None, None, mask, mask)
     torch.library.opcheck(hyena_operator, given, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -67,8 +89,8 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward() -> None:
     inputs = [t.requires_grad_() for t in arguments(length=40)]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        z, weight, bias, poles, residues, skip, fir, iir = inputs
-        hyena(z, weight, bias, ModalFilter(poles, residues, skip), HyenaState(fir, iir), method="triton")
+        z, weight, bias, poles, residues, skip, short, long = inputs
+        hyena(z, weight, bias, ModalFilter(poles, residues, skip), HyenaState(short, long), backend="triton")
     known = {t.untyped_storage().data_ptr() for t in inputs}
     assert kept and all(t.untyped_storage().data_ptr() in known for t in kept)
 
@@ -76,23 +98,43 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward() -> None:
 def test_parameters_may_be_frozen() -> None:
     z, weight, bias, poles, residues, skip, _, _ = arguments()
     z.requires_grad_()
-    y, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), method="triton")
+    y, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), backend="triton")
     expected, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), method="blocked")
     agree(torch.autograd.grad(y.sum(), z), torch.autograd.grad(expected.sum(), z))
 
 
-@pytest.mark.parametrize("what", ["empty", "fir", "iir", "mask"])
+@pytest.mark.parametrize("what", ["empty", "short", "long", "mask", "reset"])
 def test_shapes_that_do_not_fit(what: str) -> None:
-    z, weight, bias, poles, residues, skip, fir, iir = arguments()
-    mask = None
+    z, weight, bias, poles, residues, skip, short, long = arguments()
+    mask = reset = None
     if what == "empty":
         z = z[:, :0]
-    elif what == "fir":
-        fir = fir[:1]
-    elif what == "iir":
-        iir = iir[:, :1]
-    else:
+    elif what == "short":
+        short = short[:1]
+    elif what == "long":
+        long = long[:, :1]
+    elif what == "mask":
         mask = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
+    else:
+        reset = torch.ones(1, 4, dtype=torch.bool, device=DEVICE)
     with pytest.raises(InputError):
         filter = ModalFilter(poles, residues, skip)
-        hyena(z, weight, bias, filter, HyenaState(fir, iir), mask=mask, method="triton")
+        hyena(z, weight, bias, filter, HyenaState(short, long), mask=mask, reset=reset, backend="triton")
+
+
+class OtherFilter:
+    """A filter of a kind that the kernels have never met."""
+
+
+def test_filters_that_the_kernels_do_not_take_have_a_reason() -> None:
+    z, weight, _, poles, residues, skip, _, _ = arguments()
+    assert unsupported_reason(z, weight, ModalFilter(poles, residues, skip), None, None) is None
+    for foreign, message in (
+        (OtherFilter(), "complex modes, one per channel, not a OtherFilter"),
+        (ModalFilter(poles.real, residues.real), "complex modes"),
+        (ModalFilter(poles[:1], residues[:1]), "not 1 filters for 3 channels"),
+        (ModalFilter(poles.to(torch.complex128), residues.to(torch.complex128)), "complex64"),
+    ):
+        assert message in str(unsupported_reason(z, weight, foreign, None, None))
+    with pytest.raises(UnsupportedError, match="complex64"):
+        hyena(z, weight, None, ModalFilter(poles.to(torch.complex128), residues), backend="triton")

@@ -56,6 +56,21 @@ def test_rms_norm_of_rows_that_do_not_lie_together_or_are_zero() -> None:
         close(got, rms_norm(last.double(), weight.double(), 1e-6, eps_inside_root=inside), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NaN in the interpreter
+def test_rms_norm_does_not_overflow(dtype: torch.dtype, inside: bool) -> None:
+    x = torch.stack([3e38 * torch.rand(33), 1e-2 * torch.randn(33), 2e19 * torch.rand(33)]).to(DEVICE, dtype)
+    weight = randn(33, dtype=dtype)
+    got = pointwise.rms_norm(x, weight, 1e-6, eps_inside_root=inside)
+    close(got, rms_norm(x.double(), weight.double(), 1e-6, eps_inside_root=inside), dtype)
+    assert torch.equal(got[1:2], pointwise.rms_norm(x[1:2], weight, 1e-6, eps_inside_root=inside))
+    for bad in (torch.inf, torch.nan):
+        x[0, 3] = bad
+        got = pointwise.rms_norm(x, weight, 1e-6, eps_inside_root=inside)
+        assert got[0].isnan().all() and got[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 33), (1, 1, 4100)])

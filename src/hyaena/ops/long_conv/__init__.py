@@ -1,66 +1,61 @@
-"""The long convolution: one function, many ways to evaluate it, one contract.
+"""The long convolution: filters of several kinds, many ways to evaluate each, one contract.
 
     long_conv(a ++ b, f)  ==  long_conv(a, f) -> s, then long_conv(b, f, s)        for every method and every split
 
-A filter comes in one of three forms, each with a state of its own kind:
+A kind is a class with the attributes of ``Filter``. Those of this package, with their states:
 
-    ModalFilter        modes                  complex [B,D,N], one number per mode
+    ModalFilter        complex modes          complex [B,D,N], one number per mode
+    RealModalFilter    real modes             real [B,D,N], one number per mode
     CanonicalFilter    a rational function    real [B,D,M], the numerator of the free response
     ExplicitFilter     taps                   real [B,D,W-1], a window of inputs
 
-``METHODS`` says what each way can do; the tests are driven by it.
+Each may hold fewer filters than there are channels; neighbouring channels then share one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.ops.long_conv.blocked import long_conv_blocked
-from hyaena.ops.long_conv.canonical import (
-    CanonicalFilter,
-    long_conv_canonical,
-    to_canonical,
-    to_canonical_state,
-    to_modal,
+from hyaena.ops.long_conv.canonical import CanonicalFilter, to_canonical, to_canonical_state, to_modal
+from hyaena.ops.long_conv.explicit import ExplicitFilter
+from hyaena.ops.long_conv.filters import (
+    Evaluate,
+    Filter,
+    by_document,
+    complex_dtype,
+    group_rows,
+    group_state,
+    ungroup_rows,
+    ungroup_state,
 )
-from hyaena.ops.long_conv.canonical_fft import long_conv_canonical_fft, long_conv_rational_fft
-from hyaena.ops.long_conv.fft import long_conv_fft
-from hyaena.ops.long_conv.filters import ModalFilter, decay_lengths, taps
-from hyaena.ops.long_conv.recurrence import long_conv_recurrence
-from hyaena.ops.long_conv.reference import long_conv_reference
-from hyaena.ops.long_conv.scan import long_conv_scan
-from hyaena.ops.long_conv.truncated import (
-    TRUNCATION_TOLERANCE,
-    ExplicitFilter,
-    Truncation,
-    choose_window,
-    cut,
-    dropped_energy,
-    long_conv_explicit,
-    truncate,
-)
+from hyaena.ops.long_conv.modal import ModalFilter, RealModalFilter, taps
+from hyaena.ops.long_conv.modes import decay_lengths
+from hyaena.ops.long_conv.truncated import TRUNCATION_TOLERANCE, Truncation, choose_window, dropped_energy, truncate
 
 __all__ = [
+    "KINDS",
     "METHODS",
     "TRUNCATION_TOLERANCE",
     "CanonicalFilter",
-    "Capabilities",
+    "Evaluate",
     "ExplicitFilter",
     "Filter",
     "Method",
     "ModalFilter",
+    "RealModalFilter",
     "Truncation",
+    "by_document",
+    "check_channels",
     "choose_window",
     "decay_lengths",
     "dropped_energy",
+    "kinds_of",
     "long_conv",
-    "resolve_method",
     "taps",
     "to_canonical",
     "to_canonical_state",
@@ -68,19 +63,20 @@ __all__ = [
     "truncate",
 ]
 
-Filter = ModalFilter | CanonicalFilter | ExplicitFilter
-Evaluate = Callable[[Tensor, Any, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+KINDS = (ModalFilter, RealModalFilter, CanonicalFilter, ExplicitFilter)
+"""The kinds of filters of this package, for tables that describe them; the operators take any ``Filter``."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Capabilities:
-    """What one way of evaluating a filter can do.
+class Method:
+    """What one way of evaluating a filter can do, whichever of its kinds (``kinds_of``) it is given.
 
     Attributes:
         summary: one line for people.
-        state: what it leaves behind of a modal filter. Methods that leave modes can be mixed freely.
-        exact: it computes what the filter says, up to rounding.
-        reset: it can forget its state inside a sequence (packed documents).
+        state: what it leaves behind of a filter of modes. Methods that leave modes can be mixed freely.
+        exact: it computes the filter's own output, up to rounding.
+        reset: it forgets its state inside a sequence (packed documents) in one pass; methods without it are evaluated
+            document by document.
         padding: zeros in front contribute nothing, so padded rows equal rows alone.
         gradients: autograd passes through it at a sensible cost.
         cost: per channel.
@@ -96,108 +92,89 @@ class Capabilities:
     cost: str
     memory: str
 
-    @property
-    def forms(self) -> tuple[type, ...]:
-        """The forms of filters that it takes."""
-        return (ModalFilter,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method(Capabilities):
-    """One way of evaluating the long convolution.
-
-    Attributes:
-        evaluate: for each form of filter that it takes, ``(x, filter, state, reset) -> (y, state)``, every argument
-            given. A method that leaves a window is given modal filters cut.
-    """
-
-    evaluate: Mapping[type, Evaluate]
-
-    @property
-    def forms(self) -> tuple[type, ...]:
-        """Those that it evaluates, and modal ones where it cuts them first."""
-        return (ModalFilter, *self.evaluate) if self.state == "window" else tuple(self.evaluate)
-
-
-def _reference(x: Tensor, filter: ModalFilter, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    return long_conv_reference(x, filter.poles, filter.residues, filter.skip, state, reset)
-
-
-def _without_reset(evaluate: Callable[[Tensor, Any, Tensor], tuple[Tensor, Tensor]]) -> Evaluate:
-    return lambda x, filter, state, _: evaluate(x, filter, state)
-
 
 METHODS: dict[str, Method] = {
     "reference": Method(
         summary="float64 step loop, the oracle of the tests",
-        evaluate={ModalFilter: _reference},
         reset=True,
         cost="O(T·N)",
         memory="O(T·N)",
     ),
     "recurrence": Method(
         summary="step loop; decoding",
-        evaluate={ModalFilter: long_conv_recurrence, CanonicalFilter: long_conv_canonical},
         reset=True,
         cost="O(T·N)",
         memory="O(N)",
     ),
+    "direct": Method(
+        summary="sum over taps",
+        reset=True,
+        cost="O(T·W)",
+        memory="O(T)",
+    ),
     "fft": Method(
         summary="zero-padded real FFT",
-        evaluate={ModalFilter: _without_reset(long_conv_fft)},
         reset=False,
         cost="O(T log T)",
         memory="O(T)",
     ),
     "blocked": Method(
         summary="Toeplitz products in chunks, a scan between",
-        evaluate={ModalFilter: long_conv_blocked},
         reset=True,
         cost="O(T·C)",
         memory="O(T)",
     ),
     "scan": Method(
         summary="associative scan over time",
-        evaluate={ModalFilter: long_conv_scan},
         reset=True,
         cost="O(T·N)",
         memory="O(T·N)",
     ),
     "canonical-fft": Method(
         summary="transfer function, divided in float64",
-        evaluate={
-            ModalFilter: _without_reset(long_conv_canonical_fft),
-            CanonicalFilter: _without_reset(long_conv_rational_fft),
-        },
         reset=False,
         cost="O(T·(N + log T))",
         memory="O(T)",
     ),
     "truncated": Method(
-        summary="the first W taps only; says what that drops",
-        evaluate={ExplicitFilter: _without_reset(long_conv_explicit)},
+        summary="the first W taps only; reports the energy that it drops",
         state="window",
         exact=False,
-        reset=False,
+        reset=True,
         cost="O((T+W) log(T+W))",
         memory="O(T+W)",
     ),
 }
-
-SHORT = 16
-"""Below this many steps the step loop is cheaper than building a chunk's matrices."""
-
-_LONG_DEFAULT = {ModalFilter: "blocked", CanonicalFilter: "canonical-fft", ExplicitFilter: "truncated"}
-_SHORT_DEFAULT = _LONG_DEFAULT | {ModalFilter: "recurrence", CanonicalFilter: "recurrence"}
+"""The methods of this package, described; the functions are in ``Filter.methods`` of each kind."""
 
 
-def resolve_method(method: str, length: int, form: type = ModalFilter) -> str:
-    """The method that ``auto`` stands for at this length; any other name is checked and returned."""
+def kinds_of(method: str) -> tuple[type, ...]:
+    """The kinds of filters of this package that a method evaluates."""
+    return tuple(kind for kind in KINDS if method in kind.methods)
+
+
+def choose(filter: Filter, method: str, length: int, state: Tensor | None) -> str:
+    """The method that evaluates this call: the filter's choice for ``"auto"``; any other name is checked.
+
+    Raises:
+        UnsupportedError: the kind of filter has no such method.
+    """
     if method == "auto":
-        return (_SHORT_DEFAULT if length < SHORT else _LONG_DEFAULT)[form]
-    if method not in METHODS:
-        raise UnsupportedError(f"unknown long_conv method {method!r}: choose auto, {', '.join(METHODS)}")
+        return filter.choose_method(length, state)
+    if method not in filter.methods:
+        known = f"takes no {type(filter).__name__}" if method in METHODS else "is unknown"
+        raise UnsupportedError(f"long_conv method {method!r} {known}: choose auto, {', '.join(filter.methods)}")
     return method
+
+
+def check_channels(filter: Filter, channels: int) -> None:
+    """Refuse a number of channels that the filter cannot serve, and a skip of another number of channels."""
+    if filter.groups < 1 or channels % filter.groups or not channels:
+        raise InputError(
+            f"{channels} channels cannot share {filter.groups} filters evenly: their number must divide the channels'"
+        )
+    if filter.skip is not None and filter.skip.shape != (channels,):
+        raise InputError(f"the filter's skip must be of shape ({channels},), and is {tuple(filter.skip.shape)}")
 
 
 def long_conv(
@@ -208,19 +185,19 @@ def long_conv(
     method: str = "auto",
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolve x with a long filter, from a state, to a state.
+    """Convolve x with long filters, from a state, to a state.
 
-    Equation, for a modal filter: ``s[t] = p·s[t-1] + x[t]``, ``y[t] = Re Σ_n R_n s_n[t] + skip·x[t]``, which is
-    ``y = h * x`` with ``h[t] = skip·δ[t] + Re Σ_n R_n p_n^t`` when the state begins at zero.
+    Equation: ``y[t] = Σ_{k<=t} h[k]·x[t-k] + skip·x[t]``, h the impulse response of the channel's filter, when the
+    state before is None. A filter of modes is the recurrence ``s[t] = p·s[t-1] + x[t]``, ``y[t] = Re Σ_n R_n s_n[t] +
+    skip·x[t]``.
 
     Args:
         x: real [B,T,D], T >= 1, any floating dtype. Arithmetic runs in the precision of the filter's numbers
             (float32 for models), under autocast too.
-        filter: the filter, in any of its forms.
-        state: what the steps before x left behind; None for nothing. It is complex [B,D,N] for a modal filter, unless
-            a truncated evaluation left a window, real [B,D,W-1]: ``auto`` goes on with the same window.
-        method: a key of ``METHODS``, or ``"auto"``. ``"truncated"`` without a state cuts the filter as
-            ``truncate(filter)`` does.
+        filter: F filters of one kind; F divides D, and filter f serves the channels ``f·D/F … (f+1)·D/F - 1``.
+        state: the state that the steps before x left, [B,D,…]; None for nothing.
+        method: a key of ``filter.methods`` (those of this package are described in ``METHODS``), or ``"auto"``.
+            ``"truncated"`` without a state cuts a filter of modes as ``truncate(filter)`` does.
         reset: bool [B,T]; True forgets everything before that step (the boundary of a packed document).
 
     Returns:
@@ -228,49 +205,31 @@ def long_conv(
 
     Raises:
         InputError: shapes or states that do not fit.
-        UnsupportedError: an unknown method, one that cannot reset, one that takes other forms of filters, or a filter
-            that cannot be cut.
+        UnsupportedError: a method that the kind of filter does not have, or a filter that cannot be cut.
 
-    Source: Massaroli et al. 2023, "Laughing Hyena Distillery" (modal filters, recurrent and convolutional modes).
+    Source: Massaroli et al. 2023, "Laughing Hyena Distillery" (modal filters, recurrent and convolutional modes);
+    Ku et al. 2025, "Systems and Algorithms for Convolutional Multi-Hybrid Language Models at Scale" (groups).
     """
-    channels = filter[0].shape[0]
-    if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != channels:
-        raise InputError(f"long_conv takes x of shape [B, T>=1, D={channels}], and was given {tuple(x.shape)}")
-    if method == "auto" and isinstance(filter, ModalFilter) and state is not None and not state.is_complex():
-        method = "truncated"
-    name = resolve_method(method, x.shape[1], type(filter))
-    chosen = METHODS[name]
-    if type(filter) not in chosen.forms:
-        able = ", ".join(other for other, it in METHODS.items() if type(filter) in it.forms)
-        raise UnsupportedError(f"long_conv method {name!r} takes no {type(filter).__name__}: choose {able}")
-    if reset is not None and not chosen.reset:
-        raise UnsupportedError(f"long_conv method {name!r} cannot reset inside a sequence: use blocked")
-    if isinstance(filter, ModalFilter) and chosen.state == "window":
-        with torch.autocast(x.device.type, enabled=False):
-            filter = cut(filter, choose_window(filter) if state is None else state.shape[-1] + 1)
-    size = filter[0].shape[1] - isinstance(filter, ExplicitFilter)
-    shape = (x.shape[0], channels, size)
-    if state is None:
-        state = torch.zeros(shape, dtype=filter[0].dtype, device=x.device)
-    else:
-        _check_state(state, filter, shape, name)
-    numbers = filter[0]
+    if x.ndim != 3 or x.shape[1] == 0:
+        raise InputError(f"long_conv takes x of shape [B, T>=1, D], and was given {tuple(x.shape)}")
+    batch, length, channels = x.shape
+    check_channels(filter, channels)
+    if reset is not None and reset.shape != (batch, length):
+        raise InputError(f"long_conv takes a reset of shape {(batch, length)}, and was given {tuple(reset.shape)}")
+    name = choose(filter, method, length, state)
+    groups = filter.groups
     with torch.autocast(x.device.type, enabled=False):
-        y, state = chosen.evaluate[type(filter)](x.to(numbers.real.dtype), filter, state, reset)
-    return y.to(x.dtype), state.to(numbers.dtype).contiguous()  # steps that follow run over it again and again
-
-
-def _check_state(state: Tensor, filter: Filter, shape: tuple[int, ...], method: str) -> None:
-    """Refuse a state of another kind or shape."""
-    if isinstance(filter, ModalFilter) and not state.is_complex():
-        raise InputError(
-            f"long_conv method {method!r} was given the window of a truncated filter for a state: go on with "
-            "truncated or auto, or begin anew"
-        )
-    if isinstance(filter, ExplicitFilter) and state.is_complex():
-        raise InputError(
-            f"long_conv method {method!r} keeps a window of inputs, and was given a state of modes: begin without "
-            f"a state, or with a cache that was made for it (make_cache(method={method!r}))"
-        )
-    if state.shape != shape:
-        raise InputError(f"long_conv's state must be {shape}, and is {tuple(state.shape)}")
+        if state is None:
+            state = filter.initial_state(batch, channels, name)
+        else:
+            filter.check_state(state, batch, channels, name)
+        dtype = complex_dtype(filter.dtype) if state.is_complex() else filter.dtype
+        wide = x.to(filter.dtype)
+        if reset is not None and groups != channels:
+            reset = reset.repeat_interleave(channels // groups, dim=0)
+        rows = group_rows(wide, groups), group_state(state.to(dtype), groups)
+        y, state = filter.methods[name](filter, *rows, reset)
+        y, state = ungroup_rows(y, batch), ungroup_state(state, batch)
+        if filter.skip is not None:
+            y = torch.addcmul(y, filter.skip.to(y.dtype), wide.to(y.dtype))
+    return y.to(x.dtype), state.to(dtype).contiguous()  # the steps that follow read the state again and again

@@ -15,59 +15,59 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyaena.ops.long_conv.filters import ModalFilter, as_real_pairs, from_real_pairs, powers, readout_pairs, taps, widen
+from hyaena.ops.long_conv.modes import Modes, as_real_pairs, from_real_pairs, powers, readout_pairs
 
 CHUNK = 32
 
 
 def long_conv_blocked(
-    x: Tensor, filter: ModalFilter, state: Tensor, reset: Tensor | None = None, chunk: int = CHUNK
+    x: Tensor, modes: Modes, state: Tensor, reset: Tensor | None = None, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """x real [B,T,D], state complex [B,D,N] -> (y real [B,T,D], final state); ``reset`` bool [B,T]."""
+    """x real [B,T,F], state [B,F,N] -> (y real [B,T,F], final state); ``reset`` bool [B,T]."""
     batch, length, channels = x.shape
     chunk = min(chunk, length)
     count = -(-length // chunk)
     last = length - (count - 1) * chunk  # steps in the last chunk, which may be shorter
     padding = count * chunk - length
 
-    dtype = filter.poles.dtype
-    p = widen(filter.poles)
-    ladder = powers(p, chunk + 1)  # p^0 … p^C, [D,N,C+1]
-    gather = as_real_pairs(ladder[..., :chunk].flip(-1).transpose(1, 2).to(dtype))  # p^(C-1-j), [D,C,2N]
-    spread = readout_pairs((widen(filter.residues).unsqueeze(-1) * ladder[..., 1:]).transpose(1, 2).to(dtype))
-    spread = spread.transpose(1, 2)  # R p^(i+1), [D,2N,C]
-    toeplitz = toeplitz_matrix(taps(filter, chunk))  # [D,C,C]
+    p, residues = modes
+    dtype = residues.dtype
+    ladder = powers(p, chunk + 1)  # p^0 … p^C, [F,N,C+1]
+    gather = as_real_pairs(ladder[..., :chunk].flip(-1).transpose(1, 2).to(dtype))  # p^(C-1-j), [F,C,M]
+    spread = readout_pairs((residues.to(p.dtype).unsqueeze(-1) * ladder[..., 1:]).transpose(1, 2).to(dtype))
+    spread = spread.transpose(1, 2)  # R p^(i+1), [F,M,C]
+    toeplitz = toeplitz_matrix(modes.impulse_response(chunk))  # [F,C,C]
 
     if padding:  # torch copies even when there is nothing to add
         x = torch.nn.functional.pad(x, (0, 0, 0, padding))
-    chunks = x.reshape(batch * count, chunk, channels).permute(2, 0, 1).contiguous()  # [D,B·c,C]
+    chunks = x.reshape(batch * count, chunk, channels).permute(2, 0, 1).contiguous()  # [F,B·c,C]
     segments = None
-    seen = chunks  # what the state at the end of a chunk still remembers of it
+    seen = chunks  # the steps of a chunk that its final state remembers
     if reset is not None:
         segments = torch.nn.functional.pad(reset, (0, padding)).view(batch * count, chunk).cumsum(-1)
-        seen = chunks * (segments == segments[:, -1:])
+        seen = torch.where(segments == segments[:, -1:], chunks, 0)
 
-    local = from_real_pairs((seen @ gather).unflatten(1, (batch, count)))  # [D,B,c,N]
+    local = from_real_pairs((seen @ gather).unflatten(1, (batch, count)), state)  # [F,B,c,N]
     starts = torch.cat([state.transpose(0, 1).unsqueeze(2), local[:, :, :-1]], dim=2)
     unbroken = None if segments is None else (segments[:, -1] == 0).view(batch, count)
     starts = scan_chunks(starts, ladder[..., chunk], unbroken)  # the state before each chunk
-    response = as_real_pairs(starts).flatten(1, 2)  # [D,B·c,2N]
+    response = as_real_pairs(starts).flatten(1, 2)  # [F,B·c,M]
 
     if segments is None:
         y = (chunks @ toeplitz).baddbmm_(response, spread)  # in place: a product's gradient needs its factors only
     else:
-        y = segmented_product(chunks, toeplitz, response @ spread, segments)
+        y = segmented_product(chunks, toeplitz, segments, segments, response @ spread)
     y = y.permute(1, 2, 0).reshape(batch, count * chunk, channels)[:, :length]
 
-    tail = seen.unflatten(1, (batch, count))[:, :, -1, :last] @ gather[:, chunk - last :]  # [D,B,2N]
+    tail = seen.unflatten(1, (batch, count))[:, :, -1, :last] @ gather[:, chunk - last :]  # [F,B,M]
     carried = starts[:, :, -1] * ladder[..., last].to(dtype).unsqueeze(1)
     if unbroken is not None:
-        carried = carried * unbroken[:, -1, None]
-    return y, (carried + from_real_pairs(tail)).transpose(0, 1)
+        carried = torch.where(unbroken[:, -1, None], carried, 0)
+    return y, (carried + from_real_pairs(tail, state)).transpose(0, 1)
 
 
 def toeplitz_matrix(h: Tensor) -> Tensor:
-    """The matrix M[j,i] = h[i-j] (zero for i < j), so that ``x @ M`` convolves a row x: real [D,C] -> [D,C,C]."""
+    """The matrix M[j,i] = h[i-j] (zero for i < j), so that ``x @ M`` convolves a row x: real [F,C] -> [F,C,C]."""
     size = h.shape[-1]
     steps = torch.arange(size, device=h.device)
     lag = steps[None, :] - steps[:, None]
@@ -78,8 +78,8 @@ def scan_chunks(values: Tensor, decay: Tensor, unbroken: Tensor | None = None) -
     """``S[c] = values[c] + decay·S[c-1]`` along the chunks, by doubling the reach.
 
     Args:
-        values: complex [D,B,c,N].
-        decay: complex [D,N], what a whole chunk does to the state.
+        values: [F,B,c,N].
+        decay: [F,N], the decay over a whole chunk, in which precision it is squared.
         unbroken: bool [B,c], False where a chunk holds a reset, so that nothing passes through it.
     """
     count = values.shape[2]
@@ -91,7 +91,7 @@ def scan_chunks(values: Tensor, decay: Tensor, unbroken: Tensor | None = None) -
     while reach < count:
         moved = values[:, :, :-reach] * decay.to(values.dtype)
         if passes is not None:
-            moved = moved * passes[:, reach:, None]
+            moved = torch.where(passes[:, reach:, None], moved, 0)
             passes = torch.cat([passes[:, :reach], passes[:, reach:] & passes[:, :-reach]], dim=1)
         values = torch.cat([values[:, :, :reach], values[:, :, reach:] + moved], dim=2)
         decay = decay * decay
@@ -99,16 +99,27 @@ def scan_chunks(values: Tensor, decay: Tensor, unbroken: Tensor | None = None) -
     return values
 
 
-def segmented_product(chunks: Tensor, toeplitz: Tensor, response: Tensor, segments: Tensor) -> Tensor:
-    """The product of a chunk in which documents end: each document sees itself alone.
+def segmented_product(
+    inputs: Tensor, matrix: Tensor, sources: Tensor, targets: Tensor, first: Tensor | None = None
+) -> Tensor:
+    """``inputs @ matrix`` where documents end inside a row: every output sees the inputs of its own document alone.
 
-    chunks [D,m,C], toeplitz [D,C,C], response [D,m,C] of the incoming state, segments [m,C] counting the resets so
-    far in the chunk. Every document of a chunk costs one product over the chunks that have so many.
+    Every document of a row costs one product over the rows that have so many.
+
+    Args:
+        inputs: [F,m,I].
+        matrix: [F,I,C].
+        sources, targets: int [m,I] and [m,C], the number of the document of each input and output; it counts up from
+            that of the first input, 0.
+        first: [F,m,C], added to the outputs of document 0, or None.
     """
-    first = segments == 0
-    y = ((chunks * first) @ toeplitz + response) * first
-    for number in range(1, int(segments.max()) + 1):
-        rows = (segments[:, -1] >= number).nonzero().squeeze(1)
-        mine = segments[rows] == number
-        y = y.index_add(1, rows, ((chunks[:, rows] * mine) @ toeplitz) * mine)
+
+    def product(rows: Tensor, inside: Tensor, outside: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.where(inside, rows, 0) @ matrix
+        return torch.where(outside, y if bias is None else y + bias, 0)
+
+    y = product(inputs, sources == 0, targets == 0, first)
+    for number in range(1, int(targets.max()) + 1):
+        rows = (targets[:, -1] >= number).nonzero().squeeze(1)
+        y = y.index_add(1, rows, product(inputs[:, rows], sources[rows] == number, targets[rows] == number, None))
     return y

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.ops.long_conv.filters import ModalFilter, as_real_pairs
+from hyaena.ops.long_conv.canonical_fft import companion, long_conv_rational_fft
+from hyaena.ops.long_conv.filters import SHORT, by_document, check_shape, wide_dtype
+from hyaena.ops.long_conv.modal import ModalFilter
+from hyaena.ops.long_conv.modes import as_real_pairs
 
 CONDITION = 1e7
 """The largest ``cond(V)·‖C‖`` of a channel that conversions accept: V the Vandermonde matrix of its poles (the
@@ -29,17 +32,51 @@ beyond the bound."""
 
 
 class CanonicalFilter(NamedTuple):
-    """A long filter as a real rational function per channel; its state is real [B,D,M].
+    """F long filters as real rational functions; the state is real [B,D,M].
 
     Attributes:
-        numerator: b_0 … b_(M-1), real [D,M].
-        denominator: a_1 … a_M, real [D,M]; the leading 1 is not stored.
+        numerator: b_0 … b_(M-1), real [F,M].
+        denominator: a_1 … a_M, real [F,M]; the leading 1 is not stored.
         skip: the instantaneous gain, real [D], or None for none.
     """
 
     numerator: Tensor
     denominator: Tensor
     skip: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        return self.denominator.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return wide_dtype(self.numerator, self.denominator)
+
+    def initial_state(self, batch: int, channels: int, method: str = "auto") -> Tensor:
+        order = self.denominator.shape[1]
+        return torch.zeros(batch, channels, order, dtype=self.dtype, device=self.denominator.device)
+
+    def check_state(self, state: Tensor, batch: int, channels: int, method: str = "auto") -> None:
+        check_shape(state, (batch, channels, self.denominator.shape[1]))
+
+    def choose_method(self, length: int, state: Tensor | None = None) -> str:
+        return "recurrence" if length < SHORT else "canonical-fft"
+
+    def _recurrence(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        return long_conv_canonical(x, self.numerator.to(x.dtype), self.denominator.to(x.dtype), state, reset)
+
+    def _reference(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        wide = (t.double() for t in (x, self.numerator, self.denominator, state))
+        return long_conv_canonical(*wide, reset)
+
+    def _canonical_fft(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return long_conv_rational_fft(x, self.numerator, self.denominator, state)
+
+    methods = {  # noqa: RUF012, an annotation would make it a field
+        "reference": _reference,
+        "recurrence": _recurrence,
+        "canonical-fft": by_document(_canonical_fft),
+    }
 
 
 def to_canonical(filter: ModalFilter) -> CanonicalFilter:
@@ -132,19 +169,19 @@ def condition(roots: Tensor) -> Tensor:
 
 
 def long_conv_canonical(
-    x: Tensor, filter: CanonicalFilter, state: Tensor, reset: Tensor | None = None
+    x: Tensor, numerator: Tensor, denominator: Tensor, state: Tensor, reset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The step loop: x real [B,T,D], state real [B,D,M] -> (y real [B,T,D], state). 2·M products a step."""
-    b, a, skip = filter
+    """The step loop: x real [B,T,F], state real [B,F,M] -> (y real [B,T,F], state). 2·M products a step."""
+    ahead = torch.nn.functional.pad(numerator[:, 1:], (0, 1))
     outputs = []
     for t in range(x.shape[1]):
         if reset is not None:
-            state = state * ~reset[:, t, None, None]
+            state = torch.where(reset[:, t, None, None], 0, state)
         now = x[:, t]
-        y = b[:, 0] * now + state[..., 0]
-        ahead = torch.nn.functional.pad(b[:, 1:], (0, 1)) * now.unsqueeze(-1) - a * y.unsqueeze(-1)
-        state = torch.nn.functional.pad(state[..., 1:], (0, 1)) + ahead
-        outputs.append(y if skip is None else torch.addcmul(y, skip.to(y.dtype), now))
+        y = numerator[:, 0] * now + state[..., 0]
+        state = torch.nn.functional.pad(state[..., 1:], (0, 1)) + ahead * now.unsqueeze(-1)
+        state = state - denominator * y.unsqueeze(-1)
+        outputs.append(y)
     return torch.stack(outputs, dim=1), state
 
 
@@ -183,12 +220,6 @@ def _product(p: Tensor, q: Tensor) -> Tensor:
     size = p.shape[-1] + q.shape[-1] - 1
     terms = [torch.nn.functional.pad(p * q[:, k : k + 1], (k, size - p.shape[-1] - k)) for k in range(q.shape[-1])]
     return torch.stack(terms).sum(0)
-
-
-def companion(a: Tensor) -> Tensor:
-    """Matrices whose eigenvalues are the roots of ``z^m + a_1 z^(m-1) + … + a_m``: [R,m] -> [R,m,m]."""
-    shift = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)[:-1]
-    return torch.cat([-a.unsqueeze(1), shift.expand(a.shape[0], -1, -1)], dim=1)
 
 
 def _check_finite(what: str, *tensors: Tensor) -> None:

@@ -24,28 +24,27 @@ import torch
 from torch import Tensor
 
 from hyaena.errors import UnsupportedError
-from hyaena.ops.long_conv.canonical import CanonicalFilter, companion
 from hyaena.ops.long_conv.fft import fft_size, final_state
-from hyaena.ops.long_conv.filters import ModalFilter
+from hyaena.ops.long_conv.modes import Modes
 
 MARGIN = 2.0
 """log of (ρ/max |p|)^T: a wide circle amplifies rounding by e^MARGIN, one that is close to a pole by 1/MARGIN."""
 
 
-def long_conv_canonical_fft(x: Tensor, filter: ModalFilter, state: Tensor) -> tuple[Tensor, Tensor]:
-    """x real [B,T,D], state complex [B,D,N] -> (y float64 [B,T,D], final state complex128 [B,D,N])."""
+def long_conv_canonical_fft(x: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
+    """x real [B,T,F], state complex [B,F,N] -> (y float64 [B,T,F], final state complex128 [B,F,N])."""
     check_double(x)
-    p, residues, state = (z.to(torch.complex128) for z in (*filter[:2], state))
-    xt = x.double().transpose(1, 2)  # [B,D,T]
+    p, residues, state = (z.to(torch.complex128) for z in (*modes, state))
+    xt = x.double().transpose(1, 2)  # [B,F,T]
     after = final_state(xt, p, state)
     length = xt.shape[-1]
     size = fft_size(length)
 
-    growth = p.detach().abs().amax(-1, keepdim=True).clamp(min=1).log() + MARGIN / size  # log ρ, [D,1]
+    growth = p.detach().abs().amax(-1, keepdim=True).clamp(min=1).log() + MARGIN / size  # log ρ, [F,1]
     damping = torch.exp(-growth * torch.arange(length, device=x.device))  # ρ^-t
     bins = torch.arange(size // 2 + 1, device=x.device)
     turn = 2 * torch.pi / size
-    z = torch.polar(torch.exp(-growth), -turn * bins.double())  # z⁻¹, [D,F]
+    z = torch.polar(torch.exp(-growth), -turn * bins.double())  # z⁻¹, [F,K]
     z_length = torch.polar(torch.exp(-growth * length), -turn * (bins * length % size).double())  # z⁻ᵀ
 
     spectrum = torch.fft.rfft(xt * damping, n=size)
@@ -58,13 +57,11 @@ def long_conv_canonical_fft(x: Tensor, filter: ModalFilter, state: Tensor) -> tu
         a = 1 - z * (2 * pole.real.unsqueeze(-1) - z * (pole * pole.conj()).real.unsqueeze(-1))
         y = y + (spectrum * fraction(pole, residue, z) + before) / a
     y = torch.fft.irfft(y, n=size)[..., :length] / damping
-    if filter.skip is not None:
-        y = torch.addcmul(y, filter.skip.double().unsqueeze(-1), xt)
     return y.transpose(1, 2), after
 
 
 def fraction(pole: Tensor, weight: Tensor, z: Tensor) -> Tensor:
-    """The numerator ``Re w - Re(w p̄) z⁻¹``: pole complex [D], weight complex [..., D], z⁻¹ [D,F] -> [..., D,F]."""
+    """The numerator ``Re w - Re(w p̄) z⁻¹``: pole complex [F], weight complex [..., F], z⁻¹ [F,K] -> [..., F,K]."""
     return weight.real.unsqueeze(-1) - (weight * pole.conj()).real.unsqueeze(-1) * z
 
 
@@ -74,19 +71,20 @@ wraps around, damped by e^-ROOM over the 2T points. Undoing the damping amplifie
 error near 2e-11."""
 
 
-def long_conv_rational_fft(x: Tensor, filter: CanonicalFilter, state: Tensor) -> tuple[Tensor, Tensor]:
-    """x real [B,T,D], state real [B,D,M] -> (y float64 [B,T,D], state float64 [B,D,M]): ``Y = (B·X + S)/A``.
+def long_conv_rational_fft(x: Tensor, numerator: Tensor, denominator: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """x real [B,T,F], state real [B,F,M] -> (y float64 [B,T,F], state float64 [B,F,M]): ``Y = (B·X + S)/A``.
 
-    The state after is what ``B·X + S - A·Y`` has left at z⁻ᵀ and beyond.
+    The coefficients are those of ``CanonicalFilter``. The state after is what ``B·X + S - A·Y`` has left at z⁻ᵀ and
+    beyond.
     """
     check_double(x)
-    b, a, state = filter.numerator.double(), filter.denominator.double(), state.double()
-    xt = x.double().transpose(1, 2)  # [B,D,T]
+    b, a, state = numerator.double(), denominator.double(), state.double()
+    xt = x.double().transpose(1, 2)  # [B,F,T]
     length, order = xt.shape[-1], a.shape[-1]
     size = fft_size(max(2 * length, order + 1))
 
     largest = torch.linalg.eigvals(companion(a.detach())).abs().amax(-1, keepdim=True)
-    growth = largest.clamp(min=1).log() + ROOM / size  # log ρ, [D,1]
+    growth = largest.clamp(min=1).log() + ROOM / size  # log ρ, [F,1]
     damping = torch.exp(-growth * torch.arange(size, device=x.device))  # ρ^-t
 
     def transform(v: Tensor) -> Tensor:
@@ -97,7 +95,7 @@ def long_conv_rational_fft(x: Tensor, filter: CanonicalFilter, state: Tensor) ->
     y = torch.fft.irfft(y, n=size)[..., :length] / damping[:, :length]
 
     def tail(v: Tensor, coefficients: Tensor) -> Tensor:
-        """The product of the last M values and ``c_1 z⁻¹ + … + c_M z⁻ᴹ``, from z⁻ᵀ on: [B,D,T] -> [B,D,M]."""
+        """The product of the last M values and ``c_1 z⁻¹ + … + c_M z⁻ᴹ``, from z⁻ᵀ on: [B,F,T] -> [B,F,M]."""
         steps = torch.arange(order, device=v.device)
         lag = order + steps[None, :] - steps[:, None]  # of the value i, M - i steps before the end, at z^-(T+j)
         matrix = torch.where(lag <= order, coefficients[:, (lag - 1).clamp(max=order - 1)], 0.0)
@@ -106,9 +104,13 @@ def long_conv_rational_fft(x: Tensor, filter: CanonicalFilter, state: Tensor) ->
 
     rest = torch.nn.functional.pad(state[..., length:], (0, min(order, length)))
     after = rest + tail(xt, torch.nn.functional.pad(b[:, 1:], (0, 1))) - tail(y, a)
-    if filter.skip is not None:
-        y = torch.addcmul(y, filter.skip.double().unsqueeze(-1), xt)
     return y.transpose(1, 2), after
+
+
+def companion(a: Tensor) -> Tensor:
+    """Matrices whose eigenvalues are the roots of ``z^m + a_1 z^(m-1) + … + a_m``: [R,m] -> [R,m,m]."""
+    shift = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)[:-1]
+    return torch.cat([-a.unsqueeze(1), shift.expand(a.shape[0], -1, -1)], dim=1)
 
 
 def check_double(x: Tensor) -> None:

@@ -1,90 +1,136 @@
-"""The filters of a long convolution, and the numbers that every method builds from them.
+"""What a long filter is: the protocol between the operators and the kinds of filters, and what every kind shares.
 
-A modal filter is a sum of damped complex exponentials, one sum per channel::
-
-    h[t] = skip·δ[t] + Re Σ_n R_n p_n^t            t = 0, 1, 2, …
-
-so it is a convolution kernel (``taps``) and a recurrence ``s[t] = p·s[t-1] + x[t]`` at once.
+``long_conv`` and ``hyena`` use a filter through ``Filter`` alone, so a new kind is one class, anywhere.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from hyaena.errors import InputError
 
-class ModalFilter(NamedTuple):
-    """A long filter in modal form: one set of N modes per channel.
+Evaluate = Callable[[Any, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""``(filter, x, state, reset) -> (y, state)``: x real [B,T,F] in ``filter.dtype``, state [B,F,…], reset bool [B,T] or
+None. The skip is not part of y. ``by_document`` makes one of a function that cannot reset."""
+
+SHORT = 16
+"""Below this many steps the step loop is cheaper than building matrices or spectra."""
+
+
+class Filter(Protocol):
+    """A kind of long filters: F causal filters of one form, each with a state.
+
+    Filter f serves the D/F neighbouring channels ``f·D/F … (f+1)·D/F - 1``; D comes from the input. The channels of a
+    group are evaluated as rows of a batch of F channels, so a kind knows of F channels only, and builds its matrices
+    or spectra once per group.
+
+    Every method obeys the law of splitting: ``f(a ++ b)`` equals ``f(a)`` to a state, then ``f(b)`` from that state.
+    A state is a tensor [B,D,…] that the methods of a filter share (``"truncated"``, see there, is the one exception).
 
     Attributes:
-        poles: p, complex [D,N].
-        residues: R, complex [D,N].
-        skip: the instantaneous gain, real [D], or None for none.
+        methods: the ways to evaluate the kind, by name. The names of ``METHODS`` are described there; a kind may have
+            others.
     """
 
-    poles: Tensor
-    residues: Tensor
-    skip: Tensor | None = None
+    methods: ClassVar[Mapping[str, Evaluate]]
+
+    @property
+    def groups(self) -> int:
+        """F, the number of filters."""
+        ...
+
+    @property
+    def skip(self) -> Tensor | None:
+        """The instantaneous gain that is added to the filter, real [D], or None for none."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The real dtype of the arithmetic and of real states; complex states have the complex dtype that belongs to
+        it. float32 or wider."""
+        ...
+
+    def initial_state(self, batch: int, channels: int, method: str = "auto") -> Tensor:
+        """The state before the first step, zeros [B,D,…] on the filter's device, for this method."""
+        ...
+
+    def check_state(self, state: Tensor, batch: int, channels: int, method: str = "auto") -> None:
+        """Refuse a state of another kind or shape by an ``InputError``."""
+        ...
+
+    def choose_method(self, length: int, state: Tensor | None = None) -> str:
+        """The method that ``"auto"`` stands for: T steps that follow this state, or nothing."""
+        ...
 
 
-def as_real_pairs(z: Tensor) -> Tensor:
-    """Complex [..., N] as real [..., 2N]: all real parts, then all imaginary parts."""
-    return torch.cat([z.real, z.imag], dim=-1)
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The real dtype in which a filter of these numbers is evaluated: theirs, and float32 at least."""
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.real.dtype if t.is_complex() else t.dtype)
+    return dtype
 
 
-def from_real_pairs(x: Tensor) -> Tensor:
-    """The inverse of ``as_real_pairs``."""
-    real, imag = x.chunk(2, dim=-1)
-    return torch.complex(real.contiguous(), imag.contiguous())
+def complex_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The complex dtype of a real one, float32 or float64. torch.compile does not know ``dtype.to_complex()``."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
-def readout_pairs(z: Tensor) -> Tensor:
-    """Complex [..., N] as real [..., 2N] so that ``Re Σ_n z_n s_n == readout_pairs(z) · as_real_pairs(s)``."""
-    return torch.cat([z.real, -z.imag], dim=-1)
+def check_shape(state: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a state of another shape."""
+    if state.shape != shape:
+        raise InputError(f"long_conv's state must be {shape}, and is {tuple(state.shape)}")
 
 
-def widen(z: Tensor) -> Tensor:
-    """Complex128, in which powers are formed: squaring doubles the relative error, so |p|^100000 needs the room.
+def by_document(evaluate: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Evaluate:
+    """Give resets to a method that has none: evaluate the stretches between boundaries one after another.
 
-    Devices without double precision (Apple's MPS) keep complex64.
+    A boundary of one row cuts every row; the rows without it go on from their state. Exact, and cheap while documents
+    are long: the cost of a method that is at least linear in T does not grow, but for the calls.
     """
-    return z if z.device.type == "mps" else z.to(torch.complex128)
+
+    def run(filter: Any, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        if reset is None:
+            return evaluate(filter, x, state)
+        inner = reset[:, 1:].any(0).nonzero().flatten() + 1
+        outputs = []
+        for start, stop in itertools.pairwise([0, *inner.tolist(), x.shape[1]]):
+            begins = reset[:, start].view(-1, *[1] * (state.ndim - 1))
+            y, state = evaluate(filter, x[:, start:stop], torch.where(begins, torch.zeros_like(state), state))
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
+    return run
 
 
-def powers(p: Tensor, count: int) -> Tensor:
-    """``p^0 … p^(count-1)`` along a new last axis: complex [...] -> [..., count], by repeated squaring."""
-    out = torch.ones_like(p).unsqueeze(-1)
-    step = p.unsqueeze(-1)
-    while out.shape[-1] < count:
-        out = torch.cat([out, out * step], dim=-1)
-        step = step * step
-    return out[..., :count]
+def group_rows(x: Tensor, groups: int) -> Tensor:
+    """The channels of a group as rows of the batch: [B,T,D] -> [B·D/F,T,F]."""
+    if x.shape[2] == groups:
+        return x
+    return x.unflatten(2, (groups, -1)).permute(0, 3, 1, 2).flatten(0, 1)
 
 
-def taps(filter: ModalFilter, length: int) -> Tensor:
-    """The filter's impulse response h[0 … length-1], real [D,length], in the precision of the poles.
-
-    Writes t = a·m + b with m ≈ √length, so ``p^t`` is the product of two short tables and the sum over modes is one
-    matrix product; nothing of the size [D,N,length] is ever made.
-    """
-    dtype = filter.poles.dtype
-    block = max(1, 1 << ((max(length, 1) - 1).bit_length() + 1) // 2)
-    rows = -(-length // block)
-    p = widen(filter.poles)
-    fine = powers(p, block)  # [D,N,b]
-    coarse = widen(filter.residues).unsqueeze(-1) * powers(fine[..., -1] * p, rows)  # [D,N,a]
-    left = readout_pairs(coarse.transpose(-1, -2).to(dtype))  # [D,a,2N]
-    right = as_real_pairs(fine.transpose(-1, -2).to(dtype))  # [D,b,2N]
-    h = (left @ right.transpose(-1, -2)).flatten(-2)[..., :length]
-    if filter.skip is not None and length:
-        h = torch.cat([h[..., :1] + filter.skip.to(h.dtype).unsqueeze(-1), h[..., 1:]], dim=-1)
-    return h
+def ungroup_rows(x: Tensor, batch: int) -> Tensor:
+    """The inverse of ``group_rows``: [B·D/F,T,F] -> [B,T,D]."""
+    if x.shape[0] == batch:
+        return x
+    return x.unflatten(0, (batch, -1)).permute(0, 2, 3, 1).flatten(2)
 
 
-def decay_lengths(poles: Tensor, threshold: float = 1e-3) -> Tensor:
-    """Steps until ``|p|^t`` falls below ``threshold``: complex [...] -> float64 [...], infinite where |p| >= 1."""
-    magnitude = widen(poles).abs().double()
-    steps = torch.log(torch.tensor(threshold, dtype=torch.float64)) / torch.log(magnitude)
-    return torch.where(magnitude < 1, steps, torch.inf)
+def group_state(state: Tensor, groups: int) -> Tensor:
+    """``group_rows`` of a state: [B,D,…] -> [B·D/F,F,…]."""
+    if state.shape[1] == groups:
+        return state
+    return state.unflatten(1, (groups, -1)).movedim(2, 1).flatten(0, 1)
+
+
+def ungroup_state(state: Tensor, batch: int) -> Tensor:
+    """The inverse of ``group_state``: [B·D/F,F,…] -> [B,D,…]."""
+    if state.shape[0] == batch:
+        return state
+    return state.unflatten(0, (batch, -1)).movedim(1, 2).flatten(1, 2)

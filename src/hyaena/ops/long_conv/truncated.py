@@ -1,21 +1,19 @@
-"""Filters of explicit taps, and modal filters cut to such: the state is a window of past inputs.
+"""Filters of modes cut to their first W taps.
 
-    y[t] = Σ_{k<W} h[k]·x[t-k] + skip·x[t]
-
-Cutting a filter of modes drops energy, whose amount has a closed form (``dropped_energy``), so the window can be
-chosen from a tolerance before anything is computed.
+The dropped energy has a closed form (``dropped_energy``), so the window is chosen from a tolerance before any
+convolution.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.ops.long_conv.fft import fft_size
-from hyaena.ops.long_conv.filters import ModalFilter, taps
+from hyaena.ops.long_conv.explicit import ExplicitFilter
+from hyaena.ops.long_conv.modes import Modes
 
 TRUNCATION_TOLERANCE = 1e-12
 """Of the energy, so 1e-6 of the amplitude: what float32 would round away."""
@@ -23,20 +21,14 @@ TRUNCATION_TOLERANCE = 1e-12
 LONGEST = 1 << 20
 """The longest window that a tolerance may choose, in steps."""
 
-SHORT = 16
-"""Below this many steps a sum per step is cheaper than transforming the window."""
 
+class FilterOfModes(Protocol):
+    """What is needed of a filter to cut it: ``ModalFilter`` or ``RealModalFilter``."""
 
-class ExplicitFilter(NamedTuple):
-    """A long filter that is listed, tap by tap; its state is its last W-1 inputs, real [B,D,W-1], oldest first.
+    @property
+    def skip(self) -> Tensor | None: ...
 
-    Attributes:
-        taps: h[0 … W-1], real [D,W].
-        skip: the instantaneous gain that is added to h[0], real [D], or None for none.
-    """
-
-    taps: Tensor
-    skip: Tensor | None = None
+    def modes(self) -> Modes: ...
 
 
 class Truncation(NamedTuple):
@@ -53,7 +45,7 @@ class Truncation(NamedTuple):
 
 
 def truncate(
-    filter: ModalFilter, *, tolerance: float | None = None, window: int | None = None
+    filter: FilterOfModes, *, tolerance: float | None = None, window: int | None = None
 ) -> tuple[ExplicitFilter, Truncation]:
     """Cut a modal filter to its first W taps, and report what that drops.
 
@@ -76,12 +68,12 @@ def truncate(
     return cut(filter, window), Truncation(window, dropped_energy(filter, window))
 
 
-def cut(filter: ModalFilter, window: int) -> ExplicitFilter:
+def cut(filter: FilterOfModes, window: int) -> ExplicitFilter:
     """The first ``window`` taps, whatever they leave out."""
-    return ExplicitFilter(taps(ModalFilter(filter.poles, filter.residues), window), filter.skip)
+    return ExplicitFilter(filter.modes().impulse_response(window), filter.skip)
 
 
-def choose_window(filter: ModalFilter, tolerance: float = TRUNCATION_TOLERANCE) -> int:
+def choose_window(filter: FilterOfModes, tolerance: float = TRUNCATION_TOLERANCE) -> int:
     """The smallest W at which no channel drops more than ``tolerance`` of its energy. Raises as ``truncate`` does."""
     if not 0 < tolerance < 1:
         raise InputError(f"the tolerance is {tolerance}: give a share of the energy between 0 and 1")
@@ -100,7 +92,7 @@ def choose_window(filter: ModalFilter, tolerance: float = TRUNCATION_TOLERANCE) 
     return high
 
 
-def dropped_energy(filter: ModalFilter, window: int) -> Tensor:
+def dropped_energy(filter: FilterOfModes, window: int) -> Tensor:
     """The share of each channel's energy that lies beyond ``window`` taps, float64 [D], in closed form.
 
     With ``v_n = R_n p_n^W``, and 1/(1 - q) the sum of a geometric series::
@@ -113,9 +105,9 @@ def dropped_energy(filter: ModalFilter, window: int) -> Tensor:
 class _Energy:
     """The closed form, its matrices made once. On the CPU: it is small, and not every device has float64."""
 
-    def __init__(self, filter: ModalFilter) -> None:
-        self.poles, self.residues = (z.detach().cpu().to(torch.complex128) for z in filter[:2])
-        self.poles = torch.where(self.residues == 0, 0, self.poles)  # a mode without weight says nothing
+    def __init__(self, filter: FilterOfModes) -> None:
+        self.poles, self.residues = (z.detach().cpu().to(torch.complex128) for z in filter.modes())
+        self.poles = torch.where(self.residues == 0, 0, self.poles)  # a mode of no weight has no energy
         self.size = self.poles.abs().amax(-1)
         if not bool((self.size < 1).all()):
             channel = int((~(self.size < 1)).nonzero()[0])
@@ -135,24 +127,3 @@ class _Energy:
 
     def dropped(self, window: int) -> Tensor:
         return torch.where(self.total > 0, self._after(window) / self.total, 0)
-
-
-def long_conv_explicit(x: Tensor, filter: ExplicitFilter, state: Tensor) -> tuple[Tensor, Tensor]:
-    """x real [B,T,D], state real [B,D,W-1] -> (y real [B,T,D], state).
-
-    Steps are weighted sums over the window. Longer inputs go through one FFT of window and input together, no longer
-    than they are: what wraps around lands on the window's own outputs, which nobody asked for.
-    """
-    h, skip = filter
-    window, length = h.shape[-1], x.shape[1]
-    past = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=-1)  # [B,D,W-1+T]
-    if length < SHORT:
-        mirrored = h.flip(-1)
-        y = torch.stack([(past[..., t : t + window] * mirrored).sum(-1) for t in range(length)], dim=1)
-    else:
-        size = fft_size(past.shape[-1])
-        spectrum = torch.fft.rfft(past, n=size) * torch.fft.rfft(h, n=size)
-        y = torch.fft.irfft(spectrum, n=size)[..., window - 1 : window - 1 + length].transpose(1, 2)
-    if skip is not None:
-        y = torch.addcmul(y, skip.to(x.dtype), x)
-    return y, past[..., length:]

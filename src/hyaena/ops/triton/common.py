@@ -1,8 +1,8 @@
 """Pieces that the kernels share: loads at the edges of time, short filters, modes, powers.
 
-A *lane* is one channel of one segment of time; tensors are [S,BD], S segments of BD neighbouring channels, or [1,BD]
-where a number belongs to the channel. What a lane keeps per mode or per tap is a tuple of such tensors, so that it
-lives in registers.
+A *cell* is one channel of one segment of time; tensors are [S,BD], S segments of BD neighbouring channels, or [1,BD]
+where a number belongs to the channel. What a cell has per mode or per tap is a tuple of such tensors, so that it stays
+in registers.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ def store_modes(pairs, channel, inside, re, im, N: tl.constexpr):
 @triton.jit
 def load_step(
     pointer,
-    fir,
+    short,
     keep,
     t,
     T,
     inside,
     W: tl.constexpr,
     EDGE: tl.constexpr,
-    HAS_FIR: tl.constexpr,
+    HAS_SHORT: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
     """One input of the short filter, float32 [S,BD].
 
     Args:
-        pointer: where the step lies in z.
-        fir: the state of the short filter at this channel, W = K-1 numbers, oldest first.
+        pointer: the step's place in z.
+        short: the state of the short filter at this channel, W = K-1 numbers, oldest first.
         keep: the padding mask of this row, 1 byte per step.
-        t: int [S,1], the step; before 0 it comes from ``fir``.
+        t: int [S,1], the step; before 0 it comes from ``short``.
         EDGE: the step may lie before 0, or at T or later, where the result is 0.
     """
     here = inside
@@ -70,9 +70,9 @@ def load_step(
     if HAS_MASK:
         here = here & (tl.load(keep + t, mask=(t >= 0) & (t < T), other=0) != 0)
     value = tl.load(pointer, mask=here, other=0.0).to(tl.float32)
-    if EDGE and HAS_FIR:
+    if EDGE and HAS_SHORT:
         before = inside & (t < 0)
-        value += tl.load(fir + (t + W), mask=before, other=0.0).to(tl.float32)
+        value += tl.load(short + (t + W), mask=before, other=0.0).to(tl.float32)
     return value
 
 
@@ -98,7 +98,7 @@ def advance(p_re, p_im, s_re, s_im, x):
 
 @triton.jit
 def gather(ladder, s_re, s_im, x):
-    """``p^G·s + Σ_g p^(G-1-g) x_g``: G steps of ``advance`` at once, for fewer multiplications.
+    """``p^G·s + Σ_g p^(G-1-g) x_g``: G steps of ``advance`` together, for fewer multiplications.
 
     ``ladder`` holds p^1 … p^G, each as two tuples over the modes; ``x`` is a tuple of G real tensors.
     """
@@ -158,6 +158,15 @@ def power(re, im, exponent, BITS: tl.constexpr = 31):
         out_im = tl.where(odd, new_im, out_im)
         re, im = re * re - im * im, 2.0 * re * im
     return out_re, out_im
+
+
+@triton.jit
+def forget(numbers, condition):
+    """A tuple of tensors, zero where a condition holds."""
+    out = ()
+    for i in tl.static_range(len(numbers)):
+        out = out + (tl.where(condition, 0.0, numbers[i]),)
+    return out
 
 
 @triton.jit

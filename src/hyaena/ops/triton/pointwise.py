@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hyaena.ops.norm import BOUND
 from hyaena.ops.triton.common import rms_scale
 
 GATE_BLOCK = 2048
@@ -23,12 +24,14 @@ ROTATE_HEADS = 16
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, y, eps, WIDTH: tl.constexpr, PAD: tl.constexpr, EPS_INSIDE: tl.constexpr):
+def _rms_norm_kernel(x, weight, y, eps, WIDTH: tl.constexpr, PAD: tl.constexpr, EPS_INSIDE: tl.constexpr,
+                     BOUND: tl.constexpr):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * WIDTH
     i = tl.arange(0, PAD)
     inside = i < WIDTH
     v = tl.load(x + start + i, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    v *= 1.0 / tl.maximum(tl.max(tl.abs(v), axis=0) / BOUND, 1.0)  # by exactly 1 where squares cannot overflow
     v *= rms_scale(v * v, eps, WIDTH, EPS_INSIDE)
     tl.store(y + start + i, (v * g).to(y.dtype.element_ty), mask=inside)
 
@@ -76,7 +79,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = T
     if x.numel():
         with _device(x):
             _rms_norm_kernel[(x.numel() // width,)](
-                x, weight.contiguous(), y, eps, WIDTH=width, PAD=padded, EPS_INSIDE=eps_inside_root,
+                x, weight.contiguous(), y, eps, WIDTH=width, PAD=padded, EPS_INSIDE=eps_inside_root, BOUND=BOUND,
                 num_warps=min(16, max(1, padded // 1024)),
             )  # fmt: skip
     return y

@@ -1,11 +1,12 @@
-"""Attention of one new position to a key/value store, the slots of every row split among programs.
+"""Attention of one new token per row to the KV cache, the tokens of every row split among programs (flash decoding).
 
-A store has room for ``capacity`` slots, of which row b uses ``padding[b] … used-1``. Both are read on the device, so a
-captured graph reads the slots that are valid when it is replayed. The grid never changes: the ``SPLITS`` programs of
-a (row, key head) divide what is valid, each a run of whole blocks, and those that get none leave at once. Each
-program serves all query heads of its key head, so keys and values are read once. A second pass joins the splits.
+Every row has a store of its own, of which it uses the first ``lengths[b]`` slots. Addresses, capacities and lengths are
+read on the device, so a captured graph reads the slots that are valid when it is replayed. The grid never changes: the
+``SPLITS`` programs of a (row, key head) divide what is valid, each a run of whole blocks, and those without any end
+immediately. Each program serves all query heads of its key head, so keys and values are read once. A second pass joins
+the splits by their log-sum-exp.
 
-The plain twin is ``ops.attention`` on the valid slots.
+The reference is ``ops.attention`` on the valid slots.
 
 Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
 """
@@ -17,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyaena.ops.triton.decode.pdl import release, wait
+from hyaena.ops.kv import KVState
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+from hyaena.ops.triton.decode.rows import TYPES, row_storage
 
 BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""
@@ -30,27 +33,26 @@ MAX_SPLITS = 64
 
 
 @triton.jit
-def _run(padding, used, row, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _split_range(lengths, row, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """First and last slot (exclusive) of a split, and how many splits of this row have any."""
-    stop = tl.load(used).to(tl.int32)
-    first = tl.load(padding + row).to(tl.int32)
-    width = tl.cdiv(tl.cdiv(stop - first, SPLITS), BLOCK) * BLOCK
+    stop = tl.load(lengths + row).to(tl.int32)
+    width = tl.cdiv(tl.cdiv(stop, SPLITS), BLOCK) * BLOCK
     width = tl.maximum(width, BLOCK)
-    begin = first + split * width
-    return begin, tl.minimum(begin + width, stop), tl.cdiv(stop - first, width)
+    begin = split * width
+    return begin, tl.minimum(begin + width, stop), tl.cdiv(stop, width)
 
 
 @triton.jit
-def _split_kernel(q, k, v, padding, used, partial, weights, scale, capacity,
+def _split_kernel(q, keys, values, capacities, lengths, partial, weights, scale,
                   HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SHARE_PAD: tl.constexpr,
                   WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-                  OPERAND: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                  OPERAND: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One split: its softmax over its own slots [HEADS/GROUPS,WIDTH], and the logarithm (base 2) of its normaliser."""
-    wait(OVERLAP)
+    gdc_wait(OVERLAP)
     row = tl.program_id(0) // GROUPS
     group = tl.program_id(0) % GROUPS
     split = tl.program_id(1)
-    begin, end, _ = _run(padding, used, row, split, SPLITS, BLOCK)
+    begin, end, _ = _split_range(lengths, row, split, SPLITS, BLOCK)
     if begin >= end:
         return
     share = tl.arange(0, SHARE_PAD)
@@ -59,7 +61,9 @@ def _split_kernel(q, k, v, padding, used, partial, weights, scale, capacity,
     query = (row * HEADS + group * SHARE + share).to(tl.int64)  # padded heads are never stored
     real = (share < SHARE)[:, None] & inside[None, :]
     qs = tl.load(q + query[:, None] * WIDTH + channel[None, :], mask=real, other=0.0).to(OPERAND)
-    base = (row.to(tl.int64) * GROUPS + group) * capacity * WIDTH
+    base = group.to(tl.int64) * tl.load(capacities + row) * WIDTH
+    k = row_storage(keys, row, TYPE) + base
+    v = row_storage(values, row, TYPE) + base
 
     best = tl.full([SHARE_PAD], -float("inf"), tl.float32)
     total = tl.zeros([SHARE_PAD], tl.float32)
@@ -67,7 +71,7 @@ def _split_kernel(q, k, v, padding, used, partial, weights, scale, capacity,
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         slot = at + tl.arange(0, BLOCK)
         valid = slot < end
-        place = base + slot[:, None].to(tl.int64) * WIDTH + channel[None, :]
+        place = slot[:, None].to(tl.int64) * WIDTH + channel[None, :]
         keep = valid[:, None] & inside[None, :]
         ks = tl.load(k + place, mask=keep, other=0.0).to(OPERAND)
         vs = tl.load(v + place, mask=keep, other=0.0).to(OPERAND)
@@ -79,21 +83,21 @@ def _split_kernel(q, k, v, padding, used, partial, weights, scale, capacity,
         total = total * shrink + tl.sum(p, axis=1)
         out = out * shrink[:, None] + tl.dot(p.to(OPERAND), vs, input_precision="ieee")
         best = higher
-    release(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     store = query * SPLITS + split
     tl.store(partial + store[:, None] * WIDTH + channel[None, :], out / total[:, None], mask=real)
     tl.store(weights + store, best + tl.log2(total), mask=share < SHARE)
 
 
 @triton.jit
-def _join_kernel(partial, weights, padding, used, out, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+def _join_kernel(partial, weights, lengths, out, HEADS: tl.constexpr, WIDTH: tl.constexpr,
                  WIDTH_PAD: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
                  BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The splits of one query head, joined by their normalisers."""
-    wait(OVERLAP)
-    release(OVERLAP)
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     query = tl.program_id(0).to(tl.int64)
-    _, _, count = _run(padding, used, query // HEADS, 0, SPLITS, BLOCK)
+    _, _, count = _split_range(lengths, query // HEADS, 0, SPLITS, BLOCK)
     split = tl.arange(0, SPLITS_PAD)
     channel = tl.arange(0, WIDTH_PAD)
     wrote = split < count  # what the others hold is left over from longer sequences
@@ -109,38 +113,40 @@ def _join_kernel(partial, weights, padding, used, out, HEADS: tl.constexpr, WIDT
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, padding: Tensor, used: Tensor, *, overlap: bool = False
+    q: Tensor, state: KVState, lengths: Tensor, *, longest: int | None = None, overlap: bool = False
 ) -> Tensor:
-    """Attention of the newest position to all valid slots, itself among them.
+    """Attention of the newest token of every row to all tokens of that row, itself included.
 
     Args:
         q: [B,H,head_dim], float32, bfloat16 or float16.
-        k, v: [B,G,capacity,head_dim], contiguous, head_dim at most 256; slots outside the valid ones may hold anything.
-        padding: int [B], the first valid slot of each row, on the device.
-        used: int [1], the end of the valid slots, on the device; above every padding, at most the capacity.
+        state: keys and values of B rows, head_dim at most 256; slots outside the valid ones may hold anything.
+        lengths: int32 [B], tokens of each row, at least 1, at most its capacity, on the device.
+        longest: the most tokens of any row, which bounds the number of splits; the largest capacity unless given.
 
     Returns:
         [B,H,head_dim].
     """
     batch, heads, width = q.shape
-    groups, capacity = k.shape[1:3]
+    groups = state.keys(0).shape[0]
+    keys, values, capacities = state.pointers()
     padded = max(16, triton.next_power_of_2(width))
     block = min(BLOCK, TILE // (padded * q.element_size()))
     programs = WAVE if 2 * batch * groups <= WAVE else PROGRAMS
-    splits = max(1, min(programs // (batch * groups), MAX_SPLITS, triton.cdiv(capacity, block)))
+    longest = max(state.capacities) if longest is None else longest
+    splits = max(1, min(programs // (batch * groups), MAX_SPLITS, triton.cdiv(longest, block)))
     share = heads // groups
     partial = q.new_empty((batch, heads, splits, width), dtype=torch.float32)
     weights = q.new_empty((batch, heads, splits), dtype=torch.float32)
     out = torch.empty_like(q)
     scale = width**-0.5 * 1.4426950408889634  # exp(x) = 2^(x·log2 e)
     _split_kernel[(batch * groups, splits)](
-        q, k, v, padding, used, partial, weights, scale, capacity,
+        q, keys, values, capacities, lengths, partial, weights, scale,
         HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=max(16, triton.next_power_of_2(share)),
-        WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, BLOCK=block, OPERAND=_operand(q.dtype),
+        WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, BLOCK=block, OPERAND=_operand(q.dtype), TYPE=TYPES[state.dtype],
         STAGES=3, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     _join_kernel[(batch * heads,)](
-        partial, weights, padding, used, out,
+        partial, weights, lengths, out,
         HEADS=heads, WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits),
         BLOCK=block, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""The ends of a decoding step: from tokens to the residual stream, and from logits to the most probable tokens.
+"""Embedding lookup and greedy argmax of a decoding step.
 
-The plain twins are ``DecodeOperators.begin`` and ``.greedy``.
+The references are ``DecodeOperators.embed`` and ``.argmax``.
 """
 
 from __future__ import annotations
@@ -10,31 +10,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyaena.ops.step import Slots
-from hyaena.ops.triton.decode.pdl import release, wait
+from hyaena.ops.step import StepContext
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 BLOCK = 32768
 """The most logits that a program holds at once, 32 for each of its threads."""
 
 
 @triton.jit
-def _begin_kernel(ids, table, used, x, D: tl.constexpr, PAD: tl.constexpr, OVERLAP: tl.constexpr):
-    """The embedding of one row's token; one more slot is in use."""
-    wait(OVERLAP)
-    release(OVERLAP)
+def _embed_kernel(ids, table, lengths, limits, x, D: tl.constexpr, PAD: tl.constexpr, OVERLAP: tl.constexpr):
+    """Look up the embedding of one row's token and count the token."""
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, PAD)
-    if row == 0:
-        tl.store(used, tl.load(used) + 1)
+    tl.store(lengths + row, tl.minimum(tl.load(lengths + row) + 1, tl.load(limits + row)))
     token = tl.load(ids + row)
     tl.store(x + row * D + i, tl.load(table + token * D + i, mask=i < D, other=0.0), mask=i < D)
 
 
 @triton.jit
-def _greedy_kernel(logits, ids, said, V: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def _argmax_kernel(logits, ids, out, V: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row: the largest logit, the first place of it, and Σ exp(logit - largest), block by block."""
-    wait(OVERLAP)
-    release(OVERLAP)
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     best = -float("inf")
     token = 0
@@ -52,29 +51,29 @@ def _greedy_kernel(logits, ids, said, V: tl.constexpr, BLOCK: tl.constexpr, OVER
     good = total > 0.0  # NaN where any logit is NaN or +infinity, 0 where all are -infinity
     token = tl.where(good, token, 0)
     tl.store(ids + row, token.to(tl.int64))
-    tl.store(said + row * 3, token.to(tl.float64))
-    tl.store(said + row * 3 + 1, -tl.log(total).to(tl.float64))
-    tl.store(said + row * 3 + 2, good.to(tl.float64))
+    tl.store(out + row * 3, token.to(tl.float64))
+    tl.store(out + row * 3 + 1, -tl.log(total).to(tl.float64))
+    tl.store(out + row * 3 + 2, good.to(tl.float64))
 
 
-def begin(ids: Tensor, table: Tensor, slots: Slots, *, overlap: bool = False) -> Tensor:
-    """The rows of table [V,D] at ids [B]: [B,D]. ``slots.used`` goes up by one."""
+def embed(ids: Tensor, table: Tensor, context: StepContext, *, overlap: bool = False) -> Tensor:
+    """Look up ids [B] in table [V,D]: [B,D]; ``context.lengths`` goes up by one, to its limits at most."""
     width = table.shape[1]
     x = table.new_empty(ids.shape[0], width)
-    _begin_kernel[(ids.shape[0],)](
-        ids, table, slots.used, x,
+    _embed_kernel[(ids.shape[0],)](
+        ids, table, context.lengths, context.limits, x,
         D=width, PAD=triton.next_power_of_2(width), OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     return x
 
 
-def greedy(logits: Tensor, ids: Tensor, *, overlap: bool = False) -> Tensor:
-    """The largest of logits [B,V] into ids [B]; float64 [B,3]: token, its log-probability, whether all was finite."""
+def argmax(logits: Tensor, ids: Tensor, *, overlap: bool = False) -> Tensor:
+    """Write the argmax of logits [B,V] into ids [B]; float64 [B,3]: token, log-probability, all finite."""
     rows, vocabulary = logits.shape
-    said = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
+    out = torch.empty(rows, 3, dtype=torch.float64, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(vocabulary))
-    _greedy_kernel[(rows,)](
-        logits, ids, said,
+    _argmax_kernel[(rows,)](
+        logits, ids, out,
         V=vocabulary, BLOCK=block, OVERLAP=overlap, launch_pdl=overlap, num_warps=max(1, block // 1024),
     )  # fmt: skip
-    return said
+    return out

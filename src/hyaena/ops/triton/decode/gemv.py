@@ -7,8 +7,7 @@ around the product costs no pass of its own:
 - a second matrix on the same x with ``act(a)·b`` after it (gate and up of an MLP);
 - bias and residual.
 
-For several vectors at once a library's matrix product is faster. The plain twins are ``DecodeOperators.project`` and
-``.gate``.
+For several vectors a library's matrix product is faster. The references are ``DecodeOperators.linear`` and ``.gate``.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyaena.ops.step import Norm
+from hyaena.ops.linear import Dense
+from hyaena.ops.step import RMSNormWeight
 from hyaena.ops.triton.common import rms_scale
-from hyaena.ops.triton.decode.pdl import release, wait
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Tile:
     """What a program reads: ``rows`` of each matrix, ``width`` of K at a time, both powers of two.
 
     Attributes:
-        ahead: pieces of ``width`` that are asked for at once, into registers, before anything else is looked at.
+        ahead: pieces of ``width`` that are loaded into registers before anything else.
     """
 
     rows: int
@@ -92,7 +92,7 @@ def products(x, g, w, eps,
     Args:
         x: [K].
         g: the norm's weight [K].
-        w: a tuple of matrices [N,K]. Their first pieces are asked for before the kernel waits for x.
+        w: a tuple of matrices [N,K]. Their first pieces are loaded before the kernel waits for x.
     """
     WHOLE: tl.constexpr = (N % BN == 0) & (K % BK == 0)
     first = tl.program_id(0) * BN
@@ -104,7 +104,7 @@ def products(x, g, w, eps,
         k = piece * BK + tl.arange(0, BK)
         for i in tl.static_range(len(w)):
             pieces = pieces + (read_rows(w[i], at, k, inside, K, WHOLE),)
-    wait(OVERLAP)
+    gdc_wait(OVERLAP)
     sums = ()
     for _ in tl.static_range(len(w)):
         sums = sums + (tl.zeros((BN, BK), tl.float32),)
@@ -115,11 +115,11 @@ def products(x, g, w, eps,
         sums, squares = add_piece(sums, squares, here, x, g, k, K, HAS_NORM, WHOLE)
     for start in range(AHEAD * BK, K, BK):
         k = start + tl.arange(0, BK)
-        here = ()  # asked for first: they come from far
+        here = ()  # issue the weight loads first: DRAM latency
         for i in tl.static_range(len(w)):
             here = here + (read_rows(w[i], at, k, inside, K, WHOLE),)
         sums, squares = add_piece(sums, squares, here, x, g, k, K, HAS_NORM, WHOLE)
-    release(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     out = ()
     for i in tl.static_range(len(w)):
         y = tl.sum(sums[i], axis=1)
@@ -130,7 +130,7 @@ def products(x, g, w, eps,
 
 
 @triton.jit
-def _project_kernel(x, g, w, bias, residual, out, eps,
+def _linear_kernel(x, g, w, bias, residual, out, eps,
                     N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
                     EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
                     AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
@@ -158,21 +158,21 @@ def _gate_kernel(x, g, gate, up, out, eps,
     tl.store(out + rows, (a * b).to(out.dtype.element_ty), mask=rows < N)
 
 
-def project(
+def linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    layer: Dense,
     *,
-    norm: Norm | None = None,
+    norm: RMSNormWeight | None = None,
     residual: Tensor | None = None,
     tile: Tile | None = None,
     overlap: bool = False,
 ) -> Tensor:
     """``residual + weight·norm(x) + bias``: x [1,D], weight [E,D] -> [1,E]."""
+    weight, bias = layer
     rows, width = weight.shape
     out = x.new_empty(1, rows)
     tile = tile or choose_tile(1, width)
-    _project_kernel[(triton.cdiv(rows, tile.rows),)](
+    _linear_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if norm is None else norm.weight, weight, x if bias is None else bias,
         x if residual is None else residual, out, 0.0 if norm is None else norm.eps,
         N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
@@ -188,7 +188,7 @@ def gate(
     gate: Tensor,
     up: Tensor,
     *,
-    norm: Norm | None = None,
+    norm: RMSNormWeight | None = None,
     activation: str,
     tile: Tile | None = None,
     overlap: bool = False,

@@ -1,87 +1,92 @@
-"""The operators of a decoding step as kernels; see ``DecodeOperators``, whose subclass and equal this is."""
+"""The operators of a decoding step as kernels: ``FusedDecodeOperators`` equals ``ops.step.DecodeOperators``."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from hyaena.ops import triton
 from hyaena.ops.hyena import HyenaState
-from hyaena.ops.long_conv import ModalFilter
-from hyaena.ops.step import DecodeOperators, Norm, Slots
-from hyaena.ops.triton.decode import embed_argmax, gemv
+from hyaena.ops.kv import KVState
+from hyaena.ops.linear import Dense, Linear
+from hyaena.ops.long_conv import Filter, ModalFilter
+from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
+from hyaena.ops.triton.decode import embed_argmax, gemv, rope_kv
 from hyaena.ops.triton.decode.attention import decode_attention
-from hyaena.ops.triton.decode.rope_kv import remember
 from hyaena.ops.triton.hyena import launch
 
 
 class FusedDecodeOperators(DecodeOperators):
     """Kernels that read every weight and every valid slot once, and never wait for the device.
 
-    They take what ``ops.triton.decode_obstacle`` has nothing against. With more than one row products are the
-    library's.
+    Products of several rows, layers that are not plain weights, and filters that the kernels do not support are
+    computed by the plain operators, which a graph captures as well.
 
     Args:
         tiles: measured tiles by operator and shape of the matrix, in place of the rule's.
-        overlap: kernels begin before their predecessors end, see ``ops.triton.overlap``; only where the device can, of
-            which ``can_overlap`` knows.
+        overlap: kernels start before their predecessors end, see ``ops.triton.decode.pdl``; only where the device
+            supports it, see ``ops.triton.can_overlap``.
+        longest: the most tokens of any row, which bounds the splits of attention; the largest capacity unless given.
     """
 
-    def __init__(self, tiles: dict[tuple[str, int, int], gemv.Tile] | None = None, *, overlap: bool = False) -> None:
+    def __init__(
+        self,
+        tiles: dict[tuple[str, int, int], gemv.Tile] | None = None,
+        *,
+        overlap: bool = False,
+        longest: int | None = None,
+    ) -> None:
         self.tiles = tiles or {}
         self.overlap = overlap
+        self.longest = longest
 
-    def begin(self, ids: Tensor, table: Tensor, slots: Slots) -> Tensor:
-        return embed_argmax.begin(ids, table, slots, overlap=self.overlap)
+    def embed(self, ids: Tensor, table: Tensor | Callable[[Tensor], Tensor], context: StepContext) -> Tensor:
+        if not isinstance(table, Tensor):
+            return super().embed(ids, table, context)
+        return embed_argmax.embed(ids, table, context, overlap=self.overlap)
 
-    def greedy(self, logits: Tensor, ids: Tensor) -> Tensor:
-        return embed_argmax.greedy(logits, ids, overlap=self.overlap)
+    def argmax(self, logits: Tensor, ids: Tensor) -> Tensor:
+        return embed_argmax.argmax(logits, ids, overlap=self.overlap)
 
-    def project(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        norm: Norm | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        if x.shape[0] > 1:
-            return super().project(x, weight, bias, norm=norm, residual=residual)
-        return gemv.project(
-            x,
-            weight,
-            bias,
-            norm=norm,
-            residual=residual,
-            tile=self.tiles.get(("project", weight.shape[0], weight.shape[1])),
-            overlap=self.overlap,
-        )
+    def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        if x.shape[0] > 1 or not isinstance(layer, Dense) or not isinstance(norm, RMSNormWeight | None):
+            return super().linear(x, layer, norm=norm, residual=residual)
+        rows, width = layer.weight.shape
+        tile = self.tiles.get(("linear", rows, width))
+        return gemv.linear(x, layer, norm=norm, residual=residual, tile=tile, overlap=self.overlap)
 
-    def gate(self, x: Tensor, gate: Tensor, up: Tensor, *, norm: Norm | None = None, activation: str) -> Tensor:
-        if x.shape[0] > 1:
+    def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
+        plain = isinstance(gate, Dense) and isinstance(up, Dense) and gate.bias is None and up.bias is None
+        if x.shape[0] > 1 or not plain or not isinstance(norm, RMSNormWeight | None):
             return super().gate(x, gate, up, norm=norm, activation=activation)
+        rows, width = gate.weight.shape
         return gemv.gate(
             x,
-            gate,
-            up,
+            gate.weight,
+            up.weight,
             norm=norm,
             activation=activation,
-            tile=self.tiles.get(("gate", gate.shape[0], gate.shape[1])),
+            tile=self.tiles.get(("gate", rows, width)),
             overlap=self.overlap,
         )
 
-    def remember(self, qkv: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
-        return remember(qkv, keys, values, slots, overlap=self.overlap)
+    def rotate_and_cache(self, qkv: Tensor, state: KVState, context: StepContext) -> Tensor:
+        return rope_kv.rotate_and_cache(qkv, state, context, overlap=self.overlap)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, slots: Slots) -> Tensor:
-        return decode_attention(q, keys, values, slots.padding, slots.used, overlap=self.overlap)
+    def attend(self, q: Tensor, state: KVState, context: StepContext) -> Tensor:
+        return decode_attention(q, state, context.lengths, longest=self.longest, overlap=self.overlap)
 
     def hyena(
-        self, z: Tensor, short_weight: Tensor, short_bias: Tensor, long_filter: ModalFilter, state: HyenaState
+        self, z: Tensor, short_weight: Tensor, short_bias: Tensor | None, long_filter: Filter, state: HyenaState
     ) -> Tensor:
-        poles, residues, iir = (torch.view_as_real(t) for t in (long_filter.poles, long_filter.residues, state.long))
-        fir = state.short
+        if triton.unsupported_reason(z, short_weight, long_filter, state.long, None) is not None:
+            return super().hyena(z, short_weight, short_bias, long_filter, state)
+        assert isinstance(long_filter, ModalFilter)
+        poles, residues, long = (torch.view_as_real(t) for t in (long_filter.poles, long_filter.residues, state.long))
+        short = state.short
         y = launch.step(
-            z, short_weight, short_bias, poles, residues, long_filter.skip, fir, iir, fir, iir, self.overlap
+            z, short_weight, short_bias, poles, residues, long_filter.skip, short, long, short, long, self.overlap
         )
         return y.squeeze(1)

@@ -14,6 +14,10 @@ Time is cut into chunks of C steps. Nothing longer than one state per chunk is s
 A step of the short filter reaches W = K-1 steps ahead, so ``gradients`` walks back from W steps beyond its chunk, and
 ν is passed on at the steps W after the chunks' ends. Programs add the gradients of parameters over their own chunks
 and write them to places of their own: no atomics, the same sums on every run.
+
+Packed documents (HAS_RESET): ``ages`` int32 [B,T] counts the steps since the document of a step began, see
+``launch.age``. Where it is 0, s[t] does not depend on s[t-1], and ν[t] is 0; tap k of the short filter is 0 where the
+age is less than k; what a chunk passes on is 0 where a document begins in it.
 """
 
 from __future__ import annotations
@@ -21,89 +25,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.common import advance, load_modes, load_step, load_taps, power, split_double
-
-
-@triton.jit
-def load_window(pointer, fir, keep, t, T, inside, D: tl.constexpr, W: tl.constexpr, U: tl.constexpr,
-                HAS_FIR: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
-    """Steps t-W … t+U-1 of one block of z; ``pointer`` is step 0."""
-    window = ()
-    for j in tl.static_range(W + U):
-        at = t + (j - W)
-        window = window + (load_step(pointer + at * 3 * D, fir, keep, at, T, inside, W, True, HAS_FIR, HAS_MASK),)
-    return window
-
-
-@triton.jit
-def filter_window(taps, offset, window, keep, t, T, U: tl.constexpr, HAS_MASK: tl.constexpr):
-    """The short filter's output at steps t … t+U-1, zero where a step is padding."""
-    out = ()
-    for j in tl.static_range(U):
-        value = offset + taps[0] * window[j]
-        for k in tl.static_range(1, len(taps)):
-            value += taps[k] * window[j + k]
-        if HAS_MASK:
-            value = tl.where(tl.load(keep + t + j, mask=t + j < T, other=0) != 0, value, 0.0)
-        out = out + (value,)
-    return out
-
-
-@triton.jit
-def retreat(p_re, p_im, r_re, r_im, nu_re, nu_im, dg):
-    """λ from ν of the step after and dg of this one: two tuples over the modes."""
-    re = ()
-    im = ()
-    for n in tl.static_range(len(p_re)):
-        re = re + (nu_re[n] + r_re[n] * dg,)
-        im = im + (nu_im[n] - r_im[n] * dg,)
-    return re, im
-
-
-@triton.jit
-def turn_back(p_re, p_im, re, im):
-    """``conj(p)·λ``."""
-    out_re = ()
-    out_im = ()
-    for n in tl.static_range(len(p_re)):
-        out_re = out_re + (p_re[n] * re[n] + p_im[n] * im[n],)
-        out_im = out_im + (p_re[n] * im[n] - p_im[n] * re[n],)
-    return out_re, out_im
-
-
-@triton.jit
-def zeros(N: tl.constexpr, BD: tl.constexpr):
-    """N tensors of zeros, float32 [BD]."""
-    out = ()
-    for _ in tl.static_range(N):
-        out = out + (tl.zeros((BD,), tl.float32),)
-    return out
-
-
-@triton.jit
-def load_rows(buffer, channel, inside, N: tl.constexpr, D: tl.constexpr):
-    """Complex numbers laid out [N,2,D]."""
-    re = ()
-    im = ()
-    for n in tl.static_range(N):
-        re = re + (tl.load(buffer + 2 * n * D + channel, mask=inside, other=0.0),)
-        im = im + (tl.load(buffer + (2 * n + 1) * D + channel, mask=inside, other=0.0),)
-    return re, im
-
-
-@triton.jit
-def store_rows(buffer, channel, inside, re, im, N: tl.constexpr, D: tl.constexpr):
-    """The inverse of ``load_rows``."""
-    for n in tl.static_range(N):
-        tl.store(buffer + 2 * n * D + channel, re[n], mask=inside)
-        tl.store(buffer + (2 * n + 1) * D + channel, im[n], mask=inside)
+from hyaena.ops.triton.common import advance, forget, load_modes, load_taps, power, split_double
+from hyaena.ops.triton.hyena.adjoint import (
+    add_taps,
+    filter_window,
+    load_ages,
+    load_rows,
+    load_window,
+    retreat,
+    spread,
+    store_rows,
+    turn_back,
+    zeros,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward_sums_kernel(z, dy, weight, bias, poles, residues, fir, keep, ahead, behind, T,
+def backward_sums_kernel(z, dy, weight, bias, poles, residues, short, keep, ages, ahead, behind, T,
                          D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
-                         BD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FIR: tl.constexpr,
-                         HAS_MASK: tl.constexpr):  # fmt: skip
+                         BD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHORT: tl.constexpr,
+                         HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
     """What every chunk adds to both recurrences. Grid: (channels / BD, chunks, rows); outputs [B,chunks,N,2,D]."""
     W: tl.constexpr = K - 1
     chunk = tl.program_id(1)
@@ -113,7 +54,8 @@ def backward_sums_kernel(z, dy, weight, bias, poles, residues, fir, keep, ahead,
     z += row * T * 3 * D + channel
     dy += row * T * D + channel
     keep += row * T
-    fir += (row * 3 * D + channel) * W
+    ages += row * T
+    short += (row * 3 * D + channel) * W
     begin = tl.cast(chunk, tl.int64) * C
     place = (row * tl.num_programs(1) + chunk) * (2 * N * D)
 
@@ -122,14 +64,21 @@ def backward_sums_kernel(z, dy, weight, bias, poles, residues, fir, keep, ahead,
     taps0, off0 = load_taps(weight, bias, 2 * D + channel, inside, K, HAS_BIAS)
     re = zeros(N, BD)
     im = zeros(N, BD)
+    reach = 0  # steps of the chunk's last document, to whose state alone its end belongs
+    if HAS_RESET:
+        reach = tl.load(ages + begin + C - 1, mask=begin + C <= T, other=1 << 30)
     for i in range(0, C, U):
         t = begin + i
-        x1 = load_window(z + D, fir + D * W, keep, t, T, inside, D, W, U, HAS_FIR, HAS_MASK)
-        x0 = load_window(z + 2 * D, fir + 2 * D * W, keep, t, T, inside, D, W, U, HAS_FIR, HAS_MASK)
-        u1 = filter_window(taps1, off1, x1, keep, t, T, U, HAS_MASK)
-        u0 = filter_window(taps0, off0, x0, keep, t, T, U, HAS_MASK)
+        age = load_ages(ages, t, T, U, HAS_RESET)
+        x1 = load_window(z + D, short + D * W, keep, t, T, inside, D, W, U, HAS_SHORT, HAS_MASK)
+        x0 = load_window(z + 2 * D, short + 2 * D * W, keep, t, T, inside, D, W, U, HAS_SHORT, HAS_MASK)
+        u1 = filter_window(taps1, off1, x1, age, keep, t, T, U, HAS_MASK, HAS_RESET)
+        u0 = filter_window(taps0, off0, x0, age, keep, t, T, U, HAS_MASK, HAS_RESET)
         for j in tl.static_range(U):
-            re, im = advance(p_re, p_im, re, im, u1[j] * u0[j])
+            w = u1[j] * u0[j]
+            if HAS_RESET:  # no document begins between this step and the end of the chunk
+                w = tl.where(C - 1 - i - j <= reach, w, 0.0)
+            re, im = advance(p_re, p_im, re, im, w)
     store_rows(ahead + place, channel, inside, re, im, N, D)
 
     r_re, r_im = load_modes(residues, channel, inside, N)
@@ -138,19 +87,24 @@ def backward_sums_kernel(z, dy, weight, bias, poles, residues, fir, keep, ahead,
     nu_im = zeros(N, BD)
     for i in range(0, C, U):
         t = begin + W + C - U - i
-        x2 = load_window(z, fir, keep, t, T, inside, D, W, U, HAS_FIR, HAS_MASK)
-        u2 = filter_window(taps2, off2, x2, keep, t, T, U, HAS_MASK)
+        age = load_ages(ages, t, T, U, HAS_RESET)
+        x2 = load_window(z, short, keep, t, T, inside, D, W, U, HAS_SHORT, HAS_MASK)
+        u2 = filter_window(taps2, off2, x2, age, keep, t, T, U, HAS_MASK, HAS_RESET)
         for j in tl.static_range(U - 1, -1, -1):
             slope = tl.load(dy + (t + j) * D, mask=inside & (t + j < T), other=0.0).to(tl.float32)
-            lambda_re, lambda_im = retreat(p_re, p_im, r_re, r_im, nu_re, nu_im, slope * u2[j])
+            dg = slope * u2[j]
+            if HAS_RESET:  # no document begins from step W of the chunk to this one
+                dg = tl.where(age[j] > C - U - i + j, dg, 0.0)
+            lambda_re, lambda_im = retreat(p_re, p_im, r_re, r_im, nu_re, nu_im, dg)
             nu_re, nu_im = turn_back(p_re, p_im, lambda_re, lambda_im)
     store_rows(behind + place, channel, inside, nu_re, nu_im, N, D)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
-def backward_chain_kernel(poles, iir, diir, ahead, behind, T, chunks,
+def backward_chain_kernel(poles, long, dlong, ages, ahead, behind, T, chunks,
                           D: tl.constexpr, N: tl.constexpr, W: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
-                          BD: tl.constexpr, HAS_IIR: tl.constexpr, HAS_DIIR: tl.constexpr):  # fmt: skip
+                          BD: tl.constexpr, HAS_LONG: tl.constexpr, HAS_DLONG: tl.constexpr,
+                          HAS_RESET: tl.constexpr):  # fmt: skip
     """Both recurrences through the chunks, in place. Grid: (channels / BD, N, 2·rows); odd rows run in reverse.
 
     ``ahead`` [B,chunks,N,2,D] becomes s before each chunk, ``behind`` becomes ν behind each chunk's last W steps.
@@ -163,6 +117,7 @@ def backward_chain_kernel(poles, iir, diir, ahead, behind, T, chunks,
     p_re = tl.load(poles + flat, mask=inside, other=0.0).to(tl.float64)
     p_im = tl.load(poles + flat + 1, mask=inside, other=0.0).to(tl.float64)
     start = (row * chunks * N + mode) * 2 * D + channel
+    ages += row * T
     STRIDE: tl.constexpr = 2 * N * D
     q_re, q_im = power(p_re, p_im, C)
     q_re, q_re_low = split_double(q_re)
@@ -170,9 +125,9 @@ def backward_chain_kernel(poles, iir, diir, ahead, behind, T, chunks,
     re = tl.zeros((BD,), tl.float32)
     im = tl.zeros((BD,), tl.float32)
     if tl.program_id(2) % 2 == 0:
-        if HAS_IIR:
-            re = tl.load(iir + row * D * N * 2 + flat, mask=inside, other=0.0)
-            im = tl.load(iir + row * D * N * 2 + flat + 1, mask=inside, other=0.0)
+        if HAS_LONG:
+            re = tl.load(long + row * D * N * 2 + flat, mask=inside, other=0.0)
+            im = tl.load(long + row * D * N * 2 + flat + 1, mask=inside, other=0.0)
         for first in range(0, chunks, U):
             e_re = ()
             e_im = ()
@@ -186,23 +141,33 @@ def backward_chain_kernel(poles, iir, diir, ahead, behind, T, chunks,
                 here = inside & (first + u < chunks)
                 tl.store(at, re, mask=here)
                 tl.store(at + D, im, mask=here)
+                if HAS_RESET:  # of a chunk that ends before T: nothing reads the state behind the last one
+                    end = tl.cast(first + u + 1, tl.int64) * C
+                    cut = tl.load(ages + end - 1, mask=end <= T, other=0) < C
+                    re = tl.where(cut, 0.0, re)
+                    im = tl.where(cut, 0.0, im)
                 low_re = q_re_low * re - q_im_low * im + e_re[u]
                 low_im = q_re_low * im + q_im_low * re + e_im[u]
                 re, im = q_re * re - q_im * im + low_re, q_re * im + q_im * re + low_im
     else:
-        if HAS_DIIR:
-            re = tl.load(diir + row * D * N * 2 + flat, mask=inside, other=0.0)
-            im = tl.load(diir + row * D * N * 2 + flat + 1, mask=inside, other=0.0)
+        if HAS_DLONG:
+            re = tl.load(dlong + row * D * N * 2 + flat, mask=inside, other=0.0)
+            im = tl.load(dlong + row * D * N * 2 + flat + 1, mask=inside, other=0.0)
         # The boundaries are at W steps into each chunk, or at T: the last two spans may be shorter than C.
         for back in range(0, tl.minimum(chunks, 2)):
             chunk = chunks - 1 - back
-            span = tl.minimum((chunk + 1) * C + W, T) - tl.minimum(chunk * C + W, T)
+            stop = tl.minimum((chunk + 1) * C + W, T)
+            span = stop - tl.minimum(chunk * C + W, T)
             e_re, e_im = power(p_re, p_im, span)
             at = behind + start + tl.cast(chunk, tl.int64) * STRIDE
             sum_re = tl.load(at, mask=inside, other=0.0)
             sum_im = tl.load(at + D, mask=inside, other=0.0)
             tl.store(at, re, mask=inside)
             tl.store(at + D, im, mask=inside)
+            if HAS_RESET:
+                cut = tl.load(ages + stop - 1) < span
+                re = tl.where(cut, 0.0, re)
+                im = tl.where(cut, 0.0, im)
             new_re = e_re * re + e_im * im + sum_re
             new_im = e_re * im - e_im * re + sum_im
             re = new_re.to(tl.float32)
@@ -220,36 +185,23 @@ def backward_chain_kernel(poles, iir, diir, ahead, behind, T, chunks,
                 here = inside & (first + u < chunks)
                 tl.store(at, re, mask=here)
                 tl.store(at + D, im, mask=here)
+                if HAS_RESET:
+                    end = tl.cast(chunks - first - u, tl.int64) * C + W
+                    cut = tl.load(ages + end - 1, mask=first + u < chunks, other=0) < C
+                    re = tl.where(cut, 0.0, re)
+                    im = tl.where(cut, 0.0, im)
                 low_re = q_re_low * re + q_im_low * im + e_re[u]
                 low_im = q_re_low * im - q_im_low * re + e_im[u]
                 re, im = q_re * re + q_im * im + low_re, q_re * im - q_im * re + low_im
 
 
-@triton.jit
-def add_taps(total, du, window, j: tl.constexpr):
-    """Add du[t]·z[t-k] to the gradient of every tap; j is the step's place in its batch of steps."""
-    out = ()
-    for k in tl.static_range(len(total)):
-        out = out + (total[k] + du * window[j + k],)
-    return out
-
-
-@triton.jit
-def spread(taps, du, later):
-    """The gradient of z at the step of du: ``Σ_k taps[W-k]·du[t+k]``; ``later`` holds du of the W steps after it."""
-    W: tl.constexpr = len(later)
-    out = taps[W] * du
-    for k in tl.static_range(W):
-        out += taps[W - 1 - k] * later[k]
-    return out, ((du,) + later)[:W]
-
-
 @triton.jit(do_not_specialize=["T", "chunks", "run"])
-def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, keep, dfir, ahead, behind, saved,
-                              dz, sums, dfir_in, diir_in, T, chunks, run,
+def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short, keep, ages, dshort, ahead, behind,
+                              saved, dz, sums, dshort_in, dlong_in, T, chunks, run,
                               D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
                               BD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
-                              HAS_FIR: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DFIR: tl.constexpr):  # fmt: skip
+                              HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr,
+                              HAS_DSHORT: tl.constexpr):  # fmt: skip
     """Gradients, a program for ``run`` chunks of BD channels of a row. Grid: (channels / BD, runs, rows).
 
     sums [B,runs,3(K+1)+4N+1,D]: taps and bias of x2, x1 and v, then poles and residues as [N,2], then skip.
@@ -267,9 +219,10 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
     dz += row * T * 3 * D + channel
     dy += row * T * D + channel
     keep += row * T
-    fir += (row * 3 * D + channel) * W
-    dfir += (row * 3 * D + channel) * W
-    dfir_in += (row * 3 * D + channel) * W
+    ages += row * T
+    short += (row * 3 * D + channel) * W
+    dshort += (row * 3 * D + channel) * W
+    dshort_in += (row * 3 * D + channel) * W
 
     p_re, p_im = load_modes(poles, channel, inside, N)
     r_re, r_im = load_modes(residues, channel, inside, N)
@@ -292,6 +245,10 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
     dr_im = zeros(N, BD)
     dgain = tl.zeros((BD,), tl.float32)
 
+    last_age = 1 << 30  # the state that the operator returned holds inputs of the last document only
+    if HAS_RESET:
+        last_age = tl.load(ages + T - 1)
+
     first = tl.program_id(1) * run
     for chunk in range(first, tl.minimum(first + run, chunks)):
         begin = tl.cast(chunk, tl.int64) * C
@@ -302,11 +259,15 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
         for batch in range(BATCHES):
             store_rows(saved + batch * (2 * N * BD), local, local < BD, re, im, N, BD)
             t = begin + batch * U
-            x1 = load_window(z + D, fir + D * W, keep, t, T, inside, D, W, U, HAS_FIR, HAS_MASK)
-            x0 = load_window(z + 2 * D, fir + 2 * D * W, keep, t, T, inside, D, W, U, HAS_FIR, HAS_MASK)
-            u1 = filter_window(taps1, off1, x1, keep, t, T, U, HAS_MASK)
-            u0 = filter_window(taps0, off0, x0, keep, t, T, U, HAS_MASK)
+            age = load_ages(ages, t, T, U, HAS_RESET)
+            x1 = load_window(z + D, short + D * W, keep, t, T, inside, D, W, U, HAS_SHORT, HAS_MASK)
+            x0 = load_window(z + 2 * D, short + 2 * D * W, keep, t, T, inside, D, W, U, HAS_SHORT, HAS_MASK)
+            u1 = filter_window(taps1, off1, x1, age, keep, t, T, U, HAS_MASK, HAS_RESET)
+            u0 = filter_window(taps0, off0, x0, age, keep, t, T, U, HAS_MASK, HAS_RESET)
             for j in tl.static_range(U):
+                if HAS_RESET:
+                    re = forget(re, age[j] == 0)
+                    im = forget(im, age[j] == 0)
                 re, im = advance(p_re, p_im, re, im, u1[j] * u0[j])
         tl.debug_barrier()
 
@@ -320,16 +281,24 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
         for back_batch in range(BATCHES):
             batch = BATCHES - 1 - back_batch
             t = begin + batch * U
-            x2 = load_window(z, fir, keep, t, T, inside, D, W, U, HAS_FIR, HAS_MASK)
-            x1 = load_window(z + D, fir + D * W, keep, t, T, inside, D, W, U, HAS_FIR, HAS_MASK)
-            x0 = load_window(z + 2 * D, fir + 2 * D * W, keep, t, T, inside, D, W, U, HAS_FIR, HAS_MASK)
-            u2 = filter_window(taps2, off2, x2, keep, t, T, U, HAS_MASK)
-            u1 = filter_window(taps1, off1, x1, keep, t, T, U, HAS_MASK)
-            u0 = filter_window(taps0, off0, x0, keep, t, T, U, HAS_MASK)
+            age = load_ages(ages, t, T, U, HAS_RESET)
+            x2 = load_window(z, short, keep, t, T, inside, D, W, U, HAS_SHORT, HAS_MASK)
+            x1 = load_window(z + D, short + D * W, keep, t, T, inside, D, W, U, HAS_SHORT, HAS_MASK)
+            x0 = load_window(z + 2 * D, short + 2 * D * W, keep, t, T, inside, D, W, U, HAS_SHORT, HAS_MASK)
+            u2 = filter_window(taps2, off2, x2, age, keep, t, T, U, HAS_MASK, HAS_RESET)
+            u1 = filter_window(taps1, off1, x1, age, keep, t, T, U, HAS_MASK, HAS_RESET)
+            u0 = filter_window(taps0, off0, x0, age, keep, t, T, U, HAS_MASK, HAS_RESET)
             re, im = load_rows(saved + batch * (2 * N * BD), local, local < BD, N, BD)
-            path_re = (re,)
-            path_im = (im,)
+            before_re = ()  # the modes that a step goes on from, and those after it
+            before_im = ()
+            path_re = ()
+            path_im = ()
             for j in tl.static_range(U):
+                if HAS_RESET:
+                    re = forget(re, age[j] == 0)
+                    im = forget(im, age[j] == 0)
+                before_re = before_re + (re,)
+                before_im = before_im + (im,)
                 re, im = advance(p_re, p_im, re, im, u1[j] * u0[j])
                 path_re = path_re + (re,)
                 path_im = path_im + (im,)
@@ -337,8 +306,8 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
                 at = t + j
                 live = at < stop
                 slope = tl.load(dy + at * D, mask=inside & live, other=0.0).to(tl.float32)
-                s_re = path_re[j + 1]
-                s_im = path_im[j + 1]
+                s_re = path_re[j]
+                s_im = path_im[j]
                 w = u1[j] * u0[j]
                 dg = slope * u2[j]
                 g = gain * w
@@ -347,6 +316,9 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
                     g -= r_im[n] * s_im[n]
                 lambda_re, lambda_im = retreat(p_re, p_im, r_re, r_im, nu_re, nu_im, dg)
                 new_re, new_im = turn_back(p_re, p_im, lambda_re, lambda_im)
+                if HAS_RESET:
+                    new_re = forget(new_re, age[j] == 0)
+                    new_im = forget(new_im, age[j] == 0)
                 dw = gain * dg
                 held_re = ()
                 held_im = ()
@@ -368,9 +340,9 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
                 own2 = tl.where(mine, du2, 0.0)
                 own1 = tl.where(mine, du1, 0.0)
                 own0 = tl.where(mine, du0, 0.0)
-                dtaps2 = add_taps(dtaps2, own2, x2, j)
-                dtaps1 = add_taps(dtaps1, own1, x1, j)
-                dtaps0 = add_taps(dtaps0, own0, x0, j)
+                dtaps2 = add_taps(dtaps2, own2, x2, age[j], j, HAS_RESET)
+                dtaps1 = add_taps(dtaps1, own1, x1, age[j], j, HAS_RESET)
+                dtaps0 = add_taps(dtaps0, own0, x0, age[j], j, HAS_RESET)
                 doff2 += own2
                 doff1 += own1
                 doff0 += own0
@@ -383,8 +355,8 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
                 for n in tl.static_range(N):
                     mine_re = tl.where(mine, lambda_re[n], 0.0)
                     mine_im = tl.where(mine, lambda_im[n], 0.0)
-                    old_re = path_re[j][n]
-                    old_im = path_im[j][n]
+                    old_re = before_re[j][n]
+                    old_im = before_im[j][n]
                     sum_pre = sum_pre + (dp_re[n] + mine_re * old_re + mine_im * old_im,)
                     sum_pim = sum_pim + (dp_im[n] - mine_re * old_im + mine_im * old_re,)
                     sum_rre = sum_rre + (dr_re[n] + own * s_re[n],)
@@ -397,11 +369,15 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
                 dz2, later2 = spread(taps2, du2, later2)
                 dz1, later1 = spread(taps1, du1, later1)
                 dz0, later0 = spread(taps0, du0, later0)
-                if HAS_DFIR:  # the last W inputs are the state that the operator returned
-                    kept = inside & (at >= T - W) & (at < T)
-                    dz2 += tl.load(dfir + (at - T + W), mask=kept, other=0.0).to(tl.float32)
-                    dz1 += tl.load(dfir + D * W + (at - T + W), mask=kept, other=0.0).to(tl.float32)
-                    dz0 += tl.load(dfir + 2 * D * W + (at - T + W), mask=kept, other=0.0).to(tl.float32)
+                if HAS_RESET:
+                    later2 = forget(later2, age[j] == 0)
+                    later1 = forget(later1, age[j] == 0)
+                    later0 = forget(later0, age[j] == 0)
+                if HAS_DSHORT:  # the last W inputs are the state that the operator returned
+                    kept = inside & (at >= T - W) & (at < T) & (T - 1 - at <= last_age)
+                    dz2 += tl.load(dshort + (at - T + W), mask=kept, other=0.0).to(tl.float32)
+                    dz1 += tl.load(dshort + D * W + (at - T + W), mask=kept, other=0.0).to(tl.float32)
+                    dz0 += tl.load(dshort + 2 * D * W + (at - T + W), mask=kept, other=0.0).to(tl.float32)
                 if HAS_MASK:
                     dz2 = tl.where(real, dz2, 0.0)
                     dz1 = tl.where(real, dz1, 0.0)
@@ -414,7 +390,7 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
         tl.debug_barrier()
 
         if chunk == 0:
-            store_modes_rows = diir_in + row * D * N * 2
+            store_modes_rows = dlong_in + row * D * N * 2
             for n in tl.static_range(N):
                 tl.store(store_modes_rows + (channel * N + n) * 2, nu_re[n], mask=inside)
                 tl.store(store_modes_rows + (channel * N + n) * 2 + 1, nu_im[n], mask=inside)
@@ -423,14 +399,14 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, fir, k
                 dz2, later2 = spread(taps2, nothing, later2)
                 dz1, later1 = spread(taps1, nothing, later1)
                 dz0, later0 = spread(taps0, nothing, later0)
-                if HAS_DFIR:  # a sequence shorter than the window leaves some of it in the state
-                    kept = inside & (k - T >= 0)
-                    dz2 += tl.load(dfir + (k - T), mask=kept, other=0.0).to(tl.float32)
-                    dz1 += tl.load(dfir + D * W + (k - T), mask=kept, other=0.0).to(tl.float32)
-                    dz0 += tl.load(dfir + 2 * D * W + (k - T), mask=kept, other=0.0).to(tl.float32)
-                tl.store(dfir_in + k, dz2, mask=inside)
-                tl.store(dfir_in + D * W + k, dz1, mask=inside)
-                tl.store(dfir_in + 2 * D * W + k, dz0, mask=inside)
+                if HAS_DSHORT:  # a sequence shorter than the window leaves some of it in the state
+                    kept = inside & (k - T >= 0) & (T - 1 - k + W <= last_age)
+                    dz2 += tl.load(dshort + (k - T), mask=kept, other=0.0).to(tl.float32)
+                    dz1 += tl.load(dshort + D * W + (k - T), mask=kept, other=0.0).to(tl.float32)
+                    dz0 += tl.load(dshort + 2 * D * W + (k - T), mask=kept, other=0.0).to(tl.float32)
+                tl.store(dshort_in + k, dz2, mask=inside)
+                tl.store(dshort_in + D * W + k, dz1, mask=inside)
+                tl.store(dshort_in + 2 * D * W + k, dz0, mask=inside)
 
     sums += (row * tl.num_programs(1) + tl.program_id(1)) * ((3 * (K + 1) + 4 * N + 1) * D) + channel
     for k in tl.static_range(K):

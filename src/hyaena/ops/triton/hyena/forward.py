@@ -1,24 +1,28 @@
 """The forward kernel: z [B,T,3D] to y [B,T,D] and the state of the modes, every number read once and written once.
 
-A program owns BD channels of one row and walks through time, tile by tile. A tile is S segments of L steps; a lane owns
-a segment of P neighbouring channels, whose numbers share a word of 32 bits::
+A program owns BD channels of one row and walks through time, tile by tile. A tile is S segments of L steps; a thread
+owns a segment of P neighbouring channels, whose numbers share a word of 32 bits::
 
-    states    from x1 and v, every lane: w = u1·u0, kept in registers, and the state at the end of its segment, had the
-              segment begun at zero
+    states    from x1 and v, every thread: w = u1·u0, kept in registers, and the state at the end of its segment, had
+              the segment begun at zero
     chain     S[j+1] = p^L S[j] + E[j] through the segments, the state carried from tile to tile
-    output    from w and x2, every lane from its true state: y
+    output    from w and x2, every thread from its true state: y
 
 The words of coming tiles are copied into shared memory meanwhile, STAGES tiles deep, so that memory need not wait for
 arithmetic. The last steps, fewer than L, are computed one by one. Programs exchange nothing. Where rows and channels
 are too few to fill the device, time is cut into parts: the same kernel with ``STATES_ONLY`` first finds what each part
 adds to the state.
 
+Packed documents (HAS_RESET): where a document begins, the history of the short filters and the modes become zero. To
+the state at the end of its segment a step adds only if no document begins after it, and p^L in the chain is 0 for a
+segment in which one begins. ``launch.Boundaries`` says how the kernel learns where.
+
 Tensors are [BD/P,S] words, [BD/P,S,P] numbers, and in the chain [RUNS,R], of runs of up to four segments and of every
 mode and channel.
 
-Triton chooses how a tensor lies in the lanes, and moves it between choices through shared memory. At a gather it has no
-choice: the gathered axis lies inside a warp. So ``stay``, a gather that moves nothing, says where numbers are to lie.
-Words and numbers: channels along the lanes, then segments; steps in registers. The chain: runs along the lanes, then
+Triton chooses the layout of a tensor over the threads, and converts between layouts through shared memory. A gather
+fixes the layout: the gathered axis lies inside a warp. So ``stay``, a gather that moves nothing, sets the layout. Words
+and numbers: channels along the threads, then segments; steps in registers. The chain: runs along the threads, then
 modes and channels; the segments of a run in registers.
 """
 
@@ -30,6 +34,7 @@ import triton.language as tl
 from hyaena.ops.triton.common import (
     advance,
     convolve,
+    forget,
     gather,
     load_modes,
     load_taps,
@@ -37,128 +42,23 @@ from hyaena.ops.triton.common import (
     power,
     store_modes,
 )
+from hyaena.ops.triton.hyena.words import (
+    forget_before,
+    has,
+    load_words,
+    stack,
+    stay,
+    store_numbers,
+    unpack,
+    unpack_all,
+    unstack,
+)
 
 
 @triton.jit
-def unpack(word, P: tl.constexpr, TYPE: tl.constexpr):
-    """The numbers of words [.,.], float32 [.,.,P]."""
-    if P == 1:
-        numbers = tl.reshape(word, word.shape + (1,)).to(tl.float32)
-    elif TYPE == tl.bfloat16:  # noqa: SIM300
-        bits = word.to(tl.uint32, bitcast=True)
-        low = (bits << 16).to(tl.float32, bitcast=True)  # the upper half of a float32
-        high = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-        numbers = tl.join(low, high)
-    else:
-        bits = word.to(tl.uint32, bitcast=True)
-        low = bits.to(tl.uint16).to(TYPE, bitcast=True).to(tl.float32)
-        high = (bits >> 16).to(tl.uint16).to(TYPE, bitcast=True).to(tl.float32)
-        numbers = tl.join(low, high)
-    return numbers
-
-
-@triton.jit
-def store_numbers(y, numbers, inside, P: tl.constexpr, TYPE: tl.constexpr):
-    """Numbers [.,.,P] to the places of their words, y [.,.]."""
-    if P == 1:
-        tl.store(y, tl.reshape(numbers, numbers.shape[:-1]).to(TYPE), mask=inside)
-    else:
-        tl.store(y[:, :, None] + tl.arange(0, P)[None, None, :], numbers.to(TYPE), mask=inside[:, :, None])
-
-
-@triton.jit
-def unpack_all(words, P: tl.constexpr, TYPE: tl.constexpr):
-    """A tuple of words as numbers."""
-    numbers = ()
-    for k in tl.static_range(len(words)):
-        numbers = numbers + (unpack(words[k], P, TYPE),)
-    return numbers
-
-
-@triton.jit
-def stack(numbers, COUNT: tl.constexpr):
-    """A tuple of at most COUNT tensors, a power of two, as one with more axes of 2 at its end; zeros fill it up."""
-    for _ in tl.static_range(COUNT - len(numbers)):
-        numbers = numbers + (tl.zeros_like(numbers[0]),)
-    for _ in tl.static_range(4):
-        if len(numbers) > 1:
-            pairs = ()
-            for i in tl.static_range(len(numbers) // 2):
-                pairs = pairs + (tl.join(numbers[i], numbers[i + len(numbers) // 2]),)
-            numbers = pairs
-    return numbers[0]
-
-
-@triton.jit
-def unstack(stacked):
-    """The tensors along the last axis of another, a power of two of them, at most 64."""
-    COUNT: tl.constexpr = stacked.shape[len(stacked.shape) - 1]
-    numbers = (stacked,)
-    for _ in tl.static_range(6):
-        if len(numbers) < COUNT:
-            first = ()
-            second = ()
-            for i in tl.static_range(len(numbers)):
-                pairs = numbers[i]
-                if COUNT // len(numbers) > 2:
-                    pairs = tl.reshape(pairs, stacked.shape[:-1] + (COUNT // len(numbers) // 2, 2))
-                x, y = tl.split(pairs)
-                first = first + (x,)
-                second = second + (y,)
-            numbers = first + second
-    if COUNT == 1:
-        numbers = (tl.reshape(stacked, stacked.shape[:-1]),)
-    return numbers
-
-
-@triton.jit
-def load_words(z, fir, word, begin, most, bits, FIRST: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr,
-               L: tl.constexpr, W: tl.constexpr, D: tl.constexpr, P: tl.constexpr, WHOLE: tl.constexpr,
-               HAS_FIR: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
-    """COUNT words of every segment, from its step FIRST on: a tuple of [BD/P,S], zero at padding.
-
-    Steps before 0 come from ``fir``, W rows of words, or are zero where there is none.
-
-    Args:
-        z, fir: where one of the three blocks of a row begins.
-        word: [BD/P,1].
-        begin, most: the first segment's first step; segments that would begin after ``most`` begin there.
-        bits: [1,S], bit W+i of a segment: its step i is no padding.
-    """
-    words = ()
-    if COUNT > 0:
-        COLUMNS: tl.constexpr = triton.next_power_of_2(COUNT) * S
-        column = tl.arange(0, COLUMNS)[None, :]  # (step, segment)
-        t = tl.minimum(begin + column % S * L, most) + column // S + FIRST
-        at = z + t.to(tl.int64) * (3 * D // P) + word
-        inside = (word * P < D) & (column < COUNT * S)
-        if FIRST >= 0 and WHOLE:
-            block = tl.load(at)
-        elif FIRST >= 0:
-            block = tl.load(at, mask=inside, other=0)
-        elif HAS_FIR:
-            block = tl.load(tl.where(t < 0, fir + (t + W) * (3 * D // P) + word, at), mask=inside, other=0)
-        else:
-            block = tl.load(at, mask=inside & (t >= 0), other=0)
-        BW: tl.constexpr = block.shape[0]
-        block = unstack(tl.permute(tl.reshape(stay(block), (BW, COLUMNS // S, S)), (0, 2, 1)))
-        for i in tl.static_range(COUNT):
-            if HAS_MASK:  # noqa: SIM108, one branch is compiled
-                words = words + (tl.where(has(bits, W + FIRST + i), block[i], 0),)
-            else:
-                words = words + (block[i],)
-    return words
-
-
-@triton.jit
-def has(bits, i):
-    """Whether bit i is set."""
-    return (bits >> i) & 1 != 0
-
-
-@triton.jit
-def segment_states(past1, words1, past0, words0, bits, taps1, off1, taps0, off0, ladder,
-                   P: tl.constexpr, TYPE: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+def segment_states(past1, words1, past0, words0, bits, bounds, taps1, off1, taps0, off0, ladder,
+                   P: tl.constexpr, TYPE: tl.constexpr, HAS_MASK: tl.constexpr,
+                   HAS_RESET: tl.constexpr):  # fmt: skip
     """``w`` of all steps, a tuple, and the modes after them from zero, two tuples. Blocks: 1 is x1, 0 is v."""
     W: tl.constexpr = len(past1)
     G: tl.constexpr = len(ladder)
@@ -170,18 +70,24 @@ def segment_states(past1, words1, past0, words0, bits, taps1, off1, taps0, off0,
     for i in tl.static_range(0, len(words1), G):
         group = ()
         for g in tl.static_range(G):
+            if HAS_RESET:
+                begins = has(bounds, W + i + g)[:, :, None]
+                h1 = forget(h1, begins)
+                h0 = forget(h0, begins)
             u1, h1 = convolve(taps1, off1, h1, unpack(words1[i + g], P, TYPE))
             u0, h0 = convolve(taps0, off0, h0, unpack(words0[i + g], P, TYPE))
             w = u1 * u0
             if HAS_MASK:
                 w = tl.where(has(bits, W + i + g)[:, :, None], w, 0.0)
+            ws = ws + (w,)
+            if HAS_RESET:  # no document begins after this step
+                w = tl.where((bounds >> (W + i + g + 1) == 0)[:, :, None], w, 0.0)
             group = group + (w,)
         if i == 0:
             for _ in tl.static_range(len(ladder[0][0])):
                 re = re + (tl.zeros_like(group[0]),)
                 im = im + (tl.zeros_like(group[0]),)
         re, im = gather(ladder, re, im, group)
-        ws = ws + group
     return ws, re, im
 
 
@@ -223,13 +129,7 @@ def from_rows(re, im, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def stay(x):
-    """x [A,C] itself, laid out so that A, then C lies along the lanes and warps, and what is left in registers."""
-    return tl.gather(x, tl.broadcast_to(tl.arange(0, x.shape[0])[:, None], x.shape), 0)
-
-
-@triton.jit
-def chain(re, im, carry_re, carry_im, decay, run_decay, rest):
+def chain(re, im, carry_re, carry_im, decay, run_decay, rest, begins, HAS_RESET: tl.constexpr):
     """Carry the state through the segments of a tile, run by run.
 
     Args:
@@ -238,15 +138,21 @@ def chain(re, im, carry_re, carry_im, decay, run_decay, rest):
         decay, run_decay: p^L, p^(RUN·L), complex [1,R].
         rest: what RUNS powers of ``run_decay`` leave of p^(S·L): from tile to tile, over 10^5 steps, the rounding of
             one decay would add up; within a tile it does not.
+        begins: int64, bit j: a document begins in segment j of the tile, through which no state passes.
 
     Returns:
         The states before every segment, as ``re`` and ``im``, and the state after the tile.
     """
     RUNS: tl.constexpr = re[0].shape[0]
+    RUN: tl.constexpr = len(re)
     run = tl.arange(0, RUNS)[:, None]
     sum_re = re[0]  # what a run adds
     sum_im = im[0]
-    for i in tl.static_range(1, len(re)):
+    for i in tl.static_range(1, RUN):
+        if HAS_RESET:
+            cut = has(begins, run * RUN + i)
+            sum_re = tl.where(cut, 0.0, sum_re)
+            sum_im = tl.where(cut, 0.0, sum_im)
         sum_re, sum_im = move(decay, sum_re, sum_im, re[i], im[i])
     next_re = carry_re
     next_im = carry_im
@@ -254,15 +160,26 @@ def chain(re, im, carry_re, carry_im, decay, run_decay, rest):
     at_im = carry_im
     for i in tl.static_range(RUNS):
         place = tl.full(run.shape, i, tl.int32).broadcast_to(sum_re.shape)
+        if HAS_RESET:
+            cut = (begins >> (i * RUN)) & ((1 << RUN) - 1) != 0
+            next_re = tl.where(cut, 0.0, next_re)
+            next_im = tl.where(cut, 0.0, next_im)
         next_re, next_im = move(run_decay, next_re, next_im, tl.gather(sum_re, place, 0), tl.gather(sum_im, place, 0))
         at_re = tl.where(run == i + 1, next_re, at_re)
         at_im = tl.where(run == i + 1, next_im, at_im)
     before_re = (at_re,)
     before_im = (at_im,)
-    for i in tl.static_range(len(re) - 1):
+    for i in tl.static_range(RUN - 1):
+        if HAS_RESET:
+            cut = has(begins, run * RUN + i)
+            at_re = tl.where(cut, 0.0, at_re)
+            at_im = tl.where(cut, 0.0, at_im)
         at_re, at_im = move(decay, at_re, at_im, re[i], im[i])
         before_re = before_re + (at_re,)
         before_im = before_im + (at_im,)
+    if HAS_RESET:
+        carry_re = tl.where(begins != 0, 0.0, carry_re)
+        carry_im = tl.where(begins != 0, 0.0, carry_im)
     next_re, next_im = move(rest, carry_re, carry_im, next_re, next_im)
     return before_re, before_im, next_re, next_im
 
@@ -286,19 +203,19 @@ def chain_decays(p_re, p_im, L: tl.constexpr, RUN: tl.constexpr, RUNS: tl.conste
 
 
 @triton.jit(do_not_specialize=["T", "part_steps"])
-def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep, parts, y, iir_out,
-                         T, part_steps, TYPE: tl.constexpr,
+def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, keep, bounds, tiles, cuts, parts, y,
+                         long_out, T, part_steps, TYPE: tl.constexpr,
                          D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
                          S: tl.constexpr, L: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
                          STATES_ONLY: tl.constexpr, PARTS: tl.constexpr,
-                         HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_FIR: tl.constexpr,
-                         HAS_IIR: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+                         HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_SHORT: tl.constexpr,
+                         HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of BD channels, parts of time, rows).
 
-    ``z`` and ``fir`` [B,K-1,3D] are in words of P numbers of TYPE. NP is N rounded up to a power of two;
+    ``z`` and ``short`` [B,K-1,3D] are in words of P numbers of TYPE. NP is N rounded up to a power of two;
     ``keep`` int32 [B,T/L+1] has a bit for every step from K-1 before a segment to its end, see ``launch.segment_bits``;
-    ``parts`` [B, parts, D, N, 2] is what ``STATES_ONLY`` writes and the other mode reads, ``part_steps`` a multiple of
-    S·L.
+    ``bounds``, ``tiles`` and ``cuts`` are the fields of ``launch.Boundaries``; ``parts`` [B, parts, D, N, 2] is what
+    ``STATES_ONLY`` writes and the other mode reads, ``part_steps`` a multiple of S·L.
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -315,11 +232,14 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
     z_2 = z + row * T * ROW
     z_1 = z_2 + ROW // 3
     z_0 = z_1 + ROW // 3
-    fir_2 = fir + row * W * ROW
-    fir_1 = fir_2 + ROW // 3
-    fir_0 = fir_1 + ROW // 3
+    short_2 = short + row * W * ROW
+    short_1 = short_2 + ROW // 3
+    short_0 = short_1 + ROW // 3
     y += row * T * D + word * P
     keep += row * (T // L + 1)
+    bounds += row * (T // L + 1)
+    tiles += row * ((T + TILE - 1) // TILE)
+    cuts += row * ((T + part_steps - 1) // part_steps)
 
     taps2, off2 = load_taps(weight, bias, channel, real, K, HAS_BIAS)
     taps1, off1 = load_taps(weight, bias, D + channel, real, K, HAS_BIAS)
@@ -344,14 +264,18 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
     carry_re = tl.zeros((RUNS, NP * BD), tl.float32)
     carry_im = tl.zeros((RUNS, NP * BD), tl.float32)
     if not STATES_ONLY:
-        if HAS_IIR:
-            carry_re += tl.load(iir + row * D * N * 2 + flat, mask=active, other=0.0)
-            carry_im += tl.load(iir + row * D * N * 2 + flat + 1, mask=active, other=0.0)
+        if HAS_LONG:
+            carry_re += tl.load(long + row * D * N * 2 + flat, mask=active, other=0.0)
+            carry_im += tl.load(long + row * D * N * 2 + flat + 1, mask=active, other=0.0)
         if PARTS:  # what the parts before this one leave behind
             wide_re, wide_im = power(one_re, one_im, part_steps)
             sum_re = carry_re.to(tl.float64)
             sum_im = carry_im.to(tl.float64)
             for before in range(part):
+                if HAS_RESET:
+                    cut = tl.load(cuts + before) != 0
+                    sum_re = tl.where(cut, 0.0, sum_re)
+                    sum_im = tl.where(cut, 0.0, sum_im)
                 at = parts + (row * (tl.num_programs(1) - 1) + before) * D * N * 2 + flat
                 e_re = tl.load(at, mask=active, other=0.0)
                 e_im = tl.load(at + 1, mask=active, other=0.0)
@@ -368,28 +292,40 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
     if STATES_ONLY:  # noqa: SIM108, one branch is compiled
         saved = parts + (row * tl.num_programs(1) + part) * D * N * 2
     else:
-        saved = iir_out + row * D * N * 2
+        saved = long_out + row * D * N * 2
     saved_rows = saved + flat + run * 0
     if begin == whole:  # fewer steps than a segment: they go on from the carry
         tl.store(saved_rows, carry_re, mask=active & (run == 0))
         tl.store(saved_rows + 1, carry_im, mask=active & (run == 0))
     for start in tl.range(begin, whole, TILE, num_stages=STAGES):
-        # Lanes beyond the whole segments read the last one again and write nothing.
-        a = tl.minimum(start + seg * L, whole - L)
+        # Threads beyond the whole segments read the last one again and write nothing.
+        last = whole - L
+        a = tl.minimum(start + seg * L, last)
         bits = seg
         if HAS_MASK:
             bits = tl.load(keep + a // L)
-        past1 = load_words(z_1, fir_1, word, start, whole - L, bits, -W, W, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
-        past0 = load_words(z_0, fir_0, word, start, whole - L, bits, -W, W, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
-        words1 = load_words(z_1, fir_1, word, start, whole - L, bits, 0, L, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
-        words0 = load_words(z_0, fir_0, word, start, whole - L, bits, 0, L, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+        bound = seg
+        begins = tl.zeros((), tl.int64)
+        if HAS_RESET:
+            bound = tl.load(bounds + a // L)
+            begins = tl.load(tiles + start // TILE)
+        past1 = load_words(z_1, short_1, word, start, last, bits, -W, W, S, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
+        past0 = load_words(z_0, short_0, word, start, last, bits, -W, W, S, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
+        words1 = load_words(z_1, short_1, word, start, last, bits, 0, L, S, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
+        words0 = load_words(z_0, short_0, word, start, last, bits, 0, L, S, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
+        if HAS_RESET:
+            past1 = forget_before(past1, bound)
+            past0 = forget_before(past0, bound)
         if not STATES_ONLY:
-            past2 = load_words(z_2, fir_2, word, start, whole - L, bits, -W, W, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
-            words2 = load_words(z_2, fir_2, word, start, whole - L, bits, 0, L, S, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
-        ws, re, im = segment_states(past1, words1, past0, words0, bits, taps1, off1, taps0, off0, ladder,
-                                    P, TYPE, HAS_MASK)  # fmt: skip
+            past2 = load_words(z_2, short_2, word, start, last, bits, -W, W, S, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
+            words2 = load_words(z_2, short_2, word, start, last, bits, 0, L, S, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
+            if HAS_RESET:
+                past2 = forget_before(past2, bound)
+        ws, re, im = segment_states(past1, words1, past0, words0, bits, bound, taps1, off1, taps0, off0, ladder,
+                                    P, TYPE, HAS_MASK, HAS_RESET)  # fmt: skip
         row_re, row_im = to_rows(re, im, NP, RUN)
-        row_re, row_im, carry_re, carry_im = chain(row_re, row_im, carry_re, carry_im, decay, run_decay, rest)
+        row_re, row_im, carry_re, carry_im = chain(row_re, row_im, carry_re, carry_im, decay, run_decay, rest,
+                                                   begins, HAS_RESET)  # fmt: skip
         if start + TILE >= whole:  # noqa: SIM102, one condition is a constant
             if STATES_ONLY or end == T:  # the state that this tile leaves is the last
                 count = (whole - start) // L
@@ -403,6 +339,11 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
             history = unpack_all(past2, P, TYPE)
             written = inside & (start + seg * L < whole)
             for i in tl.static_range(L):
+                if HAS_RESET:
+                    first = has(bound, W + i)[:, :, None]
+                    history = forget(history, first)
+                    re = forget(re, first)
+                    im = forget(im, first)
                 out, history, re, im = output_step(history, unpack(words2[i], P, TYPE), ws[i], taps2, off2,
                                                    p_re, p_im, r_re, r_im, gain, re, im)  # fmt: skip
                 if HAS_MASK:
@@ -414,9 +355,15 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
             bits = tl.full((1, 1), 0, tl.int32)
             if HAS_MASK:
                 bits = tl.load(keep + bits + whole // L)
-            past2 = load_words(z_2, fir_2, word, whole, whole, bits, -W, W, 1, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
-            past1 = load_words(z_1, fir_1, word, whole, whole, bits, -W, W, 1, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
-            past0 = load_words(z_0, fir_0, word, whole, whole, bits, -W, W, 1, L, W, D, P, WHOLE, HAS_FIR, HAS_MASK)
+            past2 = load_words(z_2, short_2, word, whole, whole, bits, -W, W, 1, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
+            past1 = load_words(z_1, short_1, word, whole, whole, bits, -W, W, 1, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
+            past0 = load_words(z_0, short_0, word, whole, whole, bits, -W, W, 1, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
+            bound = tl.full((1, 1), 0, tl.int32)
+            if HAS_RESET:
+                bound = tl.load(bounds + bound + whole // L)
+                past2 = forget_before(past2, bound)
+                past1 = forget_before(past1, bound)
+                past0 = forget_before(past0, bound)
             h2 = unpack_all(past2, P, TYPE)
             h1 = unpack_all(past1, P, TYPE)
             h0 = unpack_all(past0, P, TYPE)
@@ -429,6 +376,13 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, fir, iir, keep,
                 x2 = unpack(tl.load(z_2 + t * ROW + word, mask=now, other=0), P, TYPE)
                 x1 = unpack(tl.load(z_1 + t * ROW + word, mask=now, other=0), P, TYPE)
                 x0 = unpack(tl.load(z_0 + t * ROW + word, mask=now, other=0), P, TYPE)
+                if HAS_RESET:
+                    first = has(bound, W + step - whole)[:, :, None]
+                    h2 = forget(h2, first)
+                    h1 = forget(h1, first)
+                    h0 = forget(h0, first)
+                    re = forget(re, first)
+                    im = forget(im, first)
                 u1, h1 = convolve(taps1, off1, h1, x1)
                 u0, h0 = convolve(taps0, off0, h0, x0)
                 w = tl.where(now[:, :, None], u1 * u0, 0.0)

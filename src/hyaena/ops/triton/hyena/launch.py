@@ -1,9 +1,9 @@
-"""How the kernels are cut to the shape of a problem, and started."""
+"""Launchers of the operator's kernels: the choice of tiles, scratch memory, and the grids."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -14,7 +14,37 @@ from hyaena.ops.triton.hyena.forward import hyena_forward_kernel
 from hyaena.ops.triton.hyena.step import hyena_step_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Of z, weight, bias, poles, residues, skip, fir and iir."""
+"""Of z, weight, bias, poles, residues, skip, short and long."""
+
+
+class Operands(NamedTuple):
+    """The arguments of the operator; complex numbers are real pairs.
+
+    Attributes:
+        z: [B,T,3D], bfloat16, float16 or float32.
+        weight, bias: of the short filter, [3D,K] and [3D] or None.
+        poles, residues: of the long filter, float32 [D,N,2].
+        skip: [D] or None.
+        short, long: the states before z, [B,3D,K-1] and float32 [B,D,N,2]; None for zeros.
+        mask: bool [B,T], False where a step is padding; None for no padding.
+        reset: bool [B,T], True where a packed document begins; None for none.
+    """
+
+    z: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    poles: Tensor
+    residues: Tensor
+    skip: Tensor | None
+    short: Tensor | None
+    long: Tensor | None
+    mask: Tensor | None
+    reset: Tensor | None
+
+    def contiguous(self) -> Operands:
+        """The same operands, each contiguous in memory."""
+        return Operands(*(None if t is None else t.contiguous() for t in self))  # type: ignore[arg-type]
+
 
 STEP_CHANNELS = 64
 
@@ -25,7 +55,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 def cdiv(count: int, size: int) -> int:
-    """Pieces of ``size`` that hold ``count``."""
+    """Ceiling division."""
     return -(-count // size)
 
 
@@ -43,9 +73,9 @@ class Tiling:
         segments: of a tile, a power of two, at most 64: within a tile, rounding of the decay adds up.
         steps: of a segment, a power of two, at most 16.
         group: steps that are gathered into a state at once; divides ``steps``.
-        packed: 16-bit numbers of two channels share a lane; otherwise, and in float32, a lane has one channel.
+        packed: a thread has two channels of 16-bit numbers; otherwise, and in float32, it has one channel.
         warps: of a program.
-        stages: tiles under way at once, the one that is computed among them.
+        stages: tiles in flight, the one that is computed among them.
         parts: parts of time, each a program of its own; None for as many as fill the device.
     """
 
@@ -60,7 +90,7 @@ class Tiling:
 
 
 def choose_tiling(modes: int, dtype: torch.dtype) -> Tiling:
-    """As long a tile as registers hold: a lane needs some for every mode of its channels, and for every step."""
+    """As long a tile as registers hold: a thread needs some for every mode of its channels, and for every step."""
     if modes > 8:
         return Tiling(segments=8, steps=8, group=1, packed=False)
     if modes > 4:
@@ -93,40 +123,20 @@ def as_words(x: Tensor, numbers: int) -> Tensor:
     return x.contiguous() if numbers == 1 else x.contiguous().view(torch.int32)
 
 
-def forward(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor | None,
-    fir: Tensor | None,
-    iir: Tensor | None,
-    mask: Tensor | None,
-    tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernel.
-
-    Args:
-        z: [B,T,3D], bfloat16, float16 or float32.
-        weight, bias: [3D,K] and [3D].
-        poles, residues: float32 [D,N,2].
-        skip: [D].
-        fir, iir: [B,3D,K-1] and float32 [B,D,N,2].
-        mask: bool [B,T].
-        tiling: None to choose.
+def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel; ``tiling`` None to choose.
 
     Returns:
-        y [B,T,D] and fir in the dtype of z, iir float32 [B,D,N,2].
+        y [B,T,D] and the state of the short filter in the dtype of z, that of the modes float32 [B,D,N,2].
     """
+    operands = operands.contiguous()
+    z, weight, bias, poles, residues, skip, short, long, mask, reset = operands
     batch, length, _ = z.shape
     channels, modes = poles.shape[:2]
     taps = weight.shape[-1]
-    z, weight, poles, residues = (t.contiguous() for t in (z, weight, poles, residues))
-    bias, skip, iir, mask = (None if t is None else t.contiguous() for t in (bias, skip, iir, mask))
     y = z.new_empty(batch, length, channels)
-    iir_out = poles.new_empty(batch, channels, modes, 2)
-    before = None if fir is None else fir.to(z.dtype).transpose(1, 2)  # [B,K-1,3D]
+    long_out = poles.new_empty(batch, channels, modes, 2)
+    before = None if short is None else short.to(z.dtype).transpose(1, 2)  # [B,K-1,3D]
 
     tiling = tiling or choose_tiling(modes, z.dtype)
     numbers = 2 if tiling.packed and z.dtype.itemsize == 2 and channels % 2 == 0 else 1
@@ -138,7 +148,10 @@ def forward(
     parts = cdiv(tiles, part_tiles)
     sums = poles.new_empty(batch, max(parts - 1, 1), channels, modes, 2)
     words = as_words(z, numbers)
-    keep = None if mask is None else segment_bits(mask, tiling.steps, taps - 1)
+    keep = words if mask is None else segment_bits(mask, tiling.steps, taps - 1, earlier=True)
+    bounds = Boundaries(words, words, words)
+    if reset is not None:
+        bounds = find_boundaries(reset, tiling.steps, taps - 1, tiling.segments, part_tiles)
 
     def launch(count: int, states_only: bool) -> None:
         start: Any = hyena_forward_kernel[(blocks, count, batch)]
@@ -150,11 +163,12 @@ def forward(
             residues,
             z if skip is None else skip,
             words if before is None else as_words(before, numbers),
-            poles if iir is None else iir,
-            words if keep is None else keep,
+            poles if long is None else long,
+            keep,
+            *bounds,
             sums,
             y,
-            iir_out,
+            long_out,
             length,
             part_tiles * tile,
             TYPE=TYPES[z.dtype],
@@ -172,39 +186,83 @@ def forward(
             PARTS=parts > 1,
             HAS_BIAS=bias is not None,
             HAS_SKIP=skip is not None,
-            HAS_FIR=fir is not None and taps > 1,
-            HAS_IIR=iir is not None,
+            HAS_SHORT=short is not None and taps > 1,
+            HAS_LONG=long is not None,
             HAS_MASK=mask is not None,
+            HAS_RESET=reset is not None,
             num_warps=tiling.warps,
         )
 
     if parts > 1:
         launch(parts - 1, True)
     launch(parts, False)
-    return y, window(z, before, mask, taps - 1), iir_out
+    return y, window(z, before, mask, reset, taps - 1), long_out
 
 
-def segment_bits(mask: Tensor, steps: int, before: int) -> Tensor:
-    """A padding mask [B,T] by segments, int32 [B,T/steps+1]: bit i is set where step ``i - before`` of one is kept.
+def segment_bits(steps_of: Tensor, steps: int, before: int, *, earlier: bool) -> Tensor:
+    """Pack bool [B,T] by segments, int32 [B,T/steps+1]: bit i of a segment is its step ``i - before``.
 
-    Steps before the first are: they come from a state. Those after the last are not.
+    Steps before the first have the value ``earlier``, those after the last have False.
     """
-    mask = torch.nn.functional.pad(mask, (before, 0), value=True)
-    mask = torch.nn.functional.pad(mask, (0, steps), value=False)
-    bits = mask.unfold(1, before + steps, steps)  # [B,segments,before+steps]
-    return (bits << torch.arange(before + steps, device=mask.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    padded = torch.nn.functional.pad(steps_of, (before, 0), value=earlier)
+    padded = torch.nn.functional.pad(padded, (0, steps), value=False)
+    return pack_bits(padded.unfold(1, before + steps, steps)).int()  # of [B,segments,before+steps]
 
 
-def window(z: Tensor, before: Tensor | None, mask: Tensor | None, steps: int) -> Tensor:
+def pack_bits(bits: Tensor) -> Tensor:
+    """bool [...,n], n <= 64, as int64 [...]: bit i is entry i."""
+    return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
+
+
+class Boundaries(NamedTuple):
+    """Where documents begin, as the forward kernel reads it.
+
+    Attributes:
+        segments: int32 [B,T/L+1], a bit for every step from K-1 before a segment to its end, see ``segment_bits``.
+        tiles: int64 [B,tiles], a bit for every segment in which a document begins.
+        parts: int32 [B,parts], whether a document begins in a part.
+    """
+
+    segments: Tensor
+    tiles: Tensor
+    parts: Tensor
+
+
+def find_boundaries(reset: Tensor, steps: int, before: int, segments: int, part_tiles: int) -> Boundaries:
+    """The boundaries of bool [B,T] for tiles of ``segments`` segments of ``steps`` steps and parts of so many tiles."""
+
+    def pieces(flags: Tensor, size: int) -> Tensor:
+        """bool [B,n] as [B,pieces,size], filled up with False."""
+        return torch.nn.functional.pad(flags, (0, -flags.shape[1] % size)).unflatten(1, (-1, size))
+
+    by_tile = pieces(pieces(reset, steps).any(-1), segments)
+    parts = pieces(by_tile.any(-1), part_tiles).any(-1)
+    return Boundaries(segment_bits(reset, steps, before, earlier=False), pack_bits(by_tile), parts.int())
+
+
+def window(z: Tensor, before: Tensor | None, mask: Tensor | None, reset: Tensor | None, steps: int) -> Tensor:
     """The last steps of z [B,T,3D] after ``before`` [B,steps,3D]: the state of the short filter [B,3D,steps]."""
     recent = z[:, max(0, z.shape[1] - steps) :] if steps else z[:, :0]
     if mask is not None:
         recent = recent * mask[:, z.shape[1] - recent.shape[1] :, None]
-    short = steps - recent.shape[1]
-    if short:
+    missing = steps - recent.shape[1]
+    if missing:
         older = z.new_zeros(z.shape[0], steps, z.shape[2]) if before is None else before
-        recent = torch.cat([older[:, steps - short :], recent], dim=1)
+        recent = torch.cat([older[:, steps - missing :], recent], dim=1)
+    if reset is not None and steps:  # zero before the last document begins
+        begins = torch.nn.functional.pad(reset, (steps, 0))[:, -steps:].int()
+        later = begins.flip(1).cumsum(1).flip(1) - begins
+        recent = recent.masked_fill((later > 0).unsqueeze(-1), 0.0)
     return recent.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def age(reset: Tensor) -> Tensor:
+    """How many steps ago the document of every step began, int32 [B,T]; 2^30 and more where that was before the first.
+
+    Tap k of the short filter stays inside the document where ``k <= age``, and a document begins where it is 0.
+    """
+    steps = torch.arange(reset.shape[1], device=reset.device)
+    return (steps - torch.where(reset, steps, -(2**30)).cummax(dim=1).values).int()
 
 
 def step(
@@ -214,10 +272,10 @@ def step(
     poles: Tensor,
     residues: Tensor,
     skip: Tensor | None,
-    fir: Tensor,
-    iir: Tensor,
-    fir_out: Tensor,
-    iir_out: Tensor,
+    short: Tensor,
+    long: Tensor,
+    short_out: Tensor,
+    long_out: Tensor,
     overlap: bool = False,
 ) -> Tensor:
     """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read."""
@@ -231,11 +289,11 @@ def step(
         poles.contiguous(),
         residues.contiguous(),
         z if skip is None else skip,
-        fir,
-        iir,
+        short,
+        long,
         y,
-        fir_out,
-        iir_out,
+        short_out,
+        long_out,
         D=channels,
         N=modes,
         K=weight.shape[-1],
@@ -255,14 +313,14 @@ class BackwardTiling:
 
     Attributes:
         chunk: steps of a chunk, a multiple of ``batch`` and at least K-1.
-        batch: steps whose states are held in registers at once.
-        lanes: channels of a program, a power of two.
+        batch: steps whose states are in registers together.
+        channels: of a program, a power of two.
         run: the most chunks of a program; more make fewer partial sums and fewer programs.
     """
 
     chunk: int = 64
     batch: int = 4
-    lanes: int = 128
+    channels: int = 128
     run: int = 8
 
 
@@ -271,47 +329,38 @@ def choose_backward_tiling(length: int, channels: int, modes: int) -> BackwardTi
     return BackwardTiling(
         chunk=64 if length > 16 else 16,
         batch=4 if modes <= 2 else 2 if modes <= 4 else 1,
-        lanes=min(128, power_of_two(channels)),
+        channels=min(128, power_of_two(channels)),
     )
 
 
 def backward(
     dy: Tensor,
-    dfir: Tensor | None,
-    diir: Tensor | None,
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor | None,
-    fir: Tensor | None,
-    iir: Tensor | None,
-    mask: Tensor | None,
+    dshort: Tensor | None,
+    dlong: Tensor | None,
+    operands: Operands,
     tiling: BackwardTiling | None = None,
 ) -> Gradients:
-    """Launch the backward kernels.
+    """Launch the backward kernels; ``tiling`` None to choose.
 
     Args:
-        dy, dfir, diir: gradients of what ``forward`` returned; None for zero.
-        tiling: None to choose.
-        The others are the arguments of ``forward``.
+        dy, dshort, dlong: gradients of the results of ``forward``; None for zero.
 
     Returns:
-        The gradients of z (in its dtype), weight, bias, poles, residues, skip, fir and iir (float32), whether or not
-        the argument was None.
+        The gradients of z (in its dtype), weight, bias, poles, residues, skip, short and long (float32), whether or
+        not the argument was None.
     """
+    operands = operands.contiguous()
+    z, weight, bias, poles, residues, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
     channels, modes = poles.shape[:2]
     taps = weight.shape[-1]
-    dy, z, weight, poles, residues = (t.contiguous() for t in (dy, z, weight, poles, residues))
-    optional = (dfir, diir, bias, skip, fir, iir, mask)
-    dfir, diir, bias, skip, fir, iir, mask = (None if t is None else t.contiguous() for t in optional)
+    dy, dshort, dlong = (None if t is None else t.contiguous() for t in (dy, dshort, dlong))
     keep = z if mask is None else mask.view(torch.uint8)
+    ages = z if reset is None else age(reset)
     tiling = tiling or choose_backward_tiling(length, channels, modes)
-    steps, held, lanes = tiling.chunk, tiling.batch, tiling.lanes
-    warps = max(1, lanes // 32)
-    blocks, chunks = cdiv(channels, lanes), cdiv(length, steps)
+    steps, held, block = tiling.chunk, tiling.batch, tiling.channels
+    warps = max(1, block // 32)
+    blocks, chunks = cdiv(channels, block), cdiv(length, steps)
     run = min(tiling.run, max(1, chunks * blocks * batch // 2048))  # not fewer programs than fill the device
     runs = cdiv(chunks, run)
 
@@ -326,26 +375,29 @@ def backward(
         z if bias is None else bias,
         poles,
         residues,
-        z if fir is None else fir,
+        z if short is None else short,
         keep,
+        ages,
         ahead,
         behind,
         length,
         **shape,
         K=taps,
         U=held,
-        BD=lanes,
+        BD=block,
         HAS_BIAS=bias is not None,
-        HAS_FIR=fir is not None,
+        HAS_SHORT=short is not None,
         HAS_MASK=mask is not None,
+        HAS_RESET=reset is not None,
         num_warps=warps,
     )
-    narrow = min(32, lanes)
+    narrow = min(32, block)
     start = backward_chain_kernel[(cdiv(channels, narrow), modes, 2 * batch)]
     start(
         poles,
-        poles if iir is None else iir,
-        poles if diir is None else diir,
+        poles if long is None else long,
+        poles if dlong is None else dlong,
+        ages,
         ahead,
         behind,
         length,
@@ -354,16 +406,17 @@ def backward(
         W=taps - 1,
         U=8,
         BD=narrow,
-        HAS_IIR=iir is not None,
-        HAS_DIIR=diir is not None,
+        HAS_LONG=long is not None,
+        HAS_DLONG=dlong is not None,
+        HAS_RESET=reset is not None,
         num_warps=1,
     )
     dz = torch.empty_like(z)
     rows = 3 * (taps + 1) + 4 * modes + 1
     sums = poles.new_empty(batch, runs, rows, channels)
-    saved = poles.new_empty(batch * runs * blocks * cdiv(steps + taps - 1, held) * modes * 2 * lanes)
-    dfir_in = poles.new_empty(batch, width, taps - 1)
-    diir_in = poles.new_empty(batch, channels, modes, 2)
+    saved = poles.new_empty(batch * runs * blocks * cdiv(steps + taps - 1, held) * modes * 2 * block)
+    dshort_in = poles.new_empty(batch, width, taps - 1)
+    dlong_in = poles.new_empty(batch, channels, modes, 2)
     start = backward_gradients_kernel[(blocks, runs, batch)]
     start(
         z,
@@ -373,28 +426,30 @@ def backward(
         poles,
         residues,
         z if skip is None else skip,
-        z if fir is None else fir,
+        z if short is None else short,
         keep,
-        z if dfir is None else dfir,
+        ages,
+        z if dshort is None else dshort,
         ahead,
         behind,
         saved,
         dz,
         sums,
-        dfir_in,
-        diir_in,
+        dshort_in,
+        dlong_in,
         length,
         chunks,
         run,
         **shape,
         K=taps,
         U=held,
-        BD=lanes,
+        BD=block,
         HAS_BIAS=bias is not None,
         HAS_SKIP=skip is not None,
-        HAS_FIR=fir is not None,
+        HAS_SHORT=short is not None,
         HAS_MASK=mask is not None,
-        HAS_DFIR=dfir is not None and taps > 1,
+        HAS_RESET=reset is not None,
+        HAS_DSHORT=dshort is not None and taps > 1,
         num_warps=warps,
     )
     total = sums.sum(dim=(0, 1))  # [rows,D]
@@ -404,4 +459,4 @@ def backward(
     parameters = (dweight, filters[:, taps].reshape(width), dpoles, dresidues, total[-1])
     # A custom operator's results must not share storage.
     dweight, dbias, dpoles, dresidues, dskip = (t.clone(memory_format=torch.contiguous_format) for t in parameters)
-    return dz, dweight, dbias, dpoles, dresidues, dskip, dfir_in, diir_in
+    return dz, dweight, dbias, dpoles, dresidues, dskip, dshort_in, dlong_in

@@ -1,6 +1,7 @@
 """The kernels as custom operators of torch: fake implementations and gradients, so that torch.compile keeps one graph.
 
-Complex numbers cross this border as real pairs: poles and residues float32 [D,N,2], the state of the modes [B,D,N,2].
+Complex numbers are real pairs in the operators' arguments: poles and residues float32 [D,N,2], the state of the modes
+[B,D,N,2].
 """
 
 from __future__ import annotations
@@ -11,12 +12,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyaena.errors import InputError
+from hyaena.ops.long_conv import ModalFilter
 from hyaena.ops.triton.hyena import launch
-from hyaena.ops.triton.hyena.launch import Gradients
+from hyaena.ops.triton.hyena.launch import Gradients, Operands
+
+
+def fused_hyena(
+    z: Tensor,
+    short_weight: Tensor,
+    short_bias: Tensor | None,
+    long_filter: ModalFilter,
+    short: Tensor | None,
+    long: Tensor | None,
+    mask: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Evaluate ``ops.hyena`` in one kernel: y [B,T,D], and the states of both filters after z. Differentiable.
+
+    Raises:
+        InputError: shapes that do not fit.
+    """
+    batch, length, width = z.shape
+    flags = [t for t in (mask, reset) if t is not None]
+    if length == 0 or any(t.shape != (batch, length) for t in flags):
+        raise InputError(
+            f"hyena takes z [B, T>=1, 3D] and a mask and a reset [B, T], not z {tuple(z.shape)} "
+            f"and {', '.join(str(tuple(t.shape)) for t in flags) or 'none'}"
+        )
+    shapes = (batch, width, short_weight.shape[-1] - 1), (batch, *long_filter.poles.shape)
+    for state, shape in zip((short, long), shapes, strict=True):
+        if state is not None and state.shape != shape:
+            raise InputError(f"hyena's states must be {shapes[0]} and {shapes[1]}, and one is {tuple(state.shape)}")
+    poles, residues = torch.view_as_real(long_filter.poles), torch.view_as_real(long_filter.residues)
+    pairs = None if long is None else torch.view_as_real(long.to(torch.complex64))
+    y, window, pairs = hyena_operator(
+        z, short_weight, short_bias, poles, residues, long_filter.skip, short, pairs, mask, reset
+    )
+    return y, window, torch.view_as_complex(pairs)
 
 
 def _device(z: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors are on."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(z.device) if z.is_cuda else nullcontext()
 
 
@@ -28,35 +65,25 @@ def hyena_operator(
     poles: Tensor,
     residues: Tensor,
     skip: Tensor | None,
-    fir: Tensor | None,
-    iir: Tensor | None,
+    short: Tensor | None,
+    long: Tensor | None,
     mask: Tensor | None,
+    reset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator, any T >= 1: shapes and results as in ``launch.forward``."""
-    if z.shape[1] > 1 or mask is not None:
-        with _device(z):
-            return launch.forward(z, weight, bias, poles, residues, skip, fir, iir, mask)
-    fir_out = z.new_empty(z.shape[0], z.shape[2], weight.shape[-1] - 1)
-    iir_out = poles.new_empty(z.shape[0], *poles.shape)
-    before = (torch.zeros_like(fir_out) if fir is None else fir.contiguous(),)
-    before += (torch.zeros_like(iir_out) if iir is None else iir.contiguous(),)
+    """Evaluate the operator for any T >= 1: shapes in ``launch.Operands``, results as in ``launch.forward``."""
     with _device(z):
-        y = launch.step(z, weight, bias, poles, residues, skip, *before, fir_out, iir_out)
-    return y, fir_out, iir_out
+        if z.shape[1] > 1 or mask is not None or reset is not None:
+            return launch.forward(Operands(z, weight, bias, poles, residues, skip, short, long, mask, reset))
+        short_out = z.new_empty(z.shape[0], z.shape[2], weight.shape[-1] - 1)
+        long_out = poles.new_empty(z.shape[0], *poles.shape)
+        short = torch.zeros_like(short_out) if short is None else short.contiguous()
+        long = torch.zeros_like(long_out) if long is None else long.contiguous()
+        y = launch.step(z, weight, bias, poles, residues, skip, short, long, short_out, long_out)
+        return y, short_out, long_out
 
 
 @hyena_operator.register_fake
-def _(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor | None,
-    fir: Tensor | None,
-    iir: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(z: Tensor, weight: Tensor, bias: Tensor | None, poles: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = z.shape
     return (
         z.new_empty(batch, length, width // 3),
@@ -68,37 +95,35 @@ def _(
 @torch.library.custom_op("hyaena::hyena_backward", mutates_args=())
 def hyena_backward_operator(
     dy: Tensor,
-    dfir: Tensor | None,
-    diir: Tensor | None,
+    dshort: Tensor | None,
+    dlong: Tensor | None,
     z: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     poles: Tensor,
     residues: Tensor,
     skip: Tensor | None,
-    fir: Tensor | None,
-    iir: Tensor | None,
+    short: Tensor | None,
+    long: Tensor | None,
     mask: Tensor | None,
+    reset: Tensor | None,
 ) -> Gradients:
-    """The gradients, as in ``launch.backward``."""
+    """Compute the gradients, as ``launch.backward`` does."""
+    operands = Operands(z, weight, bias, poles, residues, skip, short, long, mask, reset)
     with _device(z):
-        return launch.backward(dy, dfir, diir, z, weight, bias, poles, residues, skip, fir, iir, mask)
+        return launch.backward(dy, dshort, dlong, operands)
 
 
 @hyena_backward_operator.register_fake
 def _(
     dy: Tensor,
-    dfir: Tensor | None,
-    diir: Tensor | None,
+    dshort: Tensor | None,
+    dlong: Tensor | None,
     z: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     poles: Tensor,
-    residues: Tensor,
-    skip: Tensor | None,
-    fir: Tensor | None,
-    iir: Tensor | None,
-    mask: Tensor | None,
+    *_: Any,
 ) -> Gradients:
     batch, _, width = z.shape
     wide = poles.new_empty
@@ -120,43 +145,15 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...
     ctx.shape = output[0].shape
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, dfir: Tensor | None, diir: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, dy: Tensor | None, dshort: Tensor | None, dlong: Tensor | None
+) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     if dy is None:
         dy = inputs[0].new_zeros(ctx.shape)
-    gradients = hyena_backward_operator(dy, dfir, diir, *inputs)
+    gradients = hyena_backward_operator(dy, dshort, dlong, *inputs)
     given = [None if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs[:8], strict=True)]
-    return (*given, None)
+    return (*given, None, None)
 
 
 hyena_operator.register_autograd(_differentiate, setup_context=_save)
-
-
-@torch.library.custom_op("hyaena::hyena_step", mutates_args=("fir", "iir"))
-def hyena_step_operator(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor | None,
-    fir: Tensor,
-    iir: Tensor,
-) -> Tensor:
-    """One step [B,1,3D] -> y [B,1,D]; fir and iir, contiguous, are brought up to date in place."""
-    with _device(z):
-        return launch.step(z, weight, bias, poles, residues, skip, fir, iir, fir, iir)
-
-
-@hyena_step_operator.register_fake
-def _(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor | None,
-    fir: Tensor,
-    iir: Tensor,
-) -> Tensor:
-    return z.new_empty(z.shape[0], 1, z.shape[2] // 3)

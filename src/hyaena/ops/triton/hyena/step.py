@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.decode.pdl import release, wait
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -22,12 +22,12 @@ def read_filter(weight, bias, channel, inside, K: tl.constexpr, HAS_BIAS: tl.con
 
 
 @triton.jit
-def read_window(z, fir, channel, row, inside, D: tl.constexpr, K: tl.constexpr):
+def read_window(z, short, channel, row, inside, D: tl.constexpr, K: tl.constexpr):
     """The last K inputs of the short filter, oldest first: a tuple of K [BD], as they are stored."""
     W: tl.constexpr = K - 1
     window = ()
     for k in tl.static_range(W):
-        window = window + (tl.load(fir + (row * 3 * D + channel) * W + k, mask=inside, other=0.0),)
+        window = window + (tl.load(short + (row * 3 * D + channel) * W + k, mask=inside, other=0.0),)
     return window + (tl.load(z + row * 3 * D + channel, mask=inside, other=0.0),)
 
 
@@ -41,16 +41,16 @@ def filter_step(taps, window, K: tl.constexpr):
 
 
 @triton.jit
-def write_window(window, fir, channel, row, inside, D: tl.constexpr, K: tl.constexpr):
-    """What the next step will need of the window."""
+def write_window(window, short, channel, row, inside, D: tl.constexpr, K: tl.constexpr):
+    """Store the window that the next step reads."""
     W: tl.constexpr = K - 1
     for k in tl.static_range(W):
         at = (row * 3 * D + channel) * W + k
-        tl.store(fir + at, window[k + 1].to(fir.dtype.element_ty), mask=inside)
+        tl.store(short + at, window[k + 1].to(short.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def hyena_step_kernel(z, weight, bias, poles, residues, skip, fir, iir, y, fir_out, iir_out,
+def hyena_step_kernel(z, weight, bias, poles, residues, skip, short, long, y, short_out, long_out,
                       D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
                       HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` at T = 1. The outputs may be the very states that are read. Grid: (channels / BD, rows).
@@ -73,15 +73,15 @@ def hyena_step_kernel(z, weight, bias, poles, residues, skip, fir, iir, y, fir_o
             tl.load(residues + at, mask=inside, other=0.0),
             tl.load(residues + at + 1, mask=inside, other=0.0),
         )
-    wait(OVERLAP)
-    release(OVERLAP)
-    window2 = read_window(z, fir, channel, row, inside, D, K)
-    window1 = read_window(z, fir, D + channel, row, inside, D, K)
-    window0 = read_window(z, fir, 2 * D + channel, row, inside, D, K)
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
+    window2 = read_window(z, short, channel, row, inside, D, K)
+    window1 = read_window(z, short, D + channel, row, inside, D, K)
+    window0 = read_window(z, short, 2 * D + channel, row, inside, D, K)
     states = ()
     for n in tl.static_range(N):
         at = row * D * N * 2 + (channel * N + n) * 2
-        states = states + (tl.load(iir + at, mask=inside, other=0.0), tl.load(iir + at + 1, mask=inside, other=0.0))
+        states = states + (tl.load(long + at, mask=inside, other=0.0), tl.load(long + at + 1, mask=inside, other=0.0))
 
     w = filter_step(taps1, window1, K) * filter_step(taps0, window0, K)
     out = tl.zeros((BD,), tl.float32)
@@ -92,11 +92,11 @@ def hyena_step_kernel(z, weight, bias, poles, residues, skip, fir, iir, y, fir_o
         new_re = p_re * states[2 * n] - p_im * states[2 * n + 1] + w
         new_im = p_re * states[2 * n + 1] + p_im * states[2 * n]
         at = row * D * N * 2 + (channel * N + n) * 2
-        tl.store(iir_out + at, new_re, mask=inside)
-        tl.store(iir_out + at + 1, new_im, mask=inside)
+        tl.store(long_out + at, new_re, mask=inside)
+        tl.store(long_out + at + 1, new_im, mask=inside)
         out += r_re * new_re - r_im * new_im
     out *= filter_step(taps2, window2, K)
     tl.store(y + row * D + channel, out.to(y.dtype.element_ty), mask=inside)
-    write_window(window2, fir_out, channel, row, inside, D, K)
-    write_window(window1, fir_out, D + channel, row, inside, D, K)
-    write_window(window0, fir_out, 2 * D + channel, row, inside, D, K)
+    write_window(window2, short_out, channel, row, inside, D, K)
+    write_window(window1, short_out, D + channel, row, inside, D, K)
+    write_window(window0, short_out, 2 * D + channel, row, inside, D, K)

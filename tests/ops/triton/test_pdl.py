@@ -1,4 +1,4 @@
-"""Kernels that begin before their predecessors end keep to the rules of ``ops.triton.overlap``."""
+"""Kernels that start before their predecessors end keep to the rules of ``ops.triton.decode.pdl``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 
 from device import DEVICE
 from hyaena.config import ModelConfig
-from hyaena.decoding import decoder
-from hyaena.decoding.memory import StaticMemory
-from hyaena.decoding.step import step
+from hyaena.decoding import StaticCache, decoder
 from hyaena.model import StripedHyena
+from hyaena.ops import StepContext
 from hyaena.ops import triton as kernels
 from hyaena.ops.triton.decode import gemv, pdl
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
@@ -54,8 +53,8 @@ class Watch:
         monkeypatch.setattr(builder, "set_grid_idx", begin)
         monkeypatch.setattr(builder, "create_masked_load", load)
         monkeypatch.setattr(builder, "create_masked_store", store)
-        monkeypatch.setattr(pdl, "gdc_wait", lambda: self.note("wait"))
-        monkeypatch.setattr(pdl, "gdc_launch_dependents", lambda: self.note("release"))
+        monkeypatch.setattr(pdl.cuda, "gdc_wait", lambda: self.note("wait"))
+        monkeypatch.setattr(pdl.cuda, "gdc_launch_dependents", lambda: self.note("release"))
 
     def note(self, what: str) -> None:
         self.programs[-1].append(what)
@@ -75,16 +74,18 @@ def test_every_program_of_a_step_waits_before_it_touches_what_others_do(
     torch.manual_seed(0)
     model = StripedHyena(CONFIG).eval()
     tile = gemv.Tile(16, 32, 1, 2)
-    tiles = {("project", n, k): tile for n, k in ((192, 64), (128, 64), (64, 64), (64, 96), (48, 64))}
+    tiles = {("linear", n, k): tile for n, k in ((192, 64), (128, 64), (64, 64), (64, 96), (48, 64))}
     tiles["gate", 96, 64] = tile
     with torch.inference_mode():
         cache = model.make_cache(rows, max_length=70)
         model(torch.randint(48, (rows, 66)), cache=cache)
-        memory = StaticMemory.adopt(cache, CONFIG)
-        watch = Watch(monkeypatch, model)
+        static = StaticCache(model, rows)
+        static.add(cache)
         operators = FusedDecodeOperators(tiles, overlap=True)
+        context = StepContext(operators, static.device_lengths, static.device_limits, static.rotary)
         ids = torch.ones(rows, dtype=torch.int64)
-        operators.greedy(step(model, memory, ids, operators), ids)
+        watch = Watch(monkeypatch, model)
+        operators.argmax(model.step(ids, static.states, context), ids)
     for program in watch.programs:
         assert program.count("wait") == 1
         at = program.index("wait")

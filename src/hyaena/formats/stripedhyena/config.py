@@ -1,4 +1,4 @@
-"""The original's configuration keys: the YAML files and the hub's ``config.json``, to and from our field names.
+"""The configuration keys of StripedHyena 1: the original's YAML files and the hub's ``config.json``, to and from ours.
 
 The original reads a missing key as None and takes any non-empty string for true. Here every key is one of: read,
 required, supported with one value only, or known to have no effect; anything else is an error that names the
@@ -7,26 +7,12 @@ nearest known key.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from hyaena.errors import ConfigError
-
-PREFILL_STYLES = {
-    "recurrence": "recurrence",
-    "modal-fft": "fft",
-    "hybrid-modal-recurrence": "blocked",  # convolutions inside blocks, the recurrence from block to block
-    "modal-scan": "scan",
-    "canonical-fft": "canonical-fft",
-    "iir-fir-caching": "truncated",  # the filter cut to a finite one, whose cache is a window of inputs
-} | {name: name for name in ("auto", "reference", "fft", "blocked", "scan", "truncated", "triton")}
-"""Names that may stand in ``prefill_style``, the original's six and ours, each with the method that it means.
-
-The original named all six and implemented the first two. Only ``truncated`` changes results, by no more than a
-tolerance.
-"""
+from hyaena.config import MAX_LAYERS, TOOL_KEYS, UNSUPPORTED_KEYS, ModelConfig, unknown_keys, unsupported_keys
+from hyaena.errors import ConfigError, joined, shown
 
 REQUIRED = (
     "vocab_size",
@@ -57,6 +43,7 @@ RENAMED = {
     "rotary_emb_base": "rope_theta",
     "column_split_hyena": "column_split_hyena",
     "prefill_style": "prefill_style",
+    "vocab_file": "vocab_file",
     "model_name": "name",
 }
 """Original key -> our field, where the value is the same."""
@@ -68,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "mha_out_proj_bias": True,
     "rotary_emb_base": 10_000.0,
     "column_split_hyena": True,
-    "prefill_style": "auto",  # there fft; here whoever says nothing leaves the choice to the model
+    "prefill_style": "auto",  # there fft; here an absent key leaves the choice to the model
 }
 """What the original takes when these keys are absent; not always what our own fields default to."""
 
@@ -87,7 +74,7 @@ COMPUTED = (
     "num_filters",
     "model_type",
 )
-"""Keys that :func:`read` combines into our fields or checks against each other."""
+"""Keys that :func:`read_config` combines into our fields or checks against each other."""
 
 SUPPORTED: dict[str, tuple[Any, str]] = {
     "final_norm": (True, "the norm before the head cannot be left out"),
@@ -126,51 +113,13 @@ NO_EFFECT: dict[str, str] = {
     "low_mem_mode": _SPEED,
     "seqlen": "sizes a kernel of the original",
     "max_batch_size": "caches are made for the batch at hand",
-    "vocab_file": "the tokenizer is looked for beside the weights",
     "attn_block_dtype": _DTYPE,
     "hyena_block_dtype": _DTYPE,
     "mlp_dtype": _DTYPE,
     "params_dtype": _DTYPE,
     "depthwise_dtype": _DTYPE,
-    "torch_dtype": _DTYPE,
-    "dtype": _DTYPE,
-    "tie_word_embeddings": "tie_embeddings says whether the head is tied",
-    "tokenizer_class": "tokenizer_type says which tokenizer it is",
-}
-NO_EFFECT |= dict.fromkeys(
-    (
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_name_or_path",
-        "add_cross_attention",
-        "architectures",
-        "attn_implementation",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "finetuning_task",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "prefix",
-        "problem_type",
-        "pruned_heads",
-        "return_dict",
-        "task_specific_params",
-        "torchscript",
-        "transformers_version",
-        "use_cache",
-    ),
-    "concerns the transformers library only",
-)
-NO_EFFECT |= dict.fromkeys(
-    ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
-    "the tokenizer knows its special tokens",
-)
+    "max_length": "a default of text generation in transformers; the key for the longest sequence is max_seqlen",
+} | {key: reason for key, reason in TOOL_KEYS.items() if key != "model_type"}
 """Keys of the original that change no number, each with the reason why it may be ignored."""
 
 TOKENIZERS = {"HFAutoTokenizer": "hf", "CharLevelTokenizer": "characters", "hyaena.ByteTokenizer": "bytes"}
@@ -181,43 +130,92 @@ EVO_VOCABULARY = 512
 
 STRIPEDHYENA_2 = ("hcl_layer_idxs", "hcm_layer_idxs", "hcs_layer_idxs")
 
-
-def is_original(values: Mapping[str, Any]) -> bool:
-    """Whether a mapping is written in the original's keys: it has a key that only the original has."""
-    ours = {"layer_types", "intermediate_size", "num_key_value_heads", "norm_eps", "max_length"}
-    original = {"attn_layer_idxs", "hyena_layer_idxs", "num_layers", "num_filters", "proj_groups", "model_type"}
-    found_ours, found_original = sorted(ours & values.keys()), sorted(original & values.keys())
-    if found_ours and found_original:
-        raise ConfigError(
-            f"{found_original[0]} (an original key) and {found_ours[0]} (our key) contradict each other: use one format"
-        )
-    return bool(found_original) or any(key in values for key in STRIPEDHYENA_2)
+_OUR_KEYS = {"layer_types", "intermediate_size", "num_key_value_heads", "norm_eps"}
+_THEIR_KEYS = {"attn_layer_idxs", "hyena_layer_idxs", "num_layers", "num_filters", "proj_groups", *STRIPEDHYENA_2}
 
 
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    """A sentence about a key that nobody knows, naming the nearest one that somebody does."""
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return f"{key} is not a known key: " + (f"did you mean {near[0]}?" if near else "remove it")
-
-
-def read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The original's keys -> the fields of ``ModelConfig``.
+def matches_config(values: Mapping[str, Any]) -> bool:
+    """Whether a mapping is written in the original's keys: it has a key that only the original has.
 
     Raises:
-        ConfigError: naming every key that is unknown, missing, ill-typed, contradictory or unsupported.
+        ConfigError: it has keys of both formats.
     """
+    if "format" in values:
+        return False
+    ours, theirs = sorted(_OUR_KEYS & values.keys()), sorted(_THEIR_KEYS & values.keys())
+    if ours and theirs:
+        raise ConfigError(
+            f"{theirs[0]} (an original key) and {ours[0]} (our key) contradict each other: use one format"
+        )
+    return bool(theirs) or ("model_type" in values and not ours)
+
+
+def read_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that the original's keys describe.
+
+    Raises:
+        ConfigError: naming, in the original's words, every key that is unknown, missing, ill-typed, contradictory or
+            unsupported.
+    """
+    fields = _fields(values)
+    try:
+        return ModelConfig(**fields)
+    except ConfigError as error:
+        raise ConfigError(_in_original_words(str(error))) from None
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """A configuration in the original's keys, every choice written out; :func:`read_config` reads it back.
+
+    Raises:
+        ConfigError: the model has layers that the original does not have.
+    """
+    kinds = config.layer_types
+    if other := sorted(set(kinds) - {"attention", "hyena"}):
+        raise ConfigError(
+            f"the original's layout has attention and hyena layers only, and this model has "
+            f"{', '.join(map(shown, other))}: save it in our layout"
+        )
+    tokenizers = {ours: theirs for theirs, ours in TOKENIZERS.items()}
+    values = {key: getattr(config, name) for key, name in RENAMED.items()}
+    values |= {
+        "num_filters": config.hidden_size,
+        "num_layers": config.num_layers,
+        "attn_layer_idxs": [i for i, kind in enumerate(kinds) if kind == "attention"],
+        "hyena_layer_idxs": [i for i, kind in enumerate(kinds) if kind == "hyena"],
+        "inner_mlp_size": config.intermediate_size,
+        "proj_groups": config.num_attention_heads // config.num_key_value_heads,
+        "use_interpolated_rotary_pos_emb": config.rope_scaling_factor != 1,
+        "rotary_emb_scaling_factor": config.rope_scaling_factor,
+        "max_seqlen": config.max_length,
+        "tokenizer_type": tokenizers[config.tokenizer],
+        # The original reads these two without a default that works: it fails where they are absent.
+        "use_flash_attn": True,
+        "use_flashfft": False,
+    }
+    values |= {key: wanted for key, (wanted, _) in SUPPORTED.items() if wanted is not None}
+    if config.prefill_style == "auto":
+        del values["prefill_style"]  # a word of ours
+    if config.vocab_file is None:
+        del values["vocab_file"]
+    return values
+
+
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The original's keys -> the fields of ``ModelConfig``."""
     if any(key in values for key in STRIPEDHYENA_2):
-        raise ConfigError("this is a StripedHyena 2 (Evo 2) configuration: only StripedHyena 1 models are supported")
+        raise ConfigError("this is a StripedHyena 2 (Evo 2) configuration: only StripedHyena 1 models can be read")
     if values.get("model_type", "stripedhyena") != "stripedhyena":
-        raise ConfigError(f"model_type is {values['model_type']!r}: only 'stripedhyena' is supported")
-    known = {*RENAMED, *COMPUTED, *SUPPORTED, *NO_EFFECT}
-    problems = [unknown_key(key, known) for key in values if key not in known]
+        raise ConfigError(f"model_type is {shown(values['model_type'])}: only 'stripedhyena' is supported")
+    known = {*RENAMED, *COMPUTED, *SUPPORTED, *NO_EFFECT, *UNSUPPORTED_KEYS}
+    problems = unknown_keys([key for key in values if key not in known], known)
     problems += [f"{key} is missing: add it" for key in REQUIRED if values.get(key) is None]
+    problems += unsupported_keys(values)
     for key, (wanted, reason) in SUPPORTED.items():
         if key in values and not _same(values[key], wanted):
-            problems.append(f"{key} is {values[key]!r}, only {wanted!r} is supported: {reason}")
+            problems.append(f"{key} is {shown(values[key])}, only {wanted!r} is supported: {reason}")
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError(joined(problems))
 
     fields = {name: values.get(key, DEFAULTS.get(key)) for key, name in RENAMED.items() if key != "model_name"}
     if values.get("model_name") is not None:
@@ -226,10 +224,14 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
     filters, groups = values.get("num_filters", width), values.get("proj_groups", 1)
     for key, value in (("hidden_size", width), ("num_attention_heads", heads), ("proj_groups", groups)):
         _check_whole(key, value)
-    if filters != width:
-        raise ConfigError(f"num_filters {filters!r} differs from hidden_size {width}: shared filters are not supported")
+    if not _same(filters, width):
+        raise ConfigError(
+            f"num_filters {shown(filters)} differs from hidden_size {shown(width)}: shared filters are not supported"
+        )
     if heads % groups:
-        raise ConfigError(f"num_attention_heads {heads} is not a multiple of proj_groups {groups}: change one of them")
+        raise ConfigError(
+            f"num_attention_heads {shown(heads)} is not a multiple of proj_groups {shown(groups)}: change one of them"
+        )
     fields["num_key_value_heads"] = heads // groups
     fields["layer_types"] = _layer_types(values)
     fields["intermediate_size"] = _intermediate_size(values)
@@ -239,7 +241,7 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def in_original_words(message: str) -> str:
+def _in_original_words(message: str) -> str:
     """A message about our fields, in the words of the file that the user wrote."""
     words = {ours: theirs for theirs, ours in RENAMED.items() if ours != "name"}
     words |= {
@@ -250,30 +252,6 @@ def in_original_words(message: str) -> str:
     return re.sub("|".join(rf"\b{ours}\b" for ours in words), lambda match: words[match[0]], message)
 
 
-def write(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``ModelConfig`` -> the original's keys, every choice written out."""
-    kinds = fields["layer_types"]
-    names = {ours: theirs for theirs, ours in TOKENIZERS.items()}
-    values = {key: fields[name] for key, name in RENAMED.items()}
-    values |= {
-        "num_filters": fields["hidden_size"],
-        "num_layers": len(kinds),
-        "attn_layer_idxs": [i for i, kind in enumerate(kinds) if kind == "attention"],
-        "hyena_layer_idxs": [i for i, kind in enumerate(kinds) if kind == "hyena"],
-        "inner_mlp_size": fields["intermediate_size"],
-        "proj_groups": fields["num_attention_heads"] // fields["num_key_value_heads"],
-        "use_interpolated_rotary_pos_emb": fields["rope_scaling_factor"] != 1,
-        "rotary_emb_scaling_factor": fields["rope_scaling_factor"],
-        "max_seqlen": fields["max_length"],
-        "tokenizer_type": names[fields["tokenizer"]],
-        "use_flash_attn": True,  # the original reads this one without a default
-    }
-    values |= {key: wanted for key, (wanted, _) in SUPPORTED.items() if wanted is not None}
-    if values["prefill_style"] == "auto":
-        del values["prefill_style"]  # a word of ours
-    return values
-
-
 def _same(value: Any, wanted: Any) -> bool:
     """Equality that does not take 1 for True, nor the string "True" for anything but a string."""
     return type(value) is type(wanted) and value == wanted
@@ -281,13 +259,13 @@ def _same(value: Any, wanted: Any) -> bool:
 
 def _check_whole(key: str, value: Any) -> None:
     if type(value) is not int or value < 1:
-        raise ConfigError(f"{key} is {value!r}: write a whole number of at least 1")
+        raise ConfigError(f"{key} is {shown(value)}: write a whole number of at least 1")
 
 
 def _flag(values: Mapping[str, Any], key: str) -> bool:
     value = values.get(key, False)
     if not isinstance(value, bool):
-        raise ConfigError(f"{key} is {value!r}: write true or false, without quotes")
+        raise ConfigError(f"{key} is {shown(value)}: write true or false, without quotes")
     return value
 
 
@@ -298,19 +276,25 @@ def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
     """
     count = values["num_layers"]
     _check_whole("num_layers", count)
+    if count > MAX_LAYERS:
+        raise ConfigError(f"num_layers is {shown(count)}: write at most {MAX_LAYERS:,}")
     listed = {}
     for key in ("attn_layer_idxs", "hyena_layer_idxs"):
         indices = values[key]
         if not isinstance(indices, (list, tuple)) or any(type(i) is not int or i < 0 for i in indices):
-            raise ConfigError(f"{key} is {indices!r}: list the layers' numbers, from 0")
+            raise ConfigError(f"{key} is {shown(indices)}: list the layers' numbers, from 0")
         listed[key] = set(indices)
     attention, hyena = listed["attn_layer_idxs"], listed["hyena_layer_idxs"]
     if both := sorted(attention & hyena):
-        raise ConfigError(f"layers {both} stand in attn_layer_idxs and in hyena_layer_idxs: remove them from one")
+        raise ConfigError(f"layers {shown(both)} are in attn_layer_idxs and in hyena_layer_idxs: remove them from one")
     if beyond := sorted(i for i in attention if i >= count):
-        raise ConfigError(f"attn_layer_idxs lists {beyond}, but num_layers is {count}: remove them or add layers")
+        raise ConfigError(
+            f"attn_layer_idxs lists {shown(beyond)}, but num_layers is {count}: remove them or add layers"
+        )
     if neither := sorted(set(range(count)) - attention - hyena):
-        raise ConfigError(f"layers {neither} stand in neither attn_layer_idxs nor hyena_layer_idxs: add them to one")
+        raise ConfigError(
+            f"layers {shown(neither)} are in neither attn_layer_idxs nor hyena_layer_idxs: add them to one"
+        )
     return tuple("attention" if i in attention else "hyena" for i in range(count))
 
 
@@ -334,6 +318,6 @@ def _tokenizer(values: Mapping[str, Any]) -> str:
     name = values.get("tokenizer_type")
     if name is None:
         return "characters" if values["vocab_size"] == EVO_VOCABULARY else "hf"
-    if name not in TOKENIZERS:
-        raise ConfigError(f"tokenizer_type is {name!r}: choose one of {', '.join(TOKENIZERS)}")
+    if not isinstance(name, str) or name not in TOKENIZERS:
+        raise ConfigError(f"tokenizer_type is {shown(name)}: choose one of {', '.join(TOKENIZERS)}")
     return TOKENIZERS[name]

@@ -1,4 +1,4 @@
-"""The original checkpoints' names and layouts, to and from ours: one table, read in both directions.
+"""The tensor names and layouts of StripedHyena 1 checkpoints, to and from ours: one table, read in both directions.
 
 Three quirks are undone on the way in and redone on the way out, bit for bit:
 
@@ -61,13 +61,13 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _OURS = re.compile(r"layers\.(\d+)\.(.+)")
 
 
-def is_original(keys: Iterable[str]) -> bool:
-    """Whether a state dict is written in the original's names (with or without ``backbone.``)."""
+def matches_tensors(keys: Iterable[str]) -> bool:
+    """Whether a state dict has the original's names (with or without ``backbone.``)."""
     return any(key.startswith("blocks.") or key in _TOP for key in map(_strip, keys))
 
 
 def our_name(key: str) -> str | None:
-    """Our name of an original key; None for what is recomputed. Keys that the original does not have stay."""
+    """Our name for an original key; None for what is recomputed. Other keys stay unchanged."""
     key = _strip(key)
     if _DROPPED.fullmatch(key):
         return None
@@ -77,12 +77,11 @@ def our_name(key: str) -> str | None:
     return _TOP.get(key, key)
 
 
-def to_ours_item(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor] | None:
-    """One tensor of an original checkpoint, under our name and in our layout; None for what is recomputed.
+def to_ours(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor] | None:
+    """Convert one tensor of an original checkpoint to our name and layout; None for what is recomputed.
 
-    A key that the original does not have is handed back with its tensor unchanged, and a tensor of another shape
-    than the configuration says keeps its shape, so that the caller can report both by name. The result may share
-    memory with ``tensor``.
+    A key that the original does not have is returned with its tensor unchanged, and a tensor of an unexpected shape
+    keeps its shape, so that the caller can report both by name. The result may share memory with ``tensor``.
     """
     name = our_name(key)
     if name is None:
@@ -97,8 +96,8 @@ def to_ours_item(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Te
     return name, tensor
 
 
-def to_original_item(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor]:
-    """One of our tensors under the original's name and in its layout: the inverse of :func:`to_ours_item`."""
+def to_theirs(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor]:
+    """Convert one of our tensors to the original's name and layout: the inverse of :func:`to_ours`."""
     if key in _TOP_BACK:
         return _TOP_BACK[key], tensor
     layer = _OURS.fullmatch(key)
@@ -112,29 +111,35 @@ def to_original_item(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str
     return f"blocks.{layer[1]}.{_LAYER_BACK[name]}", tensor
 
 
-def to_ours(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """An original state dict in our names and layout.
+def state_to_ours(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Convert an original state dict to our names and layout.
 
     Raises:
         CheckpointError: the embedding is tied, and the checkpoint holds a head of its own that differs from it.
     """
-    items = (to_ours_item(key, tensor, config) for key, tensor in state.items())
+    items = (to_ours(key, tensor, config) for key, tensor in state.items())
     ours = dict(item for item in items if item is not None)
     if config.tie_embeddings and "lm_head.weight" in ours:
         check_tied(ours.get("embed_tokens.weight"), ours.pop("lm_head.weight"))
     return ours
 
 
-def to_original(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict in the original's names and layout, with the rotary buffers that the original stores."""
-    original = dict(to_original_item(key, tensor, config) for key, tensor in state.items())
-    return original | rotary_buffers(config)
+def state_to_theirs(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Convert our state dict to the original's names and layout, with the tensors that only the original stores."""
+    original = dict(to_theirs(key, tensor, config) for key, tensor in state.items())
+    return original | extra_tensors(state, config)
 
 
-def rotary_buffers(config: ModelConfig) -> dict[str, Tensor]:
-    """The frequencies ``theta^(-2j/head_dim)`` [head_dim / 2] that the original keeps in every attention layer."""
+def extra_tensors(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Tensors that the original stores and we do not.
+
+    In every attention layer the rotary frequencies theta^(-2j/head_dim) [head_dim / 2]; and, where the head is tied,
+    the embedding [V,D] a second time, without which the original refuses the checkpoint.
+    """
+    embedding = state.get("embed_tokens.weight")
+    head = {"unembed.weight": embedding.clone()} if config.tie_embeddings and embedding is not None else {}
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    return {
+    return head | {
         f"blocks.{i}.inner_mha_cls.rotary_emb.inv_freq": 1.0 / (config.rope_theta**exponents)
         for i, kind in enumerate(config.layer_types)
         if kind == "attention"
@@ -142,7 +147,7 @@ def rotary_buffers(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def check_tied(embedding: Tensor | None, head: Tensor) -> None:
-    """Refuse a head that differs from the embedding it is said to be tied to; a copy or an alias is fine."""
+    """Refuse a head that differs from the embedding that it is tied to; a copy or an alias is fine."""
     if embedding is None or embedding.is_meta or head.is_meta or torch.equal(embedding, head.to(embedding)):
         return
     raise CheckpointError(

@@ -1,0 +1,136 @@
+"""What every layer needs to know of one forward pass, checked and computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyaena import ops
+from hyaena.cache import Cache
+from hyaena.config import ModelConfig
+from hyaena.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardContext:
+    """One pass over ids [B,T].
+
+    Attributes:
+        lengths: tokens that each row of the cache holds before this pass; None without a cache.
+        counts: tokens that this pass adds to each row of the cache: T, less its padding; None without a cache.
+        rotary: cos and sin of the positions of this pass, [T,head_dim/2] or [B,T,head_dim/2].
+        padding: leading positions of each row that are padding, as int [B] and as numbers; None where there are none.
+        mask: bool [B,T], False where this pass reads padding, or None.
+        reset: bool [B,T], True at the first token of every packed document but the first, or None.
+        documents: the packed documents, found once per pass, or None.
+        method: how long convolutions are evaluated; see ``ops.METHODS``.
+        backend: what evaluates the operators; see ``ops.resolve_backend``.
+    """
+
+    lengths: Sequence[int] | None
+    counts: Sequence[int] | None
+    rotary: tuple[Tensor, Tensor]
+    padding: tuple[Tensor, Sequence[int]] | None
+    mask: Tensor | None
+    reset: Tensor | None
+    documents: ops.Documents | None
+    method: str
+    backend: ops.Backend
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        ids: Tensor,
+        *,
+        cache: Cache | None,
+        mask: Tensor | None,
+        segment_ids: Tensor | None,
+        method: str,
+        backend: ops.Backend,
+        dtype: torch.dtype,
+    ) -> ForwardContext:
+        """Check the arguments of a forward pass and compute what its layers share.
+
+        Raises:
+            InputError: shapes, ids or masks that do not fit.
+        """
+        _check_ids(ids)
+        length = ids.shape[1]
+        lengths = None if cache is None else tuple(cache.lengths)
+        if segment_ids is not None and (cache is not None or mask is not None or segment_ids.shape != ids.shape):
+            raise InputError("segment_ids must have the shape of ids, and go without cache and without mask")
+        mask = _check_mask(mask, ids, lengths)
+        padding = None
+        if mask is not None:
+            leading = (~mask).sum(dim=1)
+            padding = leading, tuple(leading.tolist())
+        reset = documents = None
+        if segment_ids is not None:  # a number that comes back later is another document
+            reset = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
+            documents = ops.find_documents(reset)
+        positions = _positions(length, ids.device, lengths, None if padding is None else padding[0], reset)
+        return cls(
+            lengths=lengths,
+            counts=_counts(lengths, length, padding),
+            rotary=ops.rotary_table(
+                positions, config.head_dim, config.rope_theta, config.rope_scaling_factor, dtype=dtype
+            ),
+            padding=padding,
+            mask=mask,
+            reset=reset,
+            documents=documents,
+            method=method,
+            backend=backend,
+        )
+
+
+def _counts(
+    lengths: Sequence[int] | None, length: int, padding: tuple[Tensor, Sequence[int]] | None
+) -> Sequence[int] | None:
+    if lengths is None:
+        return None
+    return [length] * len(lengths) if padding is None else [length - skip for skip in padding[1]]
+
+
+def _positions(
+    length: int, device: torch.device, lengths: Sequence[int] | None, padding: Tensor | None, reset: Tensor | None
+) -> Tensor:
+    """The position of every token in its sequence: int [T], or [B,T] where rows or documents differ."""
+    steps = torch.arange(length, device=device)
+    if reset is not None:  # every document begins at 0
+        return steps - torch.where(reset, steps, 0).cummax(dim=1).values
+    if padding is not None:
+        return (steps - padding[:, None]).clamp(min=0)
+    if lengths is None or not any(lengths):
+        return steps
+    if all(start == lengths[0] for start in lengths):
+        return steps + lengths[0]
+    return steps + torch.tensor(lengths, device=device)[:, None]
+
+
+def _check_ids(ids: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = f"a tensor of {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise InputError(f"the model takes token ids as a tensor of integers, and was given {kind}")
+    if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise InputError(f"the model takes token ids of shape [B>=1, T>=1], and was given {tuple(ids.shape)}")
+
+
+def _check_mask(mask: Tensor | None, ids: Tensor, lengths: Sequence[int] | None) -> Tensor | None:
+    """The mask as bool, or None where it hides nothing."""
+    if mask is None:
+        return None
+    if mask.shape != ids.shape:
+        raise InputError(f"the mask has shape {tuple(mask.shape)} and the ids {tuple(ids.shape)}")
+    mask = mask.to(torch.bool)
+    if bool(mask.all()):
+        return None
+    if lengths is not None and any(lengths):
+        raise InputError("padding is accepted with a cache's first tokens only")
+    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise InputError("padding must stand on the left: every row of the mask is False …, then True …")
+    return mask

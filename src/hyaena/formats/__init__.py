@@ -1,0 +1,46 @@
+"""Foreign formats: the configuration keys and the tensor layouts of other implementations, in both directions.
+
+Each format is a package with two modules: ``config`` (``matches_config``, ``read_config``, ``write_config``; without
+torch) and ``tensors`` (``matches_tensors``, ``to_ours``, ``to_theirs``, ``extra_tensors``). The functions below read
+any format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from hyaena.config import ModelConfig
+from hyaena.errors import ConfigError, printable
+from hyaena.formats.stripedhyena import config as stripedhyena_config
+from hyaena.mappings import read_mapping
+
+__all__ = ["config_from_dict", "read_config"]
+
+_FORMATS = (stripedhyena_config,)
+
+
+def read_config(path: str | PathLike[str]) -> ModelConfig:
+    """Read a configuration file: our ``config.json``, or an original YAML or hub ``config.json``, known by its keys.
+
+    Raises:
+        ConfigError: the file is missing or is not a configuration; the message begins with its path.
+    """
+    try:
+        return config_from_dict(read_mapping(Path(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{printable(str(path))}: {error}") from None
+
+
+def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that a mapping describes, in our keys or in those of a foreign format.
+
+    Raises:
+        ConfigError: unknown, missing, ill-typed, contradictory or unsupported keys, each with its fix.
+    """
+    for form in _FORMATS:
+        if form.matches_config(values):
+            return form.read_config(values)
+    return ModelConfig.from_dict(values)

@@ -1,0 +1,213 @@
+"""Keys and values of one attention layer. Every row has a store of its own, filled from its first slot on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyaena.errors import InputError
+
+
+class KVStore(NamedTuple):
+    """Storage of rows that were allocated together: keys and values, each [b,G,capacity,head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+
+class Run(NamedTuple):
+    """Neighbouring rows of one store that hold equally many tokens.
+
+    Attributes:
+        rows: their places in the batch.
+        keys, values: [b,G,length,head_dim], views of what they hold.
+    """
+
+    rows: slice
+    keys: Tensor
+    values: Tensor
+
+
+class KVState:
+    """Keys and values [G,capacity,head_dim] of every row of a batch; see ``hyaena.cache.State`` for the verbs.
+
+    How many tokens a row holds is not kept here: all layers of a cache share those numbers.
+
+    Attributes:
+        rows: for each row its store and its place in that store.
+    """
+
+    def __init__(self, rows: list[tuple[KVStore, int]]) -> None:
+        self.rows = rows
+        self._pointers: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @classmethod
+    def allocate(
+        cls, batch: int, groups: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> KVState:
+        """Room for ``capacity`` tokens in each of ``batch`` rows."""
+        shape = (batch, groups, capacity, head_dim)
+        with torch.inference_mode(False):  # storage that is made in inference mode could not be written outside of it
+            store = KVStore(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        return cls([(store, i) for i in range(batch)])
+
+    def keys(self, row: int) -> Tensor:
+        store, i = self.rows[row]
+        return store.keys[i]
+
+    def values(self, row: int) -> Tensor:
+        store, i = self.rows[row]
+        return store.values[i]
+
+    @property
+    def capacities(self) -> list[int]:
+        return [store.capacity for store, _ in self.rows]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows[0][0].keys.dtype
+
+    def write(self, keys: Tensor, values: Tensor, lengths: Sequence[int], padding: Sequence[int] | None = None) -> None:
+        """Store new tokens behind those that the rows hold.
+
+        Args:
+            keys, values: [B,G,T,head_dim].
+            lengths: tokens that each row holds.
+            padding: leading positions of each row of the new tokens that are padding and are not stored.
+        """
+        count = keys.shape[2]
+        if padding is None:
+            for run in self.runs(lengths, extra=count):
+                run.keys[:, :, -count:] = keys[run.rows]
+                run.values[:, :, -count:] = values[run.rows]
+            return
+        for row, (length, skip) in enumerate(zip(lengths, padding, strict=True)):
+            self.keys(row)[:, length : length + count - skip] = keys[row, :, skip:]
+            self.values(row)[:, length : length + count - skip] = values[row, :, skip:]
+
+    def runs(self, lengths: Sequence[int], extra: int = 0) -> Iterator[Run]:
+        """The rows in order, as few runs as there are; ``extra`` more slots than ``lengths`` names are shown."""
+        start = 0
+        for row in range(1, len(self.rows) + 1):
+            store, first = self.rows[start]
+            if row < len(self.rows) and lengths[row] == lengths[start]:
+                other, place = self.rows[row]
+                if other is store and place == first + row - start:
+                    continue
+            here, stop = slice(first, first + row - start), lengths[start] + extra
+            yield Run(slice(start, row), store.keys[here, :, :stop], store.values[here, :, :stop])
+            start = row
+
+    # --- the verbs of a state ------------------------------------------------------------------------------------
+
+    def tensors(self) -> list[Tensor]:
+        stores = {id(store): store for store, _ in self.rows}
+        return [t for store in stores.values() for t in store]
+
+    def select(self, rows: Sequence[int]) -> KVState:
+        """Copy the given rows, in that order, into storage of their own."""
+        return self._copy(rows, self.capacities)
+
+    def keep(self, rows: Sequence[int]) -> KVState:
+        """Drop all rows but these. Storage of which at most half is still used is copied, so that it can be freed."""
+        kept = KVState([self.rows[row] for row in rows])
+        used: dict[int, int] = {}
+        for store, _ in kept.rows:
+            used[id(store)] = used.get(id(store), 0) + 1
+        if any(2 * used[id(store)] <= store.keys.shape[0] for store, _ in kept.rows):
+            return kept._copy(range(len(kept.rows)), kept.capacities)
+        return kept
+
+    def join(self, others: Sequence[KVState]) -> KVState:
+        """Append the rows of other states. The storage is shared: the others must not be used afterwards."""
+        mine = self.rows[0][0].keys
+        for other in others:
+            for store, _ in other.rows:
+                theirs = store.keys
+                if (theirs.shape[1], theirs.shape[3], theirs.dtype) != (mine.shape[1], mine.shape[3], mine.dtype):
+                    raise InputError("keys and values of different sizes or dtypes cannot be joined")
+        return KVState(self.rows + [row for other in others for row in other.rows])
+
+    def reset(self) -> KVState:
+        """Nothing to do: slots behind a row's length are never read."""
+        return self
+
+    def reserve(self, lengths: Sequence[int]) -> KVState:
+        """Make room for so many tokens in each row: copies into storage of twice the size where a row is full."""
+        if all(need <= capacity for need, capacity in zip(lengths, self.capacities, strict=True)):
+            return self
+        capacities = [
+            capacity if need <= capacity else max(need, 2 * capacity)
+            for need, capacity in zip(lengths, self.capacities, strict=True)
+        ]
+        return self._copy(range(len(self.rows)), capacities)
+
+    def first(self, count: int) -> KVState:
+        """The first rows, over the same storage."""
+        state = KVState(self.rows[:count])
+        if self._pointers is not None:
+            keys, values, capacities = self._pointers
+            state._pointers = keys[:count], values[:count], capacities[:count]
+        return state
+
+    def blank(self, rows: int) -> KVState:
+        """An empty state of this kind, with room for one token in each of so many rows."""
+        groups, _, head_dim = self.keys(0).shape
+        return KVState.allocate(rows, groups, 1, head_dim, self.dtype, self.keys(0).device)
+
+    def put(self, row: int, source: KVState, source_row: int) -> None:
+        """Replace a row's storage by that of a row of another state, which must not be used afterwards."""
+        self.rows[row] = source.rows[source_row]
+        if self._pointers is not None:
+            new = self._table([row])
+            for old, now in zip(self._pointers, new, strict=True):
+                old[row : row + 1].copy_(now)
+
+    def mutated(self) -> list[Tensor]:
+        """Nothing: a step that runs twice writes the same numbers to the same slot."""
+        return []
+
+    def detach(self) -> KVState:
+        return self
+
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What kernels read: addresses of every row's keys and values, int64 [B], and capacities, int32 [B].
+
+        The tables never move, so that a captured graph sees the rows of the moment.
+        """
+        if self._pointers is None:
+            self._pointers = self._table(range(len(self.rows)))
+        return self._pointers
+
+    def _table(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        device = self.rows[0][0].keys.device
+        keys = torch.tensor([self.keys(row).data_ptr() for row in rows], dtype=torch.int64, device=device)
+        values = torch.tensor([self.values(row).data_ptr() for row in rows], dtype=torch.int64, device=device)
+        capacities = torch.tensor([self.keys(row).shape[1] for row in rows], dtype=torch.int32, device=device)
+        return keys, values, capacities
+
+    def _copy(self, rows: Sequence[int], capacities: Sequence[int]) -> KVState:
+        """Copies of rows; neighbours of equal capacity share an allocation, so that runs stay long."""
+        new: list[tuple[KVStore, int]] = []
+        rows = list(rows)
+        start = 0
+        for end in range(1, len(rows) + 1):
+            if end < len(rows) and capacities[rows[end]] == capacities[rows[start]]:
+                continue
+            sample = self.keys(rows[start])
+            groups, head_dim = sample.shape[0], sample.shape[2]
+            part = KVState.allocate(end - start, groups, capacities[rows[start]], head_dim, sample.dtype, sample.device)
+            for place, row in enumerate(rows[start:end]):
+                held = min(self.keys(row).shape[1], capacities[row])
+                part.keys(place)[:, :held] = self.keys(row)[:, :held]
+                part.values(place)[:, :held] = self.values(row)[:, :held]
+            new += part.rows
+            start = end
+        return KVState(new)

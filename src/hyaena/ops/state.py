@@ -1,0 +1,79 @@
+"""The verbs of a state whose tensors all have the row as their first axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from hyaena.errors import InputError
+
+S = TypeVar("S", bound="RowTensors")
+
+
+class RowTensors:
+    """Mixin for a NamedTuple of tensors [B, ...]: a state of constant size per row. See ``hyaena.cache.State``."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterable[Tensor]: ...
+
+    def tensors(self) -> list[Tensor]:
+        return list(self)  # type: ignore[arg-type]
+
+    def select(self: S, rows: Sequence[int]) -> S:
+        """Copy the given rows, in that order."""
+        return self._map(lambda t: t[torch.as_tensor(rows, device=t.device)])
+
+    def keep(self: S, rows: Sequence[int]) -> S:
+        """Drop all rows but these."""
+        return self.select(rows)
+
+    def join(self: S, others: Sequence[S]) -> S:
+        """Append the rows of other states of the same kind."""
+        columns = list(zip(self.tensors(), *(other.tensors() for other in others), strict=True))
+        if any(t.shape[1:] != c[0].shape[1:] or t.dtype != c[0].dtype for c in columns for t in c):
+            raise InputError(
+                "states of different sizes cannot be joined: make the caches with the same method and dtype"
+            )
+        return type(self)(*(torch.cat(column) for column in columns))
+
+    def reset(self: S) -> S:
+        """Forget everything."""
+        return self._map(torch.zeros_like)
+
+    def reserve(self: S, lengths: Sequence[int]) -> S:
+        """Nothing to do: the size does not depend on the number of tokens."""
+        return self
+
+    def first(self: S, count: int) -> S:
+        """The first rows, over the same storage."""
+        return self._map(lambda t: t[:count])
+
+    def blank(self: S, rows: int) -> S:
+        """An empty state of this kind and size for so many rows."""
+        return self._map(lambda t: t.new_zeros(rows, *t.shape[1:]))
+
+    def put(self: S, row: int, source: S, source_row: int) -> None:
+        """Overwrite a row, in place, by a row of another state."""
+        for mine, theirs in zip(self.tensors(), source.tensors(), strict=True):
+            if mine.shape[1:] != theirs.shape[1:] or mine.dtype != theirs.dtype:
+                raise InputError(
+                    "rows of one decoder must have states of one size: make their caches with the same method and dtype"
+                )
+            mine[row].copy_(theirs[source_row])
+
+    def mutated(self) -> list[Tensor]:
+        """Everything: a step that ran twice would move the state on twice."""
+        return self.tensors()
+
+    def detach(self: S) -> S:
+        """The same numbers without their autograd history."""
+        return self._map(torch.Tensor.detach)
+
+    def _map(self: S, function) -> S:  # type: ignore[no-untyped-def]
+        return type(self)(*(function(t) for t in self.tensors()))

@@ -1,0 +1,34 @@
+"""The configurations that tests share: small, and with all that distinguishes the two published families."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hyaena.config import ModelConfig
+
+TINY = ModelConfig(
+    vocab_size=50,
+    hidden_size=16,
+    layer_types=("hyena", "attention", "hyena"),
+    intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    state_size=2,
+    name="tiny",
+)
+"""The shape of StripedHyena-Hessian-7B: grouped key/value heads, no biases in attention, eps inside the root."""
+
+TINY_EVO = replace(
+    TINY,
+    num_key_value_heads=4,
+    state_size=5,
+    activation="gelu",
+    norm_eps=1e-6,
+    norm_eps_inside_root=False,
+    tie_embeddings=True,
+    attention_qkv_bias=True,
+    attention_out_bias=True,
+    rope_scaling_factor=16.0,
+    name="tiny-evo",
+)
+"""The shape of Evo 1: as many key/value heads as heads, biases, gelu, eps outside the root, a tied head."""
