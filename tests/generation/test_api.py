@@ -18,7 +18,10 @@ import hyaena
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.generation import Options, Settings, generate, parse_prompts, stream
+from hyaena.generation.loop import Row
+from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
+from hyaena.sampling import SamplingParams
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer
 
 CONFIG = ModelConfig(
@@ -155,6 +158,39 @@ def test_a_stop_token_counts_also_where_eos_does_not(counting: StripedHyena) -> 
 def test_what_a_stop_string_held_back_is_shown_at_a_stop_token(counting: StripedHyena) -> None:
     done = generate(counting, TOKENIZER, [65], max_new_tokens=9, stop_token_ids=[70], stop="DEx")
     assert done.text == "BCDE"
+
+
+def test_what_a_stop_string_held_back_is_shown_at_the_last_token(counting: StripedHyena) -> None:
+    done = generate(counting, TOKENIZER, [65], max_new_tokens=3, stop="CDx")
+    assert (done.text, done.finish_reason) == ("BCD", "length")
+
+
+def test_a_stop_string_that_only_the_end_completes(counting: StripedHyena) -> None:
+    """An unfinished character becomes U+FFFD where the row ends: at its last token, or at EOS."""
+    last = generate(counting, TOKENIZER, [0xC1], max_new_tokens=1, stop="\ufffd")
+    assert (last.tokens, last.text, last.finish_reason) == ([0xC2], "", "stop")
+    tokenizer = ByteTokenizer()
+    tokenizer.eos_id = 0xC3
+    ended = generate(counting, tokenizer, [0xC1], max_new_tokens=9, stop="\ufffd")
+    assert (ended.tokens, ended.text, ended.finish_reason) == ([0xC2, 0xC3], "", "stop")
+
+
+def test_the_figures_of_a_row() -> None:
+    """Five tokens at given seconds: the speed counts the four after the first."""
+    row = Row(
+        index=0,
+        prompt=[65, 66],
+        params=SamplingParams(),
+        text=StopStringFilter(TOKENIZER, [65, 66], ()),
+        eos_ids=frozenset(),
+        stop_ids=frozenset(),
+        max_new_tokens=9,
+    )
+    for now in (1.0, 1.5, 2.0, 2.5, 3.0):
+        row.take(67, now)
+    stats = row.stats(3.0, torch.device("cpu"))
+    assert (stats.prompt_tokens, stats.completion_tokens) == (2, 5)
+    assert (stats.time_to_first_token, stats.decode_tokens_per_second) == (1.0, 2.0)
 
 
 @pytest.fixture
