@@ -14,11 +14,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-integrations lint format bench clean
 
 help:
 	@echo "make demo     install into .venv and stream a completion from the bundled model"
 	@echo "make test     run the test suite            (ARGS=... is passed to pytest)"
+	@echo "make test-integrations   build the wheel, install it into a bare environment and run it"
 	@echo "make lint     ruff, pyright, import layers"
 	@echo "make format   let ruff fix and format the code"
 	@echo "make bench    run the benchmarks            (ARGS=... is passed on)"
@@ -32,7 +33,10 @@ demo: export DEMO_PROMPT = $(PROMPT)
 
 # Tests run side by side, one torch thread each (tests/conftest.py): small tensors gain nothing from more.
 test: .venv/.installed-dev
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "not integration" $(ARGS)
+
+test-integrations: .venv/.installed-dev
+	$(BIN)/pytest -m integration $(ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -45,7 +49,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 
 bench: .venv/.installed-bench
-	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

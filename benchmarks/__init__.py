@@ -1,5 +1,8 @@
-"""What hyaena must reach, measured: ``python -m benchmarks.run``, or ``make bench``.
+"""How fast hyaena is, and how much memory it takes, each against a baseline or a bound measured in the same run.
 
-Each benchmark first checks that the two sides compute what they should, then runs them in turns, so that whatever
-else the machine does meets both, and reports the median of the pairwise ratios with its spread.
+    python -m benchmarks.cpu       or ``make bench``: results/cpu.md
+    python -m benchmarks.gpu       one GPU, at most eight minutes: results/gpu.md
+    python -m benchmarks.kernels.hyena, …kernels.decode       the tilings of kernels, for whoever changes them
+
+Clocks, rates, machine facts and tables come from ``hyaena.bench``; tests show what is correct. See README.md.
 """

@@ -1,4 +1,4 @@
-"""The peer: transformers' Mistral of the same size, all layers attention, evaluated as its users do."""
+"""The baseline: transformers' Mistral of the same widths, all layers attention, evaluated as its users do."""
 
 from __future__ import annotations
 

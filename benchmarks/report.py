@@ -1,30 +1,32 @@
-"""The table for people, the page and the JSON in ``benchmarks/results/``.
+"""The table for a terminal, and the page and the JSON of a suite in ``benchmarks/results/``.
 
-Every benchmark keeps the date, command and commit of its own latest run, so that one can be taken again without the
-others. Runs on another machine or with other versions begin a new page: figures of two machines never share a table.
+The JSON is a list of parts, one per benchmark and device, each with the machine, date, command and commit of its own
+latest run. So a benchmark can be taken again without the others, and the figures of one device stay when another one
+is measured: the page has a table for each machine.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.registry import BENCHMARKS, Bar, Row, Spread
+from benchmarks.registry import Row, Suite, Summary, Target, load
+from hyaena.bench.tables import markdown_table, text_table
+from hyaena.files import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
-NOTES = Path(__file__).resolve().parent / "notes.md"
-
 RELATIONS = {">=": "≥", "<=": "≤", ">": ">"}
-HEADER = ("what", "ours", "peer or floor", "ratio", "bar", "met")
+HEADER = ("what", "ours", "baseline or bound", "ratio", "target", "met")
+
+Part = dict[str, Any]
+"""A benchmark's latest run on a device: name, machine, occasion, seconds, errors, rows."""
 
 
-def quantity(spread: Spread, unit: str) -> str:
-    """A median with its unit."""
-    value = spread.median
+def quantity(value: float, unit: str) -> str:
+    """A value with its unit."""
     if unit == "s":
         return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
     return f"{value:.0f} {unit}" if unit in ("modules", "MB") or value >= 100 else f"{value:.3g} {unit}"
@@ -32,126 +34,150 @@ def quantity(spread: Spread, unit: str) -> str:
 
 def cells(row: Row) -> tuple[str, ...]:
     """One line of the table, in the order of ``HEADER``."""
-    peer = f"{quantity(row.peer, row.unit)} ({row.peer_name})" if row.peer else "–"
-    ratio = "–"
+    baseline = f"{quantity(row.baseline.median, row.unit)} ({row.baseline_name})" if row.baseline else "–"
+    ratio = target = "–"
     if row.ratio is not None:
         ratio = f"{row.ratio.median:.2f} [{row.ratio.min:.2f} … {row.ratio.max:.2f}] {row.ratio_name}"
-    bar = "–"
-    if row.bar is not None:
-        bar = bar_text(row.bar) + ("" if row.ratio else f" {row.unit}")
+    if row.target is not None:
+        target = f"{RELATIONS[row.target.relation]} {row.target.value:g}" + ("" if row.ratio else f" {row.unit}")
     met = {None: "–", True: "yes", False: "NO"}[row.met]
-    return row.what, quantity(row.ours, row.unit), peer, ratio, bar, met
+    return row.what, quantity(row.ours.median, row.unit), baseline, ratio, target, met
 
 
-def bar_text(bar: Bar) -> str:
-    """A bar, as short as it can be."""
-    return f"{RELATIONS[bar.relation]} {bar.value:g}"
-
-
-def text_table(rows: Iterable[Row]) -> str:
+def table(rows: Iterable[Row]) -> str:
     """The table of some rows for a terminal."""
-    return aligned(map(cells, rows))
+    return text_table(HEADER, map(cells, rows))
 
 
-def aligned(lines: Iterable[Sequence[str]]) -> str:
-    """Lines of the table for a terminal."""
-    lines = [HEADER, *lines]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+# --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table, as Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
-
-
-def merge(stored: dict[str, Any], machine: Mapping[str, str], fresh: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known, with the benchmarks of this run replaced; nothing is kept from another machine or version."""
-    kept = stored.get("benchmarks", {}) if stored.get("machine") == dict(machine) else {}
-    known = {**kept, **fresh}
-    return {"machine": dict(machine), "benchmarks": {b.name: known[b.name] for b in BENCHMARKS if b.name in known}}
-
-
-def entry(occasion: Mapping[str, str], seconds: float, rows: Sequence[Row], error: str) -> dict[str, Any]:
+def part(
+    name: str,
+    machine: Mapping[str, str],
+    occasion: Mapping[str, str],
+    seconds: float,
+    rows: Sequence[Row],
+    errors: Sequence[str],
+) -> Part:
     """A benchmark's part of the JSON."""
-    lines = [{**asdict(row), "met": row.met} for row in rows]
-    return {"occasion": dict(occasion), "seconds": round(seconds, 1), "error": error, "rows": lines}
+    return {
+        "name": name,
+        "machine": dict(machine),
+        "occasion": dict(occasion),
+        "seconds": round(seconds, 1),
+        "errors": list(errors),
+        "rows": [{**asdict(row), "met": row.met} for row in rows],
+    }
 
 
-def rows_of(stored: Mapping[str, Any]) -> list[Row]:
-    """The rows of a benchmark's part of the JSON."""
+def rows_of(part: Part) -> list[Row]:
+    """The rows of a part."""
     rows = []
-    for values in stored["rows"]:
-        values = {name: value for name, value in values.items() if name != "met"}
-        for name in ("ours", "peer", "ratio"):
-            values[name] = None if values[name] is None else Spread(**values[name])
-        values["bar"] = None if values["bar"] is None else Bar(**values["bar"])
+    for stored in part["rows"]:
+        values = {name: value for name, value in stored.items() if name != "met"}
+        for name in ("ours", "baseline", "ratio"):
+            values[name] = None if values[name] is None else Summary(**values[name])
+        values["target"] = None if values["target"] is None else Target(**values["target"])
         rows.append(Row(**values))
     return rows
 
 
-def page(known: Mapping[str, Any], predictions: str, notes: str) -> str:
+def merge(suite: Suite, stored: Sequence[Part], fresh: Sequence[Part]) -> list[Part]:
+    """What is known, newest machine first; a fresh part replaces that of its benchmark on the same device.
+
+    One that measured nothing leaves the older figures, and adds why there are no newer ones.
+    """
+    old = {(p["name"], p["machine"]["device"]): p for p in stored}
+    new = {(p["name"], p["machine"]["device"]): p for p in fresh}
+    for key, p in new.items():
+        if key in old and old[key]["rows"] and not p["rows"]:
+            errors = [f"at commit {p['occasion']['commit']}: {error}" for error in p["errors"]]
+            new[key] = {**old[key], "errors": [*old[key]["errors"], *errors]}
+    order = {benchmark.name: i for i, benchmark in enumerate(suite.benchmarks)}
+    known = sorted((p for p in {**old, **new}.values() if p["name"] in order), key=lambda p: order[p["name"]])
+    machines = _machines(known)
+    return [p for machine in machines for p in known if p["machine"] == machine]
+
+
+def _machines(known: Sequence[Part]) -> list[dict[str, str]]:
+    """The machines of some parts, the latest measured first."""
+    latest: dict[str, tuple[str, dict[str, str]]] = {}
+    for p in known:
+        key = json.dumps(p["machine"], sort_keys=True)
+        latest[key] = max(latest.get(key, ("", {})), (p["occasion"]["date"], p["machine"]), key=lambda pair: pair[0])
+    return [machine for _, machine in sorted(latest.values(), key=lambda pair: pair[0], reverse=True)]
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(suite: Suite, known: Sequence[Part]) -> str:
     """The whole page, as Markdown."""
-    parts = known["benchmarks"]
-    lines = [cells(row) for part in parts.values() for row in rows_of(part)]
-    failed = [f"- `{name}` did not finish: {part['error']}" for name, part in parts.items() if part["error"]]
-    missing = [f"- `{b.name}` has not been run here: {b.summary}" for b in BENCHMARKS if b.name not in parts]
-    sections = [
-        "# What hyaena reaches on a CPU",
-        "Written by `make bench` (`python -m benchmarks.run`); do not edit. Both sides of a row run in turns in one "
-        "process (memory: in fresh processes); figures are medians, a ratio is the median of the pairwise ratios with "
-        "[lowest … highest]. Before it is timed, each benchmark checks that both sides compute what they should.",
-        markdown_table(HEADER, lines),
-        "\n".join(failed + missing),
-        "## Machine",
-        markdown_table(("", ""), known["machine"].items()),
-        "## Each run",
-        *(_details(name, part) for name, part in parts.items()),
-        "## Predictions",
-        predictions,
-        notes,
-    ]
+    measured = {p["name"] for p in known}
+    missing = [f"- `{b.name}` has not been measured: {b.summary}" for b in suite.benchmarks if b.name not in measured]
+    sections = [f"# {suite.title}", suite.method, "\n".join(missing)]
+    for machine in _machines(known):
+        sections += _machine(machine, [p for p in known if p["machine"] == machine])
+    if suite.appendix:
+        sections.append(load(suite.appendix)())
     return "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
 
 
-def _details(name: str, part: Mapping[str, Any]) -> str:
-    o = part["occasion"]
+def _machine(machine: Mapping[str, str], parts: Sequence[Part]) -> list[str]:
+    """The table of one machine, and each of its runs."""
+    errors = [f"- `{p['name']}` is not complete: {error}" for p in parts for error in p["errors"]]
+    return [
+        f"## {machine['device']}",
+        markdown_table(HEADER, (cells(row) for p in parts for row in rows_of(p))),
+        "\n".join(errors),
+        "; ".join(f"{name} {value}" for name, value in machine.items() if name != "device") + ".",
+        *map(_run, parts),
+    ]
+
+
+def _run(part: Part) -> str:
+    """One run: when and how, the spread of each row, and the notes."""
+    o, rows = part["occasion"], rows_of(part)
     lines = [
-        f"### {name}",
+        f"### {part['name']}, {part['machine']['device']}",
         f"{o['date']}, commit {o['commit']}, {o['threads']} torch threads, load before {o['load before']}, "
         f"took {part['seconds']:.0f} s: `{o['command']}`",
+        _spreads(rows) if rows else "",
+        *(f"{_title(row)}: {row.note}" for row in rows if row.note),
     ]
-    rows = rows_of(part)
-    if rows:
-        lines.append(spreads(rows))
-    lines += [f"{row.what}: {row.note}" for row in rows if row.note]
-    return "\n\n".join(lines)
+    return "\n\n".join(line for line in lines if line)
 
 
-def spreads(rows: Iterable[Row]) -> str:
-    """Lowest, median and highest of both sides of each row, as Markdown."""
+def _title(row: Row) -> str:
+    return row.what + (f", against {row.baseline_name}" if row.baseline_name else "")
+
+
+def _spreads(rows: Iterable[Row]) -> str:
+    """Lowest, median and highest of both sides of each row."""
     lines = [
-        (row.what, side, *(quantity(Spread(v, v, v, 1), row.unit) for v in (s.min, s.median, s.max)), str(s.count))
+        (row.what, side, *(quantity(v, row.unit) for v in (s.min, s.median, s.max)), str(s.count))
         for row in rows
-        for side, s in (("ours", row.ours), (row.peer_name, row.peer))
+        for side, s in (("ours", row.ours), (row.baseline_name, row.baseline))
         if s is not None
     ]
-    return markdown_table(("what", "side", "lowest", "median", "highest", "runs"), lines)
+    return markdown_table(("what", "side", "lowest", "median", "highest", "runs"), dict.fromkeys(lines))
 
 
-def write(folder: Path, machine: Mapping[str, str], fresh: Mapping[str, Any], predictions: str) -> Path:
-    """Bring ``cpu.json`` and ``cpu.md`` in a folder up to date, each at once or not at all; return the page's path."""
-    data, text = folder / "cpu.json", folder / "cpu.md"
-    stored = json.loads(data.read_text(encoding="utf-8")) if data.exists() else {}
-    known = merge(stored, machine, fresh)
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[Part]:
+    """The parts in a JSON file; none where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def write(folder: Path, suite: Suite, fresh: Sequence[Part]) -> Path:
+    """Update the suite's JSON and page in a folder, each in one step or not at all; return the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    replace(data, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
-    replace(text, page(known, predictions, NOTES.read_text(encoding="utf-8")))
+    data, text = folder / f"{suite.name}.json", folder / f"{suite.name}.md"
+    known = merge(suite, read(data), fresh)
+    document = json.dumps(known, indent=1, ensure_ascii=False) + "\n"
+    for path, content in ((data, document), (text, page(suite, known))):
+        write_atomically(path, lambda file, content=content: file.write(content.encode()))
     return text
-
-
-def replace(path: Path, content: str) -> None:
-    """Write a text file at once or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)

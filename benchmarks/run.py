@@ -1,10 +1,9 @@
-"""Run benchmarks and report: ``python -m benchmarks.run [names…] [--skip NAME] [--list] [--quick] [--json]``.
+"""Run the benchmarks of a suite and report: the command line of ``python -m benchmarks.cpu`` and ``benchmarks.gpu``.
 
-A full run writes ``benchmarks/results/cpu.md`` and ``cpu.json``. A quick one uses tiny sizes, shows that the benchmarks
-work, and writes nothing unless ``--output`` names a folder.
+A full run writes the suite's page and JSON after every step, so that a run that is cut short keeps what it measured.
+A quick one uses tiny sizes, shows that the benchmarks work, and writes nothing unless ``--output`` names a folder.
 
-Exit status: 0 whatever the ratios are, 1 when a benchmark failed or its two sides disagreed, 2 for a mistake in the
-arguments.
+Exit status: 0 whatever the ratios are, 1 when something failed or was wrong, 2 for a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -14,35 +13,39 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.registry import Benchmark, Row, select
+from benchmarks.registry import Benchmark, IncorrectError, Row, Session, Step, Suite, load
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(suite: Suite) -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure hyaena against its bars.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all; see --list)")
-    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave one out; may be repeated")
+    names = {"type": lambda text: [name for name in text.split(",") if name], "default": [], "metavar": "NAME,…"}
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{suite.name}", description=suite.title)
+    parser.add_argument("--only", help="benchmarks to run (all; see --list)", **names)
+    parser.add_argument("--skip", help="benchmarks to leave out", **names)
     parser.add_argument("--list", action="store_true", help="show the benchmarks and stop")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work, not how fast is it")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes on any device, to see that it works")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the page and the JSON (benchmarks/results)")
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="add the JSON of another run to the page and stop")
+    parser.add_argument("--limit", type=float, default=suite.limit, metavar="S", help="begin nothing after S seconds")
+    parser.add_argument("--threads", type=int, default=suite.threads, metavar="N", help="torch threads")
+    parser.add_argument("--commit", help="what to call the code where git cannot tell")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the page goes (benchmarks/results)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run what was asked for; returns the exit status."""
+def main(suite: Suite, argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks that the arguments name; returns the exit status."""
+    began = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    parser = build_parser(suite)
     args = parser.parse_args(argv)
-    if args.threads < 1:
+    if args.threads is not None and args.threads < 1:
         parser.error("--threads takes a whole number of at least 1")
     try:
-        chosen = select(args.names, args.skip)
+        chosen = suite.select(args.only, args.skip)
     except ValueError as error:
         parser.error(str(error))
     if args.list:
@@ -52,45 +55,79 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from benchmarks import machine, predictions, report
-    from benchmarks.models import STRIPED
+    from benchmarks import report
+    from benchmarks.machine import occasion
+    from hyaena.bench.machine import describe
 
-    torch.set_num_threads(args.threads)
-    occasion = machine.occasion(shlex.join(["python", "-m", "benchmarks.run", *argv]), args.threads)
-    rows: list[Row] = []
-    fresh: dict[str, Any] = {}
-    facts = machine.machine()
+    if args.merge is not None:
+        print(f"Written: {report.write(args.output or report.RESULTS, suite, report.read(args.merge))}")
+        return 0
+    if suite.cuda and not args.quick and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here: run with --quick to see that it works")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    session: Session = load(suite.session)(quick=args.quick, deadline=began + args.limit)
+    facts = describe(torch.device("cuda" if suite.cuda and torch.cuda.is_available() else "cpu"), suite.packages)
+    when = occasion(shlex.join(["python", "-m", f"benchmarks.{suite.name}", *argv]), args.commit)
     folder = args.output or (None if args.quick else report.RESULTS)
-    page = None
+    parts: list[report.Part] = []
+    page, wrong = None, ""
     for benchmark in chosen:
-        print(f"{benchmark.name}: {benchmark.summary} …", file=sys.stderr, flush=True)
-        began = time.perf_counter()
-        found, error = attempt(benchmark, args.quick)
-        seconds = time.perf_counter() - began
-        print(f"  {error or 'done'} ({seconds:.0f} s)", file=sys.stderr, flush=True)
-        rows += found
-        fresh[benchmark.name] = report.entry(occasion, seconds, found, error)
-        if folder is not None:  # after each, so that a run that is cut short keeps what it measured
-            page = report.write(folder, facts, fresh, predictions.page(STRIPED))
+        print(
+            f"{benchmark.name}: {benchmark.summary} … ({time.perf_counter() - began:.0f} s)",
+            file=sys.stderr,
+            flush=True,
+        )
+        start = time.perf_counter()
+        rows: list[Row] = []
+        errors: list[str] = []
+        parts.append({})
+        for found in [wrong] if wrong else attempt(benchmark, session):
+            if isinstance(found, Row):
+                rows.append(found)
+                print("    " + "  ".join(report.cells(found)), file=sys.stderr, flush=True)
+            else:
+                errors.append(found)
+                print(f"    not measured: {found}", file=sys.stderr, flush=True)
+            parts[-1] = report.part(benchmark.name, facts, when, time.perf_counter() - start, rows, errors)
+            if folder is not None:
+                page = report.write(folder, suite, [p for p in parts if p])
+        if benchmark.required and any(IncorrectError.__name__ in error for error in errors):
+            wrong = f"`{benchmark.name}` found something wrong, so that times would mean nothing"
+    parts = [p for p in parts if p]
 
     if args.json:
-        print(json.dumps({"machine": facts, "benchmarks": fresh}, indent=1, ensure_ascii=False))
+        print(json.dumps(parts, indent=1, ensure_ascii=False))
     else:
-        print(report.text_table(rows))
+        print(report.table(row for p in parts for row in report.rows_of(p)))
+    for p in parts:
+        for error in p["errors"]:
+            print(f"{p['name']} is not complete: {error}", file=sys.stderr)
     if args.quick:
         print("Tiny sizes: these ratios say nothing about speed.", file=sys.stderr)
     if page is not None:
         print(f"Written: {page}", file=sys.stderr)
-    return 1 if any(part["error"] for part in fresh.values()) else 0
+    return 1 if any(p["errors"] for p in parts) else 0
 
 
-def attempt(benchmark: Benchmark, quick: bool) -> tuple[list[Row], str]:
-    """The rows of a benchmark, or why there are none; one that fails does not take the others with it."""
-    try:
-        return benchmark.load()(quick), ""
-    except Exception as error:
-        return [], f"{type(error).__name__}: {' '.join(str(error).split())}"
+def attempt(benchmark: Benchmark, session: Session) -> Iterator[Row | str]:
+    """The rows of a benchmark as they are measured, and why others are missing; a step that fails ends itself only."""
+    if session.left <= 0:
+        yield "no time was left"
+        return
 
+    def caught(run: Callable[[], Iterator[Row | Step]]) -> Iterator[Row | Step | str]:
+        try:
+            yield from run()
+        except Exception as error:
+            yield f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
-if __name__ == "__main__":
-    sys.exit(main())
+    for found in caught(lambda: iter(benchmark.load()(session))):
+        if not isinstance(found, Step):
+            yield found
+        elif session.left <= 0:
+            yield f"{found.what}: no time was left"
+        else:
+            session.release()
+            for row in caught(lambda step=found: iter(step.run())):
+                yield row if isinstance(row, Row) else f"{found.what}: {row}"

@@ -53,3 +53,14 @@ def golden() -> Path:
 def golden_case(request: pytest.FixtureRequest) -> Path:
     """The folder of one golden case; a test that asks for it runs once per case."""
     return GOLDEN / request.param
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--wide", action="store_true", help="also test kernels at the width of the 7B, on a GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--wide") or not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("wide"):
+                item.add_marker(pytest.mark.skip(reason="the 7B's width: needs --wide and a CUDA device"))

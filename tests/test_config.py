@@ -18,7 +18,7 @@ from hyaena.config import LARGEST, MAX_LAYERS, RANGES, TOOL_KEYS, ModelConfig, p
 from hyaena.errors import SCREEN, ConfigError
 from hyaena.formats import config_from_dict
 from hyaena.formats.stripedhyena.config import write_config
-from hyaena.sizes import ModelSizes
+from hyaena.sizes import LAYER_SIZES, ModelSizes
 
 PARAMETERS = {
     "sh-7b": 7_646_023_680,  # published as 7.65 B; the exact number follows from the checkpoint's key list
@@ -112,17 +112,20 @@ def test_presets_of_evo_state_the_published_architecture(name: str, scaling: int
 
 
 configs = st.builds(
-    lambda head_dim, heads, groups, **fields: ModelConfig(
+    lambda head_dim, heads, groups, filters, **fields: ModelConfig(
         hidden_size=2 * head_dim * heads * groups,
         num_attention_heads=heads * groups,
         num_key_value_heads=groups,
+        se_filter_groups=2 * heads if filters else None,
+        mr_filter_groups=2 * heads * groups if filters else None,
         **fields,
     ),
+    filters=st.booleans(),
     head_dim=st.integers(1, 8),
     heads=st.integers(1, 4),
     groups=st.integers(1, 4),
     vocab_size=st.integers(1, 600),
-    layer_types=st.lists(st.sampled_from(["hyena", "attention"]), min_size=1, max_size=6).map(tuple),
+    layer_types=st.lists(st.sampled_from(sorted(LAYER_SIZES)), min_size=1, max_size=6).map(tuple),
     intermediate_size=st.integers(1, 99),
     state_size=st.integers(1, 16),
     short_filter_length=st.integers(1, 8),
@@ -172,8 +175,13 @@ def test_both_formats_keep_every_field(config: ModelConfig) -> None:
     import yaml
 
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    old = replace(config, se_filter_length=7, mr_filter_length=128)  # the original has no such layers
+    kinds = tuple("attention" if kind == "attention" else "hyena" for kind in config.layer_types)
+    others = ("se_filter_length", "se_filter_groups", "mr_filter_length", "mr_filter_groups")
+    old = replace(config, layer_types=kinds, **{name: getattr(TINY, name) for name in others})
     assert config_from_dict(yaml.safe_load(yaml.safe_dump(write_config(old)))) == old
+    if kinds != config.layer_types:
+        with pytest.raises(ConfigError, match="the original's layout has attention and hyena layers only"):
+            write_config(config)
 
 
 def test_our_own_config_json_round_trips(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The same laws on a GPU; skipped where there is none."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import hyaena
+from hyaena.bench.run import SH_7B, random_model
 from hyaena.cli import main
 from hyaena.config import ModelConfig
 from hyaena.decoding import resolve_decoding
@@ -15,6 +17,7 @@ from hyaena.formats import read_config
 from hyaena.generation import Options
 from hyaena.model import StripedHyena
 from hyaena.ops import HyenaState, ModalFilter, attention, long_conv, to_canonical, to_modal
+from hyaena.tokenizers import ByteTokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -149,7 +152,7 @@ def test_generation_of_a_batch(cub) -> None:
     "sampling",
     [
         Options(),
-        Options(temperature=0.8, seed=[1, 2, 3, 4]),
+        Options(temperature=0.8, seed=[1, 2, 3, 4, 5]),
         Options(temperature=1.0, top_k=40, min_p=0.02, repetition_penalty=1.1, seed=5),
     ],
     ids=["greedy", "seeds", "penalty"],
@@ -157,7 +160,7 @@ def test_generation_of_a_batch(cub) -> None:
 def test_captured_steps_write_what_calls_of_the_model_do(cub, sampling: Options) -> None:
     """Over unequal prompts whose rows join and end at different times, past the numbers that are drawn in one block."""
     model, tokenizer = cub
-    prompts = ["import os\n", "def main(", "class Stack:\n    def push(self", "a = 1\n" * 700]
+    prompts = ["import os\n", "def main(", "class Stack:\n    def push(self", "x = ", "a = 1\n" * 700]
     options = Options(max_new_tokens=300, stop=["\n\n"], prefill_chunk=1024, **sampling)
     wanted = hyaena.generate(model, tokenizer, prompts, **options, decoding="eager")
     assert len({len(row.tokens) for row in wanted}) >= 3
@@ -172,6 +175,24 @@ def test_captured_steps_write_what_calls_of_the_model_do(cub, sampling: Options)
     for event in hyaena.stream(model, tokenizer, prompts, **options, decoding="cuda_graph"):
         texts[event.index] += event.text
     assert texts == [row.text for row in wanted]
+
+
+@pytest.mark.wide
+def test_captured_steps_at_the_width_of_the_7b() -> None:
+    model = random_model(replace(SH_7B, layer_types=("hyena", "attention")), torch.device("cuda"), torch.float32)
+    with torch.no_grad():  # the best logit stands out, as that of a trained model does
+        for name, p in model.named_parameters():
+            if "long_filter" not in name:
+                p.normal_(std=2.3 / model.config.hidden_size**0.5)
+    prompts = [torch.randint(32_000, (length,)).tolist() for length in (5, 43, 50)]
+    tokenizer = ByteTokenizer(model.config.vocab_size)
+    got, wanted = (
+        hyaena.generate(model, tokenizer, prompts, max_new_tokens=40, stop_at_eos=False, decoding=decoding)
+        for decoding in ("cuda_graph", "eager")
+    )
+    for one, other in zip(got, wanted, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
 
 
 def test_the_command_line_captures(cub, capsys: pytest.CaptureFixture[str]) -> None:

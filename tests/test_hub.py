@@ -19,6 +19,8 @@ import torch
 import yaml
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Learned
+from tokenizers import decoders, models, pre_tokenizers
 
 import hyaena
 from hyaena import hub
@@ -140,11 +142,12 @@ def test_a_tokenizer_is_looked_for_beside_the_weights_then_beside_the_configurat
     for name, folder in (("model.safetensors", weights), ("config.yml", settings)):
         shutil.copy(GOLDEN / "sh-tiny" / name, folder / name)
     checkpoint = hub.locate(weights, config=settings / "config.yml")
-    assert hub._tokenizer_folder(checkpoint, settings / "config.yml") == weights
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        hub._tokenizer_path(checkpoint, settings / "config.yml")
     (settings / "tokenizer.json").write_text("{}")
-    assert hub._tokenizer_folder(checkpoint, settings / "config.yml") == settings
+    assert hub._tokenizer_path(checkpoint, settings / "config.yml") == settings
     (weights / "tokenizer.json").write_text("{}")
-    assert hub._tokenizer_folder(checkpoint, settings / "config.yml") == weights
+    assert hub._tokenizer_path(checkpoint, settings / "config.yml") == weights
 
 
 def test_a_bundled_name_means_the_packages_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,3 +275,25 @@ def test_without_a_network_the_real_client_gives_one_line(monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="the hub cannot be reached: check the name and the network"):
         hub.load_model(NOUS)
+
+
+def test_the_vocab_file_of_a_configuration_is_used_or_named(tmp_path: Path) -> None:
+    """Only inside the model's folder: a path to elsewhere is reduced to its name."""
+    for name in ("config.yml", "model.safetensors"):
+        shutil.copy(GOLDEN / "sh-tiny" / name, tmp_path)
+    text = (tmp_path / "config.yml").read_text()
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    learned = Learned(models.BPE(vocab=alphabet, merges=[]))
+    learned.pre_tokenizer, learned.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = learned.to_str().encode()
+    assert "vocab_file: tokenizer/tokenizer.json" in text
+    with pytest.raises(CheckpointError, match=r"no tokenizer.json.*\(tokenizer/tokenizer.json\)"):
+        hyaena.load(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(tokenizer)
+    assert hyaena.load(tmp_path)[1].encode("hyena")
+    for elsewhere in (tmp_path.parent / "outside-tokenizer.json", Path("../outside-tokenizer.json")):
+        (tmp_path.parent / "outside-tokenizer.json").write_bytes(tokenizer)
+        (tmp_path / "config.yml").write_text(text.replace("tokenizer/tokenizer.json", str(elsewhere)))
+        with pytest.raises(CheckpointError, match=r"outside-tokenizer\.json"):
+            hyaena.load(tmp_path)

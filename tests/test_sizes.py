@@ -14,7 +14,7 @@ from hyaena.bench.run import SH_7B
 from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError
 from hyaena.formats import read_config
-from hyaena.model import StripedHyena
+from hyaena.model import MIXERS, StripedHyena
 from hyaena.sizes import LAYER_SIZES, LayerSize, ModelSizes
 
 BFLOAT16 = 2
@@ -84,8 +84,8 @@ SHORT_STATE = 3 * D * (K - 1)
     [
         ("hyena", 4 * D * N + D, 4 * D * N, SHORT_STATE, 2 * D * N),  # complex poles and residues, skip
         ("hyena_li", 2 * D * N + D, 2 * D * N, SHORT_STATE, D * N),  # real log_poles and residues, skip
-        ("hyena_se", F * W, 0, SHORT_STATE + D * (W - 1), 0),  # taps
-        ("hyena_mr", F * W + D, 0, SHORT_STATE + D * (W - 1), 0),  # taps, skip
+        ("hyena_se", F * W, 0, SHORT_STATE, D * (W - 1)),  # taps
+        ("hyena_mr", F * W + D, 0, SHORT_STATE, D * (W - 1)),  # taps, skip
     ],
 )
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -155,6 +155,20 @@ def test_bytes_are_those_of_the_tensors(golden_case: Path, dtype: str) -> None:
     states = 3 * ModelSizes(config).state_bytes(kind.itemsize)
     assert cache.nbytes == 3 * 10 * ModelSizes(config).kv_bytes_per_token(kind.itemsize) + states
     assert ModelSizes(config).decode_bytes(3, 10, kind.itemsize) == stored - unread + cache.nbytes + states
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", MIXERS)
+def test_bytes_of_every_kind_are_those_of_its_tensors(kind: str, dtype: str) -> None:
+    import torch
+
+    config = dataclasses.replace(TINY, layer_types=(kind, kind), se_filter_groups=4, mr_filter_groups=8)
+    itemsize, sizes = getattr(torch, dtype).itemsize, ModelSizes(config)
+    model = StripedHyena(config).to(getattr(torch, dtype))
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.weight_bytes(itemsize) == sum(p.nbytes for p in model.parameters())
+    for length in (5, 9):
+        assert model.make_cache(3, max_length=length).nbytes == sizes.cache_bytes(3, length, itemsize)
 
 
 def test_the_last_layer_spares_at_most_one_layers_work() -> None:

@@ -1,6 +1,6 @@
 """The architecture of a StripedHyena model as one frozen, typed record, checked in one place.
 
-Nothing here imports torch, so reading a configuration is instant. This module knows our own keys only; other formats
+Nothing here imports torch, so reading a configuration is instant. This module reads our own keys only; other formats
 are read and written by :mod:`hyaena.formats`.
 """
 
@@ -29,7 +29,7 @@ PREFILL_STYLES = {
     "modal-scan": "scan",
     "canonical-fft": "canonical-fft",
     "iir-fir-caching": "truncated",  # the filter cut to a finite one, whose cache is a window of inputs
-} | {name: name for name in ("auto", "reference", "fft", "blocked", "scan", "truncated")}
+} | {name: name for name in ("auto", "reference", "fft", "blocked", "scan", "truncated", "direct")}
 """Values of ``prefill_style``, the original's six names and ours, each with the method of evaluation that it means.
 
 The original named all six and implemented the first two. Only ``truncated`` changes results, by no more than a
@@ -39,7 +39,7 @@ tolerance.
 _TRANSFORMERS = "concerns the transformers library only"
 _GENERATION = "a default of text generation in transformers; options of `generate` choose here"
 _DTYPE = "the dtype is chosen when a model is loaded"
-_TOKENS = "the tokenizer knows its special tokens"
+_TOKENS = "special tokens are those of the tokenizer"
 _TRAINING = "concerns training in other libraries only"
 
 TOOL_KEYS: dict[str, str] = {
@@ -241,7 +241,7 @@ class ModelConfig:
     name: str = "striped-hyena"
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer_types, list):  # JSON and YAML know lists only; a frozen record holds a tuple
+        if isinstance(self.layer_types, list):  # JSON and YAML have lists only
             object.__setattr__(self, "layer_types", tuple(self.layer_types))
         problems = _problems(self)
         if problems:

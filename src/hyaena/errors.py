@@ -63,7 +63,7 @@ def printable(text: str, *, limit: int = 120) -> str:
     if len(text) > _TOO_LONG:
         text = text[: _TOO_LONG // 2] + text[-_TOO_LONG // 2 :]
     if not text.isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     if len(text) > limit:
         head = limit * 2 // 3
         text = f"{text[:head]} … {text[head + 3 - limit :]}"

@@ -92,7 +92,7 @@ def load(
         HyaenaError: in one line, what is wrong and how to put it right.
     """
     checkpoint = locate(source, revision=revision, config=config)
-    tokenizer = load_tokenizer(_tokenizer_folder(checkpoint, config), checkpoint.config)  # before the large files
+    tokenizer = load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)  # before the large files
     return _load(checkpoint, dtype, device), tokenizer
 
 
@@ -204,12 +204,33 @@ def _load(checkpoint: Checkpoint, dtype: str | torch.dtype | None, device: str |
     return checkpoints.load_model(checkpoint.path, checkpoint.config, dtype=dtype, device=device)
 
 
-def _tokenizer_folder(checkpoint: Checkpoint, config: ModelConfig | str | PathLike[str] | None) -> Path:
-    """Beside the weights, or else beside a configuration that lies somewhere else."""
-    if isinstance(config, ModelConfig) or config is None or (checkpoint.folder / "tokenizer.json").is_file():
-        return checkpoint.folder
-    elsewhere = Path(config).parent
-    return elsewhere if (elsewhere / "tokenizer.json").is_file() else checkpoint.folder
+def _tokenizer_path(checkpoint: Checkpoint, config: ModelConfig | str | PathLike[str] | None) -> Path:
+    """Find the tokenizer: ``tokenizer.json`` or the configuration's ``vocab_file``.
+
+    It is looked for beside the weights, then beside a configuration in another folder; nowhere else, whatever folders
+    ``vocab_file`` names.
+
+    Raises:
+        CheckpointError: the configuration names a tokenizer that is not there.
+    """
+    folders = [checkpoint.folder]
+    if config is not None and not isinstance(config, ModelConfig):
+        folders.append(Path(config).parent)
+    named = checkpoint.config.vocab_file
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file():
+            return folder
+        if named is not None and named.endswith("tokenizer.json"):
+            inside = not Path(named).is_absolute() and ".." not in Path(named).parts
+            for file in (folder / named, folder / Path(named).name)[0 if inside else 1 :]:
+                if file.is_file():
+                    return file
+    if named is not None and checkpoint.config.tokenizer == "hf":
+        raise CheckpointError(
+            f"no tokenizer.json in {checkpoint.folder}, nor the file that the configuration names ({named}): "
+            "put it there as tokenizer.json"
+        )
+    return checkpoint.folder
 
 
 def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:

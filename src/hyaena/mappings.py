@@ -21,7 +21,7 @@ MAX_BYTES = 1_000_000
 """Size of the largest file that is read."""
 MAX_DEPTH = 32
 """Deepest nesting of mappings and lists in YAML; Python's own JSON reader has a bound of its own."""
-MAX_VALUES = 10_000
+MAX_VALUES = 5_000
 """Most keys and values of a YAML file, each alias counted with everything that it repeats."""
 MAX_DIGITS = 100
 """Most digits of a whole number in JSON; converting a number takes time that grows faster than its length."""
@@ -42,7 +42,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value that a JSON text stands for.
+    """Parse a JSON text.
 
     Raises:
         ConfigError: it is not valid, repeats a key, or is nested too deeply.
@@ -70,7 +70,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that a YAML text stands for; tags that would make Python objects are refused.
+    """Parse a YAML text; tags that would make Python objects are refused.
 
     Raises:
         ConfigError: it is not valid, repeats a key, is nested too deeply, or has too many values.
@@ -146,7 +146,7 @@ def _read_text(path: Path) -> str:
     if len(content) > MAX_BYTES:
         raise ConfigError(f"is larger than {MAX_BYTES / 1e6:g} MB: this is not a configuration file")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot be read as UTF-8 text (byte {error.start:,}): save it as UTF-8") from None
 

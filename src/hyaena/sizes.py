@@ -79,20 +79,20 @@ def hyena_se_size(config: ModelConfig) -> LayerSize:
     """A Hyena block with short explicit filters: taps [F,W], no skip (hcs of StripedHyena 2)."""
     groups = config.se_filter_groups or config.hidden_size
     window = config.hidden_size * (config.se_filter_length - 1)
-    return _hyena_block(config, filter=groups * config.se_filter_length, state=window)
+    return _hyena_block(config, filter=groups * config.se_filter_length, float32_state=window)
 
 
 def hyena_mr_size(config: ModelConfig) -> LayerSize:
     """A Hyena block with medium explicit filters: taps [F,W], skip [D] (hcm of StripedHyena 2)."""
     groups = config.mr_filter_groups or config.hidden_size
     window = config.hidden_size * (config.mr_filter_length - 1)
-    return _hyena_block(config, filter=groups * config.mr_filter_length + config.hidden_size, state=window)
+    return _hyena_block(config, filter=groups * config.mr_filter_length + config.hidden_size, float32_state=window)
 
 
-def _hyena_block(
-    config: ModelConfig, *, filter: int, float32_filter: int = 0, state: int = 0, float32_state: int = 0
-) -> LayerSize:
-    """The projections and the short filter around a long filter; the state includes the short filter's K-1 inputs.
+def _hyena_block(config: ModelConfig, *, filter: int, float32_state: int, float32_filter: int = 0) -> LayerSize:
+    """The projections and the short filter around a long filter.
+
+    The state is that of the long filter (modes, or W-1 inputs; float32 at least) and the K-1 inputs of the short one.
 
     Activations: the projection (three widths) and the output of the fused operator.
     """
@@ -103,7 +103,7 @@ def _hyena_block(
         parameters=input_projection + short_filter + filter + output_projection,
         float32_parameters=float32_filter,
         output_parameters=d * d,
-        state=3 * d * (taps - 1) + state,
+        state=3 * d * (taps - 1),
         float32_state=float32_state,
         activations_per_token=4 * d,
     )

@@ -31,7 +31,7 @@ def test_a_table_a_picture_and_json(golden: Path, tmp_path: Path, capsys: pytest
     what = ("--lengths", "20,40", "--contexts", "16", "--batch", "1,2", "--prefill-chunk", "16", "--device", "cpu")
     assert bench("--model", golden / "sh-tiny", *what, *out) == 0
     captured = capsys.readouterr()
-    assert "of the floor" in captured.out and "2 × 16" in captured.out and "prefill of 40 tokens" in captured.err
+    assert "mfu" in captured.out and "2 × 16" in captured.out and "prefill of 40 tokens" in captured.err
     known = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
     assert known["command"].startswith("hyaena")
     assert [p["length"] for p in known["prefill"]] == [20, 40] and known["prefill"][0]["chunk"] == 16
@@ -69,7 +69,9 @@ def test_defaults_keep_within_the_models_length(tmp_path: Path, capsys: pytest.C
         (["--model", "7b", "--config", "x.yml"], "leave --config out"),
         (["--json", "{tmp}/none/b.json"], "name a file in a folder that exists"),
         (["--plot", "{tmp}"], "name a file in a folder"),
-        (["--json", "{tmp}/b", "--plot", "{tmp}/b"], "name two files"),
+        (["--plot", "{tmp}/b.xyz"], "b.xyz ends in .xyz, and a plot is written as one of"),
+        (["--plot", "{tmp}/b"], "b has no ending, and a plot is written as one of"),
+        (["--json", "{tmp}/b.svg", "--plot", "{tmp}/b.svg"], "name two files"),
         (["--decoding", "cuda_graph"], "captured on CUDA devices"),
     ],
 )
@@ -105,10 +107,46 @@ def test_a_missing_plotting_library_is_found_first(
     assert err == "hyaena: error: the plot needs matplotlib: pip install 'hyaena[bench]'\n"
 
 
+def test_nothing_that_was_measured_is_lost_when_the_rest_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hyaena.bench import plot, run
+    from hyaena.errors import NonFiniteError
+
+    def broken(*args: object, **options: object) -> None:
+        raise NonFiniteError("broken")
+
+    command = ("--model", "cub", "--device", "cpu", "--lengths", "20", "--contexts", "16")
+    files = ("--json", tmp_path / "b.json", "--plot", tmp_path / "b.svg")
+    for module, name, decodes in ((run, "measure_decode", 0), (plot, "draw", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, broken)
+            assert bench(*command, *files) == 2
+        captured = capsys.readouterr()
+        assert captured.err.endswith("hyaena: error: broken\n")
+        assert "mfu" in captured.out and ("mbu" in captured.out) == bool(decodes)
+        known = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
+        assert len(known["prefill"]) == 1 and len(known["decode"]) == decodes
+        assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
+
+
 def test_the_7b_does_not_fit_everywhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
     assert bench("--device", "cpu") == 2
     assert "7b needs about 31" in capsys.readouterr().err
+
+
+def test_the_readme_names_the_memory_that_is_required(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(rates.SIZES, "cpu", Sizes(128 * 2**20, 1024, 5))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
+    readme = (SRC.parent / "README.md").read_text(encoding="utf-8")
+    for dtype, named in (("float32", "31 GB of memory on a CPU in float32"), ("bfloat16", "16 GB there with")):
+        assert named in readme
+        assert bench("--device", "cpu", "--dtype", dtype) == 2
+        needed = float(capsys.readouterr().err.split("needs about ")[1].split()[0])
+        assert needed == pytest.approx(float(named.split()[0]), rel=0.03)
 
 
 def test_mistakes_in_the_arguments_need_no_torch(tmp_path: Path) -> None:

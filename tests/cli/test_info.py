@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from configs import TINY
 from hyaena import hub
 from hyaena.checkpoints import load_model, save_model
 from hyaena.cli import main
@@ -19,6 +23,8 @@ from hyaena.cli.info import decay_steps, describe, methods, render, render_metho
 from hyaena.config import ModelConfig, preset_names
 from hyaena.model import StripedHyena
 from hyaena.ops import METHODS
+
+SMALL = replace(TINY, hidden_size=8, name="small")
 
 
 def info(*args: object) -> int:
@@ -28,20 +34,6 @@ def info(*args: object) -> int:
 def as_json(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
     assert info(*args, "--json") == 0
     return json.loads(capsys.readouterr().out)
-
-
-def small(**changes: Any) -> ModelConfig:
-    fields: dict[str, Any] = {
-        "vocab_size": 16,
-        "hidden_size": 8,
-        "layer_types": ("hyena", "attention", "hyena"),
-        "intermediate_size": 8,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "state_size": 2,
-        "name": "small",
-    }
-    return ModelConfig(**fields | changes)
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
@@ -121,7 +113,7 @@ def test_decay_of_special_filters(size: list[float], weight: list[float], steps:
 
 
 def test_poles_outside_the_unit_circle_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = StripedHyena(small())
+    model = StripedHyena(SMALL)
     with torch.no_grad():
         model.layers[2].mixer.long_filter.poles[3, 1] = torch.tensor([0.9, 0.9])
         model.layers[2].mixer.long_filter.poles[5, 0] = torch.tensor([0.0, -2.0])
@@ -137,12 +129,12 @@ def test_poles_outside_the_unit_circle_are_found(tmp_path: Path, capsys: pytest.
     assert sum(second["decay_histogram"]) == 8
     assert info(tmp_path) == 0
     page = capsys.readouterr().out
-    assert "2 of 16, the largest: channel 5 mode 0 |p| = 2.0000000" in page and "∞" in page
+    assert "2 of 16" in page and "the largest: channel 5 mode 0 |p| = 2.0000000" in page and "∞" in page
 
 
 @pytest.mark.parametrize("layout", ["hyaena", "original"])
 def test_both_layouts_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: Any) -> None:
-    model = StripedHyena(small())
+    model = StripedHyena(SMALL)
     save_model(model, tmp_path / "a")
     save_model(model, tmp_path / "b", layout=layout, max_shard_size=2000)
     a, b = (as_json(capsys, tmp_path / name) for name in "ab")
@@ -150,33 +142,80 @@ def test_both_layouts_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture
     assert a["filters"] == b["filters"] and a["config"] == b["config"] and a["cache"] == b["cache"]
 
 
+def test_real_modes_decay_by_the_exponential_of_their_logarithms(tmp_path: Path, capsys: Any) -> None:
+    config = replace(SMALL, layer_types=("hyena_li",))
+    log_poles = torch.full((8, 2), 0.5).log()
+    log_poles[3, 1] = 0.25  # grows
+    prefix = "layers.0.mixer.long_filter."
+    tensors = {"embed_tokens.weight": torch.zeros(50, 8), f"{prefix}log_poles": log_poles}
+    save_file(tensors | {f"{prefix}residues": torch.ones(8, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (layer,) = as_json(capsys, tmp_path)["filters"]
+    assert layer["decay_steps"] == {"min": 10, "median": 10, "max": None}  # 2^-10 < 1e-3 < 2^-9
+    (pole,) = layer["outside_unit_circle"]
+    assert (pole["channel"], pole["mode"]) == (3, 1) and pole["modulus"] == pytest.approx(1.2840254)
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def page(config: ModelConfig, **options: bool) -> list[str]:
+def page(config: ModelConfig, **options: Any) -> list[str]:
     return list(render({"source": "here", **describe(config, None)}, **options))
 
 
 def test_layers_are_drawn_as_stripes() -> None:
-    lines = page(small(layer_types=("hyena", "attention", "hyena", "hyena")))
+    lines = page(replace(SMALL, layer_types=("hyena", "attention", "hyena", "hyena")))
     assert lines[0] == "small   here"
     assert lines[2] == lines[3] == "  ░░██░░░░"
     assert lines[5] == "  ░░ hyena 3   ██ attention 1"
 
 
 def test_many_layers_are_drawn_narrow_and_wrapped() -> None:
-    lines = page(small(layer_types=("hyena",) * 100))
+    lines = page(replace(SMALL, layer_types=("hyena",) * 100))
     assert lines[2] == "  " + "░" * 96 and lines[5] == "  " + "░" * 4
     assert lines[4].split() == [str(i) for i in range(0, 96, 8)] and lines[7].strip() == "96"
-    assert max(map(len, lines)) <= 100
 
 
-def test_the_page_fits_a_terminal_and_is_plain_where_it_must_be(golden: Path) -> None:
-    for name in preset_names():
-        config = ModelConfig.from_name(name)
-        assert max(map(len, page(config))) <= 100
-        assert "\n".join(page(config, plain=True)).isascii()
-        assert "\x1b" not in "\n".join(page(config)) and "\x1b[33m" in "\n".join(page(config, coloured=True))
+def test_every_kind_of_layer_has_a_sign_and_a_row() -> None:
+    kinds = ("hyena_se", "hyena_mr", "hyena_li", "attention")
+    lines = page(replace(SMALL, layer_types=kinds, se_filter_groups=4))
+    assert lines[2] == "  ▓▓▒▒░░██"
+    text = "\n".join(lines)
+    assert "7 taps, 4 filters" in text and "128 taps, one filter per channel" in text and "2 real modes" in text
+    assert page(replace(SMALL, layer_types=kinds), plain=True)[2] == "  ==--..##"
+
+
+@pytest.mark.parametrize("width", [60, 66, 80, 96, 100])
+def test_the_page_fits_the_terminal_and_is_plain_where_it_must_be(width: int) -> None:
+    long = "a/folder/with/a/long/path/" * 10 + "model"
+    filters = {
+        "layer": 1000,
+        "decay_steps": {"min": 2**40, "median": 9_999_999, "max": None},
+        "decay_histogram": list(range(14)),
+        "outside_unit_circle": [{"channel": 1023, "mode": 15, "modulus": 1.2345678}] * 5000,
+    }
+    configs = [ModelConfig.from_name(name) for name in preset_names()]
+    kinds = ("hyena_se", "hyena_mr", "hyena_li", "attention") * 12
+    configs.append(replace(configs[0], layer_types=kinds, name="ü" * 200))
+    for config in configs:
+        description = {"source": long, **describe(config, None), "filters": [filters]}
+        lines = list(render(description, width=width))
+        assert max(map(len, lines)) <= width and "\x1b" not in "".join(lines)
+        coloured = list(render(description, width=width, coloured=True))
+        assert [re.sub("\x1b\\[[0-9]+m", "", line) for line in coloured] == lines and "\x1b[33m" in "".join(coloured)
+        plain = list(render(description, width=width, plain=True))
+        assert "".join(plain).isascii() and max(map(len, plain)) <= width
+    for lines in (render_methods(methods(), width=width), render_methods(methods(), width=width, plain=True)):
+        assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_terminal_decides_the_width(columns: int, golden: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for arguments in ((golden / "evo-tiny",), ("evo-1-131k",), ("--methods",)):
+        assert info(*arguments) == 0
+        longest = max(map(len, capsys.readouterr().out.splitlines()))
+        assert columns - 20 < longest <= columns  # it is used, and not exceeded
 
 
 def test_output_that_is_no_terminal_has_no_colour(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +233,8 @@ def test_a_terminal_without_unicode_gets_ascii(golden: Path) -> None:
     assert result.stdout.decode("ascii").splitlines()[2] == "  ....##.."
 
 
-def test_the_table_of_methods_is_that_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_methods_is_that_of_the_code(monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     assert info("--methods") == 0
     page = capsys.readouterr().out
     assert list(as_json(capsys, "--methods")) == [*METHODS]
@@ -202,9 +242,19 @@ def test_the_table_of_methods_is_that_of_the_code(capsys: pytest.CaptureFixture[
         row = next(line for line in page.splitlines() if line.startswith(f"  {name} ")).split(maxsplit=6)
         flags = [method.exact, method.gradients, method.padding, method.reset]
         assert row[:6] == [name, method.state, *("yes" if flag else "no" for flag in flags)]
-        assert method.cost in row[6] and method.memory in row[6] and method.summary in page
+        assert method.cost in row[6] and method.memory in row[6] and method.summary in " ".join(page.split())
     assert max(map(len, page.splitlines())) <= 100
     assert "\n".join(render_methods(methods(), plain=True)).isascii()
+
+
+def test_presets_have_names(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert as_json(capsys, "evo-1-131k")["config"]["max_length"] == 131_072
+    assert info("evo-1-131k", "--revision", "main") == 2
+    assert "leave --config and --revision out" in capsys.readouterr().err
+    (tmp_path / "evo-1-131k").mkdir()
+    assert info("evo-1-131k") == 2
+    assert "write ./evo-1-131k for the file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [(), ("cub", "--methods")])

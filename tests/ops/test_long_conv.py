@@ -34,7 +34,7 @@ def make_filter(channels: int, modes: int, *, largest: float = 1.0, phase: float
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is allocated without being written holds NaN."""
+    """Fill uninitialised memory with NaN."""
 
     def filled(make):
         def wrapped(*args, **kwargs):
@@ -117,7 +117,7 @@ def test_splitting_law(method: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("method", MODAL)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_state_keeps_no_more_than_itself(method: str, batch: int) -> None:
-    """What a cache holds is its states, not the arrays that they were cut out of."""
+    """A cache must not keep the arrays alive that its states were cut from."""
     filter = make_filter(3, 2, largest=0.9, phase=0.8)
     _, state = long_conv(torch.randn(batch, 300, 3), filter, method=method)
     assert state.is_contiguous()
@@ -168,7 +168,7 @@ def test_taps_are_the_impulse_response() -> None:
 
 
 def test_the_filter_build_never_makes_all_powers() -> None:
-    """Neither filter nor final state holds an array of the size D·N·T."""
+    """Neither filter nor final state makes an array of the size D·N·T."""
     channels, modes, length = 8, 8, 4096
     filter, x = make_filter(channels, modes), torch.randn(1, length, channels)
     for method in (name for name in MODAL if METHODS[name].memory == "O(T)"):
@@ -199,12 +199,12 @@ def test_bad_inputs(x: torch.Tensor, state: torch.Tensor | None, method: str, er
 
 @pytest.mark.parametrize("method", MODAL)
 def test_the_table_tells_the_state(method: str) -> None:
-    """Methods that keep modes go on from each other; a window is another kind, and is named as such."""
+    """Methods that keep modes continue from each other; a window is another kind of state, and an error names it."""
     filter, x = make_filter(4, 2, largest=0.9, phase=0.8), torch.randn(1, 50, 4)
     _, state = long_conv(x[:, :20], filter, method=method)
     assert ("modes" if state.is_complex() else "window") == METHODS[method].state
     expected, last = long_conv(x, filter, method="reference")
-    y, after = long_conv(x[:, 20:], filter, state)  # auto goes on from any of them
+    y, after = long_conv(x[:, 20:], filter, state)  # auto continues from any of them
     close(y, expected[:, 20:], OUTPUT)
     for other in MODAL:
         if METHODS[other].state != METHODS[method].state:

@@ -133,7 +133,7 @@ def test_gradients(method: str) -> None:
     )
 
 
-def test_documents_begin_anew() -> None:
+def test_documents_start_from_zero() -> None:
     form, x = to_canonical(make_filter()), torch.randn(1, 30, 5).double()
     reset = torch.arange(30)[None] == 11
     y, state = long_conv(x, form, method="recurrence", reset=reset)

@@ -1,13 +1,15 @@
 """How fast a model runs on this machine, beside what the machine allows.
 
-    floors       what a prefill and a decoding step cannot do without, in operations and bytes; no torch
-    rates        how fast this machine copies and multiplies
-    measure      a prefill and a decoding step, timed
-    room         whether a plan fits into memory
+    clock        samples of a quantity, and the timers that take them
+    rates        how fast this machine moves bytes and multiplies
+    machine      what was measured on, and with which versions
+    measure      a prefill and a decoding step, timed, with the rates measured in turns with them
+    memory       checks that a plan fits into memory before allocating
     run          all of a plan
+    tables       aligned text and Markdown
     report       the result as a table and as JSON
     plot         the result as a picture
 
-A floor divided by a measured rate is the shortest time that the work can take on this machine, so that every figure
-comes as a part of what is possible, not as a number without a scale.
+The bytes and operations that a result needs come from ``hyaena.sizes``. The folder ``benchmarks`` of the repository
+measures with these same clocks, rates and tables.
 """

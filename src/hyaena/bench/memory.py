@@ -1,4 +1,4 @@
-"""Whether what is to be measured fits into memory, found out before any of it is allocated."""
+"""Checks that a benchmark fits into memory before allocating."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hyaena.sizes import FLOAT32, ModelSizes
 
 
 def prefill_bytes(config: ModelConfig, length: int, chunk: int, itemsize: int) -> int:
-    """About what a prefill holds beside the weights: its cache, and a chunk's activations twice, for plain methods."""
+    """About what a prefill needs beside the weights: its cache, and a chunk's activations twice, for plain methods."""
     activations = min(chunk, length) * ModelSizes(config).activation_bytes_per_token(itemsize)
     return _cache_bytes(config, 1, length, itemsize) + 2 * activations
 
 
 def decode_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:
-    """About what decoding holds beside the weights: its cache, and its logits in float32 a few times over."""
+    """About what decoding needs beside the weights: its cache, and its logits in float32 four times."""
     return _cache_bytes(config, batch, slots, itemsize) + 4 * batch * config.vocab_size * FLOAT32
 
 
@@ -28,7 +28,7 @@ def _cache_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> 
 
 
 def require_memory(needed: int, device: torch.device, what: str, remedy: str) -> None:
-    """Refuse what does not fit into the memory that is free now, as far as the system tells.
+    """Refuse what does not fit into the memory that is free now, where the system reports it.
 
     Raises:
         CapacityError: with both figures and the remedy.

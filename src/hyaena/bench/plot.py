@@ -1,57 +1,74 @@
-"""A result as a picture: what was reached, and the floors above it."""
+"""A result as a picture: the rates that were reached, and the bound on each."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hyaena.bench.report import device_name
+from hyaena.bench.machine import device_name
 from hyaena.bench.run import Result
-from hyaena.errors import UnsupportedError
+from hyaena.errors import InputError, UnsupportedError
 from hyaena.files import write_atomically
 
 INK, GRID = "#1f2933", "#d9dee3"
 COLOURS = ("#b5532a", "#2f6f8f", "#6b7f2a", "#7a4f9a", "#a8842c", "#3d7a66")
 
 
-def require_matplotlib() -> None:
-    """Find out before anything is measured.
+def require_format(path: Path) -> str:
+    """The format that a file's name asks for; called before anything is measured.
 
     Raises:
-        UnsupportedError: it is not installed.
+        UnsupportedError: matplotlib is not installed.
+        InputError: it writes no such format.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UnsupportedError("the plot needs matplotlib: pip install 'hyaena[bench]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    suffix = path.suffix.removeprefix(".").lower()
+    if suffix not in known:
+        given = f"ends in .{suffix}" if suffix else "has no ending"
+        raise InputError(f"{path.name} {given}, and a plot is written as one of {', '.join(known)}: name it so")
+    return suffix
 
 
 def draw(result: Result, path: Path) -> None:
-    """Write a PNG: tokens per second of prefills over length, of decoding over context, each below its floor."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Write a picture: tokens per second of prefills over length, of decoding over context, each with its bound.
+
+    Raises:
+        InputError, UnsupportedError: see ``require_format``.
+    """
     from matplotlib.figure import Figure
 
+    kind = require_format(path)
     panels = []
     if result.prefills:
         panels.append(("prompt, tokens", {"prefill": _prefills(result)}))
     if result.decodes:
         panels.append(("context, tokens", _decodes(result)))
     figure = Figure(figsize=(1 + 4.6 * len(panels), 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     for axis, (what, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(axis, what, lines)
     dtype = str(result.dtype).removeprefix("torch.")
     title = f"{result.config.name}, {dtype}, on {device_name(result.device)}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    write_atomically(path, lambda file: figure.savefig(file, format=kind))
 
 
-Point = tuple[int, float, float]
-"""Tokens, tokens per second, and their part of the floor."""
+class Point(NamedTuple):
+    """Tokens read, tokens per second, and the share of the bound, or None where there is a doubt."""
+
+    tokens: int
+    rate: float
+    share: float | None
 
 
 def _prefills(result: Result) -> list[Point]:
-    return sorted((p.length, p.tokens_per_second, p.of_floor(result.rates)) for p in result.prefills)
+    return sorted(Point(p.length, p.tokens_per_second, p.mfu) for p in result.prefills)
 
 
 def _decodes(result: Result) -> dict[str, list[Point]]:
@@ -59,23 +76,37 @@ def _decodes(result: Result) -> dict[str, list[Point]]:
     lines: dict[str, list[Point]] = {}
     for d in sorted(result.decodes, key=lambda d: (d.batch, d.context)):
         name = f"decoding, {d.batch} {'row' if d.batch == 1 else 'rows'}"
-        lines.setdefault(name, []).append((d.context, d.tokens_per_second, d.of_floor(result.rates)))
+        lines.setdefault(name, []).append(Point(d.context, d.tokens_per_second, d.mbu))
     return lines
 
 
 def _draw(axis: Any, what: str, lines: dict[str, list[Point]]) -> None:
-    """Each line with its floor, dashed, and the part of it that each point reaches."""
+    """Each line with the rate that its bound allows, dashed, and the share of it that each point reaches.
+
+    A bound on the time is an upper bound on the rate, so it lies above its points. A point whose bound is in doubt is
+    hollow and has none.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for (name, points), colour in zip(lines.items(), itertools.cycle(COLOURS)):
-        x, y, parts = zip(*points, strict=True)
-        floor = [height / part for height, part in zip(y, parts, strict=True)]
-        axis.plot(x, floor, color=colour, linewidth=1.1, linestyle="--", marker="_", alpha=0.7, label="its floor")
-        axis.plot(x, y, color=colour, marker="o", markersize=4.5, linewidth=1.6, label=name)
-        for here, height, part in points:
+        axis.plot(
+            [p.tokens for p in points],
+            [p.rate / p.share if p.share else math.nan for p in points],
+            color=colour,
+            linewidth=1.1,
+            linestyle="--",
+            marker="_",
+            alpha=0.7,
+            label="upper bound",
+        )
+        axis.plot([p.tokens for p in points], [p.rate for p in points], color=colour, linewidth=1.6, label=name)
+        for p in points:
+            axis.plot(
+                p.tokens, p.rate, color=colour, marker="o", markersize=4.5, fillstyle="full" if p.share else "none"
+            )
             axis.annotate(
-                f"{part:.0%}",
-                (here, height),
+                f"{p.share:.0%}" if p.share else "?",
+                (p.tokens, p.rate),
                 (0, -13),
                 textcoords="offset points",
                 ha="center",
@@ -83,7 +114,7 @@ def _draw(axis: Any, what: str, lines: dict[str, list[Point]]) -> None:
                 color=colour,
             )
     axis.set_xscale("log", base=2)
-    ticks = sorted({point[0] for points in lines.values() for point in points})
+    ticks = sorted({p.tokens for points in lines.values() for p in points})
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     if len(lines) > 1:  # one row beside sixty-four
         axis.set_yscale("log")

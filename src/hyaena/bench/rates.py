@@ -1,114 +1,91 @@
-"""How fast a device copies and multiplies: what floors are divided by."""
+"""How fast a device moves bytes and multiplies: what a bound is computed with."""
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from hyaena.bench.clock import Samples, call_times
+
 
 @dataclass(frozen=True)
-class Samples:
-    """Repeated measurements of one quantity, in the order in which they were taken."""
+class Rate:
+    """What a device can do, as one kernel shows it.
 
-    values: tuple[float, ...]
+    Attributes:
+        samples: bytes or operations per second.
+        kernel: the kernel that reached it, with its size.
+    """
+
+    samples: Samples
+    kernel: str
 
     @property
     def median(self) -> float:
-        return statistics.median(self.values)
-
-    @property
-    def spread(self) -> float:
-        """(largest - smallest) / median."""
-        return (max(self.values) - min(self.values)) / self.median
-
-    def map(self, function: Callable[[float], float]) -> Samples:
-        """The same measurements in another unit."""
-        return Samples(tuple(map(function, self.values)))
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device can do.
-
-    Attributes:
-        bandwidth: bytes per second of a large copy on the device, read and written bytes both counted.
-        flops: operations per second of a large matrix product, a multiplication and an addition counted as two.
-    """
-
-    bandwidth: Samples
-    flops: Samples
+        return self.samples.median
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much to move and to multiply: more than caches hold, and enough to fill the device.
+    """How much to move and to multiply: enough to fill the device.
 
     Attributes:
-        copied: bytes of the source of the copy.
+        moved: the most bytes of the source of a copy, more than caches take.
         side: of the square matrices.
         repeats: measurements of each.
     """
 
-    copied: int
+    moved: int
     side: int
     repeats: int
 
     @property
     def bytes(self) -> int:
-        """The most that measuring holds at once, for matrices of at most four bytes a number."""
-        return max(2 * self.copied, 3 * 4 * self.side**2)
+        """The most that a measurement allocates, for matrices of at most four bytes a number."""
+        return max(2 * self.moved, 3 * 4 * self.side**2)
 
 
-SIZES = {"cpu": Sizes(128 * 2**20, 1024, 5), "cuda": Sizes(2**30, 8192, 20)}
+SIZES = {"cpu": Sizes(128 * 2**20, 1024, 5), "cuda": Sizes(2**30, 8192, 10)}
+LEAST = 2**20
+"""Fewest bytes that are moved: below, the cost of the call itself would be measured."""
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Rates:
-    """Measure a device, with matrices of a dtype."""
-    return Rates(_bandwidth(device, sizes), _flops(device, dtype, sizes))
+@torch.inference_mode()
+def measure_bandwidth(device: torch.device, working_set: int | None = None) -> Rate:
+    """Bytes per second of the fastest plain kernel: a copy (read and written bytes count), on a CPU a sum as well.
 
-
-def times(run: Callable[[], object], device: torch.device, repeats: int) -> Samples:
-    """How long each of several calls keeps a device busy, in seconds.
-
-    On a CUDA device all calls are queued before any is waited for, so that the host's share of a launch hides behind
-    the call before.
+    A processor that copies reads what it overwrites, so that on a CPU a step that only reads may be faster than a copy:
+    there the faster of both counts. And a step whose data stays in the processor's caches is faster than main memory:
+    ``working_set``, the bytes of a step, limits the size of the copy there. On a CUDA device the size is fixed.
     """
-    if device.type != "cuda":
-        stamps = [time.perf_counter()]
-        for _ in range(repeats):
-            run()
-            stamps.append(time.perf_counter())
-        return Samples(tuple(end - begin for begin, end in itertools.pairwise(stamps)))
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for begin, end in events:
-        begin.record()
-        run()
-        end.record()
-    torch.cuda.synchronize(device)
-    return Samples(tuple(begin.elapsed_time(end) / 1e3 for begin, end in events))
-
-
-def warm_times(run: Callable[[], object], device: torch.device, repeats: int) -> Samples:
-    """The same after a few calls off the clock, which compile, choose algorithms and wake the device."""
-    for _ in range(3):
-        run()
-    return times(run, device, repeats)
-
-
-@torch.inference_mode()
-def _bandwidth(device: torch.device, sizes: Sizes) -> Samples:
-    source = torch.randint(-128, 128, (sizes.copied,), dtype=torch.int8, device=device)
+    sizes = SIZES[device.type]
+    count = sizes.moved
+    if device.type == "cpu" and working_set is not None:
+        count = max(min(LEAST, count), min(count, working_set))
+    make = torch.ones if device.type == "cpu" else torch.rand  # filling costs a processor time, and no GPU any
+    source = make(max(1, count // 4), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    return warm_times(lambda: target.copy_(source), device, sizes.repeats).map(lambda s: 2 * sizes.copied / s)
+    kernels: dict[str, tuple[Callable[[], object], int]] = {"copy": (lambda: target.copy_(source), 2 * source.nbytes)}
+    if device.type == "cpu":
+        kernels["sum"] = source.sum, source.nbytes
+    rates = [
+        Rate(call_times(run, device, sizes.repeats).map(lambda s, n=n: n / s), f"{name} of {_size(source.nbytes)}")
+        for name, (run, n) in kernels.items()
+    ]
+    return max(rates, key=lambda rate: rate.median)
 
 
 @torch.inference_mode()
-def _flops(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Samples:
+def measure_flops(device: torch.device, dtype: torch.dtype) -> Rate:
+    """Operations per second of a large matrix product; a multiplication and an addition count as two."""
+    sizes = SIZES[device.type]
     # Random numbers: zeros would draw less power, and multiply faster than any model's weights.
     a, b = (torch.randn(sizes.side, sizes.side, dtype=dtype, device=device) for _ in range(2))
-    return warm_times(lambda: a @ b, device, sizes.repeats).map(lambda s: 2 * sizes.side**3 / s)
+    name = f"{str(dtype).removeprefix('torch.')} product of {sizes.side:,}×{sizes.side:,} matrices"
+    return Rate(call_times(lambda: a @ b, device, sizes.repeats).map(lambda s: 2 * sizes.side**3 / s), name)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"

@@ -1,56 +1,29 @@
-"""The result of a benchmark as text and as plain values."""
+"""The result of ``hyaena bench`` as text and as plain values."""
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-import hyaena
-from hyaena.bench.rates import Samples
+from hyaena.bench import machine
+from hyaena.bench.clock import Samples
+from hyaena.bench.measure import Figure
 from hyaena.bench.run import Result
+from hyaena.bench.tables import text_table
 from hyaena.sizes import ModelSizes
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on, and with which versions."""
-    facts: dict[str, Any] = {"device": device_name(device), "python": platform.python_version()}
-    facts |= {"torch": torch.__version__, "hyaena": hyaena.__version__, "system": platform.system()}
-    if device.type == "cuda":
-        facts["cuda"] = torch.version.cuda
-    else:
-        facts["threads"] = torch.get_num_threads()
-    return facts
-
-
-def device_name(device: torch.device) -> str:
-    """The name of a GPU or of the processor, as far as the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def as_dict(result: Result) -> dict[str, Any]:
     """Everything that is known, every sample included: for a JSON file."""
-    bandwidth, flops = result.rates.bandwidth, result.rates.flops
     prefills = [
         {
             "length": p.length,
             "chunk": p.chunk,
             "seconds": _samples(p.seconds),
             "tokens_per_second": p.tokens_per_second,
-            "flops": p.flops,
-            "floor_seconds": p.flops / flops.median,
-            "of_floor": p.of_floor(result.rates),
+            "flops": p.work,
+            **_bound(p, "flops_per_second"),
+            "mfu": p.mfu,
             "peak_memory_bytes": p.peak_memory,
         }
         for p in result.prefills
@@ -62,24 +35,31 @@ def as_dict(result: Result) -> dict[str, Any]:
             "decoding": d.decoding,
             "seconds_per_step": _samples(d.seconds),
             "tokens_per_second": d.tokens_per_second,
-            "bytes": d.bytes,
-            "floor_seconds": d.bytes / bandwidth.median,
-            "of_floor": d.of_floor(result.rates),
+            "bytes": d.work,
+            **_bound(d, "bytes_per_second"),
+            "mbu": d.mbu,
             "first_step_seconds": d.first_step,
         }
         for d in result.decodes
     ]
     return {
-        "machine": machine(result.device),
+        "machine": machine.describe(result.device),
         "model": {
             "config": result.config.to_dict(),
             "parameters": ModelSizes(result.config).parameters,
-            "dtype": str(result.dtype).removeprefix("torch."),
+            "dtype": _dtype(result),
         },
-        "copy_bytes_per_second": _samples(bandwidth),
-        "product_flops_per_second": _samples(flops),
         "prefill": prefills,
         "decode": decodes,
+    }
+
+
+def _bound(figure: Figure, rate: str) -> dict[str, Any]:
+    return {
+        rate: _samples(figure.rates),
+        "kernel": figure.kernel,
+        "bound_seconds": figure.bounds.median,
+        "doubt": figure.doubt or None,
     }
 
 
@@ -89,13 +69,10 @@ def _samples(samples: Samples) -> dict[str, Any]:
 
 def render(result: Result) -> str:
     """The page for a terminal."""
-    bandwidth, flops = result.rates.bandwidth, result.rates.flops
-    dtype = str(result.dtype).removeprefix("torch.")
+    facts = machine.describe(result.device)
     lines = [
-        f"{result.config.name}, {ModelSizes(result.config).parameters:,} parameters, {dtype}",
-        f"{device_name(result.device)}, torch {torch.__version__}",
-        f"copies {bandwidth.median / 1e9:,.3g} GB/s {_percent(bandwidth)}, "
-        f"multiplies {flops.median / 1e12:,.3g} TFLOP/s {_percent(flops)}",
+        f"{result.config.name}, {ModelSizes(result.config).parameters:,} parameters, {_dtype(result)}",
+        f"{facts['device']}, {facts['cores']} cores, torch {facts['torch']}",
     ]
     if result.prefills:
         rows = [
@@ -104,12 +81,17 @@ def render(result: Result) -> str:
                 f"{p.seconds.median:.3f} s",
                 _percent(p.seconds),
                 f"{p.tokens_per_second:,.0f}",
-                f"{p.of_floor(result.rates):.0%}",
+                f"{p.rates.median / 1e12:,.3g} TFLOP/s",
+                _share(p.mfu),
                 "–" if p.peak_memory is None else f"{p.peak_memory / 1e9:.2f} GB",
             )
             for p in result.prefills
         ]
-        lines += ["", *_table(("prefill", "time", "spread", "tokens/s", "of the floor", "peak memory"), rows)]
+        header = ("prefill", "time", "spread", "tokens/s", "bound", "mfu", "peak memory")
+        lines += ["", text_table(header, rows, right=True)]
+        lines += _notes(
+            "mfu", "model FLOPs utilisation", {row[0]: p for row, p in zip(rows, result.prefills, strict=True)}
+        )
     if result.decodes:
         rows = [
             (
@@ -117,22 +99,36 @@ def render(result: Result) -> str:
                 f"{d.seconds.median * 1e3:.2f} ms",
                 _percent(d.seconds),
                 f"{d.tokens_per_second:,.1f}",
-                f"{d.of_floor(result.rates):.0%}",
+                f"{d.rates.median / 1e9:,.3g} GB/s",
+                _share(d.mbu),
                 f"{d.first_step:.2f} s",
             )
             for d in result.decodes
         ]
-        lines += ["", *_table(("rows × context", "a step", "spread", "tokens/s", "of the floor", "first step"), rows)]
-        lines += ["", f"decoding: {', '.join(sorted({d.decoding for d in result.decodes}))}"]
+        header = ("rows × context", "a step", "spread", "tokens/s", "bound", "mbu", "first step")
+        lines += ["", text_table(header, rows, right=True)]
+        lines += _notes(
+            "mbu", "memory-bandwidth utilisation", {row[0]: d for row, d in zip(rows, result.decodes, strict=True)}
+        )
+        lines += [f"decoding: {', '.join(sorted({d.decoding for d in result.decodes}))}"]
     return "\n".join(lines)
 
 
+def _notes(short: str, long: str, figures: Mapping[str, Figure]) -> list[str]:
+    """What the share of the bound is, and why a line has none."""
+    kernels = " or ".join(dict.fromkeys(figure.kernel for figure in figures.values()))
+    notes = [f"{short}: {long}, of the rate of a {kernels}, measured in turns"]
+    return notes + [f"no {short} for {name}: {figure.doubt}" for name, figure in figures.items() if figure.doubt]
+
+
+def _share(share: float | None) -> str:
+    return "?" if share is None else f"{share:.0%}"
+
+
+def _dtype(result: Result) -> str:
+    return str(result.dtype).removeprefix("torch.")
+
+
 def _percent(samples: Samples) -> str:
-    """(largest - smallest) / median, as short as that."""
+    """Half of (largest - smallest) / median."""
     return f"±{samples.spread / 2:.1%}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [header, *rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]

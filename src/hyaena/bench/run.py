@@ -1,18 +1,18 @@
-"""All of a plan: the machine's rates, then the model's prefills and decoding steps beside their roofline."""
+"""All of a plan: the prefills and the decoding steps of a model, each beside its bound."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from hyaena import ops
 from hyaena.bench import memory
-from hyaena.bench.measure import Decode, Prefill, measure_decode, measure_prefill
-from hyaena.bench.rates import SIZES, Rates, measure_rates
+from hyaena.bench.clock import release
+from hyaena.bench.measure import ROUNDS, Decode, Prefill, measure_decode, measure_prefill, rounds_at_most
+from hyaena.bench.rates import SIZES
 from hyaena.config import ModelConfig
 from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import InputError, UnsupportedError
@@ -30,11 +30,11 @@ class Plan:
 
     Attributes:
         lengths: of prompts, in tokens; each is read by itself.
-        contexts: tokens that rows remember when they are decoded.
+        contexts: tokens that a row has read when it is decoded.
         batches: rows that are decoded together, each number at each context.
         chunk: tokens of a prefill's pass; that of ``hyaena.generate`` unless given.
         method: how long convolutions of prompts are evaluated.
-        decoding: how single steps are evaluated, in the words of ``hyaena.generate``.
+        decoding: how single steps are evaluated; see ``hyaena.generate``.
         steps: of a round of decoding, each of which is one sample.
     """
 
@@ -58,19 +58,18 @@ class Plan:
                     f"{name} go up to {max(values):,} and {config.name} to {config.max_length:,} tokens: shorten them"
                 )
         if not ops.capabilities(self.method).exact:
-            raise UnsupportedError(f"{self.method!r} leaves work out, so no floor is one: choose an exact method")
+            raise UnsupportedError(f"{self.method!r} leaves work out, so that no bound holds: choose an exact method")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Result:
-    """What was measured, on what."""
+    """What has been measured, on what; it grows figure by figure."""
 
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
-    rates: Rates
-    prefills: tuple[Prefill, ...]
-    decodes: tuple[Decode, ...]
+    prefills: list[Prefill] = field(default_factory=list)
+    decodes: list[Decode] = field(default_factory=list)
 
 
 def run(
@@ -80,7 +79,8 @@ def run(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    say: Callable[[str], object] = lambda text: None,
+    progress: Callable[[str], object] = lambda text: None,
+    found: Callable[[Result], object] = lambda result: None,
 ) -> Result:
     """Measure a model.
 
@@ -90,7 +90,8 @@ def run(
         plan: what to measure.
         device: a CPU or a CUDA device.
         dtype: of the weights.
-        say: told what is about to be measured.
+        progress: called with what is about to be measured.
+        found: called with all that is known after each figure, so that a later failure loses none of it.
 
     Raises:
         InputError, UnsupportedError: something in the plan cannot be measured.
@@ -98,31 +99,29 @@ def run(
         NonFiniteError: the model computed NaN or infinity.
     """
     if device.type not in SIZES:
-        raise UnsupportedError(f"bench knows the clocks of {' and '.join(SIZES)} devices, not {device}: choose one")
+        raise UnsupportedError(f"bench has timers for {' and '.join(SIZES)} devices, not {device}: choose one of these")
     plan.check(config)
     memory.require_memory(_needed(config, plan, device, dtype.itemsize), device, f"measuring {config.name}", _REMEDY)
+    result = Result(config=config, dtype=dtype, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        say(f"making {config.name}")
+        progress(f"making {config.name}")
         model = make()
         if plan.contexts:
-            resolve_decoding(model, plan.decoding, plan.method)  # what cannot be done is said before long work
-        say("copying and multiplying")
-        rates = measure_rates(device, dtype, SIZES[device.type])
-        return Result(
-            config=config,
-            dtype=dtype,
-            device=device,
-            rates=rates,
-            prefills=tuple(_prefills(model, plan, say)),
-            decodes=tuple(_decodes(model, plan, say)),
-        )
+            resolve_decoding(model, plan.decoding, plan.method)  # raises what cannot be done before long work
+        for figure in _figures(model, plan, progress):
+            if isinstance(figure, Prefill):
+                result.prefills.append(figure)
+            else:
+                result.decodes.append(figure)
+            found(result)
+    return result
 
 
 _REMEDY = "choose a smaller model (--model cub), a narrower --dtype, or shorter --lengths and --contexts"
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StripedHyena:
-    """A model with fresh weights, made where and as narrow as it will be used: no copy of it is ever wider."""
+    """A model with fresh weights, made on its device in its dtype: no wider copy of it is ever allocated."""
     with torch.device("meta"):
         model = StripedHyena(config)
     model.to(dtype).to_empty(device=device)
@@ -131,34 +130,25 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
 
 def _needed(config: ModelConfig, plan: Plan, device: torch.device, itemsize: int) -> int:
-    """The most bytes that a plan holds at once."""
+    """The most bytes that a plan allocates together."""
     chunk = plan.chunk or PREFILL_CHUNK.get(device.type, MIN_PREFILL_CHUNK)  # the least that is chosen
-    slots = max(plan.contexts, default=0) + 8 * plan.steps
+    slots = max(plan.contexts, default=0) + 1 + rounds_at_most(ROUNDS) * plan.steps
     most = max(
         SIZES[device.type].bytes,
         memory.prefill_bytes(config, max(plan.lengths, default=1), chunk, itemsize),
-        memory.decode_bytes(config, max(plan.batches, default=1), slots, itemsize),
+        # a copy is measured between the steps, while the cache is there
+        memory.decode_bytes(config, max(plan.batches, default=1), slots, itemsize) + SIZES[device.type].bytes,
     )
     return ModelSizes(config).weight_bytes(itemsize) + most
 
 
-def _prefills(model: StripedHyena, plan: Plan, say: Callable[[str], object]) -> Iterator[Prefill]:
+def _figures(model: StripedHyena, plan: Plan, progress: Callable[[str], object]) -> Iterator[Prefill | Decode]:
     for length in plan.lengths:
-        say(f"prefill of {length:,} tokens")
+        progress(f"prefill of {length:,} tokens")
         release()
         yield measure_prefill(model, length, chunk=plan.chunk, method=plan.method)
-
-
-def _decodes(model: StripedHyena, plan: Plan, say: Callable[[str], object]) -> Iterator[Decode]:
     for batch in plan.batches:
         for context in plan.contexts:
-            say(f"decoding {batch:,} {'row' if batch == 1 else 'rows'} at context {context:,}")
+            progress(f"decoding {batch:,} {'row' if batch == 1 else 'rows'} at context {context:,}")
             release()
             yield measure_decode(model, batch, context, decoding=plan.decoding, method=plan.method, steps=plan.steps)
-
-
-def release() -> None:
-    """Give back what the last measurement held: graphs and caches, and the allocator's blocks of their sizes."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""``hyaena bench``: how fast a model runs on this machine, beside what the machine allows."""
+"""``hyaena bench``: how fast a model runs on this machine, beside the bounds that the machine sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hyaena.errors import InputError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hyaena.config import ModelConfig
     from hyaena.model import StripedHyena
 
-HELP = "measure prefill and decoding on this machine, against its own floors"
+HELP = "measure prefill and decoding on this machine, beside the bounds that its memory and its arithmetic set"
 
 PRESET = "7b"
 
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        help="7b: the shape of StripedHyena-Hessian-7B with random weights; or a model as generate takes it (7b)",
+        help="7b: the shape of StripedHyena-Hessian-7B with random weights (31 GB of memory in float32, 16 to 20 GB in "
+        "bfloat16); or a model as generate takes it (7b)",
     )
     group.add_argument(
         "--config", metavar="FILE", help="the configuration of a weights file; without --model, one for random weights"
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--contexts",
         type=_counts,
         metavar="T,…",
-        help="tokens remembered while decoding (2048,32768; on a CPU 512,4096)",
+        help="tokens that a row has read when it is decoded (2048,32768; on a CPU 512,4096)",
     )
     group.add_argument(
         "--batch", type=_counts, default=(1,), metavar="B,…", help="rows decoded together, at each context (1)"
@@ -66,7 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("output, beside the table")
     group.add_argument("--json", type=Path, metavar="FILE", help="write every sample, the machine and the command")
-    group.add_argument("--plot", type=Path, metavar="FILE", help="write a picture, as PNG (needs matplotlib)")
+    group.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="write a picture, in the format of its name: .png, .svg, .pdf (needs matplotlib)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,13 +85,12 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from hyaena.bench import plot, report
-    from hyaena.bench.run import Plan
+    from hyaena.bench.run import Plan, Result
     from hyaena.bench.run import run as measure
     from hyaena.checkpoints import as_device
-    from hyaena.files import write_atomically
 
     if args.plot is not None:
-        plot.require_matplotlib()
+        plot.require_format(args.plot)
     device = as_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config, dtype, make = _model(args, device)
     lengths, contexts = ((512, 2048), (512, 4096)) if device.type == "cpu" else ((2048, 8192, 32_768), (2048, 32_768))
@@ -100,26 +105,50 @@ def run(args: argparse.Namespace) -> int:
         decoding=args.decoding,
         steps=8 if device.type == "cpu" else 24,
     )
-    result = measure(
-        config, make, plan, device=device, dtype=dtype, say=lambda text: print(f"{text} …", file=sys.stderr, flush=True)
-    )
-    # A terminal that cannot show a sign gets a question mark, not a traceback.
+    latest: list[Result] = []
+
+    def found(result: Result) -> None:
+        latest[:] = [result]
+        if args.json is not None:  # after each figure: what fails later loses nothing
+            _write_json(args.json, report.as_dict(result))
+
+    try:
+        measure(
+            config,
+            make,
+            plan,
+            device=device,
+            dtype=dtype,
+            progress=lambda text: print(f"{text} …", file=sys.stderr, flush=True),
+            found=found,
+        )
+    finally:
+        for result in latest:
+            _show(report.render(result))
+    if args.plot is not None:
+        plot.draw(latest[0], args.plot)
+    return 0
+
+
+def _write_json(path: Path, known: dict[str, Any]) -> None:
+    from hyaena.files import write_atomically
+
+    document = {"command": shlex.join(["hyaena", *sys.argv[1:]]), **known}
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _show(text: str) -> None:
+    """Print; a terminal that cannot show a sign gets a question mark, not a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    print(report.render(result))
-    if args.json is not None:
-        document = {"command": shlex.join(["hyaena", *sys.argv[1:]]), **report.as_dict(result)}
-        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(args.json, lambda file: file.write(text.encode()))
-    if args.plot is not None:
-        plot.draw(result, args.plot)
-    return 0
+    print(text, flush=True)
 
 
 def _model(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[ModelConfig, torch.dtype, Callable[[], StripedHyena]]:
-    """The configuration and the dtype of what was asked for, and what makes it."""
+    """The configuration and the dtype of the model that the options name, and a function that makes it."""
     import torch
 
     from hyaena import checkpoints, hub

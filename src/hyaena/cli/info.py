@@ -1,4 +1,4 @@
-"""``hyaena info``: what a checkpoint or a configuration is, on one page."""
+"""``hyaena info``: describe a checkpoint or a configuration on one page."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyaena.cli.formatting import binary_bytes, decimal_bytes, short_count
 from hyaena.config import ModelConfig, preset_names
-from hyaena.errors import InputError
+from hyaena.errors import InputError, printable
 from hyaena.formats import read_config
 from hyaena.sizes import ModelSizes
 
@@ -28,15 +30,19 @@ DECAYED = 1e-3
 """A filter has decayed when its envelope is at this fraction of its start."""
 
 HORIZON = 2**40
-"""Steps after which a filter that has not decayed is said never to."""
+"""Steps after which a filter that has not decayed is listed as one that never does."""
 
 Paint = Callable[[str, str], str]
-"""Style and text -> the text, coloured where the terminal is."""
+"""Style and text -> the text, coloured where the terminal shows colours."""
 
 _CONFIG_SUFFIXES = (".yml", ".yaml", ".json")
 _BINS = 14  # of the sparkline: two per factor of ten, from 1 to 10^7 steps
 _AXIS = "1   100 10k 1M"
 _SPARKS = " ▁▂▃▄▅▆▇█"
+_WIDEST = 100  # columns of the page, however wide the terminal is
+_NARROWEST = 60
+_SIGNS = {"attention": "█", "hyena": "░", "hyena_li": "░", "hyena_mr": "▒", "hyena_se": "▓"}
+_PLAIN_SIGNS = {"attention": "#", "hyena": ".", "hyena_li": ".", "hyena_mr": "-", "hyena_se": "="}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,47 +54,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a configuration, a folder, a weights file, a hub id (its weights are not downloaded), or a name: "
         f"{', '.join(preset_names())}",
     )
-    parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
+    parser.add_argument("--config", metavar="FILE", help="the configuration, where it is not beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--methods", action="store_true", help="instead: the ways to evaluate a long convolution")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Find, describe, print."""
+    """Find the model, describe it, print the page."""
+    width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size().columns))
     if (args.source is None) != args.methods:
         raise InputError("info takes a model or --methods, one of them: name a folder, a file, or a hub id")
     if args.methods:
         table, plain = methods(), not _can_print("·", sys.stdout.encoding)
-        lines = [json.dumps(table, indent=2, ensure_ascii=plain)] if args.json else render_methods(table, plain=plain)
-        print("\n".join(lines))
+        if args.json:
+            print(json.dumps(table, indent=2, ensure_ascii=plain))
+        else:
+            print("\n".join(render_methods(table, width=width, plain=plain)))
         return 0
     config, checkpoint = _find(args.source, args.config, args.revision)
     description = {"source": args.source, **describe(config, checkpoint)}
     if args.json:
-        print(json.dumps(description, indent=2, ensure_ascii=False))
+        text = json.dumps(description, indent=2, ensure_ascii=False)
+        print(text if _can_print(text, sys.stdout.encoding) else json.dumps(description, indent=2))
         return 0
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    plain = not _can_print(_SPARKS + "░·×²", sys.stdout.encoding)
-    print("\n".join(render(description, coloured=coloured, plain=plain)))
+    plain = not _can_print("".join([_SPARKS, *_SIGNS.values(), "·×"]), sys.stdout.encoding)
+    print("\n".join(render(description, width=width, coloured=coloured, plain=plain)))
     return 0
 
 
 def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelConfig, Checkpoint | None]:
-    """The configuration that is meant, and the weights where there are some on this machine."""
+    """Find the configuration, and the weights where there are some on this machine."""
     path = Path(source)
-    if source in preset_names() and source != "cub":
-        if path.exists():
+    if source in preset_names() and source != "cub":  # cub has weights, too
+        if os.path.lexists(source):
             raise InputError(f"{source} is the name of a preset and of a file here: write ./{source} for the file")
+        if config is not None or revision is not None:
+            raise InputError(f"{source} is the name of a configuration: leave --config and --revision out")
         return ModelConfig.from_name(source), None
-    if path.is_file() and path.suffix in _CONFIG_SUFFIXES and not path.name.endswith(".index.json"):
+    # os.path answers False for names that cannot be files; pathlib raises.
+    if os.path.isfile(source) and path.suffix in _CONFIG_SUFFIXES and not path.name.endswith(".index.json"):
         return read_config(path), None
 
     from hyaena import checkpoints, hub
 
-    if source not in hub.BUNDLED and path.is_dir() and not checkpoints.has_weights(path):
+    if source not in hub.BUNDLED and os.path.isdir(source) and not checkpoints.has_weights(path):
         return read_config(config or checkpoints.find_config(path)), None
-    if source not in hub.BUNDLED and not path.exists() and hub.is_hub_id(source):
+    if source not in hub.BUNDLED and not os.path.lexists(source) and hub.is_hub_id(source):
         folder = hub.download(source, revision=revision, weights=False)
         found = read_config(config or checkpoints.find_config(folder))
         return (found if config else hub.corrected(source, found)), None
@@ -96,11 +109,11 @@ def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelC
     return checkpoint.config, checkpoint
 
 
-# --- what there is to say --------------------------------------------------------------------------------------------
+# --- the description -------------------------------------------------------------------------------------------------
 
 
 def describe(config: ModelConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """Everything that ``info`` knows, as plain values. Filters and stored bytes need a checkpoint."""
+    """Describe a model in plain values. Filters and stored bytes need a checkpoint."""
     dtype, weights = "bfloat16", None
     if checkpoint is not None:
         from hyaena import checkpoints
@@ -131,22 +144,29 @@ def _cache(sizes: ModelSizes, itemsize: int) -> dict[str, int]:
 
 
 def _filters(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Per Hyena layer: how long its filters last, and which of its poles lie outside the unit circle."""
+    """Per layer with modal filters: how long they last, and which of their poles lie outside the unit circle."""
     import torch
 
     from hyaena import checkpoints
     from hyaena.errors import CheckpointError
 
-    tensors = checkpoints.read_tensors(checkpoint, lambda name: name.endswith((".poles", ".residues")))
-    layers = []
-    for i, kind in enumerate(checkpoint.config.layer_types):
-        if kind != "hyena":
+    config, layers = checkpoint.config, []
+    tensors = checkpoints.read_tensors(checkpoint, lambda name: name.endswith(("poles", "residues")))
+    for i, kind in enumerate(config.layer_types):
+        if kind not in ("hyena", "hyena_li"):
             continue
-        parts = [tensors.get(f"layers.{i}.mixer.long_filter.{part}") for part in ("poles", "residues")]
-        shape = (checkpoint.config.hidden_size, checkpoint.config.state_size, 2)
+        poles_name = "poles" if kind == "hyena" else "log_poles"
+        shape = (config.hidden_size, config.state_size, 2)[: 3 if kind == "hyena" else 2]
+        parts = [tensors.get(f"layers.{i}.mixer.long_filter.{part}") for part in (poles_name, "residues")]
         if any(part is None or part.shape != shape for part in parts):
-            raise CheckpointError(f"{checkpoint.path}: layer {i} has no poles and residues of shape {list(shape)}")
-        poles, residues = (torch.view_as_complex(part.double()) for part in parts if part is not None)
+            raise CheckpointError(
+                f"{checkpoint.path}: layer {i} has no {poles_name} and residues of shape {list(shape)}"
+            )
+        poles, residues = (part.double() for part in parts if part is not None)
+        if kind == "hyena":
+            poles, residues = torch.view_as_complex(poles), torch.view_as_complex(residues)
+        else:
+            poles = poles.exp()
         size = poles.abs()
         steps = decay_steps(size, residues.abs())
         ordered = steps.sort().values
@@ -171,14 +191,14 @@ def decay_steps(size: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         size: |p| [D,N], float64.
-        weight: |R| [D,N], float64; a channel whose residues are all zero has decayed at once.
+        weight: |R| [D,N], float64; a channel whose residues are all zero has decayed at step 0.
 
     Returns:
         float64 [D], whole numbers; infinity where the envelope is still larger after ``HORIZON`` steps.
     """
     import torch
 
-    size = torch.where(weight > 0, size, 0)  # a mode without weight says nothing, even if it grows
+    size = torch.where(weight > 0, size, 0)  # a mode without weight has no effect, even if it grows
 
     def decayed(t: Tensor) -> Tensor:
         return (weight * size ** t[:, None]).sum(1) <= DECAYED * weight.sum(1)
@@ -230,111 +250,170 @@ def methods() -> dict[str, dict[str, Any]]:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def render(description: dict[str, Any], *, coloured: bool = False, plain: bool = False) -> Iterator[str]:
-    """The lines of the page. ``plain`` keeps to ASCII, for terminals that know nothing else."""
+def render(
+    description: dict[str, Any], *, width: int = _WIDEST, coloured: bool = False, plain: bool = False
+) -> Iterator[str]:
+    """Write the page, in lines of at most ``width`` columns; ``plain`` uses ASCII only."""
     config = ModelConfig.from_dict(description["config"])
     paint = _painter(coloured)
-    yield f"{paint('bold', config.name)}   {paint('dim', description['source'])}"
+    name = _fitted(config.name, width, plain)
+    source = _fitted(str(description["source"]), width - 3, plain)
+    if len(name) + 3 + len(source) <= width:
+        yield f"{paint('bold', name)}   {paint('dim', source)}"
+    else:
+        yield paint("bold", name)
+        yield f"   {paint('dim', source)}"
     yield ""
-    yield from _stripes(config, paint, plain)
+    yield from _stripes(config, paint, width, plain)
     yield ""
-    yield from _sizes(description, config, plain)
+    yield from _sizes(description, config, width, plain)
     yield ""
-    yield from _memory(description["cache"], config)
+    yield from _shape(config, width, plain)
+    yield ""
+    yield from _memory(description["cache"], config, width)
     if description["filters"]:
         yield ""
-        yield from _filter_table(description["filters"], config, paint, plain)
+        yield from _filter_table(description["filters"], config, paint, width, plain)
 
 
-def _stripes(config: ModelConfig, paint: Paint, plain: bool) -> Iterator[str]:
-    """Every layer a bar, dark for attention; two rows high, with a ruler."""
-    dark, light = ("#", ".") if plain else ("█", "░")
-    step = 2 if config.num_layers <= 48 else 1
-    for start in range(0, config.num_layers, 96 // step):
-        kinds = config.layer_types[start : start + 96 // step]
-        row = "".join(
-            paint("attention" if kind == "attention" else "hyena", (dark if kind == "attention" else light) * step)
-            for kind in kinds
-        )
+def _fitted(text: str, width: int, plain: bool) -> str:
+    """A text from outside in at most ``width`` columns."""
+    text = printable(text, limit=width)
+    return text.replace("…", "~").encode("ascii", "backslashreplace").decode()[:width] if plain else text
+
+
+def _stripes(config: ModelConfig, paint: Paint, width: int, plain: bool) -> Iterator[str]:
+    """Draw every layer as a bar, dark for attention; two rows high, with a ruler."""
+    signs = _PLAIN_SIGNS if plain else _SIGNS
+    space = width - 2
+    step = 2 if config.num_layers <= 48 and 2 * config.num_layers <= space else 1
+    per_row = space // step // 8 * 8
+
+    def drawn(kind: str, columns: int) -> str:
+        return paint("attention" if kind == "attention" else "hyena", signs.get(kind, "?") * columns)
+
+    for start in range(0, config.num_layers, per_row):
+        kinds = config.layer_types[start : start + per_row]
+        row = "".join(drawn(kind, step) for kind in kinds)
         yield f"  {row}"
         yield f"  {row}"
         ruler = "".join(f"{start + i:<{8 * step}}" for i in range(0, len(kinds), 8))
         yield paint("dim", f"  {ruler}".rstrip())
-    legend = [
-        f"{paint(kind, sign * 2)} {kind} {config.layer_types.count(kind)}"
-        for kind, sign in (("hyena", light), ("attention", dark))
-        if kind in config.layer_types
-    ]
-    yield "  " + "   ".join(legend)
+    counts = {kind: config.layer_types.count(kind) for kind in sorted(set(config.layer_types), key=_order)}
+    legend, columns = "", 0
+    for kind, count in counts.items():
+        length = len(f"   {kind} {count}   ")
+        if columns and columns + length > space:
+            yield f"  {legend.rstrip()}"
+            legend, columns = "", 0
+        legend += f"{drawn(kind, 2)} {kind} {count}   "
+        columns += length
+    yield f"  {legend.rstrip()}"
 
 
-def _sizes(description: dict[str, Any], config: ModelConfig, plain: bool) -> Iterator[str]:
+def _order(kind: str) -> tuple[bool, str]:
+    """Kinds as they are listed: attention last."""
+    return kind == "attention", kind
+
+
+def _row(head: str, text: str, width: int) -> Iterator[str]:
+    """Write a text after the head of its row, wrapped under its own beginning."""
+    indent = " " * len(head)
+    yield from textwrap.wrap(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _sizes(description: dict[str, Any], config: ModelConfig, width: int, plain: bool) -> Iterator[str]:
     parts = description["parameters"]
     total = parts["total"]
     yield f"  {'parameters':<14}{total:>16,}   {short_count(total)}"
-    for name in ("embeddings", "mlp", *dict.fromkeys(config.layer_types), "norms"):
+    bar = min(24, width - 43)
+    for name in ("embeddings", "mlp", *sorted(set(config.layer_types), key=_order), "norms"):
         share = parts[name] / total
         if parts[name]:
-            bar = ("#" if plain else "█") * round(24 * share)
-            yield f"    {name:<12}{parts[name]:>16,}   {share:6.1%}  {bar}".rstrip()
+            drawn = ("#" if plain else "█") * round(bar * share)
+            yield f"    {name:<12}{parts[name]:>16,}   {share:6.1%}  {drawn}".rstrip()
     weights = description["weights"]
     if weights is None:
         size, note = ModelSizes(config).weight_bytes(2), "in bfloat16, poles and residues in float32 (none were read)"
     else:
         count = len(weights["files"])
         size, note = weights["bytes"], f"{weights['dtype']}, {count} file{'s' * (count > 1)}"
-    yield f"  {'weights':<14}{decimal_bytes(size):>16}   {note}"
+    yield from _row(f"  {'weights':<14}{decimal_bytes(size):>16}   ", note, width)
+
+
+def _shape(config: ModelConfig, width: int, plain: bool) -> Iterator[str]:
+    """Describe widths, norms, filters, heads and tokens, one row each."""
     dot, times = ("/", "x") if plain else ("·", "×")
     inside = "inside" if config.norm_eps_inside_root else "outside"
     scaling = "" if config.rope_scaling_factor == 1 else f", positions / {config.rope_scaling_factor:g}"
     groups = config.num_key_value_heads
     shared = "" if groups == config.num_attention_heads else f" ({groups} key/value)"
+    heads = f"{config.num_attention_heads} heads{shared} {times} {config.head_dim}"
+    short = f"short filter of {config.short_filter_length}"
+    texts = {
+        "hyena": f"{config.state_size} modes per channel {dot} {short}",
+        "hyena_li": f"{config.state_size} real modes per channel {dot} {short}",
+        "hyena_se": f"{_taps(config.se_filter_length, config.se_filter_groups)} {dot} {short}",
+        "hyena_mr": f"{_taps(config.mr_filter_length, config.mr_filter_groups)} {dot} {short}",
+        "attention": f"{heads} {dot} rotary base {config.rope_theta:,.0f}{scaling}",
+    }
+    tied = "tied" if config.tie_embeddings else "untied"
     rows = [
         ("shape", f"width {config.hidden_size:,} {dot} MLP {config.intermediate_size:,} {config.activation}"),
         ("", f"RMSNorm eps {config.norm_eps:g} {inside} the root"),
+        *((kind, texts[kind]) for kind in sorted(set(config.layer_types), key=_order) if kind in texts),
+        ("tokens", f"{config.vocab_size:,} ({config.tokenizer}), {tied} {dot} up to {config.max_length:,}"),
     ]
-    if "hyena" in config.layer_types:
-        short = f"short filter of {config.short_filter_length}"
-        rows.append(("hyena", f"{config.state_size} modes per channel {dot} {short}"))
-    if "attention" in config.layer_types:
-        heads = f"{config.num_attention_heads} heads{shared} {times} {config.head_dim}"
-        rows.append(("attention", f"{heads} {dot} rotary base {config.rope_theta:,.0f}{scaling}"))
-    tied = "tied" if config.tie_embeddings else "untied"
-    rows.append(("tokens", f"{config.vocab_size:,} ({config.tokenizer}), {tied} {dot} up to {config.max_length:,}"))
-    yield ""
     for name, text in rows:
-        yield f"  {name:<14}{text}"
+        yield from _row(f"  {name:<14}", text, width)
 
 
-def _memory(cache: dict[str, Any], config: ModelConfig) -> Iterator[str]:
+def _taps(length: int, groups: int | None) -> str:
+    return f"{length:,} taps, {'one filter per channel' if groups is None else f'{groups:,} filters'}"
+
+
+def _memory(cache: dict[str, Any], config: ModelConfig, width: int) -> Iterator[str]:
     yield f"  cache, {cache['dtype']}"
-    per_token, per_sequence = cache["bytes_per_token"], cache["bytes_per_sequence"]
-    if per_token:
-        yield f"    {'per token':<12}{binary_bytes(per_token):>16}   keys and values"
-    if per_sequence:
-        yield f"    {'per sequence':<12}{binary_bytes(per_sequence):>16}   Hyena states, whatever the length"
-    yield f"    {'in all':<12}{binary_bytes(cache['bytes_at_max_length']):>16}   at {config.max_length:,} tokens"
+    rows = [
+        ("per token", cache["bytes_per_token"], "keys and values"),
+        ("per sequence", cache["bytes_per_sequence"], "Hyena states, whatever the length"),
+        ("in all", cache["bytes_at_max_length"], f"at {config.max_length:,} tokens"),
+    ]
+    for name, size, note in rows:
+        if size:
+            yield from _row(f"    {name:<12}{binary_bytes(size):>16}   ", note, width)
 
 
-def _filter_table(filters: list[dict[str, Any]], config: ModelConfig, paint: Paint, plain: bool) -> Iterator[str]:
-    yield "  filters: tokens until a channel's filter has decayed to 1/1000"
-    yield paint("dim", f"    {'layer':>5}{'min':>12}{'median':>12}{'max':>12}   {_AXIS}  poles outside the unit circle")
+def _filter_table(
+    filters: list[dict[str, Any]], config: ModelConfig, paint: Paint, width: int, plain: bool
+) -> Iterator[str]:
+    """Tabulate how long filters last. Narrow terminals get narrower columns and short titles."""
+    wide, sparks = width >= 96, width >= 76
+    column, axis = (12 if wide else 10), f"   {_AXIS}  " if sparks else "   "
+    title = "poles outside the unit circle" if wide else "|p| > 1"
+    yield from _row("  ", "filters: tokens until a channel's filter has decayed to 1/1000", width)
+    heads = "".join(f"{head:>{column}}" for head in ("min", "median", "max"))
+    yield paint("dim", f"  {'layer':>7}{heads}{axis}{title}")
     most = max(max(layer["decay_histogram"]) for layer in filters)
     for layer in filters:
         steps = layer["decay_steps"]
-        numbers = "".join(f"{_steps(steps[name], plain):>12}" for name in ("min", "median", "max"))
-        poles = layer["outside_unit_circle"]
-        spark = _spark(layer["decay_histogram"], most, plain)
-        yield f"    {layer['layer']:>5}{numbers}   {paint('hyena', spark)}  {_outside(poles, config, paint)}".rstrip()
+        numbers = "".join(f"{_steps(steps[name], plain):>{column}}" for name in ("min", "median", "max"))
+        spark = f"{paint('hyena', _spark(layer['decay_histogram'], most, plain))}  " if sparks else ""
+        count, worst = _outside(layer["outside_unit_circle"], config)
+        yield f"  {layer['layer']:>7}{numbers}   {spark}{paint('warning', count) if worst else 'none'}"
+        if worst:
+            yield paint("warning", f"{'':>9}the largest: {worst}")
 
 
-def _outside(poles: list[dict[str, Any]], config: ModelConfig, paint: Paint) -> str:
+def _outside(poles: list[dict[str, Any]], config: ModelConfig) -> tuple[str, str]:
+    """How many poles lie outside the unit circle, and which is the largest; nothing where there are none."""
     if not poles:
-        return "none"
+        return "", ""
     worst = poles[0]
-    count = f"{len(poles):,} of {config.hidden_size * config.state_size:,}"
-    where = f"channel {worst['channel']} mode {worst['mode']} |p| = {worst['modulus']:.7f}"
-    return paint("warning", f"{count}, the largest: {where}")
+    return (
+        f"{len(poles):,} of {config.hidden_size * config.state_size:,}",
+        f"channel {worst['channel']} mode {worst['mode']} |p| = {worst['modulus']:.7f}",
+    )
 
 
 def _spark(histogram: list[int], most: int, plain: bool) -> str:
@@ -343,21 +422,32 @@ def _spark(histogram: list[int], most: int, plain: bool) -> str:
     return "".join(levels[-(-count * top // most)] for count in histogram)
 
 
-def render_methods(table: dict[str, dict[str, Any]], *, plain: bool = False) -> Iterator[str]:
-    """The table of methods: three lines each, so that it fits a terminal."""
+def render_methods(table: dict[str, dict[str, Any]], *, width: int = _WIDEST, plain: bool = False) -> Iterator[str]:
+    """Write the table of methods, in lines of at most ``width`` columns: a few lines for each."""
     flags = ("exact", "gradients", "padding", "documents")
     header = "".join(f"{flag:<{len(flag) + 2}}" for flag in flags)
-    yield f"  {'method':<15}{'state':<8}{header}{'cost':<19}memory"
+    wide, table_fits = width >= 96, width >= 66
+    if table_fits:
+        yield f"  {'method':<15}{'state':<8}{header}{'cost'.ljust(19) + 'memory' if wide else ''}".rstrip()
     for name, method in table.items():
         answers = "".join(f"{'yes' if method[flag] else 'no':<{len(flag) + 2}}" for flag in flags)
         cost, memory = (method[key].replace("·", "*") if plain else method[key] for key in ("cost", "memory"))
         yield ""
-        yield f"  {name:<15}{method['state']:<8}{answers}{cost:<19}{memory}"
-        yield f"  {'':<15}{method['summary']}"
-        yield f"  {'':<15}filters: {', '.join(method['filters'])}"
+        if table_fits:
+            yield f"  {name:<15}{method['state']:<8}{answers}{f'{cost:<19}{memory}' if wide else ''}".rstrip()
+        else:
+            known = ", ".join(flag for flag in flags if method[flag])
+            yield from _row(f"  {name:<15}", f"state: {method['state']}; {known}", width)
+        if not wide:
+            yield from _row(f"  {'':<15}", f"cost {cost}, memory {memory}", width)
+        yield from _row(f"  {'':<15}", method["summary"], width)
+        yield from _row(f"  {'':<15}", f"filters: {', '.join(method['filters'])}", width)
     yield ""
-    yield "  documents: packed documents in one pass; elsewhere one after another"
-    yield "  cost, memory: per channel, for T steps, N modes, C steps of a chunk, W taps of a window"
+    for note in (
+        "documents: packed documents in one pass; elsewhere one after another",
+        "cost, memory: per channel, for T steps, N modes, C steps of a chunk, W taps of a window",
+    ):
+        yield from _row("  ", note, width)
 
 
 def _painter(coloured: bool) -> Paint:
@@ -372,7 +462,7 @@ def _painter(coloured: bool) -> Paint:
 def _steps(count: int | None, plain: bool) -> str:
     if count is None:
         return "never" if plain else "∞"
-    return f"{count:,}"
+    return f"{count:,}" if count < 10**7 else f"{count:.1e}"  # what fits a column
 
 
 def _can_print(text: str, encoding: str | None) -> bool:

@@ -1,8 +1,8 @@
 """Which implementation runs, the fused kernels or plain torch: explicit argument > environment > automatic.
 
 ``resolve_backend`` decides once per forward pass, and its record is handed to the operators; an operator that is
-called alone, with a word, decides for itself. ``HYAENA_BACKEND`` speaks for every call that leaves the choice open
-(``backend="auto"``). What ``auto`` chose is logged once; what was chosen by name runs or raises.
+called alone, with a string, resolves it by itself. ``HYAENA_BACKEND`` decides for calls with ``backend="auto"``.
+What ``auto`` chose is logged once; what was chosen by name runs or raises.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def use_fused_hyena(
 def use_pointwise(backend: Backend | str, x: Tensor, *others: Tensor) -> bool:
     """Whether the kernels of norm, gate and rotary positions evaluate a call on these tensors.
 
-    A record decides by itself; with a word, the plain functions run where a gradient is wanted.
+    A record decides; a string is resolved here, and the plain functions run where a gradient is wanted.
     """
     if isinstance(backend, str):
         gradients = wants_gradients(x, *others)

@@ -158,9 +158,11 @@ class KVState:
         return state
 
     def blank(self, rows: int) -> KVState:
-        """An empty state of this kind, with room for one token in each of so many rows."""
+        """An empty state of this kind, with room for one token in each of so many rows, and with its tables made."""
         groups, _, head_dim = self.keys(0).shape
-        return KVState.allocate(rows, groups, 1, head_dim, self.dtype, self.keys(0).device)
+        state = KVState.allocate(rows, groups, 1, head_dim, self.dtype, self.keys(0).device)
+        state.pointers()  # before rows are captured: a graph can make none
+        return state
 
     def put(self, row: int, source: KVState, source_row: int) -> None:
         """Replace a row's storage by that of a row of another state, which must not be used afterwards."""

@@ -57,7 +57,13 @@ class StepContext(NamedTuple):
 
 
 class DecodeOperators:
-    """The plain composition. Every step begins with ``embed``."""
+    """The plain composition. Every step begins with ``embed``.
+
+    Attributes:
+        backend: what evaluates norms and rotary positions.
+    """
+
+    backend = PLAIN
 
     def embed(self, ids: Tensor, table: Tensor | Callable[[Tensor], Tensor], context: StepContext) -> Tensor:
         """Count one more token in every row, in place, and look up ids [B] in the table [V,D]: [B,D]."""
@@ -78,11 +84,11 @@ class DecodeOperators:
 
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """``residual + weight·norm(x) + bias``: x [B,D] -> [B,E]."""
-        return linear(normalise(x, norm), layer, residual=residual)
+        return linear(self.normalise(x, norm), layer, residual=residual)
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
         """``act(gate·norm(x)) · (up·norm(x))``: x [B,D] -> [B,E]."""
-        x = normalise(x, norm)
+        x = self.normalise(x, norm)
         return ACTIVATIONS[activation](linear(x, gate)) * linear(x, up)
 
     def rotate_and_cache(self, qkv: Tensor, state: KVState, context: StepContext) -> Tensor:
@@ -95,7 +101,7 @@ class DecodeOperators:
         q, k, v = parts.split([parts.shape[1] - 2 * groups, groups, groups], dim=1)
         position = (context.lengths - 1).long()
         table = (context.rotary[0][position, None], context.rotary[1][position, None])  # [B,1,head_dim/2]
-        q, k = (rotate(t.unsqueeze(2), table, backend=PLAIN) for t in (q, k))
+        q, k = (rotate(t.unsqueeze(2), table, backend=self.backend) for t in (q, k))
         state.write(k, v.unsqueeze(2), position.tolist())
         return q.squeeze(2)
 
@@ -111,16 +117,15 @@ class DecodeOperators:
         self, z: Tensor, short_weight: Tensor, short_bias: Tensor | None, long_filter: Filter, state: HyenaState
     ) -> Tensor:
         """One step of ``ops.hyena``, z [B,3D] -> [B,D]; both states are updated in place."""
-        y, new = hyena(z.unsqueeze(1), short_weight, short_bias, long_filter, state, backend=PLAIN)
+        y, new = hyena(z.unsqueeze(1), short_weight, short_bias, long_filter, state, backend=self.backend)
         for old, now in zip(state, new, strict=True):
             old.copy_(now)
         return y.squeeze(1)
 
-
-def normalise(x: Tensor, norm: Norm | None) -> Tensor:
-    """Apply a norm, or return x itself where there is none."""
-    if norm is None:
-        return x
-    if isinstance(norm, RMSNormWeight):
-        return rms_norm(x, norm.weight, norm.eps, eps_inside_root=norm.eps_inside_root, backend=PLAIN)
-    return norm(x)
+    def normalise(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """Apply a norm, or return x itself where there is none."""
+        if norm is None:
+            return x
+        if isinstance(norm, RMSNormWeight):
+            return rms_norm(x, norm.weight, norm.eps, eps_inside_root=norm.eps_inside_root, backend=self.backend)
+        return norm(x)

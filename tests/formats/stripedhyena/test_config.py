@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from configs import TINY, TINY_EVO
+from hyaena.config import ModelConfig, preset_names
 from hyaena.errors import ConfigError
 from hyaena.formats import config_from_dict, read_config
-from hyaena.formats.stripedhyena.config import NO_EFFECT
+from hyaena.formats.stripedhyena.config import NO_EFFECT, write_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -98,6 +101,35 @@ def test_the_interpolation_factor_counts_only_when_it_is_switched_on() -> None:
 def test_keys_without_effect_change_nothing_and_each_has_a_reason() -> None:
     assert all(NO_EFFECT.values())
     assert config_from_dict(original(**dict.fromkeys(NO_EFFECT, "anything"))) == config_from_dict(original())
+
+
+def test_an_export_states_what_the_original_needs_to_open_it() -> None:
+    """Where these are absent, the original takes a kernel that is not installed, or fails."""
+    for config in (TINY, TINY_EVO):
+        values = write_config(config)
+        assert values["use_flashfft"] is False and values["use_flash_attn"] is True
+        assert config_from_dict(values) == config
+    assert "vocab_file" not in write_config(TINY)
+    assert write_config(replace(TINY, vocab_file="a/tokenizer.json"))["vocab_file"] == "a/tokenizer.json"
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_survive_the_originals_format(name: str) -> None:
+    config = ModelConfig.from_name(name)
+    assert config_from_dict(yaml.safe_load(yaml.safe_dump(write_config(config)))) == config
+
+
+def test_formats_are_distinguished_by_their_keys(tmp_path: Path) -> None:
+    ours = TINY.to_dict() | {"model_type": "stripedhyena"}
+    assert config_from_dict(ours) == TINY
+    del ours["format"]
+    assert config_from_dict(ours) == TINY
+    assert config_from_dict(original(max_length=20)).max_length == 8192  # a generation default of transformers
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(original()), encoding="utf-8-sig")
+    assert read_config(path) == config_from_dict(original())
+    with pytest.raises(ConfigError, match=r"none\.yml: no such file"):
+        read_config(tmp_path / "none.yml")
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -94,9 +94,12 @@ def test_one_grid_serves_every_length() -> None:
 
 def test_kernels_see_the_rows_of_the_moment() -> None:
     """A row that is replaced is found through the same tables, so that a captured graph reads it."""
-    state, other, q = kv_state([90, 90], 2, 16), kv_state([300], 2, 16), randn(2, 4, 16)
-    tables = [t.data_ptr() for t in state.pointers()]
+    source, other, q = kv_state([90], 2, 16), kv_state([300], 2, 16), randn(2, 4, 16)
+    state = source.blank(3)
+    tables = [t.data_ptr() for t in state.first(2).pointers()]
+    state.put(0, source, 0)
     state.put(1, other, 0)
+    state = state.first(2)
     assert [t.data_ptr() for t in state.pointers()] == tables
     context = step_context([80, 280], 16)
     close(FusedDecodeOperators().attend(q, state, context), PLAIN.attend(q, state, context), torch.float32)

@@ -247,6 +247,7 @@ def _in_original_words(message: str) -> str:
     words |= {
         "intermediate_size": "inner_mlp_size",
         "max_length": "max_seqlen",
+        "num_key_value_heads": "num_attention_heads / proj_groups",
         "rope_scaling_factor": "rotary_emb_scaling_factor",
     }
     return re.sub("|".join(rf"\b{ours}\b" for ours in words), lambda match: words[match[0]], message)

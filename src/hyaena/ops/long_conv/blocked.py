@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyaena.ops.long_conv.modes import Modes, as_real_pairs, from_real_pairs, powers, readout_pairs
+from hyaena.ops.long_conv.modes import Modes, as_real_pairs, from_real_pairs, limit, narrow, powers, readout_pairs
 
 CHUNK = 32
 
@@ -89,12 +89,12 @@ def scan_chunks(values: Tensor, decay: Tensor, unbroken: Tensor | None = None) -
         passes = torch.cat([torch.ones_like(unbroken[:, :1]), unbroken[:, :-1]], dim=1)
     reach = 1
     while reach < count:
-        moved = values[:, :, :-reach] * decay.to(values.dtype)
+        moved = values[:, :, :-reach] * narrow(decay, values.dtype)
         if passes is not None:
             moved = torch.where(passes[:, reach:, None], moved, 0)
             passes = torch.cat([passes[:, :reach], passes[:, reach:] & passes[:, :-reach]], dim=1)
         values = torch.cat([values[:, :, :reach], values[:, :, reach:] + moved], dim=2)
-        decay = decay * decay
+        decay = limit(decay * decay)
         reach *= 2
     return values
 

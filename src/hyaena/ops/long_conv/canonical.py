@@ -7,7 +7,7 @@ A complex mode is a real fraction of order two, a mode with a real pole one of o
 suffices. The state is the numerator of what the past alone still makes, ``S(z)/A(z)``: M real numbers, which is the
 transposed direct form II.
 
-The coefficients of a polynomial determine clustered roots badly, so this form holds few filters: conversions run in
+The coefficients of a polynomial determine clustered roots badly, so few filters have this form: conversions run in
 float64 and refuse beyond a bound (``CONDITION``).
 """
 
@@ -66,8 +66,8 @@ class CanonicalFilter(NamedTuple):
         return long_conv_canonical(x, self.numerator.to(x.dtype), self.denominator.to(x.dtype), state, reset)
 
     def _reference(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        wide = (t.double() for t in (x, self.numerator, self.denominator, state))
-        return long_conv_canonical(*wide, reset)
+        b, a = self.numerator.double(), self.denominator.double()
+        return long_conv_canonical(x.double(), b, a, state.double(), reset)
 
     def _canonical_fft(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         return long_conv_rational_fft(x, self.numerator, self.denominator, state)

@@ -8,7 +8,7 @@ it. The first T outputs alone are those of the input and the state before, witho
     weights:  B_n: R_n     S_n: R_n p_n s_n     S'_n: R_n p_n s'_n
 
 Subtracting the state after makes Y a polynomial of degree T-1, so T points determine it, and nothing is padded. They
-lie on a circle outside of every pole (``z = ρ e^{iω}``, ρ a little larger than both 1 and max |p|), so poles on or
+are on a circle outside of every pole (``z = ρ e^{iω}``, ρ a little larger than both 1 and max |p|), so poles on or
 outside the unit circle are divided by as safely as others.
 
 The fractions are added where they are evaluated. Multiplied out first (``canonical.py``), sixteen poles near 1 would
@@ -20,11 +20,13 @@ Parnichkun et al. 2024, "State-free inference of state-space models" (the correc
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from hyaena.errors import UnsupportedError
-from hyaena.ops.long_conv.fft import fft_size, final_state
+from hyaena.ops.long_conv.fft import fft_size, final_state, in_pieces, piece_length
 from hyaena.ops.long_conv.modes import Modes
 
 MARGIN = 2.0
@@ -35,14 +37,23 @@ def long_conv_canonical_fft(x: Tensor, modes: Modes, state: Tensor) -> tuple[Ten
     """x real [B,T,F], state complex [B,F,N] -> (y float64 [B,T,F], final state complex128 [B,F,N])."""
     check_double(x)
     p, residues, state = (z.to(torch.complex128) for z in (*modes, state))
-    xt = x.double().transpose(1, 2)  # [B,F,T]
+    growth = p.detach().abs().amax(-1, keepdim=True).clamp(min=1).log()  # [F,1]
+    steps = piece_length(growth, x.shape[1], torch.float64)
+    evaluate = partial(_divide_modes, Modes(p, residues), growth)
+    y, state = in_pieces(x.double().transpose(1, 2), state, steps, evaluate)
+    return y.transpose(1, 2), state
+
+
+def _divide_modes(modes: Modes, growth: Tensor, xt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One piece: xt float64 [B,F,T], state complex128 [B,F,N] -> (y float64 [B,F,T], final state)."""
+    p, residues = modes
     after = final_state(xt, p, state)
     length = xt.shape[-1]
     size = fft_size(length)
 
-    growth = p.detach().abs().amax(-1, keepdim=True).clamp(min=1).log() + MARGIN / size  # log ρ, [F,1]
-    damping = torch.exp(-growth * torch.arange(length, device=x.device))  # ρ^-t
-    bins = torch.arange(size // 2 + 1, device=x.device)
+    growth = growth + MARGIN / size  # log ρ, [F,1]
+    damping = torch.exp(-growth * torch.arange(length, device=xt.device))  # ρ^-t
+    bins = torch.arange(size // 2 + 1, device=xt.device)
     turn = 2 * torch.pi / size
     z = torch.polar(torch.exp(-growth), -turn * bins.double())  # z⁻¹, [F,K]
     z_length = torch.polar(torch.exp(-growth * length), -turn * (bins * length % size).double())  # z⁻ᵀ
@@ -56,8 +67,7 @@ def long_conv_canonical_fft(x: Tensor, modes: Modes, state: Tensor) -> tuple[Ten
         )
         a = 1 - z * (2 * pole.real.unsqueeze(-1) - z * (pole * pole.conj()).real.unsqueeze(-1))
         y = y + (spectrum * fraction(pole, residue, z) + before) / a
-    y = torch.fft.irfft(y, n=size)[..., :length] / damping
-    return y.transpose(1, 2), after
+    return torch.fft.irfft(y, n=size)[..., :length] / damping, after
 
 
 def fraction(pole: Tensor, weight: Tensor, z: Tensor) -> Tensor:
@@ -78,14 +88,20 @@ def long_conv_rational_fft(x: Tensor, numerator: Tensor, denominator: Tensor, st
     beyond.
     """
     check_double(x)
-    b, a, state = numerator.double(), denominator.double(), state.double()
-    xt = x.double().transpose(1, 2)  # [B,F,T]
+    b, a = numerator.double(), denominator.double()
+    growth = torch.linalg.eigvals(companion(a.detach())).abs().amax(-1, keepdim=True).clamp(min=1).log()  # [F,1]
+    steps = piece_length(growth, x.shape[1], torch.float64)
+    evaluate = partial(_divide_polynomials, b, a, growth)
+    y, state = in_pieces(x.double().transpose(1, 2), state.double(), steps, evaluate)
+    return y.transpose(1, 2), state
+
+
+def _divide_polynomials(b: Tensor, a: Tensor, growth: Tensor, xt: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One piece: b, a [F,M], xt float64 [B,F,T], state [B,F,M] -> (y float64 [B,F,T], state)."""
     length, order = xt.shape[-1], a.shape[-1]
     size = fft_size(max(2 * length, order + 1))
-
-    largest = torch.linalg.eigvals(companion(a.detach())).abs().amax(-1, keepdim=True)
-    growth = largest.clamp(min=1).log() + ROOM / size  # log ρ, [F,1]
-    damping = torch.exp(-growth * torch.arange(size, device=x.device))  # ρ^-t
+    growth = growth + ROOM / size  # log ρ, [F,1]
+    damping = torch.exp(-growth * torch.arange(size, device=xt.device))  # ρ^-t
 
     def transform(v: Tensor) -> Tensor:
         return torch.fft.rfft(v * damping[:, : v.shape[-1]], n=size)
@@ -104,7 +120,7 @@ def long_conv_rational_fft(x: Tensor, numerator: Tensor, denominator: Tensor, st
 
     rest = torch.nn.functional.pad(state[..., length:], (0, min(order, length)))
     after = rest + tail(xt, torch.nn.functional.pad(b[:, 1:], (0, 1))) - tail(y, a)
-    return y.transpose(1, 2), after
+    return y, after
 
 
 def companion(a: Tensor) -> Tensor:

@@ -20,10 +20,8 @@ from hyaena.ops.long_conv.filters import SHORT, by_document, check_shape, wide_d
 from hyaena.ops.long_conv.reference import fir_reference
 
 FEW = 8
-"""Taps up to which one multiplication per tap is cheaper than matrix products."""
-
-MANY = 512
-"""Taps from which the FFT is cheaper than matrix products."""
+"""Taps up to which a sum over taps is cheaper than an FFT (on a CPU; 64 channels, 4,096 steps: 6 ms against 12 ms at 7
+taps, 14 against 20 at 16, 53 against 10 at 64)."""
 
 CHUNK = 64
 """Steps of a chunk at least; with W taps, a chunk of W steps costs two multiplications per tap."""
@@ -64,7 +62,7 @@ class ExplicitFilter(NamedTuple):
         taps = self.taps.shape[1]
         if length < SHORT or taps <= FEW:
             return "direct"
-        return "blocked" if taps < MANY else "fft"
+        return "fft"
 
     def evaluate(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """The filter by the method that suits its length: see ``Evaluate``."""

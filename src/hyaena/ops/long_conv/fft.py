@@ -11,10 +11,17 @@ The incoming state adds its free response ``Re Σ_n R_n p_n^(t+1) s_n``; the fin
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
-from hyaena.ops.long_conv.modes import Modes, as_real_pairs, from_real_pairs, powers
+from hyaena.ops.long_conv.modes import Modes, as_real_pairs, from_real_pairs, narrow, power, powers
+
+RANGE = 0.7
+"""The share of the exponents of a dtype that damping may use: float32 then holds inputs of 1e-11 at the end."""
 
 
 def fft_size(length: int) -> int:
@@ -31,18 +38,45 @@ def convolve(x: Tensor, h: Tensor) -> Tensor:
     return torch.fft.irfft(spectrum, n=size)[..., :length]
 
 
+def piece_length(growth: Tensor, length: int, dtype: torch.dtype) -> int:
+    """The steps, at most ``length``, over which ``exp(growth·t)`` stays in the range of a dtype; growth >= 0.
+
+    All of them inside torch.compile and torch.func, where numbers cannot be looked at.
+    """
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(growth):
+        return length
+    steps = RANGE * math.log(torch.finfo(dtype).max) / max(float(growth.max()), 1e-9)
+    return max(1, min(length, int(steps)))
+
+
+def in_pieces(
+    x: Tensor, state: Tensor, steps: int, evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Evaluate pieces of x [B,F,T] of so many steps, each from the state before it; y [B,F,T] and the last state."""
+    outputs = []
+    for part in x.split(steps, dim=2):
+        y, state = evaluate(part, state)
+        outputs.append(y)
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], state
+
+
 def long_conv_fft(x: Tensor, modes: Modes, state: Tensor) -> tuple[Tensor, Tensor]:
-    """x real [B,T,F], state [B,F,N] -> (y real [B,T,F], final state)."""
+    """x real [B,T,F], state [B,F,N] -> (y real [B,T,F], final state); in pieces where ρ^T is beyond the dtype."""
     poles, residues = modes
-    length = x.shape[1]
-    xt = x.transpose(1, 2)  # [B,F,T]
-    growth = poles.detach().abs().amax(-1, keepdim=True).clamp(min=1)  # ρ, [F,1]
-    # ρ^t overflows where outputs do. Half the exponent, twice: no output that float32 can hold is multiplied by inf
-    half = torch.exp(0.5 * growth.log() * torch.arange(length, device=x.device))
-    undamp, damp = half.to(x.dtype), half.reciprocal().to(x.dtype)
-    y = convolve(xt * damp * damp, Modes(poles / growth, residues).impulse_response(length)) * undamp * undamp
-    free = Modes(poles, residues * poles.to(residues.dtype) * state)  # residues [B,F,N]
-    return (y + free.impulse_response(length)).transpose(1, 2), final_state(xt, poles, state)
+    growth = poles.detach().abs().amax(-1, keepdim=True).clamp(min=1).log()  # log ρ, [F,1]
+    most = piece_length(growth, x.shape[1], x.dtype)
+    undamp = torch.exp(growth * torch.arange(most, device=x.device))  # ρ^t, [F,T]
+    damp, undamp = undamp.reciprocal().to(x.dtype), undamp.to(x.dtype)
+    h = Modes(poles / growth.exp(), residues).impulse_response(most)
+
+    def evaluate(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        length = x.shape[2]
+        y = convolve(x * damp[:, :length], h[:, :length]) * undamp[:, :length]
+        free = Modes(poles, residues * narrow(poles, residues.dtype) * state)  # residues [B,F,N]
+        return y + free.impulse_response(length), final_state(x, poles, state)
+
+    y, state = in_pieces(x.transpose(1, 2), state, most, evaluate)
+    return y.transpose(1, 2), state
 
 
 def final_state(x: Tensor, poles: Tensor, state: Tensor, block: int = 64) -> Tensor:
@@ -53,5 +87,5 @@ def final_state(x: Tensor, poles: Tensor, state: Tensor, block: int = 64) -> Ten
     fine = powers(poles, block + 1)
     inner = as_real_pairs(fine[..., :block].flip(-1).transpose(-1, -2).to(state.dtype))  # p^(b-1-j), [F,b,M]
     local = from_real_pairs(x.unflatten(-1, (count, block)) @ inner, state)  # [B,F,count,N]
-    outer = powers(fine[..., block], count).flip(-1).to(state.dtype)  # [F,N,count]
-    return (poles**length).to(state.dtype) * state + torch.einsum("bdcn,dnc->bdn", local, outer)
+    outer = narrow(powers(fine[..., block], count).flip(-1), state.dtype)  # [F,N,count]
+    return narrow(power(poles, length), state.dtype) * state + torch.einsum("bdcn,dnc->bdn", local, outer)

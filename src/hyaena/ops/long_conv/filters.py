@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,13 +31,15 @@ class Filter(Protocol):
 
     Every method obeys the law of splitting: ``f(a ++ b)`` equals ``f(a)`` to a state, then ``f(b)`` from that state.
     A state is a tensor [B,D,…] that the methods of a filter share (``"truncated"``, see there, is the one exception).
-
-    Attributes:
-        methods: the ways to evaluate the kind, by name. The names of ``METHODS`` are described there; a kind may have
-            others.
     """
 
-    methods: ClassVar[Mapping[str, Evaluate]]
+    @property
+    def methods(self) -> Mapping[str, Evaluate]:
+        """The ways to evaluate the kind, by name: an attribute of the class, of functions that take the filter first.
+
+        The names of ``METHODS`` are described there; a kind may have others.
+        """
+        ...
 
     @property
     def groups(self) -> int:
@@ -90,8 +92,8 @@ def check_shape(state: Tensor, shape: tuple[int, ...]) -> None:
 def by_document(evaluate: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Evaluate:
     """Give resets to a method that has none: evaluate the stretches between boundaries one after another.
 
-    A boundary of one row cuts every row; the rows without it go on from their state. Exact, and cheap while documents
-    are long: the cost of a method that is at least linear in T does not grow, but for the calls.
+    A boundary of one row cuts every row; the rows without it continue from their state. Exact, and cheap while
+    documents are long: the cost of a method that is at least linear in T does not grow, but for the calls.
     """
 
     def run(filter: Any, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Filters of modes: sums of damped exponentials, complex or real, which are convolutions and recurrences at once.
+"""Filters of modes: sums of damped exponentials, complex or real, which are convolutions and recurrences.
 
 complex:  h[t] = Re Σ_n R_n p_n^t            real:  h[t] = Σ_n R_n exp(λ_n t)
 state:    s[t] = p·s[t-1] + x[t], one number per mode

@@ -75,8 +75,33 @@ def powers(p: Tensor, count: int) -> Tensor:
     step = p.unsqueeze(-1)
     while out.shape[-1] < count:
         out = torch.cat([out, out * step], dim=-1)
-        step = step * step
+        step = limit(step * step)
     return out[..., :count]
+
+
+def power(p: Tensor, exponent: int) -> Tensor:
+    """``p^exponent``, by repeated squaring: [...] -> [...]; exponent >= 0."""
+    out = torch.ones_like(p)
+    while exponent:
+        if exponent % 2:
+            out = limit(out * p)
+        p, exponent = limit(p * p), exponent // 2
+    return out
+
+
+def limit(z: Tensor, largest: float | None = None) -> Tensor:
+    """Scale numbers beyond a magnitude down to it, by default one whose square is finite; others keep every bit.
+
+    Powers of a pole outside the unit circle overflow, and infinity times zero is NaN. So long as they are finite, a
+    channel that has read zeros only (padding, say) stays zero, and others overflow where their outputs do.
+    """
+    bound = torch.finfo(z.dtype).max ** 0.5 / 4 if largest is None else largest
+    return z / (z.detach().abs() / bound).clamp(min=1)
+
+
+def narrow(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to a narrower dtype, in which the result is finite; see ``limit``."""
+    return limit(z, torch.finfo(dtype).max / 4).to(dtype)
 
 
 def decay_lengths(poles: Tensor, threshold: float = 1e-3) -> Tensor:

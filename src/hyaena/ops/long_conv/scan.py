@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hyaena.ops.long_conv.modes import Modes
+from hyaena.ops.long_conv.modes import Modes, limit, narrow
 
 
 def long_conv_scan(x: Tensor, modes: Modes, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -38,13 +38,13 @@ def scan(values: Tensor, decay: Tensor, passes: Tensor | None = None) -> Tensor:
     length = values.shape[1]
     if length == 1:
         return values
-    step = decay.to(values.dtype)
+    step = narrow(decay, values.dtype)
     before, after = values[:, : length // 2 * 2 : 2], values[:, 1::2]
     carried, joined = step * before, None
     if passes is not None:
         carried = torch.where(passes[:, 1::2], carried, 0)
         joined = passes[:, : length // 2 * 2 : 2] & passes[:, 1::2]
-    odd = scan(after + carried, decay * decay, joined)
+    odd = scan(after + carried, limit(decay * decay), joined)
     carried = step * odd[:, : (length - 1) // 2]
     if passes is not None:
         carried = torch.where(passes[:, 2::2], carried, 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hyaena.ops import triton
+from hyaena.ops.backend import Backend
 from hyaena.ops.hyena import HyenaState
 from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Dense, Linear
@@ -39,6 +40,7 @@ class FusedDecodeOperators(DecodeOperators):
         longest: int | None = None,
     ) -> None:
         self.tiles = tiles or {}
+        self.backend = Backend(hyena=False, pointwise=True)
         self.overlap = overlap
         self.longest = longest
 

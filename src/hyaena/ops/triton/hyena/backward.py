@@ -245,8 +245,8 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
     dr_im = zeros(N, BD)
     dgain = tl.zeros((BD,), tl.float32)
 
-    last_age = 1 << 30  # the state that the operator returned holds inputs of the last document only
-    if HAS_RESET:
+    last_age = 0
+    if HAS_RESET:  # the state that the operator returned holds inputs of the last document only
         last_age = tl.load(ages + T - 1)
 
     first = tl.program_id(1) * run
@@ -374,7 +374,9 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                     later1 = forget(later1, age[j] == 0)
                     later0 = forget(later0, age[j] == 0)
                 if HAS_DSHORT:  # the last W inputs are the state that the operator returned
-                    kept = inside & (at >= T - W) & (at < T) & (T - 1 - at <= last_age)
+                    kept = inside & (at >= T - W) & (at < T)
+                    if HAS_RESET:
+                        kept = kept & (T - 1 - at <= last_age)
                     dz2 += tl.load(dshort + (at - T + W), mask=kept, other=0.0).to(tl.float32)
                     dz1 += tl.load(dshort + D * W + (at - T + W), mask=kept, other=0.0).to(tl.float32)
                     dz0 += tl.load(dshort + 2 * D * W + (at - T + W), mask=kept, other=0.0).to(tl.float32)
@@ -400,7 +402,9 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                 dz1, later1 = spread(taps1, nothing, later1)
                 dz0, later0 = spread(taps0, nothing, later0)
                 if HAS_DSHORT:  # a sequence shorter than the window leaves some of it in the state
-                    kept = inside & (k - T >= 0) & (T - 1 - k + W <= last_age)
+                    kept = inside & (k - T >= 0)
+                    if HAS_RESET:
+                        kept = kept & (T - 1 - k + W <= last_age)
                     dz2 += tl.load(dshort + (k - T), mask=kept, other=0.0).to(tl.float32)
                     dz1 += tl.load(dshort + D * W + (k - T), mask=kept, other=0.0).to(tl.float32)
                     dz0 += tl.load(dshort + 2 * D * W + (k - T), mask=kept, other=0.0).to(tl.float32)

@@ -214,8 +214,8 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
 
     ``z`` and ``short`` [B,K-1,3D] are in words of P numbers of TYPE. NP is N rounded up to a power of two;
     ``keep`` int32 [B,T/L+1] has a bit for every step from K-1 before a segment to its end, see ``launch.segment_bits``;
-    ``bounds``, ``tiles`` and ``cuts`` are the fields of ``launch.Boundaries``; ``parts`` [B, parts, D, N, 2] is what
-    ``STATES_ONLY`` writes and the other mode reads, ``part_steps`` a multiple of S·L.
+    ``bounds``, ``tiles`` and ``cuts`` are the first fields of ``launch.Boundaries``; ``parts`` [B, parts, D, N, 2] is
+    what ``STATES_ONLY`` writes and the other mode reads, ``part_steps`` a multiple of S·L.
     """
     block = tl.program_id(0)
     part = tl.program_id(1)

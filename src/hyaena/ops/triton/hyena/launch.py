@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.triton.hyena.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
+from hyaena.ops.triton.hyena.boundaries import boundaries_kernel
 from hyaena.ops.triton.hyena.forward import hyena_forward_kernel
 from hyaena.ops.triton.hyena.step import hyena_step_kernel
 
@@ -148,8 +149,8 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
     parts = cdiv(tiles, part_tiles)
     sums = poles.new_empty(batch, max(parts - 1, 1), channels, modes, 2)
     words = as_words(z, numbers)
-    keep = words if mask is None else segment_bits(mask, tiling.steps, taps - 1, earlier=True)
-    bounds = Boundaries(words, words, words)
+    keep = words if mask is None else segment_bits(mask, tiling.steps, taps - 1)
+    bounds = None
     if reset is not None:
         bounds = find_boundaries(reset, tiling.steps, taps - 1, tiling.segments, part_tiles)
 
@@ -165,7 +166,9 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
             words if before is None else as_words(before, numbers),
             poles if long is None else long,
             keep,
-            *bounds,
+            words if bounds is None else bounds.segments,
+            words if bounds is None else bounds.tiles,
+            words if bounds is None else bounds.parts,
             sums,
             y,
             long_out,
@@ -196,52 +199,64 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
     if parts > 1:
         launch(parts - 1, True)
     launch(parts, False)
-    return y, window(z, before, mask, reset, taps - 1), long_out
+    return y, window(z, before, mask, None if bounds is None else bounds.tails, taps - 1), long_out
 
 
-def segment_bits(steps_of: Tensor, steps: int, before: int, *, earlier: bool) -> Tensor:
-    """Pack bool [B,T] by segments, int32 [B,T/steps+1]: bit i of a segment is its step ``i - before``.
+def segment_bits(mask: Tensor, steps: int, before: int) -> Tensor:
+    """Pack a padding mask [B,T] by segments, int32 [B,T/steps+1]: bit i is set where step ``i - before`` is kept.
 
-    Steps before the first have the value ``earlier``, those after the last have False.
+    Steps before the first count as kept, since they come from a state; those after the last do not.
     """
-    padded = torch.nn.functional.pad(steps_of, (before, 0), value=earlier)
-    padded = torch.nn.functional.pad(padded, (0, steps), value=False)
-    return pack_bits(padded.unfold(1, before + steps, steps)).int()  # of [B,segments,before+steps]
-
-
-def pack_bits(bits: Tensor) -> Tensor:
-    """bool [...,n], n <= 64, as int64 [...]: bit i is entry i."""
-    return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
+    mask = torch.nn.functional.pad(mask, (before, 0), value=True)
+    mask = torch.nn.functional.pad(mask, (0, steps), value=False)
+    bits = mask.unfold(1, before + steps, steps)  # [B,segments,before+steps]
+    return (bits << torch.arange(before + steps, device=mask.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
 
 
 class Boundaries(NamedTuple):
     """Where documents begin, as the forward kernel reads it.
 
     Attributes:
-        segments: int32 [B,T/L+1], a bit for every step from K-1 before a segment to its end, see ``segment_bits``.
-        tiles: int64 [B,tiles], a bit for every segment in which a document begins.
-        parts: int32 [B,parts], whether a document begins in a part.
+        segments: int32 [B,T/L+1], bit i of a segment: a document begins at its step ``i - (K-1)``.
+        tiles: int64 [B,tiles], bit i of a tile: a document begins in its segment i.
+        parts: bool [B,parts], whether a document begins in a part of time.
+        tails: int32 [B], how many steps ago the last document began; K-1 where it was longer ago.
     """
 
     segments: Tensor
     tiles: Tensor
     parts: Tensor
+    tails: Tensor
 
 
 def find_boundaries(reset: Tensor, steps: int, before: int, segments: int, part_tiles: int) -> Boundaries:
-    """The boundaries of bool [B,T] for tiles of ``segments`` segments of ``steps`` steps and parts of so many tiles."""
+    """Pack bool [B,T] for tiles of ``segments`` segments of ``steps`` steps, and parts of ``part_tiles`` tiles."""
+    batch, length = reset.shape
+    tiles = reset.new_empty(batch, cdiv(length, segments * steps), dtype=torch.int64)
+    words = reset.new_empty(batch, length // steps + 1, dtype=torch.int32)
+    tails = reset.new_empty(batch, dtype=torch.int32)
+    start: Any = boundaries_kernel[(tiles.shape[1], batch)]
+    start(
+        reset.view(torch.uint8),
+        words,
+        tiles,
+        tails,
+        length,
+        W=before,
+        S=segments,
+        L=steps,
+        BITS=power_of_two(before + steps),
+        num_warps=1,
+    )
+    parts = torch.nn.functional.pad(tiles, (0, -tiles.shape[1] % part_tiles)).unflatten(1, (-1, part_tiles))
+    return Boundaries(words, tiles, parts.any(-1), tails)
 
-    def pieces(flags: Tensor, size: int) -> Tensor:
-        """bool [B,n] as [B,pieces,size], filled up with False."""
-        return torch.nn.functional.pad(flags, (0, -flags.shape[1] % size)).unflatten(1, (-1, size))
 
-    by_tile = pieces(pieces(reset, steps).any(-1), segments)
-    parts = pieces(by_tile.any(-1), part_tiles).any(-1)
-    return Boundaries(segment_bits(reset, steps, before, earlier=False), pack_bits(by_tile), parts.int())
+def window(z: Tensor, before: Tensor | None, mask: Tensor | None, tails: Tensor | None, steps: int) -> Tensor:
+    """Return the state of the short filter [B,3D,steps], the last steps of z [B,T,3D] after ``before`` [B,steps,3D].
 
-
-def window(z: Tensor, before: Tensor | None, mask: Tensor | None, reset: Tensor | None, steps: int) -> Tensor:
-    """The last steps of z [B,T,3D] after ``before`` [B,steps,3D]: the state of the short filter [B,3D,steps]."""
+    Steps before the last document are zero, see ``Boundaries.tails``.
+    """
     recent = z[:, max(0, z.shape[1] - steps) :] if steps else z[:, :0]
     if mask is not None:
         recent = recent * mask[:, z.shape[1] - recent.shape[1] :, None]
@@ -249,10 +264,9 @@ def window(z: Tensor, before: Tensor | None, mask: Tensor | None, reset: Tensor 
     if missing:
         older = z.new_zeros(z.shape[0], steps, z.shape[2]) if before is None else before
         recent = torch.cat([older[:, steps - missing :], recent], dim=1)
-    if reset is not None and steps:  # zero before the last document begins
-        begins = torch.nn.functional.pad(reset, (steps, 0))[:, -steps:].int()
-        later = begins.flip(1).cumsum(1).flip(1) - begins
-        recent = recent.masked_fill((later > 0).unsqueeze(-1), 0.0)
+    if tails is not None:
+        ago = torch.arange(steps - 1, -1, -1, device=z.device)
+        recent = recent.masked_fill((ago > tails[:, None])[:, :, None], 0.0)
     return recent.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
@@ -354,7 +368,8 @@ def backward(
     batch, length, width = z.shape
     channels, modes = poles.shape[:2]
     taps = weight.shape[-1]
-    dy, dshort, dlong = (None if t is None else t.contiguous() for t in (dy, dshort, dlong))
+    dy = dy.contiguous()
+    dshort, dlong = (None if t is None else t.contiguous() for t in (dshort, dlong))
     keep = z if mask is None else mask.view(torch.uint8)
     ages = z if reset is None else age(reset)
     tiling = tiling or choose_backward_tiling(length, channels, modes)

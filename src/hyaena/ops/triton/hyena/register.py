@@ -22,7 +22,7 @@ def fused_hyena(
     z: Tensor,
     short_weight: Tensor,
     short_bias: Tensor | None,
-    long_filter: ModalFilter,
+    long_filter: object,
     short: Tensor | None,
     long: Tensor | None,
     mask: Tensor | None,
@@ -30,9 +30,12 @@ def fused_hyena(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Evaluate ``ops.hyena`` in one kernel: y [B,T,D], and the states of both filters after z. Differentiable.
 
+    For arguments that ``ops.triton.unsupported_reason`` finds no fault with.
+
     Raises:
         InputError: shapes that do not fit.
     """
+    assert isinstance(long_filter, ModalFilter)
     batch, length, width = z.shape
     flags = [t for t in (mask, reset) if t is not None]
     if length == 0 or any(t.shape != (batch, length) for t in flags):
@@ -83,7 +86,7 @@ def hyena_operator(
 
 
 @hyena_operator.register_fake
-def _(z: Tensor, weight: Tensor, bias: Tensor | None, poles: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(z: Tensor, weight: Tensor, bias: Tensor | None, poles: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = z.shape
     return (
         z.new_empty(batch, length, width // 3),
@@ -123,9 +126,9 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     poles: Tensor,
-    *_: Any,
+    *rest: Any,
 ) -> Gradients:
-    batch, _, width = z.shape
+    batch, width = z.shape[0], z.shape[2]
     wide = poles.new_empty
     return (
         torch.empty_like(z, memory_format=torch.contiguous_format),

@@ -1,4 +1,4 @@
-"""``hyaena --help`` answers at once: it must not import torch."""
+"""``hyaena --help`` must not import torch, and answers in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 from benchmarks.machine import ROOT
-from benchmarks.measure import Side, take_turns
-from benchmarks.registry import Bar, IncorrectError, Row, Spread
+from benchmarks.registry import IncorrectError, Row, Session, Summary, Target, pairwise
+from hyaena.bench.clock import Side, take_turns
 
 HELP = "import sys; from hyaena.cli import main; sys.argv[0] = 'hyaena'; main(['--help'])"
 COUNT = """
@@ -30,28 +30,28 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def command_help(quick: bool) -> list[Row]:
+def command_help(session: Session) -> list[Row]:
     """Modules of torch after ``--help``, and its wall time beside an empty interpreter's."""
-    told = json.loads(python(COUNT))
-    if not all(command in told["help"] for command in ("usage: hyaena", "generate", "train")):
+    reported = json.loads(python(COUNT))
+    if not all(command in reported["help"] for command in ("usage: hyaena", "generate", "train")):
         raise IncorrectError("`hyaena --help` does not show the commands")
     seconds = take_turns(
-        {"ours": Side(lambda: python(HELP)), "empty": Side(lambda: python("pass"))}, rounds=2 if quick else 11
+        {"ours": Side(lambda: python(HELP)), "empty": Side(lambda: python("pass"))}, rounds=2 if session.quick else 11
     )
     return [
         Row(
             what="torch modules that `hyaena --help` imports",
             unit="modules",
-            ours=Spread.of([told["torch"]]),
-            bar=Bar("<=", 0),
+            ours=Summary.of([reported["torch"]]),
+            target=Target("<=", 0),
         ),
         Row(
             what="wall time of `hyaena --help`",
             unit="s",
-            ours=Spread.of(seconds["ours"]),
-            peer_name="`python -c pass`",
-            peer=Spread.of(seconds["empty"]),
-            ratio=Spread.of(a / b for a, b in zip(seconds["ours"], seconds["empty"], strict=True)),
+            ours=Summary.of(seconds["ours"].values),
+            baseline_name="`python -c pass`",
+            baseline=Summary.of(seconds["empty"].values),
+            ratio=pairwise(seconds["ours"].values, seconds["empty"].values),
             ratio_name="ours / empty",
         ),
     ]

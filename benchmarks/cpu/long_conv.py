@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.measure import Side, pairwise, require_equal, take_turns
-from benchmarks.registry import Bar, Row, Spread
+from benchmarks.registry import Row, Session, Summary, Target, pairwise, require_equal
+from hyaena.bench.clock import Side, take_turns
 from hyaena.ops import ModalFilter, long_conv
 
 
-def blocked_against_fft(quick: bool) -> list[Row]:
+def blocked_against_fft(session: Session) -> list[Row]:
     """One sequence, float32, from an empty state; both sides also produce the final state."""
-    channels, modes, length, rounds = (32, 2, 256, 3) if quick else (768, 2, 8192, 15)
+    channels, modes, length, rounds = (32, 2, 256, 3) if session.quick else (768, 2, 8192, 15)
     torch.manual_seed(0)
     x = torch.randn(1, length, channels)
     magnitude = 0.999 - 0.5 * torch.rand(channels, modes)
@@ -33,12 +33,12 @@ def blocked_against_fft(quick: bool) -> list[Row]:
         Row(
             what=f"long convolution, D {channels}, N {modes}, T {length:,}",
             unit="s",
-            ours=Spread.of(seconds["blocked"]),
-            peer_name="fft",
-            peer=Spread.of(seconds["fft"]),
-            ratio=pairwise(seconds["fft"], seconds["blocked"]),
+            ours=Summary.of(seconds["blocked"].values),
+            baseline_name="fft",
+            baseline=Summary.of(seconds["fft"].values),
+            ratio=pairwise(seconds["fft"].values, seconds["blocked"].values),
             ratio_name="fft / blocked",
-            bar=Bar(">=", 5),
+            target=Target(">=", 5),
             note="One call each, filter tables and final state included.",
         )
     ]

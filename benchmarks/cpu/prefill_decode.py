@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 import hyaena
-from benchmarks import models
-from benchmarks.measure import Side, pairwise, require_equal, take_turns
+from benchmarks.cpu import models
 from benchmarks.mistral import Mistral
-from benchmarks.registry import Bar, IncorrectError, Row, Spread
+from benchmarks.registry import IncorrectError, Row, Session, Summary, Target, pairwise, require_equal
+from hyaena.bench.clock import Side, take_turns
 from hyaena.cache import Cache
 from hyaena.generation import PREFILL_CHUNK
 from hyaena.model import StripedHyena
 from hyaena.sizes import ModelSizes
 from hyaena.tokenizers import ByteTokenizer
 
-# Of the largest logit: two float32 evaluations of 12 layers in different orders of summation.
 CHUNK = PREFILL_CHUNK["cpu"]
+# Of the largest logit: two float32 evaluations of 12 layers in different orders of summation.
 SAME = 1e-4
 
 
@@ -83,30 +83,30 @@ def check_decoding(model: StripedHyena, ids: Tensor, steps: int = 4) -> None:
 
 
 @torch.inference_mode()
-def check_peer(peer: Mistral, ids: Tensor) -> None:
-    """The peer does its work too: its cached step gives the logits of one pass."""
-    whole = peer.prefill(ids)
-    peer.prefill(ids[:, :-1])
-    require_equal("Mistral's logits with and without cache", peer.step(ids[:, -1:]), whole, SAME)
+def check_baseline(baseline: Mistral, ids: Tensor) -> None:
+    """The baseline does its work too: its cached step gives the logits of one pass."""
+    whole = baseline.prefill(ids)
+    baseline.prefill(ids[:, :-1])
+    require_equal("Mistral's logits with and without cache", baseline.step(ids[:, -1:]), whole, SAME)
 
 
-def prefill(quick: bool) -> list[Row]:
-    """A whole prompt, from ids to the first token on our side, to the last logits on the peer's."""
-    length, rounds, chunk = (96, 2, 32) if quick else (8192, 5, CHUNK)
-    model = models.striped(quick)
-    peer = Mistral(model.config)
+def prefill(session: Session) -> list[Row]:
+    """A whole prompt, from ids to the first token on our side, to the last logits on the baseline's."""
+    length, rounds, chunk = (96, 2, 32) if session.quick else (8192, 5, CHUNK)
+    model = models.striped(session.quick)
+    baseline = Mistral(model.config)
     ids = prompt(model.config, length)
     check_prefill(model, ids, chunk)
-    check_peer(peer, ids[:, : length // 16])
+    check_baseline(baseline, ids[:, : length // 16])
 
     @torch.inference_mode()
     def theirs() -> None:
-        peer.prefill(ids)
+        baseline.prefill(ids)
 
     seconds = take_turns(
         {
             "ours": Side(lambda: prefill_ours(model, ids, chunk)),
-            "peer": Side(theirs, prepare=lambda: setattr(peer, "cache", None)),
+            "baseline": Side(theirs, prepare=lambda: setattr(baseline, "cache", None)),
         },
         rounds,
     )
@@ -114,23 +114,23 @@ def prefill(quick: bool) -> list[Row]:
         Row(
             what=f"prefill of {length:,} tokens, {_size(model)}",
             unit="s",
-            ours=Spread.of(seconds["ours"]),
-            peer_name=f"Mistral ({peer.num_parameters / 1e6:.1f}M)",
-            peer=Spread.of(seconds["peer"]),
-            ratio=pairwise(seconds["peer"], seconds["ours"]),
-            ratio_name="peer / ours",
-            bar=Bar(">=", 1.3),
+            ours=Summary.of(seconds["ours"].values),
+            baseline_name=f"Mistral ({baseline.num_parameters / 1e6:.1f}M)",
+            baseline=Summary.of(seconds["baseline"].values),
+            ratio=pairwise(seconds["baseline"].values, seconds["ours"].values),
+            ratio_name="baseline / ours",
+            target=Target(">=", 1.3),
             note=f"Ours: `hyaena.generate` for one token, chunks of {chunk:,}, so the choice of the token is in it.",
         )
     ]
 
 
-def prefill_chunks(quick: bool) -> list[Row]:
+def prefill_chunks(session: Session) -> list[Row]:
     """The same prompt in other chunk sizes, against the default one."""
     length, rounds, default, sizes = (
-        (96, 2, 32, (16, 64)) if quick else (8192, 2, CHUNK, tuple({512, 1024, 2048, 4096} - {CHUNK}))
+        (96, 2, 32, (16, 64)) if session.quick else (8192, 2, CHUNK, tuple({512, 1024, 2048, 4096} - {CHUNK}))
     )
-    model = models.striped(quick)
+    model = models.striped(session.quick)
     ids = prompt(model.config, length)
     prefill_ours(model, ids[:, : length // 8])
     sides = {size: Side(lambda size=size: prefill_ours(model, ids, size)) for size in (default, *sorted(sizes))}
@@ -139,10 +139,10 @@ def prefill_chunks(quick: bool) -> list[Row]:
         Row(
             what=f"prefill of {length:,} tokens in chunks of {size:,}, {_size(model)}",
             unit="s",
-            ours=Spread.of(seconds[str(size)]),
-            peer_name=f"chunks of {default:,}",
-            peer=Spread.of(seconds[str(default)]),
-            ratio=pairwise(seconds[str(default)], seconds[str(size)]),
+            ours=Summary.of(seconds[str(size)].values),
+            baseline_name=f"chunks of {default:,}",
+            baseline=Summary.of(seconds[str(default)].values),
+            ratio=pairwise(seconds[str(default)].values, seconds[str(size)].values),
             ratio_name="default / this",
         )
         for size in sorted(sizes)
@@ -177,23 +177,23 @@ def _ours_at(model: StripedHyena, ids: Tensor, room: int) -> tuple[Greedy, Calla
     return Greedy(lambda token: model(token, cache=cache, logits_to_keep=1)[:, -1], first), rewind
 
 
-def decode_long(quick: bool) -> list[Row]:
-    """Single steps at a long context, against the peer with its cache."""
-    context, steps, rounds = (96, 4, 3) if quick else (8192, 16, 9)
-    model = models.striped(quick)
-    peer = Mistral(model.config)
+def decode_long(session: Session) -> list[Row]:
+    """Single steps at a long context, against the baseline with its cache."""
+    context, steps, rounds = (96, 4, 3) if session.quick else (8192, 16, 9)
+    model = models.striped(session.quick)
+    baseline = Mistral(model.config)
     ids = prompt(model.config, context)
     check_decoding(model, ids)
-    check_peer(peer, ids[:, : context // 16])
+    check_baseline(baseline, ids[:, : context // 16])
     ours, rewind = _ours_at(model, ids, steps)
     with torch.inference_mode():
-        theirs = Greedy(peer.step, peer.prefill(ids))
+        theirs = Greedy(baseline.step, baseline.prefill(ids))
     ours.run(1)
     theirs.run(1)
     seconds = take_turns(
         {
             "ours": Side(lambda: ours.run(steps), prepare=rewind),
-            "peer": Side(lambda: theirs.run(steps), prepare=lambda: peer.rewind(context)),
+            "baseline": Side(lambda: theirs.run(steps), prepare=lambda: baseline.rewind(context)),
         },
         rounds,
     )
@@ -201,21 +201,21 @@ def decode_long(quick: bool) -> list[Row]:
         Row(
             what=f"decoding at context {context:,}, {_size(model)}",
             unit="tokens/s",
-            ours=Spread.of(steps / s for s in seconds["ours"]),
-            peer_name=f"Mistral ({peer.num_parameters / 1e6:.1f}M), DynamicCache",
-            peer=Spread.of(steps / s for s in seconds["peer"]),
-            ratio=pairwise(seconds["peer"], seconds["ours"]),
-            ratio_name="ours / peer",
-            bar=Bar(">=", 2),
+            ours=Summary.of(steps / s for s in seconds["ours"].values),
+            baseline_name=f"Mistral ({baseline.num_parameters / 1e6:.1f}M), DynamicCache",
+            baseline=Summary.of(steps / s for s in seconds["baseline"].values),
+            ratio=pairwise(seconds["baseline"].values, seconds["ours"].values),
+            ratio_name="ours / baseline",
+            target=Target(">=", 2),
             note=f"{steps} greedy steps a round, each round from the same context.",
         )
     ]
 
 
-def decode_short(quick: bool) -> list[Row]:
+def decode_short(session: Session) -> list[Row]:
     """Single steps at a short context, against reading every weight matrix of a step once."""
-    context, steps, rounds = (64, 4, 3) if quick else (512, 16, 15)
-    model = models.striped(quick)
+    context, steps, rounds = (64, 4, 3) if session.quick else (512, 16, 15)
+    model = models.striped(session.quick)
     ids = prompt(model.config, context)
     check_decoding(model, ids)
     ours, rewind = _ours_at(model, ids, steps)
@@ -229,30 +229,30 @@ def decode_short(quick: bool) -> list[Row]:
             for w in matrices:
                 product(w, vectors[w.shape[1]])
 
-    floors = {
+    bounds = {
         "torch.mv": Side(lambda: stream(torch.mv)),
         "F.linear": Side(lambda: stream(lambda w, v: nn.functional.linear(v[None], w))),
     }
     ours.run(1)
-    for floor in floors.values():
-        floor.run()
-    seconds = take_turns({"ours": Side(lambda: ours.run(steps), prepare=rewind), **floors}, rounds)
-    fastest = min(floors, key=lambda name: Spread.of(seconds[name]).median)
+    for bound in bounds.values():
+        bound.run()
+    seconds = take_turns({"ours": Side(lambda: ours.run(steps), prepare=rewind), **bounds}, rounds)
+    fastest = min(bounds, key=lambda name: seconds[name].median)
     return [
         Row(
-            what=f"decoding at context {context:,} against its floor by {name}, {_size(model)}",
+            what=f"decoding at context {context:,} against reading its weights by {name}, {_size(model)}",
             unit="tokens/s",
-            ours=Spread.of(steps / s for s in seconds["ours"]),
-            peer_name=f"{len(matrices)} matrices by {name}",
-            peer=Spread.of(steps / s for s in seconds[name]),
-            ratio=pairwise(seconds[name], seconds["ours"]),
-            ratio_name="ours / floor",
-            bar=Bar(">=", 0.65) if name == fastest else None,
-            note=f"The floor reads {bytes_read / 1e6:.0f} MB a step: "
-            f"{bytes_read * steps / Spread.of(seconds[name]).median / 1e9:.1f} GB/s."
-            + (" The faster of the two floors holds the bar." if name == fastest else ""),
+            ours=Summary.of(steps / s for s in seconds["ours"].values),
+            baseline_name=f"{len(matrices)} matrices by {name}",
+            baseline=Summary.of(steps / s for s in seconds[name].values),
+            ratio=pairwise(seconds[name].values, seconds["ours"].values),
+            ratio_name="ours / bound",
+            target=Target(">=", 0.65) if name == fastest else None,
+            note=f"The bound reads {bytes_read / 1e6:.0f} MB a step: "
+            f"{bytes_read * steps / seconds[name].median / 1e9:.1f} GB/s."
+            + (" The target holds for the faster of the two." if name == fastest else ""),
         )
-        for name in floors
+        for name in bounds
     ]
 
 

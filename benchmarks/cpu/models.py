@@ -9,6 +9,7 @@ from hyaena.config import ModelConfig
 
 if TYPE_CHECKING:
     from hyaena.model import StripedHyena
+    from hyaena.tokenizers import Tokenizer
 
 STRIPED = ModelConfig(
     vocab_size=32_000,
@@ -22,7 +23,7 @@ STRIPED = ModelConfig(
     max_length=16_384,
     name="129M",
 )
-"""SH-7B's pattern, 128,912,640 parameters: D/H/G, the stripes and the MLP in its proportions."""
+"""SH-7B's pattern, 128,912,640 parameters: the widths, the stripes and the MLP in its proportions."""
 
 TINY = replace(
     STRIPED,
@@ -46,8 +47,8 @@ def striped(quick: bool) -> StripedHyena:
     return StripedHyena(TINY if quick else STRIPED).eval()
 
 
-def cub() -> StripedHyena:
-    """The bundled model, in float32."""
+def cub() -> tuple[StripedHyena, Tokenizer]:
+    """The bundled model, in float32, and its tokenizer."""
     import hyaena
 
-    return hyaena.load("cub", dtype="float32")[0]
+    return hyaena.load("cub", dtype="float32")

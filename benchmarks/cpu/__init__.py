@@ -1,0 +1,34 @@
+"""The benchmarks of a CPU."""
+
+from __future__ import annotations
+
+from benchmarks.registry import Benchmark, Suite
+
+METHOD = """\
+Written by `make bench` (`python -m benchmarks.cpu`); do not edit. Both sides of a row run in turns in one process
+(memory: in fresh processes); figures are medians, a ratio is the median of the pairwise ratios with [lowest … highest].
+Before it is timed, each benchmark checks that both sides compute what they should."""
+
+SUITE = Suite(
+    name="cpu",
+    title="How fast hyaena is on a CPU, and how much memory it takes",
+    method=METHOD,
+    benchmarks=(
+        Benchmark("startup", "cpu.startup:command_help", "`hyaena --help`: torch stays out; its wall time", 0.5),
+        Benchmark("long_conv", "cpu.long_conv:blocked_against_fft", "long convolution, `blocked` against `fft`", 0.5),
+        Benchmark("prefill", "cpu.prefill_decode:prefill", "129M model, prefill of 8,192 tokens against Mistral", 3.5),
+        Benchmark("prefill_chunks", "cpu.prefill_decode:prefill_chunks", "the same prefill in other chunk sizes", 2),
+        Benchmark("prefill_memory", "cpu.memory:prefill_memory", "the same prefill, how much memory it needs", 1),
+        Benchmark("decode_8k", "cpu.prefill_decode:decode_long", "129M model, decoding at 8,192 against Mistral", 1.5),
+        Benchmark(
+            "decode_512",
+            "cpu.prefill_decode:decode_short",
+            "129M model, decoding at 512 against its weights",
+            0.5,
+        ),
+        Benchmark("mixed_batch", "cpu.memory:mixed_batch", "cub, short prompts and a long one in one batch", 1),
+        Benchmark("cub_memory", "cpu.memory:cub_memory", "cub, memory of 262,144 bytes against 16,384", 9.5),
+    ),
+    appendix="cpu.predictions:appendix",
+    threads=2,
+)

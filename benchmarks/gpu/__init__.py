@@ -1,0 +1,45 @@
+"""The benchmarks of a GPU: all of them in one run of at most eight minutes."""
+
+from __future__ import annotations
+
+from benchmarks.registry import Benchmark, Suite
+
+METHOD = """\
+Written by `python -m benchmarks.gpu`; do not edit. Random weights, bfloat16; our model has the shape of
+StripedHyena-Hessian-7B, the baseline is transformers' `MistralForCausalLM` in the same widths with attention in every
+layer (Mistral-7B's shape), scaled-dot-product attention, no sliding window. Figures are medians.
+
+Bounds come from a copy and a matrix product measured in the same run, in turns with decoding and with prefills
+(`hyaena.bench`): 4·D numbers a token for the operator; weights, keys, values and states for a decoding step (its share
+is the memory-bandwidth utilisation, mbu); products and causal scores that the last position's logits need for a prefill
+(model FLOPs utilisation, mfu). The first benchmark runs the tests of the kernels and of decoding on the GPU, at 4,096
+channels too; when one fails, nothing is timed.
+
+The two models do not fit into one GPU's memory at batch 64, so they ran one after the other, the baseline in a process
+of its own: a ratio is that of the medians, with [lowest … highest] from the extremes of both sides. The baseline reads
+a prompt as its users do, in one pass with a DynamicCache, and computes logits of the last position; it decodes with a
+StaticCache and `torch.compile(mode="reduce-overhead", fullgraph=True)`. Keys, values and states of decoding are random
+numbers. Our steps hand every token to the host; the baseline's stay on the device within a round.
+
+A training step is forward and backward of four layers of the 7B's width in bfloat16, with full activation checkpointing
+(every layer is computed again in the backward pass) and a vocabulary of 512, so that layers are what is measured: two
+Hyena and two attention layers, in turns with four attention layers. Packed documents have 256 to 8,192 tokens,
+log-uniform."""
+
+SUITE = Suite(
+    name="gpu",
+    title="How fast hyaena is on a GPU",
+    method=METHOD,
+    benchmarks=(
+        Benchmark("tests", "gpu.correctness:tests", "the tests of the kernels and of decoding", 2.5, required=True),
+        Benchmark("rates", "gpu.operator:rates", "how fast the device copies and multiplies", 0.1),
+        Benchmark("operator", "gpu.operator:operator", "the fused operator against its bound and the FFT", 0.1),
+        Benchmark("decode", "gpu.model:decode", "the 7B's shape, decoding against its bound", 0.3),
+        Benchmark("train", "gpu.train:train", "a training step, packed and not, against attention", 1.7),
+        Benchmark("prefill", "gpu.model:prefill", "the 7B's shape, prefill against its bound", 0.5),
+        Benchmark("baseline", "gpu.baseline:compare", "prefill and decoding against Mistral's shape", 1.8),
+    ),
+    session="gpu.session:GpuSession",
+    cuda=True,
+    limit=450.0,
+)

@@ -1,0 +1,52 @@
+"""``benchmarks.kernels`` on tiny sizes: every figure is taken and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is made for Linux only")
+
+from benchmarks.kernels import decode, hyena
+
+from hyaena.bench import rates
+from hyaena.bench.rates import Sizes
+from hyaena.ops.triton.hyena.launch import BackwardTiling, Tiling
+
+
+@pytest.fixture(autouse=True)
+def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rates.SIZES, "cpu", Sizes(10_000, 32, 2))
+
+
+def figures(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["figures"]
+
+
+def test_the_operator_in_every_tiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hyena, "TILINGS", {"small": Tiling(channels=16, segments=2, steps=4, group=2)})
+    monkeypatch.setattr(hyena, "BACKWARD", {"small": BackwardTiling(16, 2, 16)})
+    monkeypatch.setattr(hyena, "QUICK", (16, (2, 5), 1))
+    hyena.main(["--quick", "--output", str(tmp_path)])
+    found = figures(tmp_path / "hyena.json")
+    assert [(f["what"], f["name"]) for f in found] == [
+        *(("forward", name) for _ in range(2) for name in ("small", "blocked", "fft")),
+        ("backward", "small"),
+        *(("both", name) for name in ("triton", "blocked", "fft")),
+        *(("step", name) for _ in range(2) for name in ("step kernel", "recurrence")),
+    ]
+    assert all(f["bound"] > 0 and min(f["seconds"]) > 0 for f in found)
+
+
+def test_the_products_of_a_decoding_step_and_the_step_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "shapes", lambda config: [("gate", config.intermediate_size, config.hidden_size)])
+    monkeypatch.setattr(decode, "CUDA", False)
+    decode.main(["--quick", "--output", str(tmp_path)])
+    known = json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))
+    *products, step = known["figures"]
+    assert [(p["kind"], p["shape"], len(p["tiles"])) for p in products] == [("gate", [192, 64], 1)]
+    assert step["what"] == "products by torch" and step["context"] == 60 and len(step["seconds"]) == 4
+    assert known["tuned_tiles"] == {"('gate', 96, 64)": [8, 64, 1, 1]}
