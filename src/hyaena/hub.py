@@ -127,7 +127,7 @@ def load_tokenizer_of(
     name = str(source)
     if name in BUNDLED or not is_hub_id(name) or Path(name).exists():
         checkpoint = locate(source, revision=revision, config=config)
-        return checkpoint.config, load_tokenizer(_tokenizer_folder(checkpoint, config), checkpoint.config)
+        return checkpoint.config, load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)
     folder = download(name, revision=revision, weights=False)
     if isinstance(config, ModelConfig):
         found = config
