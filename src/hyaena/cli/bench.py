@@ -183,7 +183,7 @@ def _require_writable(path: Path | None) -> None:
 
 def _count(text: str) -> int:
     values = _counts(text)
-    if len(values) > 1:
+    if len(values) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
     return values[0]
 
