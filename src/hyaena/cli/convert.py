@@ -11,7 +11,7 @@ from hyaena.errors import InputError
 
 HELP = "write a model in this package's layout or the original's"
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
