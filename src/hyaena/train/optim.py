@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyaena.model import LongFilter
+from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter
 from hyaena.train.config import OptimConfig
 
 
@@ -16,7 +16,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """Three groups that together hold every trainable parameter once.
 
     ``matrices``: the weights of linear layers and embeddings, the only parameters with weight decay. ``filters``:
-    everything inside a ``LongFilter`` (poles however they are parametrised, residues, skip), with its own learning
+    everything inside a long filter (poles however they are parametrised, residues, taps, skip), with its own learning
     rate. ``vectors``: all the rest (norms, biases, short filters). What is decayed is chosen by the type of its
     module and everything else is not, so a new kind of parameter is never decayed by accident. Decay of poles and
     residues pulls memory towards zero length, which is no regulariser: published fine-tuning without it did better.
@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """
     roles: dict[Tensor, str] = {}
     for module in model.modules():
-        if isinstance(module, LongFilter):
+        if isinstance(module, (LongFilter, RealLongFilter, ExplicitLongFilter)):
             roles.update((parameter, "filters") for parameter in module.parameters())
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             roles[module.weight] = "matrices"
