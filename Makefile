@@ -27,7 +27,7 @@ help:
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH_INDEX=$(or $(TORCH_INDEX),the default package index)  PROMPT=... (demo)"
 
 demo: .venv/.installed
-	@$(BIN)/hyaena generate --model cub --max-new-tokens 400 --temperature 0.8 --min-p 0.05 --seed 7 --stats \
+	@$(BIN)/hyaena generate --model cub --max-new-tokens 400 --temperature 0.8 --min-p 0.05 --seed 7 --echo --stats \
 	  "$$DEMO_PROMPT"
 demo: export DEMO_PROMPT = $(PROMPT)
 

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import hyaena.cli
-from hyaena.errors import HyaenaError
+from hyaena.errors import HyaenaError, nearest, printable
 from hyaena.formats import read_config
 
 FLAGS = {
     "config_path": "config",
     "checkpoint_path": "model",
     "num_tokens": "max-new-tokens",
-    "prompt_file": "prompt-file",
     "temperature": "temperature",
     "top_k": "top-k",
     "top_p": "top-p",
@@ -33,32 +32,42 @@ FLAGS = {
 """Flags of this script -> flags of ``hyaena generate``."""
 
 
+DEMO_PROMPT = "import argparse\n"
+
+
 class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
+    """An argument parser with one line for every mistake."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        """End with status 2 and one line."""
+        self.exit(2, f"{self.prog}: error: {printable(message, limit=500)} (see --help)\n")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The original's flags, and a few that it lacked."""
-    parser = Parser(prog="generate.py", description="Continue a prompt with a checkpoint of the original's layout.")
+    description = "Continue a prompt with a checkpoint of the original's layout."
+    parser = Parser(prog="generate.py", description=description, allow_abbrev=False)
     parser.add_argument("--config_path", help="the original YAML; its prefill_style chooses the method")
     parser.add_argument("--checkpoint_path", help="the weights: .bin, .pt, .safetensors or a folder")
     parser.add_argument("--num_tokens", type=int, default=84, help="how many tokens to generate (84)")
-    parser.add_argument("--prompt_file", default="./prompt.txt", help="the prompt (./prompt.txt)")
+    parser.add_argument("--prompt_file", help="the prompt (./prompt.txt; with --demo, one of its own)")
     parser.add_argument(
-        "--cached_generation", action="store_true", help="taken for granted: there is always a cache, and it is exact"
+        "--cached_generation",
+        action="store_true",
+        help="without effect: there is always a cache, and it is exact",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as the original's script was (0)")
     parser.add_argument("--top_k", type=int, default=0, help="keep the K most probable tokens; 0 keeps all (0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep the tokens that together reach P (1)")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids what was said (1)")
-    parser.add_argument("--seed", type=int, help="draw the same numbers every time")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids tokens that occurred (1)")
+    parser.add_argument("--seed", type=int, help="makes samples reproducible")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
     parser.add_argument("--demo", action="store_true", help="run the bundled model instead of a checkpoint")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = nearest(unknown[0].split("=")[0], [f"--{flag}" for flag in vars(args)])
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near}?" if near else ""))
     if args.demo and (args.checkpoint_path or args.config_path):
         parser.error("--demo brings its own checkpoint and config: leave --checkpoint_path and --config_path out")
     if not args.demo and not args.checkpoint_path:
@@ -72,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Translate the flags and run ``hyaena generate``."""
     args = parse(argv)
     command = ["generate", "--stats"]
-    if not args.demo:
+    if args.demo:
+        command.append("--echo")  # so that the completion is not read as the whole
+    else:
         try:
             method = read_config(args.config_path).prefill_method
         except HyaenaError as error:
@@ -83,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         value = getattr(args, flag)
         if value is not None:
             command.append(f"--{ours}={value}")
+    if args.demo and args.prompt_file is None:
+        command += ["--", DEMO_PROMPT]
+    else:
+        command.append(f"--prompt-file={args.prompt_file or './prompt.txt'}")
     return hyaena.cli.main(command)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tune the bundled model on prompts and answers; less than a minute on two CPU cores.
+"""Fine-tune the bundled model on prompts and answers; about a minute on a CPU.
 
     python examples/finetune.py [FOLDER]
 

@@ -92,6 +92,7 @@ def test_the_prefill_style_of_the_yaml_is_honoured(
         (["--checkpoint_path", "p.bin"], "no --config_path"),
         (["--demo", "--checkpoint_path", "p.bin"], "--demo brings its own"),
         (["--demo", "--penalty_alpha", "0.6"], "unrecognized arguments: --penalty_alpha"),
+        (["--demo", "--prompt", "x"], "unrecognized arguments: --prompt x: did you mean --prompt_file?"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +102,27 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_demo_brings_a_prompt_and_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["--demo", "--num_tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith(generate.DEMO_PROMPT)
+    (tmp_path / "own.txt").write_text("def main(")
+    assert generate.main(["--demo", "--num_tokens", "3", "--prompt_file", "own.txt"]) == 0
+    assert capsys.readouterr().out.startswith("def main(")
+
+
+def test_without_a_prompt_file_there_is_the_originals(
+    original: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(original)
+    arguments = flags(original)
+    at = arguments.index("--prompt_file")
+    assert generate.main(arguments[:at] + arguments[at + 2 :]) == 0
+    assert capsys.readouterr().out == expected(original) + "\n"
 
 
 def test_a_config_that_cannot_be_read_is_one_line(original: Path, capsys: pytest.CaptureFixture[str]) -> None:

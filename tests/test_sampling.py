@@ -1,4 +1,4 @@
-"""Sampling: the documented order, the right frequencies, and rows that do not know of each other."""
+"""Sampling: the documented order, the right frequencies, and independent rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -223,11 +224,76 @@ def test_minus_infinity_forbids_a_token_and_is_an_error_only_everywhere() -> Non
         ({"repetition_penalty": math.inf}, "repetition_penalty must be above 0"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"seed": True}, "seed must be a whole number from 0"),
+        ({"seed": 2**63}, "seed must be a whole number from 0"),
+        ({"seed": "7"}, "seed must be a whole number from 0"),
+        ({"seed": 7.0}, "seed must be a whole number from 0"),
+        ({"top_k": "5"}, "top_k must be a whole number"),
+        ({"top_k": True}, "top_k must be a whole number"),
+        ({"top_k": None}, "top_k must be a whole number"),
+        ({"top_k": 2**63}, "top_k must be a whole number"),
+        ({"temperature": True}, "temperature must be 0 or more, not True"),
+        ({"temperature": "1"}, "temperature must be 0 or more, not '1'"),
+        ({"temperature": 10**400}, "temperature must be 0 or more"),
+        ({"temperature": 1j}, "temperature must be 0 or more"),
+        ({"temperature": torch.ones(2)}, "temperature must be 0 or more"),
+        ({"min_p": -0.1}, "min_p must be between 0 and 1"),
+        ({"min_p": None}, "min_p must be between 0 and 1"),
+        ({"repetition_penalty": 1e-101}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 1e101}, "repetition_penalty must be above 0"),
     ],
 )
 def test_values_out_of_range_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         SamplingParams(**values)
+
+
+@pytest.mark.parametrize("penalty", [1e-100, 1e100])
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1.0, 1e308])
+def test_the_largest_penalties_and_temperatures_do_not_overflow(penalty: float, temperature: float) -> None:
+    logits = torch.tensor([3.4e38, -3.4e38, 0.0, -math.inf])
+    params = SamplingParams(temperature=temperature, repetition_penalty=penalty, seed=0)
+    for seen in ([True, True, False, False], [False, False, True, True], [True] * 4):
+        ids = {int(sample(logits[None], [params], [params.generator()], seen=torch.tensor([seen]))) for _ in range(9)}
+        assert ids <= ({0, 1, 2} if temperature > 1 else {0, 2} if seen[0] and penalty > 1 else {0})
+
+
+def test_values_become_pythons_own_numbers() -> None:
+    params = SamplingParams(temperature=torch.tensor(0.5), top_k=np.uint8(3), seed=np.int64(7))  # pyright: ignore
+    assert params == SamplingParams(temperature=0.5, top_k=3, seed=7)
+    assert [type(value) for value in (params.temperature, params.top_k, params.seed)] == [float, int, int]
+
+
+def numbers(generator: torch.Generator) -> list[float]:
+    return torch.rand(8, generator=generator, dtype=torch.float64).tolist()
+
+
+def test_a_generator_depends_on_seed_prompt_and_repeat() -> None:
+    params = SamplingParams(seed=7)
+    same = numbers(params.generator([1, 2], 1))
+    assert numbers(SamplingParams(seed=7, temperature=0.5).generator((1, 2), 1)) == same
+    others = [
+        numbers(SamplingParams(seed=8).generator([1, 2], 1)),
+        numbers(SamplingParams(seed=7 + 2**32).generator([1, 2], 1)),
+        numbers(params.generator([1, 2], 0)),
+        numbers(params.generator([1, 2])),
+        numbers(params.generator([2, 1], 1)),
+        numbers(params.generator([1, 2, 0], 1)),
+        numbers(params.generator([], 1)),
+        numbers(SamplingParams().generator([1, 2], 1)),
+    ]
+    assert same not in others
+    assert others[2] == others[3]
+    assert numbers(SamplingParams().generator()) != numbers(SamplingParams().generator())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_batch_needs_as_many_params_and_generators_as_rows(count: int) -> None:
+    params = [SamplingParams()] * count
+    generators = [row.generator() for row in params]
+    for arguments in ((params, generators), (params, generators[:2]), (params[:2], generators)):
+        if [len(part) for part in arguments] != [2, 2]:
+            with pytest.raises(InputError, match=r"2 rows of logits, .*: give one per row"):
+                sample(torch.zeros(2, 3), *arguments)
 
 
 def test_log_probabilities_are_the_models_own() -> None:

@@ -6,9 +6,12 @@ The public names below load on first use (PEP 562), so that ``import hyaena`` an
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+# What typing's constant is, without importing typing: that takes most of the time until `hyaena` handles a Ctrl-C.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from hyaena import ops
     from hyaena.checkpoints import save_model
     from hyaena.config import ModelConfig

@@ -106,6 +106,36 @@ def load_model(
     return _load(locate(source, revision=revision, config=config), dtype, device)
 
 
+def load_tokenizer_of(
+    source: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    config: ModelConfig | str | PathLike[str] | None = None,
+) -> tuple[ModelConfig, Tokenizer]:
+    """The configuration and the tokenizer of a model: no weights are downloaded or read.
+
+    Args:
+        source: a bundled name, a folder, a weights file, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        config: a configuration or its path, where it does not lie beside the weights.
+
+    Raises:
+        HyaenaError: the errors of :func:`load`.
+    """
+    name = str(source)
+    if name in BUNDLED or not is_hub_id(name) or Path(name).exists():
+        checkpoint = locate(source, revision=revision, config=config)
+        return checkpoint.config, load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)
+    folder = download(name, revision=revision, weights=False)
+    if isinstance(config, ModelConfig):
+        found = config
+    elif config is not None:
+        found = read_config(config)
+    else:
+        found = corrected(name, read_config(checkpoints.find_config(folder)))
+    return found, load_tokenizer(folder, found)
+
+
 def locate(
     source: str | PathLike[str],
     *,

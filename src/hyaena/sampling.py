@@ -14,20 +14,27 @@ The order of operations, for each row by itself:
 6. One token is drawn from what is left, with one number of the row's own generator.
 
 Generators live on the CPU whatever the device of the logits, and a row takes exactly one number from its own per
-token. So a row's tokens do not depend on the rows beside it, and a seed means the same on every device.
+token. So a row's tokens do not depend on the rows beside it, and a seed gives the same numbers on every device.
+
+Rows of one call are independent samples, also with one seed for all of them: a row's generator starts from a hash of
+its seed, its own prompt, and how many equal prompts came before it (see ``SamplingParams.generator``).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-import operator
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hyaena.arguments import real, whole
 from hyaena.errors import InputError, NonFiniteError
+
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +61,41 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, "0 or more", lambda value: value >= 0)
-        _check("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
-        _check("min_p", self.min_p, "between 0 and 1", lambda value: 0 <= value <= 1)
-        _check("repetition_penalty", self.repetition_penalty, "above 0", lambda value: value > 0)
-        _check_whole("top_k", self.top_k, "a whole number, 0 or more (0 keeps all tokens)", 0, None)
+        checked = {
+            "temperature": real("temperature", self.temperature, "0 or more", lambda value: value >= 0),
+            "top_k": whole("top_k", self.top_k, "a whole number, 0 or more (0 keeps all tokens)", 0, MAX_SEED),
+            "top_p": real("top_p", self.top_p, "above 0 and at most 1", lambda value: 0 < value <= 1),
+            "min_p": real("min_p", self.min_p, "between 0 and 1", lambda value: 0 <= value <= 1),
+            # Within these bounds no float64 score overflows, whatever finite float32 logit it came from.
+            "repetition_penalty": real(
+                "repetition_penalty",
+                self.repetition_penalty,
+                "above 0 (from 1e-100 to 1e100)",
+                lambda value: 1e-100 <= value <= 1e100,
+            ),
+        }
         if self.seed is not None:
-            _check_whole("seed", self.seed, "a whole number from 0 to 2**63 - 1", 0, 2**63 - 1)
+            checked["seed"] = whole("seed", self.seed, "a whole number from 0 to 2**63 - 1", 0, MAX_SEED)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # numbers of numpy and tensors become Python's
 
-    def generator(self) -> torch.Generator:
-        """A fresh CPU generator for one row: from the seed, or from the system's entropy."""
+    def generator(self, prompt: Sequence[int] = (), repeat: int = 0) -> torch.Generator:
+        """Make a CPU generator for one row: from the seed, or from the system's entropy where there is none.
+
+        The generator starts from SHA-256 of the seed, the prompt and ``repeat``. So one seed gives independent numbers
+        to rows with other prompts, and a row keeps its numbers whatever rows are beside it and wherever it stands.
+
+        Args:
+            prompt: the token ids of the row's prompt.
+            repeat: how many rows of the same call with this prompt come before this one; 0 for the first.
+        """
         generator = torch.Generator()
         if self.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(self.seed)
+            digest = hashlib.sha256(f"{self.seed} {repeat} ".encode() + array("q", prompt).tobytes()).digest()
+            # torch's CPU generator reads the low 32 bits of a seed.
+            generator.manual_seed(int.from_bytes(digest[:4], "little"))
         return generator
 
 
@@ -79,7 +106,7 @@ def sample(
     *,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """Choose one token per row, as this module's first lines say.
+    """Choose one token per row, in the order of operations at the top of this module.
 
     Args:
         logits: [B,V], any floating dtype and device; not changed.
@@ -94,14 +121,16 @@ def sample(
         NonFiniteError: a row's logits hold NaN or +infinity, or nothing but -infinity. No generator has advanced.
     """
     if not len(params) == len(generators) == logits.shape[0]:
-        raise ValueError(f"{logits.shape[0]} rows, {len(params)} params, {len(generators)} generators")
+        raise InputError(
+            f"{logits.shape[0]} rows of logits, {len(params)} params and {len(generators)} generators: give one per row"
+        )
     bad = ~finite_rows(logits)
     if bool(bad.any()):
         rows = ", ".join(map(str, bad.nonzero().flatten().tolist()))
         raise NonFiniteError(f"the logits of row {rows} are not finite; no token was chosen")
     needs = SamplingFeatures.of(params)
     if needs.penalty and seen is None:
-        raise ValueError("a repetition penalty needs to know which tokens were seen")
+        raise InputError("a repetition penalty needs seen: which tokens were seen in each row")
     if needs == SamplingFeatures():
         return logits.argmax(dim=-1)
     uniform = [draw(row, generator, 1) for row, generator in zip(params, generators, strict=True)]
@@ -111,7 +140,7 @@ def sample(
 
 @dataclass(frozen=True)
 class SamplingFeatures:
-    """Which parts of the work any row of a batch asks for; none of them is the greedy choice.
+    """Sampling features that any row of a batch needs; all False means greedy.
 
     Attributes:
         draw: a temperature above 0.
@@ -125,7 +154,7 @@ class SamplingFeatures:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams]) -> SamplingFeatures:
-        """What these rows need together."""
+        """The features that these rows need together."""
         return cls(
             draw=any(row.temperature > 0 for row in params),
             cut=any(row.temperature > 0 and (row.top_k > 0 or row.top_p < 1) for row in params),
@@ -134,7 +163,7 @@ class SamplingFeatures:
 
 
 def params_tensor(params: Sequence[SamplingParams]) -> Tensor:
-    """What ``choose`` reads of the parameters: float64 [B,5] on the CPU.
+    """The parameters as ``choose`` reads them: float64 [B,5] on the CPU.
 
     float64, because a float32 running sum over a large vocabulary loses the rare tokens.
     """
@@ -143,21 +172,21 @@ def params_tensor(params: Sequence[SamplingParams]) -> Tensor:
 
 
 def draw(params: SamplingParams, generator: torch.Generator, count: int) -> Tensor:
-    """The next ``count`` numbers of a row, float64 on the CPU; a greedy row takes none and gets zeros."""
+    """Draw the next ``count`` numbers of a row, float64 on the CPU; a greedy row draws none and gets zeros."""
     if params.temperature == 0:
         return torch.zeros(count, dtype=torch.float64)
     return torch.rand(count, dtype=torch.float64, generator=generator)
 
 
 def choose(logits: Tensor, knobs: Tensor, uniform: Tensor, seen: Tensor | None, needs: SamplingFeatures) -> Tensor:
-    """Steps 1 to 6 on the device of the logits, without waiting for it.
+    """Apply steps 1 to 6 on the device of the logits, without synchronising with it.
 
     Args:
         logits: [B,V]; rows that are not finite give a meaningless id, which may be V.
         knobs: float64 [B,5], see ``params_tensor``.
         uniform: float64 [B,1] in [0, 1).
         seen: [B,V] bool, where ``needs.penalty``.
-        needs: at least what the rows ask for.
+        needs: at least the features that the rows need.
 
     Returns:
         ids [B] int64.
@@ -185,12 +214,12 @@ def choose(logits: Tensor, knobs: Tensor, uniform: Tensor, seen: Tensor | None, 
 
 
 def finite_rows(logits: Tensor) -> Tensor:
-    """[B] bool: a token can be chosen from this row of logits [B,V]."""
+    """Return bool [B]: whether a token can be chosen from this row of logits [B,V]."""
     return torch.isfinite(logits.amax(dim=-1))  # NaN and +infinity win; -infinity only where there is nothing else
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities under the model itself: no penalty, temperature 1, nothing cut off.
+    """Compute log-probabilities under the model itself: no penalty, temperature 1, nothing cut off.
 
     Args:
         logits: [B,V].
@@ -209,29 +238,10 @@ def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> tuple[Tensor
 
 
 def _top_k_top_p_mask(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """[B,V] bool: tokens that top-k or top-p cut off."""
+    """Return bool [B,V]: tokens that top-k or top-p cut off."""
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     too_many = torch.arange(scores.shape[-1], device=scores.device) >= top_k
     weights = torch.where(too_many, 0.0, ordered.exp())
     before = weights.cumsum(dim=-1) - weights
     enough = (before >= top_p * weights.sum(dim=-1, keepdim=True)) & (top_p < 1)
     return torch.zeros_like(too_many).scatter(-1, order, too_many | enough)
-
-
-def _check(name: str, value: float, wanted: str, holds: Callable[[float], bool]) -> None:
-    try:
-        fine = math.isfinite(value) and not isinstance(value, bool) and holds(value)
-    except TypeError:
-        fine = False
-    if not fine:
-        raise InputError(f"{name} must be {wanted}, not {value!r}")
-
-
-def _check_whole(name: str, value: int, wanted: str, low: int, high: int | None) -> None:
-    try:
-        whole = operator.index(value)
-        fine = not isinstance(value, bool) and low <= whole and (high is None or whole <= high)
-    except TypeError:
-        fine = False
-    if not fine:
-        raise InputError(f"{name} must be {wanted}, not {value!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
 
 import hyaena
 from hyaena.checkpoints import save_model
@@ -119,10 +122,70 @@ def test_a_cpu_computes_in_float32_unless_told(folder: str, tmp_path: Path, caps
     assert said("--dtype", "bfloat16") == computed("bfloat16")
 
 
+def test_json_has_no_infinities(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may forbid tokens; their log-probability is -infinity, which JSON does not know."""
+    forward = StripedHyena.forward
+
+    def forbidding(self: StripedHyena, *args: Any, **options: Any) -> torch.Tensor:
+        logits = forward(self, *args, **options).clone()
+        logits[..., 2:] = -torch.inf
+        return logits
+
+    monkeypatch.setattr(StripedHyena, "forward", forbidding)
+    assert main(["generate", "--model", folder, "--json", "--logprobs", "3", "--max-new-tokens", "2", "abc"]) == 0
+    text = capsys.readouterr().out
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [[value is None for _, value in pairs] for pairs in document["top_logprobs"]] == [[False, False, True]] * 2
+
+
+def test_the_prompt_can_be_shown_first(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", folder, "--max-new-tokens", "9", "--echo", "def main("]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "def main(" + wanted(folder, "def main(", max_new_tokens=9).text + "\n"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"\xef\xbb\xbfabc"
+    (tmp_path / "prompt.txt").write_bytes(data)
+    standard_input(monkeypatch, data)
+    for source in (["--prompt-file", str(tmp_path / "prompt.txt")], []):
+        assert main(["generate", "--model", folder, "--max-new-tokens", "2", "--json", *source]) == 0
+        assert json.loads(capsys.readouterr().out)["stats"]["prompt_tokens"] == 4
+
+
+def test_a_stop_token_ends_the_output(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["generate", "--model", folder, "--max-new-tokens", "9", "--json", "abc"]
+    assert main(flags) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert main([*flags, "--stop-token-id", "258", "--stop-token-id", str(tokens[4])]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["tokens"] == tokens[: tokens.index(tokens[4]) + 1]
+    assert document["finish_reason"] == "stop"
+
+
+def test_special_tokens_in_a_prompt_need_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Library(models.BPE({name: i for i, name in enumerate(alphabet)}, []))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    library.add_special_tokens(["</s>"])
+    files = {"tokenizer.json": library.to_str().encode()}
+    model = StripedHyena(dataclasses.replace(CONFIG, tokenizer="hf"))
+    folder = str(save_model(model, tmp_path / "model", extra_files=files))
+    counts = []
+    for flags in ([], ["--special"]):
+        assert main(["generate", "--model", folder, "--max-new-tokens", "1", "--json", *flags, "ab</s>"]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["stats"]["prompt_tokens"])
+    assert counts == [6, 3]
+
+
 def test_stats_are_the_last_line_of_standard_error(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--model", folder, "--max-new-tokens", "5", "--stats", "abc"]) == 0
     line = capsys.readouterr().err.splitlines()[-1]
-    for part in ("4 + 5 tokens", "time to first token", "tokens/s", "peak memory", "MiB"):
+    for part in ("loaded in ", "4 + 5 tokens", "time to first token", "tokens/s", "peak memory", "MiB"):
         assert part in line
 
 
@@ -172,9 +235,27 @@ def test_no_bar_where_standard_error_is_not_a_terminal(folder: str, capsys: pyte
         (["a", "--method", "modal-scan"], "unknown method 'modal-scan'"),
         (["a", "--model", "no-such-model"], "no-such-model"),
         (["a", "--dtype", "float7"], "float7"),
+        (["a", "--device", ""], "--device is empty"),
+        (["a", "--decoding", "cuda_graph", "--device", "cpu"], "graphs are captured on CUDA devices"),
+        (["a", "--top-k", "-1"], "top_k must be a whole number"),
+        (["a", "--top-p", "nan"], "top_p must be above 0"),
+        (["a", "--seed", "-3"], "seed must be a whole number"),
+        (["a", "--stop", ""], "a stop string is empty"),
+        (["a", "--stop-token-id", "259"], "stop_token_ids: token id 259 is outside"),
+        (["a", "--json", "--logprobs", "260"], "logprobs must be between 0 and the vocabulary size 259"),
+        (["a", "--max-length", "0"], "max_length must be at least 1"),
+        (["a", "--prefill-chunk", "0"], "prefill_chunk must be at least 1"),
+        (["a", "--echo", "--json"], "--echo is for text"),
     ],
 )
-def test_mistakes_are_one_line(folder: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line_before_weights_are_read(
+    folder: str,
+    flags: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hyaena.hub.load_model", lambda *_, **__: pytest.fail("the weights were read"))
     flags = flags if "--model" in flags else ["--model", folder, *flags]
     assert main(["generate", *flags]) == 2
     captured = capsys.readouterr()
@@ -182,6 +263,14 @@ def test_mistakes_are_one_line(folder: str, flags: list[str], message: str, caps
     assert captured.err.startswith("hyaena: error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_a_prompt_that_does_not_end_is_refused(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyaena.cli.generate.MAX_PROMPT_BYTES", 2**20)
+    assert main(["generate", "--model", folder, "--prompt-file", "/dev/zero"]) == 2
+    assert "the prompt file /dev/zero is larger than 1 MiB" in capsys.readouterr().err
 
 
 def test_no_prompt_at_a_terminal_is_a_mistake(

@@ -1,13 +1,16 @@
-"""The command line's frame, tried with a command made for the purpose."""
+"""What all commands share, tried with a command made for the purpose: arguments, errors, signals and streams."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,7 +88,19 @@ def test_an_interrupt_is_status_130(command: Callable[..., None], capsys: pytest
     assert capsys.readouterr().err == "hyaena: interrupted\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["sing"], ["fake", "--size", "big"], ["fake", "--colour"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["sing"],
+        ["fake", "--size", "big"],
+        ["fake", "--colour"],
+        ["fake", "--siz", "3"],
+        ["fake", "--size", "9" * 100_000],
+        ["fake", "--size", "\x1b[31m\n"],
+        ["fake", "x\x1b[31m" * 5000],
+    ],
+)
 def test_a_bad_command_line_is_one_line_and_status_2(
     command: Callable[..., None], capsys: pytest.CaptureFixture[str], argv: list[str]
 ) -> None:
@@ -96,6 +111,53 @@ def test_a_bad_command_line_is_one_line_and_status_2(
     err = capsys.readouterr().err
     assert err.startswith("hyaena: error: ")
     assert err.count("\n") == 1
+    assert err.removesuffix("\n").isprintable()
+    assert len(err) < 700
+
+
+@pytest.mark.parametrize("word", ["--siz", "--sizes", "--siez=3"])
+def test_an_unknown_option_names_the_nearest(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    """Beginnings of options are no options: ``--prompt`` would be read as ``--prompt-file``."""
+    command(raiser(AssertionError("must not run")))
+    with pytest.raises(SystemExit):
+        main(["fake", word], commands=FAKE)
+    err = capsys.readouterr().err
+    assert f"unrecognized arguments: {word}: did you mean --size? (see 'hyaena fake --help')" in err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "--prompt", "x"],
+        ["generate", "x", "--max-new", "5"],
+        ["convert", "a", "b", "--lay", "original"],
+        ["info", "cub", "--rev", "main"],
+        ["train", "a.yml", "--res"],
+        ["bench", "--dev", "cpu"],
+        ["bench", "--prefill-chunk", "1,2"],
+        ["--deb", "info", "cub"],
+        ["--versio"],
+    ],
+)
+def test_no_command_takes_abbreviations_or_drops_a_number(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [OSError(5, "x\x1b[31m\ny"), InputError("\x1b[31m" * 9000), MemoryError()])
+def test_a_message_is_printable_and_at_most_one_screen(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    command(raiser(error))
+    assert main(["fake"], commands=FAKE) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hyaena: error: ") and len(err) < 2000
+    assert err.removesuffix("\n").isprintable()
+    assert err != "hyaena: error: \n"
 
 
 def test_help_and_version(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,21 +172,132 @@ def test_help_and_version(command: Callable[..., None], capsys: pytest.CaptureFi
     assert capsys.readouterr().out == f"hyaena {hyaena.__version__}\n"
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
-    script = """
-import sys, types
+# --- processes
+
+SCRIPT = """
+import os, signal, sys, time, types
 from hyaena.cli import main
+
+def run(args):
+    {body}
+    return 0
+
 module = types.ModuleType("fake_command")
-module.HELP = "print"
-module.add_arguments = lambda parser: None
-module.run = lambda args: print("x" * 10) or 0
+module.HELP, module.add_arguments, module.run = "do as told", lambda parser: None, run
 sys.modules["fake_command"] = module
-sys.exit(main(["fake"], commands={"fake": "fake_command"}))
+sys.exit(main(sys.argv[1:], commands={{"fake": "fake_command"}}))
 """
-    read_end, write_end = os.pipe()
-    os.close(read_end)
+
+
+def process(body: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``fake`` with this body in a process of its own."""
+    command = [sys.executable, "-c", SCRIPT.format(body=body), *(argv or ("fake",))]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # Buffered, as streams are for users: an unwritable one is noticed late.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, text=True, timeout=60, env=environment, **(streams | options))
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_the_process_with_its_status(number: str, status: int, tmp_path: Path) -> None:
+    """Through the clean-up of whatever was running."""
+    mark = tmp_path / "cleaned"
+    body = f"""
     try:
-        done = subprocess.run([sys.executable, "-c", script], stdout=write_end, stderr=subprocess.PIPE, text=True)
+        os.kill(os.getpid(), signal.{number})
+        time.sleep(30)
+    finally:
+        open({str(mark)!r}, "w").close()
+    """
+    done = process(body)
+    assert done.returncode == status
+    assert done.stderr == ("hyaena: interrupted\n" if status == 130 else "")
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_during_an_import_is_not_turned_into_another_error(number: str, status: int, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        f"import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.{number})\n    time.sleep(30)\n"
+        "except BaseException as error:\n    raise ImportError('broken') from error\n"
+    )
+    done = process(f"sys.path.insert(0, {str(tmp_path)!r}); import slow")
+    assert (done.returncode, done.stderr) == (status, "hyaena: interrupted\n" if status == 130 else "")
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As ``nohup`` and shells without job control do."""
+    code = SCRIPT.format(body="os.kill(os.getpid(), signal.SIGINT); print('done')")
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + code
+    done = subprocess.run([sys.executable, "-c", code, "fake"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_an_interrupt_before_the_command_line_is_there() -> None:
+    code = """
+import os, signal, sys
+import hyaena.__main__ as entry
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "hyaena.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.exit(entry.main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_handlers_are_put_back(command: Callable[..., None]) -> None:
+    command(lambda args: 0)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert main(["fake"], commands=FAKE) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("argv", [("fake",), ("--help",), ("--version",), ("fake", "--help")])
+@pytest.mark.parametrize("output", ["gone", "full", "closed"])
+def test_an_output_that_cannot_be_written(output: str, argv: tuple[str, ...]) -> None:
+    options: dict[str, Any] = {}
+    if output == "gone":
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        options["stdout"] = write_end
+    elif output == "full":
+        options["stdout"] = write_end = os.open("/dev/full", os.O_WRONLY)
+    else:
+        options["preexec_fn"] = lambda: os.close(1)
+        options["stdout"] = write_end = os.open(os.devnull, os.O_WRONLY)
+    try:
+        done = process("print('x' * 10)", *argv, **options)
     finally:
         os.close(write_end)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert done.returncode == {"gone": 141, "full": 2, "closed": 0}[output]
+    assert done.stderr.count("\n") == (output == "full")
+    assert ("No space left on device" in done.stderr) == (output == "full")
+
+
+@pytest.mark.parametrize("errors", ["gone", "full", "closed"])
+def test_a_standard_error_that_cannot_be_written_changes_nothing(errors: str) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    full = os.open("/dev/full", os.O_WRONLY)
+    options: dict[str, Any] = {"stderr": full if errors == "full" else write_end}
+    if errors == "closed":
+        options["preexec_fn"] = lambda: os.close(2)
+    try:
+        for body, status in (("print('out'); print('note', file=sys.stderr)", 0), ("raise OSError(5, 'x')", 2)):
+            done = process(body, **options)
+            assert (done.returncode, done.stdout) == (status, "out\n" if status == 0 else "")
+        assert process("", "fake", "--zz", **options).returncode == 2
+    finally:
+        os.close(write_end)
+        os.close(full)
+
+
+def test_a_closed_stream_lends_its_number_to_no_file(tmp_path: Path) -> None:
+    body = f"open({str(tmp_path / 'data')!r}, 'w').write(str(os.fstat(1).st_rdev)); os.write(1, b'stray')"
+    assert process(body, preexec_fn=lambda: os.close(1)).returncode == 0
+    assert (tmp_path / "data").read_text() == str(os.stat(os.devnull).st_rdev)

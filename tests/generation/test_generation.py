@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -175,21 +174,17 @@ def test_a_stop_string_ends_the_text_before_it(model: StripedHyena) -> None:
     assert "".join(event.text for event in events) == cut.text
 
 
-def test_seeds(model: StripedHyena) -> None:
-    def run(seed: Any) -> list[list[int]]:
-        rows = generate(model, TOKENIZER, [PROMPTS[1]] * 3, max_new_tokens=8, temperature=1.5, seed=seed)
-        return [row.tokens for row in rows]
-
-    same, distinct = run(3), run([3, 4, 5])
-    assert same[0] == same[1] == same[2] == distinct[0]
-    assert distinct[0] != distinct[1] != distinct[2]
-    assert run(None) != run(None)
-
-
-def test_the_repetition_penalty_counts_prompt_and_completion(model: StripedHyena) -> None:
-    completion = generate(model, TOKENIZER, PROMPTS[2], max_new_tokens=20, repetition_penalty=1e6)
+@pytest.mark.parametrize("decoding", ["eager", "static"])
+def test_the_repetition_penalty_counts_prompt_and_completion(model: StripedHyena, decoding: Decoding) -> None:
+    prompt = list(range(200))  # most of the vocabulary, so that the model would choose from it
+    free = generate(model, TOKENIZER, prompt, max_new_tokens=9, decoding=decoding).tokens
+    assert free[0] in prompt
+    completion = generate(
+        model, TOKENIZER, prompt, max_new_tokens=20, repetition_penalty=1e6, stop_at_eos=False, decoding=decoding
+    )
+    assert not set(completion.tokens) & set(prompt)
     assert len(set(completion.tokens)) == 20
-    assert not set(completion.tokens) & set(TOKENIZER.encode(PROMPTS[2]))
+    assert len(set(free)) < 9 or len(set(free) - set(prompt)) < 9  # without the penalty, tokens do repeat
 
 
 def test_logprobs_are_the_models(model: StripedHyena) -> None:
@@ -318,8 +313,6 @@ def test_a_batch_with_all_rows_of_one_token(model: StripedHyena) -> None:
         ([-1], {}, "token id -1 is outside"),
         (["a", [1]], {}, "all texts or all lists"),
         ([1, [2]], {}, "all texts or all lists"),
-        ([None], {}, "text or whole numbers"),
-        ([1.5], {}, "text or whole numbers"),
         ("x" * 600, {}, "601 prompt tokens and max_new_tokens 256 pass the maximum length 512: shorten"),
         ("x" * 9, {"max_new_tokens": 503}, "pass the maximum length 512"),
         ("x" * 9, {"max_new_tokens": 5, "max_length": 14}, "pass the maximum length 14"),
@@ -343,21 +336,14 @@ def test_a_larger_maximum_length_can_be_asked_for(model: StripedHyena) -> None:
     assert completion.tokens == naive(model, "x" * 600, 2)
 
 
-def test_an_unknown_method_and_an_unknown_option(model: StripedHyena) -> None:
+def test_an_unknown_method(model: StripedHyena) -> None:
     with pytest.raises(UnsupportedError, match="modal-scan"):
         stream(model, TOKENIZER, "a", method="modal-scan")
-    with pytest.raises(TypeError, match="temprature"):
-        generate(model, TOKENIZER, "a", temprature=1.0)  # pyright: ignore[reportCallIssue]
 
 
 def test_a_tokenizer_with_too_few_ids_is_refused(model: StripedHyena) -> None:
     with pytest.raises(InputError, match="the tokenizer has 256 ids and the model 259"):
         stream(model, CharacterTokenizer(256), "a")
-
-
-def test_the_typed_options_are_those_of_stream() -> None:
-    parameters = inspect.signature(stream).parameters.values()
-    assert list(Options.__annotations__) == [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 # --- decoding on fixed memory
@@ -373,7 +359,7 @@ def test_the_typed_options_are_those_of_stream() -> None:
         Options(repetition_penalty=1.5, logprobs=1),
     ],
 )
-@pytest.mark.parametrize("eos", [257, 142, 197])
+@pytest.mark.parametrize("eos", [257, 204, 197])
 def test_steps_on_fixed_memory_say_what_calls_of_the_model_say(model: StripedHyena, options: Options, eos: int) -> None:
     """Rows of unequal length that end at different times."""
     ways = [
@@ -393,7 +379,7 @@ def test_steps_on_fixed_memory_say_what_calls_of_the_model_say(model: StripedHye
 
 
 def test_the_rows_of_that_test_do_end_at_different_times(model: StripedHyena) -> None:
-    for eos, options in ((142, Options(temperature=1.0, seed=3)), (197, Options())):
+    for eos, options in ((204, Options(temperature=1.0, seed=3)), (197, Options())):
         lengths = {len(row.tokens) for row in generate(model, Bytes(eos), PROMPTS, max_new_tokens=40, **options)}
         assert len(lengths) == len(PROMPTS)
 

@@ -1,6 +1,8 @@
-"""Text that may be shown: the same whatever the tokens, and never past a stop string."""
+"""Stop strings: the same text whatever the tokens, and never past a stop string."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from hyaena.tokenizers import ByteTokenizer
 
 
 def shown(data: bytes, stops: list[str], prompt: bytes = b"") -> tuple[list[str], bool]:
-    """What each byte brings to the screen, and whether a stop string ended it."""
+    """The text that each byte shows, and whether a stop string ended it."""
     end = StopStringFilter(ByteTokenizer(), list(prompt), stops)
     parts = []
     for token in data:
@@ -58,6 +60,38 @@ def test_nothing_that_was_shown_has_to_be_taken_back(text: str, more: str, stops
     held = text[len(so_far) :]
     if by_the_definition(text, stops) == text:
         assert not held or any(stop.startswith(held) for stop in stops)
+
+
+class Pieces(ByteTokenizer):
+    """Tokens of any bytes: one for each piece of a text."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        super().__init__()
+        self._pieces = pieces + [b""] * (self.vocab_size - len(pieces))
+
+
+@given(text=letters, stops=stop_strings, cuts=st.lists(st.integers(0, 28), max_size=6))
+def test_the_result_does_not_depend_on_the_cuts_between_tokens(text: str, stops: list[str], cuts: list[int]) -> None:
+    """A token may complete several stop strings, and end in the middle of a character."""
+    data = text.encode()
+    ends = sorted({min(cut, len(data)) for cut in cuts} | {len(data)})
+    pieces = [data[start:end] for start, end in itertools.pairwise([0, *ends])]
+    end, parts = StopStringFilter(Pieces(pieces), [], stops), []
+    for token in range(len(pieces)):
+        part, stopped = end.push(token)
+        parts.append(part)
+        if stopped:
+            break
+    else:
+        part, stopped = end.finish()
+        parts.append(part)
+    assert "".join(parts) == by_the_definition(text, stops)
+    assert stopped == (by_the_definition(text, stops) != text)
+
+
+def test_of_two_stop_strings_in_one_token_the_one_complete_first_counts() -> None:
+    end = StopStringFilter(Pieces([b"abcd"]), [], ["bcd", "c"])
+    assert end.push(0) == ("ab", True)
 
 
 def test_only_what_may_become_a_stop_string_is_held_back() -> None:

@@ -6,23 +6,24 @@ Each command is a module of this package with
 - ``add_arguments(parser)``: its options;
 - ``run(args) -> int``: does the work and returns the exit status.
 
-The modules import torch and everything heavy inside ``run``, so that help and mistakes answer at once.
+The modules import torch and everything heavy inside ``run``, so that help and mistakes answer immediately.
 
-Exit status: 0 done, 2 for an error that the message explains, 130 interrupted, 141 the reader of the output went away.
+Exit status: 0 done, 2 for an error that the message explains, 130 interrupted, 141 the reader of the output left, 143
+terminated.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hyaena import __version__
-from hyaena.errors import HyaenaError
+from hyaena.cli.process import signals_end_the_process, usable_streams
+from hyaena.errors import SCREEN, HyaenaError, OutputError, nearest, printable
 
 COMMANDS: Mapping[str, str] = {
     "generate": "hyaena.cli.generate",
@@ -37,11 +38,33 @@ EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 EXIT_BROKEN_PIPE = 128 + 13  # as a shell reports SIGPIPE
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like every other error of the command."""
+class Parser(argparse.ArgumentParser):
+    """An argument parser with one line for every mistake, and without abbreviations of options.
+
+    ``--prompt`` would otherwise be read as ``--prompt-file``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse, and name the nearest option for one that does not exist."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            near = (nearest(word.split("=")[0], known) for word in unknown if word.startswith("--"))
+            near = next((option for option in near if option is not None), None)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near}?" if near else ""))
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_ERROR, f"hyaena: error: {message} (see '{self.prog} --help')\n")
+        """End with status 2 and one line."""
+        self.exit(EXIT_ERROR, f"hyaena: error: {printable(message, limit=500)} (see '{self.prog} --help')\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own ignores errors: help that cannot be written would be a success.
+        if message:
+            (file or sys.stderr).write(message)
 
 
 def build_parser(commands: Mapping[str, str] = COMMANDS) -> argparse.ArgumentParser:
@@ -50,7 +73,7 @@ def build_parser(commands: Mapping[str, str] = COMMANDS) -> argparse.ArgumentPar
     Args:
         commands: command names and the modules that hold them, in the order of ``--help``.
     """
-    parser = _Parser(prog="hyaena", description="Run, convert, inspect and train StripedHyena models.")
+    parser = Parser(prog="hyaena", description="Run, convert, inspect and train StripedHyena models.")
     parser.add_argument("--version", action="version", version=f"hyaena {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -72,21 +95,44 @@ def main(argv: Sequence[str] | None = None, *, commands: Mapping[str, str] = COM
     Args:
         argv: the arguments after the program's name; those of the process when absent.
         commands: command names and the modules that hold them.
+
+    Raises:
+        SystemExit: as argparse does, after help or a mistake in the arguments.
     """
-    args = build_parser(commands).parse_args(argv)
+    with signals_end_the_process(), usable_streams():
+        try:
+            return _run(argv, commands)
+        except KeyboardInterrupt:
+            print("hyaena: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None, commands: Mapping[str, str]) -> int:
+    debug = False
     try:
-        status = args.run(args)
-        sys.stdout.flush()  # here, not at exit, where a broken pipe could no longer be caught
+        try:
+            args = build_parser(commands).parse_args(argv)
+            debug = args.debug
+            status = args.run(args)
+        except SystemExit:
+            _flush_output()
+            raise
+        _flush_output()
         return status
-    except KeyboardInterrupt:
-        print("hyaena: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # `hyaena ... | head` closed our output: no error of ours. What is still buffered goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-    except (HyaenaError, OSError) as error:
-        if args.debug:
+        return EXIT_BROKEN_PIPE  # `hyaena … | head` closed the output: not an error of ours
+    except (HyaenaError, OSError, MemoryError) as error:
+        if debug:
             traceback.print_exc()
-        print(f"hyaena: error: {error}", file=sys.stderr)
+        message = str(error) or "out of memory"
+        print(f"hyaena: error: {printable(message, limit=SCREEN)}", file=sys.stderr)
         return EXIT_ERROR
+
+
+def _flush_output() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write to standard output: {error.strerror or error}") from error

@@ -182,7 +182,10 @@ def _require_writable(path: Path | None) -> None:
 
 
 def _count(text: str) -> int:
-    return _counts(text)[0]
+    values = _counts(text)
+    if len(values) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
+    return values[0]
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -1,8 +1,11 @@
-"""Sizes as people write and read them."""
+"""Sizes as people write and read them, and JSON as programs do."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from typing import Any
 
 from hyaena.errors import InputError
 
@@ -15,7 +18,7 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: it is not a positive size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]I?)?B?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?) *([KMG]I?)?B?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
         raise InputError(f"size {text!r} is not understood: write one such as 5GB, 500MB or 2GiB")
@@ -35,6 +38,19 @@ def binary_bytes(count: float) -> str:
 def short_count(count: float) -> str:
     """A count in powers of 1000: ``7.65 B``."""
     return _scaled(count, ((1e9, "B"), (1e6, "M"), (1e3, "k")), "")
+
+
+def json_text(document: Any) -> str:
+    """A document as JSON, indented. Numbers that JSON lacks (infinities, NaN) are written as null."""
+    return json.dumps(_finite(document), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scaled(count: float, units: tuple[tuple[float, str], ...], rest: str) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
-import json
 import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+import time
+from typing import IO, TYPE_CHECKING
 
-from hyaena.errors import InputError
+from hyaena.cli.formatting import json_text
+from hyaena.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
     from hyaena.generation import Options, Stats
 
 HELP = "continue a prompt with a model"
+
+MAX_PROMPT_BYTES = 64 * 2**20
+"""The largest prompt that is read: a device or a pipe might never end."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (256)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    parser.add_argument(
+        "--stop-token-id",
+        action="append",
+        default=[],
+        type=int,
+        metavar="ID",
+        help="end at this token; may be repeated",
+    )
+    parser.add_argument(
+        "--special", action="store_true", help="read names of special tokens in the prompt, such as </s>, as the tokens"
     )
 
     group = parser.add_argument_group("model")
@@ -57,35 +70,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("sampling, in this order")
     group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids what was said (1)"
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids tokens that occurred (1)"
     )
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep those that together reach P")
     group.add_argument("--min-p", type=float, default=0.0, metavar="M", help="drop those below M times the best")
-    group.add_argument("--seed", type=int, metavar="S", help="draw the same numbers every time")
+    group.add_argument("--seed", type=int, metavar="S", help="makes samples reproducible")
 
     group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="print one JSON document instead of streaming text")
+    group.add_argument(
+        "--json", action="store_true", help="print one JSON document instead of text; null for infinities"
+    )
     group.add_argument("--logprobs", type=int, default=0, metavar="N", help="with --json: N alternatives per token")
-    group.add_argument("--stats", action="store_true", help="end with speed and memory on standard error")
+    group.add_argument("--echo", action="store_true", help="begin with the prompt")
+    group.add_argument("--stats", action="store_true", help="end with times and memory on standard error")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the prompt, load the model, write the completion."""
+    """Read the prompt, check everything that needs no weights, load the model, write the completion."""
     prompt = read_prompt(args)
     if args.logprobs and not args.json:
         raise InputError("--logprobs needs --json: streamed text has no place for them")
+    if args.device == "":
+        raise InputError("--device is empty: name one, such as cpu")
+    if args.echo and args.json:
+        raise InputError("--echo is for text: leave it out with --json")
 
     import torch
 
-    from hyaena.generation import generate, stream
-    from hyaena.hub import load
+    from hyaena import hub
+    from hyaena.checkpoints.load import as_device, as_dtype
+    from hyaena.generation import Settings, encode_prompts, generate, parse_prompts, stream
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
-    if args.method == "truncated":
-        print(describe_cut(model.truncation_windows()), file=sys.stderr)
     bar = PrefillBar()
     options: Options = {
         "max_new_tokens": args.max_new_tokens,
@@ -96,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         "repetition_penalty": args.repetition_penalty,
         "seed": args.seed,
         "stop": args.stop,
+        "stop_token_ids": args.stop_token_id,
+        "special": args.special,
         "logprobs": args.logprobs,
         "method": args.method,
         "decoding": args.decoding,
@@ -103,16 +122,29 @@ def run(args: argparse.Namespace) -> int:
         "prefill_chunk": args.prefill_chunk,
         "progress": bar if sys.stderr.isatty() else None,
     }
+    settings, prompts = Settings(**options), parse_prompts(prompt)[0]
+    device = as_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
+    as_dtype(None if args.dtype == "stored" else args.dtype)
+    if args.decoding == "cuda_graph" and device.type != "cuda":
+        raise UnsupportedError(f"graphs are captured on CUDA devices, not on {device}: choose another --decoding")
+    began = time.perf_counter()
+    source = {"revision": args.revision, "config": args.config}
+    config, tokenizer = hub.load_tokenizer_of(args.model, **source)
+    encode_prompts(tokenizer, config, prompts, settings)  # before the weights are downloaded and read
+    model = hub.load_model(args.model, device=device, dtype=args.dtype, **source)
+    load_seconds = time.perf_counter() - began
+    if args.method == "truncated" and (windows := model.truncation_windows()):
+        print(describe_cut(windows), file=sys.stderr)
     stats: Stats | None = None
     if args.json:
         completion = generate(model, tokenizer, prompt, **options)
-        print(json.dumps({"model": args.model, **dataclasses.asdict(completion)}, indent=2))
+        document = {"model": args.model, **dataclasses.asdict(completion)}
+        document["stats"]["load_seconds"] = load_seconds
+        print(json_text(document))
         stats = completion.stats
     else:
-        # A terminal that cannot show a character gets a question mark, not a traceback.
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-        text = ""
+        text = prompt.decode("utf-8", errors="replace") if args.echo else ""
+        sys.stdout.write(text)
         for event in stream(model, tokenizer, prompt, **options):
             text = event.text or text
             sys.stdout.write(event.text)
@@ -122,29 +154,44 @@ def run(args: argparse.Namespace) -> int:
             sys.stdout.write("\n")
             sys.stdout.flush()
     if args.stats and stats is not None:
-        print(describe(stats), file=sys.stderr)
+        print(describe(stats, load_seconds), file=sys.stderr)
     return 0
 
 
 def read_prompt(args: argparse.Namespace) -> bytes:
-    """The prompt's bytes: the argument, else the file, else standard input unless that is a terminal."""
+    """The prompt's bytes: the argument, else the file, else standard input unless that is a terminal.
+
+    A byte order mark at the start of a file or of standard input is left out.
+    """
     if args.prompt is not None and args.prompt_file is not None:
         raise InputError("the prompt is given twice: as an argument and with --prompt-file; keep one")
     if args.prompt is not None:
         return os.fsencode(args.prompt)
     if args.prompt_file is not None:
         try:
-            return Path(args.prompt_file).read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read the prompt file {args.prompt_file}: {error.strerror or error}") from error
+            with open(args.prompt_file, "rb") as file:
+                return _read(file, f"the prompt file {args.prompt_file}")
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
+            if isinstance(error, InputError):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read the prompt file {args.prompt_file}: {reason}") from error
     if sys.stdin.isatty():
         raise InputError("there is no prompt: give it as an argument, with --prompt-file or on standard input")
-    return sys.stdin.buffer.read()
+    return _read(sys.stdin.buffer, "the prompt")
 
 
-def describe(stats: Stats) -> str:
+def _read(file: IO[bytes], name: str) -> bytes:
+    data = file.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise InputError(f"{name} is larger than {MAX_PROMPT_BYTES // 2**20} MiB: shorten it")
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def describe(stats: Stats, load_seconds: float) -> str:
     """The figures of one completion, on one line for people."""
     parts = [
+        f"loaded in {load_seconds:.1f} s",
         f"{stats.prompt_tokens} + {stats.completion_tokens} tokens",
         f"time to first token {stats.time_to_first_token:.3f} s",
     ]
@@ -156,7 +203,7 @@ def describe(stats: Stats) -> str:
 
 
 def describe_cut(windows: dict[int, int]) -> str:
-    """What the method ``truncated`` leaves out: filters are never cut without a word."""
+    """How far the method ``truncated`` cuts the filters, which it never does in silence."""
     from hyaena.ops import TRUNCATION_TOLERANCE
 
     return (

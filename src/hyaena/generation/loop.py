@@ -78,30 +78,46 @@ class Event:
     stats: Stats | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Row:
-    """Generation state of one sequence."""
+    """Generation state of one sequence.
+
+    Attributes:
+        index: the place of its prompt in the list.
+        prompt: the prompt's ids.
+        params: how its tokens are chosen.
+        text: turns its tokens into text.
+        eos_ids: tokens that end it with finish_reason ``"eos"``.
+        stop_ids: tokens that end it with finish_reason ``"stop"``.
+        max_new_tokens: the number of tokens that ends it with finish_reason ``"length"``.
+        repeat: how many rows of the call have the same prompt and come before it.
+        tokens: the completion so far.
+        first_token_at: seconds from the call to its first token.
+        generator: its own random numbers.
+    """
 
     index: int
     prompt: list[int]
     params: SamplingParams
     text: StopStringFilter
-    eos_id: int | None
+    eos_ids: frozenset[int]
+    stop_ids: frozenset[int]
     max_new_tokens: int
+    repeat: int = 0
     tokens: list[int] = field(default_factory=list)
     first_token_at: float = 0.0
 
     def __post_init__(self) -> None:
-        self.generator = self.params.generator()
+        self.generator = self.params.generator(self.prompt, self.repeat)
 
     def take(self, token: int, now: float) -> tuple[str, FinishReason | None]:
         """Add a token; return the text to show and why the row ends, if it does."""
         if not self.tokens:
             self.first_token_at = now
         self.tokens.append(token)
-        if token == self.eos_id:
+        if token in self.eos_ids or token in self.stop_ids:
             text, stopped = self.text.finish()
-            return text, "stop" if stopped else "eos"
+            return text, "eos" if token in self.eos_ids and not stopped else "stop"
         text, stopped = self.text.push(token)
         if stopped:
             return text, "stop"

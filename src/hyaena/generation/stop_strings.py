@@ -1,4 +1,4 @@
-"""Text that may be shown: whole characters, and nothing past a stop string."""
+"""Streams complete characters and stops before the first stop string."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from hyaena.tokenizers import Tokenizer
 
 
 class StopStringFilter:
-    """Turns the tokens of one row into text that may be shown, up to the first stop string.
+    """Turns the tokens of one row into text, up to the first stop string.
 
     The stop string that is complete first counts (the longer one, if two are complete with the same character), so
-    the result does not depend on how the text is cut into tokens. Text that may become one is held back.
+    the result does not depend on how the text is cut into tokens. Text that may become a stop string is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
@@ -20,11 +20,11 @@ class StopStringFilter:
         self._held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Take a token in; return the text to show now, and whether a stop string is complete."""
+        """Add a token; return the text to show now, and whether a stop string is complete."""
         return self._show(self._stream.push(token), last=False)
 
     def finish(self) -> tuple[str, bool]:
-        """The same for the end of the row, where nothing is held back."""
+        """End the row; return the text that was held back, and whether a stop string is complete."""
         return self._show(self._stream.flush(), last=True)
 
     def _show(self, new: str, *, last: bool) -> tuple[str, bool]:
@@ -37,7 +37,7 @@ class StopStringFilter:
         return text[:shown], False
 
     def _unfinished(self, text: str) -> int:
-        """How many characters at the end of the text may be the beginning of a stop string."""
+        """Count the characters at the end of the text that may be the beginning of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for count in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-count:]) for stop in self._stops):

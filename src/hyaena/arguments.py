@@ -1,0 +1,71 @@
+"""Checks of arguments: numbers, switches and what a value is, as one line of an error names it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from hyaena.errors import InputError, shown
+
+
+def as_whole(value: Any) -> int | None:
+    """The whole number that a value is, or None: booleans, floats, texts and arrays with dimensions are none.
+
+    Integers of numpy and tensors without dimensions count as whole numbers.
+    """
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or getattr(value, "ndim", 0):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # torch raises the latter two for tensors without a value
+        return None
+
+
+def whole(name: str, value: Any, wanted: str, low: int, high: int | None = None) -> int:
+    """Check that an argument is a whole number from ``low`` to ``high``.
+
+    Raises:
+        InputError: "``name`` must be ``wanted``, not …".
+    """
+    number = as_whole(value)
+    if number is None or number < low or (high is not None and number > high):
+        raise InputError(f"{name} must be {wanted}, not {shown(value)}")
+    return number
+
+
+def real(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -> float:
+    """Check that an argument is a finite number for which ``holds`` is true; integers count, booleans do not.
+
+    Raises:
+        InputError: "``name`` must be ``wanted``, not …".
+    """
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes | bytearray) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number) or not holds(number):
+        raise InputError(f"{name} must be {wanted}, not {shown(value)}")
+    return number
+
+
+def switch(name: str, value: Any) -> bool:
+    """Check that an argument is True or False; a text such as ``"false"`` would otherwise count as true.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if type(value).__name__ not in ("bool", "bool_"):  # Python's and numpy's
+        raise InputError(f"{name} must be True or False, not {shown(value)}")
+    return bool(value)
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in a few words for a message: ``a dict``, ``None``, ``a float32 Tensor of shape [2, 3]``."""
+    if value is None:
+        return "None"
+    name = type(value).__name__[:60]
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        name = f"{str(value.dtype).rsplit('.', 1)[-1]} {name} of shape {list(value.shape)}"
+    return f"{'an' if name[0] in 'aeiouAEIOU' and not name.startswith('u') else 'a'} {name}"

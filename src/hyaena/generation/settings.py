@@ -1,0 +1,264 @@
+"""The options of a generation and its prompts, checked before any work is done."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypedDict
+
+from hyaena.arguments import as_whole, kind_of, switch, whole
+from hyaena.decoding import Decoding
+from hyaena.errors import InputError, shown
+from hyaena.generation.loop import Progress
+from hyaena.ops import capabilities
+from hyaena.sampling import SamplingParams
+from hyaena.tokenizers import Tokenizer, token_ids
+from hyaena.tokenizers.base import as_list
+
+Seed = int | Sequence[int | None] | None
+
+
+class Options(TypedDict, total=False):
+    """The options of ``stream`` and ``generate``, for type checkers; ``stream`` describes them."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: Seed
+    stop: str | Iterable[str] | None
+    stop_token_ids: Sequence[int] | None
+    stop_at_eos: bool
+    special: bool
+    logprobs: int
+    method: str
+    decoding: Decoding
+    max_length: int | None
+    prefill_chunk: int | None
+    progress: Progress | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of ``stream``, with their defaults, as far as they can be checked without a model.
+
+    Raises:
+        InputError: an option has the wrong type or is out of range.
+        UnsupportedError: an unknown method.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: Seed = None
+    stop: str | Iterable[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
+    stop_at_eos: bool = True
+    special: bool = False
+    logprobs: int = 0
+    method: str = "auto"
+    decoding: Decoding = "auto"
+    max_length: int | None = None
+    prefill_chunk: int | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "max_new_tokens": _at_least_1("max_new_tokens", self.max_new_tokens),
+            "logprobs": whole("logprobs", self.logprobs, "a whole number, 0 or more", 0),
+            "stop": _stop_strings(self.stop),
+            "stop_token_ids": tuple(
+                token_ids(() if self.stop_token_ids is None else self.stop_token_ids, "stop_token_ids")
+            ),
+            "stop_at_eos": switch("stop_at_eos", self.stop_at_eos),
+            "special": switch("special", self.special),
+            "seed": _seeds(self.seed),
+        }
+        for name in ("max_length", "prefill_chunk"):
+            if getattr(self, name) is not None:
+                checked[name] = _at_least_1(name, getattr(self, name))
+        for name in ("method", "decoding"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} must be a name, not {shown(getattr(self, name))}")
+        capabilities(self.method)
+        if self.progress is not None and not callable(self.progress):
+            raise InputError(f"progress must be a function of two numbers, not {shown(self.progress)}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        for seed in self.seeds(len(self.seed)) if isinstance(self.seed, tuple) else [self.seed]:
+            self.sampling(seed)
+
+    def seeds(self, count: int) -> list[int | None]:
+        """The seed of each of ``count`` rows.
+
+        Raises:
+            InputError: there is a list of seeds of another length.
+        """
+        if not isinstance(self.seed, tuple):
+            return [self.seed] * count  # pyright: ignore[reportReturnType]  a number or None
+        if len(self.seed) != count:
+            raise InputError(f"{len(self.seed)} seeds for {count} prompts: give one, or one per prompt")
+        return list(self.seed)
+
+    def sampling(self, seed: Any) -> SamplingParams:
+        """The sampling parameters of a row."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=seed,
+        )
+
+    def repeats(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """For each row, how many equal prompts with the same seed for all come before it.
+
+        Rows with a list of seeds have exactly their own, so that equal seeds give equal rows.
+        """
+        if isinstance(self.seed, tuple):
+            return [0] * len(prompts)
+        before: Counter[tuple[int, ...]] = Counter()
+        repeats = []
+        for prompt in map(tuple, prompts):
+            repeats.append(before[prompt])
+            before[prompt] += 1
+        return repeats
+
+
+class _Sizes(Protocol):
+    """The two fields of a ModelConfig that bound a prompt."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+
+
+def parse_prompts(prompt: Any) -> tuple[list[str | bytes | list[int]], bool]:
+    """A list of prompts, and whether there was one that was not in a list.
+
+    Text is ``str`` or any bytes. Token ids come in any sequence: lists, ranges, iterators, numpy arrays, tensors of one
+    dimension. Several prompts are a list of texts, a list of such sequences, or an array of two dimensions.
+
+    Raises:
+        InputError: an empty prompt, or anything else.
+    """
+    if (text := _as_text(prompt)) is not None:
+        _require_content(text)
+        return [text], True
+    problem = "a prompt is text, bytes, a list of token ids, or a list of such, not "
+    if isinstance(prompt, io.IOBase):
+        raise InputError(problem + f"{kind_of(prompt)}: read the file first")
+    items = as_list(prompt, problem)
+    _require_content(items)
+    texts = [_as_text(item) for item in items]
+    if all(text is not None for text in texts):
+        prompts: list[Any] = texts
+    elif all(_is_list(item) for item in items):
+        prompts = [token_ids(item, "the token ids of a prompt") for item in items]
+    elif any(text is not None for text in texts) or any(map(_is_list, items)):
+        raise InputError("a list of prompts must be all texts or all lists of token ids")
+    else:
+        wrong = [item for item in items if as_whole(item) is None]
+        if wrong:
+            raise InputError(f"a prompt is text or whole numbers, and one of its items is {shown(wrong[0])}")
+        return [token_ids(items)], True
+    for one in prompts:
+        _require_content(one)
+    return prompts, False
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, config: _Sizes, prompts: Sequence[str | bytes | list[int]], settings: Settings
+) -> list[list[int]]:
+    """The token ids of each prompt, checked against the sizes of a model.
+
+    Raises:
+        InputError: the tokenizer does not fit the model, a text cannot be encoded, an id is outside the vocabulary, or
+            a prompt and its completion pass the maximum length.
+    """
+    size = config.vocab_size
+    if tokenizer.vocab_size < size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model {size}: "
+            f"make the tokenizer with vocab_size={size}"
+        )
+    if settings.logprobs > size:
+        raise InputError(f"logprobs must be between 0 and the vocabulary size {size}, not {shown(settings.logprobs)}")
+    _require_ids(settings.stop_token_ids or (), size, "stop_token_ids: ")
+    limit = config.max_length if settings.max_length is None else settings.max_length
+    encoded = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt, special=settings.special) if isinstance(prompt, str | bytes) else prompt
+        _require_content(ids)
+        _require_ids(ids, size)
+        if len(ids) + settings.max_new_tokens > limit:
+            raise InputError(
+                f"{len(ids)} prompt tokens and max_new_tokens {shown(settings.max_new_tokens)} pass the maximum length "
+                f"{shown(limit)}: shorten one of them, or pass a larger max_length"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def _at_least_1(name: str, value: Any) -> int:
+    return whole(name, value, "at least 1", 1)
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    if isinstance(stop, bytes | bytearray | memoryview | Mapping) or not isinstance(stop, Iterable):
+        raise InputError(f"stop must be text or a list of texts, not {kind_of(stop)}; ids go into stop_token_ids")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for one in stops:
+        if not isinstance(one, str):
+            raise InputError(f"a stop string is text, not {shown(one)}: ids go into stop_token_ids")
+        if not one:
+            raise InputError("a stop string is empty: leave it out")
+    return stops
+
+
+def _stop_token_ids(ids: Any) -> tuple[int, ...]:
+    return () if ids is None else tuple(token_ids(ids, "stop_token_ids"))
+
+
+def _seeds(seed: Any) -> Any:
+    """A list of seeds as a tuple; anything else as it is, to be checked with the sampling parameters."""
+    if as_whole(seed) is not None or isinstance(seed, str | bytes) or not hasattr(seed, "__iter__"):
+        return seed
+    return tuple(as_list(seed, "seed must be a whole number or a list of them, not "))
+
+
+def _as_text(value: Any) -> str | bytes | None:
+    """A text as str or bytes; None for anything else, such as a memoryview of larger items."""
+    if isinstance(value, str | bytes):
+        return value
+    if isinstance(value, bytearray) or (isinstance(value, memoryview) and value.itemsize == 1):
+        return bytes(value)
+    return None
+
+
+def _is_list(item: Any) -> bool:
+    if _as_text(item) is not None:
+        return False
+    return hasattr(item, "__iter__") and as_whole(item) is None and getattr(item, "ndim", 1) > 0
+
+
+def _require_content(prompt: Sequence[Any]) -> None:
+    if not len(prompt):
+        raise InputError("the prompt is empty: give it some text (or [tokenizer.bos_id], to begin from nothing)")
+
+
+def _require_ids(ids: Sequence[int], size: int, where: str = "") -> None:
+    outside = next((token for token in ids if not 0 <= token < size), None)
+    if outside is not None:
+        raise InputError(f"{where}token id {shown(outside)} is outside the vocabulary 0..{size - 1} of the model")
