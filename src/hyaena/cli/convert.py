@@ -17,6 +17,8 @@ from hyaena.errors import InputError
 if TYPE_CHECKING:
     from hyaena.model import StripedHyena
 
+HELP = "write a model in this package's layout or the original's"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
