@@ -23,7 +23,7 @@ from hyaena.checkpoints import Checkpoint
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
 from hyaena.formats import read_config
-from hyaena.model import StripedHyena
+from hyaena.model import MIXERS, Mixers, StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 
 BUNDLED = ("cub",)
@@ -73,6 +73,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     config: ModelConfig | str | PathLike[str] | None = None,
+    mixers: Mixers = MIXERS,
 ) -> tuple[StripedHyena, Tokenizer]:
     """A model, in evaluation mode, and its tokenizer.
 
@@ -83,6 +84,7 @@ def load(
             for narrower numbers, and elsewhere as they are stored. ``"stored"`` keeps every tensor as it is.
         revision: branch, tag or commit of a hub id.
         config: a configuration or its path, where it does not lie beside the weights.
+        mixers: what makes the mixer of each kind of layer, for models with layers of your own; see ``StripedHyena``.
 
     Raises:
         HyaenaError: in one line, what is wrong and how to put it right.
@@ -90,7 +92,7 @@ def load(
     _check_options(dtype, device)
     checkpoint = locate(source, revision=revision, config=config)
     tokenizer = load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)  # before the large files
-    return _load(checkpoint, dtype, device), tokenizer
+    return _load(checkpoint, dtype, device, mixers), tokenizer
 
 
 def load_model(
@@ -100,10 +102,11 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     config: ModelConfig | str | PathLike[str] | None = None,
+    mixers: Mixers = MIXERS,
 ) -> StripedHyena:
     """The model alone; the arguments are those of :func:`load`."""
     _check_options(dtype, device)
-    return _load(locate(source, revision=revision, config=config), dtype, device)
+    return _load(locate(source, revision=revision, config=config), dtype, device, mixers)
 
 
 def load_tokenizer_of(
@@ -208,10 +211,12 @@ def corrected(hub_id: str, config: ModelConfig) -> ModelConfig:
     return replace(config, **{"name": hub_id.split("/")[1], **PUBLISHED.get(hub_id, Published()).corrections})
 
 
-def _load(checkpoint: Checkpoint, dtype: str | torch.dtype | None, device: str | torch.device | None) -> StripedHyena:
+def _load(
+    checkpoint: Checkpoint, dtype: str | torch.dtype | None, device: str | torch.device | None, mixers: Mixers
+) -> StripedHyena:
     if dtype is None and checkpoints.as_device(device).type == "cpu":
         dtype = torch.float32
-    return checkpoints.load_model(checkpoint, dtype=dtype, device=device)
+    return checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers)
 
 
 def _check_options(dtype: str | torch.dtype | None, device: str | torch.device | None) -> None:

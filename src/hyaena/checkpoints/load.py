@@ -21,7 +21,7 @@ from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, InputError, printable
 from hyaena.filters import Float32Parameters
 from hyaena.formats.stripedhyena import tensors as original
-from hyaena.model import StripedHyena
+from hyaena.model import MIXERS, Mixers, StripedHyena
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
 _SHORT = {
@@ -44,6 +44,7 @@ def load_model(
     *,
     dtype: str | torch.dtype | Literal["stored"] | None = None,
     device: str | torch.device | None = None,
+    mixers: Mixers = MIXERS,
 ) -> StripedHyena:
     """The model of a checkpoint, in evaluation mode.
 
@@ -53,6 +54,7 @@ def load_model(
         dtype: of the weights; by default, as the embedding is stored; ``"stored"`` keeps every tensor as it is
             stored. Poles and residues are float32 in any case (float64 with float64).
         device: where the model goes; by default the CPU.
+        mixers: what makes the mixer of each kind of layer; see ``StripedHyena``.
 
     Raises:
         CheckpointError: naming the tensors that are missing, unexpected, misshapen, quantized or not finite; or a file
@@ -68,7 +70,7 @@ def load_model(
         with open_weights(checkpoint) as weights:
             if wanted is None and not stored:
                 wanted = weights.dtype
-            model = _Loading(checkpoint, weights, device, wanted).run()
+            model = _Loading(checkpoint, weights, device, wanted, mixers).run()
     except CheckpointError:
         checkpoint.check_unchanged()  # a better explanation, where it is true
         raise
@@ -142,11 +144,16 @@ class _Loading:
     """The work of one ``load_model``: fill a meta model, and remember everything that does not fit."""
 
     def __init__(
-        self, checkpoint: Checkpoint, weights: Weights, device: torch.device, dtype: torch.dtype | None
+        self,
+        checkpoint: Checkpoint,
+        weights: Weights,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        mixers: Mixers,
     ) -> None:
         self.checkpoint, self.weights, self.device, self.dtype = checkpoint, weights, device, dtype
         self.config = checkpoint.config
-        self.model = self._empty_model()
+        self.model = self._empty_model(mixers)
         self.remaining = dict(self.model.named_parameters())
         self.expected = dict(self.remaining)
         self.wide = wide_parameters(self.model)
@@ -159,7 +166,7 @@ class _Loading:
         }
         self.tied_head: Tensor | None = None
 
-    def _empty_model(self) -> StripedHyena:
+    def _empty_model(self, mixers: Mixers) -> StripedHyena:
         """The model on the meta device, built only where the files have as many tensors as it has layers."""
         if self.config.num_layers > len(self.weights.items):
             raise CheckpointError(
@@ -168,7 +175,7 @@ class _Loading:
             )
         try:
             with torch.device("meta"):
-                return StripedHyena(self.config)
+                return StripedHyena(self.config, mixers=mixers)
         except (RuntimeError, OverflowError) as error:
             reason = printable(str(error).split("\n")[0], limit=200)
             raise ConfigError(f"{self.checkpoint.path}: its configuration makes no model ({reason})") from None
