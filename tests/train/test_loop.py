@@ -311,7 +311,7 @@ def test_what_is_no_run_is_not_exported(make: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model": {**MODEL, "vocab_size": 200}}, CheckpointError, "vocabulary needs 259"),
+        ({"model": {**MODEL, "vocab_size": 200}}, CheckpointError, "at least 259"),
         ({"window": 8000}, InputError, "too few for windows of 8000"),
         ({"data": {"train": "absent.txt"}}, InputError, "absent.txt"),
         ({"model": None, "init_from": "cub", "window": 600_000}, ConfigError, "longer than the model's maximum"),
