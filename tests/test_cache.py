@@ -1,6 +1,10 @@
 """The cache's verbs, each against rows that ran alone."""
 
+import copy
+import io
+import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -225,6 +229,105 @@ def test_bytes() -> None:
     assert cache.nbytes == keys + states
 
 
+def _through_a_file(cache: Cache) -> Cache:
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c)), _through_a_file])
+def test_copies_of_python_are_snapshots(model: StripedHyena, copied: Any) -> None:
+    cache = read(model, torch.randint(50, (3, 6)), max_length=20)
+    cache.states[1].pointers()  # addresses, which a copy must not inherit
+    other = copied(cache)
+    assert other.lengths == cache.lengths and other.limits == cache.limits and other.nbytes == cache.nbytes
+    assert other.states[1].pointers()[0].tolist() == [other.states[1].keys(row).data_ptr() for row in range(3)]
+    tokens = torch.randint(50, (3, 4))
+    expected = step(model, cache.snapshot(), tokens)
+    step(model, cache, torch.randint(50, (3, 4)))
+    torch.testing.assert_close(step(model, other, tokens), expected)
+
+
+def test_a_copy_belongs_to_the_model_that_is_copied_with_it(model: StripedHyena) -> None:
+    cache = read(model, torch.randint(50, (1, 6)))
+    step(model, copy.deepcopy(cache), torch.zeros(1, 1, dtype=torch.long))
+    other, theirs = copy.deepcopy((model, cache))
+    step(other, theirs, torch.zeros(1, 1, dtype=torch.long))
+    with pytest.raises(InputError, match="another model"):
+        step(model, theirs, torch.zeros(1, 1, dtype=torch.long))
+
+
+def test_no_row_is_appended_twice(model: StripedHyena) -> None:
+    cache, other = read(model, torch.randint(50, (2, 6))), read(model, torch.randint(50, (1, 3)))
+    for others in ([cache], [other, other]):
+        with pytest.raises(InputError, match="the same cache twice"):
+            cache.extend(others)
+        assert cache.lengths == [6, 6] and other.lengths == [3]
+    cache.extend([])
+    assert cache.lengths == [6, 6]
+    assert Cache.merge([other, other]).lengths == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "rows", [[True, False], torch.tensor([True, False]), 1, torch.tensor(1), None, [0.0], ["0"], [-1], [2], [[0]], []]
+)
+def test_what_is_no_list_of_rows(model: StripedHyena, rows: Any) -> None:
+    cache = read(model, torch.randint(50, (2, 6)))
+    for verb in (cache.select, cache.keep):
+        with pytest.raises(InputError, match=r"numbers of rows, 0 … 1, and was given"):
+            verb(rows)
+    assert cache.lengths == [6, 6]
+
+
+def test_gradients_of_a_pass_end_at_the_pass_before(model: StripedHyena) -> None:
+    """They are those of a pass over a fixed state, and what is remembered has no history."""
+    ids, more = torch.randint(50, (2, 6)), torch.randint(50, (2, 3))
+    gradients = []
+    for first in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        cache = model.make_cache(2)
+        with first():
+            model(ids, cache=cache)
+        assert not any(t.requires_grad for t in cache.tensors())
+        model.zero_grad()
+        loss = model(more, cache=cache).logsumexp(-1).sum()
+        step(model, cache, more)  # writes into the same storage
+        loss.backward()
+        assert not any(t.requires_grad for t in cache.tensors())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
+    # and they are the derivatives: the newest keys and values count
+    cache = read(model, ids)
+    weight = dict(model.named_parameters())["layers.1.mixer.qkv_proj.weight"]
+    along = torch.randn_like(weight)
+
+    def loss_at(distance: float) -> torch.Tensor:
+        moved: dict[str, Any] = {"layers.1.mixer.qkv_proj.weight": weight + distance * along}
+        return torch.func.functional_call(model, moved, (more,), {"cache": cache.snapshot()}).logsumexp(-1).sum()
+
+    slope = (torch.autograd.grad(loss_at(0.0), weight)[0] * along).sum()
+    with torch.no_grad():
+        measured = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5
+    torch.testing.assert_close(slope, measured, rtol=1e-6, atol=1e-8)  # the error of central differences is of 1e-10
+
+
+def test_verbs_wait_for_no_other_thread(model: StripedHyena) -> None:
+    """They refuse while a pass reads the cache, which then is as it was."""
+    cache, other = (read(model, torch.randint(50, (2, 6))) for _ in range(2))
+    snapshot = cache.snapshot()
+    verbs = (cache.reset, cache.take, lambda: cache.keep([0]), lambda: cache.extend([other]))
+    verbs += (lambda: other.extend([cache]), lambda: cache.restore(snapshot))
+    with cache.reading(model, 2, cache.lengths, [1, 1]):
+        for verb in verbs:
+            with pytest.raises(InputError, match="in use by another thread"):
+                verb()
+    assert cache.lengths == other.lengths == [6, 6]
+    with pytest.raises(InputError, match="in use"), cache.reading(model, 2, [5, 6], [1, 1]):
+        pass
+    cache.keep([0])
+
+
 def test_bad_inputs(model: StripedHyena) -> None:
     cache = model.make_cache(2)
     for bad in (lambda: cache.select([]), lambda: cache.select([2]), lambda: Cache.merge([])):
@@ -234,3 +337,7 @@ def test_bad_inputs(model: StripedHyena) -> None:
         model.make_cache(0)
     with pytest.raises(InputError, match="2 rows"):
         step(model, cache, torch.zeros(1, 1, dtype=torch.long))
+    cache.take()
+    for bad in (lambda: cache.device, lambda: cache.select([0]), lambda: cache.keep([0])):
+        with pytest.raises(InputError, match="no rows"):
+            bad()

@@ -19,6 +19,7 @@ from hyaena.config import ModelConfig
 from hyaena.context import ForwardContext
 from hyaena.decoding import Decoder
 from hyaena.errors import ConfigError
+from hyaena.generation.chunks import choose_chunk, measured_size
 from hyaena.model import MIXERS, Hyena, StripedHyena, record
 from hyaena.ops import RowTensors, StepContext
 from hyaena.sampling import SamplingParams
@@ -245,6 +246,28 @@ def test_sizes(model: StripedHyena) -> None:
     assert cache.nbytes == sizes.state_bytes(2) + 50 * sizes.kv_bytes_per_token(2)
     with pytest.raises(ConfigError, match="mean"):
         ModelSizes(CONFIG)
+
+
+def test_passes_over_prompts_on_a_cuda_device(model: StripedHyena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pass holds is measured where no table knows the kind of a layer."""
+    sizes = measured_size(model.layers[0].mixer, model.dtype)  # type: ignore[arg-type]
+    d = CONFIG.hidden_size
+    assert CONFIG.layer_types[0] == "mean" and sizes.parameters == 2 * (d * d + d)
+    state = model.make_cache(1).states[0]
+    assert sizes.state == state.total.numel() + state.count.numel() * 4 // model.dtype.itemsize
+    assert sizes.kv_per_token == 0 and sizes.activations_per_token == 4 * d
+    attention = StripedHyena(dataclasses.replace(CONFIG, layer_types=("attention",))).layers[0].mixer
+    known = LAYER_SIZES["attention"](CONFIG)
+    measured = measured_size(attention, torch.float32)  # type: ignore[arg-type]
+    assert (measured.kv_per_token, measured.state, measured.parameters) == (known.kv_per_token, 0, known.parameters)
+    monkeypatch.setattr(StripedHyena, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    free = 2 * 2**13 * model.dtype.itemsize * 12 * d  # 4 beside the echo, and 8 inside
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    assert choose_chunk(model, 0) == 8192
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free - 1, free))
+    assert choose_chunk(model, 0) == 4096
 
 
 def test_save_and_load(model: StripedHyena, tmp_path: Path) -> None:

@@ -157,10 +157,11 @@ def test_only_the_asked_logits_are_computed(last: str, keep: int) -> None:
         torch.testing.assert_close(model(more, cache=caches[0]), model(more, cache=caches[1]))
 
 
-def test_ids_of_either_width(model: StripedHyena) -> None:
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32])
+def test_ids_of_any_width(model: StripedHyena, dtype: torch.dtype) -> None:
     ids = torch.randint(50, (2, 9))
     with torch.inference_mode():
-        torch.testing.assert_close(model(ids.int()), model(ids))
+        torch.testing.assert_close(model(ids.to(dtype)), model(ids))
 
 
 def test_every_parameter_has_a_gradient(model: StripedHyena) -> None:
@@ -244,7 +245,12 @@ def test_fresh_filters_lie_inside_the_unit_circle_and_keep_power() -> None:
         (torch.zeros(1, 4, dtype=torch.long), {"mask": torch.tensor([[1, 1, 1, 0]])}, "left"),
         (torch.zeros(1, 4, dtype=torch.long), {"mask": torch.tensor([[0, 1, 0, 1]])}, "left"),
         (torch.zeros(1, 4, dtype=torch.long), {"mask": torch.tensor([[0, 1]])}, "shape"),
-        (torch.zeros(1, 4, dtype=torch.long), {"logits_to_keep": 0}, "at least the last"),
+        (torch.zeros(1, 4, dtype=torch.long), {"logits_to_keep": 0}, r"1 \(the last position\) or more, not 0"),
+        (torch.zeros(1, 4, dtype=torch.long), {"logits_to_keep": 1.5}, "logits_to_keep must be a whole number"),
+        (torch.zeros(1, 4, dtype=torch.long), {"logits_to_keep": True}, "logits_to_keep must be a whole number"),
+        (torch.zeros(1, 4, dtype=torch.long), {"mask": [[True] * 4]}, "mask must be a tensor"),
+        (torch.zeros(1, 4, dtype=torch.long), {"segment_ids": [[0] * 4]}, "segment_ids must be a tensor"),
+        (torch.zeros(1, 4, dtype=torch.long), {"cache": [1]}, "cache is a list"),
         (torch.zeros(1, 4, dtype=torch.long), {"segment_ids": torch.zeros(1, 3)}, "segment_ids"),
     ],
 )

@@ -6,16 +6,18 @@ verbs. Rows are independent: each has a length of its own, begins at position 0,
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from hyaena.errors import CapacityError, InputError
+from hyaena.arguments import as_whole
+from hyaena.errors import CapacityError, InputError, shown
 
 S = TypeVar("S", bound="State")
 
@@ -72,6 +74,9 @@ class State(Protocol):
         ...
 
 
+_IN_USE = "the cache is in use by another thread: give each thread a cache of its own"
+
+
 class Cache:
     """The states of a batch of sequences.
 
@@ -94,6 +99,17 @@ class Cache:
         limit = "no limit" if self.max_length is None else f"at most {self.max_length} tokens a row"
         return f"Cache(rows={self.batch_size}, lengths={self.lengths}, {limit}, {self.nbytes:,} bytes)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: a cache that was stored belongs to no model in particular."""
+        return {"states": self.states, "lengths": self.lengths, "limits": self.limits}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Cache.__init__(self, **state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        owner = None if self._owner is None else self._owner()
+        return Cache(copy.deepcopy(self.states, memo), self.lengths, self.limits, owner=memo.get(id(owner), owner))
+
     @property
     def batch_size(self) -> int:
         return len(self.lengths)
@@ -111,7 +127,10 @@ class Cache:
 
     @property
     def device(self) -> torch.device:
-        return self.tensors()[0].device
+        tensors = self.tensors()
+        if not tensors:
+            raise InputError("the cache holds no rows (they were moved to another cache or decoder)")
+        return tensors[0].device
 
     @property
     def nbytes(self) -> int:
@@ -124,22 +143,33 @@ class Cache:
     # --- for the model -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def reading(self, owner: object, rows: int, counts: Sequence[int]) -> Iterator[None]:
-        """Guard one forward pass of ``owner`` over ``rows`` rows, which adds ``counts`` tokens to them.
+    def reading(self, owner: object, rows: int, lengths: Sequence[int], counts: Sequence[int]) -> Iterator[None]:
+        """Guard one forward pass of ``owner`` over ``rows`` rows, which adds ``counts`` tokens to their ``lengths``.
 
         Raises:
             InputError: the cache belongs to another model, holds other rows, or is in use by another thread.
             CapacityError: a row would pass its limit. Nothing has changed.
         """
-        if self._owner is not None and self._owner() is not owner:
-            raise InputError("the cache was made by another model: make one with this model's make_cache")
+        self.check_owner(owner)
         if self.batch_size != rows:
             taken = " (they were moved to another cache or decoder)" if self.batch_size == 0 else ""
             raise InputError(f"the cache holds {self.batch_size} rows{taken} and the ids {rows}: make another cache")
-        if not self._lock.acquire(blocking=False):
-            raise InputError("the cache is in use by another thread: give each thread a cache of its own")
-        try:
+        with self._locked():
+            if self.lengths != list(lengths):  # since they were read
+                raise InputError(_IN_USE)
             self._reserve(counts)
+            yield
+
+    def check_owner(self, owner: object) -> None:
+        """Raise InputError where the cache is known to be of another model than ``owner``."""
+        if self._owner is not None and self._owner() is not owner:
+            raise InputError("the cache was made by another model: make one with this model's make_cache")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise InputError(_IN_USE)
+        try:
             yield
         finally:
             self._lock.release()
@@ -152,6 +182,9 @@ class Cache:
                     f"the cache holds {have} of at most {limit} tokens and was given {need - have} more: "
                     "make it with a larger max_length, or shorten the prompt"
                 )
+        if not torch.is_inference_mode_enabled():  # autograd takes no tensors that were made in inference mode
+            rows = range(self.batch_size)
+            self.states = [state.select(rows) if _is_inference(state) else state for state in self.states]
         self.states = [state.reserve(needed) for state in self.states]
 
     def commit(self, states: Sequence[Any], counts: Sequence[int]) -> None:
@@ -175,24 +208,34 @@ class Cache:
         index = self._index("keep", rows)
         if index != sorted(set(index)):
             raise InputError(f"keep takes rows in rising order, each once, and was given {index}: use select")
-        self.states = [state.keep(index) for state in self.states]
-        self.lengths = [self.lengths[row] for row in index]
-        self.limits = [self.limits[row] for row in index]
+        with self._locked():
+            self.states = [state.keep(index) for state in self.states]
+            self.lengths = [self.lengths[row] for row in index]
+            self.limits = [self.limits[row] for row in index]
 
     def extend(self, others: Sequence[Cache]) -> None:
         """Append all rows of other caches, which are empty afterwards. Keys and values are not copied."""
-        self._check_kin("extend", others)
-        self.states = [
-            state.join([other.states[i] for other in others]) if others else state
-            for i, state in enumerate(self.states)
-        ]
-        for other in others:
-            self.lengths += other.lengths
-            self.limits += other.limits
-            other.take()
+        if len({id(cache) for cache in (self, *others)}) <= len(others):
+            raise InputError("extend was given the same cache twice: append a copy, which snapshot makes")
+        self._check_kin("extend", [self, *others])
+        with ExitStack() as stack:
+            for cache in (self, *others):
+                stack.enter_context(cache._locked())
+            self.states = [
+                state.join([other.states[i] for other in others]) if others else state
+                for i, state in enumerate(self.states)
+            ]
+            for other in others:
+                self.lengths += other.lengths
+                self.limits += other.limits
+                other._clear()
 
     def take(self) -> list[Any]:
         """Hand the states over to the caller; the cache has no rows afterwards."""
+        with self._locked():
+            return self._clear()
+
+    def _clear(self) -> list[Any]:
         states, self.states, self.lengths, self.limits = self.states, [], [], []
         return states
 
@@ -217,22 +260,29 @@ class Cache:
             InputError: the snapshot is of a cache of another model.
         """
         self._check_kin("restore", [snapshot])
-        copy = snapshot.snapshot()
-        self.states, self.lengths, self.limits = copy.states, copy.lengths, copy.limits
+        new = snapshot.snapshot()
+        with self._locked():
+            self.states, self.lengths, self.limits = new.states, new.lengths, new.limits
 
     def reset(self) -> None:
         """Forget everything; keep the storage."""
-        self.states = [state.reset() for state in self.states]
-        self.lengths = [0] * self.batch_size
+        with self._locked():
+            self.states = [state.reset() for state in self.states]
+            self.lengths = [0] * self.batch_size
 
     def _with(self, states: Sequence[Any], lengths: Sequence[int], limits: Sequence[int | None]) -> Cache:
         return Cache(states, lengths, limits, owner=None if self._owner is None else self._owner())
 
     def _index(self, verb: str, rows: Sequence[int] | Tensor) -> list[int]:
-        index = torch.as_tensor(rows).tolist() if isinstance(rows, Tensor) else list(rows)
-        if not index or not all(isinstance(row, int) and 0 <= row < self.batch_size for row in index):
-            raise InputError(f"{verb} takes rows of 0 … {self.batch_size - 1}, and was given {index}")
-        return index
+        if self.batch_size == 0:
+            raise InputError(f"{verb}: the cache holds no rows (they were moved to another cache or decoder)")
+        given = rows.tolist() if isinstance(rows, Tensor) else rows
+        index = [as_whole(row) for row in given] if isinstance(given, Iterable) else []
+        found = [row for row in index if row is not None and 0 <= row < self.batch_size]
+        if not found or len(found) < len(index):
+            numbers = f"numbers of rows, 0 … {self.batch_size - 1}"
+            raise InputError(f"{verb} takes a list of {numbers}, and was given {shown(rows)}")
+        return found
 
     def _check_kin(self, verb: str, others: Sequence[Cache]) -> None:
         for other in others:
@@ -242,3 +292,7 @@ class Cache:
                 raise InputError(f"{verb} was given a cache of another model: use caches of one model")
             if other.batch_size == 0:
                 raise InputError(f"{verb} was given a cache without rows (they were moved elsewhere)")
+
+
+def _is_inference(state: Any) -> bool:
+    return any(t.is_inference() for t in state.tensors())

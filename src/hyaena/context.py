@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hyaena import ops
+from hyaena.arguments import kind_of
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
@@ -61,6 +62,9 @@ class ForwardContext:
         _check_ids(ids)
         length = ids.shape[1]
         lengths = None if cache is None else tuple(cache.lengths)
+        for name, value in (("mask", mask), ("segment_ids", segment_ids)):
+            if value is not None and not isinstance(value, Tensor):
+                raise InputError(f"{name} must be a tensor of the shape of ids, not {kind_of(value)}")
         if segment_ids is not None and (cache is not None or mask is not None or segment_ids.shape != ids.shape):
             raise InputError("segment_ids must have the shape of ids, and go without cache and without mask")
         mask = _check_mask(mask, ids, lengths)

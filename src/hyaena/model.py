@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hyaena import ops
+from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig, unknown_layer_kind
 from hyaena.context import ForwardContext
@@ -127,6 +128,8 @@ class Attention(nn.Module):
             y = ops.attention(q, k, v, padding=padding, documents=context.documents)
         else:
             runs = state.runs(context.lengths, extra=k.shape[2])
+            if k.requires_grad:
+                runs = [run.with_newest(k, v) for run in runs]
             y = torch.cat([ops.attention(q[run.rows], run.keys.to(q), run.values.to(q)) for run in runs])
         return self.o_proj(y.transpose(1, 2).flatten(2)), state
 
@@ -406,8 +409,10 @@ class StripedHyena(nn.Module):
             CapacityError: a row of the cache would pass its maximum length.
             UnsupportedError: an unknown method or backend, or one that cannot run here.
         """
-        if logits_to_keep is not None and logits_to_keep < 1:
-            raise InputError(f"logits_to_keep is {logits_to_keep}: keep at least the last position")
+        if logits_to_keep is not None:
+            logits_to_keep = whole("logits_to_keep", logits_to_keep, "a whole number, 1 (the last position) or more", 1)
+        if cache is not None and not isinstance(cache, Cache):
+            raise InputError(f"cache is {kind_of(cache)}: make one with this model's make_cache")
         resolved = ops.resolve_backend(backend, device=self.device, dtype=self.dtype, gradients=torch.is_grad_enabled())
         context = ForwardContext.of(
             self.config,
@@ -421,7 +426,8 @@ class StripedHyena(nn.Module):
         )
         if cache is None or context.counts is None:
             return self._layers(ids, context, [None] * len(self.layers), logits_to_keep)[0]
-        with cache.reading(self, len(ids), context.counts):
+        assert context.lengths is not None
+        with cache.reading(self, len(ids), context.lengths, context.counts):
             logits, states = self._layers(ids, context, cache.states, logits_to_keep)
             cache.commit([state.detach() for state in states], context.counts)
         return logits
@@ -429,6 +435,8 @@ class StripedHyena(nn.Module):
     def _layers(
         self, ids: Tensor, context: ForwardContext, states: Sequence[Any], logits_to_keep: int | None
     ) -> tuple[Tensor, list[Any]]:
+        if ids.dtype not in (torch.int32, torch.int64):  # an embedding takes no others
+            ids = ids.long()
         try:
             x, new = self.embed_tokens(ids), []
         except IndexError:  # on a CPU; elsewhere looking at the ids would stall the device

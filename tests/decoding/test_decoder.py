@@ -421,6 +421,127 @@ def test_mistakes_are_named() -> None:
         decoder.add(cache, ids, params, generators)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a | {"ids": a["ids"].double()}, "ids as a tensor of integers"),
+        (lambda a: a | {"ids": a["ids"][:, None]}, "ids as a tensor of integers"),
+        (lambda a: a | {"ids": a["ids"].tolist()}, "ids as a tensor of integers"),
+        (lambda a: a | {"ids": a["ids"] + 50}, "outside the vocabulary of 50"),
+        (lambda a: a | {"ids": a["ids"] - 50}, "outside the vocabulary of 50"),
+        (lambda a: a | {"params": a["params"][:2]}, "3 rows, 2 params and 3 generators"),
+        (lambda a: a | {"generators": a["generators"] * 2}, "3 rows, 3 params and 6 generators"),
+        (lambda a: a | {"seen": a["seen"][:, :5]}, r"seen must be of shape \[3, 50\], not \[3, 5\]"),
+        (lambda a: a | {"seen": None, "params": [SamplingParams(repetition_penalty=2.0)] * 3}, "needs seen"),
+        (lambda a: a | {"cache": make().make_cache(3, max_length=20)}, "another model"),
+        (lambda a: a | {"cache": a["model"].make_cache(3, max_length=20, dtype=torch.bfloat16)}, "one (method and )?d"),
+        (lambda a: a | {"cache": a["model"].make_cache(3, max_length=20, method="truncated")}, "the same method"),
+    ],
+)
+def test_rows_that_do_not_fit_change_nothing(change: Any, message: str) -> None:
+    model = make()
+    cache, ids, seen = prefill(model, PADDINGS)
+    first = cache.snapshot()
+    generators = [torch.Generator()] * 3
+    alone = decoder_of(model, first.snapshot(), ids, [SamplingParams()] * 3)
+    decoder = Decoder(model, 8)
+    decoder.add(first, ids, [SamplingParams()] * 3, generators)
+    arguments = {"cache": cache, "ids": ids, "params": [SamplingParams()] * 3, "generators": generators, "seen": seen}
+    changed = change(arguments | {"model": model})
+    changed.pop("model")
+    with pytest.raises(InputError, match=message):
+        decoder.add(**changed)
+    assert decoder.rows == 3 and changed["cache"].batch_size == 3
+    for state in decoder.static.states:  # free places hold nothing of the rows that were refused
+        if isinstance(state, KVState):
+            assert state.capacities[3:] == [1] * 5
+    decoder.add(**arguments)
+    for each in (alone, decoder):
+        each.launch()
+    assert decoder.fetch().tokens == alone.fetch().tokens * 2
+
+
+def test_sizes_of_a_decoder_are_checked() -> None:
+    model = make()
+    for rows in (0, -1, 2.5, "2", True):
+        with pytest.raises(InputError, match="max_rows must be a whole number"):
+            Decoder(model, rows)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="top must be a whole number from 0 to 50"):
+        Decoder(model, 2, top=51)
+    with pytest.raises(InputError, match="no step is to be fetched"):
+        Decoder(model, 2).fetch()
+
+
+def test_a_compiled_model_is_decoded() -> None:
+    model = make()
+    compiled: Any = torch.compile(model, backend="eager")
+    cache, ids, _ = prefill(model, PADDINGS)
+    alone = decoder_of(model, cache.snapshot(), ids, [SamplingParams()] * 3)
+    decoder = decoder_of(compiled, compiled.make_cache(3, max_length=40).select([0, 1, 2]), ids, [SamplingParams()] * 3)
+    decoder.keep([])
+    decoder.add(cache, ids, [SamplingParams()] * 3, [torch.Generator()] * 3)
+    for each in (alone, decoder):
+        each.launch()
+    assert decoder.fetch().tokens == alone.fetch().tokens
+    with torch.inference_mode():
+        model(ids[:, None], cache=decoder.cache().snapshot())
+
+
+def test_rows_of_a_pipeline_have_keys_of_their_own() -> None:
+    model = make()
+    cache, ids, _ = prefill(model, PADDINGS)
+    decoder = PipelinedDecoder[str](Decoder(model, 8))
+    rows = (cache, ids, [SamplingParams()] * 3, [torch.Generator()] * 3)
+    for keys, steps in ((["a", "b", "a"], [2] * 3), (["a", "b"], [2] * 2), (["a", "b", "c"], [2] * 2)):
+        with pytest.raises(InputError, match="as many keys"):
+            decoder.add(keys, steps, *rows)
+    assert cache.batch_size == 3 and decoder.keys == []
+    decoder.add(["a", "b", "c"], [2] * 3, cache.snapshot(), *rows[1:])
+    with pytest.raises(InputError, match="as many keys"):
+        decoder.add(["c", "d", "e"], [2] * 3, *rows)
+
+
+def test_rows_without_a_draw_take_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy rows with a repetition penalty, for longer than a block of numbers, before and after rows that draw."""
+    monkeypatch.setattr("hyaena.decoding.sampler.BLOCK", 4)
+    model = make()
+    cache, ids, seen = prefill(model, PADDINGS)
+    greedy, drawing = SamplingParams(repetition_penalty=1.5), SamplingParams(temperature=1.0, seed=3)
+
+    def row(i: int, params: SamplingParams) -> tuple[Any, ...]:
+        return cache.select([i]), ids[i : i + 1], [params], [params.generator()]
+
+    expected = []
+    for i, params in ((0, greedy), (1, drawing), (2, drawing)):
+        alone, token, used = cache.select([i]), ids[i : i + 1], seen[i : i + 1].clone()
+        generator, tokens = params.generator(), []
+        for _ in range(15):
+            with torch.inference_mode():
+                logits = model(token[:, None], cache=alone)[:, -1]
+            token = sample(logits, [params], [generator], seen=used)
+            used[0, token] = True
+            tokens.append(int(token))
+        expected.append(tokens)
+
+    decoder, got = Decoder(model, 4), [[], [], []]
+
+    def run(steps: int, rows: list[int]) -> None:
+        for _ in range(steps):
+            decoder.launch()
+            for i, token in zip(rows, decoder.fetch().tokens, strict=True):
+                got[i].append(token)
+
+    decoder.add(*row(0, greedy), seen=seen[:1])
+    run(5, [0])
+    decoder.add(*row(1, drawing), seen=seen[1:2])
+    run(3, [0, 1])
+    decoder.keep([0])
+    run(2, [0])
+    decoder.add(*row(2, drawing), seen=seen[2:])
+    run(5, [0, 2])
+    assert got == [expected[0], expected[1][:3], expected[2][:5]]
+
+
 def test_a_graph_of_another_shape_is_never_replayed() -> None:
     replayed = []
 

@@ -221,3 +221,14 @@ HOPPER = {"capability": (9, 0), "cudnn": 91900, "flash": True}
 )
 def test_the_kernel_of_a_shape(shape: tuple, device: dict, expected: str | None) -> None:
     assert attention_module.choose_kernel(*shape, **{**HOPPER, **device}) == expected
+
+
+@pytest.mark.parametrize("padding", [None, [0, 3]])
+@pytest.mark.parametrize("length", [1, 2, 6])
+def test_gradients_after_a_past(length: int, padding: list[int] | None) -> None:
+    """They are the derivatives, in float64, whichever way inference would take."""
+    q, k, v = (
+        torch.randn(2, h, n, 4, dtype=torch.double, requires_grad=True) for h, n in ((4, length), (2, 9), (2, 9))
+    )
+    hidden = None if padding is None else torch.tensor(padding)
+    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, padding=hidden), (q, k, v))

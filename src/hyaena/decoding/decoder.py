@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hyaena import ops
+from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.decoding.sampler import GraphSampler, StepOutput, move_rows
 from hyaena.decoding.static_cache import StaticCache
@@ -90,12 +91,14 @@ class Decoder:
         cuda_graph: bool = False,
         operators: DecodeOperators | None = None,
     ) -> None:
+        model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model, and steps need nothing of that
         reason = model.unsupported_reason() or (_no_graphs(model) if cuda_graph else None)
         if reason is not None:
             raise UnsupportedError(f"static decoding is not possible: {reason}; decode with decoding='eager'")
         self.model = model
         self.operators = operators or choose_operators(model)
-        places = _bucket(max_rows)
+        places = _bucket(whole("max_rows", max_rows, "a whole number, 1 or more", 1))
+        top = whole("top", top, f"a whole number from 0 to {model.config.vocab_size}", 0, model.config.vocab_size)
         with torch.inference_mode():
             self.static = StaticCache(model, places)
             self.sampler = GraphSampler(places, model.config.vocab_size, top=top, device=model.device)
@@ -133,12 +136,12 @@ class Decoder:
             seen: bool [rows,V], the tokens that occurred, where a repetition penalty needs them.
 
         Raises:
-            InputError: ids that do not fit, or a cache without maximum length.
+            InputError: ids or seen tokens that do not fit, or a cache of another model, of another dtype than the rows
+                before, or without maximum length. Nothing has changed.
             CapacityError: more rows than ``max_rows``.
         """
         self._check_idle()
-        if not ids.shape[0] == cache.batch_size == len(params) == len(generators):
-            raise InputError(f"the cache holds {cache.batch_size} rows, and the decoder was given {ids.shape[0]} ids")
+        self._check_rows(cache, ids, params, generators, seen)
         start = self.rows
         positions = self.static.positions
         self.static.add(cache)
@@ -187,6 +190,8 @@ class Decoder:
 
     def fetch(self) -> StepOutput:
         """The outputs of the oldest step that was not fetched, of the rows that are here."""
+        if not self.pending:
+            raise InputError("no step is to be fetched: launch one")
         packed, event = self.pending.popleft()
         if event is not None:
             event.synchronize()
@@ -210,6 +215,28 @@ class Decoder:
     def cache(self) -> Cache:
         """An ordinary cache of the rows, over the same storage: valid until the next step."""
         return self.static.cache()
+
+    def _check_rows(
+        self,
+        cache: Cache,
+        ids: Tensor,
+        params: Sequence[SamplingParams],
+        generators: Sequence[torch.Generator],
+        seen: Tensor | None,
+    ) -> None:
+        rows, vocab = cache.batch_size, self.model.config.vocab_size
+        if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise InputError(f"the decoder takes ids as a tensor of integers [rows], and was given {kind_of(ids)}")
+        if ids.shape[0] != rows:
+            raise InputError(f"the cache holds {rows} rows, and the decoder was given {ids.shape[0]} ids")
+        if not len(params) == len(generators) == rows:
+            raise InputError(f"{rows} rows, {len(params)} params and {len(generators)} generators: give one per row")
+        if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= vocab)).any()):  # elsewhere a look would stall
+            raise InputError(f"an id lies outside the vocabulary of {vocab}: use the tokenizer of this model")
+        if seen is None and SamplingFeatures.of(params).penalty:
+            raise InputError("a repetition penalty needs seen: which tokens were seen in each row")
+        if seen is not None and seen.shape != (rows, vocab):
+            raise InputError(f"seen must be of shape [{rows}, {vocab}], not {list(seen.shape)}")
 
     def _check_idle(self) -> None:
         if self.pending:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hyaena.cache import Cache
 from hyaena.decoding.decoder import Decoder
 from hyaena.decoding.sampler import StepOutput
+from hyaena.errors import InputError
 from hyaena.sampling import SamplingParams
 
 K = TypeVar("K", bound=Hashable)
@@ -47,6 +48,8 @@ class PipelinedDecoder(Generic[K]):
         """Add rows, see ``Decoder.add``; ``steps`` is the most that each needs."""
         self.wait()
         self._compact()
+        if len({*self.keys, *keys}) != len(self.keys) + len(keys) or not len(keys) == len(steps) == cache.batch_size:
+            raise InputError(f"give {cache.batch_size} rows as many steps and as many keys that no other row has")
         self.decoder.add(cache, ids, params, generators, seen=seen)
         self.keys += keys
         self.left |= dict(zip(keys, steps, strict=True))

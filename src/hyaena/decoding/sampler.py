@@ -141,9 +141,11 @@ class GraphSampler:
         if self.features == SamplingFeatures():
             chosen = logits.argmax(dim=-1)
         else:
-            uniform = self.uniform[:count].index_select(1, self.counter)
+            uniform = self.uniform[:count]
+            if self.features.draw:  # otherwise no number is read, and none may be counted
+                uniform = uniform.index_select(1, self.counter)
+                self.counter.add_(1)
             chosen = choose(logits, self.knobs[:count], uniform, seen, self.features)
-            self.counter.add_(1)
         ids.copy_(torch.where(finite, chosen, 0))
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)

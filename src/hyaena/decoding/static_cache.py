@@ -58,9 +58,10 @@ class StaticCache:
         """Move all rows of a cache behind those that are here; the cache is empty afterwards.
 
         Raises:
-            InputError: a row may grow without limit.
+            InputError: a row may grow without limit, or the cache is of another model or kind. It keeps its rows.
             CapacityError: there are not so many places.
         """
+        cache.check_owner(self.model)
         if cache.max_length is None:
             raise InputError("static decoding needs a cache of fixed size: make it with max_length")
         if self.rows + cache.batch_size > self.max_rows:
@@ -71,9 +72,14 @@ class StaticCache:
             self.states = [state.blank(self.max_rows) for state in cache.states]
             self.scratch = [state.blank(1) for state in cache.states]
         lengths, limits, start = list(cache.lengths), [limit or 0 for limit in cache.limits], self.rows
-        for mine, theirs in zip(self.states, cache.take(), strict=True):
-            for i in range(len(lengths)):
-                mine.put(start + i, theirs, i)
+        try:
+            for mine, theirs in zip(self.states, cache.states, strict=True):
+                for i in range(len(lengths)):
+                    mine.put(start + i, theirs, i)
+        except InputError:
+            self._vacate(start, start + len(lengths))
+            raise
+        cache.take()
         self.lengths += lengths
         self.limits += limits
         self._count(start)
@@ -81,17 +87,22 @@ class StaticCache:
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these, which are in rising order: they move to the front."""
         before = self.rows
-        for state, scratch in zip(self.states, self.scratch, strict=True):
+        for state in self.states:
             for place, row in enumerate(rows):
                 if place != row:
                     state.put(place, state, row)
-            for place in range(len(rows), before):
-                state.put(place, scratch, 0)
+        self._vacate(len(rows), before)
         self.lengths = [self.lengths[row] for row in rows]
         self.limits = [self.limits[row] for row in rows]
         self.device_lengths[len(rows) : before] = 0
         self.device_limits[len(rows) : before] = 1
         self._count(0)
+
+    def _vacate(self, start: int, stop: int) -> None:
+        """Let places use scratch storage, so that steps of larger buckets write nowhere else."""
+        for state, scratch in zip(self.states, self.scratch, strict=True):
+            for place in range(start, stop):
+                state.put(place, scratch, 0)
 
     def _count(self, start: int) -> None:
         device = self.device_lengths.device

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from hyaena.model import StripedHyena
-from hyaena.sizes import ModelSizes
+from hyaena.sizes import LAYER_SIZES, LayerSize, ModelSizes
 
 PREFILL_CHUNK = {"cpu": 512}
 """Tokens that one pass of the model reads on a kind of device: as many as keep it busy, so that memory stays flat."""
@@ -32,9 +33,38 @@ def choose_chunk(model: StripedHyena, slots: int) -> int:
         return PREFILL_CHUNK.get(device.type, MIN_PREFILL_CHUNK)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but torch's
     free = torch.cuda.mem_get_info(device)[0] + kept
-    sizes, itemsize = ModelSizes(model.config), model.dtype.itemsize
+    sizes, itemsize = _sizes(model), model.dtype.itemsize
     stored = slots * sizes.kv_bytes_per_token(itemsize)  # the states of Hyena layers do not grow
     return fitting_chunk(free - stored, sizes.activation_bytes_per_token(itemsize))
+
+
+def _sizes(model: StripedHyena) -> ModelSizes:
+    """The sizes of a model, those of mixers of its own kinds measured."""
+    kinds = dict(LAYER_SIZES)
+    for i, kind in enumerate(model.config.layer_types):
+        if kind not in kinds:
+            size = measured_size(model.layers[i].mixer, model.dtype)  # pyright: ignore[reportArgumentType]
+            kinds[kind] = lambda _, size=size: size
+    return ModelSizes(model.config, kinds)
+
+
+def measured_size(mixer: nn.Module, dtype: torch.dtype) -> LayerSize:
+    """The size of a mixer that ``LAYER_SIZES`` does not know, from its parameters and its states.
+
+    Activations are an estimate: the results of all its linear layers, each beside one more tensor of the same width.
+    """
+
+    def stored(length: int) -> int:
+        state = mixer.make_state(1, max_length=length, dtype=dtype, device="meta")  # type: ignore[operator]
+        return sum(t.numel() * t.element_size() for t in state.tensors()) // dtype.itemsize
+
+    per_token = stored(2) - stored(1)
+    return LayerSize(
+        parameters=sum(p.numel() for p in mixer.parameters()),
+        kv_per_token=per_token,
+        state=stored(1) - per_token,
+        activations_per_token=2 * sum(getattr(module, "out_features", 0) for module in mixer.modules()),
+    )
 
 
 def fitting_chunk(free: int, bytes_per_token: int) -> int:

@@ -110,7 +110,9 @@ def attention(
             return _past_and_present(q, k, v, past, part) if past and part is _cudnn else part(q, k, v, True)[0]
         if past == 0:
             return sdpa(q, k, v, is_causal=True, enable_gqa=heads != groups)
-    if q.device.type == "cpu" and past and (padding is None or bool((padding <= past).all())):
+    # autograd knows no gradient of the log-sum-exps by which two parts are merged
+    merged = q.device.type == "cpu" and past and not wants_gradients(q, k, v)
+    if merged and (padding is None or bool((padding <= past).all())):
         return _past_and_present(q, k, v, past, _cpu_part(padding, past, q.dtype), padding)
     if padding is None:
         mask = causal_lower_right(length, total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ class Run(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def with_newest(self, keys: Tensor, values: Tensor) -> Run:
+        """The run with its last tokens taken from keys and values [B,G,T,head_dim] of a pass, with their gradients."""
+        past = self.keys.shape[2] - keys.shape[2]
+        pairs = ((self.keys, keys[self.rows]), (self.values, values[self.rows]))
+        return Run(self.rows, *(torch.cat([old[:, :, :past].to(new), new], dim=2) for old, new in pairs))
+
 
 class KVState:
     """Keys and values [G,capacity,head_dim] of every row of a batch; see ``hyaena.cache.State`` for the verbs.
@@ -47,6 +53,9 @@ class KVState:
     def __init__(self, rows: list[tuple[KVStore, int]]) -> None:
         self.rows = rows
         self._pointers: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rows": self.rows, "_pointers": None}  # the storage of a copy has other addresses
 
     @classmethod
     def allocate(
@@ -75,14 +84,14 @@ class KVState:
         return self.rows[0][0].keys.dtype
 
     def write(self, keys: Tensor, values: Tensor, lengths: Sequence[int], padding: Sequence[int] | None = None) -> None:
-        """Store new tokens behind those that the rows hold.
+        """Store new tokens behind those that the rows hold, without their autograd history.
 
         Args:
             keys, values: [B,G,T,head_dim].
             lengths: tokens that each row holds.
             padding: leading positions of each row of the new tokens that are padding and are not stored.
         """
-        count = keys.shape[2]
+        keys, values, count = keys.detach(), values.detach(), keys.shape[2]
         if padding is None:
             for run in self.runs(lengths, extra=count):
                 run.keys[:, :, -count:] = keys[run.rows]
@@ -127,12 +136,7 @@ class KVState:
 
     def join(self, others: Sequence[KVState]) -> KVState:
         """Append the rows of other states. The storage is shared: the others must not be used afterwards."""
-        mine = self.rows[0][0].keys
-        for other in others:
-            for store, _ in other.rows:
-                theirs = store.keys
-                if (theirs.shape[1], theirs.shape[3], theirs.dtype) != (mine.shape[1], mine.shape[3], mine.dtype):
-                    raise InputError("keys and values of different sizes or dtypes cannot be joined")
+        self._check_kind(others)
         return KVState(self.rows + [row for other in others for row in other.rows])
 
     def reset(self) -> KVState:
@@ -166,6 +170,7 @@ class KVState:
 
     def put(self, row: int, source: KVState, source_row: int) -> None:
         """Replace a row's storage by that of a row of another state, which must not be used afterwards."""
+        self._check_kind([source])
         self.rows[row] = source.rows[source_row]
         if self._pointers is not None:
             new = self._table([row])
@@ -177,6 +182,7 @@ class KVState:
         return []
 
     def detach(self) -> KVState:
+        """Nothing to do: what is stored has no history."""
         return self
 
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,6 +193,15 @@ class KVState:
         if self._pointers is None:
             self._pointers = self._table(range(len(self.rows)))
         return self._pointers
+
+    def _check_kind(self, others: Sequence[KVState]) -> None:
+        mine = self.rows[0][0].keys
+        for store, _ in (row for other in others for row in other.rows):
+            theirs = store.keys
+            if (theirs.shape[1], theirs.shape[3], theirs.dtype) != (mine.shape[1], mine.shape[3], mine.dtype):
+                raise InputError(
+                    "keys and values of different sizes or dtypes cannot be joined: make the caches with one dtype"
+                )
 
     def _table(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         device = self.rows[0][0].keys.device

@@ -108,7 +108,7 @@ class DecodeOperators:
     def attend(self, q: Tensor, state: KVState, context: StepContext) -> Tensor:
         """Attention of q [B,H,head_dim] to the tokens of each row; [B,H,head_dim]. Waits for the device."""
         parts = [
-            attention(q[run.rows].unsqueeze(2), run.keys, run.values).squeeze(2)
+            attention(q[run.rows].unsqueeze(2), run.keys.to(q), run.values.to(q)).squeeze(2)
             for run in state.runs(context.lengths.tolist())
         ]
         return torch.cat(parts)

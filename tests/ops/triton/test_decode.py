@@ -165,6 +165,32 @@ def test_products_in_any_tile(tile: gemv.Tile) -> None:
     close(got, PLAIN.gate(x, Dense(a), Dense(b), norm=norm, activation="silu"), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("scale", [2.0**50, 2.0**63, 2.0**90, 2.0**110])
+@pytest.mark.parametrize("width", [96, 1030])
+def test_numbers_whose_squares_overflow_are_normalised(
+    dtype: torch.dtype, inside: bool, scale: float, width: int
+) -> None:
+    x, a, b = (randn(n, width, dtype=dtype) for n in (1, 7, 7))
+    a, b, norm = a / width**0.5, b / width**0.5, RMSNormWeight(randn(width, dtype=dtype), 1e-5, inside)
+    x *= scale
+    wide = norm._replace(weight=norm.weight.double())
+    want = PLAIN.linear(x.double(), Dense(a.double()), norm=wide)
+    close(gemv.linear(x, Dense(a), norm=norm), want, dtype)
+    want = PLAIN.gate(x.double(), Dense(a.double()), Dense(b.double()), norm=wide, activation="silu")
+    close(gemv.gate(x, a, b, norm=norm, activation="silu"), want, dtype)
+
+
+@pytest.mark.parametrize("largest", [3e38, torch.inf, torch.nan])
+def test_what_cannot_be_summed_is_not_finite(largest: float) -> None:
+    """Near the end of float32, and beyond, there is no plausible number that nobody would notice."""
+    x, a = torch.full((1, 96), 1.0, device=DEVICE), torch.ones(5, 96, device=DEVICE)
+    x[:, ::2] = largest
+    got = gemv.linear(x, Dense(a), norm=RMSNormWeight(torch.ones(96, device=DEVICE), 1e-5, True))
+    assert not got.isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("modes", "taps"), [(2, 3), (8, 3), (1, 2), (3, 4)])
 def test_the_hyena_step_moves_both_states(dtype: torch.dtype, modes: int, taps: int) -> None:

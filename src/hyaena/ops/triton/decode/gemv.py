@@ -7,6 +7,9 @@ around the product costs no pass of its own:
 - a second matrix on the same x with ``act(a)·b`` after it (gate and up of an MLP);
 - bias and residual.
 
+Numbers whose squares overflow float32 are normalised all the same. Sums of products are of the numbers as they are:
+near the end of float32 they overflow, and the result is not finite.
+
 For several vectors a library's matrix product is faster. The references are ``DecodeOperators.linear`` and ``.gate``.
 """
 
@@ -19,9 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.linear import Dense
+from hyaena.ops.norm import BOUND
 from hyaena.ops.step import RMSNormWeight
 from hyaena.ops.triton.common import rms_scale
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+
+SHRINK = tl.constexpr(BOUND * 2.0**-128)
+"""Scales the largest float32 down to the largest number whose square is summed."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,29 @@ def add_piece(sums, squares, pieces, x, g, k, K: tl.constexpr, HAS_NORM: tl.cons
 
 
 @triton.jit
+def norm_scale(squares, x, eps, K: tl.constexpr, EPS_INSIDE: tl.constexpr):
+    """1 / rms of x [K], from its squares [BK]; x is read again, and scaled down, only where they overflowed."""
+    scale = rms_scale(squares, eps, K, EPS_INSIDE)
+    if scale == 0.0:
+        small = tl.zeros((128,), tl.float32)
+        for start in tl.range(0, K, 128, loop_unroll_factor=1):  # few registers, or fewer programs would run beside
+            k = start + tl.arange(0, 128)
+            v = tl.load(x + k, mask=k < K, other=0.0, volatile=True).to(tl.float32) * SHRINK
+            small += v * v
+        scale = rms_scale(small, 0.0, K, True) * SHRINK  # eps is nothing beside such numbers
+    return scale
+
+
+@triton.jit
+def scaled(numbers, scale):
+    """A tuple of tensors, each times a number."""
+    out = ()
+    for i in tl.static_range(len(numbers)):
+        out = out + (numbers[i] * scale,)
+    return out
+
+
+@triton.jit
 def products(x, g, w, eps,
              N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
              EPS_INSIDE: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
@@ -122,10 +152,9 @@ def products(x, g, w, eps,
     gdc_launch_dependents(OVERLAP)
     out = ()
     for i in tl.static_range(len(w)):
-        y = tl.sum(sums[i], axis=1)
-        if HAS_NORM:
-            y *= rms_scale(squares, eps, K, EPS_INSIDE)
-        out = out + (y,)
+        out = out + (tl.sum(sums[i], axis=1),)
+    if HAS_NORM:  # only now: the branch inside would keep all sums in registers
+        out = scaled(out, norm_scale(squares, x, eps, K, EPS_INSIDE))
     return out
 
 
