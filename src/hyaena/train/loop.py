@@ -43,6 +43,7 @@ from hyaena.train.storage import (
     Metrics,
     build_empty,
     load_checkpoint,
+    read_metrics,
     save_checkpoint,
     with_raw_poles,
 )
@@ -122,6 +123,8 @@ def open_run(config: TrainConfig, *, resume: bool = False, device: str = "auto")
         state = load_checkpoint(folder) if resume else None
         if state is not None:
             _check_unchanged(config, state)
+            if (folder / METRICS).exists():
+                read_metrics(folder / METRICS)  # refuses a damaged file, before the text is read
         trainer = Trainer(config, device=used, state=state)
         del state
         trainer.write_config()
