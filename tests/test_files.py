@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hyaena import files
 from hyaena.errors import OutputError
@@ -50,6 +52,17 @@ def test_a_write_that_fails_leaves_the_previous_file(tmp_path: Path, error: Base
     with pytest.raises((OutputError, KeyboardInterrupt)):
         write_atomically(tmp_path / "a", fails)
     assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == {"a"}
+
+
+def test_the_reason_is_that_of_the_file_and_not_of_the_archive(tmp_path: Path) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            full()
+            return 0
+
+    with pytest.raises(OutputError, match="No space left on device; free some space"):
+        write_atomically(tmp_path / "a.pt", lambda file: torch.save({"a": torch.zeros(9)}, Full()))
+    assert not names(tmp_path)
 
 
 def test_a_users_own_partial_file_and_what_it_points_to_stay(tmp_path: Path) -> None:

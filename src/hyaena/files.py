@@ -70,6 +70,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def reason(error: BaseException) -> str:
     """Why a system call or a writer failed, on one line."""
+    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+        error = error.__context__  # torch.save says what became of its archive, and not why
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return printable(" ".join(text.split()) or type(error).__name__, limit=200)
 

@@ -429,9 +429,10 @@ def test_dtypes_that_cannot_hold_a_model_are_refused(folder: Path, dtype: Any) -
         load_model(folder, dtype=dtype)
 
 
-def test_devices_that_are_not_there_are_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="device warp cannot be used"):
-        load_model(folder, device="warp")
+@pytest.mark.parametrize("device", ["warp", "", "cpu:x", "meta"])
+def test_devices_that_are_not_there_are_refused(folder: Path, device: str) -> None:
+    with pytest.raises(InputError, match=f"device {device} (cannot be used|has no memory)"):
+        load_model(folder, device=device)
 
 
 def test_the_error_for_a_bad_checkpoint_is_a_checkpoint_error(folder: Path) -> None:

@@ -280,6 +280,13 @@ def test_a_compiled_or_wrapped_model_is_saved_as_the_model_inside(model: Striped
         save_model(torch.nn.Linear(2, 2), tmp_path / "x")  # type: ignore[arg-type]
 
 
+def test_a_folder_whose_name_is_not_utf8_is_refused(model: StripedHyena, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"a\xff")
+    with pytest.raises(InputError, match=r"\\udcff: the name is not UTF-8, .*: choose another"):
+        save_model(model, folder)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     "extra",
     [{"../x": b""}, {"config.json": b""}, {"a/b": b""}, {"": b""}, {"x": "text"}, {"y.safetensors": b""}, {3: b""}],

@@ -251,6 +251,86 @@ def test_runs_are_not_overwritten_nor_mixed(make: Any, tmp_path: Path) -> None:
         run(make(), resume=True)
 
 
+def test_a_file_that_is_no_saved_state_is_refused_and_kept(make: Any) -> None:
+    config = make(steps=2)
+    run(config, stop=stop_after(1))
+    folder = Path(config.output)
+    good = torch.load(folder / "last.pt", weights_only=True)
+    moments = good["optimizer"]["state"][0]
+    first = {**good["optimizer"], "state": {**good["optimizer"]["state"], 0: {**moments, "exp_avg": torch.zeros(2, 2)}}}
+    groups = [{key: value for key, value in g.items() if key != "lr_ratio"} for g in good["optimizer"]["param_groups"]]
+    others: list[tuple[Any, str]] = [
+        (5, "it is a int"),
+        ([good], "it is a list"),
+        *(({k: v for k, v in good.items() if k != name}, f"{name} is missing") for name in good),
+        *(({**good, name: object_}, f"{name} is a") for name in good for object_ in ([], True)),
+        ({**good, "config": "{"}, "config is not JSON"),
+        ({**good, "config": "5"}, "config is not a mapping"),
+        ({**good, "config": "{}"}, "no number of steps"),
+        ({**good, "step": -1}, "no number of steps"),
+        ({**good, "model": {}}, "does not fit"),
+        ({**good, "model": {**good["model"], "norm.weight": torch.zeros(3)}}, "does not fit"),
+        ({**good, "model": dict.fromkeys(good["model"], 5)}, "does not fit"),
+        ({**good, "optimizer": {}}, "does not fit"),
+        ({**good, "optimizer": first}, "does not fit"),
+        ({**good, "optimizer": {**good["optimizer"], "param_groups": groups}}, "does not fit"),
+        ({**good, "rng": torch.zeros(3)}, "does not fit"),
+    ]
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "last.pt"}
+    for state, message in others:
+        torch.save(state, folder / "last.pt")
+        with pytest.raises(CheckpointError, match=message):
+            run(config, resume=True)
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "last.pt"} == before
+    torch.save(good, folder / "last.pt")
+    assert run(config, resume=True).finished
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1]",
+        b"5",
+        b"\xff",
+        b"{",
+        b"",
+        b"[" * 20_000,
+        b'{"step": ' + b"9" * 5000 + b"}",
+        b'{"a": 1}',
+        b'{"kind": 1, "step": 1}',
+        b'{"kind": "train", "step": 1.5}',
+        b'{"kind": "train", "step": 1, "loss": 1, "bits_per_byte": 1, "lr": 1}',
+        b'{"kind": "train", "step": 1, "loss": 1, "bits_per_byte": 1, "lr": 1, "losses": ["a"]}',
+        b'{"kind": "heldout", "step": 1, "bits_per_byte": null}',
+    ],
+)
+def test_damaged_metrics_are_named_and_kept(make: Any, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(steps=2)
+    with open_run(config) as trainer:
+        trainer.save()
+    path = Path(config.output) / "metrics.jsonl"
+    content = b'{"kind": "note", "step": 0}\n' + line + b"\n"
+    path.write_bytes(content)
+    monkeypatch.setattr(loop, "read_documents", None)  # the file is refused before the text is read
+    with pytest.raises(CheckpointError, match=r"line 2 of .*metrics\.jsonl is not a row of metrics: .*move"):
+        run(config, resume=True)
+    assert path.read_bytes() == content
+
+
+def test_a_line_of_metrics_that_was_cut_short_is_dropped(make: Any) -> None:
+    config = make(steps=2)
+    with open_run(config) as trainer:
+        trainer.save()
+    path = Path(config.output) / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "note", "step": 0}\n{"kind": "tr')
+    with open_run(config, resume=True):
+        assert path.read_bytes() == b'{"kind": "note", "step": 0}\n'
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot read .*metrics\.jsonl"):
+        run(config, resume=True)
+
+
 def test_a_run_goes_on_with_another_number_of_steps_and_logs_what_changes(
     make: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -324,9 +404,11 @@ def test_what_cannot_be_trained_writes_nothing(make: Any, changes: dict[str, Any
     assert not Path(config.output).exists()
 
 
-def test_an_unknown_device_is_named(make: Any) -> None:
-    with pytest.raises(ConfigError, match="abacus"):
-        train(make(), device="abacus", progress=False)
+@pytest.mark.parametrize("device", ["abacus", "meta", "", "cpu:x", "cuda:99"])
+def test_a_device_that_cannot_train_is_named(make: Any, device: str) -> None:
+    with pytest.raises(InputError, match=f"device {device} "):
+        train(make(), device=device, progress=False)
+    assert not Path(make().output).exists()
 
 
 def test_a_run_without_held_out_text_ends_with_an_export(make: Any, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Read: our own folders, the original's folders, a weights file with a configurati
 """
 
 from hyaena.checkpoints.files import COMPANIONS, WEIGHTS, Checkpoint, find, find_config, has_weights, is_run
-from hyaena.checkpoints.load import as_device, as_dtype, load_model, read_tensors
+from hyaena.checkpoints.load import as_device, as_dtype, check_names_and_shapes, load_model, read_tensors
 from hyaena.checkpoints.save import save_model
 from hyaena.checkpoints.weights import inspect
 
@@ -15,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "as_device",
     "as_dtype",
+    "check_names_and_shapes",
     "find",
     "find_config",
     "has_weights",

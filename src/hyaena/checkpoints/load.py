@@ -78,6 +78,17 @@ def load_model(
     return model.eval()
 
 
+def check_names_and_shapes(checkpoint: Checkpoint) -> None:
+    """Compare the tensors that a checkpoint names with those of its configuration; no tensor is read.
+
+    Raises:
+        CheckpointError: naming the tensors that are missing, unexpected, misshapen or quantized.
+        ConfigError: the configuration makes no model.
+    """
+    with open_weights(checkpoint) as weights:
+        _Loading(checkpoint, weights, torch.device("meta"), None, MIXERS, reads=False).run()
+
+
 def read_tensors(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Some tensors of a checkpoint, under our names and in our layout, as they are stored; nothing else is read.
 
@@ -102,7 +113,7 @@ def as_device(device: str | torch.device | None) -> torch.device:
         InputError: this machine or this build of torch has no such device.
     """
     try:
-        found = torch.empty(0, device=device or "cpu").device
+        found = torch.empty(0, device="cpu" if device is None else device).device
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = printable(str(error).split("\n")[0], limit=200)
         raise InputError(f"device {device} cannot be used ({reason}): choose another, such as cpu") from None
@@ -141,7 +152,10 @@ def dtype_in(dtype: torch.dtype, *, wide: bool) -> torch.dtype:
 
 
 class _Loading:
-    """The work of one ``load_model``: fill a meta model, and remember everything that does not fit."""
+    """The work of one ``load_model``: fill a meta model, and remember everything that does not fit.
+
+    With ``reads=False`` names, dtypes and shapes are compared, and the model stays empty.
+    """
 
     def __init__(
         self,
@@ -150,8 +164,11 @@ class _Loading:
         device: torch.device,
         dtype: torch.dtype | None,
         mixers: Mixers,
+        *,
+        reads: bool = True,
     ) -> None:
         self.checkpoint, self.weights, self.device, self.dtype = checkpoint, weights, device, dtype
+        self.reads = reads
         self.config = checkpoint.config
         self.model = self._empty_model(mixers)
         self.remaining = dict(self.model.named_parameters())
@@ -181,7 +198,7 @@ class _Loading:
             raise ConfigError(f"{self.checkpoint.path}: its configuration makes no model ({reason})") from None
 
     def run(self) -> StripedHyena:
-        for item in _with_progress(self.weights.items):
+        for item in _with_progress(self.weights.items) if self.reads else self.weights.items:
             self._take(item)
         if self.tied_head is not None and not self.remaining:
             original.check_tied(self.model.embed_tokens.weight.detach(), self.tied_head)
@@ -214,6 +231,8 @@ class _Loading:
             return
         if not self._fits(item, self.expected[expected].shape):
             self.problems["wrong shape"].append(self._shapes(item, expected))
+            return
+        if not self.reads:
             return
         ours = original.to_ours(item.name, item.read(), self.config)
         assert ours is not None

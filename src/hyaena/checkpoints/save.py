@@ -79,6 +79,12 @@ def save_model(
         raise CheckpointError(f"layout {printable(str(layout))!r} is unknown: choose one of {', '.join(CONFIG_NAMES)}")
     if type(max_shard_size) is not int or max_shard_size < 1:
         raise InputError(f"max_shard_size is {max_shard_size!r}: name a whole number of bytes")
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{folder}: the name is not UTF-8, and safetensors cannot write there: choose another"
+        ) from None
     _check_extra_files(extra_files or {})
     narrow = as_dtype(dtype)
     config, state, wide = _state_to_save(model, narrow)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from hyaena.checkpoints import save_model
+from hyaena.checkpoints import as_device, save_model
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, NonFiniteError, OutputError
 from hyaena.files import locked, write_atomically
 from hyaena.train.config import TrainConfig
@@ -34,7 +34,7 @@ from hyaena.train.data import PackedWindows
 from hyaena.train.documents import find_files, read_documents
 from hyaena.train.evaluate import Evaluation, autocast, evaluate, summed_loss
 from hyaena.train.filters import parametrize_filters, poles_outside
-from hyaena.train.optim import learning_rate, make_optimizer
+from hyaena.train.optim import learning_rate, load_optimizer, make_optimizer
 from hyaena.train.plot import CURVE, plot_metrics
 from hyaena.train.start import Start, find_start, initial_model
 from hyaena.train.storage import (
@@ -43,6 +43,7 @@ from hyaena.train.storage import (
     Metrics,
     build_empty,
     load_checkpoint,
+    read_metrics,
     save_checkpoint,
     with_raw_poles,
 )
@@ -88,7 +89,8 @@ def train(
 
     Raises:
         ConfigError, InputError: the configuration or the data cannot be used; nothing was written.
-        CheckpointError: there is nothing to resume, or there is a run in the way; or a change that a run cannot take.
+        CheckpointError: there is nothing to resume, or it is damaged; there is a run in the way; or a change that a
+            run cannot take.
         CheckpointError, OutputError: the disk is full, or another process trains in this folder.
         NonFiniteError: the loss became NaN or infinite; ``last.pt`` holds the last finite state that was saved.
     """
@@ -121,6 +123,8 @@ def open_run(config: TrainConfig, *, resume: bool = False, device: str = "auto")
         state = load_checkpoint(folder) if resume else None
         if state is not None:
             _check_unchanged(config, state)
+            if (folder / METRICS).exists():
+                read_metrics(folder / METRICS)  # refuses a damaged file, before the text is read
         trainer = Trainer(config, device=used, state=state)
         del state
         trainer.write_config()
@@ -177,7 +181,8 @@ class Trainer:
                 log.warning("%s: kept as they are; training may pull them inside", outside)
         else:
             self.model = build_empty(self.start.config)
-            self.model.load_state_dict(state["model"], assign=True)
+            with self._fitting_state():
+                self.model.load_state_dict(state["model"], assign=True)
             self.model.to(self.device)
         if config.activation_checkpointing:
             for layer in self.model.layers:
@@ -192,8 +197,9 @@ class Trainer:
         self.initial: float | None = None
         self.scored: int | None = None  # the step of the latest evaluation
         if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["rng"])
+            with self._fitting_state():
+                load_optimizer(self.optimizer, state["optimizer"])
+                torch.set_rng_state(state["rng"])
             self.step, self.elapsed = state["step"], state["elapsed"]
             self.best, self.latest, self.initial = state["best"], state["latest"], state["initial"]
             self.scored = state["scored"]
@@ -203,6 +209,17 @@ class Trainer:
             f"{count:,} parameters; {len(self.corpus.tokens):,} tokens of training text in "
             f"{len(self.corpus.starts):,} documents; {self.precision} on {self.device}"
         )
+
+    @contextlib.contextmanager
+    def _fitting_state(self) -> Iterator[None]:
+        """Within it, a saved state that does not fit the model or the optimizer is a ``CheckpointError``."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.folder / CHECKPOINT} does not fit the model and optimizer of this run "
+                f"({type(error).__name__}): restore it, or start a new run"
+            ) from error
 
     def _corpus(self, sources: tuple[str, ...]) -> Corpus:
         pieces = read_documents(sources, self.config.data.pattern)
@@ -223,9 +240,9 @@ class Trainer:
 
     def write_config(self) -> None:
         """Write the resolved configuration, and remove metrics of steps that are not part of the run."""
+        self.metrics.truncate(self.step if (self.folder / CHECKPOINT).exists() else -1)
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         write_atomically(self.folder / "config.yml", lambda file: file.write(text.encode()))
-        self.metrics.truncate(self.step if (self.folder / CHECKPOINT).exists() else -1)
 
     def save(self) -> None:
         """Write ``last.pt``."""
@@ -403,12 +420,7 @@ def _due(step: int, every: int) -> bool:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the device {name!r} cannot be used here; try --device cpu") from error
-    return device
+    return as_device(name)
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:

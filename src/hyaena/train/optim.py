@@ -49,6 +49,23 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a saved state into an optimizer of the same parameters.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError, RuntimeError: it is not the state of such an optimizer.
+    """
+    options = [group.keys() for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if [group.keys() for group in optimizer.param_groups] != options:
+        raise ValueError("other options of the parameter groups")
+    for parameter, values in optimizer.state.items():
+        for value in values.values():
+            # The first step of a wrong shape would fail, or broadcast.
+            if isinstance(value, Tensor) and value.shape not in ((), parameter.shape):
+                raise ValueError(f"a moment of shape {list(value.shape)} for a parameter of {list(parameter.shape)}")
+
+
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """The learning rate of optimizer step ``step`` (from 0) of ``steps``.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,6 +22,24 @@ from hyaena.train.filters import parametrize_filters, plain_state_dict
 
 CHECKPOINT = "last.pt"
 METRICS = "metrics.jsonl"
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "config": (str,),
+    "model_config": (str,),
+    "tokenizer": (dict,),
+    "data": (int,),
+    "model": (dict,),
+    "optimizer": (dict,),
+    "rng": (torch.Tensor,),
+    "step": (int,),
+    "elapsed": (float, int),
+    "best": (float, NoneType),
+    "latest": (float, NoneType),
+    "initial": (float, NoneType),
+    "scored": (int, NoneType),
+}
+"""The fields of a saved state, and their types."""
+_NUMBERS = {"train": ("loss", "bits_per_byte", "lr"), "heldout": ("bits_per_byte",)}
+"""The numbers that a row of metrics has, by its kind."""
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -32,17 +51,44 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """Read the last saved state onto the CPU.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or it is not the saved state of a run.
     """
     path = folder / CHECKPOINT
     if not path.is_file():
         raise CheckpointError(f"nothing to resume: {path} does not exist; run without --resume")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load fails in many ways on a damaged archive
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}); remove it to start again without --resume"
         ) from error
+    problem = _problem(state)
+    if problem is not None:
+        raise CheckpointError(
+            f"{path} is not the saved state of a run ({problem}); remove it to start again without --resume"
+        )
+    return state
+
+
+def _problem(state: Any) -> str | None:
+    """What keeps a value from being the saved state of a run, if anything does."""
+    if not isinstance(state, dict):
+        return f"it is a {type(state).__name__}"
+    for name, types in _FIELDS.items():
+        if name not in state:
+            return f"{name} is missing"
+        if not isinstance(state[name], types) or isinstance(state[name], bool):
+            return f"{name} is a {type(state[name]).__name__}"
+    for name in ("config", "model_config"):
+        try:
+            values = json.loads(state[name])
+        except (ValueError, RecursionError):
+            return f"{name} is not JSON"
+        if not isinstance(values, dict):
+            return f"{name} is not a mapping"
+    if type(json.loads(state["config"]).get("steps")) is not int or state["step"] < 0:
+        return "it has no number of steps"
+    return None
 
 
 def load_run(path: str | PathLike[str]) -> tuple[StripedHyena, dict[str, bytes], int]:
@@ -115,7 +161,8 @@ class Metrics:
 
     def truncate(self, step: int) -> None:
         """Remove what was logged after ``step``, before a run resumes there; everything for a negative step."""
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
+        logged = read_metrics(self.path) if step >= 0 and self.path.exists() else []
+        rows = [row for row in logged if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
@@ -126,11 +173,34 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a ``metrics.jsonl``; a last line that a killed process left unfinished is ignored."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """Read the rows of a ``metrics.jsonl``; a last line that a killed process left unfinished is ignored.
+
+    Raises:
+        CheckpointError: it cannot be read, or a line is not a row of metrics.
+    """
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; move it away to go on without it") from error
+    rows = [_row(line) for line in lines]
+    if None in rows:
+        raise CheckpointError(
+            f"line {rows.index(None) + 1} of {path} is not a row of metrics: correct it, or move the file away"
+        )
+    last = _row(rest)
+    return [row for row in (*rows, last) if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line as a row of metrics; None if it is not one."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+        return None
+    numbers = [row.get(name) for name in _NUMBERS.get(row["kind"], ())]
+    if row["kind"] == "train":
+        losses = row.get("losses")
+        numbers += losses if isinstance(losses, list) else [None]
+    return row if all(type(number) in (int, float) for number in numbers) else None
