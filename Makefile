@@ -1,8 +1,8 @@
 # A clone needs Python 3.11 or newer, make and a package index.
 #
 #   PYTHON       the interpreter that .venv is made from
-#   TORCH_INDEX  the package index to take torch from. The default build on Linux brings CUDA (4.9 GB installed);
-#                pytorch.org lists them; the CPU build is 1.1 GB
+#   TORCH_INDEX  the package index to take torch from. the default build on Linux brings CUDA (4.9 GB installed);
+#                the CPU build is 1.1 GB, and pytorch.org names its index
 #   ARGS         passed on to pytest or to the benchmarks: make test ARGS="-k cache"
 #   PROMPT       the prompt of make demo
 
