@@ -1,9 +1,10 @@
-# Everything a clone needs is Python 3.11 or newer, make and a package index.
+# A clone needs Python 3.11 or newer, make and a package index.
 #
 #   PYTHON       the interpreter that .venv is made from
-#   TORCH_INDEX  a package index to take torch from, when the default build is not the one you want;
-#                pytorch.org's install page names them (the CPU index saves gigabytes on Linux without a GPU)
+#   TORCH_INDEX  the package index to take torch from. The default build on Linux brings CUDA (4.9 GB installed);
+#                https://download.pytorch.org/whl/cpu has the CPU build (1.1 GB), pytorch.org lists the others
 #   ARGS         passed on to pytest or to the benchmarks: make test ARGS="-k cache"
+#   PROMPT       the prompt of make demo
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -14,16 +15,18 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations lint format bench clean
+.PHONY: help demo test test-integrations lint format bench docs clean
 
 help:
-	@echo "make demo     install into .venv and stream a completion from the bundled model"
-	@echo "make test     run the test suite            (ARGS=... is passed to pytest)"
-	@echo "make test-integrations   build the wheel, install it into a bare environment and run it"
-	@echo "make lint     ruff, pyright, import layers"
-	@echo "make format   let ruff fix and format the code"
-	@echo "make bench    run the benchmarks            (ARGS=... is passed on)"
-	@echo "make clean    remove .venv and caches"
+	@echo "make demo                install into .venv and stream a completion from the bundled model"
+	@echo "make test                run the test suite (ARGS=... is passed to pytest)"
+	@echo "make test-integrations   run the tests that build, install or download something"
+	@echo "make lint                ruff, pyright, import layers"
+	@echo "make format              let ruff fix and format the code"
+	@echo "make bench               run the CPU benchmarks (ARGS=... is passed on)"
+	@echo "make docs                write the API reference to build/docs"
+	@echo "make clean               remove .venv, caches and build products"
+	@echo "Without a GPU, save 3.8 GB: make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo"
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH_INDEX=$(or $(TORCH_INDEX),the default package index)  PROMPT=... (demo)"
 
 demo: .venv/.installed
@@ -51,9 +54,13 @@ format: .venv/.installed-dev
 bench: .venv/.installed-bench
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
+docs: .venv/.installed-docs
+	$(BIN)/python scripts/api_reference.py build/docs
+	@echo "open build/docs/index.html"
+
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # --- The environment -------------------------------------------------------------------------------------------------
 
@@ -67,7 +74,7 @@ clean:
 # torch goes in first and alone: its version is then settled, whatever build TORCH_INDEX offers, before another
 # package's range can choose a different one.
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
-	@echo "Installing hyaena into .venv (the first time, this downloads torch)"
+	@echo "Installing hyaena into .venv; the first time, this downloads torch$(if $(TORCH_INDEX),, (without a GPU see make help))"
 	@$(PIP) --quiet setuptools
 	@$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) --quiet --no-build-isolation --editable '.[train]'
@@ -81,4 +88,9 @@ clean:
 .venv/.installed-bench: .venv/.installed
 	@echo "Installing what the benchmarks compare with into .venv"
 	@$(PIP) --quiet --no-build-isolation --editable '.[benchmarks]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	@echo "Installing pdoc into .venv"
+	@$(PIP) --quiet --no-build-isolation --editable '.[docs]'
 	@touch $@

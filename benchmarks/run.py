@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +67,11 @@ def main(suite: Suite, argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     session: Session = load(suite.session)(quick=args.quick, deadline=began + args.limit)
     facts = describe(torch.device("cuda" if suite.cuda and torch.cuda.is_available() else "cpu"), suite.packages)
-    when = occasion(shlex.join(["python", "-m", f"benchmarks.{suite.name}", *argv]), args.commit)
+    # What a page tells does not depend on where it was written: a path would name somebody's folders.
+    shown = [f"--only {','.join(args.only)}"] if args.only else []
+    shown += [f"--skip {','.join(args.skip)}"] if args.skip else []
+    shown += ["--quick"] if args.quick else []
+    when = occasion(" ".join(["python", "-m", f"benchmarks.{suite.name}", *shown]), args.commit)
     folder = args.output or (None if args.quick else report.RESULTS)
     parts: list[report.Part] = []
     page, wrong = None, ""

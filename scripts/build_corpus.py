@@ -6,9 +6,9 @@
 Writes ``train.jsonl`` and ``heldout.jsonl`` (one object ``{"path", "text"}`` per line, ordered by path) and
 ``manifest.json``. The result depends only on the Python distribution: whether a file is held out follows from
 the SHA-256 of its path relative to the library, exact duplicates are kept once (under the path that sorts
-first, which also decides the split, so that no held-out file has a twin in the training text), and generated files
+first, which also decides the split, so that no held-out file has a copy in the training text), and generated files
 are left out: those that the build of the interpreter writes for one machine, and the manual inside ``pydoc_data``.
-SamplingFeatures nothing beyond the standard library.
+Needs nothing beyond the standard library.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ from tqdm import tqdm
 from hyaena import hub
 from hyaena.errors import HyaenaError
 from hyaena.sizes import ModelSizes
-from hyaena.train.data import evaluation_batches, read_documents, tokenize
+from hyaena.train.corpus import tokenize
+from hyaena.train.data import evaluation_batches
+from hyaena.train.documents import Piece, read_documents
 from hyaena.train.evaluate import evaluate
 
 
@@ -48,10 +50,10 @@ def after_training_text(text: bytes, training: bytes) -> Row:
     return Row("xz -9e, after the training text", f"{len(training) / 1e6:.1f} MB of text", 8 * added / len(text))
 
 
-def measure(source: str, documents: list[str], arguments: argparse.Namespace) -> Row:
+def measure(source: str, pieces: list[Piece], arguments: argparse.Namespace) -> Row:
     """One model on all documents."""
     model, tokenizer = hub.load(source, device=arguments.device, dtype="float32")
-    corpus = tokenize(documents, tokenizer)
+    corpus = tokenize(pieces, tokenizer)
     shape = {"window": arguments.window, "overlap": arguments.overlap, "batch_size": arguments.batch_size}
     windows = sum(len(batch.ids) for batch in evaluation_batches(corpus, **shape))
     with tqdm(total=windows, unit="window", desc=model.config.name) as bar:
@@ -81,16 +83,18 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     try:
-        documents = list(read_documents(arguments.heldout))
-        text = "".join(documents).encode("utf-8")
+        pieces = list(read_documents(arguments.heldout))
+        text = "".join(piece.text for piece in pieces).encode("utf-8")
         rows = compressors(text)
         if arguments.train:
-            rows.append(after_training_text(text, "".join(read_documents(arguments.train)).encode("utf-8")))
-        rows += [measure(source, documents, arguments) for source in arguments.models]
+            training = "".join(piece.text for piece in read_documents(arguments.train)).encode("utf-8")
+            rows.append(after_training_text(text, training))
+        rows += [measure(source, pieces, arguments) for source in arguments.models]
     except HyaenaError as error:
         print(f"model_card: error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(documents)} documents, {len(text):,} bytes; windows of {arguments.window}, {arguments.overlap} shared")
+    documents = sum(piece.begins for piece in pieces)
+    print(f"{documents} documents, {len(text):,} bytes; windows of {arguments.window}, {arguments.overlap} shared")
     print(table(rows))
     return 0
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
+
+# A shell that starts a run in the background has it ignore Ctrl-C, and every process under it. Tests send that signal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch is imported, and for the processes that tests start: the workers of a run share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 import yaml
@@ -179,6 +180,40 @@ def test_unknown_models_are_told(name: str, words: str, tmp_path: Path, monkeypa
     assert words in refusal(name)
 
 
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"device": "warp"}, {"config": "none.yml"}])
+def test_options_are_checked_before_anything_is_downloaded(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
+    for function in (hub.load, hub.load_model):
+        with pytest.raises(HyaenaError, match=r"int8|warp|none\.yml"):
+            function(NOUS, **options)
+
+
+def test_a_mistyped_path_is_no_question_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "final").mkdir(parents=True)
+    assert "runs/finel: no such model: did you mean runs/final?" in refusal("runs/finel")
+    assert "did you mean runs/final?" in refusal("./run/final")
+    assert f"did you mean {tmp_path}/runs/final?" in refusal(tmp_path / "runs" / "fina")
+    assert "no such model: name a folder" in refusal("runs/x")
+    assert "no such model" in refusal("~nobody-of-this-name/x")
+
+
+def test_a_bundled_name_that_is_also_a_folder_here_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cub").mkdir()
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "package" / "hub.py"))
+    shutil.copytree(GOLDEN / "evo-tiny", tmp_path / "package" / "cub")
+    assert hub.load_model("cub").config.num_layers == 4  # the folder has no model in it
+    shutil.copy(GOLDEN / "sh-tiny" / "model.safetensors", tmp_path / "cub")
+    shutil.copy(GOLDEN / "sh-tiny" / "config.yml", tmp_path / "cub")
+    assert "cub is the bundled model and a folder here with a model: write ./cub for the folder" in refusal("cub")
+    for named in ("./cub", Path("cub"), tmp_path / "cub"):
+        assert hub.load_model(named).config.name == "sh-7b-32k-v1"
+
+
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +303,44 @@ def test_a_misspelt_hub_id_names_the_right_one(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
     assert f"did you mean {NOUS}?" in refusal("togethercomputer/StripedHyena-Nous-7b")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("evo-1-131k-base", "togethercomputer/evo-1-131k-base"),
+        ("StripedHyena-Nous-7B", NOUS),
+        ("evo-design/evo-1.5-8k", "evo-design/evo-1.5-8k-base"),
+        ("Cub", "cub"),
+    ],
+)
+def test_near_hub_ids_are_suggested_without_asking_twice(
+    name: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> str:
+        raise errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    monkeypatch.chdir(tmp_path)
+    assert f"did you mean {near}?" in refusal(name)
+
+
+def test_a_name_that_may_be_a_path_is_one_first_where_the_hub_cannot_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> str:
+        raise errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    monkeypatch.chdir(tmp_path)
+    assert refusal("models/mine").startswith("models/mine: no such file or folder. If it is the name of a model on the")
+
+
+def test_safetensors_are_chosen_where_the_cache_has_both(remote: Hub) -> None:
+    remote.cache.mkdir()
+    shutil.copy(remote.folder / "pytorch_model.bin", remote.cache)
+    hub.load_model(EVO_131K)
+    assert hub.locate(EVO_131K).shards == (remote.cache / "model.safetensors",)
 
 
 def test_without_a_network_the_real_client_gives_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

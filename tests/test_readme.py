@@ -1,44 +1,80 @@
-"""The README's commands and programs, run from top to bottom as a reader would.
+"""The README: its commands and programs run in a bare clone, its figures are those of the pages, its links lead on."""
 
-Blocks marked ``bash`` and ``python`` run, in order, in one folder that looks like a clone; blocks marked ``console``
-need the network or an hour and do not.
-"""
+from __future__ import annotations
 
-import os
+import json
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+import pytest
+
+import pages
+from hyaena.bench import rates
+from hyaena.bench.rates import Sizes
+
+README = pages.ROOT / "README.md"
+RESULTS = pages.ROOT / "benchmarks" / "results"
 
 
-def test_every_block_runs(tmp_path: Path) -> None:
-    blocks = BLOCK.findall((ROOT / "README.md").read_text())
-    assert [kind for kind, _ in blocks].count("python") >= 3 and [kind for kind, _ in blocks].count("bash") >= 3
-    for name in ("configs", "scripts"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "generate.py", tmp_path)
-    (tmp_path / "setup.cfg").write_text("[metadata]\nname = striped\n")
-    programs = tmp_path / "bin"  # the reader's `hyaena` and `python` are those of this environment
-    programs.mkdir()
-    for name, command in (("hyaena", f"{sys.executable} -m hyaena"), ("python", sys.executable)):
-        (programs / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        (programs / name).chmod(0o755)
-    environment = os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT / "src"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    for kind, text in blocks:
-        command = ["bash", "-euo", "pipefail", "-c", text] if kind == "bash" else [sys.executable, "-c", text]
-        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-        assert run.returncode == 0, f"{text}\n{run.stdout}\n{run.stderr}"
+def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = [kind for kind, _ in pages.blocks(README)]
+    assert kinds.count("python") >= 4 and kinds.count("bash") >= 4
+    pages.clone(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(rates.SIZES, "cpu", Sizes(10_000, 32, 3))  # what `hyaena bench` measures beside the model
+    pages.run(README, monkeypatch)
+    assert {path.name for path in tmp_path.iterdir()} - before == {"converted", "bench.json", "bench.png"}
+    out = capsys.readouterr().out
+    assert '"finish_reason"' in out and "7,912,224" in out and "7,646,023,680" in out
 
 
-def test_every_link_leads_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
+def test_every_link_and_every_named_command_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, anchor in re.findall(r"\]\(([^)#:]*\.md)?#([^)]*)\)", text):
+        headings = re.findall(r"^#+ (.*)$", ((page.parent / target) if target else page).read_text(), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}, f"#{anchor}"
+    targets = set(re.findall(r"^([\w-]+):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE))
+    # Commands stand in code: after a backquote, a prompt or an indentation.
+    for name in re.findall(r"(?:`|\$ |    )make (?:[A-Z_]+=\S+ )*([a-z][\w-]*)", text):
+        assert name in targets, f"{page.name}: make {name}"
+    for path in re.findall(r"(?:`|\$ |    )python (?!-)(\S+\.py)", text):
+        assert (pages.ROOT / path).exists(), f"{page.name}: python {path}"
+    for module in re.findall(r"python -m ((?:benchmarks|hyaena)[\w.]*)", text):
+        path = pages.ROOT / ("src" if module.startswith("hyaena") else "") / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or path.is_dir(), f"{page.name}: python -m {module}"
+
+
+def test_the_figures_of_the_table_are_those_of_the_pages() -> None:
+    """Within 5 %: that much a repeated run may differ, and the README need not follow every one."""
+    gpu, cpu = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in ("gpu.json", "cpu.json"))
+    layers = "two Hyena and two attention layers, D 4096"
+    rows = (
+        ("H100", "decoding, batch 1, context 2,048", "bound", 191, 0.96),
+        ("H100", "decoding, batch 1, context 32,768", "bound", 168, 0.96),
+        ("H100", "prefill of 8,192 tokens", "bound", 36936, 0.79),
+        ("H100", "prefill of 32,768 tokens", "bound", 33328, 0.94),
+        ("H100", "prefill of 131,072 tokens", "bound", 19817, 0.87),
+        ("H200", "decoding, batch 1, context 32,768", "Mistral", 230, 3.5),
+        ("H100", f"training step, T 32,768, {layers}", "four", 60553, 1.26),
+        ("H100", f"training step, T 131,072, {layers}", "four", 32691, 1.58),
+        ("H100", f"training step, T 32,768, {layers}, packed", "the same", 75786, 1.24),
+        ("", "peak memory growth of one batch of 15 prompts of 10 bytes and one of 24,000, cub", "the short", 67, 0.87),
+    )
+    table = README.read_text(encoding="utf-8").split("**Measured**")[1].split("![")[0]
+    for device, what, baseline, rate, ratio in rows:
+        (row,) = (
+            row
+            for benchmark in gpu + cpu
+            if device in benchmark["machine"].get("device", "")
+            for row in benchmark["rows"]
+            if row["what"] == what and row["baseline_name"].startswith(baseline)
+        )
+        assert row["ours"]["median"] == pytest.approx(rate, rel=0.05) and f"{rate:,}" in table, what
+        assert row["ratio"]["median"] == pytest.approx(ratio, rel=0.05), what
+        shown = {0.96: "96 %", 0.87: "0.87"}.get(ratio, str(ratio))
+        assert shown in table, what

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
 from hyaena.errors import CheckpointError, InputError, UnsupportedError
@@ -600,7 +600,7 @@ def test_only_regular_files_are_opened(name: str, tmp_path: Path) -> None:
     refused("larger than 64 MiB")
 
 
-@pytest.mark.parametrize("value", [5, ["x"], {"content": 5}, "\x1b[31m" * 1000])
+@pytest.mark.parametrize("value", [5, ["x"], {"content": 5}, "\x1b[31m" * 1000, "\ud800", {"content": "a\udfff"}])
 @pytest.mark.parametrize("key", ["bos_token", "eos_token", "pad_token"])
 def test_settings_of_wrong_types_are_named(key: str, value: Any, tmp_path: Path) -> None:
     path = write(byte_level(), tmp_path, **{key: value})
@@ -635,6 +635,20 @@ def test_settings_that_name_an_absent_token_are_an_error(tmp_path: Path) -> None
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(CheckpointError, match="not readable JSON"):
         HFTokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("pattern", ["a", Regex(".")])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_normalizer_that_multiplies_a_text_is_refused(pattern: Any, nested: bool, tmp_path: Path) -> None:
+    library = byte_level()
+    steps = [normalizers.Replace(pattern, "a" * 10)] * 3
+    library.normalizer = normalizers.Sequence([*steps, normalizers.NFC()])
+    if pattern == "a":  # 10 · 10 · 10 is at the bound
+        HFTokenizer(write(library, tmp_path))
+    more = normalizers.Sequence([normalizers.Replace("aa", "a" * 4)])
+    library.normalizer = normalizers.Sequence([*steps, more if nested else normalizers.Replace("a", "aa")])
+    with pytest.raises(CheckpointError, match="its normalizer makes a text more than 1,000 times as long"):
+        HFTokenizer(write(library, tmp_path))
 
 
 def test_a_decoder_that_is_not_made_of_bytes_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where models come from: the one that is bundled, a folder, a weights file, the Hugging Face hub.
+"""Find and load models: the bundled one, a folder, a weights file, the Hugging Face hub.
 
 model, tokenizer = hyaena.load("cub")
 model, tokenizer = hyaena.load("togethercomputer/StripedHyena-Nous-7B", dtype="bfloat16", device="cuda")
@@ -7,6 +7,8 @@ model, tokenizer = hyaena.load("togethercomputer/StripedHyena-Nous-7B", dtype="b
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,19 +23,13 @@ from hyaena.checkpoints import Checkpoint
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
 from hyaena.formats import read_config
-from hyaena.model import StripedHyena
+from hyaena.model import MIXERS, Mixers, StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 
 BUNDLED = ("cub",)
 """Models that come with the package, each in a folder of its name beside this file."""
 
-_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
+_FILES = ("config.json", *checkpoints.COMPANIONS)
 _WEIGHTS = (
     ("*.safetensors", "*.safetensors.index.json"),
     ("*.bin", "*.bin.index.json", "*.pt"),
@@ -77,6 +73,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     config: ModelConfig | str | PathLike[str] | None = None,
+    mixers: Mixers = MIXERS,
 ) -> tuple[StripedHyena, Tokenizer]:
     """A model, in evaluation mode, and its tokenizer.
 
@@ -87,13 +84,15 @@ def load(
             for narrower numbers, and elsewhere as they are stored. ``"stored"`` keeps every tensor as it is.
         revision: branch, tag or commit of a hub id.
         config: a configuration or its path, where it does not lie beside the weights.
+        mixers: what makes the mixer of each kind of layer, for models with layers of your own; see ``StripedHyena``.
 
     Raises:
         HyaenaError: in one line, what is wrong and how to put it right.
     """
+    _check_options(dtype, device)
     checkpoint = locate(source, revision=revision, config=config)
     tokenizer = load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)  # before the large files
-    return _load(checkpoint, dtype, device), tokenizer
+    return _load(checkpoint, dtype, device, mixers), tokenizer
 
 
 def load_model(
@@ -103,9 +102,11 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     config: ModelConfig | str | PathLike[str] | None = None,
+    mixers: Mixers = MIXERS,
 ) -> StripedHyena:
     """The model alone; the arguments are those of :func:`load`."""
-    return _load(locate(source, revision=revision, config=config), dtype, device)
+    _check_options(dtype, device)
+    return _load(locate(source, revision=revision, config=config), dtype, device, mixers)
 
 
 def load_tokenizer_of(
@@ -144,22 +145,34 @@ def locate(
     revision: str | None = None,
     config: ModelConfig | str | PathLike[str] | None = None,
 ) -> Checkpoint:
-    """The files of a model on this machine, downloaded if ``source`` is a hub id.
+    """Find the files of a model on this machine, after downloading them if ``source`` is a hub id.
+
+    A configuration is read before anything is downloaded. A bundled name is one only as text: ``Path("cub")`` is a
+    folder.
 
     Raises:
         CheckpointError: there is no such model, or the hub cannot be reached.
         ConfigError: the configuration is missing or cannot be used.
+        InputError: a bundled name that is also a folder here, or a revision of something that has none.
     """
     name = str(source)
-    path = bundled(name) if name in BUNDLED else Path(source).expanduser()
-    if name in BUNDLED or path.exists():
+    is_bundled = isinstance(source, str) and name in BUNDLED
+    if is_bundled:
+        path = bundled(name)
+        _check_not_shadowed(name, path)
+    else:
+        path = _expanded(source)
+    given = config
+    if config is not None and not isinstance(config, ModelConfig):
+        given = read_config(config)
+    if is_bundled or _is_there(path):
         if revision is not None:
             raise InputError(f"revision {revision!r} is for hub ids, and {name} is on this machine: leave it out")
-        return checkpoints.find(path, config)
-    if not is_hub_id(name):
-        raise CheckpointError(f"{name}: {_unknown(name)}")
-    folder = download(name, revision=revision)
-    checkpoint = checkpoints.find(folder, config)
+        return checkpoints.find(path, given)
+    if not is_hub_id(name) or _is_there(Path(name.split("/")[0])):
+        raise CheckpointError(f"{name}: {_unknown(name, path)}")
+    weights = _weights_of(download(name, revision=revision))
+    checkpoint = checkpoints.find(weights, given)
     return checkpoint if config is not None else replace(checkpoint, config=corrected(name, checkpoint.config))
 
 
@@ -198,10 +211,52 @@ def corrected(hub_id: str, config: ModelConfig) -> ModelConfig:
     return replace(config, **{"name": hub_id.split("/")[1], **PUBLISHED.get(hub_id, Published()).corrections})
 
 
-def _load(checkpoint: Checkpoint, dtype: str | torch.dtype | None, device: str | torch.device | None) -> StripedHyena:
+def _load(
+    checkpoint: Checkpoint, dtype: str | torch.dtype | None, device: str | torch.device | None, mixers: Mixers
+) -> StripedHyena:
     if dtype is None and checkpoints.as_device(device).type == "cpu":
         dtype = torch.float32
-    return checkpoints.load_model(checkpoint.path, checkpoint.config, dtype=dtype, device=device)
+    return checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers)
+
+
+def _check_options(dtype: str | torch.dtype | None, device: str | torch.device | None) -> None:
+    """Refuse what cannot be used before anything is downloaded or read."""
+    checkpoints.as_device(device)
+    if dtype != "stored":
+        checkpoints.as_dtype(dtype)
+
+
+def _check_not_shadowed(name: str, path: Path) -> None:
+    """Refuse a bundled name where a folder here has the same name and a model in it: both may be meant."""
+    here = Path(name)
+    if here.is_dir() and here.resolve() != path.resolve() and checkpoints.has_weights(here):
+        raise InputError(
+            f"{name} is the bundled model and a folder here with a model: write ./{name} for the folder, "
+            "or rename the folder"
+        )
+
+
+def _expanded(source: str | PathLike[str]) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # of a user that does not exist
+        return Path(source)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something at a path, even if it cannot be read."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
+
+
+def _weights_of(folder: Path) -> Path:
+    """The weights in a folder of the hub's cache, which may have them in both formats."""
+    return next((folder / name for name in checkpoints.WEIGHTS if (folder / name).is_file()), folder)
 
 
 def _tokenizer_path(checkpoint: Checkpoint, config: ModelConfig | str | PathLike[str] | None) -> Path:
@@ -256,14 +311,44 @@ def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Pat
     except OSError as error:  # every way of not reaching the hub is one
         if error.errno is not None and not isinstance(error, ConnectionError):
             raise CheckpointError(f"{hub_id}: cannot store it in the hub's cache: {error.strerror}") from error
-        raise CheckpointError(
-            f"{hub_id}: no such folder here, not in the hub's cache, and the hub cannot be reached: "
-            "check the name and the network, or name a folder"
-        ) from error
+        raise CheckpointError(f"{hub_id}: {_unreachable(hub_id)}") from error
     return Path(str(folder))
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, [*BUNDLED, *PUBLISHED], n=1, cutoff=0.7)
-    hint = f"did you mean {near[0]}?" if near else f"name a folder, a weights file, a hub id or {' or '.join(BUNDLED)}"
+def _unreachable(hub_id: str) -> str:
+    """Why a name that is no path here and may be a hub id leads nowhere."""
+    if hub_id in PUBLISHED:
+        return "not in the hub's cache, and the hub cannot be reached: check the name and the network, or name a folder"
+    near = _near_id(hub_id)
+    hint = f"did you mean {near}? " if near else ""
+    return (
+        f"no such file or folder. {hint}If it is the name of a model on the hub: it is not in the hub's cache, and "
+        "the hub cannot be reached: check the name and the network"
+    )
+
+
+def _unknown(name: str, path: Path | None = None) -> str:
+    near = _near_id(name) or (None if path is None else _near_path(path))
+    hint = f"did you mean {near}?" if near else f"name a folder, a weights file, a hub id or {' or '.join(BUNDLED)}"
     return f"no such model: {hint}"
+
+
+def _near_id(name: str) -> str | None:
+    """The bundled name or published hub id that is most like a name, with or without its owner."""
+    ids = (*BUNDLED, *PUBLISHED)
+    known = {i.lower(): i for i in ids} | {i.lower().split("/")[-1]: i for i in ids}
+    return next((known[key] for key in difflib.get_close_matches(name.lower()[:200], known, n=1, cutoff=0.7)), None)
+
+
+def _near_path(path: Path) -> str | None:
+    """The path most like one that does not exist: its first missing part replaced by a name that is there."""
+    missing = next((part for part in (*reversed(path.parents), path) if not _is_there(part)), path)
+    try:
+        names = os.listdir(missing.parent)
+    except OSError:
+        return None
+    near = difflib.get_close_matches(missing.name, names[:10_000], n=1, cutoff=0.7)
+    if not near:
+        return None
+    full = missing.parent / near[0] / path.relative_to(missing)
+    return str(full if _is_there(full) else missing.parent / near[0])

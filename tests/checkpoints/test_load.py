@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hyaena.checkpoints import find, load_model, read_tensors
+from hyaena.checkpoints import find, load, load_model, read_tensors
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError
 from hyaena.formats import read_config
@@ -200,6 +200,73 @@ def test_peak_memory_is_the_model_and_one_shard(tmp_path: Path, suffix: str) -> 
     assert model_bytes > 5 * shard_bytes  # so that the bound says something
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.backbone."])
+def test_prefixes_that_all_names_have_are_taken_off(folder: Path, prefix: str) -> None:
+    expected = load_model(folder).state_dict()
+    state = load_file(folder / "model.safetensors")
+    save_file({prefix + key: tensor for key, tensor in state.items()}, folder / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(folder).state_dict().items())
+
+
+def test_a_prefix_that_some_names_lack_is_part_of_the_names(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    renamed = {f"module.{key}" if key.startswith("blocks.0.") else key: tensor for key, tensor in state.items()}
+    save_file(renamed, folder / "model.safetensors")
+    message = refusal(folder)
+    assert "missing: blocks.0." in message and "unexpected: module.blocks.0." in message
+
+
+def test_names_of_wrapped_layers_are_known(folder: Path) -> None:
+    expected = load_model(folder).state_dict()
+    state = load_file(folder / "model.safetensors")
+    for infix in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        renamed = {key.replace("blocks.1.", f"blocks.1.{infix}"): tensor for key, tensor in state.items()}
+        save_file(renamed, folder / "model.safetensors")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(folder).state_dict().items())
+
+
+def test_poles_that_are_stored_as_a_view_load_contiguous(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    poles = state["blocks.0.filter.poles"]
+    strided = poles.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
+    assert not strided.is_contiguous()
+    torch.save(state | {"blocks.0.filter.poles": strided}, folder / "pytorch-model.bin")
+    model = load_model(folder)
+    assert model.layers[0].mixer.long_filter.poles.is_contiguous()
+    assert torch.equal(model.layers[0].mixer.long_filter.poles, poles.squeeze(2))
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_every_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyaena.checkpoints import save_model, weights
+
+    save_model(load_model(GOLDEN / "sh-tiny"), tmp_path, max_shard_size=200_000)
+    opened: list[Path] = []
+    open_shard = weights.open_shard
+    monkeypatch.setattr(weights, "open_shard", lambda path: opened.append(path) or open_shard(path))
+    load_model(find(tmp_path))
+    assert len(opened) > 1 and sorted(opened) == sorted(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", "bfloat16"), ("half", "float16"), ("fp32", "float32")])
+def test_short_names_of_dtypes(folder: Path, name: str, dtype: str) -> None:
+    assert load_model(folder, dtype=name).dtype == getattr(torch, dtype)
+
+
+def test_a_progress_bar_is_drawn_for_large_files_on_a_terminal_only(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_model(folder)
+    monkeypatch.setattr(load, "_LARGE", 1)
+    load_model(folder)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    load_model(folder)
+    assert "loading: " in capsys.readouterr().err
+
+
 # --- what does not ---------------------------------------------------------------------------------------------------
 
 
@@ -224,8 +291,9 @@ def test_all_misfits_are_reported_by_name_at_once(folder: Path) -> None:
     for words in (
         "blocks.0.projections.weight is [5, 64], expected [192, 64]",
         "blocks.2.filter.poles is [64, 3, 1, 2], expected [64, 2, 1, 2]",
-        "blocks.1.mlp.l2.weight is [160, 64] of torch.int8, expected [160, 64]",
-        "blocks.1.mlp.l3.weight is [64, 160] of torch.float8_e4m3fn, expected [64, 160]",
+        "quantized weights (save them as bfloat16 or float32): ",
+        "blocks.1.mlp.l2.weight is int8",
+        "blocks.1.mlp.l3.weight is float8_e4m3fn",
     ):
         assert words in message
 
@@ -265,7 +333,7 @@ def test_tensors_in_two_shards_are_refused(folder: Path) -> None:
     save_file({"norm.scale": state["norm.scale"]}, folder / "more.safetensors")
     index = {"weight_map": dict.fromkeys(state, "model.safetensors") | {"norm.scale": "more.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "twice: norm.scale" in refusal(folder)
+    assert "its index and its files disagree about norm.weight" in refusal(folder)
 
 
 def test_weights_of_another_kind_of_model_are_refused(folder: Path) -> None:
@@ -298,7 +366,8 @@ def test_a_pickle_that_wants_code_is_refused_and_not_run(folder: Path, new_forma
 def test_truncated_files_are_told(folder: Path, name: str, kept: int) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch-model.bin")
     content = (folder / name).read_bytes()
-    (folder / "model.safetensors").unlink()
+    for weights in ("model.safetensors", "pytorch-model.bin"):
+        (folder / weights).unlink()
     (folder / name).write_bytes(content[:kept])
     message = refusal(folder)
     assert message.startswith(str(folder / name)) and "truncated or corrupt: download or write it again" in message
@@ -337,6 +406,7 @@ def test_what_is_not_there_is_told(folder: Path) -> None:
 
 
 def test_broken_indices_are_told(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
     assert "shards are missing (model-1.safetensors, model-2.safetensors): download them" in refusal(folder)
@@ -359,9 +429,10 @@ def test_dtypes_that_cannot_hold_a_model_are_refused(folder: Path, dtype: Any) -
         load_model(folder, dtype=dtype)
 
 
-def test_devices_that_are_not_there_are_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="device warp cannot be used"):
-        load_model(folder, device="warp")
+@pytest.mark.parametrize("device", ["warp", "", "cpu:x", "meta"])
+def test_devices_that_are_not_there_are_refused(folder: Path, device: str) -> None:
+    with pytest.raises(InputError, match=f"device {device} (cannot be used|has no memory)"):
+        load_model(folder, device=device)
 
 
 def test_the_error_for_a_bad_checkpoint_is_a_checkpoint_error(folder: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from hyaena.checkpoints import load_model, save, save_model
-from hyaena.errors import CheckpointError
+from hyaena.errors import CheckpointError, InputError
 from hyaena.formats import read_config
 from hyaena.model import StripedHyena
 
@@ -44,10 +46,10 @@ def test_original_to_ours_to_original_is_bit_exact(case: str, tmp_path: Path, li
     ours = load_model(tmp_path / "ours")
     assert ours.config == start.config and equal(ours.state_dict(), start.state_dict())
     save_model(ours, tmp_path / "original", layout="original", max_shard_size=limit)
-    golden, written = load_file(GOLDEN / case / "model.safetensors"), weights(tmp_path / "original")
-    if start.config.tie_embeddings:  # the original does not open a checkpoint without its head
-        golden["unembed.weight"] = golden["embedding_layer.weight"]
-    assert equal(written, golden)
+    expected = load_file(GOLDEN / case / "model.safetensors")
+    if start.config.tie_embeddings:  # the original's head is a module of its own and must be in the file
+        expected["unembed.weight"] = expected["embedding_layer.weight"]
+    assert equal(weights(tmp_path / "original"), expected)
     assert read_config(tmp_path / "original" / "config.yml") == start.config
     again = load_model(tmp_path / "original")
     assert equal(again.state_dict(), start.state_dict())
@@ -78,12 +80,14 @@ def test_shards_stay_below_the_limit_and_the_index_names_them(model: StripedHyen
     assert equal(load_model(tmp_path).state_dict(), model.state_dict())
 
 
-def test_a_tied_matrix_is_saved_once_in_our_layout(tmp_path: Path) -> None:
+def test_a_tied_matrix_is_saved_once_and_twice_for_the_original(tmp_path: Path) -> None:
     start = load_model(GOLDEN / "evo-tiny" / "model.safetensors", GOLDEN / "evo-tiny" / "config.yml")
-    for layout, copies in (("hyaena", 1), ("original", 2)):  # the original does not open a checkpoint without its head
+    for layout, names in (
+        ("hyaena", ["embed_tokens.weight"]),
+        ("original", ["embedding_layer.weight", "unembed.weight"]),
+    ):
         save_model(start, tmp_path / layout, layout=layout)
-        matrices = [key for key, tensor in weights(tmp_path / layout).items() if tensor.shape[0] == 512]
-        assert len(matrices) == copies
+        assert [key for key, tensor in weights(tmp_path / layout).items() if tensor.shape[0] == 512] == names
 
 
 @pytest.mark.parametrize("layout", ["hyaena", "original"])
@@ -195,10 +199,176 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     assert not (tmp_path / "new").exists()
 
 
+# --- what a load would refuse is not written -------------------------------------------------------------------------
+
+
+class WithAdapter(torch.nn.Module):
+    """A linear layer with low-rank additions beside it, as adapters are made."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.Parameter(torch.zeros(2, 2))
+
+
+def adapted(model: StripedHyena) -> None:
+    model.layers[0].mlp.down_proj = WithAdapter(model.layers[0].mlp.down_proj)
+
+
+def parametrized(model: StripedHyena) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.layers[0].mlp.down_proj)
+
+
+def fill(value: float) -> Callable[[StripedHyena], None]:
+    def change(model: StripedHyena) -> None:
+        with torch.no_grad():
+            model.layers[1].mlp.up_proj.weight[3, 5] = value
+
+    return change
+
+
+REFUSED: dict[str, tuple[Callable[[StripedHyena], Any], dict[str, Any], str]] = {
+    "adapter": (adapted, {}, "merge the adapter into the weights first"),
+    "parametrization": (parametrized, {}, "remove the parametrizations first"),
+    "extra": (lambda m: m.register_parameter("gain", torch.nn.Parameter(torch.ones(1))), {}, "cannot save gain"),
+    "missing": (lambda m: setattr(m, "norm", torch.nn.Identity()), {}, "without norm.weight: put the module back"),
+    "NaN": (fill(float("nan")), {}, "not finite: go back to weights that are (layers.1.mlp.up_proj.weight)"),
+    "infinity": (fill(float("-inf")), {}, "not finite"),
+    "overflow": (fill(70_000), {"dtype": torch.float16}, "outside the range of torch.float16: choose a wider dtype"),
+    "rounds to infinity": (fill(3.4e38), {"dtype": "bf16"}, "outside the range of torch.bfloat16"),
+    "overflow when loaded": (
+        lambda m: (fill(70_000)(m), m.embed_tokens.half()),
+        {},
+        "outside the range of torch.float16",
+    ),
+    "shape": (lambda m: setattr(m.norm, "weight", torch.nn.Parameter(torch.ones(3))), {}, "changed in shape"),
+    "integers": (
+        lambda m: setattr(m.norm, "weight", torch.nn.Parameter(torch.ones(16).to(torch.int8), requires_grad=False)),
+        {},
+        "quantized",
+    ),
+    "meta": (lambda m: m.norm.to("meta"), {}, "on the meta device"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_load_would_refuse_is_refused_before_a_byte_is_written(
+    model: StripedHyena, tmp_path: Path, case: str
+) -> None:
+    change, options, words = REFUSED[case]
+    save_model(model, tmp_path / "good")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}
+    change(model)
+    for folder in ("good", "new"):
+        with pytest.raises(CheckpointError, match=re.escape(words)) as error:
+            save_model(model, tmp_path / folder, **options)
+        assert "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()} == before
+    assert files(tmp_path) == {"good"}
+
+
+def test_a_compiled_or_wrapped_model_is_saved_as_the_model_inside(model: StripedHyena, tmp_path: Path) -> None:
+    expected = dict(model.state_dict())
+    for name, wrapped in (("compiled", torch.compile(model)), ("parallel", torch.nn.DataParallel(model))):
+        save_model(wrapped, tmp_path / name)  # type: ignore[arg-type]
+        assert equal(load_model(tmp_path / name).state_dict(), expected)
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = torch.compile(layer)  # type: ignore[assignment]
+    save_model(model, tmp_path / "layers")
+    assert equal(load_model(tmp_path / "layers").state_dict(), expected)
+    with pytest.raises(CheckpointError, match="a Linear cannot be saved: give the StripedHyena model inside it"):
+        save_model(torch.nn.Linear(2, 2), tmp_path / "x")  # type: ignore[arg-type]
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused(model: StripedHyena, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"a\xff")
+    with pytest.raises(InputError, match=r"\\udcff: the name is not UTF-8, .*: choose another"):
+        save_model(model, folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"../x": b""}, {"config.json": b""}, {"a/b": b""}, {"": b""}, {"x": "text"}, {"y.safetensors": b""}, {3: b""}],
+)
+def test_extra_files_have_names_of_their_own(model: StripedHyena, tmp_path: Path, extra: Any) -> None:
+    with pytest.raises(InputError, match="extra file"):
+        save_model(model, tmp_path / "x", extra_files=extra)
+    assert not files(tmp_path)
+
+
+# --- whose files are replaced ----------------------------------------------------------------------------------------
+
+
+def test_the_previous_models_other_files_go_with_it(model: StripedHyena, tmp_path: Path) -> None:
+    save_model(model, tmp_path, extra_files={"tokenizer.json": b"old", "tokenizer_config.json": b"old"})
+    save_model(model, tmp_path)
+    assert files(tmp_path) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    save_model(model, tmp_path, extra_files={"tokenizer.json": b"new"})
+    assert files(tmp_path) == {"config.json", "model.safetensors", "tokenizer.json"}
+    save_model(model, tmp_path, extra_files={})
+    assert files(tmp_path) == {"config.json", "model.safetensors"}
+
+
+def test_a_checkpoint_of_another_kind_is_replaced_and_strangers_are_not(model: StripedHyena, tmp_path: Path) -> None:
+    strangers = {"model-fp32-00001-of-00002.safetensors", "model-00001-of-00004.safetensors", "optimizer.pt"}
+    for name in strangers:
+        (tmp_path / name).write_bytes(b"mine")
+    torch.save(model.state_dict(), tmp_path / "pytorch-model.bin")
+    (tmp_path / "config.yml").write_text(json.dumps(model.config.to_dict()))
+    save_model(model, tmp_path, max_shard_size=6_000)
+    own = set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values())
+    assert files(tmp_path) == strangers | own | {"config.json", "model.safetensors.index.json"}
+    save_model(model, tmp_path)
+    assert files(tmp_path) == strangers | {"config.json", "model.safetensors"}
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in strangers)
+    assert equal(load_model(tmp_path).state_dict(), model.state_dict())
+
+
+def test_a_folder_with_other_weights_is_refused(model: StripedHyena, tmp_path: Path) -> None:
+    torch.save(model.state_dict(), tmp_path / "mine.pt")
+    with pytest.raises(CheckpointError, match=r"other weights lie there \(mine\.pt\)"):
+        save_model(model, tmp_path)
+    assert files(tmp_path) == {"mine.pt"}
+
+
+def test_without_overwrite_only_an_empty_folder_is_taken(model: StripedHyena, tmp_path: Path) -> None:
+    (tmp_path / ".unfinished-12345678").mkdir()  # of a killed save
+    save_model(model, tmp_path, overwrite=False)
+    with pytest.raises(CheckpointError, match=r"is not empty \(config\.json, model\.safetensors\)"):
+        save_model(altered(model), tmp_path, overwrite=False)
+    assert not equal(load_model(tmp_path).state_dict(), model.state_dict())
+
+
+def test_writers_in_one_folder_lose_no_success(model: StripedHyena, tmp_path: Path) -> None:
+    """The folder holds the model of the writer that finished last, whole."""
+    finished: list[int] = []
+    models = []
+    for i in range(4):
+        models.append(StripedHyena(model.config))
+        with torch.no_grad():
+            models[i].norm.weight.fill_(i)
+
+    def writer(i: int) -> None:
+        for _ in range(3):
+            save_model(models[i], tmp_path / "m", max_shard_size=6_000 if i % 2 else 10**9)
+            finished.append(i)
+
+    threads = [threading.Thread(target=writer, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(finished) == 12
+    loaded = load_model(tmp_path / "m").state_dict()
+    assert [i for i in range(4) if equal(loaded, models[i].state_dict())] == [int(loaded["norm.weight"][0])]
+
+
 LIMITED = """
 import resource, sys, torch
 from hyaena.checkpoints import load_model, save_model
 from hyaena.errors import CheckpointError
+from hyaena.formats import read_config
 model = load_model(sys.argv[1])
 with torch.no_grad():
     model.norm.weight.add_(1)

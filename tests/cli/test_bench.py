@@ -63,6 +63,7 @@ def test_defaults_keep_within_the_models_length(tmp_path: Path, capsys: pytest.C
     [
         (["--lengths", "99999999"], "lengths go up to 99,999,999"),
         (["--device", "abacus"], "device abacus cannot be used"),
+        (["--device", ""], "device  cannot be used"),
         (["--dtype", "int8"], "dtype int8 cannot hold a model"),
         (["--method", "magic"], "magic"),
         (["--model", "cubb"], "did you mean cub?"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from hyaena.checkpoints import load_model
 from hyaena.cli import main
 from hyaena.cli.formatting import binary_bytes, decimal_bytes, parse_size, short_count
 from hyaena.errors import InputError
+from hyaena.train.filters import parametrize_filters
+from hyaena.train.storage import save_checkpoint
 
 COMMANDS = {"convert": "hyaena.cli.convert"}
 
@@ -36,7 +41,7 @@ def test_there_and_back_is_bit_exact(golden_case: Path, tmp_path: Path, capsys: 
     assert "in the hyaena layout" in out[0] and out[0].endswith("in 1 file")
     assert "in the original layout" in out[1] and out[1].endswith("files")
     original = load_file(golden_case / "model.safetensors")
-    if "unembed.weight" not in original:  # tied: written all the same, or the original would not open the export
+    if load_model(golden_case).config.tie_embeddings:  # the original's head is a module of its own
         original["unembed.weight"] = original["embedding_layer.weight"]
     assert same(weights(tmp_path / "theirs"), original)
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
@@ -85,6 +90,71 @@ def test_a_model_can_be_converted_in_place(golden: Path, tmp_path: Path) -> None
     assert convert(tmp_path / "m", tmp_path / "m", "--force") == 0
     assert {path.name for path in (tmp_path / "m").iterdir()} == {"config.json", "model.safetensors"}
     assert same(dict(load_model(tmp_path / "m").state_dict()), dict(load_model(golden / "evo-tiny").state_dict()))
+
+
+def test_what_a_killed_save_left_is_not_in_the_way(golden: Path, tmp_path: Path) -> None:
+    (tmp_path / ".unfinished-12345678").mkdir()
+    (tmp_path / ".unfinished-12345678" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".hyaena.lock").write_text("")
+    assert convert(golden / "sh-tiny", tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_nothing_behind(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    from hyaena.checkpoints import save
+
+    def interrupted(path: Path, tensors: object) -> None:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(save, "_write_tensors", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    if number == signal.SIGINT:
+        assert convert(golden / "sh-tiny", tmp_path / "deep" / "out") == 130
+    else:
+        with pytest.raises(SystemExit) as exit:
+            convert(golden / "sh-tiny", tmp_path / "deep" / "out")
+        assert exit.value.code == 143
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_newest_model_of_a_killed_run_is_written(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, start = tmp_path / "run", load_model(golden / "evo-tiny")
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("")
+    trained = load_model(golden / "evo-tiny")
+    parametrize_filters(trained)
+    state = {"optimizer": {}, "rng": torch.get_rng_state(), "step": 1_700, "model": trained.state_dict()}
+    state |= {"model_config": json.dumps(start.config.to_dict()), "tokenizer": {"tokenizer.json": "{}"}}
+    save_checkpoint(run, state)
+    for source, options in ((run, []), (run / "last.pt", ["--layout", "original", "--dtype", "bfloat16"])):
+        out = tmp_path / f"out-{source.name}"
+        assert convert(source, out, *options) == 0
+        assert "the model of step 1,700" in capsys.readouterr().err
+        assert (out / "tokenizer.json").read_text() == "{}"
+        loaded = load_model(out)
+        assert loaded.dtype == (torch.bfloat16 if options else torch.float32)
+        for name, tensor in start.named_parameters():
+            # Trainable poles are rounded once to decay and phase and back.
+            torch.testing.assert_close(
+                loaded.get_parameter(name), tensor.to(loaded.get_parameter(name)), atol=1e-6, rtol=0
+            )
+    assert convert(run, tmp_path / "x", "--config", golden / "evo-tiny" / "config.yml") == 2
+    assert "is a training run, which has its own configuration" in capsys.readouterr().err
+    assert convert(tmp_path / "nothing" / "last.pt", tmp_path / "x") == 2 and not (tmp_path / "x").exists()
+
+
+def test_the_tokenizer_of_the_previous_model_does_not_stay(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "sh-tiny", tmp_path / "in")
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert convert(golden / "evo-tiny", tmp_path / "out", "--force") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize(

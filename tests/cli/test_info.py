@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from configs import TINY
 from hyaena import hub
@@ -146,10 +145,11 @@ def test_real_modes_decay_by_the_exponential_of_their_logarithms(tmp_path: Path,
     config = replace(SMALL, layer_types=("hyena_li",))
     log_poles = torch.full((8, 2), 0.5).log()
     log_poles[3, 1] = 0.25  # grows
-    prefix = "layers.0.mixer.long_filter."
-    tensors = {"embed_tokens.weight": torch.zeros(50, 8), f"{prefix}log_poles": log_poles}
-    save_file(tensors | {f"{prefix}residues": torch.ones(8, 2)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    model = StripedHyena(config)
+    with torch.no_grad():
+        model.layers[0].mixer.long_filter.log_poles.copy_(log_poles)
+        model.layers[0].mixer.long_filter.residues.fill_(1.0)
+    save_model(model, tmp_path)
     (layer,) = as_json(capsys, tmp_path)["filters"]
     assert layer["decay_steps"] == {"min": 10, "median": 10, "max": None}  # 2^-10 < 1e-3 < 2^-9
     (pole,) = layer["outside_unit_circle"]
@@ -309,7 +309,27 @@ def test_mistakes_are_one_line(source: str, words: str, golden: Path, tmp_path: 
     assert captured.out == ""
 
 
-def test_weights_without_filters_are_told(golden: Path, tmp_path: Path, capsys: Any) -> None:
+def test_weights_of_another_configuration_are_told(golden: Path, tmp_path: Path, capsys: Any) -> None:
     torch.save({"embedding_layer.weight": torch.zeros(256, 64)}, tmp_path / "x.pt")
     assert info(tmp_path / "x.pt", "--config", golden / "sh-tiny" / "config.yml") == 2
-    assert "layer 0 has no poles and residues of shape [64, 2, 2]" in capsys.readouterr().err
+    assert "do the configuration and the weights belong together?" in capsys.readouterr().err
+    # Another vocabulary: every filter fits.
+    config = json.loads((hub.bundled("cub") / "config.json").read_text())
+    (tmp_path / "wide.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
+    assert info("cub", "--config", tmp_path / "wide.json") == 2
+    err = capsys.readouterr().err
+    assert "wrong shape: embed_tokens.weight is [" in err and err.count("\n") == 1
+
+
+def test_options_that_have_no_effect_are_refused(golden: Path, tmp_path: Path, capsys: Any) -> None:
+    config = golden / "sh-tiny" / "config.yml"
+    shutil.copy(config, tmp_path)
+    for arguments in (
+        (config, "--revision", "main"),
+        (config, "--config", config),
+        (tmp_path, "--revision", "main"),
+        (golden / "sh-tiny", "--revision", "main"),
+    ):
+        assert info(*arguments) == 2, arguments
+        captured = capsys.readouterr()
+        assert "out" in captured.err and captured.err.count("\n") == 1 and captured.out == ""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -53,35 +54,78 @@ def train(*arguments: str | Path) -> int:
 def test_trains_and_says_where_the_model_is(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(config, "--set", "steps=2") == 0
     out = capsys.readouterr().out
-    assert "finished 2 steps" in out and "bits per byte" in out and "run/final" in out
+    assert (
+        "finished 2 steps" in out and "bits per byte" in out and "before the first step" in out and "run/final" in out
+    )
     folder = config.parent / "run"
     assert {path.name for path in folder.iterdir()} == {
         *("config.yml", "metrics.jsonl", "loss.png", "last.pt", "best", "final")
     }
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {"step", "tokens", "loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_second"} <= set(rows[0])
+    assert [(row["kind"], row["step"]) for row in rows] == [("heldout", 0), ("train", 2), ("heldout", 2)]
+    assert {"tokens", "loss", "losses", "bits_per_byte", "lr", "grad_norm", "tokens_per_second"} <= set(rows[1])
 
 
-def test_an_interrupt_leaves_a_checkpoint_to_resume_from(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_to_resume_from(
+    config: Path, number: int, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hyaena.train.loop import Run
+    from hyaena.train.loop import Trainer
 
-    original = Run.update
+    original = Trainer.update
 
-    def interrupted(self: Run) -> Any:
+    def interrupted(self: Trainer) -> Any:
         if self.step == 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return original(self)
 
-    handler = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", interrupted)
-        assert train(config) == 130
-    assert signal.getsignal(signal.SIGINT) is handler
+        patch.setattr(Trainer, "update", interrupted)
+        assert train(config) == status
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
     assert "stopped at step 2 of 4; go on with --resume" in capsys.readouterr().err
     assert torch.load(config.parent / "run" / "last.pt", weights_only=True)["step"] == 2
     assert train(config, "--resume") == 0
+
+
+def test_sigterm_before_the_first_step_leaves_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hyaena.train import loop
+
+    def interrupted(*_: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "initial_model", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train(config)
+    assert caught.value.code == 143 and not (config.parent / "run").exists()
+
+
+def test_the_log_has_lines_and_no_bar(config: Path) -> None:
+    """In a process of its own, whose standard error is a file: what a batch system keeps."""
+    command = [sys.executable, "-m", "hyaena", "train", str(config), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SRC)})
+    assert done.returncode == 0
+    assert "\r" not in done.stderr and "step/s" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("3,528 parameters; ") and lines[-1].startswith("step 4: held-out ")
+    assert any("Hyena operator" in line and "plain torch" in line for line in lines)
+
+
+def test_closed_streams_do_not_lose_a_run(config: Path) -> None:
+    command = f"exec {sys.executable} -m hyaena train {config} --device cpu --set steps=1 <&- >&- 2>&-"
+    subprocess.run(["sh", "-c", command], env={**os.environ, "PYTHONPATH": str(SRC)})
+    assert torch.load(config.parent / "run" / "last.pt", weights_only=True)["step"] == 1
+    assert (config.parent / "run" / "final" / "model.safetensors").is_file()
+
+
+def test_a_reader_that_leaves_does_not_stop_a_run(config: Path) -> None:
+    command = [sys.executable, "-m", "hyaena", "train", str(config), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(SRC)})
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait() == 0
+    assert torch.load(config.parent / "run" / "last.pt", weights_only=True)["step"] == 4
 
 
 @pytest.mark.parametrize(

@@ -1,84 +1,27 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hyaena.errors import InputError
-from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
-from hyaena.train.data import IGNORE, Corpus, PackedWindows, evaluation_batches, read_documents, tokenize
+from hyaena.train.corpus import Corpus
+from hyaena.train.data import IGNORE, PackedWindows, evaluation_batches
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
 
-def numbered(lengths: list[int]) -> Corpus:
-    """A corpus whose tokens are all different, so that each can be followed."""
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    return Corpus(torch.arange(sum(lengths), dtype=torch.int32), starts, sum(lengths))
+def numbered(lengths: list[int], prompts: list[int] | None = None) -> Corpus:
+    """A corpus whose tokens are all different, so that each can be followed; prompts are lengths too."""
+    starts = np.array([0, *lengths[:-1]]).cumsum()
+    learned = starts + 1 + np.array(prompts or [0] * len(lengths))
+    return Corpus(np.arange(sum(lengths), dtype=np.uint16), starts, learned, sum(lengths))
 
 
 def document_of(corpus: Corpus, tokens: torch.Tensor) -> torch.Tensor:
-    return torch.searchsorted(corpus.starts, tokens.long(), right=True)
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def test_reads_files_folders_and_json_lines_in_a_fixed_order(tmp_path: Path) -> None:
-    (tmp_path / "folder/b").mkdir(parents=True)
-    (tmp_path / "folder/b/2.py").write_text("two")
-    (tmp_path / "folder/1.py").write_text("one")
-    (tmp_path / "folder/no.txt").write_text("no")
-    (tmp_path / "folder/empty.py").write_text("")
-    (tmp_path / "rows.jsonl").write_text('{"text": "r\\u2028s"}\n\n{"text": "t", "path": "x"}\n')
-    (tmp_path / "lines.txt").write_bytes(b"a\r\nb\n")
-    sources = [tmp_path / "rows.jsonl", tmp_path / "folder", tmp_path / "lines.txt"]
-    assert list(read_documents(sources, "*.py")) == ["r\u2028s", "t", "one", "two", "a\r\nb\n"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.txt", b"\xff\xfe", "x.txt is not UTF-8"),
-        ("x.jsonl", b"\xff\xfe", "x.jsonl is not UTF-8"),
-        ("x.jsonl", b'{"text": "a"}\n{"text"\n', "x.jsonl, line 2"),
-        ("x.jsonl", b'{"txt": "a"}\n', "line 1: expected an object whose `text`"),
-        ("x.jsonl", b'["a"]\n', "line 1: expected an object whose `text`"),
-    ],
-)
-def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        list(read_documents([tmp_path / name]))
-
-
-def test_missing_sources_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read .*absent"):
-        list(read_documents([tmp_path / "absent"]))
-    with pytest.raises(InputError, match=r"no file that matches '\*\.py'"):
-        list(read_documents([tmp_path], "*.py"))
-
-
-def test_documents_stand_between_start_and_end_tokens() -> None:
-    corpus = tokenize(["ab", "é"], ByteTokenizer())
-    assert corpus.tokens.tolist() == [256, 97, 98, 257, 256, 0xC3, 0xA9, 257]
-    assert corpus.starts.tolist() == [0, 4]
-    assert (corpus.num_bytes, corpus.num_predictions) == (4, 6)
-
-
-def test_a_tokenizer_without_bos_starts_documents_with_its_end_token() -> None:
-    corpus = tokenize(["AC", "G"], CharacterTokenizer())
-    assert corpus.tokens.tolist() == [0, 65, 67, 0, 0, 71, 0]
-    assert corpus.starts.tolist() == [0, 4]
-
-
-def test_no_text_is_an_error() -> None:
-    with pytest.raises(InputError, match="no text"):
-        tokenize([], ByteTokenizer())
+    return torch.searchsorted(torch.from_numpy(corpus.starts), tokens.long(), right=True)
 
 
 # --- packing -----------------------------------------------------------------------------------------------------
@@ -116,8 +59,46 @@ def test_targets_follow_and_segments_change_exactly_where_documents_do(
         inside = batch.targets != IGNORE
         assert torch.equal(batch.targets[inside], batch.ids[inside] + 1)
         assert torch.equal(inside[:, :-1], document.diff(dim=1) == 0)
-        starts = torch.isin(batch.targets, corpus.starts.to(torch.int32))
+        starts = torch.isin(batch.targets, torch.from_numpy(corpus.starts).to(torch.int32))
         assert not starts.any()  # the first token of a document is never predicted
+
+
+@st.composite
+def corpora_with_prompts(draw: st.DrawFn, window: int) -> Corpus:
+    """Documents with and without prompts; those with one fit into a window, others may be longer."""
+    lengths, prompts = [], []
+    for _ in range(draw(st.integers(1, 10))):
+        has_prompt = draw(st.booleans())
+        length = draw(st.integers(3, window + 1) if has_prompt else st.integers(1, 3 * window))
+        lengths.append(length)
+        prompts.append(draw(st.integers(1, length - 2)) if has_prompt else 0)
+    return numbered(lengths, prompts)
+
+
+@given(st.integers(3, 12), st.data(), st.integers(1, 5), st.integers(0, 3))
+def test_answers_are_learned_once_an_epoch_and_after_their_whole_prompt(
+    window: int, data: st.DataObject, batch_size: int, seed: int
+) -> None:
+    corpus = data.draw(corpora_with_prompts(window))
+    if not corpus.has_prompts:
+        return
+    windows = PackedWindows(corpus, window=window, batch_size=batch_size, seed=seed)
+    batches = [windows.batch(step) for step in range(-(-windows.windows_per_epoch // batch_size))]
+    ids, targets, segments = (
+        torch.cat([getattr(batch, name) for batch in batches])[: windows.windows_per_epoch]
+        for name in ("ids", "targets", "segments")
+    )
+    assert ids.shape[1] == window
+    scored = targets[targets != IGNORE].tolist()
+    learned = [t for a, b in zip(corpus.learned, corpus.ends, strict=True) for t in range(a, b)]
+    assert sorted(scored) == learned  # every token to predict, once, and no other
+    for row, column in (targets != IGNORE).nonzero().tolist():
+        target = int(targets[row, column])
+        document = int(np.searchsorted(corpus.ends, target, side="right"))
+        seen = ids[row, : column + 1][segments[row, : column + 1] == segments[row, column]].tolist()
+        assert seen[-1] == target - 1
+        if corpus.ends[document] - corpus.starts[document] <= window + 1:
+            assert seen == list(range(corpus.starts[document], target))
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
@@ -166,7 +147,19 @@ def test_evaluation_scores_every_token_once_with_the_promised_context(
     assert sorted(scored) == sorted(set(range(len(corpus.tokens))) - set(corpus.starts.tolist()))
 
 
-def test_json_lines_of_the_corpus_script_are_readable(tmp_path: Path) -> None:
-    row = {"path": "a.py", "text": 'x = "é"\n'}
-    (tmp_path / "train.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert list(read_documents([tmp_path / "train.jsonl"])) == [row["text"]]
+@given(st.integers(3, 12), st.data(), st.integers(1, 5))
+def test_evaluation_scores_every_answer_once_with_its_prompt(window: int, data: st.DataObject, batch_size: int) -> None:
+    overlap = data.draw(st.integers(0, window - 1))
+    corpus = data.draw(corpora_with_prompts(window))
+    scored: list[int] = []
+    for batch in evaluation_batches(corpus, window=window, overlap=overlap, batch_size=batch_size):
+        for row, column in (batch.targets != IGNORE).nonzero().tolist():
+            target = int(batch.targets[row, column])
+            assert target == int(batch.ids[row, column]) + 1
+            scored.append(target)
+            document = int(np.searchsorted(corpus.ends, target, side="right"))
+            start = int(corpus.starts[document])
+            context = int((batch.segments[row, : column + 1] == batch.segments[row, column]).sum())
+            whole = corpus.learned[document] > start + 1
+            assert context >= (target - start if whole else min(target - start, overlap))
+    assert sorted(scored) == [t for a, b in zip(corpus.learned, corpus.ends, strict=True) for t in range(a, b)]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,9 @@ from hyaena.config import ModelConfig
 from hyaena.errors import NonFiniteError
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import ByteTokenizer
-from hyaena.train.data import Batch, PackedWindows, tokenize
+from hyaena.train.corpus import Corpus, tokenize
+from hyaena.train.data import Batch, PackedWindows
+from hyaena.train.documents import Piece
 from hyaena.train.evaluate import evaluate, summed_loss
 
 CONFIG = ModelConfig(
@@ -27,6 +31,10 @@ CONFIG = ModelConfig(
 TEXTS = ["first document, of some length\n" * 3, "b", "and a third one " * 5, "x" * 50]
 
 
+def corpus_of(texts: list[str]) -> Corpus:
+    return tokenize(map(Piece, texts), ByteTokenizer())
+
+
 class Uniform(nn.Module):
     """Every byte equally likely: 8 bits each."""
 
@@ -35,9 +43,9 @@ class Uniform(nn.Module):
 
 
 def test_bits_per_byte_of_a_uniform_model() -> None:
-    corpus = tokenize(TEXTS, ByteTokenizer())
-    corpus.tokens[corpus.tokens == 257] = 0  # an end token within the 256 values of the toy model
-    corpus.tokens[corpus.starts] = 0
+    corpus = corpus_of(TEXTS)
+    # Start and end tokens within the 256 values of the toy model.
+    corpus = dataclasses.replace(corpus, tokens=np.where(corpus.tokens > 255, 0, corpus.tokens))
     result = evaluate(Uniform(), corpus, window=16, overlap=4)
     # End tokens are paid for.
     assert result.bits_per_byte == pytest.approx(8 * (corpus.num_bytes + len(TEXTS)) / corpus.num_bytes)
@@ -47,16 +55,16 @@ def test_bits_per_byte_of_a_uniform_model() -> None:
 
 def test_windows_that_hold_everything_give_the_loss_of_the_documents_alone() -> None:
     model = StripedHyena(CONFIG).eval()
-    corpus = tokenize(TEXTS, ByteTokenizer())
+    corpus = corpus_of(TEXTS)
     packed = evaluate(model, corpus, window=400)
-    alone = sum(evaluate(model, tokenize([text], ByteTokenizer()), window=150).loss * (len(text) + 1) for text in TEXTS)
+    alone = sum(evaluate(model, corpus_of([text]), window=150).loss * (len(text) + 1) for text in TEXTS)
     # Sums of a few hundred float32 terms.
     assert packed.loss * packed.num_tokens == pytest.approx(alone, rel=1e-5)
 
 
 def test_more_context_does_not_change_what_is_counted() -> None:
     model = StripedHyena(CONFIG)
-    corpus = tokenize(TEXTS, ByteTokenizer())
+    corpus = corpus_of(TEXTS)
     results = [evaluate(model, corpus, window=32, overlap=overlap, batch_size=3) for overlap in (0, 16, 31)]
     assert len({result.num_tokens for result in results}) == 1
     assert model.training
@@ -67,7 +75,7 @@ def test_nan_is_an_error() -> None:
     with torch.no_grad():
         model.norm.weight.fill_(math.nan)
     with pytest.raises(NonFiniteError, match="not finite"):
-        evaluate(model, tokenize(TEXTS, ByteTokenizer()), window=32)
+        evaluate(model, corpus_of(TEXTS), window=32)
 
 
 def losses_of_each_document(model: nn.Module, batch: Batch) -> dict[tuple[int, int], torch.Tensor]:
@@ -84,7 +92,7 @@ def test_no_document_of_a_window_sees_another() -> None:
     """Exact equality: a document's losses are the same numbers whatever its neighbours hold."""
     model = StripedHyena(CONFIG).eval()
     texts = [letter * length for letter, length in zip("abcdefghij", [3, 70, 1, 40, 9, 33, 64, 2, 25, 90], strict=True)]
-    batch = PackedWindows(tokenize(texts, ByteTokenizer()), window=96, batch_size=3, seed=0).batch(0)
+    batch = PackedWindows(corpus_of(texts), window=96, batch_size=3, seed=0).batch(0)
     before = losses_of_each_document(model, batch)
     assert max(segment for _, segment in before) >= 2
     with torch.no_grad():
@@ -99,7 +107,7 @@ def test_no_document_of_a_window_sees_another() -> None:
 
 def test_gradients_do_not_cross_documents_either() -> None:
     model = StripedHyena(CONFIG)
-    batch = PackedWindows(tokenize(TEXTS, ByteTokenizer()), window=96, batch_size=1, seed=0).batch(0)
+    batch = PackedWindows(corpus_of(TEXTS), window=96, batch_size=1, seed=0).batch(0)
     assert int(batch.segments.max()) >= 1
     seen: list[torch.Tensor] = []
 

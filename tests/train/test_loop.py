@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,20 @@ import tokenizers
 import torch
 
 from hyaena import hub
-from hyaena.checkpoints import load_model
+from hyaena.checkpoints import load_model, save_model
+from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, InputError, NonFiniteError, OutputError
-from hyaena.model import LongFilter
+from hyaena.filters import LongFilter
+from hyaena.model import StripedHyena
+from hyaena.tokenizers import ByteTokenizer
 from hyaena.train import loop
 from hyaena.train.config import TrainConfig
-from hyaena.train.data import read_documents, tokenize
+from hyaena.train.corpus import tokenize
+from hyaena.train.documents import read_documents
 from hyaena.train.evaluate import evaluate
-from hyaena.train.loop import Run, train
+from hyaena.train.filters import plain_state_dict
+from hyaena.train.loop import Trainer, open_run, train
+from hyaena.train.storage import export_model, load_run
 
 MODEL: dict[str, Any] = {
     "name": "toy",
@@ -62,6 +69,12 @@ def make(tmp_path: Path) -> Any:
         return TrainConfig.from_dict(plain | changes)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write an empty file for a loss curve, which costs more time than a toy run; see test_plot."""
+    monkeypatch.setattr(loop, "plot_metrics", lambda runs, output, title: output.write_bytes(b""))
 
 
 def run(config: TrainConfig, **options: Any) -> loop.Result:
@@ -118,30 +131,30 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(make: Any, chang
         first, second = (load_model(Path(config.output) / folder).state_dict() for config in (whole, parts))
         assert_equal(first, second, folder)
     held = [[row for row in metrics(config) if row["kind"] == "heldout"] for config in (whole, parts)]
-    assert held[0] == held[1] and [row["step"] for row in held[0]] == [4, 8]
+    assert held[0] == held[1] and [row["step"] for row in held[0]] == [0, 4, 8]
 
 
 def test_what_was_logged_after_the_checkpoint_is_logged_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = make("whole", save_every=2, log_every=1), make("parts", save_every=2, log_every=1)
     run(whole)
 
-    def killed(self: Run, *_: Any) -> Any:
+    def killed(self: Trainer, *_: Any) -> Any:
         if self.step == 5:
             raise KeyboardInterrupt
         return original(self)
 
-    original = Run.update
-    monkeypatch.setattr(Run, "update", killed)
+    original = Trainer.update
+    monkeypatch.setattr(Trainer, "update", killed)
     with pytest.raises(KeyboardInterrupt):
         run(parts)
-    monkeypatch.setattr(Run, "update", original)
+    monkeypatch.setattr(Trainer, "update", original)
     assert metrics(parts)[-1]["step"] == 5
     assert run(parts, resume=True).finished
     assert metrics(parts) == metrics(whole)
 
 
 def test_accumulation_equals_one_large_batch(make: Any) -> None:
-    runs = [Run(make(str(micro), micro_batch_size=micro), device="cpu") for micro in (4, 1)]
+    runs = [Trainer(make(str(micro), micro_batch_size=micro)) for micro in (4, 1)]
     (loss, norm), (parts_loss, parts_norm) = [one.update() for one in runs]
     # The same sums in another order, float32.
     torch.testing.assert_close(parts_loss, loss, rtol=1e-5, atol=0)
@@ -149,7 +162,7 @@ def test_accumulation_equals_one_large_batch(make: Any) -> None:
 
 
 def test_activation_checkpointing_changes_nothing(make: Any) -> None:
-    runs = [Run(make(str(on), activation_checkpointing=on), device="cpu") for on in (False, True)]
+    runs = [Trainer(make(str(on), activation_checkpointing=on)) for on in (False, True)]
     for one in runs:
         one.update()
     assert_equal(*(one.model.state_dict() for one in runs))
@@ -159,17 +172,12 @@ def test_the_loss_falls_and_the_export_is_the_model(make: Any, tmp_path: Path) -
     config = make(steps=60, eval_every=30, export_dtype="bfloat16")
     result = run(config)
     rows = metrics(config)
-    assert rows[0]["bits_per_byte"] > 7 and result.bits_per_byte is not None
+    held = [row["bits_per_byte"] for row in rows if row["kind"] == "heldout"]
+    assert rows[0]["step"] == 0 and rows[0]["bits_per_byte"] > 7 and result.bits_per_byte is not None
     assert result.bits_per_byte < 3.5
-    assert result.best_bits_per_byte == min(
-        row["bits_per_byte"] for row in rows if row["kind"] == "heldout"
-    ) or math.isclose(
-        result.best_bits_per_byte or 0,
-        min(row["bits_per_byte"] for row in rows if row["kind"] == "heldout"),
-        abs_tol=1e-6,
-    )
+    assert result.initial_bits_per_byte == pytest.approx(held[0], abs=1e-6)  # rounded in the file
+    assert result.best_bits_per_byte == pytest.approx(min(held), abs=1e-6)
     folder = Path(config.output)
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert TrainConfig.from_file(folder / "config.yml") == config
     model = load_model(folder / "final")
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -178,7 +186,7 @@ def test_the_loss_falls_and_the_export_is_the_model(make: Any, tmp_path: Path) -
     for module in model.modules():
         if isinstance(module, LongFilter):
             assert (module.poles.norm(dim=-1) < 1).all()
-    heldout = tokenize(read_documents(config.data.heldout), Run(config, device="cpu").tokenizer)
+    heldout = tokenize(read_documents(config.data.heldout), ByteTokenizer())
     exported = evaluate(model.float(), heldout, window=config.window)
     # Weights rounded to 8 bits of mantissa.
     assert exported.bits_per_byte == pytest.approx(result.bits_per_byte, rel=0.02)
@@ -186,18 +194,18 @@ def test_the_loss_falls_and_the_export_is_the_model(make: Any, tmp_path: Path) -
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_nothing_lost(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make(save_every=2)
-    original = Run.update
+    original = Trainer.update
 
-    def broken(self: Run) -> Any:
+    def broken(self: Trainer) -> Any:
         if self.step == 4:
             with torch.no_grad():
                 self.model.norm.weight[0] = math.nan
         return original(self)
 
-    monkeypatch.setattr(Run, "update", broken)
+    monkeypatch.setattr(Trainer, "update", broken)
     with pytest.raises(NonFiniteError, match=r"step 5.*--resume"):
         run(config)
-    monkeypatch.setattr(Run, "update", original)
+    monkeypatch.setattr(Trainer, "update", original)
     state = torch.load(Path(config.output) / "last.pt", weights_only=True)
     assert state["step"] == 4 and all(torch.isfinite(tensor).all() for tensor in state["model"].values())
     assert metrics(config)[-1]["step"] == 4
@@ -226,11 +234,12 @@ def test_a_full_disk_keeps_the_previous_checkpoint(make: Any, monkeypatch: pytes
 def test_runs_are_not_overwritten_nor_mixed(make: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="without --resume"):
         run(make(), resume=True)
+    assert not Path(make().output).exists()
     run(make(), stop=stop_after(1))
     with pytest.raises(CheckpointError, match="already holds a run"):
         run(make())
-    with pytest.raises(CheckpointError, match=r"another optim\.lr, steps"):
-        run(make(steps=9, optim={"lr": 2e-2, "warmup_steps": 2}), resume=True)
+    with pytest.raises(CheckpointError, match=r"another batch_size, optim\.lr; use the same"):
+        run(make(steps=9, batch_size=2, optim={"lr": 2e-2, "warmup_steps": 2}), resume=True)
     text = tmp_path / "train.txt"
     before = text.read_text()
     text.write_text(before.replace("night", "noon."))
@@ -238,16 +247,154 @@ def test_runs_are_not_overwritten_nor_mixed(make: Any, tmp_path: Path) -> None:
         run(make(), resume=True)
     text.write_text(before)
     (Path(make().output) / "last.pt").write_bytes(b"PK damaged")
-    with pytest.raises(CheckpointError, match=r"last\.pt is damaged"):
+    with pytest.raises(CheckpointError, match=r"last\.pt is damaged.*remove it"):
         run(make(), resume=True)
+
+
+def test_a_file_that_is_no_saved_state_is_refused_and_kept(make: Any) -> None:
+    config = make(steps=2)
+    run(config, stop=stop_after(1))
+    folder = Path(config.output)
+    good = torch.load(folder / "last.pt", weights_only=True)
+    moments = good["optimizer"]["state"][0]
+    first = {**good["optimizer"], "state": {**good["optimizer"]["state"], 0: {**moments, "exp_avg": torch.zeros(2, 2)}}}
+    groups = [{key: value for key, value in g.items() if key != "lr_ratio"} for g in good["optimizer"]["param_groups"]]
+    others: list[tuple[Any, str]] = [
+        (5, "it is a int"),
+        ([good], "it is a list"),
+        *(({k: v for k, v in good.items() if k != name}, f"{name} is missing") for name in good),
+        *(({**good, name: object_}, f"{name} is a") for name in good for object_ in ([], True)),
+        ({**good, "config": "{"}, "config is not JSON"),
+        ({**good, "config": "5"}, "config is not a mapping"),
+        ({**good, "config": "{}"}, "no number of steps"),
+        ({**good, "step": -1}, "no number of steps"),
+        ({**good, "model": {}}, "does not fit"),
+        ({**good, "model": {**good["model"], "norm.weight": torch.zeros(3)}}, "does not fit"),
+        ({**good, "model": dict.fromkeys(good["model"], 5)}, "does not fit"),
+        ({**good, "optimizer": {}}, "does not fit"),
+        ({**good, "optimizer": first}, "does not fit"),
+        ({**good, "optimizer": {**good["optimizer"], "param_groups": groups}}, "does not fit"),
+        ({**good, "rng": torch.zeros(3)}, "does not fit"),
+    ]
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "last.pt"}
+    for state, message in others:
+        torch.save(state, folder / "last.pt")
+        with pytest.raises(CheckpointError, match=message):
+            run(config, resume=True)
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "last.pt"} == before
+    torch.save(good, folder / "last.pt")
+    assert run(config, resume=True).finished
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[1]",
+        b"5",
+        b"\xff",
+        b"{",
+        b"",
+        b"[" * 20_000,
+        b'{"step": ' + b"9" * 5000 + b"}",
+        b'{"a": 1}',
+        b'{"kind": 1, "step": 1}',
+        b'{"kind": "train", "step": 1.5}',
+        b'{"kind": "train", "step": 1, "loss": 1, "bits_per_byte": 1, "lr": 1}',
+        b'{"kind": "train", "step": 1, "loss": 1, "bits_per_byte": 1, "lr": 1, "losses": ["a"]}',
+        b'{"kind": "heldout", "step": 1, "bits_per_byte": null}',
+    ],
+)
+def test_damaged_metrics_are_named_and_kept(make: Any, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(steps=2)
+    with open_run(config) as trainer:
+        trainer.save()
+    path = Path(config.output) / "metrics.jsonl"
+    content = b'{"kind": "note", "step": 0}\n' + line + b"\n"
+    path.write_bytes(content)
+    monkeypatch.setattr(loop, "read_documents", None)  # the file is refused before the text is read
+    with pytest.raises(CheckpointError, match=r"line 2 of .*metrics\.jsonl is not a row of metrics: .*move"):
+        run(config, resume=True)
+    assert path.read_bytes() == content
+
+
+def test_a_line_of_metrics_that_was_cut_short_is_dropped(make: Any) -> None:
+    config = make(steps=2)
+    with open_run(config) as trainer:
+        trainer.save()
+    path = Path(config.output) / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "note", "step": 0}\n{"kind": "tr')
+    with open_run(config, resume=True):
+        assert path.read_bytes() == b'{"kind": "note", "step": 0}\n'
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot read .*metrics\.jsonl"):
+        run(config, resume=True)
+
+
+def test_a_run_goes_on_with_another_number_of_steps_and_logs_what_changes(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(make(steps=4)).finished
+    with pytest.raises(CheckpointError, match="has done 4 steps, so steps cannot become 3"):
+        run(make(steps=3), resume=True)
+    caplog.clear()
+    result = run(make(steps=10), resume=True)
+    assert (result.finished, result.step) == (True, 10)
+    (line,) = [record.getMessage() for record in caplog.records if "steps:" in record.getMessage()]
+    assert "steps: 10 instead of 4" in line and "until step 10: at step 4" in line
+    rows = metrics(make())
+    assert [row["step"] for row in rows if row["kind"] == "heldout"] == [0, 4, 8, 10]
+    # The schedule is that of 10 steps from the fifth on, and the folder says so.
+    config = TrainConfig.from_file(Path(make().output) / "config.yml")
+    assert config.steps == 10
+    assert rows[-2]["lr"] == pytest.approx(1e-2 * config.optim.min_lr_ratio)
+    assert next(row["lr"] for row in rows if row["kind"] == "train" and row["step"] == 6) > 5e-3
+
+
+def test_steps_may_be_lowered_to_where_a_run_is(make: Any) -> None:
+    run(make(), stop=stop_after(3))
+    result = run(make(steps=3), resume=True)
+    assert result.finished and [row["step"] for row in metrics(make()) if row["kind"] == "heldout"] == [0, 3]
+    load_model(Path(make().output) / "final")
+
+
+def test_two_processes_do_not_train_in_one_folder(make: Any) -> None:
+    config = make()
+    with open_run(config), pytest.raises(OutputError, match=rf"process {os.getpid()}\b.* is writing here"):
+        run(config)
+    assert run(config).finished  # the lock went with its holder
+    assert not [path.name for path in Path(config.output).iterdir() if "lock" in path.name]
+
+
+def test_a_stopped_run_yields_its_model(make: Any, tmp_path: Path) -> None:
+    config = make()
+    run(config, stop=stop_after(3))
+    with open_run(config, resume=True) as trainer:
+        expected = plain_state_dict(trainer.model)
+    for path in (Path(config.output), Path(config.output) / "last.pt"):
+        folder = export_model(path, tmp_path / f"out-{path.name}")
+        assert_equal(dict(load_model(folder).state_dict()), dict(expected))
+    model, files, step = load_run(config.output)
+    assert (step, files, model.training) == (3, {}, False)
+    export_model(config.output, tmp_path / "narrow", dtype=torch.bfloat16)
+    assert load_model(tmp_path / "narrow").dtype == torch.bfloat16
+
+
+def test_what_is_no_run_is_not_exported(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no run"):
+        load_run(tmp_path)
+    torch.save({"model": {}}, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="not the saved state of a run"):
+        load_run(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model": {**MODEL, "vocab_size": 200}}, CheckpointError, "vocabulary needs 259"),
+        ({"model": {**MODEL, "vocab_size": 200}}, CheckpointError, "at least 259"),
         ({"window": 8000}, InputError, "too few for windows of 8000"),
         ({"data": {"train": "absent.txt"}}, InputError, "absent.txt"),
+        ({"model": None, "init_from": "cub", "window": 600_000}, ConfigError, "longer than the model's maximum"),
     ],
 )
 def test_what_cannot_be_trained_writes_nothing(make: Any, changes: dict[str, Any], error: type, message: str) -> None:
@@ -257,9 +404,11 @@ def test_what_cannot_be_trained_writes_nothing(make: Any, changes: dict[str, Any
     assert not Path(config.output).exists()
 
 
-def test_an_unknown_device_is_named(make: Any) -> None:
-    with pytest.raises(ConfigError, match="abacus"):
-        train(make(), device="abacus", progress=False)
+@pytest.mark.parametrize("device", ["abacus", "meta", "", "cpu:x", "cuda:99"])
+def test_a_device_that_cannot_train_is_named(make: Any, device: str) -> None:
+    with pytest.raises(InputError, match=f"device {device} "):
+        train(make(), device=device, progress=False)
+    assert not Path(make().output).exists()
 
 
 def test_a_run_without_held_out_text_ends_with_an_export(make: Any, tmp_path: Path) -> None:
@@ -269,6 +418,99 @@ def test_a_run_without_held_out_text_ends_with_an_export(make: Any, tmp_path: Pa
     load_model(Path(config.output) / "final")
 
 
+def test_mistakes_are_found_before_weights_are_read(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may be a download of many gigabytes, so everything else is looked at first."""
+
+    def read(*_: Any, **__: Any) -> Any:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(hub, "load_model", read)
+    monkeypatch.setattr(hub, "load", read)
+    source = {"model": None, "init_from": "cub"}
+    for changes in (
+        {"data": {"train": "absent.txt"}},
+        {"data": {"train": make().data.train, "heldout": "absent.txt"}},
+        {"window": 600_000},
+        {"window": 8000},
+        {"output": make().data.train[0]},
+    ):
+        with pytest.raises((InputError, ConfigError)):
+            run(make(**source, **changes))
+    run(make(), stop=stop_after(1))
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        run(make(**source))
+
+
+def test_resuming_needs_no_weights_of_the_start(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(make("first", steps=1))
+    tuned = make("second", model=None, init_from=make("first").output + "/final")
+    run(tuned, stop=stop_after(1))
+    monkeypatch.setattr(hub, "load_model", None)
+    assert run(tuned, resume=True).finished
+
+
+def test_fine_tuning_begins_with_the_checkpoints_own_logits(
+    make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To the last bit, also with poles on and outside the unit circle; the log tells how many and how far."""
+    model = StripedHyena(ModelConfig(**MODEL | {"layer_types": tuple(MODEL["layer_types"])}))
+    with torch.no_grad():
+        model.layers[2].mixer.long_filter.poles[3, 1] = torch.tensor([1.003, 0.004])
+        model.layers[2].mixer.long_filter.poles[4, 0] = torch.tensor([0.0, -1.0])
+    save_model(model, tmp_path / "outside")
+    config = make(model=None, init_from=str(tmp_path / "outside"))
+    ids = torch.randint(256, (2, 60))
+    with open_run(config) as trainer, torch.no_grad():
+        assert torch.equal(trainer.model(ids), load_model(tmp_path / "outside")(ids))
+    (line,) = [record.getMessage() for record in caplog.records if "unit circle" in record.getMessage()]
+    assert line.startswith("2 of 96 poles") and "1.003008" in line and "layer 2:" in line and "kept" in line
+    assert run(config).finished  # and it trains
+
+
+def test_held_out_text_is_scored_before_the_first_step(make: Any) -> None:
+    run(make("first", steps=3))
+    source = make("first").output + "/final"
+    tuned = make("second", model=None, init_from=source)
+    run(tuned)
+    start, *_ = [row for row in metrics(tuned) if row["kind"] == "heldout"]
+    heldout = tokenize(read_documents(tuned.data.heldout), ByteTokenizer())
+    alone = evaluate(load_model(source), heldout, window=tuned.window, batch_size=tuned.batch_size)
+    assert start["step"] == 0 and start["bits_per_byte"] == round(alone.bits_per_byte, 6)
+
+
+def test_no_bar_is_drawn_where_nobody_looks(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    train(make(), device="cpu", progress=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_metrics_hold_the_loss_of_every_step(make: Any) -> None:
+    config = make(log_every=3)
+    run(config)
+    rows = [row for row in metrics(config) if row["kind"] == "train"]
+    assert [len(row["losses"]) for row in rows] == [3, 1, 2, 2]  # logged at 3, and at 4, 6 and 8 before what is written
+    every = make("every", log_every=1)
+    run(every)
+    alone = [row["loss"] for row in metrics(every) if row["kind"] == "train"]
+    assert [loss for row in rows for loss in row["losses"]] == alone
+    for row in rows:
+        assert row["loss"] == pytest.approx(sum(row["losses"]) / len(row["losses"]), abs=2e-6)
+
+
+def test_answers_are_learned_and_prompts_are_not(make: Any, tmp_path: Path) -> None:
+    """The prompts are noise: what their prediction would cost shows in a loss over all text, and not over answers."""
+    noise = random.Random(2)
+    for name, count in (("train", 60), ("heldout", 10)):
+        rows = [
+            {"prompt": "".join(noise.choices("0123456789abcdef", k=20)), "completion": " laughs\n"}
+            for _ in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "train.jsonl"), "heldout": str(tmp_path / "heldout.jsonl")}
+    result = run(make(data=data, steps=60, eval_every=0))
+    assert result.initial_bits_per_byte is not None and result.initial_bits_per_byte > 7
+    assert result.bits_per_byte is not None and result.bits_per_byte < 0.5  # sixteen digits alone cost 4 bits each
+
+
 def test_fine_tuning_starts_at_the_given_weights(make: Any) -> None:
     run(make("first", steps=2))
     source = str(Path(make("first").output) / "final")
@@ -276,8 +518,8 @@ def test_fine_tuning_starts_at_the_given_weights(make: Any) -> None:
     assert run(tuned).finished
     before, after = (load_model(folder).state_dict() for folder in (source, Path(tuned.output) / "final"))
     for name, tensor in before.items():
-        # A learning rate of nothing; poles go through their parametrisation and back.
-        torch.testing.assert_close(after[name], tensor, rtol=0, atol=3e-7, msg=name)
+        # Eight Adam steps of a learning rate of 1e-12, far below one rounding of any weight but a zero.
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=2e-11, msg=name)
 
 
 def test_the_tokenizer_file_goes_with_the_model(make: Any, tmp_path: Path) -> None:

@@ -1,22 +1,27 @@
-"""Checkpoints on disk: find them, read them shard by shard, write them so that nothing is ever half written.
+"""Checkpoints on disk: find them, read them shard by shard, replace them so that nothing is ever half written.
 
 Read: our own folders, the original's folders, a weights file with a configuration; safetensors (single or sharded) and
 ``torch.save`` files, with the original's names or ours. Written: folders in our layout or the original's.
 """
 
-from hyaena.checkpoints.files import Checkpoint, find, find_config, has_weights
-from hyaena.checkpoints.load import STORED, as_device, load_model, read_tensors, survey
+from hyaena.checkpoints.files import COMPANIONS, WEIGHTS, Checkpoint, find, find_config, has_weights, is_run
+from hyaena.checkpoints.load import as_device, as_dtype, check_names_and_shapes, load_model, read_tensors
 from hyaena.checkpoints.save import save_model
+from hyaena.checkpoints.weights import inspect
 
 __all__ = [
-    "STORED",
+    "COMPANIONS",
+    "WEIGHTS",
     "Checkpoint",
     "as_device",
+    "as_dtype",
+    "check_names_and_shapes",
     "find",
     "find_config",
     "has_weights",
+    "inspect",
+    "is_run",
     "load_model",
     "read_tensors",
     "save_model",
-    "survey",
 ]

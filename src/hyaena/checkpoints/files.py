@@ -3,43 +3,79 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
+from hyaena import files
+from hyaena.checkpoints.shards import open_regular, unique_keys
 from hyaena.config import ModelConfig
-from hyaena.errors import CheckpointError, ConfigError
+from hyaena.errors import CheckpointError, ConfigError, printable
 from hyaena.formats import read_config
 
 INDEX_SUFFIX = ".index.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-_PREFERRED = (
-    "model.safetensors.index.json",  # before the single file: a save replaces the index last (see save.py)
-    "model.safetensors",
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = (
+    INDEX,
+    SINGLE,
     "pytorch_model.bin.index.json",
+    "pytorch-model.bin.index.json",
     "pytorch-model.bin",
     "pytorch_model.bin",
 )
+"""Names under which programs write the weights of a model; a folder may have one of them."""
+
+CONFIGS = ("config.json", "config.yml", "config.yaml")
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+"""Files that go with a model's weights and configuration."""
+
+_MAX_INDEX = 4_000_000
+_PART = re.compile(r".*-\d+-of-\d+\.\w+")
+_EMBEDDINGS = (b"embed_tokens.weight", b"embedding_layer.weight")
+_RUN_STATE, _RUN_METRICS = "last.pt", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A configuration and the files that hold its weights.
+    """A configuration and the files that its weights are in.
 
     Attributes:
         path: what the user named; it begins every message.
         config: the architecture.
         shards: the weights files, read one after another.
+        weight_map: where the files have an index: tensor -> file name, as it says.
     """
 
     path: Path
     config: ModelConfig
     shards: tuple[Path, ...]
+    weight_map: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
+    state: frozenset[tuple[str, int, int, int]] = field(default=frozenset(), repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
-        """Where the weights lie; tokenizer files are looked for here."""
+        """Where the weights are; tokenizer files are looked for here."""
         return self.shards[0].parent
+
+    def check_unchanged(self) -> None:
+        """Refuse a checkpoint whose files were replaced since it was found: old and new ones may have been read.
+
+        Raises:
+            CheckpointError: they were.
+        """
+        if self.state != _state(self.folder, self.shards):
+            raise CheckpointError(f"{self.path}: was replaced while it was being read: load it again")
 
 
 def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | None = None) -> Checkpoint:
@@ -54,63 +90,216 @@ def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | 
         ConfigError: there is no configuration, or it cannot be used.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder: check the path")
-    weights = _weights_in(path) if path.is_dir() else path
+    is_folder = _is_folder(path)
+    folder = path if is_folder else path.parent
+    files.finish_update(folder)
+    weights = _weights_in(path) if is_folder else path
+    weight_map = None
+    shards: tuple[Path, ...] = (weights,)
     if weights.name.endswith(INDEX_SUFFIX):
-        shards = _shards_of(weights)
-    elif weights.suffix == ".safetensors" or weights.suffix in TORCH_SUFFIXES:
-        shards = (weights,)
-    else:
+        weight_map = read_index(weights)
+        shards = _shards_of(weights, weight_map)
+    elif weights.suffix != ".safetensors" and weights.suffix not in TORCH_SUFFIXES:
         raise CheckpointError(f"{path}: not a weights file: name a folder, or a .safetensors, .bin, .pt or .pth file")
+    elif is_run(weights):
+        raise CheckpointError(_run_message(folder))
+    state = _state(folder, shards)
     if not isinstance(config, ModelConfig):
-        config = read_config(config if config is not None else find_config(weights.parent))
-    return Checkpoint(path, config, shards)
+        config = read_config(config if config is not None else find_config(folder))
+    return Checkpoint(path, config, shards, weight_map, state)
 
 
 def find_config(folder: Path) -> Path:
-    """The configuration in a folder: ``config.json``, ``config.yml``, or the only YAML file there is."""
-    for name in ("config.json", "config.yml", "config.yaml"):
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(file for file in folder.iterdir() if file.suffix in (".yml", ".yaml") and file.is_file())
+    """The configuration in a folder: ``config.json``, ``config.yml``, or the only YAML file there is.
+
+    Raises:
+        ConfigError: there is none, or there are several that differ.
+    """
+    files.finish_update(folder)
+    names = _names(folder)
+    found = [name for name in CONFIGS if name in names]
+    if not found:
+        found = [name for name in names if name.endswith((".yml", ".yaml")) and (folder / name).is_file()]
     if not found:
         raise ConfigError(f"{folder}: no config.json and no config.yml beside the weights: name one with config=")
     if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise ConfigError(f"{folder}: several configurations ({names}): name one with config=")
-    return found[0]
+        shown = listed(found, most=6)
+        try:
+            different = len({repr(read_config(folder / name)) for name in found}) > 1
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: several configurations ({shown}): name one with config= ({error})") from None
+        if different:
+            raise ConfigError(f"{folder}: several configurations ({shown}), which differ: name one with config=")
+    return folder / found[0]
 
 
 def has_weights(folder: Path) -> bool:
     """Whether anything in a folder looks like weights, or like the index of some."""
     suffixes = (".safetensors", *TORCH_SUFFIXES, INDEX_SUFFIX)
-    return any(file.name.endswith(suffixes) for file in folder.iterdir())
+    return any(name.endswith(suffixes) for name in _names(folder))
+
+
+def files_of_checkpoint(folder: Path) -> set[str]:
+    """The names of the files in a folder that make up its checkpoint: configurations, weights, and their shards."""
+    names = _names(folder)
+    found = {name for name in (*CONFIGS, *WEIGHTS) if name in names}
+    for index in found & {name for name in WEIGHTS if name.endswith(INDEX_SUFFIX)}:
+        try:
+            shards = {path.name for path in _shards_of(folder / index, read_index(folder / index))}
+        except CheckpointError:  # damaged: nobody can tell what belonged to it
+            continue
+        found |= shards
+    return found
+
+
+def other_models(folder: Path) -> list[str]:
+    """Names of files in a folder that hold a model or an adapter, and do not belong to its checkpoint."""
+    own = files_of_checkpoint(folder)
+    return [name for name in _weights_files(folder) if name not in own and _is_model(folder / name)] + _adapters(folder)
 
 
 def _weights_in(folder: Path) -> Path:
-    for name in _PREFERRED:
-        if (folder / name).is_file():
-            return folder / name
-    files = sorted(file for file in folder.iterdir() if file.is_file())
+    """The weights file in a folder, or the index of its shards; refuses to choose between several."""
+    names = _names(folder)
+    usual = [name for name in WEIGHTS if name in names]
+    if usual and usual[0].endswith(INDEX_SUFFIX):
+        shards = read_index(folder / usual[0]).values()
+        usual = [name for name in usual if name not in shards]
+    others = _weights_files(folder)
+    adapters = _adapters(folder)
+    if usual:
+        models = [*usual, *other_models(folder)]
+        if len(models) > 1:
+            what = "an adapter beside the model" if adapters and len(usual) == 1 else "several sets of weights"
+            cure = "merge it, or move it away" if adapters else "name the file that is meant, or move the others away"
+            raise CheckpointError(f"{folder}: {what} ({listed(models, most=6)}): {cure}")
+        return folder / usual[0]
+    if is_run(folder):
+        raise CheckpointError(_run_message(folder))
+    if adapters and not set(others) - set(adapters):
+        raise CheckpointError(f"{folder}: an adapter without its model: merge it into the model and save that")
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
-        found = [file for file in files if file.suffix in suffixes]
-        if len(found) == 1:
-            return found[0]
+        found = [name for name in others if name.endswith(suffixes)]
+        models = [name for name in found if _is_model(folder / name)] if len(found) > 1 else found
+        if len(models) == 1:
+            return folder / models[0]
         if found:
-            names = ", ".join(file.name for file in found)
-            raise CheckpointError(f"{folder}: several weights files and no index ({names}): name one of them")
+            shown = listed(found, most=6)
+            raise CheckpointError(f"{folder}: several weights files and no index ({shown}): name one of them")
+    if any(map(_PART.fullmatch, names)):
+        raise CheckpointError(f"{folder}: parts of a sharded checkpoint without their index: download {INDEX}, too")
     raise CheckpointError(f"{folder}: no weights here: expected model.safetensors or pytorch-model.bin")
 
 
-def _shards_of(index: Path) -> tuple[Path, ...]:
+def _weights_files(folder: Path) -> list[str]:
+    """Names of weights files that are no parts of sharded checkpoints: without an index, a part is of no use."""
+    suffixes = (".safetensors", *TORCH_SUFFIXES)
+    found = [name for name in _names(folder) if name.endswith(suffixes) and not _PART.fullmatch(name)]
+    return [name for name in found if not (folder / name).is_dir()]
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a weights file has the embedding of a StripedHyena model in its table of contents."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with open_regular(path) as file:
+            head = file.read(1_000_000)
+            if head.startswith(b"PK"):
+                with zipfile.ZipFile(file) as archive:
+                    names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                    head = archive.open(names[0]).read(4_000_000) if names else b""
+    except (OSError, CheckpointError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError):
+        return False
+    return any(name in head for name in _EMBEDDINGS)
+
+
+def _adapters(folder: Path) -> list[str]:
+    return [name for name in _names(folder) if re.fullmatch(r"adapter_(model\.(safetensors|bin)|config\.json)", name)]
+
+
+def is_run(path: str | PathLike[str]) -> bool:
+    """Whether a path is the folder of a training run that has saved its state, or that state (``last.pt``)."""
+    path = Path(path)
+    folder = path.parent if path.name == _RUN_STATE else path
+    return (folder / _RUN_STATE).is_file() and (folder / _RUN_METRICS).is_file()
+
+
+def _run_message(folder: Path) -> str:
+    models = [str(folder / name) for name in ("best", "final") if _has_config(folder / name)]
+    loadable = f"load {' or '.join(models)}, or " if models else ""
+    return f"{folder}: a training run, not a model: {loadable}write its newest model with `hyaena convert {folder} OUT`"
+
+
+def _has_config(folder: Path) -> bool:
+    """Whether a folder exists and has a configuration of a usual name."""
+    return any((folder / name).is_file() for name in CONFIGS)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The index of a sharded checkpoint: tensor -> name of the file that it is in, in the index's own folder.
+
+    Raises:
+        CheckpointError: it is not an index, or names files outside its folder.
+    """
+    with open_regular(index) as file:
+        content = file.read(_MAX_INDEX + 1)
+    if len(content) > _MAX_INDEX:
+        raise CheckpointError(f"{index}: larger than {_MAX_INDEX / 1e6:g} MB, so not an index of shards")
+    try:
+        text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # without a byte order mark
+        weight_map = json.loads(text, object_pairs_hook=unique_keys)["weight_map"]
+        names = list(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index}: not an index of shards, or truncated: download it again") from None
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+    if not names or any(not isinstance(name, str) or not _is_plain(name) for name in names):
         raise CheckpointError(f"{index}: names shards outside its own folder, or none: download it again")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{index}: shards are missing ({', '.join(missing)}): download them")
+    return weight_map
+
+
+def _is_plain(name: str) -> bool:
+    return Path(name).name == name and "\0" not in name and name.endswith((".safetensors", *TORCH_SUFFIXES))
+
+
+def _shards_of(index: Path, weight_map: Mapping[str, str]) -> tuple[Path, ...]:
+    names = sorted(set(weight_map.values()))
+    here = set(_names(index.parent))
+    if missing := [name for name in names if name not in here]:
+        raise CheckpointError(f"{index}: shards are missing ({listed(missing, most=6)}): download them")
     return tuple(index.parent / name for name in names)
+
+
+def listed(names: Iterable[str], *, most: int = 10) -> str:
+    """Names for a message: the first ones, escaped and cut, and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + rest
+
+
+def _names(folder: Path) -> list[str]:
+    """Names in a folder, sorted."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a path is that of a folder; it must exist."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file or folder: check the path") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return path.is_dir()
+
+
+def _state(folder: Path, shards: Iterable[Path]) -> frozenset[tuple[str, int, int, int]]:
+    """What tells the files of a checkpoint from those that replace them: name, inode, size and time of change."""
+    found = set()
+    for name in {*CONFIGS, *WEIGHTS, *COMPANIONS, files.JOURNAL, *(shard.name for shard in shards)}:
+        try:
+            entry = os.stat(folder / name)
+        except OSError:
+            continue
+        found.add((name, entry.st_ino, entry.st_size, entry.st_mtime_ns))
+    return frozenset(found)

@@ -1,96 +1,109 @@
 """Weights files -> a model, one tensor at a time.
 
-The model is built on the meta device, so it costs nothing; every tensor is then copied from the mapped file, in its
-final dtype, to its final device. Peak host memory is the model's size plus at most one shard.
+The model is built on the meta device, so it costs nothing; every tensor is then read, cast and put on its device. Peak
+host memory is the model's size and one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hyaena.checkpoints.files import Checkpoint, find
-from hyaena.checkpoints.shards import open_shard
+from hyaena.checkpoints.files import Checkpoint, find, listed
+from hyaena.checkpoints.shards import FLOATING
+from hyaena.checkpoints.weights import Item, Weights, open_weights
 from hyaena.config import ModelConfig
-from hyaena.errors import CheckpointError, InputError
+from hyaena.errors import CheckpointError, ConfigError, InputError, printable
+from hyaena.filters import Float32Parameters
 from hyaena.formats.stripedhyena import tensors as original
-from hyaena.model import StripedHyena
+from hyaena.model import MIXERS, Mixers, StripedHyena
 
-STORED = "stored"
-"""The dtype that keeps every tensor as it is stored."""
-
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
+_SHORT = {
+    "double": torch.float64,
+    "fp64": torch.float64,
+    "float": torch.float32,
+    "fp32": torch.float32,
+    "half": torch.float16,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+_QUANTIZED = "quantized weights (save them as bfloat16 or float32)"
+_LARGE = 1_000_000_000
+"""Bytes from which on reading takes long enough for a progress bar."""
 
 
 def load_model(
-    path: str | PathLike[str],
+    source: Checkpoint | str | PathLike[str],
     config: ModelConfig | str | PathLike[str] | None = None,
     *,
-    dtype: str | torch.dtype | None = None,
+    dtype: str | torch.dtype | Literal["stored"] | None = None,
     device: str | torch.device | None = None,
+    mixers: Mixers = MIXERS,
 ) -> StripedHyena:
     """The model of a checkpoint, in evaluation mode.
 
     Args:
-        path: a folder in our layout or the original's, or a weights file.
+        source: a checkpoint that ``find`` found, or what ``find`` takes: a folder, or a weights file.
         config: the configuration or its path, when it does not lie beside the weights or should be another.
         dtype: of the weights; by default, as the embedding is stored; ``"stored"`` keeps every tensor as it is
             stored. Poles and residues are float32 in any case (float64 with float64).
         device: where the model goes; by default the CPU.
+        mixers: what makes the mixer of each kind of layer; see ``StripedHyena``.
 
     Raises:
-        CheckpointError: naming every tensor that is missing, unexpected, misshapen or not finite, all at once; or a
-            file that is missing, truncated, corrupt or unsafe.
+        CheckpointError: naming the tensors that are missing, unexpected, misshapen, quantized or not finite; or a file
+            that is missing, truncated, corrupt or unsafe; or one that was replaced meanwhile.
         ConfigError: the configuration cannot be used.
     """
-    checkpoint = find(path, config)
-    with torch.device("meta"):
-        model = StripedHyena(checkpoint.config)
-    wanted = None if dtype == STORED else as_dtype(dtype) or survey(checkpoint).dtype
-    _Loading(checkpoint, model, as_device(device), wanted).run()
+    if isinstance(source, Checkpoint) and config is not None:
+        raise InputError("a checkpoint has its configuration: give config to the function that finds it")
+    stored, device = dtype == "stored", as_device(device)
+    wanted = None if stored else as_dtype(dtype)
+    checkpoint = source if isinstance(source, Checkpoint) else find(source, config)
+    try:
+        with open_weights(checkpoint) as weights:
+            if wanted is None and not stored:
+                wanted = weights.dtype
+            model = _Loading(checkpoint, weights, device, wanted, mixers).run()
+    except CheckpointError:
+        checkpoint.check_unchanged()  # a better explanation, where it is true
+        raise
+    checkpoint.check_unchanged()
     return model.eval()
 
 
-def read_tensors(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Some tensors of a checkpoint, under our names and in our layout, as they are stored; nothing else is read."""
-    found = {}
-    for path in checkpoint.shards:
-        with open_shard(path) as shard:
-            for key in shard.keys():  # noqa: SIM118  a shard is not a mapping
-                name = original.our_name(key)
-                if name is not None and wanted(name):
-                    item = original.to_ours(key, shard.tensor(key), checkpoint.config)
-                    assert item is not None
-                    found[name] = item[1].clone()  # out of the mapped file
-    return found
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What the names in a checkpoint's files say: whose names they are, and in which dtype the embedding is stored."""
-
-    in_original_names: bool
-    dtype: torch.dtype
-
-
-def survey(checkpoint: Checkpoint) -> Survey:
-    """Look at names and dtypes alone.
+def check_names_and_shapes(checkpoint: Checkpoint) -> None:
+    """Compare the tensors that a checkpoint names with those of its configuration; no tensor is read.
 
     Raises:
-        CheckpointError: there is nothing of a StripedHyena model in the files.
+        CheckpointError: naming the tensors that are missing, unexpected, misshapen or quantized.
+        ConfigError: the configuration makes no model.
     """
-    dtypes: dict[str, torch.dtype | None] = {}
-    for path in checkpoint.shards:
-        with open_shard(path) as shard:
-            dtypes |= {key: shard.dtype(key) for key in shard.keys()}  # noqa: SIM118
-    names = {original.our_name(key): dtype for key, dtype in dtypes.items()}
-    if "embed_tokens.weight" not in names and not any(name and name.startswith("layers.") for name in names):
-        raise CheckpointError(f"{checkpoint.path}: holds no tensor of a StripedHyena model: check the path")
-    return Survey(original.matches_tensors(dtypes), names.get("embed_tokens.weight") or torch.float32)
+    with open_weights(checkpoint) as weights:
+        _Loading(checkpoint, weights, torch.device("meta"), None, MIXERS, reads=False).run()
+
+
+def read_tensors(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint, under our names and in our layout, as they are stored; nothing else is read.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    found = {}
+    with open_weights(checkpoint) as weights:
+        for item in weights.items:
+            name = original.our_name(item.name)
+            if name is not None and wanted(name) and isinstance(item.stored.dtype, torch.dtype):
+                ours = original.to_ours(item.name, item.read(), checkpoint.config)
+                assert ours is not None
+                found[name] = ours[1]
+    return found
 
 
 def as_device(device: str | torch.device | None) -> torch.device:
@@ -100,101 +113,186 @@ def as_device(device: str | torch.device | None) -> torch.device:
         InputError: this machine or this build of torch has no such device.
     """
     try:
-        return torch.empty(0, device=device or "cpu").device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        found = torch.empty(0, device="cpu" if device is None else device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = printable(str(error).split("\n")[0], limit=200)
         raise InputError(f"device {device} cannot be used ({reason}): choose another, such as cpu") from None
+    if found.type == "meta":
+        raise InputError("device meta has no memory for weights: choose another, such as cpu")
+    return found
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype from its name.
+    """A dtype from its name, such as ``"bfloat16"`` or ``"bf16"``.
 
     Raises:
         InputError: the name is not that of a floating-point dtype that a model can have.
     """
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in _DTYPES.values():
-        raise InputError(f"dtype {dtype} cannot hold a model: choose one of {', '.join(_DTYPES)}")
+    known = {**_DTYPES, **_SHORT}
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in FLOATING:
+        raise InputError(f"dtype {printable(str(dtype))} cannot hold a model: choose one of {', '.join(_DTYPES)}")
     return found
 
 
-def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of one of our parameters in a model of that dtype: poles and residues are never below float32."""
-    return torch.promote_types(dtype, torch.float32) if name.endswith((".poles", ".residues")) else dtype
+def wide_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that are float32 at least in a model of any dtype: poles and residues."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, Float32Parameters)
+        for name, _ in module.named_parameters()
+        if name not in module.narrow
+    }
+
+
+def dtype_in(dtype: torch.dtype, *, wide: bool) -> torch.dtype:
+    """The dtype of a parameter in a model of a dtype; ``wide`` ones are float32 at least."""
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
 class _Loading:
-    """The work of one ``load_model``: fill a meta model, and remember everything that does not fit."""
+    """The work of one ``load_model``: fill a meta model, and remember everything that does not fit.
+
+    With ``reads=False`` names, dtypes and shapes are compared, and the model stays empty.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, model: StripedHyena, device: torch.device, dtype: torch.dtype | None
+        self,
+        checkpoint: Checkpoint,
+        weights: Weights,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        mixers: Mixers,
+        *,
+        reads: bool = True,
     ) -> None:
-        self.checkpoint, self.model, self.device, self.dtype = checkpoint, model, device, dtype
-        self.awaited = dict(model.named_parameters())
-        self.expected = dict(self.awaited)
-        self.in_original_names = survey(checkpoint).in_original_names
-        self.problems: dict[str, list[str]] = {"unexpected": [], "twice": [], "wrong shape": [], "not finite": []}
+        self.checkpoint, self.weights, self.device, self.dtype = checkpoint, weights, device, dtype
+        self.reads = reads
+        self.config = checkpoint.config
+        self.model = self._empty_model(mixers)
+        self.remaining = dict(self.model.named_parameters())
+        self.expected = dict(self.remaining)
+        self.wide = wide_parameters(self.model)
+        self.problems: dict[str, list[str]] = {
+            "unexpected": [],
+            "twice": [],
+            "wrong shape": [],
+            _QUANTIZED: [],
+            "not finite": [],
+        }
         self.tied_head: Tensor | None = None
 
-    def run(self) -> None:
-        for path in self.checkpoint.shards:
-            with open_shard(path) as shard:
-                for key in shard.keys():  # noqa: SIM118  a shard is not a mapping
-                    self._take(key, shard.tensor(key))
-        if self.tied_head is not None and not self.awaited:
+    def _empty_model(self, mixers: Mixers) -> StripedHyena:
+        """The model on the meta device, built only where the files have as many tensors as it has layers."""
+        if self.config.num_layers > len(self.weights.items):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: the configuration has {self.config.num_layers:,} layers, and the files "
+                f"{len(self.weights.items):,} tensors; do the configuration and the weights belong together?"
+            )
+        try:
+            with torch.device("meta"):
+                return StripedHyena(self.config, mixers=mixers)
+        except (RuntimeError, OverflowError) as error:
+            reason = printable(str(error).split("\n")[0], limit=200)
+            raise ConfigError(f"{self.checkpoint.path}: its configuration makes no model ({reason})") from None
+
+    def run(self) -> StripedHyena:
+        for item in _with_progress(self.weights.items) if self.reads else self.weights.items:
+            self._take(item)
+        if self.tied_head is not None and not self.remaining:
             original.check_tied(self.model.embed_tokens.weight.detach(), self.tied_head)
-        missing = [self._shown(name) for name in self.awaited]
+        missing = [self._shown(name) for name in self.remaining]
         told = {"missing": missing, **self.problems}
         if any(told.values()):
-            words = "; ".join(f"{what}: {', '.join(names)}" for what, names in told.items() if names)
+            words = "; ".join(f"{what}: {listed(names)}" for what, names in told.items() if names)
             raise CheckpointError(
                 f"{self.checkpoint.path}: {words}; do the configuration and the weights belong together?"
             )
+        return self.model
 
-    def _take(self, key: str, stored: Tensor) -> None:
-        item = original.to_ours(key, stored, self.checkpoint.config)
-        if item is None:
+    def _take(self, item: Item) -> None:
+        name = original.our_name(item.name)
+        if name is None:  # what the original recomputes
             return
-        name, tensor = item
-        if name == "lm_head.weight" and self.checkpoint.config.tie_embeddings:
-            self.tied_head = self._placed(name, tensor, stored)
+        tied = name == "lm_head.weight" and self.config.tie_embeddings
+        expected = "embed_tokens.weight" if tied else name
+        if expected not in self.expected:
+            self.problems["unexpected"].append(item.key)
             return
-        if name not in self.expected:
-            self.problems["unexpected"].append(key)
+        if not tied and name not in self.remaining:
+            self.problems["twice"].append(item.key)
             return
-        if name not in self.awaited:
-            self.problems["twice"].append(key)
+        if not tied:
+            del self.remaining[name]
+        if item.stored.dtype not in FLOATING:
+            kind = str(item.stored.dtype).removeprefix("torch.")
+            self.problems[_QUANTIZED].append(f"{item.key} is {kind}")
             return
-        parameter = self.awaited.pop(name)
-        if tensor.shape != parameter.shape or tensor.dtype not in _DTYPES.values():
-            self.problems["wrong shape"].append(self._shapes(key, name, tensor))
+        if not self._fits(item, self.expected[expected].shape):
+            self.problems["wrong shape"].append(self._shapes(item, expected))
             return
-        kept = self._placed(name, tensor, stored)
+        if not self.reads:
+            return
+        ours = original.to_ours(item.name, item.read(), self.config)
+        assert ours is not None
+        tensor = ours[1]
+        kept = self._placed(name, tensor)
+        if tied:
+            self.tied_head = kept
+            return
         if not _all_finite(kept):
             lost = _all_finite(tensor)
-            self.problems["not finite"].append(f"{key} (as {kept.dtype}: choose a wider dtype)" if lost else key)
+            self.problems["not finite"].append(
+                f"{item.key} (as {kept.dtype}: choose a wider dtype)" if lost else item.key
+            )
             return
         owner, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        requires_grad = self.expected[name].requires_grad
+        setattr(self.model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=requires_grad))
 
-    def _placed(self, name: str, tensor: Tensor, stored: Tensor) -> Tensor:
-        """The tensor where and as it is to be, in memory of its own: ``stored`` lies in the mapped file."""
-        in_file = tensor.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
-        return tensor.to(self.device, dtype_of(name, self.dtype or tensor.dtype), copy=in_file)
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
+        try:
+            return tensor.to(self.device, dtype_in(self.dtype or tensor.dtype, wide=name in self.wide))
+        except torch.OutOfMemoryError:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: does not fit into the memory of {self.device}: "
+                "choose a narrower dtype or another device"
+            ) from None
+
+    def _fits(self, item: Item, shape: torch.Size) -> bool:
+        """Whether a stored tensor has a parameter's shape, in our layout; decided without reading it."""
+        try:
+            ours = original.to_ours(item.name, torch.empty(item.stored.shape, device="meta"), self.config)
+        except (RuntimeError, OverflowError):  # sizes that no tensor can have
+            return False
+        return ours is not None and ours[1].shape == shape
 
     def _shown(self, name: str) -> str:
         """A parameter in the words of the file: the original's name where the file is the original's."""
-        if not self.in_original_names:
+        if not self.weights.in_original_names:
             return name
-        return original.to_theirs(name, self.expected[name], self.checkpoint.config)[0]
+        return original.to_theirs(name, self.expected[name], self.config)[0]
 
-    def _shapes(self, key: str, name: str, tensor: Tensor) -> str:
-        found, expected = tensor, self.expected[name]
-        if self.in_original_names:
-            expected = original.to_theirs(name, expected, self.checkpoint.config)[1]
-            found = original.to_theirs(name, found, self.checkpoint.config)[1]
-        kind = "" if tensor.dtype in _DTYPES.values() else f" of {tensor.dtype}"
-        return f"{key} is {list(found.shape)}{kind}, expected {list(expected.shape)}"
+    def _shapes(self, item: Item, name: str) -> str:
+        expected = self.expected[name]
+        if self.weights.in_original_names:
+            expected = original.to_theirs(name, expected, self.config)[1]
+        return f"{item.key} is {printable(str(list(item.stored.shape)))}, expected {list(expected.shape)}"
+
+
+def _with_progress(items: Sequence[Item]) -> Iterator[Item]:
+    """The items; for large files, with a progress bar where the standard error is a terminal."""
+    total = sum(item.stored.nbytes for item in items)
+    if total < _LARGE or not sys.stderr.isatty():
+        yield from items
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False) as bar:
+        for item in items:
+            yield item
+            bar.update(item.stored.nbytes)
 
 
 def _all_finite(tensor: Tensor) -> bool:

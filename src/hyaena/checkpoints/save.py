@@ -1,17 +1,14 @@
 """A model -> a folder that holds a whole checkpoint at every moment.
 
-Everything is first written into a temporary folder inside the target and flushed to the disk; only then are files
-moved into place. The last move is the one that makes the new weights the folder's weights (the index of a sharded
-checkpoint, the file of a single one), so a full disk or a lost machine leaves the previous checkpoint.
+What ``load_model`` would refuse is refused here first, before a byte is written. The files are then replaced together
+(see ``hyaena.files``): a full disk, a killed process or a lost machine leaves the previous checkpoint or the new one.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -20,19 +17,32 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from hyaena.checkpoints.load import dtype_of
+from hyaena import files
+from hyaena.checkpoints.files import (
+    COMPANIONS,
+    CONFIGS,
+    INDEX,
+    SINGLE,
+    WEIGHTS,
+    files_of_checkpoint,
+    listed,
+    other_models,
+)
+from hyaena.checkpoints.load import as_dtype, dtype_in, wide_parameters
+from hyaena.checkpoints.shards import FLOATING
+from hyaena.checkpoints.weights import plain_names
 from hyaena.config import ModelConfig
-from hyaena.errors import CheckpointError
+from hyaena.errors import CheckpointError, InputError, printable
 from hyaena.formats.stripedhyena import tensors as original
 from hyaena.formats.stripedhyena.config import write_config
-from hyaena.model import StripedHyena
+from hyaena.model import MIXERS, StripedHyena
 
 Layout = Literal["hyaena", "original"]
 CONFIG_NAMES: dict[Layout, str] = {"hyaena": "config.json", "original": "config.yml"}
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_UNFINISHED = ".unfinished-"
+_WAIT = 60.0
+"""Seconds that a save waits for another one in the same folder."""
 
 
 def save_model(
@@ -40,119 +50,236 @@ def save_model(
     folder: str | PathLike[str],
     *,
     layout: Layout = "hyaena",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     max_shard_size: int = 5_000_000_000,
     extra_files: Mapping[str, bytes] | None = None,
+    overwrite: bool = True,
 ) -> Path:
     """Write a model as a folder that ``load_model`` reads, replacing the checkpoint that was there, if any.
 
     Args:
-        model: its weights may lie on any device.
-        folder: made if it is not there; files of other names in it are left alone.
+        model: its weights may lie on any device. A model that was compiled or wrapped for data parallelism is saved
+            as the model inside.
+        folder: made if it is not there; files that belong to no checkpoint are left alone.
         layout: ``"hyaena"`` (``config.json``, our names) or ``"original"`` (``config.yml``, the original's names).
         dtype: cast the weights on the way; poles and residues stay float32.
         max_shard_size: bytes above which the weights are split over several files.
-        extra_files: more files to write with it, such as ``tokenizer.json``.
+        extra_files: the files that go with the model, such as ``tokenizer.json``; the previous model's are removed.
+            None leaves those that are there.
+        overwrite: whether the folder may hold files already.
 
     Raises:
-        CheckpointError: it could not be written; the previous checkpoint is as it was.
+        CheckpointError: the model cannot be loaded from what would be written, or it could not be written; the
+            previous checkpoint is as it was.
+        InputError: an argument that cannot be used.
+        OutputError: another process is writing there.
     """
     folder = Path(folder)
     if layout not in CONFIG_NAMES:
-        raise CheckpointError(f"layout {layout!r} is unknown: choose one of {', '.join(CONFIG_NAMES)}")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise CheckpointError("the model is on the meta device and has no weights to save: load them first")
-    shards = _split(model, layout, dtype, max_shard_size)
-    made = not folder.exists()
+        raise CheckpointError(f"layout {printable(str(layout))!r} is unknown: choose one of {', '.join(CONFIG_NAMES)}")
+    if type(max_shard_size) is not int or max_shard_size < 1:
+        raise InputError(f"max_shard_size is {max_shard_size!r}: name a whole number of bytes")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{_UNFINISHED}*"):  # of a process that was killed
-            shutil.rmtree(leftover)
-        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as temporary:
-            _write(Path(temporary), folder, shards, model, layout, dtype, extra_files or {})
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{folder}: the name is not UTF-8, and safetensors cannot write there: choose another"
+        ) from None
+    _check_extra_files(extra_files or {})
+    narrow = as_dtype(dtype)
+    config, state, wide = _state_to_save(model, narrow)
+    if layout == "original" and config.tie_embeddings:
+        # The original's head is a module of its own, and its state dict has the shared matrix twice.
+        state["lm_head.weight"] = state["embed_tokens.weight"].clone()
+
+    dtypes = {name: t.dtype if narrow is None else dtype_in(narrow, wide=name in wide) for name, t in state.items()}
+
+    def fill(stage: Path) -> set[str]:
+        if not overwrite and (there := files.others(folder)):
+            raise CheckpointError(f"{folder} is not empty ({listed(there, most=3)}): name another folder")
+        if others := other_models(folder):
+            raise CheckpointError(
+                f"{folder}: other weights lie there ({listed(others, most=3)}), and a load could not tell which are "
+                "meant: move them away, or name another folder"
+            )
+        _write(stage, folder, state, dtypes, config, layout, max_shard_size, extra_files or {})
+        return files_of_checkpoint(folder) | set(() if extra_files is None else COMPANIONS)
+
+    try:
+        files.update_folder(folder, fill, wait=_WAIT)
     except (OSError, SafetensorError) as error:
-        if made:
-            shutil.rmtree(folder, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise CheckpointError(
-            f"{folder}: could not save ({reason}); nothing there is lost: free some space or choose another folder"
+            f"{folder}: could not save ({files.reason(error)}); nothing there is lost: {files.cure(error)}"
         ) from error
     return folder
 
 
-def _split(model: StripedHyena, layout: Layout, dtype: torch.dtype | None, limit: int) -> list[list[str]]:
-    """Our names, in order, cut into runs of at most ``limit`` bytes (a larger tensor has a shard of its own)."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in model.state_dict().items():
-        nbytes = tensor.numel() * _dtype_of(name, tensor, dtype).itemsize
-        if shards[-1] and size + nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    return shards
+# --- checks, before anything is written ------------------------------------------------------------------------------
 
 
-def _dtype_of(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return tensor.dtype if dtype is None else dtype_of(name, dtype)
+def _state_to_save(model: nn.Module, dtype: torch.dtype | None) -> tuple[ModelConfig, dict[str, Tensor], set[str]]:
+    """The configuration of a model, its parameters under our names, and those among them that stay float32.
+
+    Raises:
+        CheckpointError: ``load_model`` would not take them.
+    """
+    inner = _unwrapped(model)
+    config = getattr(inner, "config", None)
+    if not isinstance(inner, StripedHyena) or not isinstance(config, ModelConfig):
+        raise CheckpointError(f"a {type(inner).__name__} cannot be saved: give the StripedHyena model inside it")
+    raw = inner.state_dict()
+    state = dict(zip(plain_names(list(raw)), raw.values(), strict=True))
+    expected = _expected_state(config, state)
+    wide = set(plain_names(sorted(wide_parameters(inner))))
+    if unexpected := sorted(state.keys() - expected.keys()):
+        raise CheckpointError(f"cannot save {listed(unexpected, most=3)}: {_cure_of_names(unexpected)}")
+    if missing := sorted(expected.keys() - state.keys()):
+        raise CheckpointError(f"cannot save a model without {listed(missing, most=3)}: put the module back first")
+    # What a load without a dtype of its own casts everything to.
+    target = dtype or state["embed_tokens.weight"].dtype
+    for problem, found in (
+        ("on the meta device and has no weights to save: load them first", lambda _, t: t.is_meta),
+        (
+            "split over devices: gather the whole state into one model first",
+            lambda _, t: type(t) not in (Tensor, nn.Parameter),
+        ),
+        (
+            "changed in shape: the configuration must say so, build the model from a configuration that does",
+            lambda name, t: t.shape != expected[name].shape,
+        ),
+        (
+            "quantized: save the model from before it was quantized",
+            lambda _, t: t.dtype not in FLOATING or t.layout != torch.strided,
+        ),
+        (
+            "not finite: go back to weights that are",
+            lambda _, t: not _is_finite_in(t, t.dtype),
+        ),
+        (
+            f"outside the range of {target}: choose a wider dtype",
+            lambda name, t: not _is_finite_in(t, dtype_in(target, wide=name in wide)),
+        ),
+    ):
+        if names := [name for name, tensor in state.items() if found(name, tensor)]:
+            raise CheckpointError(f"the model is {problem} ({listed(names, most=3)})")
+    return config, state, wide
+
+
+def _expected_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the state of a model of a configuration should be, on the meta device.
+
+    The mixers of kinds of layers that are defined elsewhere are taken as they are in ``state``.
+    """
+    foreign = set(config.layer_types) - MIXERS.keys()
+    with torch.device("meta"):
+        model = StripedHyena(config, mixers={**MIXERS, **dict.fromkeys(foreign, lambda _: nn.Identity())})
+    theirs = tuple(f"layers.{i}.mixer." for i, kind in enumerate(config.layer_types) if kind in foreign)
+    return model.state_dict() | {name: tensor for name, tensor in state.items() if name.startswith(theirs)}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and data parallelism."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _cure_of_names(names: list[str]) -> str:
+    """What to do about parameters that a StripedHyena model does not have."""
+    text = " ".join(names)
+    if "parametrizations." in text:
+        return "remove the parametrizations first (torch.nn.utils.parametrize.remove_parametrizations)"
+    if "lora" in text.lower() or "base_layer" in text or "adapter" in text.lower():
+        return "merge the adapter into the weights first, and save the model alone"
+    if "_flat_param" in text:
+        return "gather the whole state into one model first"
+    if "weight_g" in text or "weight_v" in text:
+        return "remove the weight norm first"
+    return (
+        "the configuration has no place for it, and a load would refuse it; remove it, or save it in a file of its own"
+    )
+
+
+def _is_finite_in(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor is finite when it is cast to a dtype; only its extremes are cast. NaN is an extreme."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).to(dtype).isfinite().all())
+
+
+def _check_extra_files(extra_files: Mapping[str, bytes]) -> None:
+    for name, content in extra_files.items():
+        own = {*CONFIGS, *WEIGHTS, files.JOURNAL, files.LOCK}
+        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name or name in own:
+            raise InputError(f"extra file {printable(str(name))!r}: name a file of its own, without a folder")
+        if not isinstance(content, (bytes, bytearray, memoryview)):
+            raise InputError(f"extra file {printable(name)!r} is a {type(content).__name__}: give its bytes")
+        if name.endswith((".safetensors", ".bin", ".pt", ".pth")):
+            raise InputError(f"extra file {printable(name)!r} would be taken for other weights: name it otherwise")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def _write(
-    temporary: Path,
+    stage: Path,
     folder: Path,
-    shards: list[list[str]],
-    model: StripedHyena,
+    state: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    config: ModelConfig,
     layout: Layout,
-    dtype: torch.dtype | None,
+    limit: int,
     extra_files: Mapping[str, bytes],
 ) -> None:
-    config, state = model.config, model.state_dict()
+    shards = _split({name: tensor.numel() * dtypes[name].itemsize for name, tensor in state.items()}, limit)
     names = _shard_names(folder, len(shards))
     weight_map: dict[str, str] = {}
     total = 0
+    config_file = stage / CONFIG_NAMES[layout]
+    _write_bytes(config_file, _config_text(config, layout).encode())
     for file, keys in zip(names, shards, strict=True):
-        tensors = {key: state[key].to("cpu", _dtype_of(key, state[key], dtype)) for key in keys}
+        tensors = {key: state[key].to("cpu", dtypes[key]) for key in keys}
         if layout == "original":
             tensors = dict(original.to_theirs(key, tensor, config) for key, tensor in tensors.items())
             if file == names[-1]:
-                name, embedding = "embed_tokens.weight", state["embed_tokens.weight"]
-                embedding = embedding.to("cpu", _dtype_of(name, embedding, dtype))
-                tensors |= original.extra_tensors({name: embedding}, config)
+                tensors |= original.extra_tensors({}, config)
         tensors = {key: _alone(tensor) for key, tensor in tensors.items()}
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
-        _write_tensors(temporary / file, tensors)
-    _write_bytes(temporary / CONFIG_NAMES[layout], _config_text(config, layout).encode())
+        _write_tensors(stage / file, tensors)
+        shutil.copymode(config_file, stage / file)  # safetensors makes its files private
     for name, content in extra_files.items():
-        _write_bytes(temporary / name, content)
-    sharded = len(shards) > 1
-    if sharded:
+        _write_bytes(stage / name, content)
+    if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_bytes(temporary / INDEX, json.dumps(index, indent=1).encode())
-    for file in names:  # safetensors makes its files private; these are as readable as the others
-        shutil.copymode(temporary / CONFIG_NAMES[layout], temporary / file)
+        _write_bytes(stage / INDEX, json.dumps(index, indent=1).encode())
 
-    # From here on, nothing needs space. The decisive move comes last.
-    decisive = INDEX if sharded else SINGLE
-    for file in [*(names if sharded else []), *extra_files, CONFIG_NAMES[layout], decisive]:
-        os.replace(temporary / file, folder / file)
-    _flush_folder(folder)
-    # An index, which would win over a single file, goes before the shards that it names.
-    other_config = CONFIG_NAMES["original" if layout == "hyaena" else "hyaena"]
-    old_shards = sorted(file.name for file in folder.glob("model*-of-*.safetensors") if file.name not in names)
-    for name in [SINGLE if sharded else INDEX, other_config, *old_shards]:
-        (folder / name).unlink(missing_ok=True)
-    _flush_folder(folder)
+
+def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names, in order, cut into runs of at most ``limit`` bytes (a larger tensor has a shard of its own)."""
+    shards: list[list[str]] = [[]]
+    total = 0
+    for name, nbytes in sizes.items():
+        if shards[-1] and total + nbytes > limit:
+            shards.append([])
+            total = 0
+        shards[-1].append(name)
+        total += nbytes
+    return shards
 
 
 def _shard_names(folder: Path, count: int) -> list[str]:
-    """Names that no file in the folder has, so that the shards of the previous checkpoint stay until the end."""
+    """Names of shards; a name that is taken by a file of no checkpoint is left to it."""
     if count == 1:
         return [SINGLE]
-    stems = itertools.chain(["model"], (f"model{i}" for i in itertools.count(2)))
-    stem = next(stem for stem in stems if not any(folder.glob(f"{stem}-*-of-*.safetensors")))
-    return [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    taken = {path.name for path in folder.iterdir()} - files_of_checkpoint(folder)
+    for stem in itertools.chain(["model"], (f"model{i}" for i in itertools.count(2))):
+        names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        if not taken.intersection(names):
+            return names
+    raise AssertionError
 
 
 def _config_text(config: ModelConfig, layout: Layout) -> str:
@@ -164,7 +291,7 @@ def _config_text(config: ModelConfig, layout: Layout) -> str:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, and without a larger storage behind it, as safetensors wants it."""
+    """Contiguous, and alone in its storage, as safetensors wants it."""
     tensor = tensor.detach().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -173,22 +300,9 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(dict(tensors), path, metadata={"format": "pt"})
     with safe_open(path, framework="pt") as file:  # a file that was cut short cannot be opened
         assert set(file.keys()) == set(tensors)
-    _flush(path)
+    files.flush(path)
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.flush(path)

@@ -1,73 +1,69 @@
-"""One weights file: its names, and its tensors one at a time.
+"""One weights file: the names, dtypes and shapes of its tensors, and the tensors one at a time.
 
-Both kinds are memory-mapped, so that opening a file costs nothing and a tensor that is not asked for is never read.
+Opening a file reads its table of contents only.
 """
 
 from __future__ import annotations
 
-import io
-import re
+import json
+import math
+import os
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hyaena.errors import CheckpointError
+from hyaena.checkpoints.pickles import read_legacy, read_zip
+from hyaena.checkpoints.stored import StoredTensor, section
+from hyaena.errors import CheckpointError, printable
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-"""Names under which training programs put the weights beside an optimiser's state."""
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that a model's weights may have."""
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
 
-
-class Shard(Protocol):
-    """What can be asked of an open weights file."""
-
-    def keys(self) -> list[str]:
-        """Names of its tensors, in the file's order."""
-        ...
-
-    def dtype(self, key: str) -> torch.dtype | None:
-        """The stored dtype, without reading the tensor; None if it is not a floating-point one."""
-        ...
-
-    def tensor(self, key: str) -> Tensor:
-        """A tensor on the CPU; it may lie in the mapped file, so copy what is to be kept."""
-        ...
-
-
-class _Safetensors:
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def keys(self) -> list[str]:
-        return list(self._file.keys())
-
-    def dtype(self, key: str) -> torch.dtype | None:
-        return _DTYPES.get(self._file.get_slice(key).get_dtype())
-
-    def tensor(self, key: str) -> Tensor:
-        return self._file.get_tensor(key)
+MAX_HEADER = 4_000_000
+"""Bytes of the largest header of a safetensors file that is read: some forty thousand tensors."""
 
 
-class _Torch:
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self._state = state
+class Shard:
+    """An open weights file.
 
-    def keys(self) -> list[str]:
-        return list(self._state)
+    Attributes:
+        path: of the file.
+        tensors: name -> what the file says about the tensor, in the file's order.
+    """
 
-    def dtype(self, key: str) -> torch.dtype | None:
-        dtype = self._state[key].dtype
-        return dtype if dtype in _DTYPES.values() else None
+    def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+        self.path, self.tensors = path, tensors
 
-    def tensor(self, key: str) -> Tensor:
-        return self._state[key]
+    def read(self, key: str) -> Tensor:
+        """A tensor on the CPU, as it is stored.
+
+        Raises:
+            CheckpointError: the file is damaged there.
+        """
+        with _reading(self.path):
+            return self.tensors[key].read()
 
 
 @contextmanager
@@ -75,50 +71,103 @@ def open_shard(path: Path) -> Iterator[Shard]:
     """Open a ``.safetensors`` file or one written by ``torch.save``; no code in it is ever run.
 
     Raises:
-        CheckpointError: the file is truncated or corrupt, wants to run code, or holds no tensors. Also when reading
-            a tensor inside the ``with`` block fails.
+        CheckpointError: the file is not a regular one, is truncated or corrupt, would run code, or has no tensors.
+    """
+    with open_regular(path) as file:
+        with _reading(path):
+            if path.suffix == ".safetensors":
+                tensors = _read_safetensors(file)
+            elif zipfile.is_zipfile(file):
+                tensors = read_zip(file)
+            else:  # from before PyTorch 1.6
+                file.seek(0)
+                tensors = read_legacy(file)
+        yield Shard(path, tensors)
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a regular file for reading; anything else is refused before it is opened, which could wait for ever.
+
+    Raises:
+        CheckpointError: it is not there, cannot be read, or is a folder, a device, a FIFO or a socket.
     """
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt", device="cpu") as file:
-                yield _Safetensors(file)
-        else:
-            yield _Torch(_torch_state(path))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {_why_unreadable(path, error)}") from error
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path}: not a regular file: name a weights file or a folder")
+        return path.open("rb")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _torch_state(path: Path) -> dict[str, Tensor]:
-    mapped = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 are not, and cannot be mapped
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file raises into one line."""
     try:
-        with torch.serialization.safe_globals([io.BytesIO]):  # what `_extra_state` entries are made of
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # a damaged pickle may raise anything
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None:
-            raise CheckpointError(f"{path}: {_why_unreadable(path, error)}") from error
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged pickle or archive may raise anything
+        with path.open("rb") as file:
+            if file.read(64).startswith(b"version https://git-lfs"):
+                raise CheckpointError(
+                    f"{path}: is a pointer of git-lfs, not the weights themselves: run `git lfs pull` there"
+                ) from None
+        why = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
-            f"{path}: wants to run code ({wanted[1]}), and only plain tensors are loaded: "
-            "save it again as a state dict, or as safetensors"
+            f"{path}: truncated or corrupt: download or write it again ({printable(why, limit=200)})"
         ) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-            break
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a state dict: save model.state_dict()")
-    state = {str(key): value for key, value in loaded.items() if not str(key).endswith("_extra_state")}
-    if strange := [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(f"{path}: not tensors: {', '.join(strange)}: save model.state_dict() alone")
-    return state
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read: {error.strerror}"
-    with path.open("rb") as file:
-        head = file.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        return "is a pointer of git-lfs, not the weights themselves: run `git lfs pull` there"
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return f"truncated or corrupt: download or write it again ({reason[:200]})"
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def _read_safetensors(file: IO[bytes]) -> dict[str, StoredTensor]:
+    """The header of a safetensors file: 8 bytes of length, then JSON; the tensors follow without gaps.
+
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= size - 8:
+        raise EOFError(f"its header would have {length:,} bytes, and the file has {size:,}")
+    if length > MAX_HEADER:
+        raise CheckpointError(f"its header has {length / 1e6:.0f} MB, more than any model needs: write it again")
+    header = json.loads(file.read(length), object_pairs_hook=unique_keys)
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a table")
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError(f"its entry for {name} is not one of a tensor")
+        known = SAFETENSORS_DTYPES.get(dtype, dtype)
+        if isinstance(known, torch.dtype) and math.prod(shape) * known.itemsize != end - begin:
+            raise ValueError(f"the shape of {name} does not fit its {end - begin} bytes")
+        spans.append((begin, end))
+        tensors[name] = StoredTensor(
+            known, tuple(shape), contiguous_stride(shape), 0, section(file, 8 + length + begin, end - begin)
+        )
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position or end < begin:
+            raise ValueError("its tensors overlap, or leave gaps")
+        position = end
+    if position != size - 8 - length:
+        raise ValueError(f"its tensors have {position:,} bytes, and {size - 8 - length:,} are there")
+    return tensors
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The mapping of a JSON object, in which no name may be written twice: one of the two would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name is written twice in it")
+    return values
+
+
+def contiguous_stride(shape: tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    """Strides of a tensor that is stored in the order of its indices."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot is not None:
         plot.require_format(args.plot)
-    device = as_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = as_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
     config, dtype, make = _model(args, device)
     lengths, contexts = ((512, 2048), (512, 4096)) if device.type == "cpu" else ((2048, 8192, 32_768), (2048, 32_768))
     short = tuple(n for n in lengths if n <= config.max_length) or (config.max_length,)
@@ -164,11 +164,11 @@ def _model(
         wanted = dtype or torch.bfloat16
         return config, wanted, lambda: random_model(config, device, wanted)
     checkpoint = hub.locate(args.model, config=args.config)
-    stored = dtype or checkpoints.survey(checkpoint).dtype
+    stored = dtype or checkpoints.inspect(checkpoint).dtype
     return (
         checkpoint.config,
         stored,
-        lambda: hub.load_model(args.model, device=device, dtype=stored, config=checkpoint.config),
+        lambda: checkpoints.load_model(checkpoint, device=device, dtype=stored),
     )
 
 

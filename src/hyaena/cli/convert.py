@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from hyaena.cli.formatting import decimal_bytes, parse_size
 from hyaena.errors import InputError
 
-HELP = "write a model in this package's layout or the original's"
+if TYPE_CHECKING:
+    from hyaena.model import StripedHyena
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+HELP = "write a model in this package's layout or the original's"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("source", metavar="SOURCE", help="a folder, a weights file, a bundled name or a hub id")
+    """Add the options of the command."""
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder, a weights file, a bundled name, a hub id, or the folder of a training run, whose newest state "
+        "is written",
+    )
     parser.add_argument("dest", metavar="DEST", type=Path, help="the folder to write")
     parser.add_argument(
         "--layout",
@@ -43,22 +54,62 @@ def run(args: argparse.Namespace) -> int:
     dest: Path = args.dest
     if dest.exists() and not dest.is_dir():
         raise InputError(f"{dest} is a file: name a folder to write")
-    if dest.is_dir() and any(dest.iterdir()) and not args.force:
-        raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
 
-    from hyaena import checkpoints, hub
+    from hyaena import checkpoints, files
     from hyaena.sizes import ModelSizes
 
-    checkpoint = hub.locate(args.source, revision=args.revision, config=args.config)
-    extra = {name: path.read_bytes() for name in _TOKENIZER_FILES if (path := checkpoint.folder / name).is_file()}
-    if sys.stderr.isatty():
-        print(f"reading {checkpoint.path} …", file=sys.stderr)
-    model = checkpoints.load_model(checkpoint.path, checkpoint.config, dtype=args.dtype or checkpoints.STORED)
-    checkpoints.save_model(model, dest, layout=args.layout, max_shard_size=limit, extra_files=extra)
-    files = checkpoints.find(dest).shards
-    size = sum(file.stat().st_size for file in files)
+    def check_empty() -> None:
+        if not args.force and files.others(dest):
+            raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
+
+    check_empty()
+    model, extra = _of_run(args) if checkpoints.is_run(args.source) else _of_checkpoint(args)
+    with _termination_as_exit():
+        checkpoints.save_model(
+            model, dest, layout=args.layout, max_shard_size=limit, extra_files=extra, overwrite=args.force
+        )
+    shards = checkpoints.find(dest).shards
+    size = sum(file.stat().st_size for file in shards)
     print(
         f"{dest}: {ModelSizes(model.config).parameters:,} parameters in the {args.layout} layout, "
-        f"{decimal_bytes(size)} in {len(files)} file{'s' * (len(files) > 1)}"
+        f"{decimal_bytes(size)} in {len(shards)} file{'s' * (len(shards) > 1)}"
     )
     return 0
+
+
+def _of_checkpoint(args: argparse.Namespace) -> tuple[StripedHyena, dict[str, bytes]]:
+    """The model of a checkpoint as it is stored, and the files that go with it."""
+    from hyaena import checkpoints, hub
+
+    checkpoint = hub.locate(args.source, revision=args.revision, config=args.config)
+    if sys.stderr.isatty():
+        print(f"reading {checkpoint.path} …", file=sys.stderr)
+    paths = [checkpoint.folder / name for name in checkpoints.COMPANIONS]
+    extra = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    return checkpoints.load_model(checkpoint, dtype=args.dtype or "stored"), extra
+
+
+def _of_run(args: argparse.Namespace) -> tuple[StripedHyena, dict[str, bytes]]:
+    """The newest model that a training run saved, and the files that go with it."""
+    from hyaena.checkpoints import as_dtype
+    from hyaena.train.storage import load_run
+
+    if args.config is not None or args.revision is not None:
+        raise InputError(f"{args.source} is a training run, which has its own configuration: leave the options out")
+    model, extra, step = load_run(args.source)
+    print(f"{args.source}: the model of step {step:,}", file=sys.stderr)
+    return model if args.dtype is None else model.to(as_dtype(args.dtype)), extra
+
+
+@contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """Within it, SIGTERM ends the process as an exception does, so that nothing unfinished is left on the disk."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

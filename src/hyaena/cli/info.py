@@ -95,11 +95,15 @@ def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelC
         return ModelConfig.from_name(source), None
     # os.path answers False for names that cannot be files; pathlib raises.
     if os.path.isfile(source) and path.suffix in _CONFIG_SUFFIXES and not path.name.endswith(".index.json"):
+        if config is not None or revision is not None:
+            raise InputError(f"{source} is a configuration itself: leave --config and --revision out")
         return read_config(path), None
 
     from hyaena import checkpoints, hub
 
     if source not in hub.BUNDLED and os.path.isdir(source) and not checkpoints.has_weights(path):
+        if revision is not None:
+            raise InputError(f"--revision is for hub ids, and {source} is on this machine: leave it out")
         return read_config(config or checkpoints.find_config(path)), None
     if source not in hub.BUNDLED and not os.path.lexists(source) and hub.is_hub_id(source):
         folder = hub.download(source, revision=revision, weights=False)
@@ -113,12 +117,17 @@ def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelC
 
 
 def describe(config: ModelConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """Describe a model in plain values. Filters and stored bytes need a checkpoint."""
+    """Describe a model in plain values. Filters and stored bytes need a checkpoint.
+
+    Raises:
+        CheckpointError: its tensors are not those of the configuration.
+    """
     dtype, weights = "bfloat16", None
     if checkpoint is not None:
         from hyaena import checkpoints
 
-        dtype = str(checkpoints.survey(checkpoint).dtype).removeprefix("torch.")
+        checkpoints.check_names_and_shapes(checkpoint)  # else the page would describe another model
+        dtype = str(checkpoints.inspect(checkpoint).dtype).removeprefix("torch.")
         weights = {
             "dtype": dtype,
             "bytes": sum(path.stat().st_size for path in checkpoint.shards),
@@ -148,21 +157,14 @@ def _filters(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     import torch
 
     from hyaena import checkpoints
-    from hyaena.errors import CheckpointError
 
     config, layers = checkpoint.config, []
     tensors = checkpoints.read_tensors(checkpoint, lambda name: name.endswith(("poles", "residues")))
     for i, kind in enumerate(config.layer_types):
         if kind not in ("hyena", "hyena_li"):
             continue
-        poles_name = "poles" if kind == "hyena" else "log_poles"
-        shape = (config.hidden_size, config.state_size, 2)[: 3 if kind == "hyena" else 2]
-        parts = [tensors.get(f"layers.{i}.mixer.long_filter.{part}") for part in (poles_name, "residues")]
-        if any(part is None or part.shape != shape for part in parts):
-            raise CheckpointError(
-                f"{checkpoint.path}: layer {i} has no {poles_name} and residues of shape {list(shape)}"
-            )
-        poles, residues = (part.double() for part in parts if part is not None)
+        names = ("poles" if kind == "hyena" else "log_poles", "residues")
+        poles, residues = (tensors[f"layers.{i}.mixer.long_filter.{name}"].double() for name in names)
         if kind == "hyena":
             poles, residues = torch.view_as_complex(poles), torch.view_as_complex(residues)
         else:

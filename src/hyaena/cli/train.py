@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 HELP = "train or fine-tune a model from a YAML file"
 
@@ -13,7 +18,11 @@ HELP = "train or fine-tune a model from a YAML file"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("config", metavar="CONFIG.yml", help="the run: model, data, optimizer (see configs/train/)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the last checkpoint in the output folder; steps may be changed",
+    )
     parser.add_argument(
         "--max-seconds", type=_seconds, metavar="S", help="stop after S seconds with a checkpoint to resume from"
     )
@@ -26,40 +35,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="replace one entry of the YAML file, for example --set optim.lr=1e-3 (repeatable)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--quiet", action="store_true", help="no progress bar (there is none where the standard error is no terminal)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; Ctrl-C finishes the step, writes a checkpoint and exits with 130."""
+    """Train; the first Ctrl-C or SIGTERM finishes the step and saves, then the command exits with 130 or 143."""
     from hyaena.train.config import TrainConfig
 
     config = TrainConfig.from_file(args.config, args.overrides)
-    from hyaena.train.loop import train  # imports torch: after the mistakes that need none
+    with _exit_on_sigterm():
+        from hyaena.train.loop import open_run  # imports torch: after the mistakes that need none
 
-    with _Interrupt() as interrupted:
-        result = train(
-            config,
-            resume=args.resume,
-            max_seconds=args.max_seconds,
-            device=args.device,
-            progress=not args.quiet,
-            stop=lambda: interrupted.happened,
-        )
+        with (
+            _log_to_stderr(),
+            open_run(config, resume=args.resume, device=args.device) as trainer,
+            _DeferredSignal() as deferred,
+        ):
+            result = trainer.advance(
+                max_seconds=args.max_seconds, progress=not args.quiet, stop=lambda: deferred.number is not None
+            )
     if not result.finished:
-        print(f"stopped at step {result.step} of {config.steps}; go on with --resume", file=sys.stderr)
-        return 130 if interrupted.happened else 0
-    score = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte on held-out text"
+        _tell(f"stopped at step {result.step} of {config.steps}; go on with --resume")
+        return 0 if deferred.number is None else 128 + deferred.number
+    score = ""
+    if result.bits_per_byte is not None:
+        score = f", {result.bits_per_byte:.4f} bits per byte on held-out text"
+        if result.initial_bits_per_byte is not None:
+            score += f" ({result.initial_bits_per_byte:.4f} before the first step)"
     print(f"finished {result.step} steps{score}: {config.output}/final")
     return 0
 
 
-class _Interrupt:
-    """Within it, the first Ctrl-C or SIGTERM is remembered only; a second one acts as ever."""
+class _DeferredSignal:
+    """Defers the first SIGINT or SIGTERM: ``number`` is then its number. The second one acts immediately."""
 
     def __init__(self) -> None:
-        self.happened = False
+        self.number: int | None = None
 
-    def __enter__(self) -> _Interrupt:
+    def __enter__(self) -> _DeferredSignal:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -68,13 +83,62 @@ class _Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.happened = True
+        self.number = number
         self.__exit__()
-        print("\nfinishing this step and writing a checkpoint; once more to stop at once", file=sys.stderr)
+        if sys.stderr is not None:
+            # Not print: the signal may have come in the middle of another one.
+            with contextlib.suppress(OSError, ValueError):
+                os.write(sys.stderr.fileno(), b"\nfinishing this step and saving; once more to stop immediately\n")
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Exit with 143 on SIGTERM through the ordinary clean-up, so that no temporary file and no lock is left."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Write the package's log to the standard error, above a progress bar where there is one."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            _tell(record.getMessage())
+
+    logger = logging.getLogger("hyaena")
+    handler, before = Lines(), (logger.level, logger.propagate)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+
+
+def _tell(line: str) -> None:
+    """Write a line to the standard error; a stream that is closed is no reason to lose a run."""
+    from tqdm import tqdm
+
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            tqdm.write(line, file=sys.stderr)
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not value > 0:
-        raise argparse.ArgumentTypeError("must be a positive number of seconds")
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, not {text!r}")
     return value

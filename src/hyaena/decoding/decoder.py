@@ -320,7 +320,7 @@ def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decodi
 
     Raises:
         InputError: an unknown wish.
-        UnsupportedError: what was asked for by name cannot be done.
+        UnsupportedError: the way that was named is not possible.
     """
     if wish not in get_args(Decoding):
         raise InputError(f"unknown decoding {wish!r}: choose {', '.join(get_args(Decoding))}")

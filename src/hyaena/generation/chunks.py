@@ -1,4 +1,4 @@
-"""How many tokens of a prompt one pass of the model reads: enough to keep a device busy, and what its memory holds."""
+"""Chooses the number of prompt tokens per forward pass: enough to keep a device busy, as far as its memory allows."""
 
 from __future__ import annotations
 

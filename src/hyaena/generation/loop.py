@@ -64,7 +64,7 @@ class Event:
         text: what can be shown now; empty while a character or a possible stop string is unfinished. The texts of
             a row, joined, are its completion.
         logprob: natural log-probability of the token under the model (no temperature, no penalty, no cut).
-        top_logprobs: the most probable (id, log-probability) pairs, as many as ``logprobs`` asked for.
+        top_logprobs: the most probable (id, log-probability) pairs, as many as ``logprobs`` names.
         finish_reason: set on the last event of a row: ``"eos"``, ``"stop"`` (a stop string) or ``"length"``.
         stats: set on the last event of a row.
     """
@@ -268,7 +268,7 @@ class GenerationLoop:
         return events
 
     def _explain(self, row: Row) -> NonFiniteError:
-        """Find where the numbers went wrong; the error that says so."""
+        """Find where the numbers went wrong, and make the error."""
         if self.decoder is not None:
             self.decoder.wait()
         self.decoder = None  # the search for the cause needs a cache of its own

@@ -1,4 +1,4 @@
-"""Where a computation went wrong: the layer in which NaN or infinity first appears."""
+"""Finds the layer in which NaN or infinity first appears."""
 
 from __future__ import annotations
 

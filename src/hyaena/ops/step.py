@@ -44,7 +44,7 @@ class StepContext(NamedTuple):
 
     Attributes:
         operators: that compute the step.
-        lengths: int32 [B], tokens of each row, the newest among them; it stands at position and slot ``lengths - 1``.
+        lengths: int32 [B], tokens of each row, the newest among them; its position and slot are ``lengths - 1``.
         limits: int32 [B], the most tokens of each row. A row that is full overwrites its last slot: nothing is written
             outside of its storage, and its results mean nothing.
         rotary: cos and sin of every position, float32 [positions,head_dim/2] each.

@@ -37,7 +37,7 @@ def read_object(path: Path) -> tuple[dict[str, Any], str]:
     if content.count(b",") + content.count(b"[") + content.count(b"{") > MAX_VALUES:
         raise CheckpointError(f"{path} has more than {MAX_VALUES:,} values: not a tokenizer's file")
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8").removeprefix("\ufeff")
         value = json.loads(text)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8 (byte {error.start:,}): download it again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping
 from os import PathLike
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _MAX_PIECES = 128 * 2**20
 """Most bytes of all tokens' texts together."""
+_MAX_GROWTH = 1000
+"""Most characters that a normalizer may make of one character of a text."""
 
 
 class HFTokenizer(Tokenizer):
@@ -51,6 +54,10 @@ class HFTokenizer(Tokenizer):
         path = self._path = Path(path)
         spec, text = read_object(path)
         library = self._library = _parse(text, path)
+        if _growth(spec.get("normalizer")) > _MAX_GROWTH:
+            raise CheckpointError(
+                f"{path}: its normalizer makes a text more than {_MAX_GROWTH:,} times as long: download it again"
+            )
         names: dict[int, str] = {i: name for name, i in library.get_vocab(with_added_tokens=True).items()}
         own_size = max(names) + 1 if names else 0
         self.vocab_size = own_size if vocab_size is None else vocab_size
@@ -114,7 +121,10 @@ class HFTokenizer(Tokenizer):
             return next((token for token in found if token is not None), None)
         if not isinstance(declared, str):
             raise CheckpointError(f"the files beside {self._path} give {key} as {shown(declared)}: it must be a name")
-        token = self._library.token_to_id(declared)
+        try:
+            token = self._library.token_to_id(declared)
+        except UnicodeEncodeError:  # a lone surrogate, which no token contains
+            token = None
         if token is None:
             raise CheckpointError(
                 f"{self._path} has no token {printable(repr(declared))}, which the files beside it name as {key}"
@@ -234,3 +244,19 @@ def _prepended(normalizer: Any) -> str:
     """What a normalizer puts before each part of a text, and so after each added token that is cut out first."""
     steps = normalizer.get("normalizers") or [normalizer] if isinstance(normalizer, dict) else []
     return "".join(step["prepend"] for step in steps if isinstance(step, dict) and step.get("type") == "Prepend")
+
+
+def _growth(normalizer: Any) -> float:
+    """How many characters a normalizer's replacements can make of one character, at most."""
+    if not isinstance(normalizer, dict):
+        return 1.0
+    factor = 1.0
+    if isinstance(steps := normalizer.get("normalizers"), list):
+        factor = math.prod(_growth(step) for step in steps)
+    if isinstance(content := normalizer.get("content"), str):
+        pattern = normalizer.get("pattern")
+        replaced = pattern.get("String") if isinstance(pattern, dict) else None
+        # An expression, or an empty string, may match between two characters, and leaves them in place.
+        longest = len(content) / len(replaced) if isinstance(replaced, str) and replaced else len(content) + 1
+        factor *= max(1.0, longest)
+    return factor

@@ -1,4 +1,4 @@
-"""What a training run is: one frozen record, read from YAML and checked before anything heavy starts.
+"""The configuration of a training run: one frozen record, read from YAML and checked before anything heavy starts.
 
 Nothing here imports torch.
 """
@@ -6,19 +6,17 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
-import difflib
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from hyaena.config import ModelConfig
-from hyaena.errors import ConfigError
+from hyaena.errors import ConfigError, nearest, printable, shown
 from hyaena.formats import config_from_dict, read_config
-from hyaena.mappings import read_mapping
+from hyaena.mappings import parse_yaml, read_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +24,8 @@ class DataConfig:
     """The text of a run.
 
     Attributes:
-        train: files or folders: ``.jsonl`` files hold one object with a ``text`` field per line, every other file
-            is one UTF-8 document. Relative paths start at the working directory.
+        train: files or folders; see ``documents.read_documents`` for the formats. Relative paths start at the working
+            directory.
         heldout: the same, for evaluation; may be empty.
         pattern: which files of a folder to read, recursively.
         tokenizer: the ``tokenizer.json`` (or its folder) of a new model with ``tokenizer: hf``; byte and character
@@ -38,6 +36,12 @@ class DataConfig:
     heldout: tuple[str, ...] = ()
     pattern: str = "*"
     tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("train", "heldout"):
+            _require(all(getattr(self, name)), f"data.{name} has an empty name; name a file or a folder")
+        relative = bool(self.pattern) and not Path(self.pattern).is_absolute()
+        _require(relative, f"data.pattern must be a pattern like *.py, not {shown(self.pattern)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,8 @@ class OptimConfig:
     filter_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "filter_lr_ratio"):
+            _require(math.isfinite(getattr(self, name)), f"optim.{name} must be a finite number")
         _require(self.lr > 0, "optim.lr must be positive")
         _require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
         _require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio must lie in [0, 1]")
@@ -120,6 +126,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require((self.model is None) != (self.init_from is None), "give exactly one of `model` and `init_from`")
+        _require(bool(self.output), "output is empty: name the folder of the run")
+        _require(0 <= self.seed < 2**63, f"seed must lie in 0 … 2^63 - 1, not {shown(self.seed)}")
         for name in ("steps", "batch_size", "log_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
         for name in ("eval_every", "save_every", "eval_overlap"):
@@ -173,6 +181,10 @@ class TrainConfig:
         return values
 
 
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+"""Other names of types."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -189,16 +201,16 @@ def _plain(value: Any) -> Any:
 def _override(values: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
-        raise ConfigError(f"--set takes key=value, not {override!r}, for example --set optim.lr=1e-3")
+        raise ConfigError(f"--set takes key=value, not {shown(override)}, for example --set optim.lr=1e-3")
     *sections, key = name.strip().split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {name}: {section} is a single value, not a section")
     try:
-        values[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {name}: {text!r} is not a YAML value") from error
+        values[key] = parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"--set {name}: {shown(text)} is not a YAML value") from error
 
 
 def _record(cls: Any, values: Any, where: str) -> Any:
@@ -208,8 +220,8 @@ def _record(cls: Any, values: Any, where: str) -> Any:
     hints = get_type_hints(cls)
     for key in values:
         if key not in hints:
-            (near,) = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise ConfigError(f"unknown key {where}{key}: did you mean {where}{near}?")
+            near = nearest(str(key), hints, cutoff=0.0)
+            raise ConfigError(f"unknown key {where}{printable(str(key))}: did you mean {where}{near}?")
     for entry in fields(cls):
         if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in values:
             raise ConfigError(f"the key {where}{entry.name} is missing")
@@ -226,18 +238,23 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if kind in (DataConfig, OptimConfig):
         return _record(kind, value, where + ".")
     if get_origin(kind) is Literal:
-        if value in get_args(kind):
+        known = get_args(kind)
+        value = _DTYPES.get(value, value) if isinstance(value, str) else value
+        if value in known:
             return value
-        raise ConfigError(f"{where} must be one of {', '.join(map(str, get_args(kind)))}, not {value!r}")
+        near = nearest(str(value), known)
+        hint = f": did you mean {near}?" if near else ""
+        raise ConfigError(f"{where} must be one of {', '.join(map(str, known))}, not {shown(value)}{hint}")
     if get_origin(kind) is tuple:
         return _tuple(value, get_args(kind), where)
     if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 (no point) as a string
         with contextlib.suppress(ValueError):
             value = float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{where} must be of type {kind.__name__}, not {value!r}")
+        raise ConfigError(f"{where} must be of type {kind.__name__}, not {shown(value)}")
     return value
 
 

@@ -1,54 +1,31 @@
-"""Text to packed windows of tokens, the same for the same seed, without leakage between documents.
+"""Packed windows of tokens, the same for the same seed, without leakage between documents.
 
-A corpus is one row of tokens, its documents one after another, each between a start and an end token. An epoch
-shuffles the documents, cuts the row into windows of equal length (no padding) and shuffles those. A document may
-continue in another window, with fresh state. Inside a window ``segments`` numbers the documents: a model restarts
-every state where the number changes, and nothing is predicted across a boundary.
+The documents of a corpus are laid one after another in a row, each between a start and an end token. An epoch shuffles
+the documents, cuts the row into windows of equal length (no padding) and shuffles those. A document may continue in
+another window, with fresh state. Inside a window ``segments`` numbers the documents: a model restarts every state where
+the number changes, and nothing is predicted across a boundary.
+
+Where documents have prompts, an answer without its prompt must not be learned: windows then begin at a document, and
+every document that fits is scored in one window. The rest of a window, the beginning of the next document, is not
+scored. The row itself is never built: windows are gathered from the corpus, so an epoch costs no memory but the order.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import zlib
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hyaena.errors import InputError
-from hyaena.tokenizers import Tokenizer
+from hyaena.train.corpus import Corpus
 
 IGNORE = -100  # the target that cross_entropy skips
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Tokenised documents.
-
-    Attributes:
-        tokens: int32 [total], the documents one after another, start and end tokens included.
-        starts: int64 [documents], where each begins; the first entry is 0.
-        num_bytes: bytes of UTF-8 text, without start and end tokens.
-    """
-
-    tokens: Tensor
-    starts: Tensor
-    num_bytes: int
-
-    @property
-    def checksum(self) -> int:
-        """CRC-32 of tokens and starts: what a run resumes on must be what it began with."""
-        return zlib.crc32(self.starts.numpy().data, zlib.crc32(self.tokens.numpy().data))
-
-    @property
-    def num_predictions(self) -> int:
-        """Tokens that are predicted: all but the first of each document."""
-        return len(self.tokens) - len(self.starts)
 
 
 @dataclass(frozen=True)
@@ -61,10 +38,11 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
+        """Number of predicted tokens."""
         return int((self.targets != IGNORE).sum())
 
     def split(self, size: int) -> list[Batch]:
-        """Batches of ``size`` windows."""
+        """Split into batches of ``size`` windows."""
         parts = (self.ids.split(size), self.targets.split(size), self.segments.split(size))
         return [Batch(*part) for part in zip(*parts, strict=True)]
 
@@ -78,81 +56,72 @@ class Batch:
         return Batch(*tensors)
 
 
-def read_documents(sources: Iterable[str | Path], pattern: str = "*") -> Iterator[str]:
-    """The documents of files and folders, in a fixed order.
+@dataclass(frozen=True)
+class _Windows:
+    """Windows to cut from a row: where each begins, and the bounds of the positions that it scores, int64 [windows]."""
 
-    A folder stands for all its files that match ``pattern``, recursively, ordered by path. Each line of a ``.jsonl``
-    file is an object whose ``text`` is a document; every other file is one. Empty documents are left out.
+    first: NDArray[np.int64]
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
 
-    Raises:
-        InputError: a source is missing, holds no file, is not UTF-8, or a line is no object with a ``text`` string.
-    """
-    for source in map(Path, sources):
-        paths = [source]
-        if source.is_dir():
-            paths = sorted(path for path in source.rglob(pattern) if path.is_file())
-            if not paths:
-                raise InputError(f"the folder {source} holds no file that matches {pattern!r}; change data.pattern")
-        for path in paths:
-            yield from filter(None, _documents_of(path))
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, which: slice | NDArray[np.int64]) -> _Windows:
+        return _Windows(self.first[which], self.low[which], self.high[which])
 
 
-def _documents_of(path: Path) -> Iterator[str]:
-    try:
-        if path.suffix != ".jsonl":
-            # Bytes, not text mode: line ends must reach the model as they are.
-            yield path.read_bytes().decode("utf-8")
-            return
-        with open(path, encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _text_of(line, f"{path}, line {number}")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; check data.train and data.heldout") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; exclude it with data.pattern or convert it") from error
+class _Row:
+    """The documents of a corpus in an order, one after another; the tokens stay where they are."""
 
+    def __init__(self, corpus: Corpus, order: NDArray[np.int64]) -> None:
+        self.corpus, self.order = corpus, order
+        self.ends = np.cumsum((corpus.ends - corpus.starts)[order])
+        self.total = len(corpus.tokens)
+        # What to add to a position of the row for the position in the corpus.
+        self.offsets = corpus.ends[order] - self.ends
 
-def _text_of(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: {error.msg}; every line must be one JSON object") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise InputError(f"{where}: expected an object whose `text` is a string")
-    return row["text"]
+    def cut(self, windows: _Windows, length: int) -> Batch:
+        """Cut windows of ``length`` inputs; the target of each input is the token after it.
 
+        Beyond the end of the row there is one more document, of zeros, which is not scored.
+        """
+        positions = windows.first[:, None] + np.arange(length + 1)
+        document = np.searchsorted(self.ends, positions, side="right")
+        known = np.minimum(document, len(self.order) - 1)
+        within = np.minimum(positions + self.offsets[known], self.total - 1)  # in the corpus
+        rows = np.where(positions < self.total, self.corpus.tokens[within], 0).astype(np.int32)
+        scored = (
+            (document[:, 1:] == document[:, :-1])
+            & (positions[:, 1:] < self.total)
+            & (within >= self.corpus.learned[self.order[known]])[:, 1:]
+            & (positions[:, 1:] >= windows.low[:, None])
+            & (positions[:, 1:] < windows.high[:, None])
+        )
+        return Batch(
+            torch.from_numpy(rows[:, :-1].copy()),
+            torch.from_numpy(np.where(scored, rows[:, 1:], np.int32(IGNORE))),
+            torch.from_numpy((document[:, :-1] - document[:, :1]).astype(np.int32)),
+        )
 
-def tokenize(documents: Iterable[str], tokenizer: Tokenizer) -> Corpus:
-    """Encode documents as ``start, text, end``.
+    def whole_documents(self, length: int, overlap: int = 0) -> _Windows:
+        """Lay out windows such that every document that fits is scored in one window.
 
-    The start token is the tokenizer's BOS, or its EOS where there is no BOS (so that the first character of a
-    document is predicted too); the end token is its EOS. A tokenizer with neither gets neither.
-    """
-    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    end = tokenizer.eos_id
-    tokens, starts, num_bytes = array("i"), array("q"), 0
-    for text in documents:
-        starts.append(len(tokens))
-        if start is not None:
-            tokens.append(start)
-        tokens.extend(tokenizer.encode(text, add_special_tokens=False))
-        if end is not None:
-            tokens.append(end)
-        num_bytes += len(text.encode("utf-8"))
-    if not tokens:
-        raise InputError("the data holds no text; check data.train and data.heldout")
-    return Corpus(torch.frombuffer(tokens, dtype=torch.int32), torch.frombuffer(starts, dtype=torch.int64), num_bytes)
-
-
-def _cut(tokens: Tensor, starts: Tensor, first: Tensor, window: int) -> Batch:
-    """Windows that begin at the positions ``first`` [B]: T inputs each and the token after each input as its target."""
-    positions = first[:, None] + torch.arange(window + 1)
-    segments = torch.searchsorted(starts, positions, right=True)
-    rows = tokens[positions]
-    targets = rows[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], IGNORE)
-    relative = (segments[:, :-1] - segments[:, :1]).to(torch.int32)
-    return Batch(rows[:, :-1].contiguous(), targets.contiguous(), relative)
+        A longer document continues in the next window, which sees ``overlap`` scored tokens as context.
+        """
+        first, low, high = [], [], []
+        begin = scored = 0
+        while scored < self.total:
+            last = int(np.searchsorted(self.ends, begin + length + 1, side="right")) - 1
+            first.append(begin)
+            low.append(scored)
+            if last >= 0 and self.ends[last] > scored:
+                begin = scored = int(self.ends[last])
+            else:
+                scored = begin + length + 1
+                begin += length - overlap
+            high.append(scored)
+        return _Windows(*(np.array(values, np.int64) for values in (first, low, high)))
 
 
 class PackedWindows:
@@ -160,11 +129,19 @@ class PackedWindows:
 
     So a run resumes exactly by knowing its step. Every epoch has its own order of documents, its own offset of the
     first cut and its own order of windows; a batch may span two epochs. What the cuts leave over at the two ends of
-    an epoch (less than two windows) is skipped in that epoch.
+    an epoch (less than two windows) is skipped in that epoch. Where documents have prompts, the order of documents is
+    that of the first epoch in all of them, and nothing is skipped.
     """
 
     def __init__(self, corpus: Corpus, *, window: int, batch_size: int, seed: int) -> None:
         self.corpus, self.window, self.batch_size, self.seed = corpus, window, batch_size, seed
+        self._epoch: tuple[int, _Row, _Windows] | None = None
+        self._whole: tuple[_Row, _Windows] | None = None
+        if corpus.has_prompts:
+            row = self._shuffled_row(self._generator(0))
+            self._whole = row, row.whole_documents(window)
+            self.windows_per_epoch = len(self._whole[1])
+            return
         # Independent of the random offset (0 … window-1), so that the epoch of a step is plain arithmetic.
         self.windows_per_epoch = (len(corpus.tokens) - window) // window
         if self.windows_per_epoch < 1:
@@ -172,60 +149,59 @@ class PackedWindows:
                 f"the training text has {len(corpus.tokens)} tokens, too few for windows of {window}: "
                 f"add text or set window to at most {len(corpus.tokens) // 2}"
             )
-        self._epoch: tuple[int, Tensor, Tensor, Tensor] | None = None
 
     def batch(self, step: int) -> Batch:
-        """The batch of optimizer step ``step`` (from 0)."""
+        """Cut the batch of optimizer step ``step`` (from 0)."""
         first = step * self.batch_size
         parts = []
         for epoch in range(
             first // self.windows_per_epoch, (first + self.batch_size - 1) // self.windows_per_epoch + 1
         ):
-            tokens, starts, cuts = self._shuffled(epoch)
+            row, windows = self._windows_of(epoch)
             begin = max(first - epoch * self.windows_per_epoch, 0)
             stop = min(first + self.batch_size - epoch * self.windows_per_epoch, self.windows_per_epoch)
-            parts.append(_cut(tokens, starts, cuts[begin:stop], self.window))
+            parts.append(row.cut(windows[begin:stop], self.window))
         if len(parts) == 1:
             return parts[0]
         return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "targets", "segments")))
 
-    def _shuffled(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _windows_of(self, epoch: int) -> tuple[_Row, _Windows]:
         if self._epoch is None or self._epoch[0] != epoch:
-            # Mixed by a hash: torch's CPU generator looks at the low 32 bits of a seed only.
-            mixed = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(mixed[:4], "big"))
-            order = torch.randperm(len(self.corpus.starts), generator=generator)
-            offset = int(torch.randint(self.window, (), generator=generator))
-            cuts = offset + self.window * torch.randperm(self.windows_per_epoch, generator=generator)
-            self._epoch = (epoch, *_reordered(self.corpus, order), cuts)
+            generator = self._generator(epoch)
+            if self._whole is not None:
+                row, windows = self._whole
+                windows = windows[torch.randperm(len(windows), generator=generator).numpy()]
+            else:
+                row = self._shuffled_row(generator)
+                offset = int(torch.randint(self.window, (), generator=generator))
+                cuts = torch.randperm(self.windows_per_epoch, generator=generator).numpy()
+                first = offset + self.window * cuts
+                windows = _Windows(first, first, first + self.window + 1)
+            self._epoch = (epoch, row, windows)
         return self._epoch[1:]
 
+    def _generator(self, epoch: int) -> torch.Generator:
+        # Mixed by a hash: torch's CPU generator looks at the low 32 bits of a seed only.
+        mixed = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(mixed[:4], "big"))
 
-def _reordered(corpus: Corpus, order: Tensor) -> tuple[Tensor, Tensor]:
-    """The corpus with its documents in another order: tokens and starts."""
-    ends = torch.cat([corpus.starts[1:], torch.tensor([len(corpus.tokens)])])
-    lengths = (ends - corpus.starts)[order]
-    pieces = [
-        corpus.tokens[start:end] for start, end in zip(corpus.starts[order].tolist(), ends[order].tolist(), strict=True)
-    ]
-    return torch.cat(pieces), lengths.cumsum(0) - lengths
+    def _shuffled_row(self, generator: torch.Generator) -> _Row:
+        return _Row(self.corpus, torch.randperm(len(self.corpus.starts), generator=generator).numpy())
 
 
 def evaluation_batches(corpus: Corpus, *, window: int, overlap: int, batch_size: int) -> Iterator[Batch]:
-    """Windows over the whole corpus in order, such that every token but a document's first is scored exactly once.
+    """Cut windows over the whole corpus in order, such that every token to predict is scored exactly once.
 
     Consecutive windows share ``overlap`` tokens; the later one sees them as context and does not score them again.
-    So a token is predicted from at least ``overlap`` tokens, or from all of its document before it.
+    So a token is predicted from at least ``overlap`` tokens, or from all of its document before it. Where documents
+    have prompts, every document that fits into a window is scored in one.
     """
-    stride = window - overlap
-    count = max(math.ceil((len(corpus.tokens) - 1 - overlap) / stride), 1)
-    # The tail is filled with a document of its own, whose predictions are ignored.
-    filling = overlap + count * stride + 1 - len(corpus.tokens)
-    tokens = torch.cat([corpus.tokens, torch.zeros(filling, dtype=torch.int32)])
-    starts = torch.cat([corpus.starts, torch.tensor([len(corpus.tokens)])])
-    for begin in range(0, count, batch_size):
-        first = stride * torch.arange(begin, min(begin + batch_size, count))
-        batch = _cut(tokens, starts, first, window)
-        batch.targets[first[:, None] + torch.arange(window) + 1 >= len(corpus.tokens)] = IGNORE
-        batch.targets[(first > 0)[:, None] & (torch.arange(window) < overlap)] = IGNORE
-        yield batch
+    row = _Row(corpus, np.arange(len(corpus.starts)))
+    if corpus.has_prompts:
+        windows = row.whole_documents(window, overlap)
+    else:
+        stride = window - overlap
+        first = stride * np.arange(max(math.ceil((row.total - 1 - overlap) / stride), 1))
+        windows = _Windows(first, np.where(first > 0, first + overlap + 1, 0), np.full_like(first, row.total))
+    for begin in range(0, len(windows), batch_size):
+        yield row.cut(windows[begin : begin + batch_size], window)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hyaena.errors import NonFiniteError
 from hyaena.ops.backend import log_once
-from hyaena.train.data import IGNORE, Batch, Corpus, evaluation_batches
+from hyaena.train.corpus import Corpus
+from hyaena.train.data import IGNORE, Batch, evaluation_batches
 
 
 @dataclass(frozen=True)

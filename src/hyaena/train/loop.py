@@ -7,12 +7,14 @@ where a loss that is not finite stops the run before anything is written.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,25 +25,27 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from hyaena import hub
-from hyaena.checkpoints import save_model
-from hyaena.errors import CheckpointError, ConfigError, HyaenaError, NonFiniteError
-from hyaena.files import write_atomically
-from hyaena.model import StripedHyena
-from hyaena.tokenizers import Tokenizer, load_tokenizer
+from hyaena.checkpoints import as_device, save_model
+from hyaena.errors import CheckpointError, ConfigError, HyaenaError, NonFiniteError, OutputError
+from hyaena.files import locked, write_atomically
 from hyaena.train.config import TrainConfig
-from hyaena.train.data import Corpus, PackedWindows, read_documents, tokenize
+from hyaena.train.corpus import Corpus, tokenize
+from hyaena.train.data import PackedWindows
+from hyaena.train.documents import find_files, read_documents
 from hyaena.train.evaluate import Evaluation, autocast, evaluate, summed_loss
-from hyaena.train.filters import parametrize_filters, plain_state_dict
-from hyaena.train.optim import learning_rate, make_optimizer
+from hyaena.train.filters import parametrize_filters, poles_outside
+from hyaena.train.optim import learning_rate, load_optimizer, make_optimizer
+from hyaena.train.plot import CURVE, plot_metrics
+from hyaena.train.start import Start, find_start, initial_model
 from hyaena.train.storage import (
     CHECKPOINT,
-    CURVE,
     METRICS,
     Metrics,
+    build_empty,
     load_checkpoint,
-    plot_metrics,
+    read_metrics,
     save_checkpoint,
+    with_raw_poles,
 )
 
 log = logging.getLogger(__name__)
@@ -49,12 +53,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """Where a command left the run: the steps done, whether that is all of them, and the held-out bits per byte."""
+    """Where a command left the run.
+
+    Attributes:
+        step: the steps done.
+        finished: that is all of them.
+        bits_per_byte: the latest on held-out text, or None without such text.
+        best_bits_per_byte: the lowest after step 0.
+        initial_bits_per_byte: before the first step.
+    """
 
     step: int
     finished: bool
     bits_per_byte: float | None
     best_bits_per_byte: float | None
+    initial_bits_per_byte: float | None
 
 
 def train(
@@ -69,18 +82,53 @@ def train(
     """Train, or go on training, until ``config.steps`` steps are done, ``max_seconds`` have passed or ``stop()``.
 
     In ``config.output``: ``config.yml`` (the resolved configuration), ``metrics.jsonl``, ``loss.png``, ``last.pt``
-    (what ``resume`` needs), ``best/`` (the model with the lowest held-out loss) and, at the end, ``final/``; the two
-    folders load like any other model.
+    (what ``resume`` needs, and the model: see ``storage.export_model``), ``best/`` (the model with the lowest held-out
+    loss after the start) and, at the end, ``final/``; the two folders load like any other model.
+
+    ``progress`` draws a bar where the standard error is a terminal.
 
     Raises:
         ConfigError, InputError: the configuration or the data cannot be used; nothing was written.
-        CheckpointError: there is nothing to resume, or there is a run in the way.
-        CheckpointError, OutputError: the disk is full.
+        CheckpointError: there is nothing to resume, or it is damaged; there is a run in the way; or a change that a
+            run cannot take.
+        CheckpointError, OutputError: the disk is full, or another process trains in this folder.
         NonFiniteError: the loss became NaN or infinite; ``last.pt`` holds the last finite state that was saved.
     """
-    run = Run(config, device=device)
-    run.restore() if resume else run.begin()
-    return run.advance(max_seconds=max_seconds, progress=progress, stop=stop)
+    with open_run(config, resume=resume, device=device) as trainer:
+        return trainer.advance(max_seconds=max_seconds, progress=progress, stop=stop)
+
+
+@contextlib.contextmanager
+def open_run(config: TrainConfig, *, resume: bool = False, device: str = "auto") -> Iterator[Trainer]:
+    """Make a run ready to advance, and hold its folder against other processes; the errors are those of ``train``.
+
+    What costs little is checked first: the device, the folder, the files of the data and, to resume, the
+    configuration; then the text is read; weights are read or downloaded last.
+    """
+    used = _device(device)
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file: name a folder")
+    for sources in (config.data.train, config.data.heldout):
+        find_files(sources, config.data.pattern)
+    if resume and not (folder / CHECKPOINT).is_file():
+        raise CheckpointError(f"nothing to resume: {folder / CHECKPOINT} does not exist; run without --resume")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except OSError as error:
+            raise OutputError(f"cannot write into {folder}: {error.strerror}; choose another output") from error
+        if not resume and (folder / CHECKPOINT).exists():
+            raise CheckpointError(f"{folder} already holds a run: continue it with --resume or choose another output")
+        state = load_checkpoint(folder) if resume else None
+        if state is not None:
+            _check_unchanged(config, state)
+            if (folder / METRICS).exists():
+                read_metrics(folder / METRICS)  # refuses a damaged file, before the text is read
+        trainer = Trainer(config, device=used, state=state)
+        del state
+        trainer.write_config()
+        yield trainer
 
 
 class _Interval:
@@ -99,27 +147,43 @@ class _Interval:
         return losses, norms
 
 
-class Run:
-    """One training run: data, model and optimizer, and how far they are."""
+class Trainer:
+    """One training run: data, model and optimizer, and how far they are.
 
-    def __init__(self, config: TrainConfig, *, device: str = "auto") -> None:
+    Args:
+        config: the run.
+        device: where it trains.
+        state: from ``storage.load_checkpoint``, to go on from exactly there; None to begin.
+    """
+
+    def __init__(
+        self, config: TrainConfig, *, device: torch.device | str = "cpu", state: dict[str, Any] | None = None
+    ) -> None:
         self.config = config
         self.folder = Path(config.output)
-        self.device = _device(device)
+        self.device = torch.device(device)
         self.precision = _precision(config, self.device)
         torch.manual_seed(config.seed)
-        self.model, self.tokenizer, self.tokenizer_files = _model_and_tokenizer(config)
-        model_config = self.model.config
-        if self.tokenizer.vocab_size > model_config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {self.tokenizer.vocab_size} ids and the model only {model_config.vocab_size}: "
-                "raise model.vocab_size"
-            )
+        self.start: Start = find_start(config)
         self.corpus = self._corpus(config.data.train)
         self.heldout = self._corpus(config.data.heldout) if config.data.heldout else None
         self.windows = PackedWindows(self.corpus, window=config.window, batch_size=config.batch_size, seed=config.seed)
-        self.model.to(self.device, dtype=torch.float32)
-        parametrize_filters(self.model)
+        if state is not None and state["data"] != self.corpus.checksum:
+            raise CheckpointError(
+                f"the training text is not the one {self.folder} began with; restore it, or start anew"
+            )
+        if state is None:
+            self.model = initial_model(config, self.start)
+            self.model.to(self.device, dtype=torch.float32)
+            parametrize_filters(self.model)
+            outside = poles_outside(self.model)
+            if outside.count:
+                log.warning("%s: kept as they are; training may pull them inside", outside)
+        else:
+            self.model = build_empty(self.start.config)
+            with self._fitting_state():
+                self.model.load_state_dict(state["model"], assign=True)
+            self.model.to(self.device)
         if config.activation_checkpointing:
             for layer in self.model.layers:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
@@ -130,44 +194,62 @@ class Run:
         self.elapsed = 0.0
         self.best: float | None = None
         self.latest: float | None = None
+        self.initial: float | None = None
+        self.scored: int | None = None  # the step of the latest evaluation
+        if state is not None:
+            with self._fitting_state():
+                load_optimizer(self.optimizer, state["optimizer"])
+                torch.set_rng_state(state["rng"])
+            self.step, self.elapsed = state["step"], state["elapsed"]
+            self.best, self.latest, self.initial = state["best"], state["latest"], state["initial"]
+            self.scored = state["scored"]
+            self._announce_steps(json.loads(state["config"])["steps"])
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        log.info(
+            f"{count:,} parameters; {len(self.corpus.tokens):,} tokens of training text in "
+            f"{len(self.corpus.starts):,} documents; {self.precision} on {self.device}"
+        )
+
+    @contextlib.contextmanager
+    def _fitting_state(self) -> Iterator[None]:
+        """Within it, a saved state that does not fit the model or the optimizer is a ``CheckpointError``."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.folder / CHECKPOINT} does not fit the model and optimizer of this run "
+                f"({type(error).__name__}): restore it, or start a new run"
+            ) from error
 
     def _corpus(self, sources: tuple[str, ...]) -> Corpus:
-        return tokenize(read_documents(sources, self.config.data.pattern), self.tokenizer)
+        pieces = read_documents(sources, self.config.data.pattern)
+        folder = self.folder if self.folder.is_dir() else None  # on the disk that holds the run
+        return tokenize(pieces, self.start.tokenizer, window=self.config.window, folder=folder)
 
-    def begin(self) -> None:
-        """Make the folder of a new run; refuses to overwrite one that exists."""
-        if (self.folder / CHECKPOINT).exists():
-            raise CheckpointError(
-                f"{self.folder} already holds a run: continue it with --resume or choose another output"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _announce_steps(self, before: int) -> None:
+        """Log what another number of steps changes in a run that goes on."""
+        config = self.config
+        if config.steps == before:
+            return
+        rates = [learning_rate(max(self.step - 1, 0), before, config.optim)]
+        rates.append(learning_rate(min(self.step, config.steps - 1), config.steps, config.optim))
+        log.warning(
+            f"steps: {config.steps} instead of {before}; the learning rate now falls until step {config.steps}: "
+            f"at step {self.step} it goes on from {rates[0]:.3g} to {rates[1]:.3g}"
+        )
+
+    def write_config(self) -> None:
+        """Write the resolved configuration, and remove metrics of steps that are not part of the run."""
+        self.metrics.truncate(self.step if (self.folder / CHECKPOINT).exists() else -1)
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         write_atomically(self.folder / "config.yml", lambda file: file.write(text.encode()))
-        self.metrics.truncate(0)
-
-    def restore(self) -> None:
-        """Go back to the last checkpoint of this run, exactly."""
-        state = load_checkpoint(self.folder)
-        changed = _changed(json.loads(state["config"]), _identity(self.config))
-        if changed:
-            raise CheckpointError(
-                f"{self.folder} was started with another {', '.join(changed)}; use the same configuration"
-            )
-        if state["data"] != self.corpus.checksum:
-            raise CheckpointError(
-                f"the training text is not the one {self.folder} began with; restore it, or start anew"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        self.best, self.latest = state["best"], state["latest"]
-        self.metrics.truncate(self.step)
 
     def save(self) -> None:
         """Write ``last.pt``."""
         state: dict[str, Any] = {
             "config": json.dumps(_identity(self.config)),
+            "model_config": json.dumps(self.start.config.to_dict()),
+            "tokenizer": {name: _text(content) for name, content in self.start.tokenizer_files.items()},
             "data": self.corpus.checksum,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -176,27 +258,32 @@ class Run:
             "elapsed": self.elapsed,
             "best": self.best,
             "latest": self.latest,
+            "initial": self.initial,
+            "scored": self.scored,
         }
         save_checkpoint(self.folder, state)
 
     def export(self, name: str) -> None:
         """Write the model, with raw poles, as a folder that loads like any other model."""
-        with torch.device("meta"):  # no fresh weights, which would draw from the run's random numbers
-            model = StripedHyena(self.model.config)
-        model.load_state_dict(plain_state_dict(self.model), assign=True)
         save_model(
-            model, self.folder / name, dtype=getattr(torch, self.config.export_dtype), extra_files=self.tokenizer_files
+            with_raw_poles(self.model),
+            self.folder / name,
+            dtype=getattr(torch, self.config.export_dtype),
+            extra_files=self.start.tokenizer_files,
         )
 
     def update(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step: mean loss per token and gradient norm before clipping, both still on the device."""
+        """Take one optimizer step.
+
+        Returns the mean loss per token and the gradient norm before clipping, both still on the device.
+        """
         config = self.config
         rate = learning_rate(self.step, config.steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_ratio"]
         batch = self.windows.batch(self.step)
         # Each micro-batch weighs by its number of targets, so accumulation equals one large batch.
-        count = batch.num_targets
+        count = max(batch.num_targets, 1)
         total = torch.zeros((), device=self.device)
         for part in batch.split(config.micro_batch_size or config.batch_size):
             with autocast(self.device, self.precision):
@@ -213,10 +300,18 @@ class Run:
         """Train on from the present step; see ``train``."""
         config = self.config
         started, before = time.monotonic(), self.elapsed
-        interval = _Interval(self.step)
         self.model.train()
-        with tqdm(total=config.steps, initial=self.step, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+        shown = progress and sys.stderr is not None and sys.stderr.isatty()
+        with tqdm(total=config.steps, initial=self.step, unit="step", disable=not shown, dynamic_ncols=True) as bar:
+            if self.heldout is not None and self.initial is None:
+                self._evaluate(self.heldout)
+            interval = _Interval(self.step)
             leaving = self.step >= config.steps
+            if leaving:
+                if self.heldout is not None and self.scored != self.step:  # steps was lowered to where the run is
+                    self._evaluate(self.heldout)
+                    self.save()
+                self._plot()  # again, if the command before was killed while it did so
             while not leaving:
                 interval.add(*self.update())
                 bar.update()
@@ -231,7 +326,7 @@ class Run:
                 # Before anything is written: a loss that is not finite must not replace what is on the disk.
                 self._log(interval, bar)
                 if evaluating and self.heldout is not None:
-                    self._evaluate(self.heldout, bar)
+                    self._evaluate(self.heldout)
                 if saving:
                     self.save()
                 if evaluating or leaving:
@@ -240,7 +335,7 @@ class Run:
         finished = self.step == config.steps
         if finished:
             self.export("final")
-        return Result(self.step, finished, self.latest, self.best)
+        return Result(self.step, finished, self.latest, self.best, self.initial)
 
     def _log(self, interval: _Interval, bar: tqdm) -> None:
         """Wait for the device, check that all went well since the last time, and write a line of metrics."""
@@ -260,6 +355,7 @@ class Run:
             step=self.step,
             tokens=self.step * config.batch_size * config.window,
             loss=round(loss, 6),
+            losses=[round(value, 6) for value in losses],
             bits_per_byte=round(bits, 6),
             lr=learning_rate(self.step - 1, config.steps, config.optim),
             grad_norm=round(norms[-1], 5),
@@ -270,24 +366,31 @@ class Run:
         shown = {"bpb": f"{bits:.3f}", "tok/s": f"{speed:,.0f}"}
         bar.set_postfix(shown if self.latest is None else {**shown, "held-out": f"{self.latest:.3f}"})
 
-    def _evaluate(self, heldout: Corpus, bar: tqdm) -> None:
+    def _evaluate(self, heldout: Corpus) -> None:
+        """Score the held-out text, write a line of metrics, and export the model where it is the best so far.
+
+        The score before the first step shows where the run began; it is no candidate for ``best/``.
+        """
         result = self.evaluate(heldout)
-        self.latest = result.bits_per_byte
+        bits = result.bits_per_byte
         self.metrics.append(
             kind="heldout",
             step=self.step,
             tokens=self.step * self.config.batch_size * self.config.window,
             loss=round(result.loss, 6),
-            bits_per_byte=round(result.bits_per_byte, 6),
+            bits_per_byte=round(bits, 6),
             elapsed=round(self.elapsed, 2),
         )
-        bar.write(f"step {self.step}: held-out {result.bits_per_byte:.4f} bits per byte")
-        if self.best is None or result.bits_per_byte < self.best:
-            self.best = result.bits_per_byte
+        log.info("step %d: held-out %.4f bits per byte", self.step, bits)
+        self.latest, self.scored = bits, self.step
+        if self.step == 0:
+            self.initial = bits
+        elif self.best is None or bits < self.best:
+            self.best = bits
             self.export("best")
 
     def evaluate(self, corpus: Corpus) -> Evaluation:
-        """Score ``corpus`` with the model as it stands."""
+        """Score ``corpus`` with the present weights."""
         config = self.config
         return evaluate(
             self.model,
@@ -306,6 +409,10 @@ class Run:
             log.warning("no loss curve: %s", error)
 
 
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", errors="surrogateescape")  # storage.load_run encodes it again
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -313,16 +420,11 @@ def _due(step: int, every: int) -> bool:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"the device {name!r} cannot be used here; try --device cpu") from error
-    return device
+    return as_device(name)
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:
-    """The most bytes that tensors took on a GPU so far, as an entry of the metrics; nothing on the CPU."""
+    """Return the peak bytes of tensors on a GPU as an entry of the metrics; nothing on the CPU."""
     return {"peak_memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
@@ -332,28 +434,23 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def _model_and_tokenizer(config: TrainConfig) -> tuple[StripedHyena, Tokenizer, dict[str, bytes]]:
-    """The model as it starts, its tokenizer, and the tokenizer's files, which go with every export."""
-    if config.model is not None:
-        folder = Path(config.data.tokenizer or "")
-        tokenizer = load_tokenizer(folder, config.model)
-        model = StripedHyena(config.model)
-    else:
-        assert config.init_from is not None
-        folder = hub.locate(config.init_from).folder
-        model, tokenizer = hub.load(config.init_from, dtype="float32", device="cpu")
-    if config.window > model.config.max_length:
-        raise ConfigError(f"window {config.window} is longer than the model's maximum of {model.config.max_length}")
-    files: dict[str, bytes] = {}
-    if model.config.tokenizer == "hf":
-        folder = folder.parent if folder.is_file() else folder
-        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-        files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
-    return model, tokenizer, files
+def _check_unchanged(config: TrainConfig, state: dict[str, Any]) -> None:
+    """Refuse a configuration with which a run cannot go on; the number of steps may change."""
+    changed = [name for name in _changed(json.loads(state["config"]), _identity(config)) if name != "steps"]
+    if changed:
+        raise CheckpointError(
+            f"{config.output} was started with another {', '.join(changed)}; use the same configuration "
+            "(steps may change), or start a new run"
+        )
+    if config.steps < state["step"]:
+        raise CheckpointError(
+            f"{config.output} has done {state['step']} steps, so steps cannot become {config.steps}; set more, or "
+            f"export the model as it is: hyaena convert {config.output} FOLDER"
+        )
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What must not change between the commands of one run; JSON-ready."""
+    """The part of a configuration that a run depends on; JSON-ready."""
     free = {"output", "log_every", "eval_every", "save_every", "export_dtype", "compile"}
     return {key: value for key, value in config.to_dict().items() if key not in free}
 

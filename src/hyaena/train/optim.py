@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyaena.model import LongFilter
+from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter
 from hyaena.train.config import OptimConfig
 
 
@@ -16,7 +16,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """Three groups that together hold every trainable parameter once.
 
     ``matrices``: the weights of linear layers and embeddings, the only parameters with weight decay. ``filters``:
-    everything inside a ``LongFilter`` (poles however they are parametrised, residues, skip), with its own learning
+    everything inside a long filter (poles however they are parametrised, residues, taps, skip), with its own learning
     rate. ``vectors``: all the rest (norms, biases, short filters). What is decayed is chosen by the type of its
     module and everything else is not, so a new kind of parameter is never decayed by accident. Decay of poles and
     residues pulls memory towards zero length, which is no regulariser: published fine-tuning without it did better.
@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """
     roles: dict[Tensor, str] = {}
     for module in model.modules():
-        if isinstance(module, LongFilter):
+        if isinstance(module, (LongFilter, RealLongFilter, ExplicitLongFilter)):
             roles.update((parameter, "filters") for parameter in module.parameters())
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             roles[module.weight] = "matrices"
@@ -47,6 +47,23 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
     )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a saved state into an optimizer of the same parameters.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError, RuntimeError: it is not the state of such an optimizer.
+    """
+    options = [group.keys() for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if [group.keys() for group in optimizer.param_groups] != options:
+        raise ValueError("other options of the parameter groups")
+    for parameter, values in optimizer.state.items():
+        for value in values.values():
+            # The first step of a wrong shape would fail, or broadcast.
+            if isinstance(value, Tensor) and value.shape not in ((), parameter.shape):
+                raise ValueError(f"a moment of shape {list(value.shape)} for a parameter of {list(parameter.shape)}")
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

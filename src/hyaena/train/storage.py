@@ -1,19 +1,45 @@
-"""What a run writes: resumable checkpoints, metrics as JSON lines, and the loss curve. Nothing is ever half written."""
+"""What a run keeps in its folder: the state to resume from, which also holds the model, and metrics as JSON lines.
+
+Nothing is ever half written.
+"""
 
 from __future__ import annotations
 
 import json
+from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 
-from hyaena.errors import CheckpointError, HyaenaError
+from hyaena.checkpoints import save_model
+from hyaena.config import ModelConfig
+from hyaena.errors import CheckpointError, ConfigError
 from hyaena.files import write_atomically
+from hyaena.model import StripedHyena
+from hyaena.train.filters import parametrize_filters, plain_state_dict
 
 CHECKPOINT = "last.pt"
 METRICS = "metrics.jsonl"
-CURVE = "loss.png"
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "config": (str,),
+    "model_config": (str,),
+    "tokenizer": (dict,),
+    "data": (int,),
+    "model": (dict,),
+    "optimizer": (dict,),
+    "rng": (torch.Tensor,),
+    "step": (int,),
+    "elapsed": (float, int),
+    "best": (float, NoneType),
+    "latest": (float, NoneType),
+    "initial": (float, NoneType),
+    "scored": (int, NoneType),
+}
+"""The fields of a saved state, and their types."""
+_NUMBERS = {"train": ("loss", "bits_per_byte", "lr"), "heldout": ("bits_per_byte",)}
+"""The numbers that a row of metrics has, by its kind."""
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -22,20 +48,109 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """The last saved state, on the CPU.
+    """Read the last saved state onto the CPU.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or it is not the saved state of a run.
     """
     path = folder / CHECKPOINT
     if not path.is_file():
         raise CheckpointError(f"nothing to resume: {path} does not exist; run without --resume")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load fails in many ways on a damaged archive
         raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}); run without --resume to start again"
+            f"{path} is damaged ({type(error).__name__}); remove it to start again without --resume"
         ) from error
+    problem = _problem(state)
+    if problem is not None:
+        raise CheckpointError(
+            f"{path} is not the saved state of a run ({problem}); remove it to start again without --resume"
+        )
+    return state
+
+
+def _problem(state: Any) -> str | None:
+    """What keeps a value from being the saved state of a run, if anything does."""
+    if not isinstance(state, dict):
+        return f"it is a {type(state).__name__}"
+    for name, types in _FIELDS.items():
+        if name not in state:
+            return f"{name} is missing"
+        if not isinstance(state[name], types) or isinstance(state[name], bool):
+            return f"{name} is a {type(state[name]).__name__}"
+    for name in ("config", "model_config"):
+        try:
+            values = json.loads(state[name])
+        except (ValueError, RecursionError):
+            return f"{name} is not JSON"
+        if not isinstance(values, dict):
+            return f"{name} is not a mapping"
+    if type(json.loads(state["config"]).get("steps")) is not int or state["step"] < 0:
+        return "it has no number of steps"
+    return None
+
+
+def load_run(path: str | PathLike[str]) -> tuple[StripedHyena, dict[str, bytes], int]:
+    """Read the model of a run, stopped or killed at whatever step, from its ``last.pt``.
+
+    Args:
+        path: the run's folder, or its ``last.pt``.
+
+    Returns:
+        The model on the CPU in float32, in evaluation mode, with raw poles; its tokenizer's files, name -> content;
+        and the number of steps done.
+
+    Raises:
+        CheckpointError: there is no saved state, or it is damaged.
+    """
+    path = Path(path)
+    folder = path.parent if path.name == CHECKPOINT else path
+    if not (folder / CHECKPOINT).is_file():
+        raise CheckpointError(f"{path} is no run: {folder / CHECKPOINT} does not exist")
+    state = load_checkpoint(folder)
+    try:
+        config = ModelConfig.from_dict(json.loads(state["model_config"]))
+        trained = build_empty(config)
+        trained.load_state_dict(state["model"], assign=True)
+        tokenizer = {name: text.encode("utf-8", errors="surrogateescape") for name, text in state["tokenizer"].items()}
+        step = int(state["step"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder / CHECKPOINT} is not the saved state of a run: {type(error).__name__}"
+        ) from error
+    return with_raw_poles(trained).eval(), tokenizer, step
+
+
+def export_model(path: str | PathLike[str], folder: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
+    """Write the model of a run, stopped or killed at whatever step, as a folder that loads like any other model.
+
+    Args:
+        path: the run's folder, or its ``last.pt``.
+        folder: the folder to write.
+        dtype: of the weights, float32 by default; poles and residues are float32 always.
+
+    Raises:
+        CheckpointError: there is no saved state, or it is damaged; or the model cannot be written.
+    """
+    model, tokenizer, _ = load_run(path)
+    return save_model(model, folder, dtype=dtype, extra_files=tokenizer)
+
+
+def build_empty(config: ModelConfig) -> StripedHyena:
+    """Build a model as training has it, with trainable poles, on the meta device: no memory, no random numbers."""
+    with torch.device("meta"):
+        model = StripedHyena(config)
+        parametrize_filters(model)
+    return model
+
+
+def with_raw_poles(trained: StripedHyena) -> StripedHyena:
+    """Return the model as it is exported: the same weights, and poles as plain numbers."""
+    with torch.device("meta"):
+        model = StripedHyena(trained.config)
+    model.load_state_dict(plain_state_dict(trained), assign=True)
+    return model
 
 
 class Metrics:
@@ -45,81 +160,47 @@ class Metrics:
         self.path = folder / METRICS
 
     def truncate(self, step: int) -> None:
-        """Forget what was logged after ``step`` (all of it for 0), before a run resumes there."""
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step] if step and self.path.exists() else []
+        """Remove what was logged after ``step``, before a run resumes there; everything for a negative step."""
+        logged = read_metrics(self.path) if step >= 0 and self.path.exists() else []
+        rows = [row for row in logged if row["step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
-    def append(self, **row: float | int | str) -> None:
+    def append(self, **row: float | int | str | list[float]) -> None:
+        """Append a row."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line that a killed process left unfinished is ignored."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def plot_metrics(runs: dict[str, Path], output: Path, *, title: str = "") -> None:
-    """Draw the loss curves of one or more runs (label -> ``metrics.jsonl``) into the PNG ``output``.
-
-    Training loss (a thin line per run), held-out loss (dots on a line) in bits per byte over tokens, and the learning
-    rate below.
+    """Read the rows of a ``metrics.jsonl``; a last line that a killed process left unfinished is ignored.
 
     Raises:
-        HyaenaError: matplotlib is not installed.
+        CheckpointError: it cannot be read, or a line is not a row of metrics.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
-    except ImportError as error:
-        raise HyaenaError("the loss curve needs matplotlib: pip install 'hyaena[train]'") from error
-    figure = Figure(figsize=(8, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    colours = ["#b5532a", "#2f6f8f", "#6b7f2a", "#7a4f9a"]
-    ceiling, floor = 0.0, float("inf")
-    for (label, path), colour in zip(runs.items(), colours, strict=False):
-        rows = read_metrics(path)
-        steps = [row for row in rows if row["kind"] == "train"]
-        held = [row for row in rows if row["kind"] == "heldout"]
-        tokens = [row["tokens"] / 1e6 for row in steps]
-        bits = [row["bits_per_byte"] for row in steps]
-        upper.plot(tokens, bits, color=colour, linewidth=0.7, alpha=0.55, label=f"{label}, training")
-        if held:
-            best = min(row["bits_per_byte"] for row in held)
-            upper.plot(
-                [row["tokens"] / 1e6 for row in held],
-                [row["bits_per_byte"] for row in held],
-                color=colour,
-                linewidth=1.8,
-                marker="o",
-                markersize=3.5,
-                label=f"{label}, held out (best {best:.3f})",
-            )
-        lower.plot(tokens, [row["lr"] for row in steps], color=colour, linewidth=1.2)
-        # The first few points of a run are far above the rest and would flatten it.
-        settled = bits[len(bits) // 50 + 1 :] or bits
-        ceiling = max([ceiling, *settled])
-        floor = min([floor, *bits, *(row["bits_per_byte"] for row in held)])
-    if ceiling > 0:
-        upper.set_ylim(floor * 0.92, min(ceiling * 1.05, floor * 4))
-    upper.set_ylabel("bits per byte")
-    upper.legend(frameon=False)
-    upper.set_title(title, loc="left", fontweight="bold")
-    lower.set_ylabel("learning rate\n(thousandths)", fontsize=8)
-    lower.set_xlabel("tokens seen (millions)")
-    lower.yaxis.set_major_locator(MaxNLocator(3))
-    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1e3 * value:g}"))
-    lower.set_ylim(bottom=0)
-    for axes in (upper, lower):
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(output, lambda file: figure.savefig(file, format="png"))
+        *lines, rest = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; move it away to go on without it") from error
+    rows = [_row(line) for line in lines]
+    if None in rows:
+        raise CheckpointError(
+            f"line {rows.index(None) + 1} of {path} is not a row of metrics: correct it, or move the file away"
+        )
+    last = _row(rest)
+    return [row for row in (*rows, last) if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line as a row of metrics; None if it is not one."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+        return None
+    numbers = [row.get(name) for name in _NUMBERS.get(row["kind"], ())]
+    if row["kind"] == "train":
+        losses = row.get("losses")
+        numbers += losses if isinstance(losses, list) else [None]
+    return row if all(type(number) in (int, float) for number in numbers) else None

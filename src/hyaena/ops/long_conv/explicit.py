@@ -177,8 +177,11 @@ def fir_fft(x: Tensor, taps: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 def next_window(x: Tensor, state: Tensor, reset: Tensor | None) -> Tensor:
     """The last W-1 steps of ``state ++ x``, [B,F,W-1], zero where a boundary came after them."""
     window, length = state.shape[-1], x.shape[1]
-    recent = x[:, max(length - window, 0) :].transpose(1, 2).to(state.dtype)
-    after = torch.cat([state[..., min(length, window) :], recent], dim=-1)
+    if torch.compiler.is_exporting():  # which of the two is longer must not be decided in a graph for every length
+        after = torch.cat([state, x.transpose(1, 2).to(state.dtype)], dim=-1).narrow(-1, length, window)
+    else:
+        recent = x[:, max(length - window, 0) :].transpose(1, 2).to(state.dtype)
+        after = torch.cat([state[..., min(length, window) :], recent], dim=-1)
     if reset is None or window == 0:
         return after
     document = document_numbers(reset, window + 1)[:, -window:]

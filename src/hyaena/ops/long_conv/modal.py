@@ -14,6 +14,7 @@ from torch import Tensor
 from hyaena.errors import InputError
 from hyaena.ops.long_conv.blocked import long_conv_blocked
 from hyaena.ops.long_conv.canonical_fft import long_conv_canonical_fft
+from hyaena.ops.long_conv.exported import long_conv_exported
 from hyaena.ops.long_conv.fft import long_conv_fft
 from hyaena.ops.long_conv.filters import SHORT, by_document, check_shape, complex_dtype, wide_dtype
 from hyaena.ops.long_conv.modes import Modes, widen
@@ -32,7 +33,8 @@ def _scan(filter: Any, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[
 
 
 def _fft(filter: Any, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    return long_conv_fft(x, filter.modes(), state)
+    evaluate = long_conv_exported if torch.compiler.is_exporting() else long_conv_fft
+    return evaluate(x, filter.modes(), state)
 
 
 def _canonical_fft(filter: Any, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,6 +44,12 @@ def _canonical_fft(filter: Any, x: Tensor, state: Tensor) -> tuple[Tensor, Tenso
 
 def _truncated(filter: Any, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     return cut(filter, state.shape[-1] + 1).evaluate(x, state, reset)
+
+
+def _automatic(length: int) -> str:
+    if torch.compiler.is_exporting():
+        return "fft"  # whose graph holds for every length, see exported.py
+    return "recurrence" if length < SHORT else "blocked"
 
 
 def _zero_state(filter: Any, batch: int, channels: int, method: str) -> Tensor:
@@ -100,7 +108,7 @@ class ModalFilter(NamedTuple):
     def choose_method(self, length: int, state: Tensor | None = None) -> str:
         if state is not None and not state.is_complex():
             return "truncated"
-        return "recurrence" if length < SHORT else "blocked"
+        return _automatic(length)
 
     def _recurrence(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         poles = self.poles.to(state.dtype)
@@ -160,7 +168,7 @@ class RealModalFilter(NamedTuple):
         check_shape(state, (batch, channels, state.shape[-1] if method == "truncated" else self.log_poles.shape[1]))
 
     def choose_method(self, length: int, state: Tensor | None = None) -> str:
-        return "recurrence" if length < SHORT else "blocked"
+        return _automatic(length)
 
     def _recurrence(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         change = torch.expm1(self.log_poles.to(state.dtype))

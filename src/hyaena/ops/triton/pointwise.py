@@ -1,7 +1,7 @@
-"""What stands between the products of a prompt's layers: norm, gate and rotary positions, each one read and one write.
+"""Fused RMSNorm, gated activation and RoPE for prefill, one read and one write each.
 
-For inference: no kernel here has a gradient. Arithmetic is float32, and the result is rounded once. The plain twins
-are the functions of the same names in ``ops.norm``, ``ops.gate`` and ``ops.rope``, which also choose between the two.
+For inference: no kernel here has a gradient. Arithmetic is float32, and the result is rounded once. The references are
+the functions of the same names in ``ops.norm``, ``ops.gate`` and ``ops.rope``, which also choose between the two.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Tile:
 def choose_tile(matrices: int, width: int) -> Tile:
     """For some matrices of ``width`` columns each.
 
-    Whole rows at once where they fit: 64 numbers of every thread are on their way before it waits for anything.
+    Whole rows where they fit: every thread loads 64 numbers before it waits for anything.
     """
     if width < 2048:
         return Tile(rows=4, width=max(32, triton.next_power_of_2(width)), warps=4, ahead=1)

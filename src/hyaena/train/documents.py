@@ -1,0 +1,296 @@
+"""Reads documents from files: plain text, JSON lines, JSON arrays and FASTA, each as it is or compressed by gzip.
+
+Documents are read in pieces of bounded size, so that a text of any length takes little memory. Every error names the
+file and the line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import logging
+import string
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from hyaena.errors import InputError
+
+log = logging.getLogger(__name__)
+
+BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+
+_COMPRESSED = (".gz", ".bgz")
+_OTHER_SEQUENCES = {
+    ".fastq": "FASTQ",
+    ".fq": "FASTQ",
+    ".gb": "GenBank",
+    ".gbk": "GenBank",
+    ".embl": "EMBL",
+}
+_KEYS = ("text", "prompt", "completion")
+_LOWER = string.ascii_lowercase.encode()
+_SEQUENCE = string.ascii_letters.encode() + b"*-"
+_BOM = codecs.BOM_UTF8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of text of one document.
+
+    Attributes:
+        text: the characters; the pieces of a document, joined, are its text.
+        path: the file, for messages.
+        line: the line of the file where the piece begins, from 1.
+        begins: this is the first piece of a document.
+        learned: the text is predicted; False for a prompt, which is context only.
+        verbatim: the text stands in the file as it is, so its line ends are those of the file.
+    """
+
+    text: str
+    path: str = "the text"
+    line: int = 1
+    begins: bool = True
+    learned: bool = True
+    verbatim: bool = False
+
+
+def find_files(sources: Iterable[str | Path], pattern: str = "*") -> list[Path]:
+    """List the files of files and folders in a fixed order; a folder is searched recursively and sorted by path.
+
+    Raises:
+        InputError: a source is missing, is neither a file nor a folder, or holds no file that matches.
+    """
+    found = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            paths = sorted(path for path in source.rglob(pattern) if path.is_file())
+            if not paths:
+                raise InputError(f"the folder {source} holds no file that matches {pattern!r}; change data.pattern")
+            found += paths
+        elif not source.exists():
+            raise InputError(f"cannot read {source}: no such file or folder; check data.train and data.heldout")
+        elif not source.is_file():
+            raise InputError(f"cannot read {source}: not a regular file; name a file or a folder")
+        else:
+            found.append(source)
+    return found
+
+
+def read_documents(sources: Iterable[str | Path], pattern: str = "*") -> Iterator[Piece]:
+    """Read the documents of files and folders in the order of ``find_files``.
+
+    The end of a file's name, in any letter case, says how it is read; ``.gz`` or ``.bgz`` may follow it:
+
+    - ``.jsonl``, ``.ndjson``: an object per line, with a string ``text``, or with ``prompt`` and ``completion``;
+    - ``.json``: an array of such objects, or such objects one after another;
+    - ``.fa``, ``.fasta``, ``.fna``, ``.ffn``, ``.faa``: FASTA. Every record is a document of its sequence, without
+      header and line ends. Lower case, which marks repeats, is read as upper case (and logged); N stays N;
+    - every other file is one UTF-8 document.
+
+    A byte order mark at the beginning of a file is dropped. Text of an empty document is never yielded.
+
+    Raises:
+        InputError: a file cannot be read as what its name says; the message names the file and the line.
+    """
+    lower: Counter[Path] = Counter()
+    for path in find_files(sources, pattern):
+        yield from _pieces_of(path, lower)
+    if lower:
+        log.warning(
+            "%s%s: %s lower-case letters (marked repeats) are read as upper case",
+            next(iter(lower)),
+            f" and {len(lower) - 1} more FASTA files" if len(lower) > 1 else "",
+            f"{lower.total():,}",
+        )
+
+
+def _pieces_of(path: Path, lower: Counter[Path]) -> Iterator[Piece]:
+    compressed = path.suffix.lower() in _COMPRESSED
+    suffix = (path.with_suffix("") if compressed else path).suffix.lower()
+    if suffix in _OTHER_SEQUENCES:
+        raise InputError(f"{path}: {_OTHER_SEQUENCES[suffix]} is not supported; convert it to FASTA")
+    try:
+        with gzip.open(path, "rb") if compressed else open(path, "rb") as opened:
+            file = cast("IO[bytes]", opened)
+            if suffix in _FASTA:
+                yield from _read_fasta(file, path, lower)
+            else:
+                yield from _READERS.get(suffix, _read_text)(file, path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: not a whole gzip file ({error}); copy or compress it again") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}; check data.train and data.heldout") from error
+
+
+def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line, begins, block = 1, True, b"-"
+    while block:
+        block = file.read(BLOCK)
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            line += error.object[: error.start].count(b"\n")
+            raise InputError(_not_utf8(path, line)) from error
+        if text:
+            yield Piece(text, str(path), line, begins=begins, verbatim=True)
+            line, begins = line + text.count("\n"), False
+
+
+def _read_json_lines(file: IO[bytes], path: Path) -> Iterator[Piece]:
+    for number, raw in enumerate(file, start=1):
+        try:
+            line = raw.removeprefix(_BOM if number == 1 else b"").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(_not_utf8(path, number)) from error
+        if line := line.strip():
+            row, end = _parse(line, 0, path, number)
+            if end < len(line):
+                raise InputError(f"{path}, line {number}: more than one JSON value; write one object per line")
+            yield from _document(row, path, number)
+
+
+def _read_json(file: IO[bytes], path: Path) -> Iterator[Piece]:
+    raw = file.read().removeprefix(_BOM)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(_not_utf8(path, 1 + raw[: error.start].count(b"\n"))) from error
+    del raw
+    line, counted = 1, 0  # the line of position `counted`
+
+    def skip(position: int, what: str = " \t\r\n") -> int:
+        nonlocal line, counted
+        while position < len(text) and text[position] in what:
+            position += 1
+        line, counted = line + text.count("\n", counted, position), position
+        return position
+
+    position = skip(0)
+    array = text.startswith("[", position)
+    position = skip(position + array)
+    while position < len(text) and not (array and text[position] == "]"):
+        row, position = _parse(text, position, path, line)
+        yield from _document(row, path, line)
+        position = skip(position)
+        if array and not text.startswith("]", position):
+            if not text.startswith(",", position):
+                raise InputError(f"{path}, line {line}: expected ',' or ']' after an object of the array")
+            position = skip(position + 1)
+            if text.startswith("]", position):
+                raise InputError(f"{path}, line {line}: a comma before the end of the array")
+    if array:
+        if position == len(text):
+            raise InputError(f"{path}, line {line}: the array does not end; the file is cut short")
+        if skip(position + 1) < len(text):
+            raise InputError(f"{path}, line {line}: text after the end of the array")
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers which keys it was given twice."""
+
+    repeated: frozenset[str] = frozenset()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> _Object:
+    row = _Object(pairs)
+    if len(row) < len(pairs):
+        row.repeated = frozenset(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+    return row
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _parse(text: str, position: int, path: Path, line: int) -> tuple[Any, int]:
+    try:
+        return _decoder.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        line += text.count("\n", position, error.pos)
+        raise InputError(f"{path}, line {line}: {error.msg}; every document must be one JSON object") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits; brackets nested too deep
+        raise InputError(f"{path}, line {line}: JSON that is too large or nested too deep") from error
+
+
+def _document(row: Any, path: Path, line: int) -> Iterator[Piece]:
+    where = f"{path}, line {line}"
+    if not isinstance(row, _Object):
+        raise InputError(f"{where}: expected an object whose `text` is a string, not {type(row).__name__}")
+    for key in _KEYS:
+        if key in row.repeated:
+            raise InputError(f"{where}: the key `{key}` stands there twice; keep one")
+    given = [key for key in _KEYS if key in row]
+    if given not in (["text"], ["prompt", "completion"]):
+        found = f"found {' and '.join(f'`{key}`' for key in given)}" if given else "found none of them"
+        raise InputError(f"{where}: expected an object whose `text` is a string, or `prompt` and `completion`; {found}")
+    for key in given:
+        if not isinstance(row[key], str):
+            raise InputError(f"{where}: `{key}` must be a string, not {type(row[key]).__name__}")
+    if given == ["text"]:
+        yield Piece(row["text"], str(path), line)
+        return
+    if not row["completion"]:
+        raise InputError(f"{where}: the completion is empty, so there is nothing to learn; remove the line")
+    yield Piece(row["prompt"], str(path), line, learned=False)
+    yield Piece(row["completion"], str(path), line, begins=False)
+
+
+def _read_fasta(file: IO[bytes], path: Path, lower: Counter[Path]) -> Iterator[Piece]:
+    line, line_begins, skipping, in_record, begins = 0, True, False, False, True
+    held: list[bytes] = []
+    held_line = held_bytes = 0
+
+    def join() -> Piece:
+        sequence = b"".join(held)
+        if count := len(sequence) - len(sequence.translate(None, _LOWER)):
+            lower[path] += count
+        held.clear()
+        return Piece(sequence.upper().decode("ascii"), str(path), held_line, begins=begins)
+
+    while raw := file.readline(BLOCK):  # a line of any length is read in parts
+        if line_begins:
+            line += 1
+            raw = raw.removeprefix(_BOM if line == 1 else b"")
+            record = raw.startswith(b">")
+            skipping = record or raw.startswith(b";")  # a header, or a comment of the oldest files
+            if record:
+                if held:
+                    yield join()
+                begins, in_record, held_bytes = True, True, 0
+        line_begins = raw.endswith(b"\n")
+        if b"\r" in raw.rstrip(b"\r\n"):
+            raise InputError(f"{path}, line {line}: lines end with a bare CR; convert the file to LF or CRLF")
+        sequence = raw.strip()
+        if skipping or not sequence:
+            continue
+        if not in_record:
+            raise InputError(f"{path}, line {line}: a sequence before the first header; a record begins with '>'")
+        if wrong := sequence.translate(None, _SEQUENCE):
+            raise InputError(f"{path}, line {line}: {chr(wrong[0])!r} is no letter of a sequence")
+        if not held:
+            held_line = line
+        held.append(sequence)
+        held_bytes += len(sequence)
+        if held_bytes >= BLOCK:
+            yield join()
+            begins, held_bytes = False, 0
+    if held:
+        yield join()
+
+
+def _not_utf8(path: Path, line: int) -> str:
+    return f"{path}, line {line}: {path.name} is not UTF-8 text; exclude it with data.pattern or convert it"
+
+
+_FASTA = frozenset((".fa", ".fasta", ".fna", ".ffn", ".faa"))
+_READERS: dict[str, Callable[[IO[bytes], Path], Iterator[Piece]]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+}

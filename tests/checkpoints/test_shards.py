@@ -1,0 +1,92 @@
+"""Safetensors files: the header is bounded and checked before anything is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hyaena.checkpoints.shards import open_shard
+from hyaena.errors import CheckpointError
+
+Header = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.bfloat16)}, path, metadata={"format": "pt"})
+    return path
+
+
+def rewrite(path: Path, change: Callable[[Header], object], data: Callable[[bytes], bytes] = lambda d: d) -> None:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    changed = change(header)
+    text = (changed if isinstance(changed, str) else json.dumps(header)).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data(content[8 + length :]))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as error, open_shard(path):
+        pass
+    assert str(error.value).isprintable() and len(str(error.value)) < 1920
+    return str(error.value)
+
+
+def test_tensors_are_read_as_they_are_stored(path: Path) -> None:
+    with open_shard(path) as shard:
+        assert torch.equal(shard.read("a"), torch.arange(4.0))
+        assert torch.equal(shard.read("b"), torch.ones(2, 3, dtype=torch.bfloat16))
+    rewrite(path, lambda header: header["b"].update(dtype="F4"))
+    with open_shard(path) as shard:
+        assert shard.tensors["b"].dtype == "F4"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h["a"].update(data_offsets=h["b"]["data_offsets"], dtype="BF16", shape=[6]),  # overlap
+        lambda h: h["a"].update(shape=[5]),
+        lambda h: h["a"].update(shape=[-4]),
+        lambda h: h["a"].update(shape=[2**62, 2**62]),
+        lambda h: h["a"].update(shape="4"),
+        lambda h: h["a"].update(data_offsets=[0]),
+        lambda h: h["a"].update(data_offsets=[0.0, 16.0]),
+        lambda h: h["a"].update(dtype=5),
+        lambda h: h.pop("a") and None,  # a gap
+        lambda h: h.update(a=None),
+        lambda h: json.dumps(h)[:-1] + ', "a": ' + json.dumps(h["a"]) + "}",  # a name twice
+        lambda h: '{"a":' * 100_000,
+        lambda h: "[]",
+        lambda h: "9" * 5_000,
+    ],
+)
+def test_headers_that_contradict_themselves_are_told(path: Path, change: Callable[[Header], object]) -> None:
+    rewrite(path, change)
+    assert "truncated or corrupt" in refusal(path)
+
+
+def test_bytes_too_few_or_too_many_are_told(path: Path) -> None:
+    content = path.read_bytes()
+    for changed in (content[:-1], content + b"x", content[:8], b"", (2**64 - 1).to_bytes(8, "little") + content[8:]):
+        path.write_bytes(changed)
+        assert "truncated or corrupt" in refusal(path)
+    path.write_bytes((10**8).to_bytes(8, "little") + b"{}")
+    with path.open("r+b") as file:
+        file.truncate(1 << 30)  # sparse: only its size is read
+    assert "its header has 100 MB" in refusal(path)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_told(path: Path) -> None:
+    save_file({"a": torch.zeros(100_000)}, path)
+    with open_shard(path) as shard:
+        path.write_bytes(path.read_bytes()[:-8])
+        with pytest.raises(CheckpointError, match="shorter than its table of contents says"):
+            [shard.read(key) for key in shard.tensors]
