@@ -1,8 +1,8 @@
 # A clone needs Python 3.11 or newer, make and a package index.
 #
 #   PYTHON       the interpreter that .venv is made from
-#   TORCH_INDEX  the package index to take torch from. The default build on Linux brings CUDA (4.9 GB installed);
-#                https://download.pytorch.org/whl/cpu has the CPU build (1.1 GB), pytorch.org lists the others
+#   TORCH_INDEX  the package index to take torch from. the default build on Linux brings CUDA (4.9 GB installed);
+#                the CPU build is 1.1 GB, and pytorch.org names its index
 #   ARGS         passed on to pytest or to the benchmarks: make test ARGS="-k cache"
 #   PROMPT       the prompt of make demo
 
@@ -26,7 +26,7 @@ help:
 	@echo "make bench               run the CPU benchmarks (ARGS=... is passed on)"
 	@echo "make docs                write the API reference to build/docs"
 	@echo "make clean               remove .venv, caches and build products"
-	@echo "Without a GPU, save 3.8 GB: make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo"
+	@echo "Without a GPU, save 3.8 GB: make TORCH_INDEX=... demo (pytorch.org names the index of its CPU build)"
 	@echo "Variables: PYTHON=$(PYTHON)  TORCH_INDEX=$(or $(TORCH_INDEX),the default package index)  PROMPT=... (demo)"
 
 demo: .venv/.installed
