@@ -131,7 +131,8 @@ def test_the_newest_model_of_a_killed_run_is_written(
     parametrize_filters(trained)
     state = {"optimizer": {}, "rng": torch.get_rng_state(), "step": 1_700, "model": trained.state_dict()}
     state |= {"model_config": json.dumps(start.config.to_dict()), "tokenizer": {"tokenizer.json": "{}"}}
-    save_checkpoint(run, state)
+    state |= {"config": '{"steps": 2000}', "data": 0, "elapsed": 1.0}
+    save_checkpoint(run, state | dict.fromkeys(("best", "latest", "initial", "scored")))
     for source, options in ((run, []), (run / "last.pt", ["--layout", "original", "--dtype", "bfloat16"])):
         out = tmp_path / f"out-{source.name}"
         assert convert(source, out, *options) == 0

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hyaena.train.documents import read_documents
 from hyaena.train.evaluate import evaluate
 from hyaena.train.filters import plain_state_dict
 from hyaena.train.loop import Trainer, open_run, train
-from hyaena.train.storage import export_model, load_run
+from hyaena.train.storage import Metrics, export_model, load_run
 
 MODEL: dict[str, Any] = {
     "name": "toy",
@@ -315,6 +316,28 @@ def test_damaged_metrics_are_named_and_kept(make: Any, line: bytes, monkeypatch:
     with pytest.raises(CheckpointError, match=r"line 2 of .*metrics\.jsonl is not a row of metrics: .*move"):
         run(config, resume=True)
     assert path.read_bytes() == content
+
+
+def test_a_row_of_metrics_that_cannot_be_written_leaves_no_part_of_it(make: Any) -> None:
+    """In a process of its own, whose files may not grow beyond 100 bytes."""
+    import resource
+
+    folder = Path(make().output)
+    folder.mkdir()
+    metrics = Metrics(folder)
+    metrics.append(kind="note", step=0)
+    before = (folder / "metrics.jsonl").read_bytes()
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            metrics.append(kind="train", step=1, losses=[0.5] * 100)
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_line_of_metrics_that_was_cut_short_is_dropped(make: Any) -> None:

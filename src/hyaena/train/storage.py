@@ -6,6 +6,7 @@ Nothing is ever half written.
 from __future__ import annotations
 
 import json
+import os
 from os import PathLike
 from pathlib import Path
 from types import NoneType
@@ -167,9 +168,16 @@ class Metrics:
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
     def append(self, **row: float | int | str | list[float]) -> None:
-        """Append a row."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append a row: all of it, or, where a write fails, nothing."""
+        line = memoryview(json.dumps(row).encode() + b"\n")
+        with open(self.path, "ab", buffering=0) as file:  # a buffer would be written again when the file is closed
+            start = file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(start)
+                raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
