@@ -97,6 +97,17 @@ def test_a_flipped_bit_in_the_numbers_or_the_names_never_loads(tmp_path: Path) -
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_last_record_that_no_program_writes_is_refused(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "x.pt")
+    content = (tmp_path / "x.pt").read_bytes()
+    # From the end: disks and counts of the record of 64 bits, what points to it, disks and counts of the short record.
+    for at in (*range(98, 86, -1), *range(82, 58, -1), *range(42, 22, -1), *range(22, 10, -1), 2, 1):
+        flipped = bytearray(content)
+        flipped[-at] ^= 16
+        (tmp_path / "x.pt").write_bytes(flipped)
+        assert "truncated or corrupt" in refusal(tmp_path / "x.pt"), at
+
+
 class Calls:
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)

@@ -121,12 +121,19 @@ def read_zip(file: IO[bytes]) -> dict[str, StoredTensor]:
 
 
 def _check_end(file: IO[bytes], count: int) -> None:
-    """Refuse an archive whose last record contradicts its table of contents; ``zipfile`` ignores most of it."""
-    file.seek(-22, os.SEEK_END)
-    signature, disk, first_disk, here, total, _, _, comment = struct.unpack("<4s4H2LH", file.read(22))
+    """Refuse an archive whose last records contradict its table of contents; ``zipfile`` ignores most of them."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 98, 0))
+    end = file.read()
+    signature, disk, first_disk, here, total, _, _, comment = struct.unpack("<4s4H2LH", end[-22:])
     many = (count, 0xFFFF)  # the larger number where a record of 64 bits precedes it
-    if signature != b"PK\x05\x06" or disk or first_disk or here != total or total not in many or comment:
-        raise ValueError("its last record contradicts its table of contents")
+    sound = signature == b"PK\x05\x06" and not (disk or first_disk or comment) and here == total and total in many
+    if end[-42:-38] == b"PK\x06\x07":  # where that record is
+        sound = sound and struct.unpack("<LQL", end[-38:-22]) == (0, size - 98, 1)
+        signature, length, _, _, disk, first_disk, here, total, _, _ = struct.unpack("<4sQ2H2L4Q", end[-98:-42])
+        sound = sound and (signature, length, disk, first_disk, here, total) == (b"PK\x06\x06", 44, 0, 0, count, count)
+    if not sound:
+        raise ValueError("its last records contradict its table of contents")
 
 
 def read_legacy(file: IO[bytes]) -> dict[str, StoredTensor]:
