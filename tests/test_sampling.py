@@ -187,6 +187,12 @@ def test_the_largest_number_still_draws_a_token_with_weight(monkeypatch: pytest.
     assert set(draw(logits, 3)) == {499}
 
 
+def test_the_number_zero_draws_no_token_that_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(1, dtype=torch.float64))
+    assert set(draw(torch.tensor([-math.inf, 0.0, 3.0, 1.0]), 3)) == {1}
+    assert set(draw(torch.tensor([-math.inf, 0.0, 3.0, 1.0]), 3, top_k=1)) == {2}
+
+
 # --- errors and log-probabilities
 
 
