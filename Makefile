@@ -36,10 +36,10 @@ demo: export DEMO_PROMPT = $(PROMPT)
 
 # Tests run side by side, one torch thread each (tests/conftest.py): small tensors gain nothing from more.
 test: .venv/.installed-dev
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m "not integration" $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal --durations 25 -m "not integration" $(ARGS)
 
 test-integrations: .venv/.installed-dev
-	$(BIN)/pytest -m integration $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal --durations 10 -m integration $(ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ import pytest
 
 from hyaena.train import loop
 
+pytestmark = pytest.mark.integration  # trains: half a minute of a core
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune.py"
 
 

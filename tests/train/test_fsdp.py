@@ -17,6 +17,8 @@ import torch
 
 from train import fsdp_worker
 
+pytestmark = pytest.mark.integration  # starts processes of its own, each of which imports torch
+
 WORKER = Path(fsdp_worker.__file__)
 SRC = Path(__file__).parents[2] / "src"
 WORLD = 2
