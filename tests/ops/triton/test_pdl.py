@@ -15,6 +15,7 @@ from hyaena.decoding import StaticCache, decoder
 from hyaena.model import StripedHyena
 from hyaena.ops import StepContext
 from hyaena.ops import triton as kernels
+from hyaena.ops.backend import PLAIN
 from hyaena.ops.triton.decode import gemv, pdl
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 
@@ -82,6 +83,7 @@ def test_every_program_of_a_step_waits_before_it_touches_what_others_do(
         static = StaticCache(model, rows)
         static.add(cache)
         operators = FusedDecodeOperators(tiles, overlap=True)
+        operators.backend = PLAIN  # the norm kernel of several rows is launched without the attribute: rule 4
         context = StepContext(operators, static.device_lengths, static.device_limits, static.rotary)
         ids = torch.ones(rows, dtype=torch.int64)
         watch = Watch(monkeypatch, model)

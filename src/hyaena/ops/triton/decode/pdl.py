@@ -16,8 +16,8 @@ The rules under which a step computes the same with and without:
 2. Before ``gdc_wait`` a kernel reads only what **no kernel of a step writes** (weights), and writes nothing.
 3. A kernel launches its dependents **after** it has waited. So at most two kernels of a step are in flight, and none
    starts before everything that was launched before the step has ended, the kernels that wrote the weights included.
-4. Kernels of libraries neither wait nor launch early: they start when everything before has ended, and what follows
-   starts when they have ended.
+4. Kernels of libraries, and ours that are launched without the attribute (the norm of several rows), neither wait nor
+   launch early: they start when everything before has ended, and what follows starts when they have ended.
 
 A product launches its dependents when it has read its weights: programs of the next kernel take the places of those
 that only sum up. Launched at a kernel's beginning, they take bandwidth from its own reads: measured, and slower.
