@@ -130,7 +130,8 @@ class Attention(nn.Module):
             runs = state.runs(context.lengths, extra=k.shape[2])
             if k.requires_grad:
                 runs = [run.with_newest(k, v) for run in runs]
-            y = torch.cat([ops.attention(q[run.rows], run.keys.to(q), run.values.to(q)) for run in runs])
+            parts = [ops.attention(q[run.rows], run.keys.to(q), run.values.to(q)) for run in runs]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.o_proj(y.transpose(1, 2).flatten(2)), state
 
     def step(self, x: Tensor, norm: ops.Norm, state: KVState, context: StepContext) -> Tensor:

@@ -14,15 +14,15 @@ MIN_PREFILL_CHUNK = 2048
 """On other devices; on CUDA devices the least."""
 MAX_PREFILL_CHUNK = 32768
 """The most on CUDA devices: products are no faster for more rows, and memory is better kept for the cache."""
-SHARE = 0.5
+MEMORY_FRACTION = 0.5
 """Of the free memory that a pass may fill; the rest is for what is not counted: plain long convolutions, fragments."""
 
 
 def choose_chunk(model: StripedHyena, slots: int) -> int:
     """The tokens of one pass on the model's device.
 
-    On CUDA devices a power of two whose activations fit into ``SHARE`` of the memory that is free now, less the keys
-    and values that are still to be stored.
+    On CUDA devices a power of two whose activations fit into ``MEMORY_FRACTION`` of the memory that is free now, less
+    the keys and values that are still to be stored.
 
     Args:
         model: on its device.
@@ -68,6 +68,6 @@ def measured_size(mixer: nn.Module, dtype: torch.dtype) -> LayerSize:
 
 
 def fitting_chunk(free: int, bytes_per_token: int) -> int:
-    """The largest power of two whose bytes fit into ``SHARE`` of what is free, within the bounds above."""
-    fitting = max(1, int(SHARE * free) // bytes_per_token)
+    """The largest power of two whose bytes fit into ``MEMORY_FRACTION`` of what is free, within the bounds above."""
+    fitting = max(1, int(MEMORY_FRACTION * free) // bytes_per_token)
     return min(MAX_PREFILL_CHUNK, max(MIN_PREFILL_CHUNK, 1 << (fitting.bit_length() - 1)))
