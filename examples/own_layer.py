@@ -72,7 +72,7 @@ config = hyaena.ModelConfig(
 torch.manual_seed(0)
 model = hyaena.StripedHyena(config, mixers={**MIXERS, "mean": Mean})
 
-# The splitting law: a sequence read at once, or cut and continued from the cache, gives the same logits.
+# The splitting law: a sequence read in one pass, or split and continued from the cache, gives the same logits.
 ids = torch.randint(256, (1, 20))
 with torch.inference_mode():
     cache = model.make_cache(1)

@@ -14,7 +14,7 @@ from hyaena.ops.state import RowTensors
 
 
 def capabilities(method: str) -> Method:
-    """What a method of this package can do; ``"auto"`` stands for any exact one.
+    """Return the capabilities of a method; for ``"auto"``, those of an exact one.
 
     Raises:
         UnsupportedError: an unknown method.

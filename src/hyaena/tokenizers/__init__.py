@@ -1,6 +1,6 @@
 """Text to token ids and back: raw bytes, Evo's characters, and ``tokenizer.json`` files.
 
-For decoding, every tokenizer here is a table of byte strings: token ``i`` stands for the bytes ``pieces[i]`` (none for
+For decoding, every tokenizer here is a table of byte strings: token ``i`` decodes to the bytes ``pieces[i]`` (none for
 special tokens). So one equation holds for all of them:
 
     decode(ids) == decode_bytes(ids).decode("utf-8", errors="replace")

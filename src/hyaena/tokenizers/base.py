@@ -157,7 +157,7 @@ class TextStream:
         while first > 0 and len(context) < 3:
             first -= 1
             context = tokenizer._piece(after[first]) + context
-        # Whether a leading space is removed depends on the last token that stands for text, and what follows it.
+        # Whether a leading space is removed depends on the last token that decodes to text, and what follows it.
         self._remove = tokenizer._removes_leading_space and first == 0
         for token in after[first:]:
             _, self._remove = tokenizer._bytes_of(token, self._remove)

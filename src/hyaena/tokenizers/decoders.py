@@ -64,7 +64,7 @@ class PieceDecoder:
                 )
 
     def is_byte(self, name: str) -> bool:
-        """Whether a token stands for one byte that the vocabulary has no character for: ``<0x0A>``."""
+        """Whether a token encodes one byte that the vocabulary has no character for: ``<0x0A>``."""
         if not (self._byte_fallback and len(name) == 6 and name.startswith("<0x") and name.endswith(">")):
             return False
         return all(digit in "0123456789abcdefABCDEF" for digit in name[3:5])

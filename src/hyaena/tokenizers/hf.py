@@ -222,7 +222,7 @@ def _pieces(
     prepended: bytes,
     path: Path,
 ) -> list[bytes]:
-    """The bytes that each id stands for."""
+    """The bytes that each id decodes to."""
     pieces, total = [b""] * vocab_size, 0
     for token, name in names.items():
         entry = added.get(token)

@@ -66,7 +66,7 @@ class Filter(Protocol):
         ...
 
     def choose_method(self, length: int, state: Tensor | None = None) -> str:
-        """The method that ``"auto"`` stands for: T steps that follow this state, or nothing."""
+        """Choose the method of ``"auto"`` for T steps after this state, or after none."""
         ...
 
 

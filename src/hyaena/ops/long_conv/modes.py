@@ -3,7 +3,7 @@
     h[t] = Re Σ_n R_n p_n^t            t = 0, 1, 2, …
 
 A method is written once for both. Complex numbers enter matrix products as pairs of reals, and real numbers as they
-are: ``M`` below stands for 2N or N.
+are: ``M`` below is 2N or N.
 """
 
 from __future__ import annotations

@@ -7,8 +7,12 @@ in registers.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""Triton's type of the numbers in a tensor."""
 
 
 @triton.jit

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.kv import KVState
+from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
-from hyaena.ops.triton.decode.rows import TYPES, row_storage
+from hyaena.ops.triton.decode.rows import row_storage
 
 BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""

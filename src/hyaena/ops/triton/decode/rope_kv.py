@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hyaena.ops.kv import KVState
 from hyaena.ops.step import StepContext
+from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
-from hyaena.ops.triton.decode.rows import TYPES, row_storage
+from hyaena.ops.triton.decode.rows import row_storage
 
 
 @triton.jit

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.hyena.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
 from hyaena.ops.triton.hyena.boundaries import boundaries_kernel
 from hyaena.ops.triton.hyena.forward import hyena_forward_kernel
@@ -51,8 +51,6 @@ STEP_CHANNELS = 64
 
 EXCHANGE = 16384
 """Bytes of shared memory that Triton may use to rearrange states."""
-
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def cdiv(count: int, size: int) -> int:
