@@ -40,6 +40,21 @@ test: .venv/.installed-dev
 
 test-integrations: .venv/.installed-dev
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal --durations 10 -m integration $(ARGS)
+	@for list in integrations/*/requirements.txt; do \
+	  test ! -e "$$list" || $(MAKE) --no-print-directory $$(dirname $$list)/.tested || exit 1; done
+
+# The tests in integrations/NAME run in an environment of their own, .envs/NAME: the packages of its requirements.txt over
+# those of .venv, which it sees through a .pth file. So versions may differ, and torch is installed once.
+integrations/%/.tested: .envs/%/.installed
+	.envs/$*/bin/python -m pytest --durations 5 integrations/$* $(ARGS)
+
+.envs/%/.installed: integrations/%/requirements.txt .venv/.installed-dev
+	@echo "Installing $< into .envs/$*"
+	@rm -rf .envs/$* && $(BIN)/python -m venv .envs/$*
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.envs/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
+	@.envs/$*/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@touch $@
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -59,7 +74,7 @@ docs: .venv/.installed-docs
 	@echo "open build/docs/index.html"
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	rm -rf .venv .envs .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # --- The environment -------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_the_picture_has_steps_on_its_axis(metrics: Path, tmp_path: Path, monkey
 
 
 def test_a_missing_library_is_named(metrics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(HyaenaError, match=r"pip install 'hyaena\[train\]'"):
         plot_metrics({"a": metrics}, tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()

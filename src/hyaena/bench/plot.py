@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 
 from hyaena.bench.machine import device_name
 from hyaena.bench.run import Result
-from hyaena.errors import InputError, UnsupportedError
+from hyaena.errors import InputError
+from hyaena.extras import require
 from hyaena.files import write_atomically
 
 INK, GRID = "#1f2933", "#d9dee3"
@@ -24,8 +24,7 @@ def require_format(path: Path) -> str:
         UnsupportedError: matplotlib is not installed.
         InputError: it writes no such format.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UnsupportedError("the plot needs matplotlib: pip install 'hyaena[bench]'")
+    require("matplotlib", extra="bench", purpose="the plot")
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = sorted(FigureCanvasBase.get_supported_filetypes())

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hyaena.errors import HyaenaError
+from hyaena.extras import require
 from hyaena.files import write_atomically
 from hyaena.train.storage import read_metrics
 
@@ -33,14 +33,13 @@ def plot_metrics(runs: dict[str, Path], output: Path, *, title: str = "") -> Non
     byte over optimizer steps, and the learning rate below.
 
     Raises:
-        HyaenaError: matplotlib is not installed.
+        UnsupportedError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
-    except ImportError as error:
-        raise HyaenaError("the loss curve needs matplotlib: pip install 'hyaena[train]'") from error
+    require("matplotlib", extra="train", purpose="the loss curve")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     figure = Figure(figsize=(8, 5.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
