@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,43 @@ from hyaena.arguments import kind_of
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
+
+
+class Snapshots:
+    """Copies of the layers' states inside a pass: what the cache would hold, had the pass ended there.
+
+    A mixer whose state sums up all tokens evaluates the pass in ``pieces`` and saves its state after each. Keys and
+    values need no copy: those of the first tokens are the first in the cache.
+
+    Args:
+        stops: columns of the pass after which states are saved, in rising order: 1 … T.
+
+    Attributes:
+        layer: the layer that is evaluated; the model counts.
+    """
+
+    def __init__(self, stops: Sequence[int]) -> None:
+        if not stops or any(b <= a for a, b in itertools.pairwise([0, *stops])):
+            raise InputError(f"snapshots take columns of the pass, from 1 on and rising, not {stops}")
+        self.stops = tuple(stops)
+        self.layer = 0
+        self._saved: dict[tuple[int, int], Any] = {}
+
+    def pieces(self, length: int) -> Iterator[slice]:
+        """The columns of a pass of ``length`` tokens, cut at every stop."""
+        if self.stops[-1] > length:
+            raise InputError(f"a snapshot behind column {self.stops[-1]} is not part of a pass of {length} tokens")
+        ends = self.stops if self.stops[-1] == length else (*self.stops, length)
+        return (slice(start, stop) for start, stop in itertools.pairwise((0, *ends)))
+
+    def save(self, stop: int, state: Any) -> None:
+        """Keep the state of the layer behind a column, if it is a stop."""
+        if stop in self.stops:
+            self._saved[self.layer, stop] = state.detach()
+
+    def row(self, row: int, stop: int) -> dict[int, Any]:
+        """Layer -> state of one row behind a stop, copied; of the layers whose mixers saved one."""
+        return {layer: state.select([row]) for (layer, at), state in self._saved.items() if at == stop}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +68,7 @@ class ForwardContext:
         documents: the packed documents, found once per pass, or None.
         method: how long convolutions are evaluated; see ``ops.METHODS``.
         backend: what evaluates the operators; see ``ops.resolve_backend``.
+        snapshots: where mixers save their states inside the pass, or None.
     """
 
     lengths: Sequence[int] | None
@@ -40,6 +80,7 @@ class ForwardContext:
     documents: ops.Documents | None
     method: str
     backend: ops.Backend
+    snapshots: Snapshots | None = None
 
     @classmethod
     def of(
@@ -53,6 +94,7 @@ class ForwardContext:
         method: str,
         backend: ops.Backend,
         dtype: torch.dtype,
+        snapshots: Snapshots | None = None,
     ) -> ForwardContext:
         """Check the arguments of a forward pass and compute what its layers share.
 
@@ -89,6 +131,7 @@ class ForwardContext:
             documents=documents,
             method=method,
             backend=backend,
+            snapshots=snapshots,
         )
 
 

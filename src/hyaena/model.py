@@ -25,7 +25,7 @@ from hyaena import ops
 from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig, unknown_layer_kind
-from hyaena.context import ForwardContext
+from hyaena.context import ForwardContext, Snapshots
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
 from hyaena.formats.stripedhyena import tensors as original
@@ -187,18 +187,32 @@ class Hyena(nn.Module):
     def forward(
         self, x: Tensor, context: ForwardContext, state: HyenaState | None, keep: int
     ) -> tuple[Tensor, HyenaState]:
-        y, state = ops.hyena(
-            self.in_proj(x),
-            self.short_filter.weight,
-            self.short_filter.bias,
-            self.long_filter(),
-            state,
-            mask=context.mask,
-            reset=context.reset,
-            method=context.method,
-            backend=context.backend,
-        )
-        return self.out_proj(y[:, -keep:]), state
+        z, short, long_filter = self.in_proj(x), self.short_filter, self.long_filter()
+
+        def evaluate(columns: slice, state: HyenaState | None) -> tuple[Tensor, HyenaState]:
+            return ops.hyena(
+                z[:, columns],
+                short.weight,
+                short.bias,
+                long_filter,
+                state,
+                mask=None if context.mask is None else context.mask[:, columns],
+                reset=None if context.reset is None else context.reset[:, columns],
+                method=context.method,
+                backend=context.backend,
+            )
+
+        if context.snapshots is None:
+            y, after = evaluate(slice(None), state)
+        else:
+            parts, after = [], state
+            for columns in context.snapshots.pieces(z.shape[1]):
+                y, after = evaluate(columns, after)
+                context.snapshots.save(columns.stop, after)
+                parts.append(y)
+            assert after is not None
+            y = torch.cat(parts, dim=1)
+        return self.out_proj(y[:, -keep:]), after
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
         operators, short = context.operators, self.short_filter
@@ -387,6 +401,7 @@ class StripedHyena(nn.Module):
         logits_to_keep: int | None = None,
         method: str = "auto",
         backend: str = "auto",
+        snapshots: Snapshots | None = None,
     ) -> Tensor:
         """Logits of the token that follows each position.
 
@@ -401,6 +416,7 @@ class StripedHyena(nn.Module):
             logits_to_keep: compute the logits of the last so many positions only, and the last layer's output there.
             method: how long convolutions are evaluated; see ``ops.METHODS``.
             backend: what evaluates the operators: ``"triton"`` (fused kernels), ``"plain"`` (torch), or ``"auto"``.
+            snapshots: takes copies of the states inside this pass.
 
         Returns:
             [B,T,V], or [B,logits_to_keep,V].
@@ -424,6 +440,7 @@ class StripedHyena(nn.Module):
             method=method,
             backend=resolved,
             dtype=self.dtype,
+            snapshots=snapshots,
         )
         if cache is None or context.counts is None:
             return self._layers(ids, context, [None] * len(self.layers), logits_to_keep)[0]
@@ -450,6 +467,8 @@ class StripedHyena(nn.Module):
         keep = length if logits_to_keep is None else min(logits_to_keep, length)
         last = len(self.layers) - 1
         for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            if context.snapshots is not None:
+                context.snapshots.layer = i
             x, state = layer(x, context, state, keep if i == last else length)  # nothing else of the last layer is read
             new.append(state)
         x = call(self.norm, x, context)
