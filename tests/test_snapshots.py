@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from configs import TINY, TINY_EVO
 
+from configs import TINY, TINY_EVO
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.context import Snapshots
