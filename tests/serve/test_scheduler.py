@@ -65,11 +65,20 @@ class FakeRunner:
             self.finish(key)
 
     def finish(self, key: int) -> None:
-        self.scheduler.finish(key)
+        self.scheduler.finish(key, self.at_page_ends().get(key))
         if key in self.decoding:
             self.decoding.remove(key)
 
+    def at_page_ends(self) -> dict[int, int]:
+        lengths = {key: len(self.rows[key].state) for key in self.decoding}
+        return {key: length for key, length in lengths.items() if length % PAGE == 0}
+
+    def turn(self) -> None:
+        self.run(self.scheduler.plan(self.at_page_ends()))
+
     def run(self, plan: Plan) -> None:
+        for key, number in plan.copy.items():
+            self.snapshots[number] = list(self.rows[key].state)
         for key in plan.drop:
             del self.rows[key]
             if key in self.decoding:
@@ -151,7 +160,7 @@ def test_any_requests_get_what_they_get_alone(
                 cancelled.add(key)
         if scheduler.idle and turn > 15:
             break
-        plan = scheduler.plan()
+        plan = scheduler.plan(runner.at_page_ends())
         assert len(runner.rows) <= 2 * max_rows
         runner.run(plan)
         assert runner.passes[-1] <= max(chunk, 1)
@@ -176,7 +185,7 @@ def drive(scheduler: Scheduler, requests: dict[int, tuple[list[int], int]], turn
     for _ in range(turns):
         if scheduler.idle:
             break
-        runner.run(scheduler.plan())
+        runner.turn()
     assert scheduler.idle
     return runner
 
@@ -185,10 +194,10 @@ def test_a_short_prompt_overtakes_a_long_one() -> None:
     scheduler = Scheduler(pages=100, page_size=PAGE, max_rows=4, chunk=8, max_snapshots=0)
     runner = FakeRunner(scheduler, {0: 2, 1: 2})
     scheduler.add(0, [0] * 200, 2)
-    runner.run(scheduler.plan())
+    runner.turn()
     scheduler.add(1, [1] * 4, 2)
     for _ in range(2):
-        runner.run(scheduler.plan())
+        runner.turn()
     assert len(runner.results[1]) >= 1 and 0 not in runner.results
 
 
@@ -198,7 +207,7 @@ def test_many_short_prompts_do_not_starve_a_long_one() -> None:
     scheduler.add(0, [0] * 160, 1)
     for turn in range(1, 45):
         scheduler.add(turn, [1] * 8, 1)  # as much as one pass can read
-        runner.run(scheduler.plan())
+        runner.turn()
     assert 0 in runner.results  # 20 passes of its own among 41
 
 
@@ -206,10 +215,10 @@ def test_a_stream_takes_a_step_with_every_pass() -> None:
     scheduler = Scheduler(pages=200, page_size=PAGE, max_rows=4, chunk=8, max_snapshots=0)
     runner = FakeRunner(scheduler, {0: 30, 1: 1})
     scheduler.add(0, [0] * 4, 30)
-    runner.run(scheduler.plan())
+    runner.turn()
     scheduler.add(1, [1] * 160, 1)
     for turn in range(1, 15):
-        runner.run(scheduler.plan())
+        runner.turn()
         assert len(runner.results[0]) == 1 + turn
 
 
@@ -258,22 +267,16 @@ def test_prefixes_with_another_salt_are_not_seen() -> None:
     runner = FakeRunner(scheduler, {0: 1})
     scheduler.add(0, [1] * 20, 1, salt="a")
     while not scheduler.idle:
-        runner.run(scheduler.plan())
+        runner.turn()
     assert scheduler.prefix.match([1] * 20, "a").length == 16
     assert scheduler.prefix.match([1] * 20, "b").length == scheduler.prefix.match([1] * 20).length == 0
 
 
-def test_a_snapshot_of_decoding_is_the_end_of_a_turn() -> None:
+def test_a_second_turn_goes_on_from_the_end_of_the_first() -> None:
     scheduler = Scheduler(pages=100, page_size=PAGE, max_rows=4, chunk=32, max_snapshots=10)
-    prompt = [1, 2, 0]
-    scheduler.add(0, prompt, 10)
-    scheduler.done(scheduler.plan())
-    for token in (1, 1, 1, 1, 1, 1):
-        scheduler.append(0, token)
-    (number,) = scheduler.prefix.take_snapshot_numbers([Rank.END])
-    assert number is not None
-    scheduler.finish(0, snapshot=(8, number))
-    assert scheduler.prefix.match([1, 2, 0, 1, 1, 1, 1, 1, 1, 5]).length == 8
+    runner = drive(scheduler, {0: ([1, 2, 0], 10)})
+    history = [1, 2, 0, *runner.results[0]]
+    assert scheduler.prefix.match([*history, 1]).length == 12  # 13 tokens, of which the last was never read
 
 
 def test_what_can_never_fit_is_refused() -> None:
@@ -326,6 +329,6 @@ def test_shuffled_load_ends() -> None:
             limits[key] = rng.randrange(1, 24)
             scheduler.add(key, prompts[key], limits[key])
         if not scheduler.idle:
-            runner.run(scheduler.plan())
+            runner.turn()
     assert scheduler.idle
     assert all(runner.results[key] == expected(prompts[key], limits[key]) for key in limits)

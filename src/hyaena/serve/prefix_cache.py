@@ -83,7 +83,7 @@ class PrefixCache:
         self._recent: OrderedDict[Node, None] = OrderedDict()  # least recently used first; children before parents
         self._snapshots: dict[Rank, OrderedDict[Node, None]] = {rank: OrderedDict() for rank in Rank}
         self._free = list(range(max_snapshots - 1, -1, -1))
-        self._dropped: list[int] = []  # snapshots that the runner still holds
+        self._dropped: set[int] = set()  # snapshots that the runner still holds
 
     @property
     def snapshots(self) -> int:
@@ -143,7 +143,7 @@ class PrefixCache:
 
     def drop_numbers(self, numbers: Sequence[int]) -> None:
         """Give back numbers of snapshots that were taken and not inserted."""
-        self._dropped += numbers
+        self._dropped.update(numbers)
         self._free += numbers
 
     def free_pages(self, wanted: int) -> int:
@@ -159,8 +159,8 @@ class PrefixCache:
         return self.pages.free
 
     def forget(self) -> list[int]:
-        """Numbers of snapshots that were dropped since the last call: the runner frees them before it stores others."""
-        dropped, self._dropped = self._dropped, []
+        """Numbers of snapshots that were dropped since the last call, and are not about to be stored anew."""
+        dropped, self._dropped = sorted(self._dropped), set()
         return dropped
 
     def clear(self) -> None:
@@ -201,7 +201,11 @@ class PrefixCache:
                 break
             if self._snapshots[lower]:
                 self._drop_snapshot(next(iter(self._snapshots[lower])))
-        return self._free.pop() if self._free else None
+        if not self._free:
+            return None
+        number = self._free.pop()
+        self._dropped.discard(number)  # what is stored under it now takes the place of what was
+        return number
 
     def _drop_snapshot(self, node: Node) -> None:
         """Drop a snapshot, and the nodes that no other snapshot lies behind."""

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from types import MappingProxyType
 
 from hyaena.errors import CapacityError
 from hyaena.serve.pages import Pages
@@ -54,6 +55,7 @@ class Job:
         read: tokens whose keys, values and states are stored.
         pages: that hold them, and room for what comes.
         cached: tokens that the prefix cache spared it when it was first admitted.
+        turn: the last snapshot that was taken while it decoded: number of tokens before it, and its number.
     """
 
     key: Key
@@ -66,6 +68,7 @@ class Job:
     read: int = 0
     pages: list[int] = field(default_factory=list)
     cached: int | None = None
+    turn: tuple[int, int] | None = None
 
     @property
     def left(self) -> int:
@@ -114,6 +117,7 @@ class Plan:
     """What the runner does in one turn, in this order.
 
     Attributes:
+        copy: rows of which a snapshot is to be taken now, and its number.
         drop: rows to be dropped: pre-empted, finished or cancelled.
         start: rows to be set up.
         forget: snapshots that are no longer needed.
@@ -122,6 +126,7 @@ class Plan:
         decode: whether the decoding rows take a step.
     """
 
+    copy: dict[Key, int] = field(default_factory=dict)
     drop: list[Key] = field(default_factory=list)
     start: list[Start] = field(default_factory=list)
     forget: list[int] = field(default_factory=list)
@@ -157,6 +162,7 @@ class Scheduler:
         self._waiting: deque[Job] = deque()  # in order of arrival
         self._active: list[Job] = []  # reading or decoding, in order of arrival
         self._drop: list[Key] = []
+        self._copy: dict[Key, int] = {}
         self._arrivals = 0
         self._turn = 0
         self.preemptions = 0
@@ -191,16 +197,16 @@ class Scheduler:
         if job.phase is Phase.DECODING:
             job.read = len(job.tokens) - 1
 
-    def finish(self, key: Key, snapshot: tuple[int, int] | None = None) -> None:
+    def finish(self, key: Key, page_end: int | None = None) -> None:
         """A request has ended or was cancelled: its row goes; the prefix cache keeps the pages that it can use.
 
         Args:
             key: of the request.
-            snapshot: tokens before the last snapshot that the runner took of the row while it decoded, and its number.
+            page_end: where the states of its row are those at the end of a page, their number of tokens.
         """
         job = self.jobs.pop(key)
-        if snapshot is not None:
-            self._insert(job, {snapshot[0]: (snapshot[1], Rank.END)})
+        if page_end is not None:
+            self._take_copy(job, page_end)
         self._leave(job)
 
     @property
@@ -218,13 +224,21 @@ class Scheduler:
 
     # --- one turn ------------------------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
-        """What to do next. The caller carries it out, then calls ``append`` and ``finish`` for what came of it."""
+    def plan(self, at_page_ends: Mapping[Key, int] = MappingProxyType({})) -> Plan:
+        """What to do next. The caller carries it out, then calls ``done``, and ``append`` and ``finish`` for what came.
+
+        Args:
+            at_page_ends: decoding rows whose states are those at the end of a page, and their number of tokens.
+        """
+        for key, length in at_page_ends.items():
+            if key in self.jobs:
+                self._take_copy(self.jobs[key], length)
         plan = Plan()
         self._grow(plan)
         self._admit(plan)
         self._choose_reads(plan)
         plan.decode = any(job.phase is Phase.DECODING for job in self._active)
+        plan.copy, self._copy = self._copy, {}
         plan.drop, self._drop = self._drop, []
         plan.forget = self.prefix.forget()
         self._turn += 1
@@ -241,6 +255,23 @@ class Scheduler:
             self._insert(job, {length: (number, self._rank(job, length)) for length, number in read.snapshots.items()})
             if read.last:
                 job.phase = Phase.DECODING
+
+    def _take_copy(self, job: Job, length: int) -> None:
+        """Keep the newest states of a completion: a next turn of the conversation goes on from there."""
+        if self.fixed_passes:  # steps round otherwise than the passes that a prompt is read in
+            return
+        if job.phase is not Phase.DECODING or length > len(job.tokens):
+            return
+        (number,) = self.prefix.take_snapshot_numbers([Rank.END])
+        if number is not None:
+            self._drop_turn(job)
+            job.turn = (length, number)
+            self._copy[job.key] = number
+
+    def _drop_turn(self, job: Job) -> None:
+        if job.turn is not None:
+            self.prefix.drop_numbers([job.turn[1]])
+            job.turn = None
 
     def _grow(self, plan: Plan) -> None:
         """Pages for the next tokens of decoding rows, oldest first; where there are none the youngest rows give way."""
@@ -275,6 +306,10 @@ class Scheduler:
         if job.phase is Phase.WAITING:
             self._waiting.remove(job)
             return
+        if job.turn is not None:
+            length, number = job.turn
+            job.turn = None
+            self._insert(job, {length: (number, Rank.END)})
         self._active.remove(job)
         self._drop.append(job.key)
         self.pages.release(job.pages)
