@@ -2,6 +2,9 @@
 
 A cache knows no kind of layer. Every mixer makes states of its own kind (``make_state``), and the cache calls their
 verbs. Rows are independent: each has a length of its own, begins at position 0, and costs the memory of its own tokens.
+
+Keys and values may lie in pages of a pool (``ops.PagePool``) that many caches share. Then the cache knows which pages
+each row has, and whoever owns the pool decides it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from hyaena.arguments import as_whole
 from hyaena.errors import CapacityError, InputError, shown
+from hyaena.ops import PAGE, PagePool, pages_for
 
 S = TypeVar("S", bound="State")
 
@@ -26,7 +31,8 @@ class State(Protocol):
     """What one layer remembers of a batch of rows.
 
     Verbs return a state; the old one must not be used afterwards, unless they copy. ``ops.RowTensors`` implements them
-    for tuples of tensors whose first axis is the row, ``ops.KVState`` for keys and values.
+    for tuples of tensors whose first axis is the row, ``ops.KVState`` for keys and values, ``ops.PagedKVState`` for
+    those on pages.
     """
 
     def tensors(self) -> list[Tensor]:
@@ -74,6 +80,25 @@ class State(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class StateSnapshot:
+    """What all layers remember of one row, its keys and values on pages excepted. It is never changed.
+
+    Attributes:
+        states: one per layer.
+        length: tokens that the row held.
+        owner: the model of the cache that it was taken of.
+    """
+
+    states: list[Any]
+    length: int
+    owner: weakref.ref[Any] | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for state in self.states for t in state.tensors())
+
+
 _IN_USE = "the cache is in use by another thread: give each thread a cache of its own"
 
 
@@ -84,14 +109,25 @@ class Cache:
         states: one per layer.
         lengths: tokens that each row holds, which is also the position of its next token.
         limits: the most tokens of each row, or None for a row that may grow without limit.
+        pool: where keys and values lie in pages; None where every row has storage of its own.
+        pages: the pages of each row, in order. Rows may share pages that are full.
     """
 
     def __init__(
-        self, states: Sequence[Any], lengths: Sequence[int], limits: Sequence[int | None], *, owner: object = None
+        self,
+        states: Sequence[Any],
+        lengths: Sequence[int],
+        limits: Sequence[int | None],
+        *,
+        owner: object = None,
+        pool: PagePool | None = None,
+        pages: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.states: list[Any] = list(states)
         self.lengths = list(lengths)
         self.limits = list(limits)
+        self.pool = pool
+        self.pages = [list(row) for row in pages or [[]] * len(self.lengths)]
         self._owner = None if owner is None else weakref.ref(owner)
         self._lock = threading.Lock()
 
@@ -101,12 +137,14 @@ class Cache:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: a cache that was stored belongs to no model in particular."""
+        self._refuse_pages("pickle")
         return {"states": self.states, "lengths": self.lengths, "limits": self.limits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Cache.__init__(self, **state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        self._refuse_pages("deepcopy")
         owner = None if self._owner is None else self._owner()
         return Cache(copy.deepcopy(self.states, memo), self.lengths, self.limits, owner=memo.get(id(owner), owner))
 
@@ -127,17 +165,18 @@ class Cache:
 
     @property
     def device(self) -> torch.device:
-        tensors = self.tensors()
-        if not tensors:
+        if not self.states:
             raise InputError("the cache holds no rows (they were moved to another cache or decoder)")
-        return tensors[0].device
+        return self.tensors()[0].device if self.pool is None else self.pool.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage, used or reserved."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        """Bytes of storage, used or reserved; the pages of the rows among them, each once."""
+        paged = 0 if self.pool is None else self.pool.page_bytes * len({page for row in self.pages for page in row})
+        return paged + sum(t.nbytes for t in self.tensors())
 
     def tensors(self) -> list[Tensor]:
+        """All storage but pages."""
         return [t for state in self.states for t in state.tensors()]
 
     # --- for the model -------------------------------------------------------------------------------------------
@@ -182,6 +221,9 @@ class Cache:
                     f"the cache holds {have} of at most {limit} tokens and was given {need - have} more: "
                     "make it with a larger max_length, or shorten the prompt"
                 )
+        if self.pool is not None:
+            for row, need in enumerate(needed):
+                _check_room(row, need, self.pages[row])
         if not torch.is_inference_mode_enabled():  # autograd takes no tensors that were made in inference mode
             rows = range(self.batch_size)
             self.states = [state.select(rows) if _is_inference(state) else state for state in self.states]
@@ -195,7 +237,13 @@ class Cache:
     # --- verbs ---------------------------------------------------------------------------------------------------
 
     def select(self, rows: Sequence[int] | Tensor) -> Cache:
-        """Copy the given rows, in that order."""
+        """Copy the given rows, in that order.
+
+        Raises:
+            InputError: keys and values are on pages, of which the cache has none to copy them to. The owner of the pool
+                copies pages with ``PagePool.copy``, and states with ``snapshot_states`` and ``restore_states``.
+        """
+        self._refuse_pages("select")
         index = self._index("select", rows)
         return self._with(
             [state.select(index) for state in self.states],
@@ -212,6 +260,7 @@ class Cache:
             self.states = [state.keep(index) for state in self.states]
             self.lengths = [self.lengths[row] for row in index]
             self.limits = [self.limits[row] for row in index]
+            self.pages = [self.pages[row] for row in index]
 
     def extend(self, others: Sequence[Cache]) -> None:
         """Append all rows of other caches, which are empty afterwards. Keys and values are not copied."""
@@ -228,6 +277,7 @@ class Cache:
             for other in others:
                 self.lengths += other.lengths
                 self.limits += other.limits
+                self.pages += other.pages
                 other._clear()
 
     def take(self) -> list[Any]:
@@ -236,7 +286,7 @@ class Cache:
             return self._clear()
 
     def _clear(self) -> list[Any]:
-        states, self.states, self.lengths, self.limits = self.states, [], [], []
+        states, self.states, self.lengths, self.limits, self.pages = self.states, [], [], [], []
         return states
 
     @staticmethod
@@ -270,6 +320,60 @@ class Cache:
             self.states = [state.reset() for state in self.states]
             self.lengths = [0] * self.batch_size
 
+    # --- rows on pages -------------------------------------------------------------------------------------------
+
+    def set_pages(self, row: int, pages: Sequence[int]) -> None:
+        """Let a row have these pages, in order; its tokens must lie in the first of them.
+
+        Raises:
+            InputError: not a cache on pages, no such row, or numbers that are no pages of the pool.
+            CapacityError: fewer pages than the row's tokens need.
+        """
+        pool = self._paged("set_pages")
+        [row] = self._index("set_pages", [row])
+        with self._locked():
+            numbers = pool.check(pages)
+            _check_room(row, self.lengths[row], numbers)
+            self.pages[row] = numbers
+
+    def snapshot_states(self, row: int) -> StateSnapshot:
+        """Copy what all layers remember of a row but its pages, which later rows may share as far as they are full."""
+        self._paged("snapshot_states")
+        index = self._index("snapshot_states", [row])
+        with self._locked():
+            states = [state.select(index) for state in self.states]
+        return StateSnapshot(states, self.lengths[index[0]], self._owner)
+
+    @torch.inference_mode()
+    def restore_states(self, row: int, snapshot: StateSnapshot) -> None:
+        """Put a row where a snapshot was taken; its pages must hold the tokens before. The snapshot stays usable.
+
+        Raises:
+            InputError: not a cache on pages, no such row, or a snapshot of another model or kind of states.
+            CapacityError: the pages of the row do not reach so far.
+        """
+        self._paged("restore_states")
+        [row] = self._index("restore_states", [row])
+        if self._owner is not None and (snapshot.owner is None or snapshot.owner() is not self._owner()):
+            raise InputError("restore_states was given a snapshot of another model: read the tokens again")
+        with self._locked():
+            _check_room(row, snapshot.length, self.pages[row])
+            for mine, theirs in zip(self.states, snapshot.states, strict=True):
+                mine.put(row, theirs, 0)
+            self.lengths[row] = snapshot.length
+
+    def _paged(self, verb: str) -> PagePool:
+        if self.pool is None:
+            raise InputError(f"{verb} takes a cache on pages, which make_paged_cache makes; others have snapshot")
+        return self.pool
+
+    def _refuse_pages(self, verb: str) -> None:
+        if self.pool is not None:
+            raise InputError(
+                f"{verb}: a cache on pages has none to copy its rows to: make a cache of pages of your own with "
+                "make_paged_cache, and use PagePool.copy, snapshot_states and restore_states"
+            )
+
     def _with(self, states: Sequence[Any], lengths: Sequence[int], limits: Sequence[int | None]) -> Cache:
         return Cache(states, lengths, limits, owner=None if self._owner is None else self._owner())
 
@@ -286,12 +390,22 @@ class Cache:
 
     def _check_kin(self, verb: str, others: Sequence[Cache]) -> None:
         for other in others:
+            if other.pool is not self.pool:
+                raise InputError(f"{verb} was given caches on different pools of pages: use caches of one pool")
             if other._owner is not self._owner and (
                 other._owner is None or self._owner is None or other._owner() is not self._owner()
             ):
                 raise InputError(f"{verb} was given a cache of another model: use caches of one model")
             if other.batch_size == 0:
                 raise InputError(f"{verb} was given a cache without rows (they were moved elsewhere)")
+
+
+def _check_room(row: int, length: int, pages: Sequence[int]) -> None:
+    if length > PAGE * len(pages):
+        raise CapacityError(
+            f"row {row} has {len(pages)} pages of {PAGE} tokens and needs room for {length} tokens: give it "
+            f"{pages_for(length)} pages"
+        )
 
 
 def _is_inference(state: Any) -> bool:

@@ -61,6 +61,7 @@ class ForwardContext:
     Attributes:
         lengths: tokens that each row of the cache holds before this pass; None without a cache.
         counts: tokens that this pass adds to each row of the cache: T, less its padding; None without a cache.
+        pages: the pages of the rows of a cache that has them, else None.
         rotary: cos and sin of the positions of this pass, [T,head_dim/2] or [B,T,head_dim/2].
         padding: leading positions of each row that are padding, as int [B] and as numbers; None where there are none.
         mask: bool [B,T], False where this pass reads padding, or None.
@@ -73,6 +74,7 @@ class ForwardContext:
 
     lengths: Sequence[int] | None
     counts: Sequence[int] | None
+    pages: ops.PageTable | None
     rotary: tuple[Tensor, Tensor]
     padding: tuple[Tensor, Sequence[int]] | None
     mask: Tensor | None
@@ -122,6 +124,7 @@ class ForwardContext:
         return cls(
             lengths=lengths,
             counts=_counts(lengths, length, padding),
+            pages=None if cache is None or cache.pool is None else ops.PageTable.of(cache.pages, cache.pool.device),
             rotary=ops.rotary_table(
                 positions, config.head_dim, config.rope_theta, config.rope_scaling_factor, dtype=dtype
             ),

@@ -29,11 +29,15 @@ from hyaena.context import ForwardContext, Snapshots
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
 from hyaena.formats.stripedhyena import tensors as original
-from hyaena.ops import HyenaState, KVState, StepContext
+from hyaena.ops import HyenaState, KVState, PagedKVState, PagePool, StepContext
 
 
 class Mixer(Protocol):
-    """What the first half of a layer must be able to do. A module of the user's own is as good as those below."""
+    """What the first half of a layer must be able to do. A module of the user's own is as good as those below.
+
+    A mixer that remembers keys and values may name their sizes, ``kv_shape() -> (G, head_dim)``. In a cache on pages
+    its state is a ``PagedKVState`` then; a mixer without that method has the state that ``make_state`` makes.
+    """
 
     def make_state(self, batch: int, *, max_length: int | None, dtype: torch.dtype, device: torch.device | str) -> Any:
         """An empty state of ``batch`` rows (see ``cache.State``), for at most ``max_length`` tokens, or growing."""
@@ -114,27 +118,32 @@ class Attention(nn.Module):
         capacity = INITIAL_CAPACITY if max_length is None else max_length
         return KVState.allocate(batch, self.groups, capacity, self.head_dim, dtype, device)
 
+    def kv_shape(self) -> tuple[int, int]:
+        """Key/value heads, and channels of a head, of the pages of this layer."""
+        return self.groups, self.head_dim
+
     def forward(
-        self, x: Tensor, context: ForwardContext, state: KVState | None, keep: int
-    ) -> tuple[Tensor, KVState | None]:
+        self, x: Tensor, context: ForwardContext, state: KVState | PagedKVState | None, keep: int
+    ) -> tuple[Tensor, KVState | PagedKVState | None]:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B,H+2G,T,head_dim]
         qk, v = qkv.split([self.heads + self.groups, self.groups], dim=1)
         q, k = ops.rotate(qk, context.rotary, backend=context.backend).split([self.heads, self.groups], dim=1)
         q = q[:, :, -keep:]
-        if state is not None and context.lengths is not None:
-            state.write(k, v, context.lengths, None if context.padding is None else context.padding[1])
-        if state is None or context.lengths is None or not any(context.lengths):
+        kv = None if state is None else state.through(context.pages)
+        if kv is not None and context.lengths is not None:
+            kv.write(k, v, context.lengths, None if context.padding is None else context.padding[1])
+        if kv is None or context.lengths is None or not any(context.lengths):
             padding = None if context.padding is None else context.padding[0]
             y = ops.attention(q, k, v, padding=padding, documents=context.documents)
         else:
-            runs = state.runs(context.lengths, extra=k.shape[2])
+            runs = kv.runs(context.lengths, extra=k.shape[2])
             if k.requires_grad:
                 runs = [run.with_newest(k, v) for run in runs]
             parts = [ops.attention(q[run.rows], run.keys.to(q), run.values.to(q)) for run in runs]
             y = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.o_proj(y.transpose(1, 2).flatten(2)), state
 
-    def step(self, x: Tensor, norm: ops.Norm, state: KVState, context: StepContext) -> Tensor:
+    def step(self, x: Tensor, norm: ops.Norm, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         operators = context.operators
         qkv = operators.linear(x, record(self.qkv_proj), norm=norm)
         q = operators.rotate_and_cache(qkv, state, context)
@@ -370,17 +379,89 @@ class StripedHyena(nn.Module):
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"a cache takes {name} as a whole number of at least 1, not {value!r}")
-        options: dict[str, Any] = {"max_length": max_length, "dtype": dtype or self.dtype}
-        options["device"] = torch.device(device) if device is not None else self.device
+        device = torch.device(device) if device is not None else self.device
+        states = self._make_states(batch_size, max_length, dtype or self.dtype, device, method, tolerance)
+        return Cache(states, [0] * batch_size, [max_length] * batch_size, owner=self)
+
+    def make_page_pool(
+        self, pages: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> PagePool:
+        """Allocate pages for the keys and values of this model, which caches on them share.
+
+        Args:
+            pages: how many, of ``ops.PAGE`` tokens each; ``sizes.page_bytes`` says how large one is.
+            dtype, device: of keys and values; the model's unless given.
+
+        Raises:
+            InputError: fewer than one page, or a model without keys and values.
+        """
+        return PagePool(pages, self._kv_shapes(), dtype or self.dtype, device or self.device)
+
+    def _kv_shapes(self) -> list[tuple[int, int]]:
+        """Key/value heads, and their channels, of the layers that remember keys and values."""
+        mixers: list[Any] = [layer.mixer for layer in self.layers]
+        return [tuple(mixer.kv_shape()) for mixer in mixers if hasattr(mixer, "kv_shape")]
+
+    def make_paged_cache(
+        self,
+        pool: PagePool,
+        pages: Sequence[Sequence[int]],
+        *,
+        max_length: int | None = None,
+        method: str = "auto",
+        tolerance: float = ops.TRUNCATION_TOLERANCE,
+    ) -> Cache:
+        """Make an empty cache whose keys and values lie in pages of a pool.
+
+        A row that shares its first pages with another begins where a snapshot was taken: ``Cache.restore_states``.
+
+        Args:
+            pool: made by this model's ``make_page_pool``.
+            pages: of each row; they need not reach up to ``max_length`` yet, see ``Cache.set_pages``.
+            max_length: the most tokens of a row; None for rows without limit. Static decoding needs a limit, and makes
+                tables up to the largest: give all rows the same.
+            method, tolerance: as in ``make_cache``.
+
+        Raises:
+            InputError: no rows, a size below 1, numbers that are no pages of the pool, or a pool of another model.
+            UnsupportedError: an unknown method, or a filter that cannot be cut; see ``ops.truncate``.
+        """
+        if not isinstance(pool, PagePool):
+            raise InputError(f"the pool is {kind_of(pool)}: make one with this model's make_page_pool")
+        if pool.shapes != self._kv_shapes():
+            raise InputError("the pool was made for another model: make one with this model's make_page_pool")
+        if max_length is not None:
+            whole("max_length", max_length, "a whole number of at least 1", 1)
+        rows = [pool.check(row) for row in pages]
+        if not rows:
+            raise InputError("a cache takes the pages of at least one row")
+        states = self._make_states(len(rows), max_length, pool.dtype, pool.device, method, tolerance, pool)
+        return Cache(states, [0] * len(rows), [max_length] * len(rows), owner=self, pool=pool, pages=rows)
+
+    def _make_states(
+        self,
+        rows: int,
+        max_length: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        method: str,
+        tolerance: float,
+        pool: PagePool | None = None,
+    ) -> list[Any]:
+        """The empty state of every layer; keys and values on pages where there is a pool."""
+        options: dict[str, Any] = {"max_length": max_length, "dtype": dtype, "device": device}
         if ops.capabilities(method).state == "window":
             options |= {"method": method, "tolerance": tolerance}
-        states = []
+        paged = iter([] if pool is None else pool.layers)
+        states: list[Any] = []
         for i, layer in enumerate(self.layers):
+            mixer: Any = layer.mixer
             try:
-                states.append(layer.mixer.make_state(batch_size, **options))  # type: ignore[union-attr, operator]
+                on_pages = pool is not None and hasattr(mixer, "kv_shape")
+                states.append(PagedKVState(*next(paged)) if on_pages else mixer.make_state(rows, **options))
             except UnsupportedError as error:
                 raise UnsupportedError(f"layer {i}: {error}") from None
-        return Cache(states, [0] * batch_size, [max_length] * batch_size, owner=self)
+        return states
 
     def truncation_windows(self, tolerance: float = ops.TRUNCATION_TOLERANCE) -> dict[int, int]:
         """How many taps ``method="truncated"`` keeps, layer -> W, of every layer with a filter of modes."""

@@ -170,8 +170,12 @@ class ModelSizes:
         """Bytes of one token's keys and values in all layers."""
         return self._sum(lambda layer: layer.kv_per_token) * itemsize
 
+    def page_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of a page of keys and values for so many tokens, in all layers."""
+        return tokens * self.kv_bytes_per_token(itemsize)
+
     def state_bytes(self, itemsize: int) -> int:
-        """Bytes of one sequence's states in all layers, whatever its length."""
+        """Bytes of one sequence's states in all layers, whatever its length; also those of a snapshot of them."""
         return self._sum(lambda layer: layer.state * itemsize + layer.float32_state * _float32(itemsize))
 
     def cache_bytes(self, batch: int, length: int, itemsize: int) -> int:

@@ -27,6 +27,7 @@ from hyaena.ops.long_conv import (
     truncate,
 )
 from hyaena.ops.norm import rms_norm
+from hyaena.ops.pages import PAGE, PagedKVState, PagePool, PageTable, pages_for
 from hyaena.ops.rope import rotary_table, rotate
 from hyaena.ops.short_conv import short_conv
 from hyaena.ops.state import RowTensors
@@ -35,6 +36,7 @@ from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 __all__ = [
     "ACTIVATIONS",
     "METHODS",
+    "PAGE",
     "TRUNCATION_TOLERANCE",
     "Backend",
     "CanonicalFilter",
@@ -48,6 +50,9 @@ __all__ = [
     "Linear",
     "ModalFilter",
     "Norm",
+    "PagePool",
+    "PageTable",
+    "PagedKVState",
     "RMSNormWeight",
     "RealModalFilter",
     "RowTensors",
@@ -64,6 +69,7 @@ __all__ = [
     "kinds_of",
     "linear",
     "long_conv",
+    "pages_for",
     "resolve_backend",
     "rms_norm",
     "rotary_table",

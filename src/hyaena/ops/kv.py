@@ -50,6 +50,8 @@ class KVState:
         rows: for each row its store and its place in that store.
     """
 
+    table = None
+
     def __init__(self, rows: list[tuple[KVStore, int]]) -> None:
         self.rows = rows
         self._pointers: tuple[Tensor, Tensor, Tensor] | None = None
@@ -80,8 +82,25 @@ class KVState:
         return [store.capacity for store, _ in self.rows]
 
     @property
+    def longest(self) -> int:
+        """The most tokens that a row has room for."""
+        return max(self.capacities)
+
+    @property
+    def groups(self) -> int:
+        return self.rows[0][0].keys.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.rows[0][0].keys.shape[3]
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.rows[0][0].keys.dtype
+
+    def through(self, table: object) -> KVState:
+        """The rows of a pass: these, whose storage is their own. Rows on pages are read through the table."""
+        return self
 
     def write(self, keys: Tensor, values: Tensor, lengths: Sequence[int], padding: Sequence[int] | None = None) -> None:
         """Store new tokens behind those that the rows hold, without their autograd history.

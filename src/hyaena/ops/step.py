@@ -24,6 +24,7 @@ from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Linear, linear
 from hyaena.ops.long_conv import Filter
 from hyaena.ops.norm import rms_norm
+from hyaena.ops.pages import PagedKVState, PageTable
 from hyaena.ops.rope import rotate
 
 
@@ -48,12 +49,14 @@ class StepContext(NamedTuple):
         limits: int32 [B], the most tokens of each row. A row that is full overwrites its last slot: nothing is written
             outside of its storage, and its results mean nothing.
         rotary: cos and sin of every position, float32 [positions,head_dim/2] each.
+        pages: the pages of the rows where keys and values are on pages, else None.
     """
 
     operators: DecodeOperators
     lengths: Tensor
     limits: Tensor
     rotary: tuple[Tensor, Tensor]
+    pages: PageTable | None = None
 
 
 class DecodeOperators:
@@ -91,25 +94,26 @@ class DecodeOperators:
         x = self.normalise(x, norm)
         return ACTIVATIONS[activation](linear(x, gate)) * linear(x, up)
 
-    def rotate_and_cache(self, qkv: Tensor, state: KVState, context: StepContext) -> Tensor:
+    def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         """Rotate queries and keys of qkv [B,(H+2G)·head_dim], store keys and values; the queries [B,H,head_dim].
 
         Waits for the device.
         """
-        groups, _, width = state.keys(0).shape
+        kv = state.through(context.pages)
+        groups, width = kv.groups, kv.head_dim
         parts = qkv.unflatten(-1, (-1, width))
         q, k, v = parts.split([parts.shape[1] - 2 * groups, groups, groups], dim=1)
         position = (context.lengths - 1).long()
         table = (context.rotary[0][position, None], context.rotary[1][position, None])  # [B,1,head_dim/2]
         q, k = (rotate(t.unsqueeze(2), table, backend=self.backend) for t in (q, k))
-        state.write(k, v.unsqueeze(2), position.tolist())
+        kv.write(k, v.unsqueeze(2), position.tolist())
         return q.squeeze(2)
 
-    def attend(self, q: Tensor, state: KVState, context: StepContext) -> Tensor:
+    def attend(self, q: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         """Attention of q [B,H,head_dim] to the tokens of each row; [B,H,head_dim]. Waits for the device."""
         parts = [
             attention(q[run.rows].unsqueeze(2), run.keys.to(q), run.values.to(q)).squeeze(2)
-            for run in state.runs(context.lengths.tolist())
+            for run in state.through(context.pages).runs(context.lengths.tolist())
         ]
         return torch.cat(parts)
 

@@ -1,0 +1,267 @@
+"""Keys and values in pages of 64 tokens, so that rows grow, share a prefix and leave without moving memory.
+
+``PagePool`` is the storage of all attention layers of a model. A page is a number, the same in every layer. The pool
+hands out no numbers: its owner, a scheduler, knows which are free. Which pages a row reads is a list of numbers that
+all layers of a cache share: ``Cache.pages`` on the host, and ``PageTable`` on the device for one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyaena.arguments import whole
+from hyaena.errors import InputError
+from hyaena.ops.kv import Run
+
+PAGE = 64
+"""Tokens of a page."""
+
+
+def pages_for(tokens: int) -> int:
+    """How many pages hold so many tokens."""
+    return -(-tokens // PAGE)
+
+
+class PageTable:
+    """The pages of every row of one pass, on the device.
+
+    Attributes:
+        numbers: int32 [B,W], the pages of each row in order; those behind a row's length may be any number.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+        self._slots: tuple[object, Tensor] | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], device: torch.device) -> PageTable:
+        """The table of rows whose pages the host knows."""
+        width = max((len(row) for row in rows), default=0)
+        numbers = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int32)
+        return cls(numbers.reshape(len(rows), width).to(device))
+
+    def slots(self, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Where the next ``counts`` tokens of every row go, int64 [Σ counts]: ``page·PAGE + offset``, row after row.
+
+        All layers of a pass ask for the same slots; they are computed once.
+        """
+        key = (tuple(lengths), tuple(counts))
+        if self._slots is None or self._slots[0] != key:
+            spans = [torch.arange(start, start + n) for start, n in zip(*key, strict=True)]
+            rows = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(key[1]))
+            rows, positions = torch.stack([rows, torch.cat(spans)]).to(self.numbers.device)
+            self._slots = key, self.numbers[rows, positions // PAGE].long() * PAGE + positions % PAGE
+        return self._slots[1]
+
+
+class PagePool:
+    """Storage for keys and values of all attention layers, in one allocation.
+
+    ``layers`` are its parts, one per attention layer: keys and values, each [G,pages+1,PAGE,head_dim]. The last page,
+    ``scratch``, belongs to nobody: what must be written and means nothing goes there.
+
+    Args:
+        pages: how many, each of ``PAGE`` tokens.
+        shapes: (G, head_dim) of each attention layer.
+        dtype, device: of keys and values.
+
+    Raises:
+        InputError: fewer than one page, or no layer that keeps keys and values.
+    """
+
+    def __init__(
+        self, pages: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.pages = whole("pages", pages, "a whole number of pages, 1 or more", 1)
+        if not shapes:
+            raise InputError("the model has no layer with keys and values: it needs no pages, use make_cache")
+        sizes = [groups * (self.pages + 1) * PAGE * width for groups, width in shapes for _ in range(2)]
+        with torch.inference_mode(False):  # storage that is made in inference mode could not be written outside of it
+            parts = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
+        shaped = [
+            part.view(groups, self.pages + 1, PAGE, width)
+            for part, (groups, width) in zip(parts, [shape for shape in shapes for _ in range(2)], strict=True)
+        ]
+        self.layers = list(zip(shaped[::2], shaped[1::2], strict=True))
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(G, head_dim) of each layer."""
+        return [(keys.shape[0], keys.shape[3]) for keys, _ in self.layers]
+
+    @property
+    def scratch(self) -> int:
+        """The number of the page that belongs to nobody."""
+        return self.pages
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0][0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0][0].device
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+        return self.nbytes // (self.pages + 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the allocation, the scratch page among them."""
+        return sum(t.nbytes for layer in self.layers for t in layer)
+
+    @torch.no_grad()
+    def copy(self, source: int, target: int) -> None:
+        """Copy a page to another, in all layers: for a row that goes on from a shared page that is not full."""
+        self.check([source, target])
+        for layer in self.layers:
+            for stored in layer:
+                stored[:, target] = stored[:, source]
+
+    def check(self, pages: Sequence[int]) -> list[int]:
+        """The pages of a row as a list of numbers.
+
+        Raises:
+            InputError: a number that is no page of this pool, or one that occurs twice.
+        """
+        numbers = [whole("a page", page, f"a number from 0 to {self.pages - 1}", 0, self.pages - 1) for page in pages]
+        if len(set(numbers)) < len(numbers):
+            raise InputError("a row was given one page twice: the owner of the pool must hand out each page once")
+        return numbers
+
+
+class PagedRows(NamedTuple):
+    """Keys and values of one layer, seen through the table of a pass: the rows of ``KVState``, on pages.
+
+    Attributes:
+        keys, values: [G,pages+1,PAGE,head_dim], a layer of a pool.
+        table: the pages of the rows.
+    """
+
+    keys: Tensor
+    values: Tensor
+    table: PageTable
+
+    @property
+    def groups(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.dtype
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the table has room for in a row."""
+        return self.table.numbers.shape[1] * PAGE
+
+    def write(self, keys: Tensor, values: Tensor, lengths: Sequence[int], padding: Sequence[int] | None = None) -> None:
+        """Store new tokens behind those that the rows hold, see ``KVState.write``."""
+        batch, count = keys.shape[0], keys.shape[2]
+        kept = None
+        counts = [count] * batch
+        if padding is not None:
+            counts = [count - skip for skip in padding]
+            kept = torch.cat([torch.arange(row * count + skip, (row + 1) * count) for row, skip in enumerate(padding)])
+            kept = kept.to(keys.device)
+        slots = self.table.slots(lengths, counts)
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            flat = new.detach().transpose(0, 1).flatten(1, 2)  # [G,B·T,head_dim]
+            flat = flat if kept is None else flat[:, kept]
+            stored.flatten(1, 2).index_copy_(1, slots, flat.to(stored.dtype))
+
+    def runs(self, lengths: Sequence[int], extra: int = 0) -> Iterator[Run]:
+        """The rows, gathered from their pages, see ``KVState.runs``.
+
+        Each is a run of its own, so that its numbers do not depend on which other rows have its length.
+        """
+        for row, length in enumerate(lengths):
+            stop = length + extra
+            numbers = self.table.numbers[row, : pages_for(stop)]
+            parts = (t.index_select(1, numbers).flatten(1, 2)[None, :, :stop] for t in (self.keys, self.values))
+            yield Run(slice(row, row + 1), *parts)
+
+
+class PagedKVState:
+    """Keys and values of one layer in the pages of a pool: a ``cache.State`` beside ``KVState``.
+
+    It holds no rows of its own. Which pages a row has is the cache's to know, as its length is, so that the verbs that
+    move rows have nothing to do here. Rows are read and written ``through`` a table.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def through(self, table: PageTable | None) -> PagedRows:
+        """The rows of a pass."""
+        if table is None:
+            raise InputError("keys and values on pages belong to a cache that make_paged_cache made")
+        return PagedRows(self.keys, self.values, table)
+
+    def tensors(self) -> list[Tensor]:
+        """None: the storage is the pool's."""
+        return []
+
+    def select(self, rows: Sequence[int]) -> PagedKVState:
+        """The layer itself: rows that are copied without their pages."""
+        return self
+
+    def keep(self, rows: Sequence[int]) -> PagedKVState:
+        """The layer itself; the owner of the pages frees them."""
+        return self
+
+    def join(self, others: Sequence[PagedKVState]) -> PagedKVState:
+        """The layer itself, which must be that of the others.
+
+        Raises:
+            InputError: they are of another pool.
+        """
+        for other in others:
+            self._check_same(other)
+        return self
+
+    def reset(self) -> PagedKVState:
+        """Nothing to do: slots behind a row's length are never read."""
+        return self
+
+    def reserve(self, lengths: Sequence[int]) -> PagedKVState:
+        """Nothing to do: the cache checks that the pages of its rows reach so far."""
+        return self
+
+    def first(self, count: int) -> PagedKVState:
+        """The layer itself."""
+        return self
+
+    def blank(self, rows: int) -> PagedKVState:
+        """The layer itself; empty rows use the scratch page."""
+        return self
+
+    def put(self, row: int, source: PagedKVState, source_row: int) -> None:
+        """Nothing to do: the owner of the table replaces the row's pages.
+
+        Raises:
+            InputError: the source is of another pool.
+        """
+        self._check_same(source)
+
+    def mutated(self) -> list[Tensor]:
+        """Nothing: a step that runs twice writes the same numbers to the same slot."""
+        return []
+
+    def detach(self) -> PagedKVState:
+        """Nothing to do: what is stored has no history."""
+        return self
+
+    def _check_same(self, other: PagedKVState) -> None:
+        if not isinstance(other, PagedKVState) or other.keys.data_ptr() != self.keys.data_ptr():
+            raise InputError("rows on pages of different pools cannot be joined: make their caches with one pool")
