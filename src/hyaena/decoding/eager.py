@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from hyaena.cache import Cache
+from hyaena.cache import Cache, StateSnapshot
 from hyaena.decoding.sampler import StepOutput, pack_outputs
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams, finite_rows, sample
@@ -24,7 +24,7 @@ def sample_outputs(
     seen: Tensor | None,
     top: int,
 ) -> tuple[Tensor, StepOutput]:
-    """Choose a token per row from logits [B,V]: ids [B] and the outputs. None is chosen where any row is not finite.
+    """Choose a token per row from logits [B,V]: ids [B] and the outputs. Rows that are not finite get token 0.
 
     ``seen`` bool [B,V] is brought up to date.
     """
@@ -32,7 +32,8 @@ def sample_outputs(
     if bool(finite.all()):
         ids = sample(logits, params, generators, seen=seen)
     else:
-        ids = torch.zeros(len(finite), dtype=torch.int64, device=logits.device)
+        usable = torch.where(finite[:, None], logits, 0)
+        ids = torch.where(finite, sample(usable, params, generators, seen=seen), 0)
     if seen is not None:
         seen.scatter_(1, ids[:, None], True)
     return ids, StepOutput.unpack(pack_outputs(logits, ids, finite, top))
@@ -101,6 +102,22 @@ class EagerDecoder(Generic[K]):
             self.cache.keep(rows)
         self.ids = self.ids[rows]
         self.seen = None if self.seen is None else self.seen[rows]
+
+    def extend(self, key: K, pages: Sequence[int]) -> None:
+        """Append pages to a row."""
+        assert self.cache is not None
+        row = self.keys.index(key)
+        self.cache.set_pages(row, [*self.cache.pages[row], *pages])
+
+    @property
+    def lengths(self) -> dict[K, int]:
+        """Tokens that the states of each row hold."""
+        return {} if self.cache is None else dict(zip(self.keys, self.cache.lengths, strict=False))
+
+    def snapshot_states(self, key: K) -> StateSnapshot:
+        """Copy the states of a row, its pages excepted; see ``Cache.snapshot_states``."""
+        assert self.cache is not None
+        return self.cache.snapshot_states(self.keys.index(key))
 
     def wait(self) -> None:
         """Nothing runs in the background."""

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from hyaena.cache import Cache
+from hyaena.cache import Cache, StateSnapshot
 from hyaena.decoding.decoder import Decoder
 from hyaena.decoding.sampler import StepOutput
 from hyaena.errors import InputError
@@ -68,6 +68,25 @@ class PipelinedDecoder(Generic[K]):
         if self.left and 2 * len(self.left) <= len(self.keys):
             self.wait()
             self._compact()
+
+    @property
+    def top(self) -> int:
+        """How many of the most probable tokens the next steps report."""
+        return self.decoder.sampler.top
+
+    @top.setter
+    def top(self, value: int) -> None:
+        self.decoder.sampler.top = value
+
+    @property
+    def lengths(self) -> dict[K, int]:
+        """Tokens that the states of each row hold, those of launched steps included; without rows that have left."""
+        lengths = zip(self.keys, self.decoder.lengths, strict=True)
+        return {key: length for key, length in lengths if key in self.left}
+
+    def snapshot_states(self, key: K) -> StateSnapshot:
+        """Copy the states of a row behind all launched steps, its pages excepted; see ``Cache.snapshot_states``."""
+        return self.decoder.cache().snapshot_states(self.keys.index(key))
 
     def wait(self) -> None:
         """Fetch what was launched: afterwards the device no longer works on this decoder's memory."""
