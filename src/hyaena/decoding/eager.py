@@ -11,7 +11,7 @@ from torch import Tensor
 from hyaena.cache import Cache, StateSnapshot
 from hyaena.decoding.sampler import StepOutput, pack_outputs
 from hyaena.model import StripedHyena
-from hyaena.sampling import SamplingParams, finite_rows, sample
+from hyaena.sampling import SamplingParams, bias_table, finite_rows, sample
 
 K = TypeVar("K", bound=Hashable)
 
@@ -23,14 +23,15 @@ def sample_outputs(
     generators: Sequence[torch.Generator],
     seen: Tensor | None,
     top: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, StepOutput]:
     """Choose a token per row from logits [B,V]: ids [B] and the outputs. Rows that are not finite get token 0.
 
-    ``seen`` bool [B,V] is brought up to date.
+    ``seen`` bool [B,V] is brought up to date. ``bias`` is the rows' ``bias_table``.
     """
-    finite = finite_rows(logits)
+    finite = finite_rows(logits, bias)
     if bool(finite.all()):
-        ids = sample(logits, params, generators, seen=seen)
+        ids = sample(logits, params, generators, seen=seen, bias=bias)
     else:
         usable = torch.where(finite[:, None], logits, 0)
         ids = torch.where(finite, sample(usable, params, generators, seen=seen), 0)
@@ -56,6 +57,7 @@ class EagerDecoder(Generic[K]):
         self.cache: Cache | None = None
         self.ids = torch.zeros(0, dtype=torch.int64, device=model.device)
         self.seen: Tensor | None = None
+        self.bias: Tensor | None = None
 
     @torch.inference_mode()
     def add(
@@ -82,12 +84,13 @@ class EagerDecoder(Generic[K]):
         self.keys += keys
         self.params += params
         self.generators += generators
+        self.bias = bias_table(self.params, self.model.config.vocab_size, self.ids.device)
 
     @torch.inference_mode()
     def next(self) -> tuple[list[K], StepOutput]:
         """Read the last token of each row and choose the next; the keys of the rows, and the outputs."""
         logits = self.model(self.ids[:, None], cache=self.cache, logits_to_keep=1)[:, -1]
-        self.ids, output = sample_outputs(logits, self.params, self.generators, self.seen, self.top)
+        self.ids, output = sample_outputs(logits, self.params, self.generators, self.seen, self.top, self.bias)
         return list(self.keys), output
 
     @torch.inference_mode()
@@ -102,6 +105,7 @@ class EagerDecoder(Generic[K]):
             self.cache.keep(rows)
         self.ids = self.ids[rows]
         self.seen = None if self.seen is None else self.seen[rows]
+        self.bias = None if self.bias is None else self.bias[rows]
 
     def extend(self, key: K, pages: Sequence[int]) -> None:
         """Append pages to a row."""

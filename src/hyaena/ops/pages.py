@@ -212,7 +212,7 @@ class PagedKVState:
         """None: the storage is the pool's."""
         return []
 
-    def select(self, rows: Sequence[int]) -> PagedKVState:
+    def select(self, rows: Sequence[int], room: int | None = None) -> PagedKVState:
         """The layer itself: rows that are copied without their pages."""
         return self
 
