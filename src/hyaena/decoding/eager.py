@@ -34,7 +34,7 @@ def sample_outputs(
         ids = sample(logits, params, generators, seen=seen, bias=bias)
     else:
         usable = torch.where(finite[:, None], logits, 0)
-        ids = torch.where(finite, sample(usable, params, generators, seen=seen), 0)
+        ids = torch.where(finite, sample(usable, params, generators, seen=seen, bias=bias), 0)
     if seen is not None:
         seen.scatter_(1, ids[:, None], True)
     return ids, StepOutput.unpack(pack_outputs(logits, ids, finite, top))
