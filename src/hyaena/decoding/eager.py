@@ -8,9 +8,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from hyaena.cache import Cache
+from hyaena.cache import Cache, StateSnapshot
 from hyaena.decoding.sampler import StepOutput, pack_outputs
+from hyaena.errors import InputError
 from hyaena.model import StripedHyena
+from hyaena.ops import pages_for
 from hyaena.sampling import SamplingParams, finite_rows, sample
 
 K = TypeVar("K", bound=Hashable)
@@ -101,6 +103,32 @@ class EagerDecoder(Generic[K]):
             self.cache.keep(rows)
         self.ids = self.ids[rows]
         self.seen = None if self.seen is None else self.seen[rows]
+
+    def missing_pages(self) -> dict[K, int]:
+        """How many pages each row lacks for the next call of ``next``; rows that lack none are left out."""
+        cache = self._cache()
+        if cache.pool is None:
+            return {}
+        needed = [pages_for(length + 1) - len(pages) for length, pages in zip(cache.lengths, cache.pages, strict=True)]
+        return {key: count for key, count in zip(self.keys, needed, strict=True) if count > 0}
+
+    def extend(self, key: K, pages: Sequence[int]) -> None:
+        """Add pages behind those of a row."""
+        row, cache = self.keys.index(key), self._cache()
+        cache.set_pages(row, [*cache.pages[row], *pages])
+
+    def length(self, key: K) -> int:
+        """Tokens that a row has read."""
+        return self._cache().lengths[self.keys.index(key)]
+
+    def snapshot_states(self, key: K) -> StateSnapshot:
+        """Copy the states of a row after ``length`` tokens."""
+        return self._cache().snapshot_states(self.keys.index(key))
+
+    def _cache(self) -> Cache:
+        if self.cache is None:
+            raise InputError("the decoder has no rows: add some")
+        return self.cache
 
     def wait(self) -> None:
         """Nothing runs in the background."""
