@@ -16,12 +16,12 @@ from torch import Tensor
 
 from hyaena import ops
 from hyaena.arguments import kind_of, whole
-from hyaena.cache import Cache
+from hyaena.cache import Cache, StateSnapshot
 from hyaena.decoding.sampler import GraphSampler, StepOutput, move_rows
 from hyaena.decoding.static_cache import StaticCache
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.model import StripedHyena
-from hyaena.ops import StepContext, triton
+from hyaena.ops import PAGE, PageTable, StepContext, pages_for, triton
 from hyaena.ops.backend import log_once
 from hyaena.ops.step import DecodeOperators
 from hyaena.sampling import SamplingFeatures, SamplingParams
@@ -70,6 +70,10 @@ class Decoder:
     ``add`` takes rows whose prompts were read into a cache, ``launch`` starts a step, ``fetch`` waits for the oldest
     step that was not fetched, ``keep`` drops rows. A finished row may stay (its tokens mean nothing): ``retire``
     marks it, so that its limit no longer counts.
+
+    Rows on pages need a page for each token that they read, before the step that reads it is launched: ``extend`` adds
+    pages. The pages of a row that was retired belong to their owner again at once: nothing that is launched afterwards
+    touches them, and what was launched before comes first on the stream.
 
     Args:
         model: of all rows.
@@ -157,13 +161,12 @@ class Decoder:
         Raises:
             CapacityError: a row that is not retired has reached its limit; nothing was started.
         """
-        for row, (length, limit) in enumerate(zip(self.static.lengths, self.static.limits, strict=True)):
-            if length >= limit and row not in self.retired:
-                raise CapacityError(
-                    f"row {row} holds {length} of at most {limit} tokens: make its cache with a larger max_length"
-                )
+        for row, length in enumerate(self.static.lengths):
+            if length >= self.static.room(row) and row not in self.retired:
+                raise CapacityError(self._full(row))
         if not self.rows:
             raise InputError("the decoder has no rows: add some")
+        self.static.upload_pages()
         if self.model.device.type != "cuda":
             self.sampler.prepare()
             self.pending.append((self._step(self._shape()), None))
@@ -172,6 +175,12 @@ class Decoder:
                 self.pending.append(self._launch())
         pairs = zip(self.static.lengths, self.static.limits, strict=True)
         self.static.lengths = [min(length + 1, limit) for length, limit in pairs]
+
+    def _full(self, row: int) -> str:
+        length, limit, pages = self.static.lengths[row], self.static.limits[row], self.static.pages[row]
+        if length < limit:
+            return f"row {row} holds {length} tokens on {len(pages)} pages of {PAGE}: extend it by a page"
+        return f"row {row} holds {length} of at most {limit} tokens: make its cache with a larger max_length"
 
     def _launch(self) -> tuple[Tensor, torch.cuda.Event]:
         self.sampler.prepare()
@@ -197,9 +206,37 @@ class Decoder:
             event.synchronize()
         return StepOutput.unpack(packed[: self.rows])
 
+    @torch.inference_mode()
     def retire(self, row: int) -> None:
-        """Say that the tokens of a row no longer matter, so that it may stay although it is full."""
-        self.retired.add(row)
+        """Say that the tokens of a row no longer matter, so that it may stay although it is full or has no pages."""
+        if row not in self.retired:
+            self.retired.add(row)
+            self.static.retire(row)
+
+    @torch.inference_mode()
+    def extend(self, row: int, pages: Sequence[int]) -> None:
+        """Add pages behind those of a row; steps that are launched from now on know them.
+
+        Raises:
+            InputError: no such row, one that was retired or has no pages, or numbers that are no pages of the pool.
+        """
+        pool = self.static.pool
+        if pool is None or not 0 <= row < self.rows or row in self.retired:
+            raise InputError(f"row {row} takes no pages: it is not here, was retired, or has storage of its own")
+        self.static.extend(row, pool.check([*self.static.pages[row], *pages])[len(self.static.pages[row]) :])
+
+    def missing_pages(self, row: int, tokens: int) -> int:
+        """How many pages a row lacks to hold so many tokens more than now; at most those up to its limit."""
+        if self.static.pool is None or row in self.retired:
+            return 0
+        needed = min(self.static.lengths[row] + tokens, self.static.limits[row])
+        return max(0, pages_for(needed) - len(self.static.pages[row]))
+
+    def snapshot_states(self, row: int) -> StateSnapshot:
+        """Copy the states of a row as the last step that was launched leaves them, see ``Cache.snapshot_states``."""
+        if row in self.retired:
+            raise InputError(f"row {row} was retired: take snapshots of rows that still decode")
+        return self.static.cache().snapshot_states(row)
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
@@ -249,7 +286,11 @@ class Decoder:
         static, places = self.static, shape.places
         states = [state.first(places) for state in static.states]
         context = StepContext(
-            self.operators, static.device_lengths[:places], static.device_limits[:places], static.rotary
+            self.operators,
+            static.device_lengths[:places],
+            static.device_limits[:places],
+            static.rotary,
+            None if static.device_pages is None else PageTable(static.device_pages[:places]),
         )
         ids = self.ids[:places]
         return self.sampler.sample(self.model.step(ids, states, context), ids, self.operators)

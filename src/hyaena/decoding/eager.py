@@ -10,7 +10,9 @@ from torch import Tensor
 
 from hyaena.cache import Cache, StateSnapshot
 from hyaena.decoding.sampler import StepOutput, pack_outputs
+from hyaena.errors import InputError
 from hyaena.model import StripedHyena
+from hyaena.ops import pages_for
 from hyaena.sampling import SamplingParams, bias_table, finite_rows, sample
 
 K = TypeVar("K", bound=Hashable)
@@ -107,21 +109,32 @@ class EagerDecoder(Generic[K]):
         self.seen = None if self.seen is None else self.seen[rows]
         self.bias = None if self.bias is None else self.bias[rows]
 
-    def extend(self, key: K, pages: Sequence[int]) -> None:
-        """Append pages to a row."""
-        assert self.cache is not None
-        row = self.keys.index(key)
-        self.cache.set_pages(row, [*self.cache.pages[row], *pages])
-
     @property
     def lengths(self) -> dict[K, int]:
         """Tokens that the states of each row hold."""
         return {} if self.cache is None else dict(zip(self.keys, self.cache.lengths, strict=False))
 
+    def missing_pages(self) -> dict[K, int]:
+        """How many pages each row lacks for the next call of ``next``; rows that lack none are left out."""
+        cache = self._cache()
+        if cache.pool is None:
+            return {}
+        needed = [pages_for(length + 1) - len(pages) for length, pages in zip(cache.lengths, cache.pages, strict=True)]
+        return {key: count for key, count in zip(self.keys, needed, strict=True) if count > 0}
+
+    def extend(self, key: K, pages: Sequence[int]) -> None:
+        """Add pages behind those of a row."""
+        row, cache = self.keys.index(key), self._cache()
+        cache.set_pages(row, [*cache.pages[row], *pages])
+
     def snapshot_states(self, key: K) -> StateSnapshot:
         """Copy the states of a row, its pages excepted; see ``Cache.snapshot_states``."""
-        assert self.cache is not None
-        return self.cache.snapshot_states(self.keys.index(key))
+        return self._cache().snapshot_states(self.keys.index(key))
+
+    def _cache(self) -> Cache:
+        if self.cache is None:
+            raise InputError("the decoder has no rows: add some")
+        return self.cache
 
     def wait(self) -> None:
         """Nothing runs in the background."""

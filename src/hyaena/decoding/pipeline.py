@@ -22,7 +22,10 @@ class PipelinedDecoder(Generic[K]):
     """A decoder whose next step already runs while the outputs of one are looked at.
 
     Rows have keys, by which outputs name them. A row that leaves is one step late: what the device computed for it in
-    between is dropped. Its place is freed when rows join, or when half of the rows have left.
+    between is dropped. Its place is freed when rows join, or when half of the rows have left, its pages at once.
+
+    Rows on pages need them one step earlier than their tokens are seen. Before every ``next``, whoever owns the pool
+    gives each row of ``missing_pages`` what it lacks, with ``extend``, or removes the row.
 
     Args:
         decoder: whose rows are read; nobody else may launch or fetch.
@@ -45,9 +48,15 @@ class PipelinedDecoder(Generic[K]):
         *,
         seen: Tensor | None = None,
     ) -> None:
-        """Add rows, see ``Decoder.add``; ``steps`` is the most that each needs."""
+        """Add rows, see ``Decoder.add``; ``steps`` is the most that each needs.
+
+        A row that left and joins again needs another key while outputs of its former life are to be read.
+        """
         self.wait()
         self._compact()
+        late = {key for former, _ in self.fetched for key in former} - {*self.keys}
+        if late & {*keys}:
+            raise InputError("a row joins under a key of which outputs are still to be read: give it a key of its own")
         if len({*self.keys, *keys}) != len(self.keys) + len(keys) or not len(keys) == len(steps) == cache.batch_size:
             raise InputError(f"give {cache.batch_size} rows as many steps and as many keys that no other row has")
         self.decoder.add(cache, ids, params, generators, seen=seen)
@@ -55,10 +64,35 @@ class PipelinedDecoder(Generic[K]):
         self.left |= dict(zip(keys, steps, strict=True))
 
     def next(self) -> tuple[list[K], StepOutput]:
-        """The outputs of one more step, and the keys of its rows; rows that have left may be among them."""
-        while len(self.fetched) + len(self.decoder.pending) < 2 and any(self.left.values()):
+        """The outputs of one more step, and the keys of its rows; rows that have left may be among them.
+
+        Raises:
+            CapacityError: a row lacks pages, see ``missing_pages``. No output is lost.
+        """
+        for _ in range(self._steps_ahead()):
             self._launch()
         return self.fetched.popleft() if self.fetched else self._fetch()
+
+    def _steps_ahead(self) -> int:
+        """How many steps ``next`` will launch: two are to be under way while one is looked at."""
+        missing = 2 - len(self.fetched) - len(self.decoder.pending)
+        return min(max(0, missing), max(self.left.values(), default=0))
+
+    def missing_pages(self) -> dict[K, int]:
+        """How many pages each row lacks for the next call of ``next``; rows that lack none are left out."""
+        steps = self._steps_ahead()
+        lacking = {
+            key: self.decoder.missing_pages(row, min(steps, self.left.get(key, 0))) for row, key in enumerate(self.keys)
+        }
+        return {key: count for key, count in lacking.items() if count}
+
+    def extend(self, key: K, pages: Sequence[int]) -> None:
+        """Add pages behind those of a row."""
+        self.decoder.extend(self.keys.index(key), pages)
+
+    def snapshot_states(self, key: K) -> StateSnapshot:
+        """Copy the states of a row behind all launched steps, its pages excepted; see ``Cache.snapshot_states``."""
+        return self.decoder.snapshot_states(self.keys.index(key))
 
     def remove(self, keys: Sequence[K]) -> None:
         """Drop rows."""
@@ -83,10 +117,6 @@ class PipelinedDecoder(Generic[K]):
         """Tokens that the states of each row hold, those of launched steps included; without rows that have left."""
         lengths = zip(self.keys, self.decoder.lengths, strict=True)
         return {key: length for key, length in lengths if key in self.left}
-
-    def snapshot_states(self, key: K) -> StateSnapshot:
-        """Copy the states of a row behind all launched steps, its pages excepted; see ``Cache.snapshot_states``."""
-        return self.decoder.cache().snapshot_states(self.keys.index(key))
 
     def wait(self) -> None:
         """Fetch what was launched: afterwards the device no longer works on this decoder's memory."""

@@ -50,7 +50,7 @@ class KVState:
         rows: for each row its store and its place in that store.
     """
 
-    table = None
+    table: None = None  # of pages
 
     def __init__(self, rows: list[tuple[KVStore, int]]) -> None:
         self.rows = rows

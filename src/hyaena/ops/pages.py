@@ -165,6 +165,10 @@ class PagedRows(NamedTuple):
         """The most tokens that the table has room for in a row."""
         return self.table.numbers.shape[1] * PAGE
 
+    def pointers(self) -> tuple[Tensor, Tensor, int]:
+        """What kernels read beside the table: the layer's storage of keys and of values, and slots of each head."""
+        return self.keys, self.values, self.keys.shape[1] * PAGE
+
     def write(self, keys: Tensor, values: Tensor, lengths: Sequence[int], padding: Sequence[int] | None = None) -> None:
         """Store new tokens behind those that the rows hold, see ``KVState.write``."""
         batch, count = keys.shape[0], keys.shape[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from hyaena.sampling import draw
 from hyaena.serve.scheduler import Plan, Read
 
 Key = Hashable
+Life = tuple[Key, int]
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,14 @@ class Runner:
         self.decoding: Decoding = decoding
         self.isolated = isolated
         self._reading: dict[Key, Cache] = {}
+        self._lives: dict[Key, Life] = {}  # the decoder's key of a row; a row that comes back has another
+        self._count = itertools.count()
         self._snapshots: dict[int, StateSnapshot] = {}
         self._decoder = self._make_decoder()
 
     def page_ends(self) -> dict[Key, int]:
         """Decoding rows whose states are those at the end of a page, and their number of tokens."""
-        return {key: length for key, length in self._decoder.lengths.items() if length % PAGE == 0}
+        return {key: length for (key, _), length in self._decoder.lengths.items() if length % PAGE == 0}
 
     @torch.inference_mode()
     def run(self, plan: Plan, rows: Mapping[Key, Row], top: int) -> list[tuple[Key, Chosen]]:
@@ -86,10 +90,10 @@ class Runner:
             top: how many of the most probable tokens to report.
 
         Returns:
-            The tokens that were chosen, of the requests that were read first. Some may be of requests that have ended.
+            The tokens that were chosen, those of the requests that were read first.
         """
         for key, number in plan.copy.items():
-            self._snapshots[number] = self._decoder.snapshot_states(key)
+            self._snapshots[number] = self._decoder.snapshot_states(self._lives[key])
         self._drop(plan.drop)
         for start in plan.start:
             cache = self.model.make_paged_cache(self.pool, [start.pages], max_length=self.max_length)
@@ -100,11 +104,12 @@ class Runner:
             self._snapshots.pop(number, None)
         chosen = self._read(plan.reads, rows, top) if plan.reads else []
         for key, pages in plan.grow.items():
-            self._decoder.extend(key, pages)
+            self._decoder.extend(self._lives[key], pages)
         if plan.decode:
             self._decoder.top = top
-            keys, output = self._decoder.next()
-            chosen += zip(keys, _unpack(output), strict=True)
+            lives, output = self._decoder.next()
+            tokens = zip(lives, _unpack(output), strict=True)
+            chosen += [(life[0], token) for life, token in tokens if self._lives.get(life[0]) == life]
         return chosen
 
     def close(self) -> None:
@@ -115,7 +120,7 @@ class Runner:
         decoding = []
         for key in keys:
             if self._reading.pop(key, None) is None:
-                decoding.append(key)
+                decoding.append(self._lives.pop(key))
         if decoding:
             self._decoder.remove(decoding)
 
@@ -171,10 +176,12 @@ class Runner:
                 seen[i, torch.tensor([*row.prompt, *row.tokens], device=logits.device)] = True
         ids, output = sample_outputs(logits, params, generators, seen, top)
         steps = [row.max_new_tokens - len(row.tokens) - 1 for row in rows]
-        self._decoder.add(keys, steps, cache, ids, params, generators, seen=seen)
+        self._lives |= {key: (key, next(self._count)) for key in keys}
+        lives = [self._lives[key] for key in keys]
+        self._decoder.add(lives, steps, cache, ids, params, generators, seen=seen)
         return output
 
-    def _make_decoder(self) -> EagerDecoder[Key] | PipelinedDecoder[Key] | IsolatedDecoder[Key]:
+    def _make_decoder(self) -> EagerDecoder[Life] | PipelinedDecoder[Life] | IsolatedDecoder[Life]:
         if self.isolated:
             return IsolatedDecoder(self.model)
         if self.decoding == "eager":

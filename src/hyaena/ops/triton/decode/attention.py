@@ -1,7 +1,8 @@
 """Attention of one new token per row to the KV cache, the tokens of every row split among programs (flash decoding).
 
-Every row has a store of its own, of which it uses the first ``lengths[b]`` slots. Addresses, capacities and lengths are
-read on the device, so a captured graph reads the slots that are valid when it is replayed. The grid never changes: the
+Every row uses the first ``lengths[b]`` slots of a store of its own, or of its pages, in which a block of slots never
+crosses a page. Addresses, capacities, numbers of pages and lengths are read on the device, so a captured graph reads
+the slots that are valid when it is replayed, and what belongs to them of the table of pages. The grid is fixed: the
 ``SPLITS`` programs of a (row, key head) divide what is valid, each a run of whole blocks, and those without any end
 immediately. Each program serves all query heads of its key head, so keys and values are read once. A second pass joins
 the splits by their log-sum-exp.
@@ -19,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.kv import KVState
+from hyaena.ops.pages import PagedRows
 from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
-from hyaena.ops.triton.decode.rows import row_storage
+from hyaena.ops.triton.decode.rows import first_slot, page_operands, row_capacity, row_storage
 
 BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""
@@ -44,10 +46,11 @@ def _split_range(lengths, row, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _split_kernel(q, keys, values, capacities, lengths, partial, weights, scale,
+def _split_kernel(q, keys, values, capacities, pages, lengths, partial, weights, scale,
                   HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SHARE_PAD: tl.constexpr,
                   WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-                  OPERAND: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                  OPERAND: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr, TABLE: tl.constexpr,
+                  PAGE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One split: its softmax over its own slots [HEADS/GROUPS,WIDTH], and the logarithm (base 2) of its normaliser."""
     gdc_wait(OVERLAP)
     row = tl.program_id(0) // GROUPS
@@ -62,9 +65,9 @@ def _split_kernel(q, keys, values, capacities, lengths, partial, weights, scale,
     query = (row * HEADS + group * SHARE + share).to(tl.int64)  # padded heads are never stored
     real = (share < SHARE)[:, None] & inside[None, :]
     qs = tl.load(q + query[:, None] * WIDTH + channel[None, :], mask=real, other=0.0).to(OPERAND)
-    base = group.to(tl.int64) * tl.load(capacities + row) * WIDTH
-    k = row_storage(keys, row, TYPE) + base
-    v = row_storage(values, row, TYPE) + base
+    base = group.to(tl.int64) * row_capacity(capacities, row, PAGE) * WIDTH
+    k = row_storage(keys, row, TYPE, PAGE) + base
+    v = row_storage(values, row, TYPE, PAGE) + base
 
     best = tl.full([SHARE_PAD], -float("inf"), tl.float32)
     total = tl.zeros([SHARE_PAD], tl.float32)
@@ -72,7 +75,8 @@ def _split_kernel(q, keys, values, capacities, lengths, partial, weights, scale,
     for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         slot = at + tl.arange(0, BLOCK)
         valid = slot < end
-        place = slot[:, None].to(tl.int64) * WIDTH + channel[None, :]
+        stored = first_slot(pages, row, at, TABLE, PAGE) + tl.arange(0, BLOCK)
+        place = stored[:, None].to(tl.int64) * WIDTH + channel[None, :]
         keep = valid[:, None] & inside[None, :]
         ks = tl.load(k + place, mask=keep, other=0.0).to(OPERAND)
         vs = tl.load(v + place, mask=keep, other=0.0).to(OPERAND)
@@ -114,13 +118,13 @@ def _join_kernel(partial, weights, lengths, out, HEADS: tl.constexpr, WIDTH: tl.
 
 
 def decode_attention(
-    q: Tensor, state: KVState, lengths: Tensor, *, longest: int | None = None, overlap: bool = False
+    q: Tensor, rows: KVState | PagedRows, lengths: Tensor, *, longest: int | None = None, overlap: bool = False
 ) -> Tensor:
     """Attention of the newest token of every row to all tokens of that row, itself included.
 
     Args:
         q: [B,H,head_dim], float32, bfloat16 or float16.
-        state: keys and values of B rows, head_dim at most 256; slots outside the valid ones may hold anything.
+        rows: keys and values of B rows, head_dim at most 256; slots outside the valid ones may hold anything.
         lengths: int32 [B], tokens of each row, at least 1, at most its capacity, on the device.
         longest: the most tokens of any row, which bounds the number of splits; the largest capacity unless given.
 
@@ -128,12 +132,13 @@ def decode_attention(
         [B,H,head_dim].
     """
     batch, heads, width = q.shape
-    groups = state.keys(0).shape[0]
-    keys, values, capacities = state.pointers()
+    groups = rows.groups
+    keys, values, capacities = rows.pointers()
+    pages, table, page = page_operands(rows)
     padded = max(16, triton.next_power_of_2(width))
     block = min(BLOCK, TILE // (padded * q.element_size()))
     programs = WAVE if 2 * batch * groups <= WAVE else PROGRAMS
-    longest = max(state.capacities) if longest is None else longest
+    longest = rows.longest if longest is None else longest
     splits = max(1, min(programs // (batch * groups), MAX_SPLITS, triton.cdiv(longest, block)))
     share = heads // groups
     partial = q.new_empty((batch, heads, splits, width), dtype=torch.float32)
@@ -141,10 +146,11 @@ def decode_attention(
     out = torch.empty_like(q)
     scale = width**-0.5 * 1.4426950408889634  # exp(x) = 2^(x·log2 e)
     _split_kernel[(batch * groups, splits)](
-        q, keys, values, capacities, lengths, partial, weights, scale,
+        q, keys, values, capacities, pages, lengths, partial, weights, scale,
         HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=max(16, triton.next_power_of_2(share)),
-        WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, BLOCK=block, OPERAND=_operand(q.dtype), TYPE=TYPES[state.dtype],
-        STAGES=3, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
+        WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, BLOCK=block, OPERAND=_operand(q.dtype), TYPE=TYPES[rows.dtype],
+        STAGES=3, TABLE=table, PAGE=page, OVERLAP=overlap,
+        launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     _join_kernel[(batch * heads,)](
         partial, weights, lengths, out,

@@ -13,6 +13,7 @@ from hyaena.ops.hyena import HyenaState
 from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Dense, Linear
 from hyaena.ops.long_conv import Filter, ModalFilter
+from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 from hyaena.ops.triton.decode import embed_argmax, gemv, rope_kv
 from hyaena.ops.triton.decode.attention import decode_attention
@@ -74,11 +75,12 @@ class FusedDecodeOperators(DecodeOperators):
             overlap=self.overlap,
         )
 
-    def rotate_and_cache(self, qkv: Tensor, state: KVState, context: StepContext) -> Tensor:
-        return rope_kv.rotate_and_cache(qkv, state, context, overlap=self.overlap)
+    def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
+        return rope_kv.rotate_and_cache(qkv, state.through(context.pages), context, overlap=self.overlap)
 
-    def attend(self, q: Tensor, state: KVState, context: StepContext) -> Tensor:
-        return decode_attention(q, state, context.lengths, longest=self.longest, overlap=self.overlap)
+    def attend(self, q: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
+        rows = state.through(context.pages)
+        return decode_attention(q, rows, context.lengths, longest=self.longest, overlap=self.overlap)
 
     def hyena(
         self, z: Tensor, short_weight: Tensor, short_bias: Tensor | None, long_filter: Filter, state: HyenaState
