@@ -14,9 +14,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hyaena.errors import InputError, printable
-from hyaena.files import read_bytes
-from hyaena.mappings import parse_json
-from hyaena.tokenizers import TEMPLATES, Tokenizer
+from hyaena.mappings import read_mapping, read_text
+from hyaena.tokenizers import Tokenizer
+from hyaena.tokenizers.chat import TEMPLATES
 
 MAX_TEMPLATE = 2**16
 """Characters of a template."""
@@ -137,15 +137,11 @@ def find_template(name: str | None, folder: Path | None, model_name: str) -> Cha
             return ChatTemplate(TEMPLATES[name])
         if not Path(name).is_file():
             raise InputError(f"there is no chat template {printable(name)}: name {', '.join(TEMPLATES)}, or a file")
-        return ChatTemplate(_text(Path(name)))
+        return ChatTemplate(read_text(Path(name)))
     if folder is not None and (folder / "chat_template.jinja").is_file():
-        return ChatTemplate(_text(folder / "chat_template.jinja"))
+        return ChatTemplate(read_text(folder / "chat_template.jinja"))
     if folder is not None and (folder / "tokenizer_config.json").is_file():
-        found = parse_json(read_bytes(folder / "tokenizer_config.json"), "tokenizer_config.json")
-        if isinstance(found, Mapping) and isinstance(found.get("chat_template"), str):
-            return ChatTemplate(found["chat_template"])
+        found = read_mapping(folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(found, str):
+            return ChatTemplate(found)
     return ChatTemplate(TEMPLATES["nous"]) if "nous" in model_name.lower() else None
-
-
-def _text(path: Path) -> str:
-    return read_bytes(path).decode("utf-8-sig")

@@ -8,8 +8,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import CapacityError, HyaenaError, InputError
@@ -26,6 +27,7 @@ from hyaena.sizes import ModelSizes
 from hyaena.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class QueueFullError(HyaenaError, RuntimeError):
@@ -241,6 +243,27 @@ class Engine:
     def cancel(self, key: int) -> None:
         """End a request whose tokens nobody wants any more."""
         self._commands.put(lambda: self._cancel(key))
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function in the engine's thread, between two turns: nothing else uses the model meanwhile.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        with self._lock:
+            if not self.alive:
+                raise EngineDeadError("the engine has stopped: restart the server")
+            self._commands.put(run)
+        return future
 
     def stop(self, timeout: float | None = None) -> bool:
         """Take no more requests, finish those that are here, and stop; whether all ended within the timeout.

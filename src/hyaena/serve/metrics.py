@@ -1,4 +1,4 @@
-"""What the server counts, under the names that vLLM gave them, with our prefix; ``/metrics`` shows them to Prometheus."""
+"""What the server counts, for Prometheus: vLLM's names of metrics under our prefix."""
 
 from __future__ import annotations
 
