@@ -2,17 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyaena import ops
-from hyaena.arguments import kind_of
+from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
+
+Recurrence = Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Any]]
+
+
+class Group(NamedTuple):
+    """Rows of a packed pass that a sequential operator reads together, padded on the left to the longest.
+
+    Attributes:
+        rows: their places in the cache.
+        source: int [b,T'], where each step is in the packed pass; the row's first token for padding, which is masked.
+        mask: bool [b,T'], False for padding; None where there is none.
+        steps: int, where the steps that are not padding are in [b·T'], row after row.
+    """
+
+    rows: list[int]
+    source: Tensor
+    mask: Tensor | None
+    steps: Tensor
+
+
+class Packing:
+    """Several rows in one pass over ids [1,T]: the next tokens of each, one row after another, without padding.
+
+    Projections, norms and MLPs read the pass as it is. Attention reads each row's part of it, and a recurrence the rows
+    in groups, each row from its own state to its own last token.
+
+    Attributes:
+        spans: first and last position (exclusive) of each row in the pass.
+        groups: of rows that a recurrence reads together. Rows that begin are grouped if their lengths differ by less
+            than a factor of two; a row with a past is a group of its own, since padding before its tokens would be part
+            of them.
+        places: int [T], where each position of the pass is in the steps of all groups, one group after another.
+        row_places: where each row is in the rows of all groups.
+        last: int [B], the last position of each row in the pass.
+    """
+
+    def __init__(self, lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
+        self.spans = list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
+        sizes: dict[object, list[int]] = {}
+        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            sizes.setdefault((row, "past") if length else count.bit_length(), []).append(row)
+        self.groups = [self._group(rows, device) for rows in sizes.values()]
+        rows = [row for group in self.groups for row in group.rows]
+        self.row_places = sorted(range(len(rows)), key=rows.__getitem__)
+        positions = torch.cat([torch.arange(*self.spans[row]) for row in rows])
+        self.places = positions.argsort().to(device)
+        self.last = torch.tensor([stop - 1 for _, stop in self.spans]).to(device)
+
+    def _group(self, rows: list[int], device: torch.device) -> Group:
+        counts = torch.tensor([self.spans[row][1] - self.spans[row][0] for row in rows])
+        width = int(counts.max())
+        mask = torch.arange(width) >= (width - counts)[:, None]
+        first, last = torch.tensor([self.spans[row] for row in rows]).T
+        source = torch.maximum(torch.arange(width) + (last - width)[:, None], first[:, None])
+        steps = mask.flatten().nonzero().flatten()
+        return Group(rows, source.to(device), None if bool(mask.all()) else mask.to(device), steps.to(device))
+
+    def apply(self, operator: Recurrence, z: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Evaluate a recurrence of every row: z [1,T,E] and the state of all rows -> y [1,T,D], and the state after.
+
+        Args:
+            operator: maps inputs [b,T',E], the state of those rows and the mask of their padding to outputs and state.
+        """
+        parts, states = [], []
+        for group in self.groups:
+            y, new = operator(z[0, group.source], state.select(group.rows), group.mask)
+            parts.append(y.flatten(0, 1)[group.steps])
+            states.append(new)
+        return torch.cat(parts)[self.places].unsqueeze(0), states[0].join(states[1:]).select(self.row_places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +92,9 @@ class ForwardContext:
 
     Attributes:
         lengths: tokens that each row of the cache holds before this pass; None without a cache.
-        counts: tokens that this pass adds to each row of the cache: T, less its padding; None without a cache.
+        counts: tokens that this pass adds to each row of the cache: T, less its padding, or its part of a packed pass;
+            None without a cache.
+        packing: how the rows of the cache lie in a packed pass, or None.
         pages: the pages of the rows of a cache that has them, else None.
         rotary: cos and sin of the positions of this pass, [T,head_dim/2] or [B,T,head_dim/2].
         padding: leading positions of each row that are padding, as int [B] and as numbers; None where there are none.
@@ -34,6 +107,7 @@ class ForwardContext:
 
     lengths: Sequence[int] | None
     counts: Sequence[int] | None
+    packing: Packing | None
     pages: ops.PageTable | None
     rotary: tuple[Tensor, Tensor]
     padding: tuple[Tensor, Sequence[int]] | None
@@ -52,6 +126,7 @@ class ForwardContext:
         cache: Cache | None,
         mask: Tensor | None,
         segment_ids: Tensor | None,
+        counts: Sequence[int] | None,
         method: str,
         backend: ops.Backend,
         dtype: torch.dtype,
@@ -69,6 +144,10 @@ class ForwardContext:
                 raise InputError(f"{name} must be a tensor of the shape of ids, not {kind_of(value)}")
         if segment_ids is not None and (cache is not None or mask is not None or segment_ids.shape != ids.shape):
             raise InputError("segment_ids must have the shape of ids, and go without cache and without mask")
+        packing = None
+        if counts is not None:
+            counts = _check_packed(counts, ids, cache, mask)
+            packing = Packing(lengths or (), counts, ids.device)
         mask = _check_mask(mask, ids, lengths)
         padding = None
         if mask is not None:
@@ -78,10 +157,17 @@ class ForwardContext:
         if segment_ids is not None:  # a number that comes back later is another document
             reset = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
             documents = ops.find_documents(reset)
-        positions = _positions(length, ids.device, lengths, None if padding is None else padding[0], reset)
+        if packing is not None and counts is not None and not any(lengths or ()):
+            documents = ops.Documents.of([counts], ids.device)
+        if packing is not None:
+            parts = [torch.arange(n) + start for n, start in zip(counts or (), lengths or (), strict=True)]
+            positions = torch.cat(parts).to(ids.device)
+        else:
+            positions = _positions(length, ids.device, lengths, None if padding is None else padding[0], reset)
         return cls(
             lengths=lengths,
-            counts=_counts(lengths, length, padding),
+            counts=_counts(lengths, length, padding) if counts is None else counts,
+            packing=packing,
             pages=None if cache is None or cache.pool is None else ops.PageTable.of(cache.pages, cache.pool.device),
             rotary=ops.rotary_table(
                 positions, config.head_dim, config.rope_theta, config.rope_scaling_factor, dtype=dtype
@@ -125,6 +211,19 @@ def _check_ids(ids: Tensor) -> None:
         raise InputError(f"the model takes token ids as a tensor of integers, and was given {kind}")
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
         raise InputError(f"the model takes token ids of shape [B>=1, T>=1], and was given {tuple(ids.shape)}")
+
+
+def _check_packed(counts: Sequence[int], ids: Tensor, cache: Cache | None, mask: Tensor | None) -> list[int]:
+    """The counts of a packed pass as numbers."""
+    if cache is None or mask is not None:
+        raise InputError("counts go with a cache, one for each of its rows, and without mask")
+    numbers = [whole("a count", count, "a whole number of at least 1", 1) for count in counts]
+    if len(numbers) != cache.batch_size or ids.shape[0] != 1 or sum(numbers) != ids.shape[1]:
+        raise InputError(
+            f"a packed pass takes ids [1, T] and a count for each of the {cache.batch_size} rows of the cache, T in "
+            f"all, and was given ids {list(ids.shape)} and {len(numbers)} counts of {sum(numbers)} tokens"
+        )
+    return numbers
 
 
 def _check_mask(mask: Tensor | None, ids: Tensor, lengths: Sequence[int] | None) -> Tensor | None:

@@ -37,6 +37,8 @@ class Mixer(Protocol):
 
     A mixer that remembers keys and values may name their sizes, ``kv_shape() -> (G, head_dim)``. In a cache on pages
     its state is a ``PagedKVState`` then; a mixer without that method has the state that ``make_state`` makes.
+
+    A mixer whose forward knows ``context.packing`` says so by ``packs = True``.
     """
 
     def make_state(self, batch: int, *, max_length: int | None, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -101,6 +103,8 @@ class GatedMLP(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and one fused projection ``[q | k | v]``."""
 
+    packs = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.groups, self.head_dim = (
@@ -130,11 +134,21 @@ class Attention(nn.Module):
         q, k = ops.rotate(qk, context.rotary, backend=context.backend).split([self.heads, self.groups], dim=1)
         q = q[:, :, -keep:]
         kv = None if state is None else state.through(context.pages)
-        if kv is not None and context.lengths is not None:
-            kv.write(k, v, context.lengths, None if context.padding is None else context.padding[1])
+        if kv is not None and context.lengths is not None and context.counts is not None:
+            if context.packing is not None:
+                kv.write_packed(k, v, context.lengths, context.counts)
+            else:
+                kv.write(k, v, context.lengths, None if context.padding is None else context.padding[1])
         if kv is None or context.lengths is None or not any(context.lengths):
             padding = None if context.padding is None else context.padding[0]
             y = ops.attention(q, k, v, padding=padding, documents=context.documents)
+        elif context.packing is not None:
+            parts = []
+            for row, (start, stop) in enumerate(context.packing.spans):
+                run, here = kv.row(row, context.lengths[row] + stop - start), (..., slice(start, stop), slice(None))
+                run = run.with_newest(k[here], v[here]) if k.requires_grad else run
+                parts.append(ops.attention(q[here], run.keys.to(q), run.values.to(q)))
+            y = torch.cat(parts, dim=2)
         else:
             runs = kv.runs(context.lengths, extra=k.shape[2])
             if k.requires_grad:
@@ -161,6 +175,8 @@ class Hyena(nn.Module):
         config: of the model.
         long_filter: the module of the long filter; calling it gives the filter that ``ops.hyena`` evaluates.
     """
+
+    packs = True
 
     def __init__(self, config: ModelConfig, long_filter: nn.Module) -> None:
         super().__init__()
@@ -196,17 +212,17 @@ class Hyena(nn.Module):
     def forward(
         self, x: Tensor, context: ForwardContext, state: HyenaState | None, keep: int
     ) -> tuple[Tensor, HyenaState]:
-        y, state = ops.hyena(
-            self.in_proj(x),
-            self.short_filter.weight,
-            self.short_filter.bias,
-            self.long_filter(),
-            state,
-            mask=context.mask,
-            reset=context.reset,
-            method=context.method,
-            backend=context.backend,
-        )
+        short, long_filter = self.short_filter, self.long_filter()
+
+        def operator(z: Tensor, state: HyenaState | None, mask: Tensor | None) -> tuple[Tensor, HyenaState]:
+            options: dict[str, Any] = {"method": context.method, "backend": context.backend}
+            return ops.hyena(z, short.weight, short.bias, long_filter, state, mask=mask, reset=context.reset, **options)
+
+        z = self.in_proj(x)
+        if context.packing is None:
+            y, state = operator(z, state, context.mask)
+        else:
+            y, state = context.packing.apply(operator, z, state)
         return self.out_proj(y[:, -keep:]), state
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
@@ -465,6 +481,7 @@ class StripedHyena(nn.Module):
         cache: Cache | None = None,
         mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        counts: Sequence[int] | None = None,
         logits_to_keep: int | None = None,
         method: str = "auto",
         backend: str = "auto",
@@ -479,12 +496,14 @@ class StripedHyena(nn.Module):
                 first tokens only.
             segment_ids: int [B,T]; a new document begins where the number changes. Nothing passes from one document to
                 the next, and positions restart. Not with a cache.
+            counts: ids int [1,T] are the next tokens of all rows of the cache, so many of each, one row after another,
+                without padding. ``logits_to_keep`` is None or 1 then.
             logits_to_keep: compute the logits of the last so many positions only, and the last layer's output there.
             method: how long convolutions are evaluated; see ``ops.METHODS``.
             backend: what evaluates the operators: ``"triton"`` (fused kernels), ``"plain"`` (torch), or ``"auto"``.
 
         Returns:
-            [B,T,V], or [B,logits_to_keep,V].
+            [B,T,V], or [B,logits_to_keep,V]; of a packed pass [1,T,V], or [B,1,V] after the last token of each row.
 
         Raises:
             InputError: shapes, ids or masks that do not fit; a cache of another model or in use by another thread.
@@ -496,12 +515,15 @@ class StripedHyena(nn.Module):
         if cache is not None and not isinstance(cache, Cache):
             raise InputError(f"cache is {kind_of(cache)}: make one with this model's make_cache")
         resolved = ops.resolve_backend(backend, device=self.device, dtype=self.dtype, gradients=torch.is_grad_enabled())
+        if counts is not None:
+            self._check_packs(logits_to_keep)
         context = ForwardContext.of(
             self.config,
             ids,
             cache=cache,
             mask=mask,
             segment_ids=segment_ids,
+            counts=counts,
             method=method,
             backend=resolved,
             dtype=self.dtype,
@@ -509,7 +531,7 @@ class StripedHyena(nn.Module):
         if cache is None or context.counts is None:
             return self._layers(ids, context, [None] * len(self.layers), logits_to_keep)[0]
         assert context.lengths is not None
-        with cache.reading(self, len(ids), context.lengths, context.counts):
+        with cache.reading(self, len(ids) if counts is None else len(context.counts), context.lengths, context.counts):
             logits, states = self._layers(ids, context, cache.states, logits_to_keep)
             cache.commit([state.detach() for state in states], context.counts)
         return logits
@@ -528,13 +550,26 @@ class StripedHyena(nn.Module):
                 "use the tokenizer of this model"
             ) from None
         length = ids.shape[1]
-        keep = length if logits_to_keep is None else min(logits_to_keep, length)
+        packed = context.packing is not None
+        keep = length if logits_to_keep is None or packed else min(logits_to_keep, length)
         last = len(self.layers) - 1
         for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             x, state = layer(x, context, state, keep if i == last else length)  # nothing else of the last layer is read
             new.append(state)
+        if context.packing is not None and logits_to_keep is not None:
+            x = x[0, context.packing.last, None]  # [B,1,D]
         x = call(self.norm, x, context)
         return self.lm_head(x) if self.lm_head is not None else nn.functional.linear(x, self.embed_tokens.weight), new
+
+    def _check_packs(self, logits_to_keep: int | None) -> None:
+        if logits_to_keep not in (None, 1):
+            raise InputError(f"a packed pass takes logits_to_keep=1 or None, not {logits_to_keep}")
+        for i, layer in enumerate(self.layers):
+            if not getattr(layer.mixer, "packs", False):
+                raise UnsupportedError(
+                    f"the mixer of layer {i}, a {type(layer.mixer).__name__}, reads no packed rows: read them padded, "
+                    "with a mask"
+                )
 
     def step(self, ids: Tensor, states: Sequence[Any], context: StepContext) -> Tensor:
         """Read one token per row, ids [B]; logits [B,V] of the next. States and lengths are updated in place."""
