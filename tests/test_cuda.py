@@ -12,11 +12,12 @@ import hyaena
 from hyaena.bench.run import SH_7B, random_model
 from hyaena.cli import main
 from hyaena.config import ModelConfig
-from hyaena.decoding import resolve_decoding
+from hyaena.decoding import Decoder, PipelinedDecoder, resolve_decoding
 from hyaena.formats import read_config
 from hyaena.generation import Options
 from hyaena.model import StripedHyena
-from hyaena.ops import HyenaState, ModalFilter, attention, long_conv, to_canonical, to_modal
+from hyaena.ops import HyenaState, ModalFilter, attention, long_conv, pages_for, to_canonical, to_modal
+from hyaena.sampling import SamplingParams
 from hyaena.tokenizers import ByteTokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -212,3 +213,42 @@ def test_poles_stay_precise_and_states_complex_on_the_device() -> None:
             assert layer.long.is_cuda and layer.long.dtype == torch.complex64
     for name, p in model.named_parameters():
         assert p.dtype == (torch.float32 if name.endswith(("poles", "residues")) else torch.bfloat16)
+
+
+def test_captured_steps_live_on_pages() -> None:
+    """Rows grow, leave and give their pages to others at once; nothing is captured again, and all tokens are right."""
+    model, limit, greedy = make(), 200, SamplingParams()
+    torch.manual_seed(4)
+    prompts = [torch.randint(64, (1, n), device="cuda") for n in (60, 1, 127, 64, 30, 100)]
+
+    def run(paged: bool) -> tuple[dict[int, list[int]], int]:
+        pool = model.make_page_pool(10)
+        free, pages = list(range(10)), {}
+        decoder = PipelinedDecoder[int](Decoder(model, 4, cuda_graph=True))
+        tokens: dict[int, list[int]] = {}
+        for key, prompt in enumerate(prompts):
+            if key >= 3:
+                decoder.remove([key - 3])
+                free += pages.pop(key - 3, [])
+            cache = model.make_cache(max_length=limit)
+            if paged:
+                pages[key] = [free.pop() for _ in range(pages_for(prompt.shape[1]))]
+                cache = model.make_paged_cache(pool, [pages[key]], max_length=limit)
+            with torch.inference_mode():
+                ids = model(prompt, cache=cache)[:, -1].argmax(-1)
+            decoder.add([key], [60], cache, ids, [greedy], [greedy.generator()])
+            tokens[key] = []
+            for _ in range(15):
+                for row, count in decoder.missing_pages().items():
+                    extra = [free.pop() for _ in range(count)]
+                    decoder.extend(row, extra)
+                    pages[row] += extra
+                keys, output = decoder.next()
+                for row, token, finite in zip(keys, output.tokens, output.finite, strict=True):
+                    if row > key - 3:
+                        assert finite
+                        tokens[row].append(token)
+        decoder.wait()
+        return tokens, len(decoder.decoder.graphs)
+
+    assert run(True) == run(False)

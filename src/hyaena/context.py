@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,47 +10,11 @@ import torch
 from torch import Tensor
 
 from hyaena import ops
-from hyaena.arguments import kind_of
+from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
-
-
-class Snapshots:
-    """Copies of the layers' states inside a pass: what the cache would hold, had the pass ended there.
-
-    A mixer whose state sums up all tokens evaluates the pass in ``pieces`` and saves its state after each. Keys and
-    values need no copy: those of the first tokens are the first in the cache.
-
-    Args:
-        stops: columns of the pass after which states are saved, in rising order: 1 … T.
-
-    Attributes:
-        layer: the layer that is evaluated; the model counts.
-    """
-
-    def __init__(self, stops: Sequence[int]) -> None:
-        if not stops or any(b <= a for a, b in itertools.pairwise([0, *stops])):
-            raise InputError(f"snapshots take columns of the pass, from 1 on and rising, not {stops}")
-        self.stops = tuple(stops)
-        self.layer = 0
-        self._saved: dict[tuple[int, int], Any] = {}
-
-    def pieces(self, length: int) -> Iterator[slice]:
-        """The columns of a pass of ``length`` tokens, cut at every stop."""
-        if self.stops[-1] > length:
-            raise InputError(f"a snapshot behind column {self.stops[-1]} is not part of a pass of {length} tokens")
-        ends = self.stops if self.stops[-1] == length else (*self.stops, length)
-        return (slice(start, stop) for start, stop in itertools.pairwise((0, *ends)))
-
-    def save(self, stop: int, state: Any) -> None:
-        """Keep the state of the layer behind a column, if it is a stop."""
-        if stop in self.stops:
-            self._saved[self.layer, stop] = state.detach()
-
-    def row(self, row: int, stop: int) -> dict[int, Any]:
-        """Layer -> state of one row behind a stop, copied; of the layers whose mixers saved one."""
-        return {layer: state.select([row]) for (layer, at), state in self._saved.items() if at == stop}
+from hyaena.packing import Packing, Recurrence, Snapshots, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +23,9 @@ class ForwardContext:
 
     Attributes:
         lengths: tokens that each row of the cache holds before this pass; None without a cache.
-        counts: tokens that this pass adds to each row of the cache: T, less its padding; None without a cache.
+        counts: tokens that this pass adds to each row of the cache: T, less its padding, or its part of a packed pass;
+            None without a cache.
+        packing: how the rows of the cache lie in a packed pass, or None.
         pages: the pages of the rows of a cache that has them, else None.
         rotary: cos and sin of the positions of this pass, [T,head_dim/2] or [B,T,head_dim/2].
         padding: leading positions of each row that are padding, as int [B] and as numbers; None where there are none.
@@ -69,11 +34,12 @@ class ForwardContext:
         documents: the packed documents, found once per pass, or None.
         method: how long convolutions are evaluated; see ``ops.METHODS``.
         backend: what evaluates the operators; see ``ops.resolve_backend``.
-        snapshots: where mixers save their states inside the pass, or None.
+        snapshots: where states inside the pass are copied to, or None.
     """
 
     lengths: Sequence[int] | None
     counts: Sequence[int] | None
+    packing: Packing | None
     pages: ops.PageTable | None
     rotary: tuple[Tensor, Tensor]
     padding: tuple[Tensor, Sequence[int]] | None
@@ -93,6 +59,7 @@ class ForwardContext:
         cache: Cache | None,
         mask: Tensor | None,
         segment_ids: Tensor | None,
+        counts: Sequence[int] | None,
         method: str,
         backend: ops.Backend,
         dtype: torch.dtype,
@@ -111,6 +78,10 @@ class ForwardContext:
                 raise InputError(f"{name} must be a tensor of the shape of ids, not {kind_of(value)}")
         if segment_ids is not None and (cache is not None or mask is not None or segment_ids.shape != ids.shape):
             raise InputError("segment_ids must have the shape of ids, and go without cache and without mask")
+        packing = None
+        if counts is not None:
+            counts = _check_packed(counts, ids, cache, mask)
+            packing = Packing(lengths or (), counts, ids.device)
         mask = _check_mask(mask, ids, lengths)
         padding = None
         if mask is not None:
@@ -120,10 +91,17 @@ class ForwardContext:
         if segment_ids is not None:  # a number that comes back later is another document
             reset = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
             documents = ops.find_documents(reset)
-        positions = _positions(length, ids.device, lengths, None if padding is None else padding[0], reset)
+        if packing is not None and counts is not None and not any(lengths or ()):
+            documents = ops.Documents.of([counts], ids.device)
+        if packing is not None:
+            parts = [torch.arange(n) + start for n, start in zip(counts or (), lengths or (), strict=True)]
+            positions = torch.cat(parts).to(ids.device)
+        else:
+            positions = _positions(length, ids.device, lengths, None if padding is None else padding[0], reset)
         return cls(
             lengths=lengths,
-            counts=_counts(lengths, length, padding),
+            counts=_counts(lengths, length, padding) if counts is None else counts,
+            packing=packing,
             pages=None if cache is None or cache.pool is None else ops.PageTable.of(cache.pages, cache.pool.device),
             rotary=ops.rotary_table(
                 positions, config.head_dim, config.rope_theta, config.rope_scaling_factor, dtype=dtype
@@ -136,6 +114,26 @@ class ForwardContext:
             backend=backend,
             snapshots=snapshots,
         )
+
+    def evaluate(self, operator: Recurrence, z: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Evaluate an operator whose state sums up all tokens before, over this pass.
+
+        A packed pass is cut into its rows, and where snapshots are wanted the rows are cut there, each piece from the
+        state that the one before left.
+
+        Args:
+            operator: see ``Recurrence``.
+            z: its inputs [B,T,E], or [1,T,E] of a packed pass.
+            state: of all rows, or None.
+
+        Returns:
+            y [B,T,D] and the state after the pass.
+        """
+        padding = None if self.padding is None else self.padding[1]
+        if self.packing is not None:
+            return self.packing.apply(operator, z, state, self.snapshots)
+        rows = range(z.shape[0])
+        return evaluate(operator, z, state, self.mask, self.reset, rows, padding, self.snapshots)
 
 
 def _counts(
@@ -168,6 +166,19 @@ def _check_ids(ids: Tensor) -> None:
         raise InputError(f"the model takes token ids as a tensor of integers, and was given {kind}")
     if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] == 0:
         raise InputError(f"the model takes token ids of shape [B>=1, T>=1], and was given {tuple(ids.shape)}")
+
+
+def _check_packed(counts: Sequence[int], ids: Tensor, cache: Cache | None, mask: Tensor | None) -> list[int]:
+    """The counts of a packed pass as numbers."""
+    if cache is None or mask is not None:
+        raise InputError("counts go with a cache, one for each of its rows, and without mask")
+    numbers = [whole("a count", count, "a whole number of at least 1", 1) for count in counts]
+    if len(numbers) != cache.batch_size or ids.shape[0] != 1 or sum(numbers) != ids.shape[1]:
+        raise InputError(
+            f"a packed pass takes ids [1, T] and a count for each of the {cache.batch_size} rows of the cache, T in "
+            f"all, and was given ids {list(ids.shape)} and {len(numbers)} counts of {sum(numbers)} tokens"
+        )
+    return numbers
 
 
 def _check_mask(mask: Tensor | None, ids: Tensor, lengths: Sequence[int] | None) -> Tensor | None:

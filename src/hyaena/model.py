@@ -25,11 +25,12 @@ from hyaena import ops
 from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig, unknown_layer_kind
-from hyaena.context import ForwardContext, Snapshots
+from hyaena.context import ForwardContext
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
 from hyaena.formats.stripedhyena import tensors as original
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagePool, StepContext
+from hyaena.packing import Snapshots
 
 
 class Mixer(Protocol):
@@ -37,6 +38,8 @@ class Mixer(Protocol):
 
     A mixer that remembers keys and values may name their sizes, ``kv_shape() -> (G, head_dim)``. In a cache on pages
     its state is a ``PagedKVState`` then; a mixer without that method has the state that ``make_state`` makes.
+
+    A mixer whose forward knows ``context.packing`` says so by ``packs = True``.
     """
 
     def make_state(self, batch: int, *, max_length: int | None, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -101,6 +104,8 @@ class GatedMLP(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and one fused projection ``[q | k | v]``."""
 
+    packs = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.groups, self.head_dim = (
@@ -130,11 +135,21 @@ class Attention(nn.Module):
         q, k = ops.rotate(qk, context.rotary, backend=context.backend).split([self.heads, self.groups], dim=1)
         q = q[:, :, -keep:]
         kv = None if state is None else state.through(context.pages)
-        if kv is not None and context.lengths is not None:
-            kv.write(k, v, context.lengths, None if context.padding is None else context.padding[1])
+        if kv is not None and context.lengths is not None and context.counts is not None:
+            if context.packing is not None:
+                kv.write_packed(k, v, context.lengths, context.counts)
+            else:
+                kv.write(k, v, context.lengths, None if context.padding is None else context.padding[1])
         if kv is None or context.lengths is None or not any(context.lengths):
             padding = None if context.padding is None else context.padding[0]
             y = ops.attention(q, k, v, padding=padding, documents=context.documents)
+        elif context.packing is not None:
+            parts = []
+            for row, (start, stop) in enumerate(context.packing.spans):
+                run, here = kv.row(row, context.lengths[row] + stop - start), (..., slice(start, stop), slice(None))
+                run = run.with_newest(k[here], v[here]) if k.requires_grad else run
+                parts.append(ops.attention(q[here], run.keys.to(q), run.values.to(q)))
+            y = torch.cat(parts, dim=2)
         else:
             runs = kv.runs(context.lengths, extra=k.shape[2])
             if k.requires_grad:
@@ -161,6 +176,8 @@ class Hyena(nn.Module):
         config: of the model.
         long_filter: the module of the long filter; calling it gives the filter that ``ops.hyena`` evaluates.
     """
+
+    packs = True
 
     def __init__(self, config: ModelConfig, long_filter: nn.Module) -> None:
         super().__init__()
@@ -196,32 +213,16 @@ class Hyena(nn.Module):
     def forward(
         self, x: Tensor, context: ForwardContext, state: HyenaState | None, keep: int
     ) -> tuple[Tensor, HyenaState]:
-        z, short, long_filter = self.in_proj(x), self.short_filter, self.long_filter()
+        short, long_filter = self.short_filter, self.long_filter()
 
-        def evaluate(columns: slice, state: HyenaState | None) -> tuple[Tensor, HyenaState]:
-            return ops.hyena(
-                z[:, columns],
-                short.weight,
-                short.bias,
-                long_filter,
-                state,
-                mask=None if context.mask is None else context.mask[:, columns],
-                reset=None if context.reset is None else context.reset[:, columns],
-                method=context.method,
-                backend=context.backend,
-            )
+        def operator(
+            z: Tensor, state: HyenaState | None, mask: Tensor | None, reset: Tensor | None
+        ) -> tuple[Tensor, HyenaState]:
+            options: dict[str, Any] = {"method": context.method, "backend": context.backend}
+            return ops.hyena(z, short.weight, short.bias, long_filter, state, mask=mask, reset=reset, **options)
 
-        if context.snapshots is None:
-            y, after = evaluate(slice(None), state)
-        else:
-            parts, after = [], state
-            for columns in context.snapshots.pieces(z.shape[1]):
-                y, after = evaluate(columns, after)
-                context.snapshots.save(columns.stop, after)
-                parts.append(y)
-            assert after is not None
-            y = torch.cat(parts, dim=1)
-        return self.out_proj(y[:, -keep:]), after
+        y, state = context.evaluate(operator, self.in_proj(x), state)
+        return self.out_proj(y[:, -keep:]), state
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
         operators, short = context.operators, self.short_filter
@@ -479,6 +480,7 @@ class StripedHyena(nn.Module):
         cache: Cache | None = None,
         mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        counts: Sequence[int] | None = None,
         logits_to_keep: int | None = None,
         method: str = "auto",
         backend: str = "auto",
@@ -494,13 +496,15 @@ class StripedHyena(nn.Module):
                 first tokens only.
             segment_ids: int [B,T]; a new document begins where the number changes. Nothing passes from one document to
                 the next, and positions restart. Not with a cache.
+            counts: ids int [1,T] are the next tokens of all rows of the cache, so many of each, one row after another,
+                without padding. ``logits_to_keep`` is None or 1 then.
             logits_to_keep: compute the logits of the last so many positions only, and the last layer's output there.
             method: how long convolutions are evaluated; see ``ops.METHODS``.
             backend: what evaluates the operators: ``"triton"`` (fused kernels), ``"plain"`` (torch), or ``"auto"``.
             snapshots: takes copies of the states inside this pass.
 
         Returns:
-            [B,T,V], or [B,logits_to_keep,V].
+            [B,T,V], or [B,logits_to_keep,V]; of a packed pass [1,T,V], or [B,1,V] after the last token of each row.
 
         Raises:
             InputError: shapes, ids or masks that do not fit; a cache of another model or in use by another thread.
@@ -512,12 +516,15 @@ class StripedHyena(nn.Module):
         if cache is not None and not isinstance(cache, Cache):
             raise InputError(f"cache is {kind_of(cache)}: make one with this model's make_cache")
         resolved = ops.resolve_backend(backend, device=self.device, dtype=self.dtype, gradients=torch.is_grad_enabled())
+        if counts is not None:
+            self._check_packs(logits_to_keep)
         context = ForwardContext.of(
             self.config,
             ids,
             cache=cache,
             mask=mask,
             segment_ids=segment_ids,
+            counts=counts,
             method=method,
             backend=resolved,
             dtype=self.dtype,
@@ -526,7 +533,7 @@ class StripedHyena(nn.Module):
         if cache is None or context.counts is None:
             return self._layers(ids, context, [None] * len(self.layers), logits_to_keep)[0]
         assert context.lengths is not None
-        with cache.reading(self, len(ids), context.lengths, context.counts):
+        with cache.reading(self, len(ids) if counts is None else len(context.counts), context.lengths, context.counts):
             logits, states = self._layers(ids, context, cache.states, logits_to_keep)
             cache.commit([state.detach() for state in states], context.counts)
         return logits
@@ -545,15 +552,28 @@ class StripedHyena(nn.Module):
                 "use the tokenizer of this model"
             ) from None
         length = ids.shape[1]
-        keep = length if logits_to_keep is None else min(logits_to_keep, length)
+        packed = context.packing is not None
+        keep = length if logits_to_keep is None or packed else min(logits_to_keep, length)
         last = len(self.layers) - 1
         for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             if context.snapshots is not None:
                 context.snapshots.layer = i
             x, state = layer(x, context, state, keep if i == last else length)  # nothing else of the last layer is read
             new.append(state)
+        if context.packing is not None and logits_to_keep is not None:
+            x = x[0, context.packing.last, None]  # [B,1,D]
         x = call(self.norm, x, context)
         return self.lm_head(x) if self.lm_head is not None else nn.functional.linear(x, self.embed_tokens.weight), new
+
+    def _check_packs(self, logits_to_keep: int | None) -> None:
+        if logits_to_keep not in (None, 1):
+            raise InputError(f"a packed pass takes logits_to_keep=1 or None, not {logits_to_keep}")
+        for i, layer in enumerate(self.layers):
+            if not getattr(layer.mixer, "packs", False):
+                raise UnsupportedError(
+                    f"the mixer of layer {i}, a {type(layer.mixer).__name__}, reads no packed rows: read them padded, "
+                    "with a mask"
+                )
 
     def step(self, ids: Tensor, states: Sequence[Any], context: StepContext) -> Tensor:
         """Read one token per row, ids [B]; logits [B,V] of the next. States and lengths are updated in place."""

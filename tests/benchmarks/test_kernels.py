@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from benchmarks.kernels import decode, hyena
+from benchmarks.kernels import decode, hyena, pages
 
 from hyaena.bench import rates
 from hyaena.bench.rates import Sizes
@@ -50,3 +50,25 @@ def test_the_products_of_a_decoding_step_and_the_step_itself(tmp_path: Path, mon
     assert [(p["kind"], p["shape"], len(p["tiles"])) for p in products] == [("gate", [192, 64], 1)]
     assert step["what"] == "products by torch" and step["context"] == 60 and len(step["seconds"]) == 4
     assert known["tuned_tiles"] == {"('gate', 96, 64)": [8, 64, 1, 1]}
+
+
+def test_pages_and_storage_of_rows_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "CUDA", False)
+    pages.main(["--quick", "--output", str(tmp_path)])
+    found = figures(tmp_path / "pages.json")
+    assert [(f["what"], f["name"], f["batch"]) for f in found] == [
+        *((what, name, batch) for batch in (1, 3) for what in ("attention", "rotation and write")
+          for name in ("storage of rows", "pages")),
+        ("shared prefix", "every row reads", 4),
+        ("shared prefix", "every page once", 4),
+        *(("step", name, batch) for batch in (1, 3) for name in ("storage of rows", "pages")),
+    ]  # fmt: skip
+    assert all(min(f["seconds"]) > 0 for f in found)
+    known = json.loads((tmp_path / "pages.json").read_text(encoding="utf-8"))
+    assert known["cache_gb"] < known["unshared_gb"]
+
+
+def test_rows_of_a_benchmark_share_what_they_should() -> None:
+    count, rows = pages.random_pages(3, 5 * 64 - 1, shared=2)
+    assert count == 2 + 3 * 3 and [row[:2] for row in rows] == [rows[0][:2]] * 3
+    assert sorted({page for row in rows for page in row}) == list(range(count))

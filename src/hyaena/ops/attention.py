@@ -41,6 +41,14 @@ class Documents(NamedTuple):
     lengths: list[list[int]] | None = None
     cu_seqlens: Tensor | None = None
 
+    @classmethod
+    def of(cls, lengths: list[list[int]], device: torch.device) -> Documents:
+        """The documents of rows, all of one sum, whose lengths the host knows: the device is not waited for."""
+        ends = torch.tensor(list(itertools.accumulate(itertools.chain.from_iterable(lengths), initial=0)))
+        reset = torch.zeros(int(ends[-1]), dtype=torch.bool)
+        reset[ends[:-1]] = True
+        return cls(reset.view(len(lengths), -1).to(device), lengths, ends.to(device, torch.int32))
+
     @property
     def max_length(self) -> int:
         """The length of the longest document; 0 inside torch.compile."""
@@ -63,8 +71,7 @@ def find_documents(reset: Tensor) -> Documents:
     for row in reset.cpu():
         edges = [0, *(row[1:].nonzero().flatten() + 1).tolist(), width]
         lengths.append([stop - start for start, stop in itertools.pairwise(edges)])
-    ends = list(itertools.accumulate(itertools.chain.from_iterable(lengths), initial=0))
-    return Documents(reset, lengths, torch.tensor(ends, dtype=torch.int32, device=reset.device))
+    return Documents.of(lengths, reset.device)._replace(reset=reset)
 
 
 def attention(

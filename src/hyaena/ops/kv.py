@@ -120,6 +120,16 @@ class KVState:
             self.keys(row)[:, length : length + count - skip] = keys[row, :, skip:]
             self.values(row)[:, length : length + count - skip] = values[row, :, skip:]
 
+    def write_packed(self, keys: Tensor, values: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> None:
+        """Store new tokens [1,G,T,head_dim], ``counts`` of each row, one row after another; see ``write``."""
+        for row, (k, v) in enumerate(zip(keys.split(list(counts), 2), values.split(list(counts), 2), strict=True)):
+            here = slice(lengths[row], lengths[row] + counts[row])
+            self.keys(row)[:, here], self.values(row)[:, here] = k[0].detach(), v[0].detach()
+
+    def row(self, row: int, length: int) -> Run:
+        """A row that holds so many tokens, as a batch of one."""
+        return Run(slice(0, 1), self.keys(row)[None, :, :length], self.values(row)[None, :, :length])
+
     def runs(self, lengths: Sequence[int], extra: int = 0) -> Iterator[Run]:
         """The rows in order, as few runs as there are; ``extra`` more slots than ``lengths`` names are shown."""
         start = 0

@@ -172,28 +172,33 @@ class PagedRows(NamedTuple):
     def write(self, keys: Tensor, values: Tensor, lengths: Sequence[int], padding: Sequence[int] | None = None) -> None:
         """Store new tokens behind those that the rows hold, see ``KVState.write``."""
         batch, count = keys.shape[0], keys.shape[2]
-        kept = None
+        keys, values = (t.transpose(0, 1).flatten(1, 2)[None] for t in (keys, values))  # [1,G,B·T,head_dim]
         counts = [count] * batch
         if padding is not None:
             counts = [count - skip for skip in padding]
             kept = torch.cat([torch.arange(row * count + skip, (row + 1) * count) for row, skip in enumerate(padding)])
-            kept = kept.to(keys.device)
+            keys, values = (t[:, :, kept.to(t.device)] for t in (keys, values))
+        self.write_packed(keys, values, lengths, counts)
+
+    def write_packed(self, keys: Tensor, values: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> None:
+        """Store new tokens [1,G,T,head_dim], ``counts`` of each row, one row after another."""
         slots = self.table.slots(lengths, counts)
         for stored, new in ((self.keys, keys), (self.values, values)):
-            flat = new.detach().transpose(0, 1).flatten(1, 2)  # [G,B·T,head_dim]
-            flat = flat if kept is None else flat[:, kept]
-            stored.flatten(1, 2).index_copy_(1, slots, flat.to(stored.dtype))
+            stored.flatten(1, 2).index_copy_(1, slots, new[0].detach().to(stored.dtype))
+
+    def row(self, row: int, length: int) -> Run:
+        """A row that holds so many tokens, gathered from its pages, as a batch of one."""
+        numbers = self.table.numbers[row, : pages_for(length)]
+        parts = (t.index_select(1, numbers).flatten(1, 2)[None, :, :length] for t in (self.keys, self.values))
+        return Run(slice(0, 1), *parts)
 
     def runs(self, lengths: Sequence[int], extra: int = 0) -> Iterator[Run]:
-        """The rows, gathered from their pages, see ``KVState.runs``.
+        """The rows, see ``KVState.runs``.
 
         Each is a run of its own, so that its numbers do not depend on which other rows have its length.
         """
         for row, length in enumerate(lengths):
-            stop = length + extra
-            numbers = self.table.numbers[row, : pages_for(stop)]
-            parts = (t.index_select(1, numbers).flatten(1, 2)[None, :, :stop] for t in (self.keys, self.values))
-            yield Run(slice(row, row + 1), *parts)
+            yield self.row(row, length + extra)._replace(rows=slice(row, row + 1))
 
 
 class PagedKVState:

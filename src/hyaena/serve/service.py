@@ -237,8 +237,8 @@ def chat_prompt(served: Served, messages: Sequence[Any]) -> list[int]:
     if served.template is None:
         raise ApiError(
             400,
-            f"{served.name} has no chat template, so it takes no conversations: use /v1/completions, or start the server "
-            "with --chat-template",
+            f"{served.name} has no chat template, so it takes no conversations: use /v1/completions, or start the "
+            "server with --chat-template",
             code="no_chat_template",
         )
     with errors_of_clients():
