@@ -162,6 +162,7 @@ class Engine:
             chunk=max(PAGE, chunk // PAGE * PAGE),
             max_snapshots=settings.snapshot_bytes // max(1, self.state_bytes),
             fixed_passes=settings.deterministic,
+            packed=all(getattr(layer.mixer, "packs", False) for layer in model.layers),
         )
         self.runner = Runner(
             model,
