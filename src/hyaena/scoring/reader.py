@@ -16,6 +16,7 @@ from torch import Tensor
 from hyaena import ops
 from hyaena.cache import Cache
 from hyaena.context import ForwardContext
+from hyaena.errors import HyaenaError
 from hyaena.generation.chunks import choose_chunk
 from hyaena.model import StripedHyena, call
 from hyaena.scoring.records import Record
@@ -157,17 +158,27 @@ def choose_pass(model: StripedHyena) -> int:
 
 
 def pack(records: Iterable[Record], most: int) -> Iterator[list[Record]]:
-    """Neighbouring records that have at most ``most`` tokens together; a longer record alone."""
+    """Neighbouring records that have at most ``most`` tokens together; a longer record alone.
+
+    Where making a record raises an error, what came before it is read first.
+    """
     group: list[Record] = []
-    count = 0
-    for record in records:
-        if group and count + len(record) > most:
+    count, failed = 0, None
+    source = iter(records)
+    while True:
+        try:
+            record = next(source, None)
+        except HyaenaError as error:
+            record, failed = None, error
+        if group and (record is None or count + len(record) > most):
             yield group
             group, count = [], 0
+        if record is None:
+            break
         group.append(record)
         count += len(record)
-    if group:
-        yield group
+    if failed is not None:
+        raise failed
 
 
 def clip(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
