@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -109,7 +109,7 @@ def attention(session: GpuSession) -> Iterator[Row]:
         q = torch.randn(1, chunk, heads, width, **shape).transpose(1, 2)
         k, v = (torch.randn(1, groups, past + chunk, width, **shape) for _ in range(2))
         work = 4 * heads * width * (chunk * past + chunk * (chunk + 1) // 2)
-        sides = {"as `ops.attention` chooses": partial(ops.attention, q, k, v)}
+        sides: dict[str, Callable[[], Tensor]] = {"as `ops.attention` chooses": partial(ops.attention, q, k, v)}
         if session.device.type == "cuda":
             sides["FlashAttention, one call"] = lambda q=q, k=k, v=v: kernels._flash(q, k, v, True)[0]
         results = {}
