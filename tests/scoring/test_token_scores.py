@@ -17,7 +17,7 @@ from configs import TINY, TINY_EVO
 from hyaena.errors import InputError, NonFiniteError
 from hyaena.formats import read_config
 from hyaena.model import StripedHyena
-from hyaena.scoring import NonFiniteRecordError, RecordError, Score, token_scores, token_statistics
+from hyaena.scoring import NonFiniteRecordError, RecordError, Score, Wanted, token_scores, token_statistics
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
 
 BYTES = replace(TINY, vocab_size=260, max_length=200)
@@ -32,7 +32,7 @@ def test_statistics_are_those_of_the_distribution(dtype: torch.dtype) -> None:
     logits, targets = 5 * torch.randn(7, 300, dtype=dtype), torch.randint(300, (7,))
     logits[3, :299] = -torch.inf  # one token with all the probability
     targets[3] = 299
-    logp, entropy, rank = token_statistics(logits, targets, entropy=True, rank=True).double()
+    logp, entropy, rank, *best = token_statistics(logits, targets, Wanted(top=3)).double()
     z = logits.double()
     exact = z - z.exp().sum(-1, keepdim=True).log()
     p = exact.exp()
@@ -41,14 +41,22 @@ def test_statistics_are_those_of_the_distribution(dtype: torch.dtype) -> None:
     torch.testing.assert_close(entropy, -torch.where(p > 0, p * exact, 0).sum(-1), atol=2e-6, rtol=2e-6)
     assert rank.tolist() == [1 + int((row > row[t]).sum()) for row, t in zip(z, targets, strict=True)]
     assert logp[3] == 0 and entropy[3] == 0 and rank[3] == 1
+    top_logprobs, top_ids = torch.stack(best[:3], dim=1), torch.stack(best[3:], dim=1).long()
+    torch.testing.assert_close(top_logprobs, exact.topk(3).values, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(exact.gather(1, top_ids), exact.topk(3).values)
 
 
 def test_only_what_is_wanted_is_computed() -> None:
     logits, targets = torch.randn(4, 9), torch.randint(9, (4,))
-    everything = token_statistics(logits, targets, entropy=True, rank=True)
-    assert torch.equal(token_statistics(logits, targets, entropy=False, rank=False), everything[:1])
-    assert torch.equal(token_statistics(logits, targets, entropy=False, rank=True), everything[[0, 2]])
-    assert torch.equal(token_statistics(logits, targets, entropy=True, rank=False), everything[:2])
+    everything = token_statistics(logits, targets, Wanted(top=2))
+    for wanted, rows in (
+        (Wanted(entropy=False, rank=False), [0]),
+        (Wanted(entropy=False), [0, 2]),
+        (Wanted(rank=False), [0, 1]),
+        (Wanted(entropy=False, rank=False, top=2), [0, 3, 4, 5, 6]),
+    ):
+        assert torch.equal(token_statistics(logits, targets, wanted), everything[rows])
+        assert sum(wanted.sections) == len(rows)
 
 
 def direct(model: StripedHyena, ids: list[int]) -> torch.Tensor:
@@ -77,6 +85,12 @@ def test_without_bos_nothing_predicts_the_first_token() -> None:
         assert np.isnan(found.logprobs[0]) and np.isnan(found.entropies[0]) and found.ranks[0] == 0
         np.testing.assert_allclose(found.logprobs[1:], direct(model, list(b"hyena")), atol=1e-5)
         assert found.count == 4 and found.sum == pytest.approx(float(direct(model, list(b"hyena")).sum()), abs=1e-5)
+    top = hyaena.score(model, tokenizer, list(b"hyena"), top=2, output="torch")
+    assert top.top_ids.shape == top.top_logprobs.shape == (5, 2)
+    assert top.top_ids[0].tolist() == [-1, -1] and bool(top.top_logprobs[0].isnan().all())
+    assert bool((top.top_logprobs[1:, 0] >= top.logprobs[1:]).all())
+    best = top.ranks == 1
+    assert torch.equal(top.top_ids[best, 0], top.tokens[best])
     single = hyaena.score(model, tokenizer, [65])
     assert single.count == 0 and single.sum == 0 and math.isnan(single.mean) and math.isnan(single.perplexity)
     with_bos = hyaena.score(model, tokenizer, list(b"hyena"), bos=True)
@@ -192,6 +206,7 @@ def test_what_comes_before_a_bad_text_is_scored() -> None:
         ("ok", {"method": "ftt"}, "unknown method"),
         ("ok", {"output": "list"}, "output must be numpy or torch"),
         ("ok", {"both_strand": True}, "did you mean both_strands"),
+        ("ok", {"top": 261}, "top must be between 0 and the vocabulary size 260"),
         ("ok", {"entropy": "yes"}, "entropy must be True or False"),
         ("ok", {"progress": 3}, "progress must be a function"),
     ],
