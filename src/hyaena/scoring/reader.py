@@ -1,6 +1,7 @@
 """The loop that reads without writing: records pass through a model, and observers see what its modules return.
 
-Records that fit into a pass are packed one after another, without padding. A longer record goes layer by layer: all its
+Records that fit into a pass are packed one after another, without padding, where all mixers keep packed documents apart
+(``packs``), and are read one by one elsewhere. A longer record goes layer by layer: all its
 positions pass through one layer, in chunks, before the next layer, so that the keys and values of one layer exist at a
 time, and of the activations one copy, which every layer overwrites. Results do not depend on either but by rounding.
 """
@@ -78,7 +79,8 @@ class Reader:
 
     def read(self, records: Iterable[Record]) -> Iterator[list[Record]]:
         """Read records in order; the records of a pass when it is done."""
-        for group in pack(records, self.tokens_per_pass):
+        packs = all(getattr(layer.mixer, "packs", False) for layer in self.model.layers[: self.depth])
+        for group in pack(records, self.tokens_per_pass) if packs else ([record] for record in records):
             if len(group[0]) > self.tokens_per_pass:
                 self._read_by_layer(group[0])
             else:
