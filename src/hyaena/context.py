@@ -59,7 +59,7 @@ class ForwardContext:
         cache: Cache | None,
         mask: Tensor | None,
         segment_ids: Tensor | None,
-        counts: Sequence[int] | None,
+        counts: Sequence[int] | None = None,
         method: str,
         backend: ops.Backend,
         dtype: torch.dtype,

@@ -308,9 +308,9 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenInfo], offse
     """The form of /v1/completions; ``offset`` is the number of characters before the first token."""
     texts = [token_text(tokenizer, info.token) for info in tokens]
     offsets = []
-    for text in texts:
+    for info in tokens:
         offsets.append(offset)
-        offset += len(text)
+        offset += len(tokenizer.decode([info.token]))
     return {
         "tokens": texts,
         "token_logprobs": [None if info.logprob is None else finite(info.logprob) for info in tokens],
