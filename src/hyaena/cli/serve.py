@@ -1,0 +1,129 @@
+"""``hyaena serve``: an OpenAI-compatible server with a playground."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from hyaena.errors import InputError
+from hyaena.extras import require
+
+HELP = "serve a model over HTTP, with OpenAI's API and a playground"
+
+KEY_VARIABLE = "HYAENA_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options; without any, the bundled model is served on this machine only."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
+    group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
+    group.add_argument("--revision", help="the revision of a hub id")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
+    group.add_argument("--name", help="the name by which clients ask for the model (what --model says)")
+    group.add_argument("--chat-template", metavar="NAME", help="nous, or a file with a Jinja template")
+
+    group = parser.add_argument_group("address and access")
+    group.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1: this machine only)")
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (8000)")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"ask clients for a bearer key; may be repeated; better in the variable {KEY_VARIABLE}",
+    )
+    group.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL", help="let pages from there call the server (CORS)"
+    )
+
+    group = parser.add_argument_group("memory and scheduling")
+    group.add_argument(
+        "--kv-memory", type=float, metavar="GB", help="for keys and values (half of a GPU's free memory; 1 on a CPU)"
+    )
+    group.add_argument(
+        "--prefix-memory", type=float, default=0.25, metavar="GB", help="for states of the prefix cache; 0: off (0.25)"
+    )
+    group.add_argument("--max-rows", type=int, default=64, metavar="N", help="requests decoded together (64)")
+    group.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
+    group.add_argument("--chunk", type=int, metavar="N", help="tokens of prompts per pass (512 on a CPU)")
+    group.add_argument(
+        "--decoding", default="auto", choices=("auto", "eager", "static", "cuda_graph"), help="as in generate (auto)"
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="give every request bitwise the same numbers whatever runs beside it; slow",
+    )
+
+    group = parser.add_argument_group("limits")
+    group.add_argument("--max-new-tokens", type=int, default=16384, metavar="N", help="of a completion (16384)")
+    group.add_argument("--max-body", type=float, default=16, metavar="MB", help="size of a request (16)")
+    group.add_argument("--timeout", type=float, default=3600, metavar="S", help="seconds of a request (3600)")
+    group.add_argument("--drain", type=float, default=30, metavar="S", help="seconds to finish after SIGTERM (30)")
+
+    group = parser.add_argument_group("log")
+    group.add_argument("--quiet", action="store_true", help="do not log requests")
+    group.add_argument("--log-prompts", action="store_true", help="log the bodies of requests, prompts and all")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the options, load the model, and serve until a signal ends it."""
+    require("fastapi", "uvicorn", "prometheus_client", "jinja2", extra="serve", purpose="hyaena serve")
+    for name in ("kv_memory", "prefix_memory", "max_body", "timeout", "drain"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1e9:
+            raise InputError(f"--{name.replace('_', '-')} must be a number, 0 or more, not {value}")
+    for name in ("max_rows", "max_waiting", "chunk", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if not 0 <= args.port < 65536:
+        raise InputError(f"--port must be a number from 0 to 65535, not {args.port}")
+    keys = [key for key in [*args.api_key, os.environ.get(KEY_VARIABLE, "")] if key]
+
+    import torch
+
+    from hyaena import hub
+    from hyaena.serve.app import Server, make_app
+    from hyaena.serve.conversation import find_template
+    from hyaena.serve.engine import Engine, EngineSettings
+    from hyaena.serve.metrics import Metrics
+    from hyaena.serve.run import listen, serve
+    from hyaena.serve.service import Limits, Served
+
+    settings = EngineSettings(
+        kv_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
+        snapshot_bytes=int(args.prefix_memory * 1e9),
+        max_rows=args.max_rows,
+        max_waiting=args.max_waiting,
+        chunk=args.chunk,
+        decoding=args.decoding,
+        deterministic=args.deterministic,
+    )
+    folder = Path(args.model) if Path(args.model).is_dir() else None
+    template = find_template(args.chat_template, folder, args.model)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    opened = listen(args.host, args.port)  # before gigabytes are loaded
+    model, tokenizer = hub.load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
+    metrics = Metrics()
+    engine = Engine(model, tokenizer, settings, metrics)
+    name = args.name or args.model
+    served = Served(name=name, engine=engine, tokenizer=tokenizer, template=template)
+    limits = Limits(body_bytes=int(args.max_body * 1e6), new_tokens=args.max_new_tokens, seconds=args.timeout)
+    app = make_app(
+        Server([served], metrics, limits), keys=keys, allow_origins=args.allow_origin, log_prompts=args.log_prompts
+    )
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level="WARNING")
+    logging.getLogger("hyaena.access").setLevel("WARNING" if args.quiet else "INFO")
+    logging.getLogger("hyaena.serve").setLevel("INFO")
+    engine.start()
+    host, port = opened.getsockname()[:2]
+    place = f"[{host}]" if ":" in host else host
+    print(f"hyaena serves {name} at http://{place}:{port} (OpenAI's API under /v1, a playground at /)", file=sys.stderr)
+    serve(app, opened, [engine], drain=args.drain)
+    return 0
