@@ -27,6 +27,7 @@ from hyaena.errors import SCREEN, HyaenaError, OutputError, nearest, printable
 
 COMMANDS: Mapping[str, str] = {
     "generate": "hyaena.cli.generate",
+    "chat": "hyaena.cli.chat",
     "serve": "hyaena.cli.serve",
     "convert": "hyaena.cli.convert",
     "info": "hyaena.cli.info",

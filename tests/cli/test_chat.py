@@ -1,0 +1,113 @@
+"""``hyaena chat``: what is typed and what is shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hyaena
+from hyaena.cli import main
+from hyaena.cli.chat import Chat, converse, read_message
+from hyaena.sampling import SamplingParams
+from hyaena.serve.conversation import ChatTemplate
+from hyaena.serve.engine import Engine, EngineSettings
+from hyaena.tokenizers.chat import TEMPLATES
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    model, tokenizer = hyaena.load("cub", dtype="float32")
+    made = Engine(model, tokenizer, EngineSettings(max_rows=1, kv_bytes=2**24))
+    made.start()
+    yield made
+    made.stop(timeout=10)
+
+
+@pytest.fixture
+def chat(engine: Engine) -> Chat:
+    return Chat(engine, ChatTemplate(TEMPLATES["nous"]), SamplingParams(), 12)
+
+
+def typed(*lines: str) -> Any:
+    source = iter(lines)
+
+    def read(prompt: str) -> str:
+        line = next(source, None)
+        if line is None:
+            raise EOFError
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+    return read
+
+
+def test_a_conversation_is_read_again_only_where_it_is_new(
+    chat: Chat, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    question = "a long question " * 20
+    path = tmp_path / "chat.json"
+    assert converse(chat, typed(question, "and?", "/stats", f"/save {path}")) == 0
+    out = capsys.readouterr().out
+    messages = json.loads(path.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant"]
+    assert messages[0]["content"] == question and messages[1]["content"] in out
+    found = re.search(r"tokens read \((\d+) of them from the cache\)", out)
+    assert found is not None and int(found[1]) >= 320  # as many as the first turn had, in whole pages
+    want = hyaena.generate(
+        chat.engine.model,
+        chat.engine.tokenizer,
+        chat.template.encode(chat.engine.tokenizer, messages[:1]),
+        max_new_tokens=12,
+        stop="\n### Instruction:",
+    )
+    assert want.text.strip() == messages[1]["content"]
+
+
+def test_commands(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["/help", "/system be brief", "hello", "/reset", "/nothing", "/save", "^C", "", "/quit", "never read"]
+    assert converse(chat, typed(*lines)) == 0
+    captured = capsys.readouterr()
+    assert "/system TEXT" in captured.out and "Ctrl-D" in captured.out
+    assert "there is no command /nothing" in captured.err and "/save takes the name" in captured.err
+    assert chat.messages == [{"role": "system", "content": "be brief"}]
+
+
+def test_a_message_may_have_several_lines() -> None:
+    assert read_message(typed("one")) == "one"
+    assert read_message(typed("one\\", "two")) == "one\ntwo"
+    assert read_message(typed('"""', "one", "", "two", '"""')) == "one\n\ntwo"
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(chat: Chat) -> None:
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        shown.append(text)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    chat.ask("hello", show)
+    assert chat.messages[-1]["role"] == "assistant"
+    assert chat.messages[-1]["content"] == "".join(shown[:3]).strip()
+    chat.ask("again", lambda text: None)
+    assert len(chat.messages) == 4
+
+
+def test_a_conversation_that_is_too_long_is_refused(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    assert converse(chat, typed("x" * (chat.engine.max_length + 10))) == 0
+    assert "/reset" in capsys.readouterr().err and chat.messages == []
+
+
+def test_models_without_dialogue_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["chat", "--model", "cub"]) == 2
+    assert "no dialogue" in capsys.readouterr().err
+    assert main(["chat", "--model", str(tmp_path), "--chat-template", "none"]) == 2
+    assert "there is no chat template none" in capsys.readouterr().err
+    assert main(["chat", "--model", str(tmp_path)]) == 2
+    assert "--chat-template" in capsys.readouterr().err
