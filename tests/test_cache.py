@@ -58,6 +58,42 @@ def test_select_and_merge_equal_rows_alone(model: StripedHyena) -> None:
     torch.testing.assert_close(step(model, shorter, more), expected)
 
 
+def test_copies_of_one_row_have_the_room_that_was_named(model: StripedHyena) -> None:
+    prompt, tokens = torch.randint(50, (1, 5)), torch.randint(50, (3, 4))
+    cache = read(model, prompt)
+    copies = cache.select([0, 0, 0], max_length=9)
+    assert copies.lengths == [5] * 3 and copies.limits == [9] * 3 and copies.states[1].capacities == [9] * 3
+    expected = torch.cat([step(model, read(model, prompt), row[None]) for row in tokens])
+    torch.testing.assert_close(step(model, copies, tokens), expected)
+    assert cache.lengths == [5]
+    with pytest.raises(CapacityError, match="holds 5 tokens, more than max_length 4"):
+        cache.select([0], max_length=4)
+
+
+@pytest.mark.parametrize("grow", [True, False])
+def test_a_rewound_cache_is_as_if_nothing_had_been_read_since(model: StripedHyena, grow: bool) -> None:
+    prompts, tokens = torch.randint(50, (2, 30)), torch.randint(50, (2, 3))
+    options = {} if grow else {"max_length": 700}
+    cache = read(model, prompts[:, :12], **options)
+    first = cache.mark()
+    step(model, cache, prompts[:, 12:])
+    second = cache.mark()
+    assert second.nbytes == first.nbytes < cache.nbytes  # no keys and values
+    for _ in range(2):
+        step(model, cache, torch.randint(50, (2, 300)))
+        cache.rewind(second)
+        torch.testing.assert_close(step(model, cache, tokens), step(model, read(model, prompts), tokens))
+    for _ in range(2):
+        cache.rewind(first)
+        torch.testing.assert_close(step(model, cache, tokens), step(model, read(model, prompts[:, :12]), tokens))
+    cache.rewind(first)
+    with pytest.raises(InputError, match="rewind to an earlier moment of the same rows"):
+        cache.rewind(second)
+    with pytest.raises(InputError, match="rewind to an earlier"):
+        cache.select([0]).rewind(first)
+    assert cache.lengths == [12, 12]
+
+
 def test_rows_keep_their_own_limits_and_memory(model: StripedHyena) -> None:
     """A mixed batch costs the sum of its rows, not its longest times their number."""
     caches = [read(model, torch.randint(50, (1, n)), max_length=n + 3) for n in (2, 700)]

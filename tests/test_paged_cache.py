@@ -149,6 +149,16 @@ def test_a_page_that_is_not_full_is_copied(model: StripedHyena) -> None:
     assert torch.equal(read(model, branch, second), want)
 
 
+def test_a_row_returns_to_a_mark(model: StripedHyena) -> None:
+    cache = model.make_paged_cache(poisoned_pool(model, 3), [[2, 0, 1]])
+    read(model, cache, tokens(1, 70))
+    mark, again = cache.mark(), tokens(1, 5)
+    want = read(model, cache, again)
+    read(model, cache, tokens(1, 80))
+    cache.rewind(mark)
+    assert cache.lengths == [70] and torch.equal(read(model, cache, again), want)
+
+
 def test_sizes_are_those_that_were_allocated(model: StripedHyena) -> None:
     sizes = ModelSizes(model.config)
     pool = model.make_page_pool(5)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hyaena import ops
     from hyaena.checkpoints import save_model
     from hyaena.config import ModelConfig
-    from hyaena.generation import generate, stream
+    from hyaena.generation import generate, load_prefix, prefix, stream
     from hyaena.hub import load, load_model
     from hyaena.model import StripedHyena
 
@@ -28,7 +28,9 @@ __all__ = [
     "generate",
     "load",
     "load_model",
+    "load_prefix",
     "ops",
+    "prefix",
     "save_model",
     "stream",
 ]
@@ -39,6 +41,8 @@ _HOMES = {
     "generate": "hyaena.generation",
     "load": "hyaena.hub",
     "load_model": "hyaena.hub",
+    "load_prefix": "hyaena.generation",
+    "prefix": "hyaena.generation",
     "save_model": "hyaena.checkpoints",
     "stream": "hyaena.generation",
 }

@@ -39,8 +39,8 @@ class State(Protocol):
         """All storage, each tensor once."""
         ...
 
-    def select(self: S, rows: Sequence[int]) -> S:
-        """Copy the given rows, in that order."""
+    def select(self: S, rows: Sequence[int], room: int | None = None) -> S:
+        """Copy the given rows, in that order, with room for as many tokens as they have or for ``room``."""
         ...
 
     def keep(self: S, rows: Sequence[int]) -> S:
@@ -53,6 +53,14 @@ class State(Protocol):
 
     def reset(self: S) -> S:
         """Forget everything."""
+        ...
+
+    def mark(self: S) -> S | None:
+        """What ``rewind`` needs beside the state itself to return to this moment: a copy, or nothing."""
+        ...
+
+    def rewind(self: S, mark: S | None) -> S:
+        """Return to the moment of a mark, which stays usable, after nothing but more tokens have been read."""
         ...
 
     def reserve(self: S, lengths: Sequence[int]) -> S:
@@ -100,6 +108,27 @@ class StateSnapshot:
 
 
 _IN_USE = "the cache is in use by another thread: give each thread a cache of its own"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A moment of a cache, to which ``Cache.rewind`` returns.
+
+    Attributes:
+        lengths: tokens that each row held.
+        parts: for each layer what its state needs to return: a small state of a Hyena layer, None of attention, whose
+            keys and values stay where they are.
+    """
+
+    lengths: tuple[int, ...]
+    parts: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        return [t for part in self.parts if part is not None for t in part.tensors()]
 
 
 class Cache:
@@ -236,20 +265,26 @@ class Cache:
 
     # --- verbs ---------------------------------------------------------------------------------------------------
 
-    def select(self, rows: Sequence[int] | Tensor) -> Cache:
-        """Copy the given rows, in that order.
+    def select(self, rows: Sequence[int] | Tensor, *, max_length: int | None = None) -> Cache:
+        """Copy the given rows, in that order; a row may be copied more than once.
+
+        Args:
+            rows: their numbers.
+            max_length: the limit of the copies, and the tokens that they have room for; those of the rows unless given.
 
         Raises:
             InputError: keys and values are on pages, of which the cache has none to copy them to. The owner of the pool
                 copies pages with ``PagePool.copy``, and states with ``snapshot_states`` and ``restore_states``.
+            CapacityError: a row holds more than ``max_length``.
         """
         self._refuse_pages("select")
         index = self._index("select", rows)
-        return self._with(
-            [state.select(index) for state in self.states],
-            [self.lengths[row] for row in index],
-            [self.limits[row] for row in index],
-        )
+        lengths, limits = [self.lengths[row] for row in index], [self.limits[row] for row in index]
+        if max_length is not None:
+            if max(lengths) > max_length:
+                raise CapacityError(f"a row holds {max(lengths)} tokens, more than max_length {max_length}")
+            limits = [max_length] * len(index)
+        return self._with([state.select(index, max_length) for state in self.states], lengths, limits)
 
     def keep(self, rows: Sequence[int] | Tensor) -> None:
         """Drop all rows but these, which are in rising order."""
@@ -313,6 +348,31 @@ class Cache:
         new = snapshot.snapshot()
         with self._locked():
             self.states, self.lengths, self.limits = new.states, new.lengths, new.limits
+
+    def mark(self) -> Mark:
+        """Note this moment, to return to it by ``rewind``. Copies no keys and values."""
+        return Mark(tuple(self.lengths), tuple(state.mark() for state in self.states))
+
+    def rewind(self, mark: Mark) -> None:
+        """Return to a moment of this cache, or of one that was copied from it since; the mark stays usable.
+
+        Between the two, rows may only have read more tokens. After ``select``, ``keep`` or ``extend`` the rows are
+        others, and after rewinding further back the mark is of a moment that never was: use ``snapshot`` and
+        ``restore`` there.
+
+        Raises:
+            InputError: the rows hold fewer tokens than at the mark, or are others.
+        """
+        if len(mark.lengths) != self.batch_size or any(
+            now < then for now, then in zip(self.lengths, mark.lengths, strict=True)
+        ):
+            raise InputError(
+                f"the rows hold {self.lengths} tokens, and held {list(mark.lengths)} at the mark: rewind to an earlier "
+                "moment of the same rows"
+            )
+        with self._locked():
+            self.states = [state.rewind(part) for state, part in zip(self.states, mark.parts, strict=True)]
+            self.lengths = list(mark.lengths)
 
     def reset(self) -> None:
         """Forget everything; keep the storage."""

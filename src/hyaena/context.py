@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
 
-Recurrence = Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Any]]
+Recurrence = Callable[[Tensor, Any, Tensor | None, Tensor | None], tuple[Tensor, Any]]
+"""Maps inputs [b,T,E], the state before them (or None), mask and reset (bool [b,T] or None) to outputs and state."""
 
 
 class Group(NamedTuple):
@@ -72,18 +73,38 @@ class Packing:
         steps = mask.flatten().nonzero().flatten()
         return Group(rows, source.to(device), None if bool(mask.all()) else mask.to(device), steps.to(device))
 
-    def apply(self, operator: Recurrence, z: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Evaluate a recurrence of every row: z [1,T,E] and the state of all rows -> y [1,T,D], and the state after.
 
-        Args:
-            operator: maps inputs [b,T',E], the state of those rows and the mask of their padding to outputs and state.
-        """
-        parts, states = [], []
-        for group in self.groups:
-            y, new = operator(z[0, group.source], state.select(group.rows), group.mask)
-            parts.append(y.flatten(0, 1)[group.steps])
-            states.append(new)
-        return torch.cat(parts)[self.places].unsqueeze(0), states[0].join(states[1:]).select(self.row_places)
+class Snapshots:
+    """Copies of the layers' states inside a pass: what the cache would hold, had the pass ended there.
+
+    A mixer whose state sums up all tokens is evaluated by ``ForwardContext.recur``, which saves its state behind every
+    stop. Keys and values need no copy: those of the first tokens are the first in the cache.
+
+    Args:
+        stops: columns of the pass after which states are saved, in rising order: 1 … T.
+
+    Attributes:
+        layer: the layer that is evaluated; the model counts.
+    """
+
+    def __init__(self, stops: Sequence[int]) -> None:
+        if not stops or any(b <= a for a, b in itertools.pairwise([0, *stops])):
+            raise InputError(f"snapshots take columns of the pass, from 1 on and rising, not {stops}")
+        self.stops = tuple(stops)
+        self.layer = 0
+        self._saved: dict[tuple[int, int], tuple[Any, int | None]] = {}
+
+    def save(self, stop: int, state: Any, at: int | None = None) -> None:
+        """Keep the state of the layer behind a column: of all rows, or ``at``, the one that a column belongs to."""
+        self._saved[self.layer, stop] = state.detach(), at
+
+    def row(self, row: int, stop: int) -> dict[int, Any]:
+        """Layer -> state of one row behind a stop, copied; of the layers whose mixers saved one."""
+        return {
+            layer: state.select([row if at is None else at])
+            for (layer, place), (state, at) in self._saved.items()
+            if place == stop
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +124,7 @@ class ForwardContext:
         documents: the packed documents, found once per pass, or None.
         method: how long convolutions are evaluated; see ``ops.METHODS``.
         backend: what evaluates the operators; see ``ops.resolve_backend``.
+        snapshots: where mixers save their states inside the pass, or None.
     """
 
     lengths: Sequence[int] | None
@@ -116,6 +138,55 @@ class ForwardContext:
     documents: ops.Documents | None
     method: str
     backend: ops.Backend
+    snapshots: Snapshots | None = None
+
+    def recur(self, operator: Recurrence, z: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Evaluate a recurrence of every row, z [B,T,E]: the outputs [B,T,D], and the state of all rows after the pass.
+
+        Rows of a packed pass are read in groups, and the pass in pieces where states are to be saved inside it.
+        """
+        stops = () if self.snapshots is None else self.snapshots.stops
+        if stops and stops[-1] > z.shape[1]:
+            raise InputError(f"a snapshot behind column {stops[-1]} is not part of a pass of {z.shape[1]} tokens")
+        if self.packing is None:
+            return self._pieces(operator, z, state, self.mask, self.reset, {stop: [(stop, None)] for stop in stops})
+        parts, states = [], []
+        for group in self.packing.groups:
+            width, saves = group.source.shape[1], dict[int, list[tuple[int, int | None]]]()
+            for at, (first, last) in enumerate(self.packing.spans[row] for row in group.rows):
+                for stop in stops:
+                    if first < stop <= last:
+                        saves.setdefault(width - last + stop, []).append((stop, at))
+            here = z[0, group.source]
+            y, new = self._pieces(operator, here, state.select(group.rows), group.mask, None, saves)
+            parts.append(y.flatten(0, 1)[group.steps])
+            states.append(new)
+        y = torch.cat(parts)[self.packing.places].unsqueeze(0)
+        return y, states[0].join(states[1:]).select(self.packing.row_places)
+
+    def _pieces(
+        self,
+        operator: Recurrence,
+        z: Tensor,
+        state: Any,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        saves: Mapping[int, Sequence[tuple[int, int | None]]],
+    ) -> tuple[Tensor, Any]:
+        """A recurrence piece by piece; ``saves`` names the stops, and rows, for which the state behind a column is."""
+        if not saves:
+            return operator(z, state, mask, reset)
+        parts = []
+        for start, stop in itertools.pairwise(sorted({0, *saves, z.shape[1]})):
+            here = slice(None), slice(start, stop)
+            y, state = operator(
+                z[here], state, None if mask is None else mask[here], None if reset is None else reset[here]
+            )
+            parts.append(y)
+            for place, at in saves.get(stop, ()):
+                assert self.snapshots is not None
+                self.snapshots.save(place, state, at)
+        return torch.cat(parts, dim=1), state
 
     @classmethod
     def of(
@@ -130,6 +201,7 @@ class ForwardContext:
         method: str,
         backend: ops.Backend,
         dtype: torch.dtype,
+        snapshots: Snapshots | None = None,
     ) -> ForwardContext:
         """Check the arguments of a forward pass and compute what its layers share.
 
@@ -178,6 +250,7 @@ class ForwardContext:
             documents=documents,
             method=method,
             backend=backend,
+            snapshots=snapshots,
         )
 
 

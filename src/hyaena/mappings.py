@@ -33,7 +33,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, not a regular file, too large, not text, not valid, or not a mapping.
     """
-    text = _read_text(path)
+    text = read_text(path)
     as_json = path.suffix.lower() == ".json" or text.lstrip().startswith("{")
     values = parse_json(text) if as_json else parse_yaml(text)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -127,7 +127,7 @@ def _loader() -> type[yaml.SafeLoader]:
     return Loader
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a regular file of at most ``MAX_BYTES``; a byte order mark at its start is left out."""
     try:
         kind = os.stat(path)  # before it is opened: opening a FIFO waits, and opening a device may do anything

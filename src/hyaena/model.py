@@ -25,7 +25,7 @@ from hyaena import ops
 from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig, unknown_layer_kind
-from hyaena.context import ForwardContext
+from hyaena.context import ForwardContext, Snapshots
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
 from hyaena.formats.stripedhyena import tensors as original
@@ -214,15 +214,22 @@ class Hyena(nn.Module):
     ) -> tuple[Tensor, HyenaState]:
         short, long_filter = self.short_filter, self.long_filter()
 
-        def operator(z: Tensor, state: HyenaState | None, mask: Tensor | None) -> tuple[Tensor, HyenaState]:
-            options: dict[str, Any] = {"method": context.method, "backend": context.backend}
-            return ops.hyena(z, short.weight, short.bias, long_filter, state, mask=mask, reset=context.reset, **options)
+        def operator(
+            z: Tensor, state: HyenaState | None, mask: Tensor | None, reset: Tensor | None
+        ) -> tuple[Tensor, HyenaState]:
+            return ops.hyena(
+                z,
+                short.weight,
+                short.bias,
+                long_filter,
+                state,
+                mask=mask,
+                reset=reset,
+                method=context.method,
+                backend=context.backend,
+            )
 
-        z = self.in_proj(x)
-        if context.packing is None:
-            y, state = operator(z, state, context.mask)
-        else:
-            y, state = context.packing.apply(operator, z, state)
+        y, state = context.recur(operator, self.in_proj(x), state)
         return self.out_proj(y[:, -keep:]), state
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
@@ -485,6 +492,7 @@ class StripedHyena(nn.Module):
         logits_to_keep: int | None = None,
         method: str = "auto",
         backend: str = "auto",
+        snapshots: Snapshots | None = None,
     ) -> Tensor:
         """Logits of the token that follows each position.
 
@@ -501,6 +509,7 @@ class StripedHyena(nn.Module):
             logits_to_keep: compute the logits of the last so many positions only, and the last layer's output there.
             method: how long convolutions are evaluated; see ``ops.METHODS``.
             backend: what evaluates the operators: ``"triton"`` (fused kernels), ``"plain"`` (torch), or ``"auto"``.
+            snapshots: takes copies of the states inside this pass.
 
         Returns:
             [B,T,V], or [B,logits_to_keep,V]; of a packed pass [1,T,V], or [B,1,V] after the last token of each row.
@@ -527,6 +536,7 @@ class StripedHyena(nn.Module):
             method=method,
             backend=resolved,
             dtype=self.dtype,
+            snapshots=snapshots,
         )
         if cache is None or context.counts is None:
             return self._layers(ids, context, [None] * len(self.layers), logits_to_keep)[0]
@@ -554,6 +564,8 @@ class StripedHyena(nn.Module):
         keep = length if logits_to_keep is None or packed else min(logits_to_keep, length)
         last = len(self.layers) - 1
         for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            if context.snapshots is not None:
+                context.snapshots.layer = i
             x, state = layer(x, context, state, keep if i == last else length)  # nothing else of the last layer is read
             new.append(state)
         if context.packing is not None and logits_to_keep is not None:

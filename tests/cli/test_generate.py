@@ -223,6 +223,44 @@ def test_no_bar_where_standard_error_is_not_a_terminal(folder: str, capsys: pyte
     assert capsys.readouterr().err == ""
 
 
+def test_samples_biases_and_allowed_tokens(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--temperature",
+        "1",
+        "--seed",
+        "3",
+        "--allowed-tokens",
+        "ACGT",
+        "--logit-bias",
+        "257=-100",
+        "--logit-bias",
+    ]
+    assert main(["generate", "--model", folder, *flags, "65=1.5", "--json", "--samples", "3", "AC"]) == 0
+    rows = json.loads(capsys.readouterr().out)["completions"]
+    options: Any = {"temperature": 1.0, "seed": 3, "allowed_tokens": "ACGT", "logit_bias": {257: -100, 65: 1.5}}
+    model, tokenizer = hyaena.load(folder)
+    completions = hyaena.generate(model, tokenizer, "AC", n=3, **options)
+    assert [row["text"] for row in rows] == [row.text for row in completions]
+    assert all(set(row["text"]) <= set("ACGT") for row in rows) and len({row["text"] for row in rows}) == 3
+
+
+def test_a_prompt_is_saved_and_continued(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, longer = str(tmp_path / "p"), str(tmp_path / "longer")
+    command = ["generate", "--model", folder, "--max-new-tokens", "6"]
+
+    def output(*flags: str) -> str:
+        assert main([*command, *flags]) == 0
+        return capsys.readouterr().out
+
+    assert output("import os", "--save-prefix", path) == output("import os")
+    assert output("--prefix-file", path) == output("import os")
+    assert output("--prefix-file", path, ".path as p") == output("import os.path as p")
+    assert output("--prefix-file", path, "--save-prefix", longer, ".path") == output("import os.path")
+    assert output("--prefix-file", longer, " as p") == output("import os.path as p")
+    assert main([*command, "--prefix-file", str(tmp_path / "none"), "x"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -246,6 +284,12 @@ def test_no_bar_where_standard_error_is_not_a_terminal(folder: str, capsys: pyte
         (["a", "--max-length", "0"], "max_length must be at least 1"),
         (["a", "--prefill-chunk", "0"], "prefill_chunk must be at least 1"),
         (["a", "--echo", "--json"], "--echo is for text"),
+        (["a", "--samples", "2"], "--samples needs --json"),
+        (["a", "--json", "--samples", "0"], "n must be at least 1"),
+        (["a", "--logit-bias", "5"], "--logit-bias '5' is not understood: write a token's id and a number, 5=-1.5"),
+        (["a", "--logit-bias", "5=200"], "a bias of logit_bias must be a number up to 100"),
+        (["a", "--allowed-tokens", ""], "allowed_tokens is empty"),
+        (["", "--save-prefix", "p"], "the prompt is empty"),
     ],
 )
 def test_mistakes_are_one_line_before_weights_are_read(

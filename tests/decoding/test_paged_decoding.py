@@ -237,7 +237,7 @@ def test_a_row_goes_on_from_a_snapshot_that_was_taken_while_it_decoded(make_deco
     tokens, snapshot = [int(ids)], None
     for _ in range(40):
         tokens += decoder.next()[1].tokens
-        if decoder.length(0) == PAGE:
+        if decoder.lengths[0] == PAGE:
             snapshot = decoder.snapshot_states(0)
     assert snapshot is not None and snapshot.length == PAGE
     branch = model.make_paged_cache(owner.pool, [[pages[0], *owner.take(2)]], max_length=LIMIT)
@@ -258,7 +258,7 @@ def test_missing_pages_are_named_one_step_ahead() -> None:
     decoder.add(["a", "b"], [50, 2], cache, ids, [greedy] * 2, [greedy.generator()] * 2)
     assert decoder.missing_pages() == {}
     decoder.next()  # launches two steps: both rows are full
-    assert decoder.length("a") == PAGE and decoder.missing_pages() == {"a": 1}  # b has done its steps
+    assert decoder.lengths["a"] == PAGE and decoder.missing_pages() == {"a": 1}  # b has done its steps
     with pytest.raises(CapacityError, match="row 0 holds 64 tokens on 1 pages of 64: extend it by a page"):
         decoder.next()
     decoder.extend("a", owner.take(1))
@@ -273,7 +273,7 @@ def test_missing_pages_are_named_one_step_ahead() -> None:
         eager.next()
     eager.extend("x", owner.take(1))
     eager.next()
-    assert eager.length("x") == PAGE + 1
+    assert eager.lengths["x"] == PAGE + 1
 
 
 def test_the_table_grows_with_the_rows() -> None:

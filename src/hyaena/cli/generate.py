@@ -7,10 +7,10 @@ import dataclasses
 import os
 import sys
 import time
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from hyaena.cli.formatting import json_text
-from hyaena.errors import InputError, UnsupportedError
+from hyaena.errors import InputError, UnsupportedError, shown
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; their defaults are those of ``hyaena.generate``, so the default is greedy."""
     parser.add_argument("prompt", nargs="?", help="the text to continue; standard input when there is none")
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file, byte for byte")
+    parser.add_argument(
+        "--prefix-file", metavar="FILE", help="continue what --save-prefix saved; the prompt, if any, follows it"
+    )
+    parser.add_argument(
+        "--save-prefix", metavar="FILE", help="save the prompt as it was read, for --prefix-file: it is read once"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (256)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
@@ -72,6 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids tokens that occurred (1)"
     )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        default=[],
+        metavar="ID=B",
+        help="add B to the logit of a token, up to 100; -100 forbids it; may be repeated",
+    )
+    group.add_argument(
+        "--allowed-tokens", metavar="TEXT", help="only tokens made of these characters, such as ACGT, and the end"
+    )
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep those that together reach P")
@@ -83,6 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print one JSON document instead of text; null for infinities"
     )
     group.add_argument("--logprobs", type=int, default=0, metavar="N", help="with --json: N alternatives per token")
+    group.add_argument(
+        "--samples", type=int, metavar="N", help="with --json: N samples of the prompt, as the list completions"
+    )
     group.add_argument("--echo", action="store_true", help="begin with the prompt")
     group.add_argument("--stats", action="store_true", help="end with times and memory on standard error")
 
@@ -90,8 +109,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read the prompt, check everything that needs no weights, load the model, write the completion."""
     prompt = read_prompt(args)
+    bias = parse_bias(args.logit_bias)
     if args.logprobs and not args.json:
         raise InputError("--logprobs needs --json: streamed text has no place for them")
+    if args.samples is not None and not args.json:
+        raise InputError("--samples needs --json: streamed text has one completion")
     if args.device == "":
         raise InputError("--device is empty: name one, such as cpu")
     if args.echo and args.json:
@@ -101,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
     from hyaena import hub
     from hyaena.checkpoints.load import as_device, as_dtype
-    from hyaena.generation import Settings, encode_prompts, generate, parse_prompts, stream
+    from hyaena.generation import Settings, encode_prompts, generate, load_prefix, parse_prompts, prefix, stream
 
     bar = PrefillBar()
     options: Options = {
@@ -111,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
         "top_p": args.top_p,
         "min_p": args.min_p,
         "repetition_penalty": args.repetition_penalty,
+        "logit_bias": bias,
+        "allowed_tokens": args.allowed_tokens,
         "seed": args.seed,
         "stop": args.stop,
         "stop_token_ids": args.stop_token_id,
@@ -121,8 +145,10 @@ def run(args: argparse.Namespace) -> int:
         "max_length": args.max_length,
         "prefill_chunk": args.prefill_chunk,
         "progress": bar if sys.stderr.isatty() else None,
+        "n": args.samples,
     }
-    settings, prompts = Settings(**options), parse_prompts(prompt)[0]
+    settings = Settings(**options)
+    prompts = parse_prompts(prompt, allow_empty=args.prefix_file is not None)[0]
     device = as_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
     as_dtype(None if args.dtype == "stored" else args.dtype)
     if args.decoding == "cuda_graph" and device.type != "cuda":
@@ -130,22 +156,35 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     source = {"revision": args.revision, "config": args.config}
     config, tokenizer = hub.load_tokenizer_of(args.model, **source)
-    encode_prompts(tokenizer, config, prompts, settings)  # before the weights are downloaded and read
+    if args.prefix_file is None:
+        encode_prompts(tokenizer, config, prompts, settings)  # before the weights are downloaded and read
     model = hub.load_model(args.model, device=device, dtype=args.dtype, **source)
     load_seconds = time.perf_counter() - began
     if args.method == "truncated" and (windows := model.truncation_windows()):
         print(describe_cut(windows), file=sys.stderr)
     stats: Stats | None = None
+    beginning = None if args.prefix_file is None else load_prefix(args.prefix_file, model, tokenizer)
+    given = prompt
+    if args.save_prefix is not None:
+        if beginning is None:
+            beginning = prefix(model, tokenizer, prompt, special=args.special, max_length=args.max_length)
+        elif prompt:
+            beginning.extend(prompt, special=args.special)
+        beginning.save(args.save_prefix)
+        given = b""
+    options["prefix"] = beginning
     if args.json:
-        completion = generate(model, tokenizer, prompt, **options)
-        document = {"model": args.model, **dataclasses.asdict(completion)}
-        document["stats"]["load_seconds"] = load_seconds
-        print(json_text(document))
-        stats = completion.stats
+        completions: Any = generate(model, tokenizer, given, **options)
+        rows = [completions] if args.samples is None else completions
+        written = [dataclasses.asdict(row) for row in rows]
+        for row in written:
+            row["stats"]["load_seconds"] = load_seconds
+        print(json_text({"model": args.model, **(written[0] if args.samples is None else {"completions": written})}))
+        stats = rows[-1].stats
     else:
         text = prompt.decode("utf-8", errors="replace") if args.echo else ""
         sys.stdout.write(text)
-        for event in stream(model, tokenizer, prompt, **options):
+        for event in stream(model, tokenizer, given, **options):
             text = event.text or text
             sys.stdout.write(event.text)
             sys.stdout.flush()
@@ -176,9 +215,29 @@ def read_prompt(args: argparse.Namespace) -> bytes:
                 raise
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"cannot read the prompt file {args.prompt_file}: {reason}") from error
+    if args.prefix_file is not None:  # the prompt that was saved is continued
+        return b""
     if sys.stdin.isatty():
         raise InputError("there is no prompt: give it as an argument, with --prompt-file or on standard input")
     return _read(sys.stdin.buffer, "the prompt")
+
+
+def parse_bias(words: list[str]) -> dict[int, float]:
+    """The biases of ``--logit-bias ID=B``.
+
+    Raises:
+        InputError: a word of another form.
+    """
+    bias = {}
+    for word in words:
+        token, _, value = word.partition("=")
+        try:
+            bias[int(token)] = float(value)
+        except ValueError:
+            raise InputError(
+                f"--logit-bias {shown(word)} is not understood: write a token's id and a number, 5=-1.5"
+            ) from None
+    return bias
 
 
 def _read(file: IO[bytes], name: str) -> bytes:

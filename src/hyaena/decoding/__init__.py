@@ -2,6 +2,7 @@
 
 from hyaena.decoding.decoder import Decoder, Decoding, resolve_decoding
 from hyaena.decoding.eager import EagerDecoder, sample_outputs
+from hyaena.decoding.isolated import IsolatedDecoder
 from hyaena.decoding.pipeline import PipelinedDecoder
 from hyaena.decoding.sampler import StepOutput, pack_outputs
 from hyaena.decoding.static_cache import StaticCache
@@ -10,6 +11,7 @@ __all__ = [
     "Decoder",
     "Decoding",
     "EagerDecoder",
+    "IsolatedDecoder",
     "PipelinedDecoder",
     "StaticCache",
     "StepOutput",

@@ -140,8 +140,8 @@ class Decoder:
             seen: bool [rows,V], the tokens that occurred, where a repetition penalty needs them.
 
         Raises:
-            InputError: ids or seen tokens that do not fit, or a cache of another model, of another dtype than the rows
-                before, or without maximum length. Nothing has changed.
+            InputError: ids, seen tokens or parameters that do not fit, or a cache of another model, of another dtype
+                than the rows before, or without maximum length. Nothing has changed.
             CapacityError: more rows than ``max_rows``.
         """
         self._check_idle()
@@ -272,6 +272,9 @@ class Decoder:
             raise InputError(f"an id lies outside the vocabulary of {vocab}: use the tokenizer of this model")
         if seen is None and SamplingFeatures.of(params).penalty:
             raise InputError("a repetition penalty needs seen: which tokens were seen in each row")
+        for row in params:
+            if row.biased:
+                row.bias(vocab)
         if seen is not None and seen.shape != (rows, vocab):
             raise InputError(f"seen must be of shape [{rows}, {vocab}], not {list(seen.shape)}")
 

@@ -13,7 +13,7 @@ from hyaena.decoding.sampler import StepOutput, pack_outputs
 from hyaena.errors import InputError
 from hyaena.model import StripedHyena
 from hyaena.ops import pages_for
-from hyaena.sampling import SamplingParams, finite_rows, sample
+from hyaena.sampling import SamplingParams, bias_table, finite_rows, sample
 
 K = TypeVar("K", bound=Hashable)
 
@@ -25,16 +25,18 @@ def sample_outputs(
     generators: Sequence[torch.Generator],
     seen: Tensor | None,
     top: int,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, StepOutput]:
-    """Choose a token per row from logits [B,V]: ids [B] and the outputs. None is chosen where any row is not finite.
+    """Choose a token per row from logits [B,V]: ids [B] and the outputs. Rows that are not finite get token 0.
 
-    ``seen`` bool [B,V] is brought up to date.
+    ``seen`` bool [B,V] is brought up to date. ``bias`` is the rows' ``bias_table``.
     """
-    finite = finite_rows(logits)
+    finite = finite_rows(logits, bias)
     if bool(finite.all()):
-        ids = sample(logits, params, generators, seen=seen)
+        ids = sample(logits, params, generators, seen=seen, bias=bias)
     else:
-        ids = torch.zeros(len(finite), dtype=torch.int64, device=logits.device)
+        usable = torch.where(finite[:, None], logits, 0)
+        ids = torch.where(finite, sample(usable, params, generators, seen=seen, bias=bias), 0)
     if seen is not None:
         seen.scatter_(1, ids[:, None], True)
     return ids, StepOutput.unpack(pack_outputs(logits, ids, finite, top))
@@ -57,6 +59,7 @@ class EagerDecoder(Generic[K]):
         self.cache: Cache | None = None
         self.ids = torch.zeros(0, dtype=torch.int64, device=model.device)
         self.seen: Tensor | None = None
+        self.bias: Tensor | None = None
 
     @torch.inference_mode()
     def add(
@@ -83,12 +86,13 @@ class EagerDecoder(Generic[K]):
         self.keys += keys
         self.params += params
         self.generators += generators
+        self.bias = bias_table(self.params, self.model.config.vocab_size, self.ids.device)
 
     @torch.inference_mode()
     def next(self) -> tuple[list[K], StepOutput]:
         """Read the last token of each row and choose the next; the keys of the rows, and the outputs."""
         logits = self.model(self.ids[:, None], cache=self.cache, logits_to_keep=1)[:, -1]
-        self.ids, output = sample_outputs(logits, self.params, self.generators, self.seen, self.top)
+        self.ids, output = sample_outputs(logits, self.params, self.generators, self.seen, self.top, self.bias)
         return list(self.keys), output
 
     @torch.inference_mode()
@@ -103,6 +107,12 @@ class EagerDecoder(Generic[K]):
             self.cache.keep(rows)
         self.ids = self.ids[rows]
         self.seen = None if self.seen is None else self.seen[rows]
+        self.bias = None if self.bias is None else self.bias[rows]
+
+    @property
+    def lengths(self) -> dict[K, int]:
+        """Tokens that the states of each row hold."""
+        return {} if self.cache is None else dict(zip(self.keys, self.cache.lengths, strict=False))
 
     def missing_pages(self) -> dict[K, int]:
         """How many pages each row lacks for the next call of ``next``; rows that lack none are left out."""
@@ -117,12 +127,8 @@ class EagerDecoder(Generic[K]):
         row, cache = self.keys.index(key), self._cache()
         cache.set_pages(row, [*cache.pages[row], *pages])
 
-    def length(self, key: K) -> int:
-        """Tokens that a row has read."""
-        return self._cache().lengths[self.keys.index(key)]
-
     def snapshot_states(self, key: K) -> StateSnapshot:
-        """Copy the states of a row after ``length`` tokens."""
+        """Copy the states of a row, its pages excepted; see ``Cache.snapshot_states``."""
         return self._cache().snapshot_states(self.keys.index(key))
 
     def _cache(self) -> Cache:

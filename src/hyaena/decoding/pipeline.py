@@ -90,12 +90,8 @@ class PipelinedDecoder(Generic[K]):
         """Add pages behind those of a row."""
         self.decoder.extend(self.keys.index(key), pages)
 
-    def length(self, key: K) -> int:
-        """Tokens that a row has read when everything that was launched is done."""
-        return self.decoder.lengths[self.keys.index(key)]
-
     def snapshot_states(self, key: K) -> StateSnapshot:
-        """Copy the states of a row after ``length`` tokens."""
+        """Copy the states of a row behind all launched steps, its pages excepted; see ``Cache.snapshot_states``."""
         return self.decoder.snapshot_states(self.keys.index(key))
 
     def remove(self, keys: Sequence[K]) -> None:
@@ -106,6 +102,21 @@ class PipelinedDecoder(Generic[K]):
         if self.left and 2 * len(self.left) <= len(self.keys):
             self.wait()
             self._compact()
+
+    @property
+    def top(self) -> int:
+        """How many of the most probable tokens the next steps report."""
+        return self.decoder.sampler.top
+
+    @top.setter
+    def top(self, value: int) -> None:
+        self.decoder.sampler.top = value
+
+    @property
+    def lengths(self) -> dict[K, int]:
+        """Tokens that the states of each row hold, those of launched steps included; without rows that have left."""
+        lengths = zip(self.keys, self.decoder.lengths, strict=True)
+        return {key: length for key, length in lengths if key in self.left}
 
     def wait(self) -> None:
         """Fetch what was launched: afterwards the device no longer works on this decoder's memory."""

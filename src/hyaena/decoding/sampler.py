@@ -12,6 +12,7 @@ from hyaena.ops.step import DecodeOperators
 from hyaena.sampling import (
     SamplingFeatures,
     SamplingParams,
+    bias_table,
     choose,
     draw,
     finite_rows,
@@ -66,7 +67,9 @@ def pack_outputs(logits: Tensor, ids: Tensor, finite: Tensor, top: int) -> Tenso
 
 
 class GraphSampler:
-    """Sampling parameters, random numbers and seen tokens of up to ``max_rows`` rows, in buffers that never move.
+    """Sampling parameters, random numbers, seen tokens and biases of up to ``max_rows`` rows.
+
+    They lie in buffers that never move, those of [rows,V] only where a row needs them.
 
     Each row has its own CPU generator, of which it takes one number per token, in the order in which
     ``sampling.sample`` would: so a seed means the same here. They are drawn in blocks.
@@ -83,6 +86,7 @@ class GraphSampler:
         self.left = 0  # numbers of the block that no step has taken
         self.vocab_size = vocab_size
         self.seen: Tensor | None = None  # bool [max_rows,V], where a repetition penalty needs it
+        self.bias: Tensor | None = None  # float32 [max_rows,V], where a row has a bias
 
     def mutated_tensors(self, places: int) -> list[Tensor]:
         """What a step changes and would change again if repeated."""
@@ -102,14 +106,20 @@ class GraphSampler:
             self.seen = torch.zeros(self.knobs.shape[0], self.vocab_size, dtype=torch.bool, device=self.knobs.device)
         if self.seen is not None:
             self.seen[here] = False if seen is None else seen
+        bias = bias_table(params, self.vocab_size, self.knobs.device)
+        if bias is not None and self.bias is None:
+            self.bias = torch.zeros(self.knobs.shape[0], self.vocab_size, device=self.knobs.device)
+        if self.bias is not None:
+            self.bias[here] = 0.0 if bias is None else bias
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, which are in rising order."""
         self.params = [self.params[row] for row in rows]
         self.generators = [self.generators[row] for row in rows]
         self.features = SamplingFeatures.of(self.params)
-        for tensor in [self.knobs, self.uniform] + ([] if self.seen is None else [self.seen]):
-            move_rows(tensor, rows)
+        for tensor in (self.knobs, self.uniform, self.seen, self.bias):
+            if tensor is not None:
+                move_rows(tensor, rows)
 
     def prepare(self) -> None:
         """Make sure, before each step, that there is a number for it. Never waits for the device."""
@@ -137,7 +147,8 @@ class GraphSampler:
         seen = None if self.seen is None else self.seen[:count]
         if self.features == SamplingFeatures() and seen is None and self.top == 0:
             return operators.argmax(logits, ids)
-        finite = finite_rows(logits)
+        bias = self.bias[:count] if self.bias is not None and self.features.bias else None
+        finite = finite_rows(logits, bias)
         if self.features == SamplingFeatures():
             chosen = logits.argmax(dim=-1)
         else:
@@ -145,7 +156,7 @@ class GraphSampler:
             if self.features.draw:  # otherwise no number is read, and none may be counted
                 uniform = uniform.index_select(1, self.counter)
                 self.counter.add_(1)
-            chosen = choose(logits, self.knobs[:count], uniform, seen, self.features)
+            chosen = choose(logits, self.knobs[:count], uniform, seen, bias, self.features)
         ids.copy_(torch.where(finite, chosen, 0))
         if seen is not None:
             seen.scatter_(1, ids[:, None], True)

@@ -6,6 +6,7 @@ A row of a batch is that row alone: it has its own parameters, its own random nu
 from hyaena.generation.api import Completion, generate, stream
 from hyaena.generation.chunks import MIN_PREFILL_CHUNK, PREFILL_CHUNK, choose_chunk
 from hyaena.generation.loop import Event, Stats
+from hyaena.generation.prefixes import Prefix, load_prefix, prefix
 from hyaena.generation.settings import Options, Settings, encode_prompts, parse_prompts
 
 __all__ = [
@@ -14,11 +15,14 @@ __all__ = [
     "Completion",
     "Event",
     "Options",
+    "Prefix",
     "Settings",
     "Stats",
     "choose_chunk",
     "encode_prompts",
     "generate",
+    "load_prefix",
     "parse_prompts",
+    "prefix",
     "stream",
 ]

@@ -15,7 +15,7 @@ from hyaena.decoding import resolve_decoding
 from hyaena.errors import InputError, nearest, shown
 from hyaena.generation.chunks import choose_chunk
 from hyaena.generation.loop import Event, FinishReason, GenerationLoop, Row, Stats
-from hyaena.generation.settings import Options, Settings, encode_prompts, parse_prompts
+from hyaena.generation.settings import Options, RowOptions, Settings, encode_prompts, parse_prompts
 from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer
@@ -86,8 +86,8 @@ def stream(
     """Continue a prompt, or a list of prompts, token by token. Mistakes in the arguments raise here, at the call.
 
     Rows of one call are independent samples, and a row's tokens depend on nothing but its own prompt, options and seed.
-    Equal prompts in one call with one seed are told apart by their order: the first is what the prompt gives alone, and
-    ``[prompt] * n`` gives n samples.
+    Equal prompts in one call with one seed are told apart by their order: the first is what the prompt gives alone.
+    Equal prompts are read once. So ``n=3`` gives, and costs, what ``[prompt] * 3`` does.
 
     Args:
         model: any StripedHyena, on any device.
@@ -95,11 +95,14 @@ def stream(
         prompt: text, bytes or token ids (taken as they are, nothing is put in front), or a list of such.
         max_new_tokens: stop after so many, with finish_reason ``"length"``.
         temperature: 0, the default, is greedy: the same prompt gives the same text. See ``SamplingParams`` for this
-            and the next four.
+            and the next five.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the most probable tokens that together reach this probability.
         min_p: drop tokens with less than this fraction of the best one's probability.
         repetition_penalty: above 1 makes tokens of the prompt and the completion less probable.
+        logit_bias: id -> a number, at most 100, that is added to the token's logit; -100 and less forbid the token.
+        allowed_tokens: only these are chosen, and the tokens that end a row: EOS (unless ``stop_at_eos=False``) and
+            ``stop_token_ids``. Ids, or a text such as ``"ACGT"``: then all tokens whose text has no other characters.
         seed: makes a call reproducible: one for the call, from which each row draws numbers of its own; or one per row,
             each of which gives what its prompt gives alone with that seed. None draws others each time.
         stop: strings that end a row; neither they nor what follows them is ever part of the text. A stop string that is
@@ -107,6 +110,8 @@ def stream(
         stop_token_ids: ids that end a row, with finish_reason ``"stop"``.
         stop_at_eos: end a row at any of the tokenizer's EOS ids, with finish_reason ``"eos"``.
         special: whether names of special tokens in a prompt's text become these tokens. By default they are text.
+        prefix: what stands before every prompt, read once (``hyaena.prefix``). A prompt is then tokenized by itself,
+            without BOS, and may be an empty text. Figures and limits count the prefix.
         logprobs: how many alternatives to report with each token.
         method: how long convolutions of the prompt are evaluated (``ops.METHODS``); single steps choose themselves,
             from the state that it left.
@@ -117,6 +122,7 @@ def stream(
         prefill_chunk: the most tokens of prompts that one pass reads; unless given 512 on a CPU, on CUDA devices 2,048
             to 32,768, as memory allows, and 2,048 elsewhere.
         progress: called as ``progress(tokens read, tokens of all prompts)`` after each pass.
+        n: samples of each prompt, which differ where the temperature is above 0. Sample s of prompt p is row p·n + s.
 
     Yields:
         Events; the rows of a list advance together.
@@ -127,22 +133,33 @@ def stream(
         UnsupportedError: an unknown method, or a way of decoding that this model or device does not allow.
         NonFiniteError: the model produced NaN or infinity; the message names the layer. Raised while iterating.
     """
-    return _start(model, tokenizer, parse_prompts(prompt)[0], Settings(**options))
+    settings = Settings(**options)
+    return _start(model, tokenizer, _parse(prompt, settings)[0], settings)
 
 
-@overload
-def generate(model: StripedHyena, tokenizer: Tokenizer, prompt: Prompt, **options: Unpack[Options]) -> Completion: ...
+Prompts = list[str] | list[bytes] | list[list[int]]
+
+
 @overload
 def generate(
-    model: StripedHyena,
-    tokenizer: Tokenizer,
-    prompt: list[str] | list[bytes] | list[list[int]],
-    **options: Unpack[Options],
+    model: StripedHyena, tokenizer: Tokenizer, prompt: Prompt, **options: Unpack[RowOptions]
+) -> Completion: ...
+@overload
+def generate(
+    model: StripedHyena, tokenizer: Tokenizer, prompt: Prompts, **options: Unpack[RowOptions]
 ) -> list[Completion]: ...
+@overload
+def generate(
+    model: StripedHyena, tokenizer: Tokenizer, prompt: Prompt, *, n: int, **options: Unpack[RowOptions]
+) -> list[Completion]: ...
+@overload
+def generate(
+    model: StripedHyena, tokenizer: Tokenizer, prompt: Prompts, *, n: int, **options: Unpack[RowOptions]
+) -> list[list[Completion]]: ...
 @_with_options
 def generate(
     model: StripedHyena, tokenizer: Tokenizer, prompt: Any, **options: Unpack[Options]
-) -> Completion | list[Completion]:
+) -> Completion | list[Completion] | list[list[Completion]]:
     """Continue a prompt, or a list of prompts, to the end: ``stream``, collected.
 
     Args:
@@ -152,17 +169,24 @@ def generate(
         options: those of ``stream``, which describes them; by default greedy, at most 256 new tokens.
 
     Returns:
-        A Completion, or a list of them for a list of prompts.
+        A Completion, or a list of them for a list of prompts; with ``n``, a list of n Completions in the place of each.
 
     Raises:
         The errors of ``stream``.
     """
-    prompts, single = parse_prompts(prompt)
-    events: list[list[Event]] = [[] for _ in prompts]
-    for event in _start(model, tokenizer, prompts, Settings(**options)):
+    settings = Settings(**options)
+    prompts, single = _parse(prompt, settings)
+    samples = settings.n or 1
+    events: list[list[Event]] = [[] for _ in range(len(prompts) * samples)]
+    for event in _start(model, tokenizer, prompts, settings):
         events[event.index].append(event)
-    completions = [_collect(row) for row in events]
-    return completions[0] if single else completions
+    rows = [_collect(row) for row in events]
+    completions = rows if settings.n is None else [rows[i : i + samples] for i in range(0, len(rows), samples)]
+    return completions[0] if single else completions  # pyright: ignore[reportReturnType]
+
+
+def _parse(prompt: Any, settings: Settings) -> tuple[list[str | bytes | list[int]], bool]:
+    return parse_prompts(prompt, allow_empty=settings.prefix is not None)
 
 
 def _start(
@@ -170,29 +194,38 @@ def _start(
 ) -> Iterator[Event]:
     """Check everything that is left to check, and begin."""
     began = time.perf_counter()
+    if settings.prefix is not None and settings.prefix.model is not model:
+        raise InputError("the prefix was read by another model: make it with hyaena.prefix and this one")
     seeds = settings.seeds(len(prompts))
     encoded = encode_prompts(tokenizer, model.config, prompts, settings)
     decoding = resolve_decoding(model, settings.decoding, settings.method)
     stops: tuple[str, ...] = settings.stop  # pyright: ignore[reportAssignmentType]  a tuple since it was checked
     special = tokenizer.special_tokens
     stop_ids = frozenset(settings.stop_token_ids or ()) | {special[stop] for stop in stops if stop in special}
-    rows = [
-        Row(
-            index=index,
-            prompt=ids,
-            params=settings.sampling(seed),
-            text=StopStringFilter(tokenizer, ids, stops),
-            eos_ids=frozenset(tokenizer.eos_ids if settings.stop_at_eos else ()),
-            stop_ids=stop_ids,
-            max_new_tokens=settings.max_new_tokens,
-            repeat=repeat,
-        )
-        for index, (ids, seed, repeat) in enumerate(zip(encoded, seeds, settings.repeats(encoded), strict=True))
-    ]
+    eos_ids = frozenset(tokenizer.eos_ids if settings.stop_at_eos else ())
+    allowed = settings.allowed_ids(tokenizer, [*eos_ids, *stop_ids], model.config.vocab_size)
+    settings.sampling(None, allowed).bias(model.config.vocab_size)
+    rows: list[Row] = []
+    for ids, seed, repeats in zip(encoded, seeds, settings.repeats(encoded), strict=True):
+        params = settings.sampling(seed, allowed)
+        rows += [
+            Row(
+                index=len(rows) + sample,
+                prompt=ids,
+                params=params,
+                text=StopStringFilter(tokenizer, ids, stops),
+                eos_ids=eos_ids,
+                stop_ids=stop_ids,
+                max_new_tokens=settings.max_new_tokens,
+                repeat=repeat,
+            )
+            for sample, repeat in enumerate(repeats)
+        ]
     longest = max(len(row.prompt) for row in rows)
     run = GenerationLoop(
         model,
         rows,
+        prefix=None if settings.prefix is None else settings.prefix.cache,
         method=settings.method,
         decoding=decoding,
         chunk=settings.prefill_chunk or choose_chunk(model, len(rows) * (longest + settings.max_new_tokens)),

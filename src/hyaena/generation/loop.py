@@ -1,9 +1,10 @@
 """The generation loop: rows whose prompts are read, and rows that are decoded, at the same time.
 
-Prompts are read shortest first. Short ones are read together, padded on the left, long ones by themselves and in
-chunks, and no pass through the model carries more than a chunk's tokens, so the memory of a prefill does not grow with
-the prompt (the cache does). A row is decoded as soon as its prompt is read: between two passes over longer prompts, all
-rows that were read take one step. Rows that finish leave the batch.
+Prompts are read shortest first, and equal ones once: their rows get copies of the cache. Short ones are read together,
+padded on the left, long ones by themselves and in chunks, and no pass through the model carries more than a chunk's
+tokens, so the memory of a prefill does not grow with the prompt (the cache does). A row is decoded as soon as its
+prompt is read: between two passes over longer prompts, all rows that were read take one step. Rows that finish leave
+the batch.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Stats:
     """Timing and memory of one sequence. Seconds count work, not the time that the caller takes between events.
 
     Attributes:
-        prompt_tokens: tokens read.
+        prompt_tokens: tokens before the completion, those of a prefix included.
         completion_tokens: tokens chosen, EOS included.
         time_to_first_token: seconds from the call to the first token, in a batch for the whole batch's prompts.
         decode_tokens_per_second: this row's speed after its first token; None when there was no second.
@@ -59,11 +60,11 @@ class Event:
     """One token of one row.
 
     Attributes:
-        index: the row: the place of its prompt in the list.
+        index: the row: the place of its prompt in the list; with n samples of each prompt, that place · n + the sample.
         token: the id that was chosen.
         text: what can be shown now; empty while a character or a possible stop string is unfinished. The texts of
             a row, joined, are its completion.
-        logprob: natural log-probability of the token under the model (no temperature, no penalty, no cut).
+        logprob: natural log-probability of the token under the model (no temperature, no penalty, no bias, no cut).
         top_logprobs: the most probable (id, log-probability) pairs, as many as ``logprobs`` names.
         finish_reason: set on the last event of a row: ``"eos"``, ``"stop"`` (a stop string) or ``"length"``.
         stats: set on the last event of a row.
@@ -83,8 +84,8 @@ class Row:
     """Generation state of one sequence.
 
     Attributes:
-        index: the place of its prompt in the list.
-        prompt: the prompt's ids.
+        index: which row of the call; see ``Event``.
+        prompt: the prompt's ids, those of a prefix included.
         params: how its tokens are chosen.
         text: turns its tokens into text.
         eos_ids: tokens that end it with finish_reason ``"eos"``.
@@ -144,6 +145,7 @@ class GenerationLoop:
     Args:
         model: of all rows.
         rows: to be read.
+        prefix: a cache of one row that has read a beginning which all prompts share, shorter than each; or None.
         method: how long convolutions of the prompts are evaluated.
         decoding: how single steps are evaluated; resolved, not ``"auto"``.
         chunk: the most tokens of one pass over prompts.
@@ -156,6 +158,7 @@ class GenerationLoop:
         model: StripedHyena,
         rows: list[Row],
         *,
+        prefix: Cache | None,
         method: str,
         decoding: Decoding,
         chunk: int,
@@ -170,10 +173,11 @@ class GenerationLoop:
         self.top = top
         self.progress = progress
         self.seconds = 0.0  # of work, since the call
-        self.waiting = deque(
-            Prefill(model, group, method, chunk) for group in _groups(rows, min(chunk, MAX_PREFILL_BATCH_TOKENS))
-        )
-        self.total, self.read = sum(len(row.prompt) for row in rows), 0
+        prompts = _by_prompt(rows)
+        start = 0 if prefix is None else prefix.length
+        most = min(chunk, MAX_PREFILL_BATCH_TOKENS)
+        self.waiting = deque(Prefill(model, group, prefix, method, chunk) for group in _groups(prompts, start, most))
+        self.total, self.read = sum(len(equal[0].prompt) - start for equal in prompts), 0
         self.decoder: EagerDecoder[int] | PipelinedDecoder[int] | None = None
         self.decoding_rows: set[int] = set()
 
@@ -209,6 +213,7 @@ class GenerationLoop:
             return None
         self.waiting.popleft()
         rows = prefill.rows
+        logits = logits[prefill.places]
         params, generators = [row.params for row in rows], [row.generator for row in rows]
         seen = None
         if any(row.params.repetition_penalty != 1 for row in rows):
@@ -221,7 +226,8 @@ class GenerationLoop:
         if all(output.finite) and any(steps):
             if self.decoder is None:
                 self.decoder = self._make_decoder()
-            self.decoder.add(keys, steps, prefill.cache, ids, params, generators, seen=seen)
+            cache = prefill.cache if len(rows) == len(prefill.group) else prefill.cache.select(prefill.places)
+            self.decoder.add(keys, steps, cache, ids, params, generators, seen=seen)
             self.decoding_rows |= set(keys)
         return keys, output
 
@@ -280,29 +286,41 @@ class GenerationLoop:
 
 
 class Prefill:
-    """Reads the prompts of rows together, pass by pass, into a cache of their own.
+    """Reads prompts together, pass by pass, into a cache of their own.
 
     Attributes:
-        rows: that are read.
-        cache: with room for the prompts and the new tokens of the rows.
+        group: the prompts that are read, each as the rows that have it.
+        rows: all of them.
+        places: for each row the place of its prompt in the group.
+        cache: of one row per prompt, with room for the prompts and the new tokens.
         last_count: prompt tokens that the last pass read.
     """
 
-    def __init__(self, model: StripedHyena, rows: list[Row], method: str, chunk: int) -> None:
+    def __init__(
+        self, model: StripedHyena, group: list[list[Row]], prefix: Cache | None, method: str, chunk: int
+    ) -> None:
         self.model = model
-        self.rows = rows
+        self.group = group
+        self.rows = [row for equal in group for row in equal]
+        self.places = [place for place, equal in enumerate(group) for _ in equal]
+        self.prefix = prefix
         self.method = method
         self.last_count = 0
-        self.width = max(len(row.prompt) for row in rows)
-        self._passes = _passes(rows, self.width, chunk)
-        self._left = 1 if len(rows) > 1 else -(-self.width // chunk)
+        start = 0 if prefix is None else prefix.length
+        prompts = [equal[0].prompt[start:] for equal in group]
+        width = max(map(len, prompts))
+        self._passes = _passes(prompts, width, chunk)
+        self._left = 1 if len(prompts) > 1 else -(-width // chunk)
         self._cache: Cache | None = None
 
     @property
     def cache(self) -> Cache:
         if self._cache is None:  # made when the first pass is, so that waiting prompts cost nothing
             room = max(len(row.prompt) + row.max_new_tokens for row in self.rows)
-            self._cache = self.model.make_cache(len(self.rows), max_length=room, method=self.method)
+            if self.prefix is None:
+                self._cache = self.model.make_cache(len(self.group), max_length=room, method=self.method)
+            else:
+                self._cache = self.prefix.select([0] * len(self.group), max_length=room)
         return self._cache
 
     def run_pass(self) -> Tensor | None:
@@ -321,27 +339,40 @@ class Prefill:
         return None if self._left else logits[:, -1]
 
 
-def _groups(rows: list[Row], most: int) -> list[list[Row]]:
-    """Rows to prefill together: as many as have ``most`` tokens when padded to the longest, at least one."""
-    groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.prompt)):
-        if groups and (len(groups[-1]) + 1) * len(row.prompt) <= most:
-            groups[-1].append(row)
+def _by_prompt(rows: list[Row]) -> list[list[Row]]:
+    """The rows of each prompt, the shortest prompt first."""
+    equal: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        equal.setdefault(tuple(row.prompt), []).append(row)
+    return sorted(equal.values(), key=lambda rows: len(rows[0].prompt))
+
+
+def _groups(prompts: list[list[Row]], start: int, most: int) -> list[list[list[Row]]]:
+    """Prompts to read together: as many as have ``most`` tokens when padded to the longest, at least one.
+
+    After a prefix of ``start`` tokens, where a cache takes no padding, prompts of one length are read together.
+    """
+    groups: list[list[list[Row]]] = []
+    for equal in prompts:
+        length = len(equal[0].prompt)
+        fits = bool(groups) and (len(groups[-1]) + 1) * (length - start) <= most
+        if fits and (start == 0 or len(groups[-1][0][0].prompt) == length):
+            groups[-1].append(equal)
         else:
-            groups.append([row])
+            groups.append([equal])
     return groups
 
 
-def _passes(group: list[Row], width: int, chunk: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The ids [B,T] and mask of each pass over a group: one pass for several rows, chunks for a long one."""
-    if len(group) > 1:
-        padding = torch.tensor([[width - len(row.prompt)] for row in group])
+def _passes(prompts: list[list[int]], width: int, chunk: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The ids [B,T] and mask of each pass over prompts: one pass for several, chunks for a long one."""
+    if len(prompts) > 1:
+        padding = torch.tensor([[width - len(prompt)] for prompt in prompts])
         mask = torch.arange(width) >= padding
-        ids = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in group])
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         yield ids, mask
         return
     for start in range(0, width, chunk):
-        yield torch.tensor([group[0].prompt[start : start + chunk]]), None
+        yield torch.tensor([prompts[0][start : start + chunk]]), None
 
 
 def peak_memory(device: torch.device) -> int | None:

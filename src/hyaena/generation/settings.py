@@ -12,6 +12,7 @@ from hyaena.arguments import as_whole, kind_of, switch, whole
 from hyaena.decoding import Decoding
 from hyaena.errors import InputError, shown
 from hyaena.generation.loop import Progress
+from hyaena.generation.prefixes import Prefix
 from hyaena.ops import capabilities
 from hyaena.sampling import SamplingParams
 from hyaena.tokenizers import Tokenizer, token_ids
@@ -20,8 +21,8 @@ from hyaena.tokenizers.base import as_list
 Seed = int | Sequence[int | None] | None
 
 
-class Options(TypedDict, total=False):
-    """The options of ``stream`` and ``generate``, for type checkers; ``stream`` describes them."""
+class RowOptions(TypedDict, total=False):
+    """The options of ``stream`` and ``generate`` but ``n``, for type checkers; ``stream`` describes them."""
 
     max_new_tokens: int
     temperature: float
@@ -29,17 +30,26 @@ class Options(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    logit_bias: Mapping[int, float] | None
+    allowed_tokens: str | Sequence[int] | None
     seed: Seed
     stop: str | Iterable[str] | None
     stop_token_ids: Sequence[int] | None
     stop_at_eos: bool
     special: bool
+    prefix: Prefix | None
     logprobs: int
     method: str
     decoding: Decoding
     max_length: int | None
     prefill_chunk: int | None
     progress: Progress | None
+
+
+class Options(RowOptions, total=False):
+    """All options."""
+
+    n: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,37 +67,45 @@ class Settings:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_tokens: str | Sequence[int] | None = None
     seed: Seed = None
     stop: str | Iterable[str] | None = ()
     stop_token_ids: Sequence[int] | None = ()
     stop_at_eos: bool = True
     special: bool = False
+    prefix: Prefix | None = None
     logprobs: int = 0
     method: str = "auto"
     decoding: Decoding = "auto"
     max_length: int | None = None
     prefill_chunk: int | None = None
     progress: Progress | None = None
+    n: int | None = None
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
             "max_new_tokens": _at_least_1("max_new_tokens", self.max_new_tokens),
             "logprobs": whole("logprobs", self.logprobs, "a whole number, 0 or more", 0),
             "stop": _stop_strings(self.stop),
-            "stop_token_ids": tuple(
-                token_ids(() if self.stop_token_ids is None else self.stop_token_ids, "stop_token_ids")
-            ),
+            "stop_token_ids": ()
+            if self.stop_token_ids is None
+            else tuple(token_ids(self.stop_token_ids, "stop_token_ids")),
             "stop_at_eos": switch("stop_at_eos", self.stop_at_eos),
             "special": switch("special", self.special),
             "seed": _seeds(self.seed),
+            "allowed_tokens": _allowed_tokens(self.allowed_tokens),
         }
-        for name in ("max_length", "prefill_chunk"):
+        for name in ("max_length", "prefill_chunk", "n"):
             if getattr(self, name) is not None:
                 checked[name] = _at_least_1(name, getattr(self, name))
         for name in ("method", "decoding"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name} must be a name, not {shown(getattr(self, name))}")
-        capabilities(self.method)
+        if self.prefix is not None and not isinstance(self.prefix, Prefix):
+            raise InputError(f"prefix must be made by hyaena.prefix, not {kind_of(self.prefix)}")
+        if capabilities(self.method).state == "window" and self.prefix is not None:
+            raise InputError(f"a prefix keeps no windows of inputs, from which {self.method!r} goes on: choose another")
         if self.progress is not None and not callable(self.progress):
             raise InputError(f"progress must be a function of two numbers, not {shown(self.progress)}")
         for name, value in checked.items():
@@ -107,28 +125,45 @@ class Settings:
             raise InputError(f"{len(self.seed)} seeds for {count} prompts: give one, or one per prompt")
         return list(self.seed)
 
-    def sampling(self, seed: Any) -> SamplingParams:
-        """The sampling parameters of a row."""
+    def allowed_ids(self, tokenizer: Tokenizer, enders: Iterable[int], vocab_size: int) -> list[int] | None:
+        """The ids that ``allowed_tokens`` allows, with the tokens that end a row; None where it allows all.
+
+        Raises:
+            InputError: characters that are no tokens of their own.
+        """
+        if self.allowed_tokens is None:
+            return None
+        ids = self.allowed_tokens
+        if isinstance(ids, str):
+            ids = [token for token in tokenizer.tokens_within(ids) if token < vocab_size]
+        return [*dict.fromkeys([*ids, *(token for token in enders if token < vocab_size)])]
+
+    def sampling(self, seed: Any, allowed: Sequence[int] | None = None) -> SamplingParams:
+        """The sampling parameters of a row, which may choose the ``allowed`` ids only."""
         return SamplingParams(
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            logit_bias=() if self.logit_bias is None else self.logit_bias,
+            allowed_tokens=allowed,
             seed=seed,
         )
 
-    def repeats(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """For each row, how many equal prompts with the same seed for all come before it.
+    def repeats(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """For each of the ``n`` samples of each prompt, its number among the rows of equal prompts with the same seed.
 
-        Rows with a list of seeds have exactly their own, so that equal seeds give equal rows.
+        The first samples of all prompts are counted first, so that they are what ``n=1`` gives. Rows with a list of
+        seeds have exactly their own, so that equal seeds give equal rows.
         """
+        samples = range(self.n or 1)
         if isinstance(self.seed, tuple):
-            return [0] * len(prompts)
-        before: Counter[tuple[int, ...]] = Counter()
+            return [[*samples] for _ in prompts]
+        equal, before = Counter(map(tuple, prompts)), Counter[tuple[int, ...]]()
         repeats = []
         for prompt in map(tuple, prompts):
-            repeats.append(before[prompt])
+            repeats.append([before[prompt] + sample * equal[prompt] for sample in samples])
             before[prompt] += 1
         return repeats
 
@@ -142,8 +177,8 @@ class _Sizes(Protocol):
     def max_length(self) -> int: ...
 
 
-def parse_prompts(prompt: Any) -> tuple[list[str | bytes | list[int]], bool]:
-    """A list of prompts, and whether there was one that was not in a list.
+def parse_prompts(prompt: Any, *, allow_empty: bool = False) -> tuple[list[str | bytes | list[int]], bool]:
+    """A list of prompts, and whether there was one that was not in a list. After a prefix, texts may be empty.
 
     Text is ``str`` or any bytes. Token ids come in any sequence: lists, ranges, iterators, numpy arrays, tensors of one
     dimension. Several prompts are a list of texts, a list of such sequences, or an array of two dimensions.
@@ -152,7 +187,8 @@ def parse_prompts(prompt: Any) -> tuple[list[str | bytes | list[int]], bool]:
         InputError: an empty prompt, or anything else.
     """
     if (text := _as_text(prompt)) is not None:
-        _require_content(text)
+        if not allow_empty:
+            _require_content(text)
         return [text], True
     problem = "a prompt is text, bytes, a list of token ids, or a list of such, not "
     if isinstance(prompt, io.IOBase):
@@ -172,14 +208,15 @@ def parse_prompts(prompt: Any) -> tuple[list[str | bytes | list[int]], bool]:
             raise InputError(f"a prompt is text or whole numbers, and one of its items is {shown(wrong[0])}")
         return [token_ids(items)], True
     for one in prompts:
-        _require_content(one)
+        if not allow_empty or isinstance(one, list):
+            _require_content(one)
     return prompts, False
 
 
 def encode_prompts(
     tokenizer: Tokenizer, config: _Sizes, prompts: Sequence[str | bytes | list[int]], settings: Settings
 ) -> list[list[int]]:
-    """The token ids of each prompt, checked against the sizes of a model.
+    """The token ids of each prompt, those of the prefix in front, checked against the sizes of a model.
 
     Raises:
         InputError: the tokenizer does not fit the model, a text cannot be encoded, an id is outside the vocabulary, or
@@ -195,11 +232,14 @@ def encode_prompts(
         raise InputError(f"logprobs must be between 0 and the vocabulary size {size}, not {shown(settings.logprobs)}")
     _require_ids(settings.stop_token_ids or (), size, "stop_token_ids: ")
     limit = config.max_length if settings.max_length is None else settings.max_length
+    before = [] if settings.prefix is None else settings.prefix.ids
     encoded = []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt, special=settings.special) if isinstance(prompt, str | bytes) else prompt
+        if isinstance(prompt, str | bytes):
+            prompt = tokenizer.encode(prompt, special=settings.special, add_special_tokens=settings.prefix is None)
+        _require_ids(prompt, size)
+        ids = [*before, *prompt]
         _require_content(ids)
-        _require_ids(ids, size)
         if len(ids) + settings.max_new_tokens > limit:
             raise InputError(
                 f"{len(ids)} prompt tokens and max_new_tokens {shown(settings.max_new_tokens)} pass the maximum length "
@@ -227,8 +267,14 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     return stops
 
 
-def _stop_token_ids(ids: Any) -> tuple[int, ...]:
-    return () if ids is None else tuple(token_ids(ids, "stop_token_ids"))
+def _allowed_tokens(tokens: Any) -> str | tuple[int, ...] | None:
+    if tokens is None:
+        return None
+    if not isinstance(tokens, str):
+        tokens = tuple(token_ids(tokens, "allowed_tokens"))
+    if not tokens:
+        raise InputError("allowed_tokens is empty: name characters or ids, or leave it out to allow all tokens")
+    return tokens
 
 
 def _seeds(seed: Any) -> Any:

@@ -149,9 +149,9 @@ class KVState:
         stores = {id(store): store for store, _ in self.rows}
         return [t for store in stores.values() for t in store]
 
-    def select(self, rows: Sequence[int]) -> KVState:
-        """Copy the given rows, in that order, into storage of their own."""
-        return self._copy(rows, self.capacities)
+    def select(self, rows: Sequence[int], room: int | None = None) -> KVState:
+        """Copy the given rows, in that order, into storage of their own, as large or with ``room`` slots."""
+        return self._copy(rows, self.capacities if room is None else [room] * len(self.rows))
 
     def keep(self, rows: Sequence[int]) -> KVState:
         """Drop all rows but these. Storage of which at most half is still used is copied, so that it can be freed."""
@@ -169,6 +169,13 @@ class KVState:
         return KVState(self.rows + [row for other in others for row in other.rows])
 
     def reset(self) -> KVState:
+        """Nothing to do: slots behind a row's length are never read."""
+        return self
+
+    def mark(self) -> None:
+        """Nothing: slots that later tokens fill lie behind those of this moment."""
+
+    def rewind(self, mark: KVState | None) -> KVState:
         """Nothing to do: slots behind a row's length are never read."""
         return self
 

@@ -221,7 +221,7 @@ class PagedKVState:
         """None: the storage is the pool's."""
         return []
 
-    def select(self, rows: Sequence[int]) -> PagedKVState:
+    def select(self, rows: Sequence[int], room: int | None = None) -> PagedKVState:
         """The layer itself: rows that are copied without their pages."""
         return self
 
@@ -240,6 +240,13 @@ class PagedKVState:
         return self
 
     def reset(self) -> PagedKVState:
+        """Nothing to do: slots behind a row's length are never read."""
+        return self
+
+    def mark(self) -> None:
+        """Nothing: slots that later tokens fill lie behind those of this moment."""
+
+    def rewind(self, mark: PagedKVState | None) -> PagedKVState:
         """Nothing to do: slots behind a row's length are never read."""
         return self
 

@@ -25,8 +25,8 @@ class RowTensors:
     def tensors(self) -> list[Tensor]:
         return list(self)  # type: ignore[arg-type]
 
-    def select(self: S, rows: Sequence[int]) -> S:
-        """Copy the given rows, in that order."""
+    def select(self: S, rows: Sequence[int], room: int | None = None) -> S:
+        """Copy the given rows, in that order; the size does not depend on the number of tokens."""
         if rows and list(rows) == list(range(rows[0], rows[0] + len(rows))):  # no index goes to the device
             return self._map(lambda t: t[rows[0] : rows[-1] + 1].clone())
         return self._map(lambda t: t[torch.as_tensor(rows, device=t.device)])
@@ -47,6 +47,15 @@ class RowTensors:
     def reset(self: S) -> S:
         """Forget everything."""
         return self._map(torch.zeros_like)
+
+    def mark(self: S) -> S:
+        """A copy: what was forgotten cannot be computed back."""
+        return self._map(torch.clone)
+
+    def rewind(self: S, mark: S | None) -> S:
+        """Return to a copy."""
+        assert mark is not None
+        return mark._map(torch.clone)
 
     def reserve(self: S, lengths: Sequence[int]) -> S:
         """Nothing to do: the size does not depend on the number of tokens."""

@@ -79,6 +79,26 @@ class Tokenizer(ABC):
             raise InputError(f"only text can be encoded (str or bytes), not {kind_of(text)}")
         return self._encode(text, special, add_special_tokens)
 
+    def tokens_within(self, characters: str) -> list[int]:
+        """The ids of all tokens whose text has no other characters than these, special tokens left out.
+
+        Raises:
+            InputError: no characters, or one that occurs in none of these tokens.
+        """
+        wanted, found = set(characters), {}
+        for token, piece in enumerate(self._pieces[: self.vocab_size]):
+            try:
+                text = piece.decode()
+            except UnicodeDecodeError:  # part of a character
+                continue
+            if text and wanted.issuperset(text):
+                found[token] = text
+        missing = wanted.difference(*found.values())
+        if missing or not wanted:
+            what = f"{min(missing)!r}" if missing else "no character"
+            raise InputError(f"no token of the tokenizer stands for {what} alone: name token ids")
+        return list(found)
+
     @abstractmethod
     def _encode(self, text: str | bytes, special: bool, add_special_tokens: bool) -> list[int]:
         """``encode`` with checked arguments."""

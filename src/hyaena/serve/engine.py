@@ -1,0 +1,419 @@
+"""The engine: one thread that plans, reads, decodes and hands every token to the request that it belongs to."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from hyaena.decoding import Decoding, resolve_decoding
+from hyaena.errors import CapacityError, HyaenaError, InputError
+from hyaena.generation.chunks import choose_chunk
+from hyaena.generation.loop import FinishReason, Row
+from hyaena.generation.stop_strings import StopStringFilter
+from hyaena.model import StripedHyena
+from hyaena.ops import PAGE
+from hyaena.sampling import SamplingParams
+from hyaena.serve.metrics import Metrics
+from hyaena.serve.runner import Chosen, Runner
+from hyaena.serve.scheduler import Scheduler
+from hyaena.sizes import ModelSizes
+from hyaena.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class QueueFullError(HyaenaError, RuntimeError):
+    """More requests are waiting than the engine takes: try again later."""
+
+
+class EngineDeadError(HyaenaError, RuntimeError):
+    """The engine has stopped and takes no requests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How an engine uses its machine.
+
+    Attributes:
+        kv_bytes: memory for keys and values; None for half of the memory that is free.
+        snapshot_bytes: memory for the states of the prefix cache; 0 turns it off.
+        max_rows: requests that are read or decoded at a time.
+        max_waiting: requests that may wait beside them.
+        chunk: the most tokens that one pass over prompts reads; chosen by the device unless given.
+        decoding: how steps are evaluated.
+        deterministic: a request's numbers are bitwise the same alone, in a batch, chunked, after pre-emption and where
+            the prefix cache spared it tokens. Prompts are read alone and rows are decoded alone, so it is slow.
+    """
+
+    kv_bytes: int | None = None
+    snapshot_bytes: int = 256 * 2**20
+    max_rows: int = 64
+    max_waiting: int = 256
+    chunk: int | None = None
+    decoding: Decoding = "auto"
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be generated, as ids.
+
+    Attributes:
+        prompt: token ids, at least one.
+        params: how tokens are chosen.
+        max_new_tokens: the most tokens of the completion.
+        stop: strings that end it.
+        stop_ids: tokens that end it with finish_reason ``"stop"``.
+        eos_ids: tokens that end it with finish_reason ``"eos"``.
+        top: how many of the most probable tokens to report.
+        repeat: how many requests of the same call have the same prompt and come before it.
+        salt: requests with other salts share no prefixes.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    eos_ids: frozenset[int] = frozenset()
+    top: int = 0
+    repeat: int = 0
+    salt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """One token of a request, or its end by an error.
+
+    Attributes:
+        token: its id; None where the request ended by an error or was stopped with the engine.
+        text: what can be shown now.
+        logprob, top: see ``generation.Event``.
+        finish_reason: set on the last one.
+        cached_tokens: tokens of the prompt that the prefix cache spared.
+        error: why the request ended without a result, or None.
+    """
+
+    token: int | None
+    text: str = ""
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | Literal["error", "cancelled"] | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+Sink = Callable[[Delta], None]
+
+
+@dataclass(eq=False)
+class _Active:
+    """A request in the engine."""
+
+    key: int
+    row: Row
+    request: Request
+    sink: Sink
+    arrived: float = field(default_factory=time.monotonic)
+    last_token: float = 0.0
+
+
+class Engine:
+    """Generates for many requests at a time. Its methods may be called from any thread.
+
+    Args:
+        model: on its device.
+        tokenizer: of the model.
+        settings: how the machine is used.
+        metrics: what is counted.
+
+    Raises:
+        CapacityError: there is no memory for a single page.
+    """
+
+    def __init__(
+        self,
+        model: StripedHyena,
+        tokenizer: Tokenizer,
+        settings: EngineSettings | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        settings = settings or EngineSettings()
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.metrics = metrics or Metrics()
+        sizes, itemsize = ModelSizes(model.config), model.dtype.itemsize
+        self.state_bytes = sizes.state_bytes(itemsize)
+        self.max_length = model.config.max_length or DEFAULT_MAX_LENGTH
+        pages = _count_pages(model, settings, sizes.page_bytes(PAGE, itemsize))
+        self.max_length = min(self.max_length, pages * PAGE)
+        chunk = settings.chunk or choose_chunk(model, pages * PAGE)
+        self.scheduler = Scheduler(
+            pages=pages,
+            page_size=PAGE,
+            max_rows=settings.max_rows,
+            chunk=max(PAGE, chunk // PAGE * PAGE),
+            max_snapshots=settings.snapshot_bytes // max(1, self.state_bytes),
+            fixed_passes=settings.deterministic,
+        )
+        self.runner = Runner(
+            model,
+            pages=pages,
+            max_rows=settings.max_rows,
+            max_length=self.max_length,
+            decoding="eager" if settings.deterministic else resolve_decoding(model, settings.decoding, "auto"),
+            isolated=settings.deterministic,
+        )
+        self._requests: dict[int, _Active] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._keys = itertools.count()
+        self._stopping = threading.Event()
+        self._failure: BaseException | None = None
+        self._waiting = 0  # submitted and not yet taken by the thread
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="hyaena-engine", daemon=True)
+
+    # --- from any thread -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine takes requests."""
+        return self._thread.is_alive() and self._failure is None and not self._stopping.is_set()
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never be served.
+
+        Raises:
+            InputError: no prompt, or ids outside the vocabulary.
+            CapacityError: more tokens than the model or the memory takes.
+        """
+        size = self.model.config.vocab_size
+        if not request.prompt:
+            raise InputError("the prompt is empty: give it at least one token")
+        outside = next((token for token in request.prompt if not 0 <= token < size), None)
+        if outside is not None:
+            raise InputError(f"token id {outside} is outside the vocabulary 0..{size - 1} of the model")
+        if len(request.prompt) + request.max_new_tokens > self.max_length:
+            raise CapacityError(
+                f"{len(request.prompt)} tokens of prompt and {request.max_new_tokens} new ones are more than the "
+                f"{self.max_length} that a request may have: shorten the prompt, or ask for fewer new tokens"
+            )
+        self.scheduler.check(len(request.prompt), request.max_new_tokens)
+
+    def submit(self, request: Request, sink: Sink) -> int:
+        """Queue a request; its key. The sink is called in the engine's thread and must not wait.
+
+        Raises:
+            InputError, CapacityError: see ``check``.
+            QueueFullError: too many requests are waiting.
+            EngineDeadError: the engine has stopped.
+        """
+        self.check(request)
+        row = Row(
+            index=0,
+            prompt=list(request.prompt),
+            params=request.params,
+            text=StopStringFilter(self.tokenizer, list(request.prompt), request.stop),
+            eos_ids=request.eos_ids,
+            stop_ids=request.stop_ids,
+            max_new_tokens=request.max_new_tokens,
+            repeat=request.repeat,
+        )
+        with self._lock:
+            if not self.alive:
+                raise EngineDeadError("the engine has stopped: restart the server")
+            if self._waiting + self.scheduler.waiting >= self.settings.max_waiting:
+                raise QueueFullError(f"{self.settings.max_waiting} requests are waiting already: try again later")
+            self._waiting += 1
+            active = _Active(next(self._keys), row, request, sink)
+            self._commands.put(lambda: self._add(active))
+        return active.key
+
+    def cancel(self, key: int) -> None:
+        """End a request whose tokens nobody wants any more."""
+        self._commands.put(lambda: self._cancel(key))
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function in the engine's thread, between two turns: nothing else uses the model meanwhile.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        with self._lock:
+            if not self.alive:
+                raise EngineDeadError("the engine has stopped: restart the server")
+            self._commands.put(run)
+        return future
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Take no more requests, finish those that are here, and stop; whether all ended within the timeout.
+
+        Those that did not end get an error.
+        """
+        self._stopping.set()
+        self._commands.put(lambda: None)
+        if not self._thread.is_alive():
+            return True
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            return True
+        self._commands.put(self._abandon)
+        self._thread.join()
+        return False
+
+    # --- in the engine's thread ----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._take_commands()
+                if self.scheduler.idle:
+                    if self._stopping.is_set():
+                        break
+                    continue
+                self._turn()
+        except BaseException as error:
+            self._failure = error
+            log.exception("the engine has failed")
+        finally:
+            with self._lock:
+                self._stopping.set()
+            self._take_commands(wait=False)
+            message = "the engine has failed" if self._failure else "the server is stopping"
+            for active in list(self._requests.values()):
+                self._end(active, Delta(token=None, finish_reason="error", error=message))
+            self.runner.close()
+
+    def _take_commands(self, wait: bool = True) -> None:
+        """Carry out what other threads asked for; where there is nothing else to do, wait for it."""
+        if wait and self.scheduler.idle and not self._stopping.is_set():
+            self.metrics.observe_load(self)
+            self._commands.get()()
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _add(self, active: _Active) -> None:
+        with self._lock:
+            self._waiting -= 1
+        self._requests[active.key] = active
+        self.scheduler.add(active.key, active.row.prompt, active.row.max_new_tokens, active.request.salt)
+
+    def _cancel(self, key: int) -> None:
+        active = self._requests.get(key)
+        if active is not None:
+            self.scheduler.finish(key, self.runner.page_ends().get(key))
+            self._end(active, Delta(token=None, finish_reason="cancelled"))
+
+    def _abandon(self) -> None:
+        for active in list(self._requests.values()):
+            self.scheduler.finish(active.key)
+            self._end(active, Delta(token=None, finish_reason="error", error="the server is stopping"))
+
+    def _turn(self) -> None:
+        scheduler, requests = self.scheduler, self._requests
+        plan = scheduler.plan(self.runner.page_ends())
+        top = max((active.request.top for active in requests.values()), default=0)
+        rows = {key: active.row for key, active in requests.items()}
+        chosen = self.runner.run(plan, rows, top)
+        scheduler.done(plan)
+        for key, token in chosen:
+            if key in requests:  # others ended while their step was computed
+                self._deliver(requests[key], token)
+        self.metrics.observe_load(self)
+
+    def _deliver(self, active: _Active, chosen: Chosen) -> None:
+        """Hand a token to its request."""
+        now = time.monotonic()
+        if not chosen.finite:
+            self.scheduler.finish(active.key)
+            message = "the model produced NaN or infinity for this prompt"
+            self._end(active, Delta(token=None, finish_reason="error", error=message))
+            return
+        text, reason = active.row.take(chosen.token, now)
+        self.scheduler.append(active.key, chosen.token)
+        job = self.scheduler.jobs[active.key]
+        delta = Delta(
+            token=chosen.token,
+            text=text,
+            logprob=chosen.logprob,
+            top=chosen.top[: active.request.top],
+            finish_reason=reason,
+            cached_tokens=job.cached or 0,
+        )
+        self.metrics.token(now - (active.last_token or active.arrived), first=not active.last_token)
+        active.last_token = now
+        if reason is None:
+            _call(active.sink, delta)
+        else:
+            self.scheduler.finish(active.key, self.runner.page_ends().get(active.key))
+            self._end(active, delta)
+
+    def _end(self, active: _Active, delta: Delta) -> None:
+        del self._requests[active.key]
+        self.metrics.finished(
+            delta.finish_reason or "error",
+            prompt=len(active.row.prompt),
+            cached=delta.cached_tokens,
+            seconds=time.monotonic() - active.arrived,
+        )
+        _call(active.sink, delta)
+
+
+def _call(sink: Sink, delta: Delta) -> None:
+    """Hand a token over; a receiver that fails ends nobody else's request."""
+    try:
+        sink(delta)
+    except Exception:
+        log.exception("the receiver of a request failed")
+
+
+DEFAULT_MAX_LENGTH = 131_072
+"""Tokens of a request with a model that has no limit of its own."""
+
+DEFAULT_KV_BYTES = 2**30
+"""Memory for keys and values on a CPU."""
+
+MEMORY_FRACTION = 0.5
+"""Of the memory of a CUDA device that is free after loading, for keys and values; the rest is for passes."""
+
+
+def _count_pages(model: StripedHyena, settings: EngineSettings, page_bytes: int) -> int:
+    """The pages that the memory for keys and values holds.
+
+    Raises:
+        CapacityError: not even one.
+    """
+    import torch
+
+    budget = settings.kv_bytes
+    if budget is None and model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+        budget = int(MEMORY_FRACTION * (free - settings.snapshot_bytes))
+    pages = (budget or DEFAULT_KV_BYTES) // max(1, page_bytes)
+    if pages < 1:
+        raise CapacityError(f"a page of keys and values takes {page_bytes:,} bytes: allow more memory for them")
+    return pages

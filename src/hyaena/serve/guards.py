@@ -1,0 +1,152 @@
+"""What stands before the application: the size of bodies, keys, and the log of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hyaena.serve.protocol import ApiError
+
+log = logging.getLogger("hyaena.access")
+
+OPEN_PATHS = frozenset({"/", "/health", "/version"})
+"""Paths that need no key: the page itself, which asks for one, and what balancers look at."""
+
+BODY_SECONDS = 30.0
+"""The longest pause in the body of a request."""
+
+
+class BodyLimit:
+    """Refuses bodies that are too large or do not come.
+
+    Args:
+        app: behind it.
+        most: bytes.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdigit() and int(length) > self.most:
+            await _answer(self._too_large(), scope, receive, send)
+            return
+        size, complete = 0, False
+
+        async def limited() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), BODY_SECONDS)
+            except TimeoutError:
+                raise HTTPException(408, "the body of the request did not come") from None
+            if message["type"] == "http.request":
+                size += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+                if size > self.most:
+                    raise HTTPException(413, self._too_large().message)
+            return message
+
+        await self.app(scope, limited, send)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self.most:,} bytes: send less at a time", code="body_too_large")
+
+
+class Authentication:
+    """Asks for a bearer key, which is compared in constant time.
+
+    Args:
+        app: behind it.
+        keys: any of which is accepted.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            await self.app(scope, receive, send)
+            return
+        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        digest = _digest(key.strip().encode("utf-8", "surrogateescape"))
+        known = [hmac.compare_digest(digest, other) for other in self._digests]  # all, so that the time tells nothing
+        if kind.lower() == "bearer" and any(known):
+            await self.app(scope, receive, send)
+            return
+        message = "the key is missing or wrong: send Authorization: Bearer KEY"
+        error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        await _answer(error, scope, receive, send)
+
+
+class AccessLog:
+    """Writes one line of JSON per request, and gives every answer an ``X-Request-Id``.
+
+    Args:
+        app: behind it.
+        log_bodies: whether the line has the body of the request, with its prompt.
+    """
+
+    def __init__(self, app: ASGIApp, log_bodies: bool = False) -> None:
+        self.app, self.log_bodies = app, log_bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status, name = time.monotonic(), 0, uuid.uuid4().hex
+        body = bytearray()
+
+        async def heard() -> Message:
+            message = await receive()
+            if self.log_bodies:
+                body.extend(message.get("body", b""))
+            return message
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = name
+            await send(message)
+
+        try:
+            await self.app(scope, heard, named)
+        finally:
+            line = {
+                "time": time.time(),
+                "request": name,
+                "client": (scope.get("client") or ("",))[0],
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "seconds": round(time.monotonic() - began, 4),
+            }
+            if self.log_bodies:
+                line["body"] = body.decode("utf-8", "replace")
+            log.info(json.dumps(line, ensure_ascii=True))
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+async def _answer(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, send)

@@ -1,0 +1,197 @@
+"""What clients send and receive: the OpenAI API as vLLM speaks it. What is not supported is refused, not ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_BATCH = 256
+
+Strings = Annotated[
+    list[Annotated[str, Field(min_length=1)]] | None,
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(max_length=MAX_STOPS, json_schema_extra={"description": "A string, or a list of strings."}),
+]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompt = str | TokenIds
+Prompts = (
+    str
+    | TokenIds
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_BATCH)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_BATCH)]
+)
+
+
+class Strict(BaseModel):
+    """A body whose fields have the types that are named, and no others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """What a stream tells beside its tokens."""
+
+    include_usage: bool = False
+    continuous_usage_stats: Literal[False] = False
+
+
+class GenerationBody(Strict):
+    """The fields that completions and chats share.
+
+    Fields of the API whose only accepted value is the neutral one are not supported: another value is an error.
+    """
+
+    model: str | None = None
+    max_tokens: int | None = Field(default=None, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    stop: Strings = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=MAX_STOPS)
+    ignore_eos: bool = False
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
+    allowed_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = Field(default=None, max_length=256)
+    user: str | None = Field(default=None, description="Accepted; it has no effect.")
+    frequency_penalty: Literal[0, 0.0] | None = None
+    presence_penalty: Literal[0, 0.0] | None = None
+
+
+class CompletionBody(GenerationBody):
+    """``POST /v1/completions``."""
+
+    prompt: Prompts
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = True
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+
+class ContentPart(Strict):
+    """A part of a message; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[ContentPart], Field(min_length=1)]
+    name: None = None
+    refusal: None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ResponseFormat(Strict):
+    """Only plain text is supported."""
+
+    type: Literal["text"]
+
+
+class ChatBody(GenerationBody):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = Field(default=None, description="Accepted; without tools it has no effect.")
+    add_generation_prompt: Literal[True] = True
+
+
+class TokenizeBody(Strict):
+    """``POST /tokenize``: a prompt or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Strict):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+class EmbeddingBody(Strict):
+    """``POST /v1/embeddings``: vectors of texts, mean over their tokens unless told otherwise."""
+
+    model: str | None = None
+    input: Prompts
+    layer: int | str = Field(default="norm", description="A place in the model; see hyaena.embed.")
+    pool: Literal["mean", "last"] = "mean"
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: None = None
+    user: str | None = None
+
+
+class ScoreBody(Strict):
+    """``POST /score``: log-probability, entropy and rank of every token of texts."""
+
+    model: str | None = None
+    input: Prompts
+    per_token: bool = False
+    both_strands: bool = False
+
+
+def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    """The usage record of a response."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+class ApiError(Exception):
+    """An answer with an error.
+
+    Attributes:
+        status: of HTTP.
+        message: one line that says what to change.
+        param: the field that is wrong, or None.
+        code: a word for programs, or None.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(self.status)
+        kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

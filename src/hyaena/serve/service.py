@@ -1,0 +1,344 @@
+"""From a checked request to the engine and back to what the client receives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hyaena.errors import CapacityError, HyaenaError, InputError
+from hyaena.sampling import SamplingParams
+from hyaena.serve.conversation import ChatTemplate
+from hyaena.serve.engine import Delta, Engine, EngineDeadError, QueueFullError, Request
+from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, usage
+from hyaena.tokenizers import Tokenizer
+
+MIN_LOGPROB = -9999.0
+"""What stands for -infinity, which JSON has not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a client may ask for.
+
+    Attributes:
+        body_bytes: size of a request's body.
+        new_tokens: tokens of a completion.
+        seconds: from a request's arrival to its end.
+        score_tokens: tokens of one request for scores or embeddings; meanwhile no stream goes on.
+    """
+
+    body_bytes: int = 16 * 2**20
+    new_tokens: int = 16_384
+    seconds: float = 3600.0
+    score_tokens: int = 32_768
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model under the name by which clients ask for it."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass
+class Choice:
+    """What one of the requested samples has come to."""
+
+    index: int
+    prompt: Sequence[int]
+    deltas: list[Delta] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [delta.token for delta in self.deltas if delta.token is not None]
+
+    @property
+    def finish_reason(self) -> str | None:
+        return reason(self.deltas[-1]) if self.deltas else None
+
+
+def reason(delta: Delta) -> str | None:
+    """The API's word for why a request ended."""
+    return "stop" if delta.finish_reason == "eos" else delta.finish_reason
+
+
+class Generation:
+    """The requests of one body in the engine.
+
+    Args:
+        served: the model.
+        prompts: token ids, each sampled ``body.n`` times.
+        body: of the client, checked.
+        top: how many alternatives are reported.
+        limits: of the server.
+        max_new_tokens: of every sample.
+
+    Raises:
+        ApiError: they cannot be queued; none is.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        prompts: Sequence[Sequence[int]],
+        body: GenerationBody,
+        *,
+        top: int,
+        limits: Limits,
+        max_new_tokens: int,
+    ) -> None:
+        self.served = served
+        self.deadline = time.monotonic() + limits.seconds
+        count = body.n or 1
+        self.choices = [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
+        self._queue: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._keys: dict[int, int] = {}  # of choices that have not ended
+        tokenizer = served.tokenizer
+        special = tokenizer.special_tokens
+        stops = tuple(body.stop or ())
+        stop_ids = frozenset(body.stop_token_ids or ()) | {special[stop] for stop in stops if stop in special}
+        with errors_of_clients():
+            params = sampling_params(body)
+            requests = [
+                Request(
+                    prompt=choice.prompt,
+                    params=params,
+                    max_new_tokens=max_new_tokens,
+                    stop=stops,
+                    stop_ids=stop_ids,
+                    eos_ids=frozenset() if body.ignore_eos else frozenset(tokenizer.eos_ids),
+                    top=top,
+                    repeat=choice.index % count,
+                    salt=body.cache_salt or "",
+                )
+                for choice in self.choices
+            ]
+            for request in requests:
+                served.engine.check(request)
+            try:
+                for choice, request in zip(self.choices, requests, strict=True):
+                    self._keys[choice.index] = served.engine.submit(request, self._sink(choice.index))
+            except BaseException:
+                self.close()
+                raise
+
+    def _sink(self, index: int) -> Callable[[Delta], None]:
+        return lambda delta: self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, delta))
+
+    async def events(self) -> AsyncIterator[tuple[Choice, Delta]]:
+        """Tokens as they come. Leaving the loop early cancels what has not ended.
+
+        Raises:
+            ApiError: the request took too long, or one of its samples failed.
+        """
+        try:
+            while self._keys:
+                left = self.deadline - time.monotonic()
+                try:
+                    index, delta = await asyncio.wait_for(self._queue.get(), max(0.0, left))
+                except TimeoutError:
+                    raise ApiError(408, "the request took longer than the server allows", code="timeout") from None
+                choice = self.choices[index]
+                choice.deltas.append(delta)
+                if delta.finish_reason is not None:
+                    del self._keys[index]
+                if delta.error is not None:
+                    raise ApiError(500, delta.error, code="generation_failed")
+                yield choice, delta
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        for key in self._keys.values():
+            self.served.engine.cancel(key)
+        self._keys = {}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens of all choices; a prompt counts once, however often it was sampled."""
+        prompts = {id(choice.prompt): len(choice.prompt) for choice in self.choices}
+        cached = sum(choice.deltas[0].cached_tokens for choice in self.choices if choice.deltas)
+        total = sum(prompts.values())
+        return usage(total, sum(len(choice.tokens) for choice in self.choices), min(cached, total))
+
+
+@contextlib.contextmanager
+def errors_of_clients() -> Iterator[None]:
+    """Within it, errors of the engine and of arguments become answers to the client."""
+    try:
+        yield
+    except QueueFullError as error:
+        raise ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"}) from None
+    except EngineDeadError as error:
+        raise ApiError(503, str(error), code="unavailable", headers={"Retry-After": "10"}) from None
+    except CapacityError as error:
+        raise ApiError(400, str(error), code="context_length_exceeded") from None
+    except (HyaenaError, RecursionError, UnicodeError) as error:
+        raise ApiError(400, str(error)) from None
+
+
+def sampling_params(body: GenerationBody) -> SamplingParams:
+    """How tokens are chosen; temperature is 1 and top_p 1 where the client says nothing, as in the API.
+
+    Raises:
+        InputError: a value that is out of range.
+    """
+    bias: dict[int, float] = {}
+    for name, value in (body.logit_bias or {}).items():
+        if not (name.isascii() and name.isdigit() and len(name) < 10):
+            raise InputError('the keys of logit_bias are token ids, such as "42"')
+        bias[int(name)] = value
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k or 0),
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        seed=body.seed,
+        logit_bias=bias,
+        allowed_tokens=body.allowed_token_ids,
+    )
+
+
+def completion_prompts(served: Served, body: CompletionBody) -> list[list[int]]:
+    """The ids of all prompts of a body."""
+    prompt = body.prompt
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    with errors_of_clients():
+        return [
+            served.tokenizer.encode(item, add_special_tokens=body.add_special_tokens)
+            if isinstance(item, str)
+            else list(item)
+            for item in (prompt if several else [prompt])  # type: ignore[union-attr]
+        ]
+
+
+def chat_prompt(served: Served, messages: Sequence[Any]) -> list[int]:
+    """The ids of a conversation.
+
+    Raises:
+        ApiError: the model has no chat template, or its template does not take the messages.
+    """
+    if served.template is None:
+        raise ApiError(
+            400,
+            f"{served.name} has no chat template, so it takes no conversations: use /v1/completions, or start the server "
+            "with --chat-template",
+            code="no_chat_template",
+        )
+    with errors_of_clients():
+        return served.template.encode(
+            served.tokenizer, [{"role": message.role, "content": message.text} for message in messages]
+        )
+
+
+def new_tokens(
+    served: Served, body: GenerationBody, prompts: Sequence[Sequence[int]], limits: Limits, default: int
+) -> int:
+    """How many tokens a completion may have.
+
+    Raises:
+        ApiError: more than the server allows.
+    """
+    wanted = body.max_tokens
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        wanted = body.max_completion_tokens
+    longest = max(map(len, prompts))
+    if wanted is None:
+        return max(1, min(default, limits.new_tokens, served.engine.max_length - longest))
+    if wanted > limits.new_tokens:
+        raise ApiError(
+            400, f"max_tokens is {wanted}, and the server allows {limits.new_tokens}: ask for fewer", param="max_tokens"
+        )
+    if wanted == 0 and not (isinstance(body, CompletionBody) and body.echo):
+        raise ApiError(400, "max_tokens must be at least 1, or echo true", param="max_tokens")
+    return wanted
+
+
+# --- log-probabilities in the two forms of the API -------------------------------------------------------------------
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text; one that is no text of its own as its bytes, ``bytes:\\xe2``."""
+    name = next((name for name, number in tokenizer.special_tokens.items() if number == token), None)
+    if name is not None:
+        return name
+    data = tokenizer.decode_bytes([token])
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return logprob if math.isfinite(logprob) else MIN_LOGPROB
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """A token, its log-probability (None where nothing predicts it) and the most probable ones in its place."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def infos(deltas: Sequence[Delta]) -> Iterator[TokenInfo]:
+    """The tokens of a choice."""
+    return (TokenInfo(delta.token, delta.logprob, delta.top) for delta in deltas if delta.token is not None)
+
+
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenInfo], offset: int = 0) -> dict[str, Any]:
+    """The form of /v1/completions; ``offset`` is the number of characters before the first token."""
+    texts = [token_text(tokenizer, info.token) for info in tokens]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [None if info.logprob is None else finite(info.logprob) for info in tokens],
+        "top_logprobs": [
+            None
+            if info.logprob is None
+            else {token_text(tokenizer, token): finite(logprob) for token, logprob in reversed(info.top)}
+            | {token_text(tokenizer, info.token): finite(info.logprob)}
+            for info in tokens
+        ],
+        "text_offset": offsets,
+    }
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
+    """The form of /v1/chat/completions."""
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        data = list(tokenizer.decode_bytes([token]))
+        return {"token": token_text(tokenizer, token), "logprob": finite(logprob or 0.0), "bytes": data}
+
+    return {
+        "content": [
+            entry(info.token, info.logprob) | {"top_logprobs": [entry(*pair) for pair in info.top]} for info in tokens
+        ]
+    }
+
+
+def new_id(prefix: str) -> str:
+    """A name for an answer."""
+    return f"{prefix}-{uuid.uuid4().hex}"

@@ -1,0 +1,248 @@
+"""The engine over real models: every request gets what generate gives it alone."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from configs import TINY, TINY_EVO
+
+import hyaena
+from hyaena.errors import CapacityError, InputError
+from hyaena.model import StripedHyena
+from hyaena.sampling import SamplingParams
+from hyaena.serve.engine import Delta, Engine, EngineDeadError, EngineSettings, QueueFullError, Request
+from hyaena.sizes import ModelSizes
+from hyaena.tokenizers import ByteTokenizer
+
+MULTI = replace(
+    TINY, layer_types=("hyena_se", "attention", "hyena_mr", "hyena_li"), se_filter_groups=4, mr_filter_groups=4
+)
+CONFIGS = {name: replace(c, vocab_size=256) for name, c in {"sh": TINY, "evo": TINY_EVO, "multi": MULTI}.items()}
+
+
+@contextmanager
+def running(model: StripedHyena, **settings: object) -> Iterator[Engine]:
+    engine = Engine(model, ByteTokenizer(), EngineSettings(**settings))  # type: ignore[arg-type]
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop(timeout=30)
+
+
+class Client:
+    """Collects what a request gets."""
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self.done = threading.Event()
+
+    def __call__(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        if delta.finish_reason is not None:
+            self.done.set()
+
+    def wait(self) -> Client:
+        assert self.done.wait(60), "the request never ended"
+        return self
+
+    @property
+    def tokens(self) -> list[int]:
+        return [delta.token for delta in self.deltas if delta.token is not None]
+
+    @property
+    def logprobs(self) -> list[float]:
+        return [delta.logprob for delta in self.deltas if delta.token is not None]
+
+    @property
+    def reason(self) -> str | None:
+        return self.deltas[-1].finish_reason
+
+
+def submit(engine: Engine, prompt: list[int], count: int = 12, **params: object) -> Client:
+    client = Client()
+    client.key = engine.submit(  # type: ignore[attr-defined]
+        Request(prompt=prompt, params=SamplingParams(**params), max_new_tokens=count),  # type: ignore[arg-type]
+        client,
+    )
+    return client
+
+
+def alone(model: StripedHyena, prompt: list[int], count: int = 12, **params: object) -> hyaena.generation.Completion:
+    return hyaena.generate(model, ByteTokenizer(), prompt, max_new_tokens=count, stop_at_eos=False, **params)  # type: ignore[arg-type]
+
+
+def prompts(count: int, *, seed: int = 0, longest: int = 200) -> list[list[int]]:
+    rng = random.Random(seed)
+    stems = [[rng.randrange(256) for _ in range(longest)] for _ in range(3)]
+    return [
+        [*rng.choice(stems)[: rng.randrange(0, longest)], *(rng.randrange(256) for _ in range(rng.randrange(1, 9)))]
+        for _ in range(count)
+    ]
+
+
+def page_bytes(model: StripedHyena) -> int:
+    return ModelSizes(model.config).page_bytes(64, 4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("decoding", ["eager", "static"])
+def test_requests_that_share_everything_get_what_they_get_alone(name: str, decoding: str) -> None:
+    model = StripedHyena(CONFIGS[name])
+    texts = prompts(12)
+    with running(model, chunk=128, max_rows=4, decoding=decoding, kv_bytes=40 * page_bytes(model)) as engine:
+        clients = []
+        for i, text in enumerate(texts):
+            options = {"temperature": 0.9, "seed": i, "top_p": 0.9} if i % 2 else {}
+            clients.append((text, options, submit(engine, text, count=5 + 7 * (i % 3), **options)))
+        for text, options, client in clients:
+            want = alone(model, text, count=len(client.wait().tokens), **options)
+            assert client.reason == "length" and client.tokens == want.tokens
+            torch.testing.assert_close(client.logprobs, want.logprobs, atol=1e-4, rtol=1e-4)
+        pages = engine.scheduler.pages
+        assert pages.free == pages.count - engine.scheduler.prefix.cached_pages
+
+
+def test_pre_empted_requests_are_not_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyaena.serve.scheduler.GROWTH_PAGES", 0)
+    model = StripedHyena(CONFIGS["sh"])
+    texts = [text[:60] for text in prompts(6, longest=60)]
+    with running(model, chunk=128, max_rows=6, kv_bytes=9 * page_bytes(model)) as engine:
+        clients = [
+            submit(engine, text, count=100, temperature=1.0, seed=i, repetition_penalty=1.1)
+            for i, text in enumerate(texts)
+        ]
+        for i, (text, client) in enumerate(zip(texts, clients, strict=True)):
+            want = alone(model, text, count=100, temperature=1.0, seed=i, repetition_penalty=1.1)
+            assert client.wait().tokens == want.tokens
+        assert engine.scheduler.preemptions > 0
+
+
+def test_the_prefix_cache_spares_what_was_read_and_changes_nothing() -> None:
+    model = StripedHyena(CONFIGS["sh"])
+    prompt = prompts(1, longest=400)[0] + [7] * 300
+    with running(model, chunk=128) as engine:
+        cold = submit(engine, prompt).wait()
+        hit = submit(engine, prompt).wait()
+        turn = submit(engine, [*prompt, *cold.tokens, 5, 5]).wait()
+        salted = Client()
+        engine.submit(Request(prompt=prompt, params=SamplingParams(), max_new_tokens=2, salt="other"), salted)
+        salted.wait()
+    assert cold.deltas[0].cached_tokens == 0 and salted.deltas[0].cached_tokens == 0
+    assert hit.deltas[0].cached_tokens == (len(prompt) - 1) // 64 * 64
+    assert turn.deltas[0].cached_tokens >= (len(prompt) - 1) // 64 * 64
+    assert hit.tokens == cold.tokens
+    torch.testing.assert_close(hit.logprobs, cold.logprobs, atol=1e-5, rtol=1e-5)
+    assert turn.tokens == alone(model, [*prompt, *cold.tokens, 5, 5]).tokens
+
+
+def test_deterministic_numbers_are_the_same_bit_for_bit() -> None:
+    model = StripedHyena(CONFIGS["sh"])
+    texts = [*prompts(5, longest=300), [9] * 300]
+    settings = {"chunk": 128, "deterministic": True}
+
+    def lonely(text: list[int]) -> Client:
+        with running(model, **settings) as engine:
+            return submit(engine, text, count=40, temperature=0.8, seed=3).wait()
+
+    want = [lonely(text) for text in texts]
+    with running(model, **settings, max_rows=4, kv_bytes=12 * page_bytes(model)) as engine:
+        for _ in range(2):  # the second time with what the prefix cache has
+            clients = [submit(engine, text, count=40, temperature=0.8, seed=3) for text in texts]
+            for client, other in zip(clients, want, strict=True):
+                assert client.wait().tokens == other.tokens
+                assert client.logprobs == other.logprobs
+        assert engine.scheduler.preemptions > 0
+        assert any(client.deltas[0].cached_tokens for client in clients)
+
+
+def test_cancelled_requests_leave_their_pages_and_disturb_nobody() -> None:
+    model = StripedHyena(CONFIGS["sh"])
+    texts = prompts(8)
+    with running(model, chunk=128, max_rows=3) as engine:
+        clients = [submit(engine, text, count=400 if i % 2 else 8) for i, text in enumerate(texts)]
+        for i, client in enumerate(clients):
+            if i % 2:
+                engine.cancel(client.key)  # type: ignore[attr-defined]
+        for i, (text, client) in enumerate(zip(texts, clients, strict=True)):
+            client.wait()
+            if i % 2:
+                assert client.reason in ("cancelled", "length")
+            else:
+                assert client.tokens == alone(model, text, count=8).tokens
+        pages = engine.scheduler.pages
+        deadline = time.monotonic() + 5
+        while engine.scheduler.jobs and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert pages.free == pages.count - engine.scheduler.prefix.cached_pages
+
+
+def test_a_request_with_nan_ends_alone() -> None:
+    model = StripedHyena(CONFIGS["sh"])
+    with torch.no_grad():
+        model.embed_tokens.weight[255] = torch.nan
+    with running(model, chunk=128) as engine:
+        bad = submit(engine, [255, 1, 2])
+        good = submit(engine, [1, 2, 3])
+        assert bad.wait().reason == "error" and "NaN" in (bad.deltas[-1].error or "")
+        assert len(good.wait().tokens) == 12
+        assert len(submit(engine, [1, 2, 3]).wait().tokens) == 12
+
+
+def test_stop_strings_and_stop_tokens_end_a_request() -> None:
+    model = StripedHyena(CONFIGS["sh"])
+    want = alone(model, [1, 2, 3], count=12)
+    with running(model) as engine:
+        client = Client()
+        stop = frozenset({want.tokens[5]})
+        engine.submit(Request(prompt=[1, 2, 3], params=SamplingParams(), max_new_tokens=12, stop_ids=stop), client)
+        assert client.wait().reason == "stop"
+        assert client.tokens == want.tokens[: want.tokens.index(want.tokens[5]) + 1]
+
+
+def test_what_cannot_be_served_is_refused() -> None:
+    model = StripedHyena(replace(CONFIGS["sh"], max_length=100))
+    with running(model, max_waiting=2, max_rows=1) as engine:
+        with pytest.raises(InputError, match="empty"):
+            submit(engine, [])
+        with pytest.raises(InputError, match="outside the vocabulary"):
+            submit(engine, [256])
+        with pytest.raises(CapacityError, match="more than the 100"):
+            submit(engine, [1] * 90, count=11)
+        with pytest.raises(QueueFullError):
+            for _ in range(50):
+                submit(engine, [1], count=99)
+    with pytest.raises(EngineDeadError):
+        submit(engine, [1])
+
+
+def test_stopping_finishes_what_runs_and_ends_what_does_not_finish() -> None:
+    model = StripedHyena(CONFIGS["sh"])
+    engine = Engine(model, ByteTokenizer(), EngineSettings())
+    engine.start()
+    client = submit(engine, [1, 2], count=20)
+    assert engine.stop(timeout=30)
+    assert client.wait().reason == "length"
+    engine = Engine(model, ByteTokenizer(), EngineSettings())
+    engine.start()
+    client = submit(engine, [1, 2], count=8000)
+    assert not engine.stop(timeout=0.2)
+    assert client.wait().reason == "error" and "stopping" in (client.deltas[-1].error or "")
+
+
+def test_a_failure_of_the_runner_ends_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StripedHyena(CONFIGS["sh"])
+    with running(model) as engine:
+        monkeypatch.setattr(engine.runner, "run", lambda *_: 1 / 0)
+        client = submit(engine, [1, 2])
+        assert client.wait().reason == "error"
+        assert not engine.alive
+        with pytest.raises(EngineDeadError):
+            submit(engine, [1])
