@@ -229,8 +229,8 @@ class Hyena(nn.Module):
                 backend=context.backend,
             )
 
-        y, state = context.recur(operator, self.in_proj(x), state)
-        return self.out_proj(y[:, -keep:]), state
+        y, after = context.recur(operator, self.in_proj(x), state)
+        return self.out_proj(y[:, -keep:]), after
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
         operators, short = context.operators, self.short_filter
