@@ -15,7 +15,7 @@ from configs import TINY, TINY_EVO
 from hyaena.cache import Cache
 from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
-from hyaena.ops import PAGE, PagePool, pages_for
+from hyaena.ops import PAGE, PagedKVState, PagePool, PageTable, pages_for
 from hyaena.sizes import ModelSizes
 
 
@@ -64,6 +64,18 @@ def test_rows_on_pages_say_what_ordinary_rows_say(model: StripedHyena, splits: l
         ids = tokens(3, split)
         assert torch.equal(read(model, paged, ids), read(model, plain, ids))
     assert paged.lengths == plain.lengths
+
+
+def test_pages_that_follow_one_another_are_read_where_they_lie(model: StripedHyena) -> None:
+    pool = poisoned_pool(model, 8)
+    cache, plain = model.make_paged_cache(pool, [[3, 4, 5], [2, 1, 0]]), apart(model, 2)
+    for split in (70, 20, 1):
+        ids = tokens(2, split)
+        assert torch.equal(read(model, cache, ids), read(model, plain, ids))
+    rows = PagedKVState(*pool.layers[0]).through(PageTable.of(cache.pages, pool.device))
+    one, other = rows.row(0, 91), rows.row(1, 91)
+    assert one.keys.data_ptr() == pool.layers[0][0][:, 3].data_ptr() and one.keys.shape[2] == 91
+    assert other.keys.untyped_storage().data_ptr() != pool.layers[0][0].untyped_storage().data_ptr()
 
 
 def test_padded_rows_and_rows_of_different_lengths(model: StripedHyena) -> None:
