@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import random
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs import TINY, TINY_EVO
 from hyaena.cache import Cache
+from hyaena.config import ModelConfig
+from hyaena.decoding import Decoder
 from hyaena.errors import CapacityError, InputError
-from hyaena.model import StripedHyena
+from hyaena.model import MIXERS, Attention, StripedHyena
 from hyaena.ops import PAGE, PagedKVState, PagePool, PageTable, pages_for
+from hyaena.sampling import SamplingParams
 from hyaena.sizes import ModelSizes
 
 
@@ -169,6 +173,36 @@ def test_a_row_returns_to_a_mark(model: StripedHyena) -> None:
     read(model, cache, tokens(1, 80))
     cache.rewind(mark)
     assert cache.lengths == [70] and torch.equal(read(model, cache, again), want)
+
+
+class Wrapped(nn.Module):
+    """An attention that names no sizes of keys and values: it keeps storage of its own."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.inner = Attention(config)
+        self.make_state, self.step = self.inner.make_state, self.inner.step
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+def test_mixers_without_pages_keep_their_state() -> None:
+    config = dataclasses.replace(TINY, layer_types=("attention", "own", "hyena"))
+    model = StripedHyena(config, mixers={**MIXERS, "own": Wrapped})
+    cache = model.make_paged_cache(poisoned_pool(model, 4), [[2, 0, 3]], max_length=150)
+    assert [type(state).__name__ for state in cache.states] == ["PagedKVState", "KVState", "HyenaState"]
+    plain, greedy = model.make_cache(max_length=150), SamplingParams()
+    ids = tokens(1, 70)
+    assert torch.equal(read(model, cache, ids), read(model, plain, ids))
+    outputs = []
+    for one in (cache, plain):
+        decoder = Decoder(model, 1)
+        decoder.add(one, torch.tensor([1]), [greedy], [greedy.generator()])
+        for _ in range(70):
+            decoder.launch()
+        outputs.append([decoder.fetch() for _ in range(70)])
+    assert outputs[0] == outputs[1]
 
 
 def test_sizes_are_those_that_were_allocated(model: StripedHyena) -> None:
