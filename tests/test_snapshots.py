@@ -10,9 +10,9 @@ import torch
 from configs import TINY, TINY_EVO
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
-from hyaena.context import Snapshots
 from hyaena.errors import InputError
 from hyaena.model import StripedHyena
+from hyaena.packing import Snapshots
 
 MULTI = replace(
     TINY,
@@ -32,7 +32,7 @@ def test_a_snapshot_is_the_cache_of_a_shorter_pass(config: ModelConfig, past: in
         cache = model.make_cache(2, max_length=200)
         if past:
             model(ids[:, :past], cache=cache)
-        snapshots = Snapshots(stops)
+        snapshots = Snapshots({0: stops, 1: stops})
         logits = model(ids[:, past:], cache=cache, snapshots=snapshots)
         whole = model(ids)
         torch.testing.assert_close(logits, whole[:, past:], atol=1e-5, rtol=1e-4)
@@ -40,7 +40,7 @@ def test_a_snapshot_is_the_cache_of_a_shorter_pass(config: ModelConfig, past: in
             shorter = model.make_cache(2, max_length=200)
             model(ids[:, : past + stop], cache=shorter)
             for row in range(2):
-                saved = snapshots.row(row, stop)
+                saved = snapshots.states(row, stop)
                 assert list(saved) == [i for i, kind in enumerate(config.layer_types) if kind != "attention"]
                 for layer, state in saved.items():
                     want = shorter.states[layer].select([row])
@@ -48,18 +48,19 @@ def test_a_snapshot_is_the_cache_of_a_shorter_pass(config: ModelConfig, past: in
                         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_padded_rows_stop_at_columns_of_the_pass() -> None:
+def test_rows_of_a_padded_pass_stop_after_their_own_tokens() -> None:
     model = StripedHyena(TINY)
     ids = torch.randint(TINY.vocab_size, (2, 20))
     mask = torch.ones(2, 20, dtype=torch.bool)
     mask[1, :7] = False
     with torch.inference_mode():
-        snapshots = Snapshots([11, 15])  # 4 and 8 tokens of the second row
+        snapshots = Snapshots({1: [4, 8]})
         model(ids, cache=model.make_cache(2), mask=mask, snapshots=snapshots)
-        for stop, count in ((11, 4), (15, 8)):
+        assert not snapshots.states(0, 4)
+        for count in (4, 8):
             alone = model.make_cache(1)
             model(ids[1:, 7 : 7 + count], cache=alone)
-            for layer, state in snapshots.row(1, stop).items():
+            for layer, state in snapshots.states(1, count).items():
                 for mine, theirs in zip(state.tensors(), alone.states[layer].tensors(), strict=True):
                     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
@@ -70,9 +71,9 @@ def test_a_snapshot_and_the_first_keys_and_values_are_a_cache() -> None:
     ids = torch.randint(TINY.vocab_size, (1, 30))
     with torch.inference_mode():
         cache = model.make_cache(1, max_length=40)
-        snapshots = Snapshots([10])
+        snapshots = Snapshots({0: [10]})
         model(ids, cache=cache, snapshots=snapshots)
-        saved = snapshots.row(0, 10)
+        saved = snapshots.states(0, 10)
         states = [saved.get(i, state) for i, state in enumerate(cache.snapshot().states)]
         again = Cache(states, [10], [40], owner=model)
         other = torch.randint(TINY.vocab_size, (1, 12))
@@ -81,35 +82,31 @@ def test_a_snapshot_and_the_first_keys_and_values_are_a_cache() -> None:
         )
 
 
-@pytest.mark.parametrize("past", [[0, 0, 0], [0, 6, 0]])
-def test_columns_of_a_packed_pass_belong_to_one_row(past: list[int]) -> None:
+def test_rows_of_a_packed_pass_stop_after_their_own_tokens() -> None:
     model = StripedHyena(MULTI)
-    counts, stops = (
-        [9, 4, 11],
-        [9, 11, 20, 24],
-    )  # behind 9 tokens of the first row, 2 of the second, 7 and 11 of the third
-    rows = [torch.randint(TINY.vocab_size, (1, before + n)) for before, n in zip(past, counts, strict=True)]
+    counts, stops = [9, 70, 5, 12], {0: [3, 9], 1: [64], 2: [2], 3: [1, 12]}
+    ids = torch.randint(MULTI.vocab_size, (1, sum(counts)))
+    past = torch.randint(MULTI.vocab_size, (1, 6))
     with torch.inference_mode():
-        caches = [model.make_cache(1, max_length=40) for _ in rows]
-        for cache, ids, before in zip(caches, rows, past, strict=True):
-            if before:
-                model(ids[:, :before], cache=cache)
-        caches[0].extend(caches[1:])
+        cache = model.make_cache(1, max_length=100)
+        model(past, cache=cache)  # the first row has a past
+        cache.extend([model.make_cache(3, max_length=100)])
         snapshots = Snapshots(stops)
-        new = torch.cat([ids[:, before:] for ids, before in zip(rows, past, strict=True)], dim=1)
-        model(new, cache=caches[0], counts=counts, snapshots=snapshots)
-        for stop, row, count in ((9, 0, 9), (11, 1, 2), (20, 2, 7), (24, 2, 11)):
-            alone = model.make_cache(1)
-            model(rows[row][:, : past[row] + count], cache=alone)
-            saved = snapshots.row(row, stop)
-            assert len(saved) == 4
-            for layer, state in saved.items():
-                for mine, theirs in zip(state.tensors(), alone.states[layer].tensors(), strict=True):
-                    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+        model(ids, cache=cache, counts=counts, snapshots=snapshots)
+        rows = ids[0].split(counts)
+        for row, numbers in stops.items():
+            for stop in numbers:
+                alone = model.make_cache(1, max_length=100)
+                model(torch.cat([past[0] if row == 0 else past[0, :0], rows[row][:stop]])[None], cache=alone)
+                saved = snapshots.states(row, stop)
+                assert len(saved) == 4
+                for layer, state in saved.items():
+                    for mine, theirs in zip(state.tensors(), alone.states[layer].tensors(), strict=True):
+                        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stops", [[], [0], [3, 3], [5, 2], [11]])
+@pytest.mark.parametrize("stops", [[0], [11]])
 def test_stops_that_do_not_fit(stops: list[int]) -> None:
     model = StripedHyena(TINY)
     with pytest.raises(InputError, match="snapshot"):
-        model(torch.zeros(1, 10, dtype=torch.long), cache=model.make_cache(1), snapshots=Snapshots(stops))
+        model(torch.zeros(1, 10, dtype=torch.long), cache=model.make_cache(1), snapshots=Snapshots({0: stops}))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,96 +14,7 @@ from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
-
-Recurrence = Callable[[Tensor, Any, Tensor | None, Tensor | None], tuple[Tensor, Any]]
-"""Maps inputs [b,T,E], the state before them (or None), mask and reset (bool [b,T] or None) to outputs and state."""
-
-
-class Group(NamedTuple):
-    """Rows of a packed pass that a sequential operator reads together, padded on the left to the longest.
-
-    Attributes:
-        rows: their places in the cache.
-        source: int [b,T'], where each step is in the packed pass; the row's first token for padding, which is masked.
-        mask: bool [b,T'], False for padding; None where there is none.
-        steps: int, where the steps that are not padding are in [b·T'], row after row.
-    """
-
-    rows: list[int]
-    source: Tensor
-    mask: Tensor | None
-    steps: Tensor
-
-
-class Packing:
-    """Several rows in one pass over ids [1,T]: the next tokens of each, one row after another, without padding.
-
-    Projections, norms and MLPs read the pass as it is. Attention reads each row's part of it, and a recurrence the rows
-    in groups, each row from its own state to its own last token.
-
-    Attributes:
-        spans: first and last position (exclusive) of each row in the pass.
-        groups: of rows that a recurrence reads together. Rows that begin are grouped if their lengths differ by less
-            than a factor of two; a row with a past is a group of its own, since padding before its tokens would be part
-            of them.
-        places: int [T], where each position of the pass is in the steps of all groups, one group after another.
-        row_places: where each row is in the rows of all groups.
-        last: int [B], the last position of each row in the pass.
-    """
-
-    def __init__(self, lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
-        self.spans = list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
-        sizes: dict[object, list[int]] = {}
-        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-            sizes.setdefault((row, "past") if length else count.bit_length(), []).append(row)
-        self.groups = [self._group(rows, device) for rows in sizes.values()]
-        rows = [row for group in self.groups for row in group.rows]
-        self.row_places = sorted(range(len(rows)), key=rows.__getitem__)
-        positions = torch.cat([torch.arange(*self.spans[row]) for row in rows])
-        self.places = positions.argsort().to(device)
-        self.last = torch.tensor([stop - 1 for _, stop in self.spans]).to(device)
-
-    def _group(self, rows: list[int], device: torch.device) -> Group:
-        counts = torch.tensor([self.spans[row][1] - self.spans[row][0] for row in rows])
-        width = int(counts.max())
-        mask = torch.arange(width) >= (width - counts)[:, None]
-        first, last = torch.tensor([self.spans[row] for row in rows]).T
-        source = torch.maximum(torch.arange(width) + (last - width)[:, None], first[:, None])
-        steps = mask.flatten().nonzero().flatten()
-        return Group(rows, source.to(device), None if bool(mask.all()) else mask.to(device), steps.to(device))
-
-
-class Snapshots:
-    """Copies of the layers' states inside a pass: what the cache would hold, had the pass ended there.
-
-    A mixer whose state sums up all tokens is evaluated by ``ForwardContext.recur``, which saves its state behind every
-    stop. Keys and values need no copy: those of the first tokens are the first in the cache.
-
-    Args:
-        stops: columns of the pass after which states are saved, in rising order: 1 … T.
-
-    Attributes:
-        layer: the layer that is evaluated; the model counts.
-    """
-
-    def __init__(self, stops: Sequence[int]) -> None:
-        if not stops or any(b <= a for a, b in itertools.pairwise([0, *stops])):
-            raise InputError(f"snapshots take columns of the pass, from 1 on and rising, not {stops}")
-        self.stops = tuple(stops)
-        self.layer = 0
-        self._saved: dict[tuple[int, int], tuple[Any, int | None]] = {}
-
-    def save(self, stop: int, state: Any, at: int | None = None) -> None:
-        """Keep the state of the layer behind a column: of all rows, or ``at``, the one that a column belongs to."""
-        self._saved[self.layer, stop] = state.detach(), at
-
-    def row(self, row: int, stop: int) -> dict[int, Any]:
-        """Layer -> state of one row behind a stop, copied; of the layers whose mixers saved one."""
-        return {
-            layer: state.select([row if at is None else at])
-            for (layer, place), (state, at) in self._saved.items()
-            if place == stop
-        }
+from hyaena.packing import Packing, Recurrence, Snapshots, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +34,7 @@ class ForwardContext:
         documents: the packed documents, found once per pass, or None.
         method: how long convolutions are evaluated; see ``ops.METHODS``.
         backend: what evaluates the operators; see ``ops.resolve_backend``.
-        snapshots: where mixers save their states inside the pass, or None.
+        snapshots: where states inside the pass are copied to, or None.
     """
 
     lengths: Sequence[int] | None
@@ -140,54 +50,6 @@ class ForwardContext:
     backend: ops.Backend
     snapshots: Snapshots | None = None
 
-    def recur(self, operator: Recurrence, z: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Evaluate a recurrence of every row, z [B,T,E]: the outputs [B,T,D], and the state of all rows after the pass.
-
-        Rows of a packed pass are read in groups, and the pass in pieces where states are to be saved inside it.
-        """
-        stops = () if self.snapshots is None else self.snapshots.stops
-        if stops and stops[-1] > z.shape[1]:
-            raise InputError(f"a snapshot behind column {stops[-1]} is not part of a pass of {z.shape[1]} tokens")
-        if self.packing is None:
-            return self._pieces(operator, z, state, self.mask, self.reset, {stop: [(stop, None)] for stop in stops})
-        parts, states = [], []
-        for group in self.packing.groups:
-            width, saves = group.source.shape[1], dict[int, list[tuple[int, int | None]]]()
-            for at, (first, last) in enumerate(self.packing.spans[row] for row in group.rows):
-                for stop in stops:
-                    if first < stop <= last:
-                        saves.setdefault(width - last + stop, []).append((stop, at))
-            here = z[0, group.source]
-            y, new = self._pieces(operator, here, state.select(group.rows), group.mask, None, saves)
-            parts.append(y.flatten(0, 1)[group.steps])
-            states.append(new)
-        y = torch.cat(parts)[self.packing.places].unsqueeze(0)
-        return y, states[0].join(states[1:]).select(self.packing.row_places)
-
-    def _pieces(
-        self,
-        operator: Recurrence,
-        z: Tensor,
-        state: Any,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        saves: Mapping[int, Sequence[tuple[int, int | None]]],
-    ) -> tuple[Tensor, Any]:
-        """A recurrence piece by piece; ``saves`` names the stops, and rows, for which the state behind a column is."""
-        if not saves:
-            return operator(z, state, mask, reset)
-        parts = []
-        for start, stop in itertools.pairwise(sorted({0, *saves, z.shape[1]})):
-            here = slice(None), slice(start, stop)
-            y, state = operator(
-                z[here], state, None if mask is None else mask[here], None if reset is None else reset[here]
-            )
-            parts.append(y)
-            for place, at in saves.get(stop, ()):
-                assert self.snapshots is not None
-                self.snapshots.save(place, state, at)
-        return torch.cat(parts, dim=1), state
-
     @classmethod
     def of(
         cls,
@@ -197,7 +59,7 @@ class ForwardContext:
         cache: Cache | None,
         mask: Tensor | None,
         segment_ids: Tensor | None,
-        counts: Sequence[int] | None,
+        counts: Sequence[int] | None = None,
         method: str,
         backend: ops.Backend,
         dtype: torch.dtype,
@@ -252,6 +114,26 @@ class ForwardContext:
             backend=backend,
             snapshots=snapshots,
         )
+
+    def evaluate(self, operator: Recurrence, z: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Evaluate an operator whose state sums up all tokens before, over this pass.
+
+        A packed pass is cut into its rows, and where snapshots are wanted the rows are cut there, each piece from the
+        state that the one before left.
+
+        Args:
+            operator: see ``Recurrence``.
+            z: its inputs [B,T,E], or [1,T,E] of a packed pass.
+            state: of all rows, or None.
+
+        Returns:
+            y [B,T,D] and the state after the pass.
+        """
+        padding = None if self.padding is None else self.padding[1]
+        if self.packing is not None:
+            return self.packing.apply(operator, z, state, self.snapshots)
+        rows = range(z.shape[0])
+        return evaluate(operator, z, state, self.mask, self.reset, rows, padding, self.snapshots)
 
 
 def _counts(

@@ -25,11 +25,12 @@ from hyaena import ops
 from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig, unknown_layer_kind
-from hyaena.context import ForwardContext, Snapshots
+from hyaena.context import ForwardContext
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
 from hyaena.formats.stripedhyena import tensors as original
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagePool, StepContext
+from hyaena.packing import Snapshots
 
 
 class Mixer(Protocol):
@@ -38,7 +39,8 @@ class Mixer(Protocol):
     A mixer that remembers keys and values may name their sizes, ``kv_shape() -> (G, head_dim)``. In a cache on pages
     its state is a ``PagedKVState`` then; a mixer without that method has the state that ``make_state`` makes.
 
-    A mixer whose forward knows ``context.packing`` says so by ``packs = True``.
+    A mixer whose forward keeps packed documents (``context.reset``) and packed rows (``context.packing``) apart says so
+    by ``packs = True``.
     """
 
     def make_state(self, batch: int, *, max_length: int | None, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -217,19 +219,10 @@ class Hyena(nn.Module):
         def operator(
             z: Tensor, state: HyenaState | None, mask: Tensor | None, reset: Tensor | None
         ) -> tuple[Tensor, HyenaState]:
-            return ops.hyena(
-                z,
-                short.weight,
-                short.bias,
-                long_filter,
-                state,
-                mask=mask,
-                reset=reset,
-                method=context.method,
-                backend=context.backend,
-            )
+            options: dict[str, Any] = {"method": context.method, "backend": context.backend}
+            return ops.hyena(z, short.weight, short.bias, long_filter, state, mask=mask, reset=reset, **options)
 
-        y, after = context.recur(operator, self.in_proj(x), state)
+        y, after = context.evaluate(operator, self.in_proj(x), state)
         return self.out_proj(y[:, -keep:]), after
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
@@ -392,6 +385,31 @@ class StripedHyena(nn.Module):
         states = self._make_states(batch_size, max_length, dtype or self.dtype, device, method, tolerance)
         return Cache(states, [0] * batch_size, [max_length] * batch_size, owner=self)
 
+    def make_state(
+        self,
+        index: int,
+        batch_size: int = 1,
+        *,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        method: str = "auto",
+        tolerance: float = ops.TRUNCATION_TOLERANCE,
+    ) -> Any:
+        """Make an empty state of one layer, see ``cache.State``; the arguments and errors are those of ``make_cache``.
+
+        Args:
+            index: of the layer.
+        """
+        options: dict[str, Any] = {"max_length": max_length, "dtype": dtype or self.dtype}
+        options["device"] = torch.device(device) if device is not None else self.device
+        if ops.capabilities(method).state == "window":
+            options |= {"method": method, "tolerance": tolerance}
+        try:
+            return self.layers[index].mixer.make_state(batch_size, **options)  # type: ignore[union-attr, operator]
+        except UnsupportedError as error:
+            raise UnsupportedError(f"layer {index}: {error}") from None
+
     def make_page_pool(
         self, pages: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> PagePool:
@@ -459,17 +477,12 @@ class StripedHyena(nn.Module):
     ) -> list[Any]:
         """The empty state of every layer; keys and values on pages where there is a pool."""
         options: dict[str, Any] = {"max_length": max_length, "dtype": dtype, "device": device}
-        if ops.capabilities(method).state == "window":
-            options |= {"method": method, "tolerance": tolerance}
+        options |= {"method": method, "tolerance": tolerance}
         paged = iter([] if pool is None else pool.layers)
         states: list[Any] = []
         for i, layer in enumerate(self.layers):
-            mixer: Any = layer.mixer
-            try:
-                on_pages = pool is not None and hasattr(mixer, "kv_shape")
-                states.append(PagedKVState(*next(paged)) if on_pages else mixer.make_state(rows, **options))
-            except UnsupportedError as error:
-                raise UnsupportedError(f"layer {i}: {error}") from None
+            on_pages = pool is not None and hasattr(layer.mixer, "kv_shape")
+            states.append(PagedKVState(*next(paged)) if on_pages else self.make_state(i, rows, **options))
         return states
 
     def truncation_windows(self, tolerance: float = ops.TRUNCATION_TOLERANCE) -> dict[int, int]:
@@ -570,8 +583,11 @@ class StripedHyena(nn.Module):
             new.append(state)
         if context.packing is not None and logits_to_keep is not None:
             x = x[0, context.packing.last, None]  # [B,1,D]
-        x = call(self.norm, x, context)
-        return self.lm_head(x) if self.lm_head is not None else nn.functional.linear(x, self.embed_tokens.weight), new
+        return self.logits(call(self.norm, x, context)), new
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [...,V] of what the final norm returned, x [...,D]."""
+        return self.lm_head(x) if self.lm_head is not None else nn.functional.linear(x, self.embed_tokens.weight)
 
     def _check_packs(self, logits_to_keep: int | None) -> None:
         if logits_to_keep not in (None, 1):

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from configs import TINY, TINY_EVO
 
 import hyaena
+from configs import TINY, TINY_EVO
 from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams

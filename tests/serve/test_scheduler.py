@@ -97,7 +97,8 @@ class FakeRunner:
                 if (number := read.snapshots.get(len(row.state))) is not None:
                     self.snapshots[number] = list(row.state)
             assert self.attended(row) == row.state
-        self.passes.append(max((len(read.tokens) for read in plan.reads), default=0) * len(plan.reads))
+        self.passes.append(sum(len(read.tokens) for read in plan.reads))
+        assert len(plan.reads) < 2 or all(read.last for read in plan.reads)
         for key, pages in plan.grow.items():
             self.rows[key].pages += pages
         if plan.decode:

@@ -29,6 +29,7 @@ from hyaena.serve.protocol import (
     DetokenizeBody,
     EmbeddingBody,
     GenerationBody,
+    Prompts,
     ScoreBody,
     TokenizeBody,
     usage,
@@ -413,13 +414,21 @@ async def _read(server: Server, served: Served, prompts: Sequence[Sequence[int]]
         return await asyncio.wrap_future(served.engine.call(work))
 
 
-def _texts(served: Served, given: Any) -> list[list[int]]:
-    items = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+def _texts(given: Prompts) -> list[Any]:
+    """The texts of a body, each as text or as ids.
+
+    Raises:
+        ApiError: one of them is empty.
+    """
+    texts = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    if not all(texts):
+        raise ApiError(400, "a text is empty: give it at least one character", param="input")
+    return list(texts)
+
+
+def _encode(served: Served, texts: Sequence[Any]) -> list[list[int]]:
     with errors_of_clients():
-        made = [served.tokenizer.encode(item) if isinstance(item, str) else list(item) for item in items]
-    if not all(made):
-        raise ApiError(400, "a text is empty: give it at least one token", param="input")
-    return made
+        return [served.tokenizer.encode(text) if isinstance(text, str) else list(text) for text in texts]
 
 
 def _add_reading(app: FastAPI, server: Server) -> None:
@@ -429,19 +438,20 @@ def _add_reading(app: FastAPI, server: Server) -> None:
         import base64
 
         served = server.find(body.model)
-        texts = _texts(served, body.input)
+        texts = _texts(body.input)
+        ids = _encode(served, texts)
         model, tokenizer = served.engine.model, served.tokenizer
 
         def work() -> Any:
             return hyaena.embed(model, tokenizer, texts, body.layer, pool=body.pool)
 
-        vectors = await _read(server, served, texts, work)
+        vectors = await _read(server, served, ids, work)
         data = []
         for index, vector in enumerate(vectors):
             packed = np.asarray(vector, dtype="<f4")
             value = packed.tolist() if body.encoding_format == "float" else base64.b64encode(packed.tobytes()).decode()
             data.append({"object": "embedding", "index": index, "embedding": value})
-        count = sum(map(len, texts))
+        count = sum(map(len, ids))
         used = {"prompt_tokens": count, "total_tokens": count}
         return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": used})
 
@@ -450,15 +460,14 @@ def _add_reading(app: FastAPI, server: Server) -> None:
         """Score texts: sum and mean of log-probabilities, perplexity, and every token where it is asked for."""
         served = server.find(body.model)
         model, tokenizer = served.engine.model, served.tokenizer
-        texts = _texts(served, body.input)
-        given = [body.input] if isinstance(body.input, str) or isinstance(body.input[0], int) else body.input
+        texts = _texts(body.input)
+        ids = _encode(served, texts)
 
         def work() -> Any:
-            source = given if body.both_strands else texts
-            return hyaena.score(model, tokenizer, list(source), both_strands=body.both_strands)
+            return hyaena.score(model, tokenizer, texts, both_strands=body.both_strands)
 
         data = []
-        for index, found in enumerate(await _read(server, served, texts, work)):
+        for index, found in enumerate(await _read(server, served, ids, work)):
             entry = {
                 "index": index,
                 "tokens": len(found.tokens),
@@ -470,11 +479,11 @@ def _add_reading(app: FastAPI, server: Server) -> None:
                 entry |= {
                     "ids": np.asarray(found.tokens).tolist(),
                     "logprobs": [_number(value) for value in found.logprobs.tolist()],
-                    "entropy": [_number(value) for value in found.entropy.tolist()],
-                    "rank": found.rank.tolist(),
+                    "entropies": [_number(value) for value in found.entropies.tolist()],
+                    "ranks": found.ranks.tolist(),
                 }
             data.append(entry)
-        count = sum(map(len, texts))
+        count = sum(map(len, ids))
         used = {"prompt_tokens": count, "total_tokens": count}
         return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": used})
 

@@ -162,6 +162,7 @@ class Engine:
             chunk=max(PAGE, chunk // PAGE * PAGE),
             max_snapshots=settings.snapshot_bytes // max(1, self.state_bytes),
             fixed_passes=settings.deterministic,
+            packed=all(getattr(layer.mixer, "packs", False) for layer in model.layers),
         )
         self.runner = Runner(
             model,
@@ -195,7 +196,7 @@ class Engine:
         """Refuse a request that could never be served.
 
         Raises:
-            InputError: no prompt, or ids outside the vocabulary.
+            InputError: no prompt, ids outside the vocabulary, or biases that leave no token.
             CapacityError: more tokens than the model or the memory takes.
         """
         size = self.model.config.vocab_size
@@ -209,6 +210,8 @@ class Engine:
                 f"{len(request.prompt)} tokens of prompt and {request.max_new_tokens} new ones are more than the "
                 f"{self.max_length} that a request may have: shorten the prompt, or ask for fewer new tokens"
             )
+        if request.params.biased:
+            request.params.bias(size)
         self.scheduler.check(len(request.prompt), request.max_new_tokens)
 
     def submit(self, request: Request, sink: Sink) -> int:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hyaena.cache import Cache, StateSnapshot
-from hyaena.context import Snapshots
 from hyaena.decoding import (
     Decoder,
     Decoding,
@@ -25,6 +24,7 @@ from hyaena.errors import UnsupportedError
 from hyaena.generation.loop import Row
 from hyaena.model import StripedHyena
 from hyaena.ops import PAGE
+from hyaena.packing import Snapshots
 from hyaena.sampling import draw
 from hyaena.serve.scheduler import Plan, Read
 
@@ -127,7 +127,7 @@ class Runner:
     def _read(self, reads: Sequence[Read], rows: Mapping[Key, Row], top: int) -> list[tuple[Key, Chosen]]:
         """One pass over prompts; the first tokens of those that were read to their end."""
         cache = self._reading[reads[0].key]
-        if len(reads) > 1:  # whole prompts, which go on to the decoder together
+        if len(reads) > 1:  # the last of their rows, which go on to the decoder together
             cache.extend([self._reading[read.key] for read in reads[1:]])
         logits = self._pass(cache, reads)
         for token in reads[0].replay:  # of one row alone
@@ -142,23 +142,18 @@ class Runner:
 
     def _pass(self, cache: Cache, reads: Sequence[Read]) -> Tensor:
         """Read the tokens of all rows of a cache; the logits [B,V] behind them."""
-        width = max(len(read.tokens) for read in reads)
-        device = self.model.device
-        padding = [width - len(read.tokens) for read in reads]
-        ids = torch.tensor([[0] * pad + list(read.tokens) for pad, read in zip(padding, reads, strict=True)])
-        mask = None
-        if any(padding):
-            mask = (torch.arange(width) >= torch.tensor(padding)[:, None]).to(device)
-        places = {  # (row, column of the pass) of every snapshot
-            (row, pad + length - read.start): (number, length)
-            for row, (pad, read) in enumerate(zip(padding, reads, strict=True))
-            for length, number in read.snapshots.items()
+        stops = {
+            row: [length - read.start for length in read.snapshots] for row, read in enumerate(reads) if read.snapshots
         }
-        snapshots = Snapshots(sorted({column for _, column in places})) if places else None
-        logits = self.model(ids.to(device), cache=cache, mask=mask, logits_to_keep=1, snapshots=snapshots)
-        for (row, column), (number, length) in places.items():
-            assert snapshots is not None
-            self._snapshots[number] = _state_snapshot(cache, snapshots.row(row, column), length)
+        snapshots = Snapshots(stops) if stops else None
+        ids = torch.tensor([[token for read in reads for token in read.tokens]], device=self.model.device)
+        counts = [len(read.tokens) for read in reads] if len(reads) > 1 else None
+        logits = self.model(ids, cache=cache, counts=counts, logits_to_keep=1, snapshots=snapshots)
+        for row, read in enumerate(reads):
+            for length, number in read.snapshots.items():
+                assert snapshots is not None
+                saved = snapshots.states(row, length - read.start)
+                self._snapshots[number] = _state_snapshot(cache, saved, length)
         return logits[:, -1]
 
     def _begin(self, keys: list[Key], rows: list[Row], cache: Cache, logits: Tensor, top: int) -> StepOutput:
@@ -199,8 +194,8 @@ def _state_snapshot(cache: Cache, saved: Mapping[int, Any], length: int) -> Stat
     for layer, state in enumerate(cache.states):
         if layer not in saved and state.tensors():
             raise UnsupportedError(
-                f"the mixer of layer {layer} does not save its state inside a pass (ForwardContext.snapshots): "
-                "serve without a prefix cache"
+                f"the mixer of layer {layer} does not evaluate its state with ForwardContext.evaluate, so no snapshot "
+                "can be taken inside a pass: serve without a prefix cache"
             )
         states.append(saved.get(layer, state))
     return StateSnapshot(states, length, cache._owner)

@@ -121,7 +121,7 @@ class Plan:
         drop: rows to be dropped: pre-empted, finished or cancelled.
         start: rows to be set up.
         forget: snapshots that are no longer needed.
-        reads: of one pass; several only of rows without any token before.
+        reads: of one pass; where there are several, all are the last of their rows.
         grow: pages to be appended to decoding rows.
         decode: whether the decoding rows take a step.
     """
@@ -146,10 +146,19 @@ class Scheduler:
         max_snapshots: the budget of the prefix cache; 0 turns it off.
         fixed_passes: read every prompt alone, in passes that end at multiples of ``chunk``, take snapshots there only,
             and step through completions that are read again: a sequence is then always read in the same passes.
+        packed: whether prompts share passes.
     """
 
     def __init__(
-        self, *, pages: int, page_size: int, max_rows: int, chunk: int, max_snapshots: int, fixed_passes: bool = False
+        self,
+        *,
+        pages: int,
+        page_size: int,
+        max_rows: int,
+        chunk: int,
+        max_snapshots: int,
+        fixed_passes: bool = False,
+        packed: bool = True,
     ) -> None:
         assert chunk % page_size == 0, "a pass must be able to end at a page"
         self.pages = Pages(pages)
@@ -158,6 +167,7 @@ class Scheduler:
         self.max_rows = max_rows
         self.chunk = chunk
         self.fixed_passes = fixed_passes
+        self.packed = packed
         self.jobs: dict[Key, Job] = {}
         self._waiting: deque[Job] = deque()  # in order of arrival
         self._active: list[Job] = []  # reading or decoding, in order of arrival
@@ -343,16 +353,15 @@ class Scheduler:
         by_left = sorted(reading, key=lambda job: job.left)
         first = reading[0] if self._turn % 2 == 0 else by_left[0]
         plan.reads.append(self._read(first, self.chunk))
-        if self.fixed_passes or first.read or first.left > self.chunk:
+        if self.fixed_passes or not self.packed:
             return
-        width, group = first.left, 1  # whole prompts without a past share a pass, padded to the longest
-        for other in by_left:
-            if other is first or other.read:
+        room = self.chunk - first.left
+        for other in by_left:  # whole prompts share a pass
+            if other is first:
                 continue
-            wider = max(width, other.left)
-            if wider * (group + 1) > self.chunk:
+            if other.left > room:
                 break
-            width, group = wider, group + 1
+            room -= other.left
             plan.reads.append(self._read(other, self.chunk))
 
     def _read(self, job: Job, most: int) -> Read:

@@ -237,8 +237,8 @@ def chat_prompt(served: Served, messages: Sequence[Any]) -> list[int]:
     if served.template is None:
         raise ApiError(
             400,
-            f"{served.name} has no chat template, so it takes no conversations: use /v1/completions, or start the server "
-            "with --chat-template",
+            f"{served.name} has no chat template, so it takes no conversations: use /v1/completions, or start the "
+            "server with --chat-template",
             code="no_chat_template",
         )
     with errors_of_clients():
@@ -308,9 +308,9 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenInfo], offse
     """The form of /v1/completions; ``offset`` is the number of characters before the first token."""
     texts = [token_text(tokenizer, info.token) for info in tokens]
     offsets = []
-    for text in texts:
+    for info in tokens:
         offsets.append(offset)
-        offset += len(text)
+        offset += len(tokenizer.decode([info.token]))
     return {
         "tokens": texts,
         "token_logprobs": [None if info.logprob is None else finite(info.logprob) for info in tokens],

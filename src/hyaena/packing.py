@@ -1,0 +1,145 @@
+"""Several rows in one pass without padding, and copies of states inside a pass: how recurrences are cut into pieces."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyaena.errors import InputError
+
+Recurrence = Callable[[Tensor, Any, Tensor | None, Tensor | None], tuple[Tensor, Any]]
+"""``(z [b,T,E], state, mask bool [b,T] or None, reset bool [b,T] or None) -> (y [b,T,D], state)``, for any T."""
+
+
+class Snapshots:
+    """Copies of the layers' states inside a pass: what the cache would hold, had the pass ended there.
+
+    Only states that sum up all tokens are copied. Keys and values of the first tokens are the first in the cache.
+
+    Args:
+        stops: row -> numbers of tokens of the pass, 1 … T, after which its states are copied.
+
+    Attributes:
+        layer: the layer that is evaluated; the model counts.
+    """
+
+    def __init__(self, stops: Mapping[int, Sequence[int]]) -> None:
+        self.stops = {row: frozenset(numbers) for row, numbers in stops.items()}
+        self.layer = 0
+        self._saved: dict[tuple[int, int, int], Any] = {}
+
+    def pieces(self, width: int, rows: Sequence[int], padding: Sequence[int]) -> Iterator[slice]:
+        """The columns of rows that are padded on the left to ``width``, cut at every stop of one of them."""
+        ends = {width}
+        for row, pad in zip(rows, padding, strict=True):
+            for stop in self.stops.get(row, ()):
+                if not 1 <= stop <= width - pad:
+                    raise InputError(f"a snapshot after {stop} tokens is not part of a pass of {width - pad} tokens")
+                ends.add(pad + stop)
+        return (slice(start, stop) for start, stop in itertools.pairwise([0, *sorted(ends)]))
+
+    def save(self, column: int, state: Any, rows: Sequence[int], padding: Sequence[int]) -> None:
+        """Copy the states of the rows that have a stop at a column."""
+        for place, (row, pad) in enumerate(zip(rows, padding, strict=True)):
+            if column - pad in self.stops.get(row, ()):
+                self._saved[self.layer, row, column - pad] = state.select([place]).detach()
+
+    def states(self, row: int, stop: int) -> dict[int, Any]:
+        """Layer -> state of a row at a stop, of the layers whose mixers have states that sum up all tokens."""
+        return {layer: state for (layer, *place), state in self._saved.items() if place == [row, stop]}
+
+
+def evaluate(
+    operator: Recurrence,
+    z: Tensor,
+    state: Any,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    rows: Sequence[int],
+    padding: Sequence[int] | None,
+    snapshots: Snapshots | None,
+) -> tuple[Tensor, Any]:
+    """Evaluate a recurrence over rows, in one piece, or cut where snapshots are wanted."""
+    if snapshots is None:
+        return operator(z, state, mask, reset)
+    padding = padding or [0] * len(rows)
+    parts = []
+    for columns in snapshots.pieces(z.shape[1], rows, padding):
+        cut = (None if t is None else t[:, columns] for t in (mask, reset))
+        y, state = operator(z[:, columns], state, *cut)
+        snapshots.save(columns.stop, state, rows, padding)
+        parts.append(y)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), state
+
+
+class Group(NamedTuple):
+    """Rows of a packed pass that a sequential operator reads together, padded on the left to the longest.
+
+    Attributes:
+        rows: their places in the cache.
+        source: int [b,T'], where each step is in the packed pass; the row's first token for padding, which is masked.
+        mask: bool [b,T'], False for padding; None where there is none.
+        steps: int, where the steps that are not padding are in [b·T'], row after row.
+        padding: columns of padding of each row.
+    """
+
+    rows: list[int]
+    source: Tensor
+    mask: Tensor | None
+    steps: Tensor
+    padding: list[int]
+
+
+class Packing:
+    """Several rows in one pass over ids [1,T]: the next tokens of each, one row after another, without padding.
+
+    Projections, norms and MLPs read the pass as it is. Attention reads each row's part of it, and a recurrence the rows
+    in groups, each row from its own state to its own last token.
+
+    Attributes:
+        spans: first and last position (exclusive) of each row in the pass.
+        groups: of rows that a recurrence reads together. Rows that begin are grouped if their lengths differ by less
+            than a factor of two; a row with a past is a group of its own, since padding before its tokens would be part
+            of them.
+        places: int [T], where each position of the pass is in the steps of all groups, one group after another.
+        row_places: where each row is in the rows of all groups.
+        last: int [B], the last position of each row in the pass.
+    """
+
+    def __init__(self, lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
+        self.spans = list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
+        sizes: dict[object, list[int]] = {}
+        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            sizes.setdefault((row, "past") if length else count.bit_length(), []).append(row)
+        self.groups = [self._group(rows, device) for rows in sizes.values()]
+        rows = [row for group in self.groups for row in group.rows]
+        self.row_places = sorted(range(len(rows)), key=rows.__getitem__)
+        positions = torch.cat([torch.arange(*self.spans[row]) for row in rows])
+        self.places = positions.argsort().to(device)
+        self.last = torch.tensor([stop - 1 for _, stop in self.spans]).to(device)
+
+    def _group(self, rows: list[int], device: torch.device) -> Group:
+        counts = torch.tensor([self.spans[row][1] - self.spans[row][0] for row in rows])
+        width = int(counts.max())
+        mask = torch.arange(width) >= (width - counts)[:, None]
+        first, last = torch.tensor([self.spans[row] for row in rows]).T
+        source = torch.maximum(torch.arange(width) + (last - width)[:, None], first[:, None])
+        steps = mask.flatten().nonzero().flatten()
+        shown = None if bool(mask.all()) else mask.to(device)
+        return Group(rows, source.to(device), shown, steps.to(device), (width - counts).tolist())
+
+    def apply(
+        self, operator: Recurrence, z: Tensor, state: Any, snapshots: Snapshots | None = None
+    ) -> tuple[Tensor, Any]:
+        """Evaluate a recurrence of every row: z [1,T,E] and the state of all rows -> y [1,T,D], and the state after."""
+        parts, states = [], []
+        for group in self.groups:
+            inputs, before = z[0, group.source], state.select(group.rows)
+            y, new = evaluate(operator, inputs, before, group.mask, None, group.rows, group.padding, snapshots)
+            parts.append(y.flatten(0, 1)[group.steps])
+            states.append(new)
+        return torch.cat(parts)[self.places].unsqueeze(0), states[0].join(states[1:]).select(self.row_places)
