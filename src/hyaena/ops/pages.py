@@ -49,7 +49,7 @@ class PageTable:
 
     def first_of_consecutive(self, row: int, count: int) -> int | None:
         """The first page of a row, if the host knows that its first ``count`` pages follow one another in the pool."""
-        if self.rows is None:
+        if self.rows is None or row >= len(self.rows):  # a place without a row
             return None
         if (row, count) not in self._first:
             pages = list(self.rows[row][:count])
