@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import random
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs import TINY, TINY_EVO
 from hyaena.cache import Cache
+from hyaena.config import ModelConfig
+from hyaena.decoding import Decoder
 from hyaena.errors import CapacityError, InputError
-from hyaena.model import StripedHyena
-from hyaena.ops import PAGE, PagePool, pages_for
+from hyaena.model import MIXERS, Attention, StripedHyena
+from hyaena.ops import PAGE, PagedKVState, PagePool, PageTable, pages_for
+from hyaena.sampling import SamplingParams
 from hyaena.sizes import ModelSizes
 
 
@@ -64,6 +68,18 @@ def test_rows_on_pages_say_what_ordinary_rows_say(model: StripedHyena, splits: l
         ids = tokens(3, split)
         assert torch.equal(read(model, paged, ids), read(model, plain, ids))
     assert paged.lengths == plain.lengths
+
+
+def test_pages_that_follow_one_another_are_read_where_they_lie(model: StripedHyena) -> None:
+    pool = poisoned_pool(model, 8)
+    cache, plain = model.make_paged_cache(pool, [[3, 4, 5], [2, 1, 0]]), apart(model, 2)
+    for split in (70, 20, 1):
+        ids = tokens(2, split)
+        assert torch.equal(read(model, cache, ids), read(model, plain, ids))
+    rows = PagedKVState(*pool.layers[0]).through(PageTable.of(cache.pages, pool.device))
+    one, other = rows.row(0, 91), rows.row(1, 91)
+    assert one.keys.data_ptr() == pool.layers[0][0][:, 3].data_ptr() and one.keys.shape[2] == 91
+    assert other.keys.untyped_storage().data_ptr() != pool.layers[0][0].untyped_storage().data_ptr()
 
 
 def test_padded_rows_and_rows_of_different_lengths(model: StripedHyena) -> None:
@@ -147,6 +163,46 @@ def test_a_page_that_is_not_full_is_copied(model: StripedHyena) -> None:
     branch = model.make_paged_cache(pool, [[3, 2]])
     branch.restore_states(0, snapshot)
     assert torch.equal(read(model, branch, second), want)
+
+
+def test_a_row_returns_to_a_mark(model: StripedHyena) -> None:
+    cache = model.make_paged_cache(poisoned_pool(model, 3), [[2, 0, 1]])
+    read(model, cache, tokens(1, 70))
+    mark, again = cache.mark(), tokens(1, 5)
+    want = read(model, cache, again)
+    read(model, cache, tokens(1, 80))
+    cache.rewind(mark)
+    assert cache.lengths == [70] and torch.equal(read(model, cache, again), want)
+
+
+class Wrapped(nn.Module):
+    """An attention that names no sizes of keys and values: it keeps storage of its own."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.inner = Attention(config)
+        self.make_state, self.step = self.inner.make_state, self.inner.step
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+def test_mixers_without_pages_keep_their_state() -> None:
+    config = dataclasses.replace(TINY, layer_types=("attention", "own", "hyena"))
+    model = StripedHyena(config, mixers={**MIXERS, "own": Wrapped})
+    cache = model.make_paged_cache(poisoned_pool(model, 4), [[2, 0, 3]], max_length=150)
+    assert [type(state).__name__ for state in cache.states] == ["PagedKVState", "KVState", "HyenaState"]
+    plain, greedy = model.make_cache(max_length=150), SamplingParams()
+    ids = tokens(1, 70)
+    assert torch.equal(read(model, cache, ids), read(model, plain, ids))
+    outputs = []
+    for one in (cache, plain):
+        decoder = Decoder(model, 1)
+        decoder.add(one, torch.tensor([1]), [greedy], [greedy.generator()])
+        for _ in range(70):
+            decoder.launch()
+        outputs.append([decoder.fetch() for _ in range(70)])
+    assert outputs[0] == outputs[1]
 
 
 def test_sizes_are_those_that_were_allocated(model: StripedHyena) -> None:

@@ -222,8 +222,8 @@ class Hyena(nn.Module):
             options: dict[str, Any] = {"method": context.method, "backend": context.backend}
             return ops.hyena(z, short.weight, short.bias, long_filter, state, mask=mask, reset=reset, **options)
 
-        y, state = context.evaluate(operator, self.in_proj(x), state)
-        return self.out_proj(y[:, -keep:]), state
+        y, after = context.evaluate(operator, self.in_proj(x), state)
+        return self.out_proj(y[:, -keep:]), after
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
         operators, short = context.operators, self.short_filter

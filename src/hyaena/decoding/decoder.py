@@ -290,7 +290,7 @@ class Decoder:
             static.device_lengths[:places],
             static.device_limits[:places],
             static.rotary,
-            None if static.device_pages is None else PageTable(static.device_pages[:places]),
+            None if static.device_pages is None else PageTable(static.device_pages[:places], static.pages),
         )
         ids = self.ids[:places]
         return self.sampler.sample(self.model.step(ids, states, context), ids, self.operators)

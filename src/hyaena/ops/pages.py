@@ -31,18 +31,30 @@ class PageTable:
 
     Attributes:
         numbers: int32 [B,W], the pages of each row in order; those behind a row's length may be any number.
+        rows: the same as the host knows them, where it does.
     """
 
-    def __init__(self, numbers: Tensor) -> None:
+    def __init__(self, numbers: Tensor, rows: Sequence[Sequence[int]] | None = None) -> None:
         self.numbers = numbers
+        self.rows = rows
         self._slots: tuple[object, Tensor] | None = None
+        self._first: dict[tuple[int, int], int | None] = {}
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], device: torch.device) -> PageTable:
         """The table of rows whose pages the host knows."""
         width = max((len(row) for row in rows), default=0)
         numbers = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int32)
-        return cls(numbers.reshape(len(rows), width).to(device))
+        return cls(numbers.reshape(len(rows), width).to(device), rows)
+
+    def first_of_consecutive(self, row: int, count: int) -> int | None:
+        """The first page of a row, if the host knows that its first ``count`` pages follow one another in the pool."""
+        if self.rows is None or row >= len(self.rows):  # a place without a row
+            return None
+        if (row, count) not in self._first:
+            pages = list(self.rows[row][:count])
+            self._first[row, count] = pages[0] if pages == list(range(pages[0], pages[0] + count)) else None
+        return self._first[row, count]
 
     def slots(self, lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Where the next ``counts`` tokens of every row go, int64 [Σ counts]: ``page·PAGE + offset``, row after row.
@@ -187,10 +199,15 @@ class PagedRows(NamedTuple):
             stored.flatten(1, 2).index_copy_(1, slots, new[0].detach().to(stored.dtype))
 
     def row(self, row: int, length: int) -> Run:
-        """A row that holds so many tokens, gathered from its pages, as a batch of one."""
-        numbers = self.table.numbers[row, : pages_for(length)]
-        parts = (t.index_select(1, numbers).flatten(1, 2)[None, :, :length] for t in (self.keys, self.values))
-        return Run(slice(0, 1), *parts)
+        """A row that holds so many tokens, as a batch of one: a copy, or a view where its pages follow one another."""
+        count = pages_for(length)
+        first = self.table.first_of_consecutive(row, count)
+        if first is None:
+            numbers = self.table.numbers[row, :count]
+            parts = (t.index_select(1, numbers) for t in (self.keys, self.values))
+        else:
+            parts = (t[:, first : first + count] for t in (self.keys, self.values))
+        return Run(slice(0, 1), *(t.flatten(1, 2)[None, :, :length] for t in parts))
 
     def runs(self, lengths: Sequence[int], extra: int = 0) -> Iterator[Run]:
         """The rows, see ``KVState.runs``.
@@ -240,6 +257,13 @@ class PagedKVState:
         return self
 
     def reset(self) -> PagedKVState:
+        """Nothing to do: slots behind a row's length are never read."""
+        return self
+
+    def mark(self) -> None:
+        """Nothing: slots that later tokens fill lie behind those of this moment."""
+
+    def rewind(self, mark: PagedKVState | None) -> PagedKVState:
         """Nothing to do: slots behind a row's length are never read."""
         return self
 

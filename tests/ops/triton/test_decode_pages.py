@@ -14,7 +14,7 @@ from hyaena.ops import PAGE, PagedKVState, PagePool, PageTable, StepContext, rot
 from hyaena.ops.step import DecodeOperators
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 
-FUSED, PLAIN = FusedDecodeOperators(), DecodeOperators()
+FUSED, PLAIN = FusedDecodeOperators(longest=4 * PAGE), DecodeOperators()  # few splits: the interpreter is slow
 # one rounding of the result to its own dtype, and in the reference one or two more on the way
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 DTYPES = list(TOLERANCE)
@@ -60,7 +60,7 @@ def context_of(lengths: list[int], head_dim: int, table: PageTable) -> StepConte
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[1, 64], [65, 2], [63, 192], [700, 129]])
+@pytest.mark.parametrize("lengths", [[1, 64], [65, 2], [63, 400]])
 def test_attention_reads_the_valid_slots_of_pages_and_no_other(dtype: torch.dtype, lengths: list[int]) -> None:
     state, table = paged(lengths, 2, 24, dtype)
     q, context = randn(2, 6, 24, dtype=dtype), context_of(lengths, 24, table)
@@ -69,20 +69,20 @@ def test_attention_reads_the_valid_slots_of_pages_and_no_other(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(8, 2, 64), (4, 1, 128), (2, 2, 256)])
+@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(8, 2, 64), (4, 1, 128), (2, 1, 256)])
 def test_attention_of_every_width_with_a_shared_prefix(
     dtype: torch.dtype, heads: int, groups: int, head_dim: int
 ) -> None:
     """Blocks of 64, 32 and 16 slots, each inside one page."""
-    lengths = [130, 190, 150]
-    state, table = paged(lengths, groups, head_dim, dtype, shared=2)
-    q, context = randn(3, heads, head_dim, dtype=dtype), context_of(lengths, head_dim, table)
+    lengths = [70, 129]
+    state, table = paged(lengths, groups, head_dim, dtype, shared=1)
+    q, context = randn(2, heads, head_dim, dtype=dtype), context_of(lengths, head_dim, table)
     exact = PagedKVState(state.keys.double(), state.values.double())
     close(FUSED.attend(q, state, context), PLAIN.attend(q.double(), exact, context), dtype)
 
 
 def test_pages_and_storage_of_rows_give_the_same_bits() -> None:
-    lengths = [300, 64]
+    lengths = [200, 64]
     state, table = paged(lengths, 2, 32, torch.float32)
     rows = ops.KVState.allocate(2, 2, table.numbers.shape[1] * PAGE, 32, torch.float32, DEVICE)
     for run in state.through(table).runs(lengths):
