@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hyaena import formats, hub
-from hyaena.config import ModelConfig
+from hyaena.config import MODEL_TYPE, ModelConfig
 from hyaena.formats.stripedhyena import config as original
 from hyaena.formats.transformers import config as keys
 
@@ -32,7 +32,7 @@ class StripedHyenaConfig(PreTrainedConfig):
         ConfigError: naming every value that cannot be used, and what it should be.
     """
 
-    model_type = keys.MODEL_TYPE
+    model_type = MODEL_TYPE
     keys_to_ignore_at_inference = ("past_key_values", "cache")
     default_theta = 10_000.0
 

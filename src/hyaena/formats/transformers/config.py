@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hyaena.config import TOOL_KEYS, UNSUPPORTED_KEYS, ModelConfig, unknown_keys, unsupported_keys
+from hyaena.config import MODEL_TYPE, TOOL_KEYS, UNSUPPORTED_KEYS, ModelConfig, unknown_keys, unsupported_keys
 from hyaena.errors import ConfigError, in_words, joined, shown
 
-MODEL_TYPE = "stripedhyena"
+ARCHITECTURE = "StripedHyenaForCausalLM"
+"""The class that a folder with a language model names."""
 
 RENAMED = {
     "vocab_size": "vocab_size",
