@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = hub.load(
-        args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config
-    )
+    model, tokenizer = hub.load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
     began = time.perf_counter()
     results = evals.evaluate(
         model,

@@ -80,7 +80,9 @@ class HyaenaLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The ids of a text. Names of special tokens become these tokens, and a text that begins with BOS keeps one."""
-        begins = any(string.startswith(name) for name, i in self.native.special_tokens.items() if i == self.native.bos_id)
+        begins = any(
+            string.startswith(name) for name, i in self.native.special_tokens.items() if i == self.native.bos_id
+        )
         begin = not begins if add_special_tokens is None else add_special_tokens
         return self.native.encode(string, special=bool(self.native.special_tokens), add_special_tokens=begin)
 
@@ -119,7 +121,7 @@ class HyaenaLM(TemplateLM):
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise InputError(
-                f"an answer of {len(continuation)} tokens passes the maximum length {self.max_length}: name a larger one"
+                f"an answer of {len(continuation)} tokens passes the maximum length {self.max_length}: raise max_length"
             )
         return Request(context[-room:], continuation)
 
@@ -136,7 +138,7 @@ class HyaenaLM(TemplateLM):
                 [(group.shared, [tail.ids for tail in group.tails]) for group in shared],
                 skips=[[tail.skip for tail in group.tails] for group in shared],
                 max_length=limit,
-                progress=lambda done: bar.update(sum(len(g.tails) for g in shared[:done]) - bar.n),
+                progress=lambda done: bar.update(len(together) * done // len(shared) - bar.n),
             )
             for group, found in zip(shared, scored, strict=True):
                 for tail, one in zip(group.tails, found, strict=True):
@@ -164,8 +166,8 @@ class HyaenaLM(TemplateLM):
                 room = self.max_length - options["max_new_tokens"]
                 if room < 1:
                     raise InputError(
-                        f"{options['max_new_tokens']} new tokens leave no room in the maximum length {self.max_length}: "
-                        "name a larger one"
+                        f"{options['max_new_tokens']} new tokens leave no room for a prompt in the maximum length "
+                        f"{self.max_length}: raise max_length"
                     )
                 for start in range(0, len(numbers), self.batch_size):
                     part = numbers[start : start + self.batch_size]
