@@ -51,12 +51,17 @@ def find_tasks(names: Sequence[str], include_path: str | PathLike[str] | None = 
         raise InputError("name at least one task, as a list")
     if include_path is not None and not Path(include_path).is_dir():
         raise InputError(f"{printable(str(include_path))} is no folder: name the one that holds the tasks' YAML files")
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+    from lm_eval import tasks  # pyright: ignore[reportMissingImports]
 
+    folder = None if include_path is None else str(include_path)
     try:
-        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+        if folder is not None:  # the harness's own tasks are thousands of files
+            manager = tasks.TaskManager(include_path=folder, include_defaults=False)
+            if all(name in manager.all_subtasks for name in names):
+                return Tasks(list(names), manager)
+        manager = tasks.TaskManager(include_path=folder)
     except Exception as error:  # of YAML, of the harness: whatever is wrong with a file there
-        raise InputError(f"the tasks in {printable(str(include_path))} cannot be read: {_reason(error)}") from error
+        raise InputError(f"the tasks in {printable(str(folder))} cannot be read: {_reason(error)}") from error
     for name in names:
         if name not in manager.all_tasks:
             near = nearest(name, manager.all_tasks)
