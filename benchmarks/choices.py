@@ -22,7 +22,7 @@ def cpu(session: Session) -> list[Row]:
     """The 129M model in float32."""
     from benchmarks.cpu import models
 
-    return compare(models.striped(session.quick), questions=2, rounds=3, quick=session.quick)
+    return compare(models.striped(session.quick), questions=1, rounds=3, quick=session.quick)
 
 
 def gpu(session: GpuSession) -> list[Row]:
