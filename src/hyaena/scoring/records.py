@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyaena.arguments import as_whole, kind_of
-from hyaena.errors import HyaenaError, InputError
+from hyaena.errors import HyaenaError, InputError, NonFiniteError
 from hyaena.generation.settings import parse_prompts
 from hyaena.model import StripedHyena
 from hyaena.scoring.strands import reverse_complement
@@ -18,16 +18,26 @@ from hyaena.tokenizers import Tokenizer
 from hyaena.tokenizers.base import as_list
 
 
-class RecordError(InputError):
-    """One of several texts cannot be used.
+class _OfOneText(HyaenaError):
+    """An error that belongs to one of several texts.
 
     Attributes:
         index: the number of the text, from 0.
+        reason: the message without that number.
     """
 
-    def __init__(self, index: int, message: str) -> None:
-        super().__init__(f"text {index}: {message}")
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"text {index}: {reason}")
         self.index = index
+        self.reason = reason
+
+
+class RecordError(_OfOneText, InputError):
+    """One of several texts cannot be used; ``index`` is its number, ``reason`` the message without it."""
+
+
+class NonFiniteRecordError(_OfOneText, NonFiniteError):
+    """A model produced NaN or infinity for one of several texts; ``index`` and ``reason`` as in ``RecordError``."""
 
 
 def as_texts(texts: Any) -> tuple[list[Any], bool]:
@@ -42,6 +52,22 @@ def as_texts(texts: Any) -> tuple[list[Any], bool]:
     if not items:
         raise InputError("there are no texts: give at least one")
     return ([items], True) if all(as_whole(item) is not None for item in items) else (items, False)
+
+
+def _parse(text: Any) -> str | bytes | list[int]:
+    """One text.
+
+    Raises:
+        InputError: it is empty, several, or something else.
+    """
+    if hasattr(text, "__len__") and len(text) == 0:
+        raise InputError("it is empty: leave it out")
+    if isinstance(text, list) and set(map(type, text)) == {int}:  # what follows takes long for millions of ids
+        return text
+    parsed, single = parse_prompts(text)
+    if not single:
+        raise InputError("a text is str, bytes or a list of token ids, not a list of texts")
+    return parsed[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,16 +158,12 @@ class Encoder:
         """
         for index, text in enumerate(texts):
             try:
-                if hasattr(text, "__len__") and len(text) == 0:
-                    raise InputError("it is empty: leave it out")
-                parsed, single = parse_prompts(text)
-                if not single:
-                    raise InputError("a text is str, bytes or a list of token ids, not a list of texts")
-                yield self._record(index, parsed[0], False)
+                text = _parse(text)
+                yield self._record(index, text, False)
                 if self.both_strands:
-                    if isinstance(parsed[0], list):
+                    if isinstance(text, list):
                         raise InputError("both_strands needs text: token ids have no complement")
-                    yield self._record(index, reverse_complement(parsed[0]), True)
+                    yield self._record(index, reverse_complement(text), True)
             except RecordError:
                 raise
             except HyaenaError as error:
