@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.registry import IncorrectError, Row, Session, Summary, Target, pairwise
+from benchmarks.registry import IncorrectError, Row, Session, Step, Summary, Target, pairwise
 from hyaena.bench.clock import Side, take_turns
 
 if TYPE_CHECKING:
@@ -18,11 +18,16 @@ CONTEXT, ANSWER, CHOICES = 2000, 16, 4
 Requests = list[tuple[Any, list[int], list[int]]]
 
 
-def cpu(session: Session) -> list[Row]:
-    """The 129M model in float32."""
+def cpu(session: Session) -> Iterator[Step]:
+    """Two models in float32: cub, whose head is small, and the 129M model with a vocabulary of 32,000."""
     from benchmarks.cpu import models
 
-    return compare(models.striped(session.quick), questions=1, rounds=3, quick=session.quick)
+    def rows(model: Callable[[], StripedHyena]) -> list[Row]:
+        return compare(model(), questions=1, rounds=3, quick=session.quick)
+
+    if not session.quick:
+        yield Step("cub", lambda: rows(lambda: models.cub()[0]))
+    yield Step("129M", lambda: rows(lambda: models.striped(session.quick)))
 
 
 def gpu(session: GpuSession) -> list[Row]:
@@ -78,7 +83,10 @@ def compare(
         "apart": Side(lambda: score(apart)),
     }
     seconds = take_turns(sides, rounds)
-    what = f"{len(requests) // CHOICES} questions of {context:,} tokens, {CHOICES} answers of {answer}"
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.0f}M"
+    what = (
+        f"{len(requests) // CHOICES} × {context:,} tokens, {CHOICES} answers of {answer}, {model.config.name} ({size})"
+    )
 
     def row(name: str, label: str, target: Target | None) -> Row:
         return Row(
