@@ -14,7 +14,7 @@ from hyaena.errors import InputError
 from hyaena.evals.grouping import Request, group_requests
 from hyaena.generation import generate
 from hyaena.model import StripedHyena
-from hyaena.scoring import score, score_continuations
+from hyaena.scoring import iter_scores, score_continuations
 from hyaena.tokenizers import Tokenizer
 
 GENERATED_TOGETHER = 32
@@ -111,9 +111,9 @@ class HyaenaLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Answer]:
         answers = self._score([self._window(*request[1:]) for request in requests], disable_tqdm, self.share_contexts)
-        for (names, _, _), answer in zip(requests, answers, strict=True):
-            if names is not None:
-                self.cache_hook.add_partial("loglikelihood", names, answer)
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
     def _window(self, context: list[int], continuation: list[int]) -> Request:
@@ -133,25 +133,26 @@ class HyaenaLM(TemplateLM):
         alone = [number for number in range(len(requests)) if number not in together]
         limit = self.max_length + 1
         with tqdm(total=len(requests), desc="scoring", unit=" requests", disable=quiet) as bar:
+
+            def progress(done: int) -> None:
+                bar.update(len(together) * done // len(shared) - bar.n)
+
             scored = score_continuations(
                 self.model,
                 [(group.shared, [tail.ids for tail in group.tails]) for group in shared],
                 skips=[[tail.skip for tail in group.tails] for group in shared],
                 max_length=limit,
-                progress=lambda done: bar.update(len(together) * done // len(shared) - bar.n),
+                progress=progress,
             )
             for group, found in zip(shared, scored, strict=True):
                 for tail, one in zip(group.tails, found, strict=True):
                     answers[tail.request] = one.logprob, one.greedy
             texts = [[*requests[number].context, *requests[number].continuation] for number in alone]
-            if texts:
-                for number, found in zip(
-                    alone, score(self.model, self.native, texts, entropy=False, max_length=limit), strict=True
-                ):
-                    count = len(requests[number].continuation)
-                    logprob = float(found.logprobs[-count:].sum(dtype=float))
-                    answers[number] = logprob, bool((found.ranks[-count:] == 1).all())
-            bar.update(len(requests) - bar.n)
+            for place, one in iter_scores(self.model, self.native, texts, entropy=False, max_length=limit):
+                count = len(requests[alone[place]].continuation)
+                logprobs, ranks = one.logprobs[-count:], one.ranks[-count:]  # type: ignore[index]
+                answers[alone[place]] = float(logprobs.sum(dtype=float)), bool((ranks == 1).all())
+                bar.update()
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
