@@ -14,11 +14,20 @@ import hyaena.errors
 import pages
 from hyaena import ops
 
-RUNNABLE = [page for page in pages.PAGES if page.name != "README.md" and pages.blocks(page)]
+RUN_ELSEWHERE = {"evaluation.md": "integrations/eval"}
+"""Pages that need packages of an environment of their own, and the tests that run them there."""
+RUNNABLE = [
+    page for page in pages.PAGES if page.name != "README.md" and page.name not in RUN_ELSEWHERE and pages.blocks(page)
+]
 
 
 def test_there_are_pages_with_programs() -> None:
     assert {"api.md", "extending.md"} <= {page.name for page in RUNNABLE}
+
+
+def test_pages_that_run_elsewhere_do_so() -> None:
+    for name, folder in RUN_ELSEWHERE.items():
+        assert any(name in path.read_text(encoding="utf-8") for path in (pages.ROOT / folder).glob("test_*.py"))
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)

@@ -27,6 +27,7 @@ SUITE = Suite(
             0.5,
         ),
         Benchmark("mixed_batch", "cpu.memory:mixed_batch", "cub, short prompts and a long one in one batch", 1),
+        Benchmark("choices", "choices:cpu", "multiple choice in lm-evaluation-harness against HFLM; needs lm_eval", 3),
         Benchmark("cub_memory", "cpu.memory:cub_memory", "cub, memory of 262,144 bytes against 16,384", 9.5),
     ),
     appendix="cpu.predictions:appendix",

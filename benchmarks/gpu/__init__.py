@@ -36,6 +36,7 @@ SUITE = Suite(
         Benchmark("operator", "gpu.operator:operator", "the fused operator against its bound and the FFT", 0.1),
         Benchmark("decode", "gpu.model:decode", "the 7B's shape, decoding against its bound", 0.3),
         Benchmark("train", "gpu.train:train", "a training step, packed and not, against attention", 1.7),
+        Benchmark("choices", "choices:gpu", "the 7B's shape, multiple choice against HFLM; needs lm_eval", 0.8),
         Benchmark("prefill", "gpu.model:prefill", "the 7B's shape, prefill against its bound", 0.5),
         Benchmark("baseline", "gpu.baseline:compare", "prefill and decoding against Mistral's shape", 1.8),
     ),

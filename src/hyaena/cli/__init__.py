@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, str] = {
     "convert": "hyaena.cli.convert",
     "info": "hyaena.cli.info",
     "train": "hyaena.cli.train",
+    "eval": "hyaena.cli.eval",
     "bench": "hyaena.cli.bench",
 }
 

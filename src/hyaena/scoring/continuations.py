@@ -31,6 +31,8 @@ class Continuation(NamedTuple):
     count: int
 
 
+MAX_COPIES = 4
+"""Tokens of contexts whose keys and values are copied at a time, in passes, or in contexts where these are longer."""
 WANTED = Wanted(entropy=False)
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -43,18 +45,21 @@ class _Row(NamedTuple):
         group, place: where it stands in the request.
         cached: the row of the cache of its batch.
         ids: its tokens.
+        skip: how many of them are read and not scored.
     """
 
     group: int
     place: int
     cached: int
     ids: list[int]
+    skip: int
 
 
 def score_continuations(
     model: StripedHyena,
     groups: Iterable[Group],
     *,
+    skips: Iterable[Sequence[int]] | None = None,
     method: str = "auto",
     tokens_per_pass: int | None = None,
     max_length: int | None = None,
@@ -68,6 +73,8 @@ def score_continuations(
     Args:
         model: any StripedHyena, on any device.
         groups: pairs of the ids of a context and a list of the ids of its continuations, taken as they are.
+        skips: for each group and continuation how many tokens at its beginning are read and not scored: what texts with
+            different contexts share can be the context of a group. All are scored unless given.
         method: how long convolutions of contexts are evaluated.
         tokens_per_pass: the most tokens of a pass, padding included; see ``iter_scores``.
         max_length: the most tokens of a context and a continuation; ``config.max_length`` unless given.
@@ -77,17 +84,19 @@ def score_continuations(
         For each group a Continuation per continuation. An empty continuation has log-probability 0, and is greedy.
 
     Raises:
-        InputError: an empty context, an id outside the vocabulary, or more tokens than ``max_length``.
+        InputError: an empty context, an id outside the vocabulary, more tokens than ``max_length``, or skips that do
+            not fit the continuations.
         NonFiniteError: the model produced NaN or infinity; the message names the group.
     """
     limit = model.config.max_length if max_length is None else whole("max_length", max_length, "at least 1", 1)
     parsed = [_parse(model, number, group, limit) for number, group in enumerate(groups)]
+    skipped = _parse_skips(skips, [continuations for _, continuations in parsed])
     most = choose_pass(model) if tokens_per_pass is None else whole("tokens_per_pass", tokens_per_pass, "at least 1", 1)
     results = [[Continuation(0.0, True, 0)] * len(continuations) for _, continuations in parsed]
     done = 0
     order = sorted(range(len(parsed)), key=lambda number: len(parsed[number][0]))  # those of like length together
     for batch in _batches(order, [len(context) for context, _ in parsed], most):
-        _score_batch(model, batch, parsed, results, most, method)
+        _score_batch(model, batch, parsed, skipped, results, most, method)
         done += len(batch)
         if progress is not None:
             progress(done)
@@ -117,6 +126,21 @@ def _parse(model: StripedHyena, number: int, group: Group, limit: int) -> tuple[
     return ids, rest
 
 
+def _parse_skips(
+    skips: Iterable[Sequence[int]] | None, continuations: Sequence[Sequence[Sequence[int]]]
+) -> list[list[int]]:
+    if skips is None:
+        return [[0] * len(group) for group in continuations]
+    given = [token_ids(group, "skips") for group in skips]
+    if [*map(len, given)] != [*map(len, continuations)]:
+        raise InputError("skips must have a number for each continuation of each group")
+    for numbers, group in zip(given, continuations, strict=True):
+        for skip, ids in zip(numbers, group, strict=True):
+            if not 0 <= skip <= len(ids):
+                raise InputError(f"a skip must be between 0 and the {len(ids)} tokens of its continuation, not {skip}")
+    return given
+
+
 def _batches(order: Sequence[int], lengths: Sequence[int], most: int) -> list[list[int]]:
     """Numbers in order of rising length, as many together as have ``most`` tokens when padded, at least one."""
     batches: list[list[int]] = []
@@ -133,6 +157,7 @@ def _score_batch(
     model: StripedHyena,
     batch: Sequence[int],
     parsed: Sequence[tuple[list[int], list[list[int]]]],
+    skips: Sequence[Sequence[int]],
     results: list[list[Continuation]],
     most: int,
     method: str,
@@ -141,19 +166,20 @@ def _score_batch(
     contexts = [parsed[number][0] for number in batch]
     cache, logits = read_contexts(model, contexts, most, method)
     rows = [
-        _Row(number, place, cached, ids)
+        _Row(number, place, cached, ids, skips[number][place])
         for cached, number in enumerate(batch)
         for place, ids in enumerate(parsed[number][1])
         if ids
     ]
     rows.sort(key=lambda row: len(row.ids))
     first = 0
-    while first < len(rows):  # rows of like length, as many as fit into a pass, copies of their contexts counted
+    while first < len(rows):  # rows of like length, as many as fit into a pass, with bounded copies of their contexts
         count = 0
         while first + count < len(rows):
             row = rows[first + count]
             longest = max(len(contexts[r.cached]) for r in rows[first : first + count + 1])
-            if count and (count + 1) * (len(row.ids) + longest) > max(most, 4 * longest):
+            read, copied = (count + 1) * len(row.ids), (count + 1) * longest
+            if count and (read > most or copied > MAX_COPIES * max(most, longest)):
                 break
             count += 1
         part = rows[first : first + count]
@@ -202,15 +228,18 @@ def _continue(
     at = torch.tensor([row.cached for row in rows], device=device)
     values = [token_statistics(logits[at], targets[:, 0], WANTED)]
     if width > 1:
-        copies = cache.select([row.cached for row in rows])
-        copies.limits[:] = [None] * len(rows)  # the padding behind a row may pass the length of its context
+        copies = cache.select([row.cached for row in rows], max_length=cache.length + width - 1)
         later = model(targets[:, :-1], cache=copies, method="auto")  # [B,width-1,V]
         values += [
             token_statistics(step, following, WANTED)
             for step, following in zip(later.unbind(1), targets[:, 1:].unbind(1), strict=True)
         ]
     logprobs, ranks = torch.stack(values, dim=-1)  # each [B,width]
-    there = torch.arange(width, device=device) < lengths[:, None]
+    first = torch.tensor([row.skip for row in rows], device=device)
+    places = torch.arange(width, device=device)
+    there = (places >= first[:, None]) & (places < lengths[:, None])
     sums = torch.where(there, logprobs, 0).double().sum(1).tolist()
     greedy = ((ranks == 1) | ~there).all(1).tolist()
-    return [Continuation(total, best, len(row.ids)) for row, total, best in zip(rows, sums, greedy, strict=True)]
+    return [
+        Continuation(total, best, len(row.ids) - row.skip) for row, total, best in zip(rows, sums, greedy, strict=True)
+    ]
