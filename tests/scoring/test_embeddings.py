@@ -25,10 +25,24 @@ from hyaena.tokenizers import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(260)
 TEXTS = ["a hyena laughs at", "x", "the moon, " * 6]
-EVERYWHERE = [
-    0, 1, -1, "embed", "norm", "unembed", "norm.input", "layers.1.mixer", "blocks.0.filter", "blocks.1.inner_mha_cls.inner_attn",
-    "blocks.2.mlp.l3", "layers.2.mlp.input", "blocks.1.inner_mha_cls.Wqkv", "layers.0.mixer_norm",
-]  # fmt: skip
+PLACES = {
+    0: "layers.0",
+    1: "layers.1",
+    -1: "layers.2",
+    "embed": "embed_tokens",
+    "norm": "norm",
+    "unembed": "lm_head",
+    "norm.input": "norm.input",
+    "layers.1.mixer": "layers.1.mixer",
+    "blocks.0.filter": "layers.0.mixer.out_proj.input",
+    "blocks.1.inner_mha_cls.inner_attn": "layers.1.mixer.o_proj.input",
+    "blocks.1.inner_mha_cls.Wqkv": "layers.1.mixer.qkv_proj",
+    "blocks.2.mlp.l3": "layers.2.mlp.down_proj",
+    "layers.2.mlp.input": "layers.2.mlp.input",
+    "layers.0.mixer_norm": "layers.0.mixer_norm",
+}
+"""What a user names, and the module that is meant."""
+EVERYWHERE = list(PLACES)
 
 
 def make(config: hyaena.ModelConfig = TINY) -> StripedHyena:
@@ -42,7 +56,7 @@ def captured(model: StripedHyena, text: str) -> dict[Any, torch.Tensor]:
     def hook(name: str) -> Any:
         def take(module: Any, args: Any, output: Any) -> None:
             seen[name] = output[0] if isinstance(output, tuple) else output
-            seen[name + ".input"] = args[0]
+            seen[name + ".input"] = args[0] if args else torch.empty(0)
 
         return take
 
@@ -51,15 +65,8 @@ def captured(model: StripedHyena, text: str) -> dict[Any, torch.Tensor]:
         logits = model(torch.tensor([TOKENIZER.encode(text)]))
     for handle in handles:
         handle.remove()
-    names = {
-        0: "layers.0", 1: "layers.1", -1: "layers.2", "embed": "embed_tokens", "norm": "norm", "unembed": "lm_head",
-        "norm.input": "norm.input", "layers.1.mixer": "layers.1.mixer", "blocks.0.filter": "layers.0.mixer.out_proj.input",
-        "blocks.1.inner_mha_cls.inner_attn": "layers.1.mixer.o_proj.input", "blocks.2.mlp.l3": "layers.2.mlp.down_proj",
-        "layers.2.mlp.input": "layers.2.mlp.input", "blocks.1.inner_mha_cls.Wqkv": "layers.1.mixer.qkv_proj",
-        "layers.0.mixer_norm": "layers.0.mixer_norm",
-    }  # fmt: skip
     seen["lm_head"] = logits
-    return {place: seen[name][0, 1:].float() for place, name in names.items()}
+    return {place: seen[name][0, 1:].float() for place, name in PLACES.items()}
 
 
 @pytest.mark.parametrize("config", [TINY, TINY_EVO], ids=["sh", "evo"])
