@@ -1,0 +1,157 @@
+"""Checks all records of a file before work begins, and cuts them into shards."""
+
+from __future__ import annotations
+
+import logging
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyaena.errors import InputError, shown
+from hyaena.records.readers import Record, Source, read_records
+
+if TYPE_CHECKING:
+    from hyaena.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+MAX_NAME = 4_096
+"""Most characters of a record's name: it may become the name of a member of an archive."""
+
+_SLICE = 1 << 20
+"""Characters that are encoded at a time to check a text."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``number`` of ``count``, from 1."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read ``I/N``.
+
+        Raises:
+            InputError: it is not a part of a whole.
+        """
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+        shard = cls(int(match[1]), int(match[2])) if match else cls(0, 0)
+        if not 1 <= shard.number <= shard.count:
+            raise InputError(f"a shard is I/N with I from 1 to N, such as 1/8 … 8/8, not {shown(text)}")
+        return shard
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Records ``first`` to ``stop`` - 1 of a file, and how many characters they have."""
+
+    first: int
+    stop: int
+    characters: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file of records holds.
+
+    Attributes:
+        lengths: int64 [records], characters of each text.
+    """
+
+    lengths: NDArray[np.int64]
+
+    def part(self, shard: Shard) -> Part:
+        """Return the records of a shard.
+
+        Shards are runs of neighbouring records: with C characters in all, record r belongs to shard
+        ``1 + floor(N·start[r] / C)``, where ``start[r]`` counts the characters before it. So shards have about equally
+        many characters, and their results, one after another, are those of the whole file. A shard may be empty.
+        """
+        ends = np.cumsum(self.lengths)
+        starts = ends - self.lengths
+        total = int(ends[-1])
+        # The first record whose start is at or after the shard's share; in whole numbers of Python, which do not wrap.
+        first, stop = (
+            int(np.searchsorted(starts, -(-total * number // shard.count)))
+            for number in (shard.number - 1, shard.number)
+        )
+        return Part(first, stop, int(self.lengths[first:stop].sum()))
+
+
+def read_contents(source: Source, tokenizer: Tokenizer | None = None) -> Contents:
+    """Read a file from end to end and check every record; memory for two whole numbers per record is taken.
+
+    Args:
+        source: the file.
+        tokenizer: what will encode the texts, if anything will.
+
+    Raises:
+        InputError: as ``read_records``; or two records have one name, or a text cannot be encoded.
+    """
+    lengths, names, lowered = array("q"), array("q"), 0
+    for record in read_records(source):
+        lengths.append(len(record.text))
+        names.append(hash(record.name))
+        lowered += record.lowered
+        _check(record, source, tokenizer)
+    _check_names(source, np.frombuffer(names, np.int64))
+    if lowered:
+        log.warning("%s: %s lower-case letters are read as upper case", source.label, f"{lowered:,}")
+    return Contents(np.frombuffer(lengths, np.int64))
+
+
+def read_part(source: Source, part: Part) -> Iterator[Record]:
+    """Read the records of a part."""
+    return islice(read_records(source), part.first, part.stop)
+
+
+def _check(record: Record, source: Source, tokenizer: Tokenizer | None) -> None:
+    where = f"{source.label}, {record.place}, record {shown(record.name)}"
+    for what, text in (("name", record.name), ("text", record.text)):
+        try:
+            text.encode()  # an unpaired surrogate, which JSON can name, is no character
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}: an unpaired surrogate at character {error.start} of the {what} is not valid Unicode"
+            ) from error
+    if len(record.name) > MAX_NAME or "\0" in record.name:
+        raise InputError(f"{where}: a name has at most {MAX_NAME:,} characters and no NUL; give it another")
+    if tokenizer is None:
+        return
+    try:
+        for start in range(0, len(record.text), _SLICE):  # lists of ids take much more memory than text
+            try:
+                tokenizer.encode(record.text[start : start + _SLICE])
+            except InputError:
+                tokenizer.encode(record.text)  # so that the message names the position in the text
+                raise
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _check_names(source: Source, hashes: NDArray[np.int64]) -> None:
+    """Refuse a name that two records have; only if two hashes are equal, the file is read again to name them."""
+    ordered = np.sort(hashes)
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not repeated:
+        return
+    seen: dict[str, str] = {}
+    for record in read_records(source):
+        if hash(record.name) in repeated:
+            if record.name in seen:
+                raise InputError(
+                    f"{source.label}: two records are named {shown(record.name)}, {seen[record.name]} and "
+                    f"{record.place}; rename one"
+                )
+            seen[record.name] = record.place
