@@ -20,7 +20,7 @@ from shutil import copyfileobj
 from typing import IO, Any
 
 from hyaena.errors import InputError, OutputError, joined, printable, shown
-from hyaena.files import cure, locked, reason, write_atomically
+from hyaena.files import cure, flush, locked, reason, write_atomically
 from hyaena.jobs.journal import Journal, Mark, Row
 from hyaena.jobs.results import Column, check_output, write_results
 from hyaena.records import Record
@@ -87,6 +87,7 @@ class Job:
             write_atomically(self.folder / _MANIFEST, lambda file: file.write(manifest))
         with self.writing():
             journal = Journal(self.folder / _ROWS)
+            flush(self.folder)
         try:
             self._work(journal, records, start, window, tell)
             try:

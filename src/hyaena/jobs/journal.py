@@ -13,6 +13,7 @@ import os
 import struct
 import zlib
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ class Journal:
 
     def close(self) -> None:
         """Close the file; rows since the last mark are lost."""
-        self._file.close()
+        with suppress(OSError):  # what is marked is on the disk
+            self._file.close()
 
     @property
     def rows(self) -> int:
