@@ -25,9 +25,7 @@ def rows(path: Path, **options: str) -> list[tuple[str, str, str]]:
     return [(record.name, record.text, record.place) for record in read(path, **options)]
 
 
-FASTA = (
-    b"\xef\xbb\xbf>chr1 a header of words\r\nACGTN\r\nacgt\r\n\r\n; a comment\r\n>chr2\tother\r\nRYK-*\r\n\r\nTT\r\n> c\r\nA"
-)
+FASTA = b"\xef\xbb\xbf>chr1 a header\r\nACGTN\r\nacgt\r\n\r\n; a comment\r\n>chr2\tother\r\nRYK-*\r\n\r\nTT\r\n> c\r\nA"
 
 
 @pytest.mark.parametrize("name", ["x.fa", "x.FASTA", "x.fna.gz", "x.faa.bgz"])
@@ -82,7 +80,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_a_format_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "genes").write_text(">a\nAC\n")
-    with pytest.raises(InputError, match="does not tell its format: add --format fasta|fastq|jsonl|parquet|lines"):
+    with pytest.raises(InputError, match=r"does not tell its format: add --format fasta\|fastq\|jsonl\|parquet\|lines"):
         find_source(tmp_path / "genes")
     assert rows(tmp_path / "genes", format="fasta") == [("a", "AC", "line 1")]
     assert rows(tmp_path / "genes", format="lines") == [("1", ">a", "line 1"), ("2", "AC", "line 2")]
@@ -156,7 +154,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 def test_options_that_a_format_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="read as fasta, which has no keys"):
         find_source(tmp_path / "x.fa", text_key="seq")
-    with pytest.raises(InputError, match="format must be one of fasta, .* not 'gff'"):
+    with pytest.raises(InputError, match=r"format must be one of fasta, .* not 'gff'"):
         find_source(tmp_path / "x.fa", format="gff")
 
 

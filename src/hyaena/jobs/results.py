@@ -81,7 +81,9 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         if value.dtype.kind != "f" or np.isfinite(value).all():
             return value.tolist()
-        return np.where(np.isfinite(value), value.astype(object), None).tolist()
+        known = value.astype(object)
+        known[~np.isfinite(value)] = None
+        return known.tolist()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -101,7 +103,7 @@ def _write_parquet(file: IO[bytes], columns: Sequence[Column], rows: Rows) -> No
     }
     schema = pyarrow.schema([(column.name, types[column.kind]) for column in columns])
     texts = [column.name for column in columns if column.kind == "text"]  # a dictionary of real numbers is of no use
-    with parquet.ParquetWriter(file, schema, use_dictionary=texts) as writer:
+    with parquet.ParquetWriter(file, schema, use_dictionary=texts) as writer:  # pyright: ignore[reportArgumentType]
         for group in _groups(rows(None)):
             arrays = [
                 _arrow([row[column.name] for row in group], type)
