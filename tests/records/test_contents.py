@@ -10,17 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyaena.errors import InputError
-from hyaena.records import Contents, Shard, find_source, read_contents, read_part, read_records
-from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
+from hyaena.records import find_source, read_records
+from hyaena.records.contents import Contents, Shard, read_contents, read_part
+from hyaena.tokenizers import CharacterTokenizer
 
 
-def contents(path: Path, text: str, tokenizer: object = None) -> Contents:
+def contents(path: Path, text: str) -> Contents:
     path.write_text(text)
-    return read_contents(find_source(path), tokenizer)  # pyright: ignore[reportArgumentType]
+    return read_contents(find_source(path), CharacterTokenizer().encode)
 
 
 def test_lengths(tmp_path: Path) -> None:
-    found = contents(tmp_path / "x.fa", ">a\nACG\nT\n>b\nAC\n", ByteTokenizer())
+    found = contents(tmp_path / "x.fa", ">a\nACG\nT\n>b\nAC\n")
     assert found.lengths.tolist() == [4, 2]
 
 
@@ -43,14 +44,8 @@ def test_lower_case_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 )
 def test_records_that_cannot_be_used_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        contents(tmp_path / name, text, CharacterTokenizer())
+        contents(tmp_path / name, text)
     assert "\n" not in str(caught.value)
-
-
-def test_positions_are_those_of_the_whole_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyaena.records.contents._SLICE", 4)
-    with pytest.raises(InputError, match="byte 0 at position 9"):
-        contents(tmp_path / "x.txt", "ACGTACGTA\0C", CharacterTokenizer())
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), count=st.integers(1, 12))

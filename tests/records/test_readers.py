@@ -13,8 +13,7 @@ from pyarrow import parquet
 
 from hyaena import extras
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.records import FORMATS, Record, find_source, read_records
-from hyaena.records.readers import check_readable
+from hyaena.records import FORMATS, Record, check_readable, find_source, read_records
 
 
 def read(path: Path, **options: str) -> list[Record]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +15,10 @@ from numpy.typing import NDArray
 from hyaena.errors import InputError, shown
 from hyaena.records.readers import Record, Source, read_records
 
-if TYPE_CHECKING:
-    from hyaena.tokenizers import Tokenizer
-
 log = logging.getLogger(__name__)
 
 MAX_NAME = 4_096
 """Most characters of a record's name: it may become the name of a member of an archive."""
-
-_SLICE = 1 << 20
-"""Characters that are encoded at a time to check a text."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +82,23 @@ class Contents:
         return Part(first, stop, int(self.lengths[first:stop].sum()))
 
 
-def read_contents(source: Source, tokenizer: Tokenizer | None = None) -> Contents:
+def read_contents(source: Source, check: Callable[[str], object] = lambda text: None) -> Contents:
     """Read a file from end to end and check every record; memory for two whole numbers per record is taken.
 
     Args:
         source: the file.
-        tokenizer: what will encode the texts, if anything will.
+        check: is called with every text, and raises ``InputError`` for one that cannot be used.
 
     Raises:
-        InputError: as ``read_records``; or two records have one name, or a text cannot be encoded.
+        InputError: as ``read_records``; or two records have one name, or a text cannot be used. The message names the
+            record and its place.
     """
     lengths, names, lowered = array("q"), array("q"), 0
     for record in read_records(source):
         lengths.append(len(record.text))
         names.append(hash(record.name))
         lowered += record.lowered
-        _check(record, source, tokenizer)
+        _check(record, source, check)
     _check_names(source, np.frombuffer(names, np.int64))
     if lowered:
         log.warning("%s: %s lower-case letters are read as upper case", source.label, f"{lowered:,}")
@@ -116,7 +110,7 @@ def read_part(source: Source, part: Part) -> Iterator[Record]:
     return islice(read_records(source), part.first, part.stop)
 
 
-def _check(record: Record, source: Source, tokenizer: Tokenizer | None) -> None:
+def _check(record: Record, source: Source, check: Callable[[str], object]) -> None:
     where = f"{source.label}, {record.place}, record {shown(record.name)}"
     for what, text in (("name", record.name), ("text", record.text)):
         try:
@@ -127,15 +121,8 @@ def _check(record: Record, source: Source, tokenizer: Tokenizer | None) -> None:
             ) from error
     if len(record.name) > MAX_NAME or "\0" in record.name:
         raise InputError(f"{where}: a name has at most {MAX_NAME:,} characters and no NUL; give it another")
-    if tokenizer is None:
-        return
     try:
-        for start in range(0, len(record.text), _SLICE):  # lists of ids take much more memory than text
-            try:
-                tokenizer.encode(record.text[start : start + _SLICE])
-            except InputError:
-                tokenizer.encode(record.text)  # so that the message names the position in the text
-                raise
+        check(record.text)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
