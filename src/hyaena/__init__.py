@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hyaena.generation import generate, stream
     from hyaena.hub import load, load_model
     from hyaena.model import StripedHyena
+    from hyaena.scoring import embed, iter_embeddings, iter_scores, score, score_continuations
 
 __version__ = "0.1.0"
 
@@ -25,21 +26,31 @@ __all__ = [
     "ModelConfig",
     "StripedHyena",
     "__version__",
+    "embed",
     "generate",
+    "iter_embeddings",
+    "iter_scores",
     "load",
     "load_model",
     "ops",
     "save_model",
+    "score",
+    "score_continuations",
     "stream",
 ]
 
 _HOMES = {
     "ModelConfig": "hyaena.config",
     "StripedHyena": "hyaena.model",
+    "embed": "hyaena.scoring",
     "generate": "hyaena.generation",
+    "iter_embeddings": "hyaena.scoring",
+    "iter_scores": "hyaena.scoring",
     "load": "hyaena.hub",
     "load_model": "hyaena.hub",
     "save_model": "hyaena.checkpoints",
+    "score": "hyaena.scoring",
+    "score_continuations": "hyaena.scoring",
     "stream": "hyaena.generation",
 }
 

@@ -356,17 +356,35 @@ class StripedHyena(nn.Module):
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"a cache takes {name} as a whole number of at least 1, not {value!r}")
+        options: dict[str, Any] = {"max_length": max_length, "dtype": dtype, "device": device}
+        options |= {"method": method, "tolerance": tolerance}
+        states = [self.make_state(i, batch_size, **options) for i in range(len(self.layers))]
+        return Cache(states, [0] * batch_size, [max_length] * batch_size, owner=self)
+
+    def make_state(
+        self,
+        index: int,
+        batch_size: int = 1,
+        *,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        method: str = "auto",
+        tolerance: float = ops.TRUNCATION_TOLERANCE,
+    ) -> Any:
+        """Make an empty state of one layer, see ``cache.State``; the arguments and errors are those of ``make_cache``.
+
+        Args:
+            index: of the layer.
+        """
         options: dict[str, Any] = {"max_length": max_length, "dtype": dtype or self.dtype}
         options["device"] = torch.device(device) if device is not None else self.device
         if ops.capabilities(method).state == "window":
             options |= {"method": method, "tolerance": tolerance}
-        states = []
-        for i, layer in enumerate(self.layers):
-            try:
-                states.append(layer.mixer.make_state(batch_size, **options))  # type: ignore[union-attr, operator]
-            except UnsupportedError as error:
-                raise UnsupportedError(f"layer {i}: {error}") from None
-        return Cache(states, [0] * batch_size, [max_length] * batch_size, owner=self)
+        try:
+            return self.layers[index].mixer.make_state(batch_size, **options)  # type: ignore[union-attr, operator]
+        except UnsupportedError as error:
+            raise UnsupportedError(f"layer {index}: {error}") from None
 
     def truncation_windows(self, tolerance: float = ops.TRUNCATION_TOLERANCE) -> dict[int, int]:
         """How many taps ``method="truncated"`` keeps, layer -> W, of every layer with a filter of modes."""
@@ -452,8 +470,11 @@ class StripedHyena(nn.Module):
         for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             x, state = layer(x, context, state, keep if i == last else length)  # nothing else of the last layer is read
             new.append(state)
-        x = call(self.norm, x, context)
-        return self.lm_head(x) if self.lm_head is not None else nn.functional.linear(x, self.embed_tokens.weight), new
+        return self.logits(call(self.norm, x, context)), new
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [...,V] of what the final norm returned, x [...,D]."""
+        return self.lm_head(x) if self.lm_head is not None else nn.functional.linear(x, self.embed_tokens.weight)
 
     def step(self, ids: Tensor, states: Sequence[Any], context: StepContext) -> Tensor:
         """Read one token per row, ids [B]; logits [B,V] of the next. States and lengths are updated in place."""

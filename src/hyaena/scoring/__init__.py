@@ -1,0 +1,27 @@
+"""Reading without writing: scores of tokens, embeddings of layers, log-probabilities of continuations.
+
+One loop (``reader``) reads everything: short texts packed, long ones layer by layer. Hooks on modules (``places``)
+collect what is kept of a pass: ``token_scores`` from the final norm, ``pooling`` from any module.
+"""
+
+from hyaena.scoring.api import ReadOptions, embed, iter_embeddings, iter_scores, score
+from hyaena.scoring.continuations import Continuation, score_continuations
+from hyaena.scoring.places import find_place
+from hyaena.scoring.records import RecordError
+from hyaena.scoring.strands import reverse_complement
+from hyaena.scoring.token_scores import Score, token_statistics
+
+__all__ = [
+    "Continuation",
+    "ReadOptions",
+    "RecordError",
+    "Score",
+    "embed",
+    "find_place",
+    "iter_embeddings",
+    "iter_scores",
+    "reverse_complement",
+    "score",
+    "score_continuations",
+    "token_statistics",
+]

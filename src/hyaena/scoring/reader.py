@@ -1,0 +1,181 @@
+"""The loop that reads without writing: records pass through a model, and observers see what its modules return.
+
+Records that fit into a pass are packed one after another, without padding. A longer record goes layer by layer: all its
+positions pass through one layer, in chunks, before the next layer, so that the keys and values of one layer exist at a
+time, and of the activations one copy, which every layer overwrites. Results do not depend on either but by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyaena import ops
+from hyaena.cache import Cache
+from hyaena.context import ForwardContext
+from hyaena.generation.chunks import choose_chunk
+from hyaena.model import StripedHyena, call
+from hyaena.scoring.records import Record
+
+Progress = Callable[[int], None]
+
+PASS_TOKENS = {"cpu": 1024}
+"""Tokens of one pass on a kind of device; elsewhere ``generation.chunks`` chooses by memory."""
+
+
+class Span(NamedTuple):
+    """Neighbouring tokens of one record in a pass.
+
+    Attributes:
+        record: whose tokens they are.
+        start: the position of the first of them in the record.
+        rows: their positions in the pass.
+    """
+
+    record: Record
+    start: int
+    rows: slice
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows.stop - self.rows.start
+
+
+class Reader:
+    """Reads records with a model.
+
+    Attributes:
+        spans: the tokens that the module call in progress reads; hooks look here. Empty while nothing is read.
+
+    Args:
+        model: on its device.
+        depth: how many layers to run; one more than there are for the final norm as well.
+        tokens_per_pass: the most tokens of a pass; None to choose.
+        method: how long convolutions are evaluated.
+        progress: called after each pass with the tokens read; a pass through one layer counts as its share.
+    """
+
+    def __init__(
+        self,
+        model: StripedHyena,
+        *,
+        depth: int,
+        tokens_per_pass: int | None = None,
+        method: str = "auto",
+        progress: Progress | None = None,
+    ) -> None:
+        self.model = model
+        self.depth = depth
+        self.method = method
+        self.progress = progress
+        self.spans: Sequence[Span] = ()
+        self.tokens_per_pass = tokens_per_pass or choose_pass(model)
+        self._read = 0
+
+    def read(self, records: Iterable[Record]) -> Iterator[list[Record]]:
+        """Read records in order; the records of a pass when it is done."""
+        for group in pack(records, self.tokens_per_pass):
+            if len(group[0]) > self.tokens_per_pass:
+                self._read_by_layer(group[0])
+            else:
+                self._read_packed(group)
+            self.spans = ()
+            self._read += sum(map(len, group))
+            if self.progress is not None:
+                self.progress(self._read)
+            yield group
+
+    @torch.inference_mode()
+    def _read_packed(self, group: list[Record]) -> None:
+        model, device = self.model, self.model.device
+        ids = torch.cat([record.ids for record in group])[None].to(device)
+        spans, start = [], 0
+        for record in group:
+            spans.append(Span(record, 0, slice(start, start + len(record))))
+            start += len(record)
+        segments = None
+        if len(group) > 1:
+            lengths = torch.tensor([len(record) for record in group], device=device)
+            segments = torch.arange(len(group), device=device).repeat_interleave(lengths, output_size=start)[None]
+        context = self._context(ids, segments, None)
+        self.spans = spans
+        x = model.embed_tokens(ids)
+        for layer in model.layers[: self.depth]:
+            x, _ = layer(x, context, None, start)
+        if self.depth > len(model.layers):
+            call(model.norm, x, context)
+
+    @torch.inference_mode()
+    def _read_by_layer(self, record: Record) -> None:
+        model, length = self.model, len(record)
+        ids = record.ids[None].to(model.device)
+        layers = model.layers[: self.depth]
+        parts = [slice(i, min(i + self.tokens_per_pass, length)) for i in range(0, length, self.tokens_per_pass)]
+
+        def chunks() -> Iterator[tuple[slice, int]]:
+            for part in parts:
+                count = part.stop - part.start
+                self.spans = [Span(record, part.start, slice(0, count))]
+                yield part, count
+
+        x = torch.empty(1, length, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        for part, _ in chunks():
+            x[:, part] = model.embed_tokens(ids[:, part])
+        for i, layer in enumerate(layers):
+            state = model.make_state(i, max_length=length, method=self.method)
+            for part, count in chunks():
+                context = self._context(ids[:, part], None, part.start)
+                x[:, part], state = layer(x[:, part], context, state, count)
+                if self.progress is not None:
+                    self.progress(self._read + (length * i + part.stop) // len(layers))
+            del state
+        if self.depth > len(model.layers):
+            for part, _ in chunks():
+                call(model.norm, x[:, part], self._context(ids[:, part], None, part.start))
+
+    def _context(self, ids: Tensor, segments: Tensor | None, past: int | None) -> ForwardContext:
+        model = self.model
+        return ForwardContext.of(
+            model.config,
+            ids,
+            cache=None if past is None else Cache([], [past], [None]),
+            mask=None,
+            segment_ids=segments,
+            method=self.method,
+            backend=ops.resolve_backend("auto", device=model.device, dtype=model.dtype, gradients=False),
+            dtype=model.dtype,
+        )
+
+
+def choose_pass(model: StripedHyena) -> int:
+    """The tokens of one pass on the model's device."""
+    chosen = PASS_TOKENS.get(model.device.type)
+    return choose_chunk(model, 0) if chosen is None else chosen
+
+
+def pack(records: Iterable[Record], most: int) -> Iterator[list[Record]]:
+    """Neighbouring records that have at most ``most`` tokens together; a longer record alone."""
+    group: list[Record] = []
+    count = 0
+    for record in records:
+        if group and count + len(record) > most:
+            yield group
+            group, count = [], 0
+        group.append(record)
+        count += len(record)
+    if group:
+        yield group
+
+
+def clip(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """The parts of spans at the positions start … stop-1 of a pass, which are then counted from ``start``."""
+    clipped = []
+    for span in spans:
+        first, last = max(span.rows.start, start), min(span.rows.stop, stop)
+        if first < last:
+            rows = slice(first - start, last - start)
+            clipped.append(Span(span.record, span.start + first - span.rows.start, rows))
+    return clipped

@@ -1,0 +1,171 @@
+"""Texts become records: token ids that were checked against a model, each with the number of its text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyaena.arguments import as_whole, kind_of
+from hyaena.errors import HyaenaError, InputError
+from hyaena.generation.settings import parse_prompts
+from hyaena.model import StripedHyena
+from hyaena.scoring.strands import reverse_complement
+from hyaena.tokenizers import Tokenizer
+from hyaena.tokenizers.base import as_list
+
+
+class RecordError(InputError):
+    """One of several texts cannot be used.
+
+    Attributes:
+        index: the number of the text, from 0.
+    """
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(f"text {index}: {message}")
+        self.index = index
+
+
+def as_texts(texts: Any) -> tuple[list[Any], bool]:
+    """A list of texts, and whether there was one that was not in a list. The texts themselves are not checked.
+
+    Raises:
+        InputError: there are none.
+    """
+    if isinstance(texts, str | bytes | bytearray | memoryview):
+        return [texts], True
+    items = as_list(texts, "texts are text, bytes, a list of token ids, or a list of such, not ")
+    if not items:
+        raise InputError("there are no texts: give at least one")
+    return ([items], True) if all(as_whole(item) is not None for item in items) else (items, False)
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The token ids of one text, or of its other strand.
+
+    Attributes:
+        index: the number of the text.
+        ids: int64 [T], on the host.
+        context: leading ids that are not the text's: 1 where BOS was put in front, else 0.
+        reverse: whether this is the other strand.
+    """
+
+    index: int
+    ids: Tensor
+    context: int = 0
+    reverse: bool = False
+
+    @property
+    def tokens(self) -> Tensor:
+        """The text's own ids."""
+        return self.ids[self.context :]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Turns texts into records.
+
+    Attributes:
+        tokenizer: of the model.
+        vocab_size: of the model.
+        max_length: the most tokens of a record.
+        bos: whether ``bos_id`` is put in front; None for what the tokenizer does for texts, and not for token ids.
+        special: whether names of special tokens in a text become these tokens.
+        both_strands: every text gives two records, its own and that of the other strand.
+    """
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_length: int
+    bos: bool | None
+    special: bool
+    both_strands: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: StripedHyena,
+        tokenizer: Tokenizer,
+        *,
+        bos: bool | None,
+        special: bool,
+        both_strands: bool,
+        max_length: int | None,
+    ) -> Encoder:
+        """Check what does not depend on a text.
+
+        Raises:
+            InputError: the tokenizer does not fit the model, or has no BOS to put in front.
+        """
+        size = model.config.vocab_size
+        if not isinstance(tokenizer, Tokenizer):
+            raise InputError(f"tokenizer must be the one that hyaena.load returns, not {kind_of(tokenizer)}")
+        if tokenizer.vocab_size < size:
+            raise InputError(
+                f"the tokenizer has {tokenizer.vocab_size} ids and the model {size}: "
+                f"make the tokenizer with vocab_size={size}"
+            )
+        if bos and tokenizer.bos_id is None:
+            raise InputError("bos=True, but this tokenizer has no id that begins a document: leave it out")
+        return cls(
+            tokenizer=tokenizer,
+            vocab_size=size,
+            max_length=model.config.max_length if max_length is None else max_length,
+            bos=bos,
+            special=special,
+            both_strands=both_strands,
+        )
+
+    def records(self, texts: Iterable[Any]) -> Iterator[Record]:
+        """The records of texts, in order.
+
+        Raises:
+            RecordError: a text that is empty, too long, or that the tokenizer or the model cannot read.
+        """
+        for index, text in enumerate(texts):
+            try:
+                if hasattr(text, "__len__") and len(text) == 0:
+                    raise InputError("it is empty: leave it out")
+                parsed, single = parse_prompts(text)
+                if not single:
+                    raise InputError("a text is str, bytes or a list of token ids, not a list of texts")
+                yield self._record(index, parsed[0], False)
+                if self.both_strands:
+                    if isinstance(parsed[0], list):
+                        raise InputError("both_strands needs text: token ids have no complement")
+                    yield self._record(index, reverse_complement(parsed[0]), True)
+            except RecordError:
+                raise
+            except HyaenaError as error:
+                raise RecordError(index, str(error)) from None
+
+    def _record(self, index: int, text: str | bytes | list[int], reverse: bool) -> Record:
+        bos, given = self.tokenizer.bos_id, isinstance(text, list)
+        if isinstance(text, list):
+            ids = text
+        else:
+            ids = self.tokenizer.encode(text, special=self.special, add_special_tokens=self.bos is not False)
+        context = int(not given and self.bos is not False and bos is not None and ids[:1] == [bos])
+        if self.bos and not context:
+            ids, context = [bos, *ids], 1
+        tensor = torch.tensor(ids, dtype=torch.int64)
+        if len(ids) == context:
+            raise InputError("it has no tokens: leave it out")
+        if len(ids) > self.max_length:
+            raise InputError(
+                f"{len(ids):,} tokens pass the maximum length {self.max_length:,}: "
+                "shorten it, or pass a larger max_length"
+            )
+        low, high = (int(t) for t in tensor.aminmax())
+        if low < 0 or high >= self.vocab_size:
+            outside = low if low < 0 else high
+            raise InputError(f"token id {outside} is outside the vocabulary 0..{self.vocab_size - 1} of the model")
+        return Record(index, tensor, context, reverse)
