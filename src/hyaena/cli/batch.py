@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from hyaena.jobs.job import Compute
     from hyaena.model import StripedHyena
     from hyaena.records.contents import Shard
+    from hyaena.scoring import RecordError
+    from hyaena.scoring.records import Encoder
     from hyaena.tokenizers import Tokenizer
 
 STANDARD_INPUT = "-"
@@ -189,7 +192,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         elif _is_stream(source.path):
             with open_source(source.path, source.label, compressed=False, cure="check its permissions") as stream:
                 source = replace(source, path=job.keep_input(stream))
-        part = read_contents(source, lambda text: list(encoder.records([text]))).part(files.shard)
+        part = read_contents(source, partial(_check, encoder)).part(files.shard)
         with _Progress(part.characters, show=not args.quiet and sys.stderr.isatty()) as progress:
 
             def start() -> Compute:
@@ -219,9 +222,25 @@ def _compute(
                 yield index, {"name": window[index].name, **task.row(result)}
         except RecordError as error:
             record = window[error.index]
-            raise InputError(f"{source.label}, {record.place}, record {shown(record.name)}: {error.reason}") from error
+            where = f"{source.label}, {record.place}, record {shown(record.name)}"
+            raise InputError(f"{where}: {_reason(error)}") from error
 
     return compute
+
+
+def _check(encoder: Encoder, text: str) -> None:
+    from hyaena.scoring import RecordError
+
+    try:
+        for _ in encoder.records([text]):
+            pass
+    except RecordError as error:
+        raise InputError(_reason(error)) from error
+
+
+def _reason(error: RecordError) -> str:
+    """The message without the number of the text: records have names."""
+    return str(error).removeprefix(f"text {error.index}: ")
 
 
 def _is_stream(path: Path) -> bool:
