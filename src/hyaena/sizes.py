@@ -211,6 +211,10 @@ class ModelSizes:
         pairs = self._sum(lambda layer: layer.flops_per_pair) * length**2 // 2
         return 2 * weights * length + pairs + 2 * self._embedding
 
+    def scoring_flops(self, length: int) -> int:
+        """Operations of the log-probabilities of a sequence: ``prefill_flops`` with logits of all positions but one."""
+        return self.prefill_flops(length) + 2 * self._embedding * (length - 2)
+
     def last_layer_savings(self, length: int) -> int:
         """Operations of ``prefill_flops`` that logits of the last position do not need.
 

@@ -7,12 +7,14 @@ collect what is kept of a pass: ``token_scores`` from the final norm, ``pooling`
 from hyaena.scoring.api import ReadOptions, embed, iter_embeddings, iter_scores, score
 from hyaena.scoring.continuations import Continuation, score_continuations
 from hyaena.scoring.places import find_place
-from hyaena.scoring.records import RecordError
+from hyaena.scoring.records import Encoder, NonFiniteRecordError, RecordError
 from hyaena.scoring.strands import reverse_complement
 from hyaena.scoring.token_scores import Score, token_statistics
 
 __all__ = [
     "Continuation",
+    "Encoder",
+    "NonFiniteRecordError",
     "ReadOptions",
     "RecordError",
     "Score",

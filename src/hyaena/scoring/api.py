@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hyaena.arguments import kind_of, switch, whole
-from hyaena.errors import InputError, NonFiniteError, nearest, shown
+from hyaena.errors import InputError, nearest, shown
 from hyaena.generation.nonfinite import first_non_finite
 from hyaena.model import StripedHyena
 from hyaena.ops import capabilities
@@ -19,7 +19,7 @@ from hyaena.scoring import pooling, token_scores
 from hyaena.scoring.places import HEAD, NORM, Layer, Place, find_place, watching
 from hyaena.scoring.pooling import Collector, Pool, parse_pool
 from hyaena.scoring.reader import Progress, Reader, Span, clip
-from hyaena.scoring.records import Encoder, Record, as_texts
+from hyaena.scoring.records import Encoder, NonFiniteRecordError, Record, as_texts
 from hyaena.scoring.token_scores import Score, TokenScorer, logits_at_once, make_score
 from hyaena.tokenizers import Tokenizer
 
@@ -143,7 +143,7 @@ def iter_scores(
         InputError: at the call, an unknown option, or one out of range.
         RecordError: while iterating, a text that cannot be read; it is an InputError with the number of the text.
         UnsupportedError: an unknown method.
-        NonFiniteError: the model produced NaN or infinity; the message names the text, and the layer.
+        NonFiniteRecordError: the model produced NaN or infinity; the message names the text, and the layer.
     """
     settings = _settings(model, options)
     switch("entropy", entropy)
@@ -327,7 +327,7 @@ def _require_finite(model: StripedHyena, record: Record, logprobs: Tensor, metho
     """Check the log-probabilities of a record.
 
     Raises:
-        NonFiniteError: with the text, and the layer where the numbers first go wrong.
+        NonFiniteRecordError: with the text, and the layer where the numbers first go wrong.
     """
     predicted = logprobs if record.context else logprobs[1:]
     broken = ~torch.isfinite(predicted)
@@ -337,7 +337,8 @@ def _require_finite(model: StripedHyena, record: Record, logprobs: Tensor, metho
     where = ""
     if read <= MOST_EXPLAINED:
         where = ": " + first_non_finite(model, record.ids[:read].tolist(), method=method)
-    raise NonFiniteError(
-        f"text {record.index}: the logits after {read:,} tokens are not finite{where}; "
-        "check the weights with `hyaena info`, or compute in float32"
+    raise NonFiniteRecordError(
+        record.index,
+        f"the logits after {read:,} tokens are not finite{where}; "
+        "check the weights with `hyaena info`, or compute in float32",
     )

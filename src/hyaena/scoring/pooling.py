@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hyaena.arguments import as_whole
-from hyaena.errors import InputError, NonFiniteError, shown
+from hyaena.errors import InputError, shown
 from hyaena.scoring.reader import Span
-from hyaena.scoring.records import Record, RecordError
+from hyaena.scoring.records import NonFiniteRecordError, Record, RecordError
 from hyaena.tokenizers.base import as_list
 
 Pool = Literal["mean", "last", "none"]
@@ -98,7 +98,7 @@ class Collector:
 
         Raises:
             InputError: the model did not call one of the modules.
-            NonFiniteError: there is NaN or infinity among them.
+            NonFiniteRecordError: there is NaN or infinity among them.
         """
         vectors = []
         for name in self.names:
@@ -107,9 +107,10 @@ class Collector:
             x = self._kept.pop((record, name))
             x = (x / len(record.tokens) if self.pool == "mean" else x).float().cpu()
             if not bool(torch.isfinite(x).all()):
-                raise NonFiniteError(
-                    f"text {record.index}: the vectors of {name} are not finite; check the weights with `hyaena info`, "
-                    "or compute in float32"
+                raise NonFiniteRecordError(
+                    record.index,
+                    f"the vectors of {name} are not finite; check the weights with `hyaena info`, or compute in "
+                    "float32",
                 )
             vectors.append(x)
         return vectors

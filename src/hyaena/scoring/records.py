@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyaena.arguments import as_whole, kind_of
-from hyaena.errors import HyaenaError, InputError
+from hyaena.errors import HyaenaError, InputError, NonFiniteError
 from hyaena.generation.settings import parse_prompts
 from hyaena.model import StripedHyena
 from hyaena.scoring.strands import reverse_complement
@@ -18,16 +18,26 @@ from hyaena.tokenizers import Tokenizer
 from hyaena.tokenizers.base import as_list
 
 
-class RecordError(InputError):
-    """One of several texts cannot be used.
+class _OfOneText(HyaenaError):
+    """An error that belongs to one of several texts.
 
     Attributes:
         index: the number of the text, from 0.
+        reason: the message without that number.
     """
 
-    def __init__(self, index: int, message: str) -> None:
-        super().__init__(f"text {index}: {message}")
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"text {index}: {reason}")
         self.index = index
+        self.reason = reason
+
+
+class RecordError(_OfOneText, InputError):
+    """One of several texts cannot be used; ``index`` is its number, ``reason`` the message without it."""
+
+
+class NonFiniteRecordError(_OfOneText, NonFiniteError):
+    """A model produced NaN or infinity for one of several texts; ``index`` and ``reason`` as in ``RecordError``."""
 
 
 def as_texts(texts: Any) -> tuple[list[Any], bool]:
