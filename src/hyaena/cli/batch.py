@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyaena.errors import InputError, shown
+from hyaena.errors import InputError, NonFiniteError, shown
 from hyaena.records import FORMATS, Record, Source, check_readable, find_source
 from hyaena.records.source import open_source
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from hyaena.jobs.job import Compute
     from hyaena.model import StripedHyena
     from hyaena.records.contents import Shard
-    from hyaena.scoring import RecordError
-    from hyaena.scoring.records import Encoder
+    from hyaena.scoring import Encoder
     from hyaena.tokenizers import Tokenizer
 
 STANDARD_INPUT = "-"
@@ -214,16 +213,16 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
 def _compute(
     model: StripedHyena, tokenizer: Tokenizer, source: Source, task: Task, reading: Mapping[str, Any]
 ) -> Compute:
-    from hyaena.scoring import RecordError
+    from hyaena.scoring import NonFiniteRecordError, RecordError
 
     def compute(window: Sequence[Record]) -> Iterable[tuple[int, Row]]:
         try:
             for index, result in task.read(model, tokenizer, (record.text for record in window), **reading):
                 yield index, {"name": window[index].name, **task.row(result)}
-        except RecordError as error:
+        except (RecordError, NonFiniteRecordError) as error:
             record = window[error.index]
-            where = f"{source.label}, {record.place}, record {shown(record.name)}"
-            raise InputError(f"{where}: {_reason(error)}") from error
+            kind = NonFiniteError if isinstance(error, NonFiniteError) else InputError
+            raise kind(f"{source.label}, {record.place}, record {shown(record.name)}: {error.reason}") from error
 
     return compute
 
@@ -235,12 +234,7 @@ def _check(encoder: Encoder, text: str) -> None:
         for _ in encoder.records([text]):
             pass
     except RecordError as error:
-        raise InputError(_reason(error)) from error
-
-
-def _reason(error: RecordError) -> str:
-    """The message without the number of the text: records have names."""
-    return str(error).removeprefix(f"text {error.index}: ")
+        raise InputError(error.reason) from error
 
 
 def _is_stream(path: Path) -> bool:
