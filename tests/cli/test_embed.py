@@ -107,7 +107,7 @@ def test_an_interrupted_job_goes_on(model: Path, genes: Path, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--layers", "2"], "layer 2 does not exist: this model has layers 0 … 1"),
+        (["--layers", "99"], "layer 99 does not exist: this model has layers 0 … 3"),
         (["--layers", "blocks.1.mlp.l4"], "the model has no layer 'blocks.1.mlp.l4': did you mean blocks.1.mlp.l"),
         (["--layers", "0,,1"], "--layers must be different layers separated by commas, not '0,,1'"),
         (["--layers", "0,0"], "--layers must be different layers"),
