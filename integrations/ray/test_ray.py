@@ -79,7 +79,7 @@ def test_vectors_of_two_actors() -> None:
 
 
 def test_a_bad_text_fails_with_the_name_of_its_record() -> None:
-    records = ray.data.from_items([{"name": "good", "text": "AC"}, {"name": "bad", "text": "A\0"}])
+    records = ray.data.from_items([{"name": "good", "text": "AC"}, {"name": "bad", "text": "A\0C"}])
     with pytest.raises(Exception, match="record 'bad': the text has the byte 0 at position 1"):
         records.map_batches(
             Scorer,
