@@ -23,7 +23,6 @@ import hyaena
 from hyaena import hub
 from hyaena.cli import main
 from hyaena.cli.batch import _Progress
-from hyaena.records import Record
 
 SRC = Path(__file__).parents[2] / "src"
 COMMANDS = {"score": "hyaena.cli.score"}
@@ -66,7 +65,7 @@ def test_rows_are_the_numbers_of_the_function(
 ) -> None:
     out = tmp_path / "s.jsonl"
     assert score(genes, "-o", out, "--model", model, "--per-token") == 0
-    assert capsys.readouterr().out == f"{out}: 4 records, {sum(map(len, TEXTS.values()))} characters\n"
+    assert capsys.readouterr().out == f"{out}: 4 records, {sum(map(len, TEXTS.values()))} tokens\n"
     network, tokenizer = hyaena.load(model)
     expected = hyaena.score(network, tokenizer, list(TEXTS.values()))
     assert isinstance(expected, list)
@@ -316,10 +315,28 @@ def test_a_missing_file_is_named_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 0 and "cannot read absent.fa: No such file or directory; check its name" in done.stderr
 
 
-def test_the_progress_bar_counts_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_counts_tokens(
+    model: Path, genes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    options = ["--model", model, "--save-every", 20, "--batch-tokens", 32, "--both-strands"]
+    assert score(genes, "-o", tmp_path / "s.jsonl", *options) == 0
+    total = 2 * sum(map(len, TEXTS.values()))
+    assert "100%" in sys.stderr.getvalue() and f"{total}/{total} [" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_rate_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with _Progress(10, show=True) as progress:
-        progress.tell(Record(0, "a", "ACGT", "line 1"), True)
+    with _Progress(100, show=True) as progress:
+        progress.skip(60)
         progress.begin()
-        progress.tell(Record(1, "b", "ACGTAC", "line 2"), False)
-    assert "100%" in sys.stderr.getvalue() and "10.0/10.0 [" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+        for counts in ((4, 5), (20, 25), (10,)):
+            tell = progress.window()
+            for tokens in counts:
+                tell(tokens)
+        bar = progress._bar
+        assert bar is not None and (bar.n, bar.initial) == (100, 60)

@@ -103,18 +103,13 @@ def test_an_interrupted_job_goes_on(tmp_path: Path, suffix: str, count: int) -> 
     assert not output.with_name(f"x{suffix}.unfinished").exists()
 
 
-def test_what_was_finished_is_told(tmp_path: Path) -> None:
-    told: list[tuple[str, bool]] = []
-    for error in (KeyboardInterrupt(), None):
-        with open_job(tmp_path / "x.jsonl", COLUMNS, {}) as job:
-            start = (lambda: compute) if error is None else stop_after(7, error)
-            try:
-                job.run(records(), start, window=WINDOW, tell=lambda record, again: told.append((record.name, again)))
-            except KeyboardInterrupt:
-                told.clear()
-    assert sorted(name for name, _ in told) == [f"r{i}" for i in range(len(TEXTS))]
-    again = [name for name, before in told if before]
-    assert 0 < len(again) < len(TEXTS) and again == [f"r{i}" for i in range(len(again))]
+def test_what_is_there_already_is_told(tmp_path: Path) -> None:
+    skipped: list[str] = []
+    with pytest.raises(KeyboardInterrupt), open_job(tmp_path / "x.jsonl", COLUMNS, {}) as job:
+        job.run(records(), stop_after(7, KeyboardInterrupt()), window=WINDOW, skip=lambda _: pytest.fail("nothing"))
+    with open_job(tmp_path / "x.jsonl", COLUMNS, {}) as job:
+        job.run(records(), lambda: compute, window=WINDOW, skip=lambda record: skipped.append(record.name))
+    assert skipped == [f"r{i}" for i in range(6)]
 
 
 def test_no_model_is_loaded_where_there_is_nothing_to_do(tmp_path: Path) -> None:

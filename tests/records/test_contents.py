@@ -17,12 +17,12 @@ from hyaena.tokenizers import CharacterTokenizer
 
 def contents(path: Path, text: str) -> Contents:
     path.write_text(text)
-    return read_contents(find_source(path), CharacterTokenizer().encode)
+    return read_contents(find_source(path), lambda text: len(CharacterTokenizer().encode(text)))
 
 
-def test_lengths(tmp_path: Path) -> None:
+def test_sizes(tmp_path: Path) -> None:
     found = contents(tmp_path / "x.fa", ">a\nACG\nT\n>b\nAC\n")
-    assert found.lengths.tolist() == [4, 2]
+    assert found.sizes.tolist() == [4, 2]
 
 
 def test_lower_case_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -53,8 +53,8 @@ def test_shards_are_the_whole_one_after_another(lengths: list[int], count: int) 
     whole = Contents(np.array(lengths))
     parts = [whole.part(Shard(number, count)) for number in range(1, count + 1)]
     assert [r for part in parts for r in range(part.first, part.stop)] == list(range(len(lengths)))
-    assert [part.characters for part in parts] == [sum(lengths[part.first : part.stop]) for part in parts]
-    assert max(part.characters for part in parts) <= sum(lengths) / count + max(lengths)
+    assert [part.size for part in parts] == [sum(lengths[part.first : part.stop]) for part in parts]
+    assert max(part.size for part in parts) <= sum(lengths) / count + max(lengths)
 
 
 def test_a_part_is_read(tmp_path: Path) -> None:

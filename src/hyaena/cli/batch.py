@@ -191,33 +191,45 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         elif _is_stream(source.path):
             with open_source(source.path, source.label, compressed=False, cure="check its permissions") as stream:
                 source = replace(source, path=job.keep_input(stream))
-        part = read_contents(source, partial(_check, encoder)).part(files.shard)
-        with _Progress(part.characters, show=not args.quiet and sys.stderr.isatty()) as progress:
+        contents = read_contents(source, partial(_tokens, encoder))
+        part = contents.part(files.shard)
+        with _Progress(part.size, show=not args.quiet and sys.stderr.isatty()) as progress:
 
             def start() -> Compute:
                 model = hub.load_model(args.model, device=device, dtype=args.dtype, **origin)
                 progress.begin()
-                return _compute(model, tokenizer, source, task, reading)
+                return _compute(model, tokenizer, source, task, reading, progress)
 
             try:
-                rows = job.run(read_part(source, part), start, window=args.save_every, tell=progress.tell)
+                rows = job.run(
+                    read_part(source, part),
+                    start,
+                    window=args.save_every,
+                    skip=lambda record: progress.skip(int(contents.sizes[record.index])),
+                )
             except (KeyboardInterrupt, SystemExit):
                 progress.close()
                 if job.is_begun:
                     print(f"hyaena: finished rows are kept in {job.folder}: the same command goes on", file=sys.stderr)
                 raise
-    print(f"{files.output}: {rows:,} records, {part.characters:,} characters")
+    print(f"{files.output}: {rows:,} records, {part.size:,} tokens")
     return 0
 
 
 def _compute(
-    model: StripedHyena, tokenizer: Tokenizer, source: Source, task: Task, reading: Mapping[str, Any]
+    model: StripedHyena,
+    tokenizer: Tokenizer,
+    source: Source,
+    task: Task,
+    reading: Mapping[str, Any],
+    progress: _Progress,
 ) -> Compute:
     from hyaena.scoring import NonFiniteRecordError, RecordError
 
     def compute(window: Sequence[Record]) -> Iterable[tuple[int, Row]]:
+        texts = (record.text for record in window)
         try:
-            for index, result in task.read(model, tokenizer, (record.text for record in window), **reading):
+            for index, result in task.read(model, tokenizer, texts, **reading, progress=progress.window()):
                 yield index, {"name": window[index].name, **task.row(result)}
         except (RecordError, NonFiniteRecordError) as error:
             record = window[error.index]
@@ -227,12 +239,12 @@ def _compute(
     return compute
 
 
-def _check(encoder: Encoder, text: str) -> None:
+def _tokens(encoder: Encoder, text: str) -> int:
+    """The tokens that are read of a text: start tokens and other strands count."""
     from hyaena.scoring import RecordError
 
     try:
-        for _ in encoder.records([text]):
-            pass
+        return sum(map(len, encoder.records([text])))
     except RecordError as error:
         raise InputError(error.reason) from error
 
@@ -243,14 +255,14 @@ def _is_stream(path: Path) -> bool:
 
 
 class _Progress:
-    """A progress bar over characters, with the time that is left."""
+    """A progress bar over tokens, with the time that is left."""
 
-    def __init__(self, characters: int, *, show: bool) -> None:
+    def __init__(self, tokens: int, *, show: bool) -> None:
         self._bar: tqdm[Any] | None = None
         if show:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=characters, unit=" characters", unit_scale=True, file=sys.stderr)
+            self._bar = tqdm(total=tokens, unit=" tokens", unit_scale=True, file=sys.stderr)
 
     def __enter__(self) -> _Progress:
         return self
@@ -267,9 +279,20 @@ class _Progress:
         if self._bar is not None:
             self._bar.unpause()
 
-    def tell(self, record: Record, again: bool) -> None:
-        """Count a finished record; what an earlier process finished says nothing of the rate."""
+    def skip(self, tokens: int) -> None:
+        """Count what an earlier process read, which says nothing of the rate."""
         if self._bar is not None:
-            if again:
-                self._bar.initial += len(record.text)
-            self._bar.update(len(record.text))
+            self._bar.initial += tokens
+            self._bar.update(tokens)
+
+    def window(self) -> Callable[[int], None]:
+        """Return what counts the tokens of one window: it is called with how many have been read."""
+        before = 0
+
+        def tell(tokens: int) -> None:
+            nonlocal before
+            if self._bar is not None:
+                self._bar.update(tokens - before)
+            before = tokens
+
+        return tell

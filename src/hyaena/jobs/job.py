@@ -68,7 +68,7 @@ class Job:
         start: Callable[[], Compute],
         *,
         window: int = WINDOW,
-        tell: Callable[[Record, bool], object] = lambda record, again: None,
+        skip: Callable[[Record], object] = lambda record: None,
     ) -> int:
         """Make the rows that are not finished, then write the output; return the number of rows.
 
@@ -76,7 +76,7 @@ class Job:
             records: those of the input, from the first.
             start: is called once, before the first row is made, if any is to be made: it may load a model.
             window: characters of a window.
-            tell: is called with every record when its row is finished, and whether it was so before.
+            skip: is called with every record whose row is there already.
 
         Raises:
             InputError: the first records are not those of the finished rows.
@@ -89,7 +89,7 @@ class Job:
             journal = Journal(self.folder / _ROWS)
             flush(self.folder)
         try:
-            self._work(journal, records, start, window, tell)
+            self._work(journal, records, start, window, skip)
             try:
                 write_results(self.output, self.columns, journal.read)
             except OutputError as error:
@@ -112,7 +112,7 @@ class Job:
         records: Iterable[Record],
         start: Callable[[], Compute],
         window: int,
-        tell: Callable[[Record, bool], object],
+        skip: Callable[[Record], object],
     ) -> None:
         compute: Compute | None = None
         finished = iter(list(journal.marks))
@@ -125,7 +125,7 @@ class Job:
                         f"among the records {shown(first.name)} ({first.place}) to {shown(last.name)} ({last.place})"
                     )
                 for record in batch:
-                    tell(record, True)
+                    skip(record)
                 continue
             compute = compute or start()
             missing = set(range(len(batch)))
@@ -133,7 +133,6 @@ class Job:
                 missing.remove(index)
                 with self.writing(journal):
                     journal.append(index, row)
-                tell(batch[index], False)
             assert not missing, f"no rows of the records {sorted(missing)} of a window"
             with self.writing(journal):
                 journal.mark(digest)

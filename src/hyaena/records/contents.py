@@ -47,11 +47,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Part:
-    """Records ``first`` to ``stop`` - 1 of a file, and how many characters they have."""
+    """Records ``first`` to ``stop`` - 1 of a file, and the sum of their sizes."""
 
     first: int
     stop: int
-    characters: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -59,50 +59,50 @@ class Contents:
     """What a file of records holds.
 
     Attributes:
-        lengths: int64 [records], characters of each text.
+        sizes: int64 [records], the size of each text, at least 1.
     """
 
-    lengths: NDArray[np.int64]
+    sizes: NDArray[np.int64]
 
     def part(self, shard: Shard) -> Part:
         """Return the records of a shard.
 
-        Shards are runs of neighbouring records: with C characters in all, record r belongs to shard
-        ``1 + floor(N·start[r] / C)``, where ``start[r]`` counts the characters before it. So shards have about equally
-        many characters, and their results, one after another, are those of the whole file. A shard may be empty.
+        Shards are runs of neighbouring records: record r belongs to shard ``1 + floor(N·before[r] / S)``, where S is
+        the sum of all sizes and ``before[r]`` that of the records before it. So shards are about equally large, and
+        their results, one after another, are those of the whole file. A shard may be empty.
         """
-        ends = np.cumsum(self.lengths)
-        starts = ends - self.lengths
+        ends = np.cumsum(self.sizes)
+        starts = ends - self.sizes
         total = int(ends[-1])
         # The first record whose start is at or after the shard's share; in whole numbers of Python, which do not wrap.
         first, stop = (
             int(np.searchsorted(starts, -(-total * number // shard.count)))
             for number in (shard.number - 1, shard.number)
         )
-        return Part(first, stop, int(self.lengths[first:stop].sum()))
+        return Part(first, stop, int(self.sizes[first:stop].sum()))
 
 
-def read_contents(source: Source, check: Callable[[str], object] = lambda text: None) -> Contents:
+def read_contents(source: Source, measure: Callable[[str], int] = len) -> Contents:
     """Read a file from end to end and check every record; memory for two whole numbers per record is taken.
 
     Args:
         source: the file.
-        check: is called with every text, and raises ``InputError`` for one that cannot be used.
+        measure: gives the size of a text, by which shards are cut, such as the number of its tokens; raises
+            ``InputError`` for a text that cannot be used.
 
     Raises:
         InputError: as ``read_records``; or two records have one name, or a text cannot be used. The message names the
             record and its place.
     """
-    lengths, names, lowered = array("q"), array("q"), 0
+    sizes, names, lowered = array("q"), array("q"), 0
     for record in read_records(source):
-        lengths.append(len(record.text))
+        sizes.append(_check(record, source, measure))
         names.append(hash(record.name))
         lowered += record.lowered
-        _check(record, source, check)
     _check_names(source, np.frombuffer(names, np.int64))
     if lowered:
         log.warning("%s: %s lower-case letters are read as upper case", source.label, f"{lowered:,}")
-    return Contents(np.frombuffer(lengths, np.int64))
+    return Contents(np.frombuffer(sizes, np.int64))
 
 
 def read_part(source: Source, part: Part) -> Iterator[Record]:
@@ -110,7 +110,7 @@ def read_part(source: Source, part: Part) -> Iterator[Record]:
     return islice(read_records(source), part.first, part.stop)
 
 
-def _check(record: Record, source: Source, check: Callable[[str], object]) -> None:
+def _check(record: Record, source: Source, measure: Callable[[str], int]) -> int:
     where = f"{source.label}, {record.place}, record {shown(record.name)}"
     for what, text in (("name", record.name), ("text", record.text)):
         try:
@@ -122,7 +122,7 @@ def _check(record: Record, source: Source, check: Callable[[str], object]) -> No
     if len(record.name) > MAX_NAME or "\0" in record.name:
         raise InputError(f"{where}: a name has at most {MAX_NAME:,} characters and no NUL; give it another")
     try:
-        check(record.text)
+        return measure(record.text)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
