@@ -158,8 +158,14 @@ def test_shards_one_after_another_are_the_whole(model: Path, genes: Path, tmp_pa
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_job_goes_on(
-    model: Path, genes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    genes: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from hyaena.jobs.journal import Journal
 
@@ -169,17 +175,19 @@ def test_an_interrupted_job_goes_on(
 
     def interrupted(self: Journal, digest: str) -> None:
         if len(self.marks) == 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         mark(self, digest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "mark", interrupted)
-        assert score(genes, "-o", tmp_path / "s.jsonl", *options) == 130
-    err = capsys.readouterr().err
-    assert err.splitlines()[-2:] == [
-        f"hyaena: finished rows are kept in {tmp_path / 's.jsonl.unfinished'}: the same command goes on",
-        "hyaena: interrupted",
-    ]
+        if number == signal.SIGINT:
+            assert score(genes, "-o", tmp_path / "s.jsonl", *options) == 130
+        else:
+            with pytest.raises(SystemExit, match="143"):
+                score(genes, "-o", tmp_path / "s.jsonl", *options)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"hyaena: finished rows are kept in {tmp_path / 's.jsonl.unfinished'}: the same command goes on"
+    assert lines[1:] == ["hyaena: interrupted"] * (number == signal.SIGINT)
     assert not (tmp_path / "s.jsonl").exists()
     assert score(genes, "-o", tmp_path / "s.jsonl", *options, "--per-token") == 2
     assert "--per-token was False, and is True now" in capsys.readouterr().err
@@ -253,6 +261,7 @@ def test_a_process_killed_at_random_loses_nothing(model: Path, tmp_path: Path, s
         ("x.fa", ">a\nAC\n", ["--dtype", "int8"], "dtype int8 cannot hold a model"),
         ("x.fa", ">a\nAC\n", ["--text-key", "seq"], "read as fasta, which has no keys"),
         ("x.fa", ">a\nAC\n", ["-o", "s.csv"], "must end in one of .parquet"),
+        ("x.jsonl", '{"text": "AC"}', ["-o", "x.jsonl", "--restart"], "x.jsonl is the input and the output"),
     ],
 )
 def test_mistakes_are_one_line_before_weights_are_read(

@@ -139,6 +139,8 @@ def find_files(args: argparse.Namespace) -> Files:
     source = find_source(args.input, **keys)
     if not _is_stream(source.path):
         check_readable(source)
+        if output.exists() and output.samefile(source.path):
+            raise InputError(f"{source.label} is the input and the output: name another output")
     return Files(source, output, shard)
 
 
