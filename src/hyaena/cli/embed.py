@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     def row(vectors: dict[int | str, Any]) -> Row:
         return {str(layer): vectors[layer] for layer in layers}
 
+    chosen: dict[str, Any] = {"layers": layers, "pool": pool}
     options = {"--layers": [str(layer) for layer in layers], "--pool": args.pool}
-    return batch.run(args, files, batch.Task(columns, options, partial(iter_embeddings, layers=layers, pool=pool), row))
+    return batch.run(args, files, batch.Task(columns, options, partial(iter_embeddings, **chosen), row))
 
 
 def parse_layers(text: str) -> list[int | str]:
