@@ -33,7 +33,10 @@ from hyaena.ops import HyenaState, KVState, StepContext
 
 
 class Mixer(Protocol):
-    """What the first half of a layer must be able to do. A module of the user's own is as good as those below."""
+    """What the first half of a layer must be able to do. A module of the user's own is as good as those below.
+
+    A mixer whose forward keeps packed documents apart (``context.reset``) says so by ``packs = True``.
+    """
 
     def make_state(self, batch: int, *, max_length: int | None, dtype: torch.dtype, device: torch.device | str) -> Any:
         """An empty state of ``batch`` rows (see ``cache.State``), for at most ``max_length`` tokens, or growing."""
@@ -97,6 +100,8 @@ class GatedMLP(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and one fused projection ``[q | k | v]``."""
 
+    packs = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.groups, self.head_dim = (
@@ -152,6 +157,8 @@ class Hyena(nn.Module):
         config: of the model.
         long_filter: the module of the long filter; calling it gives the filter that ``ops.hyena`` evaluates.
     """
+
+    packs = True
 
     def __init__(self, config: ModelConfig, long_filter: nn.Module) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from hyaena.scoring.continuations import Continuation, score_continuations
 from hyaena.scoring.places import find_place
 from hyaena.scoring.records import Encoder, NonFiniteRecordError, RecordError
 from hyaena.scoring.strands import reverse_complement
-from hyaena.scoring.token_scores import Score, token_statistics
+from hyaena.scoring.token_scores import Score, Wanted, token_statistics
 
 __all__ = [
     "Continuation",
@@ -18,6 +18,7 @@ __all__ = [
     "ReadOptions",
     "RecordError",
     "Score",
+    "Wanted",
     "embed",
     "find_place",
     "iter_embeddings",

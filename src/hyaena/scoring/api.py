@@ -20,7 +20,7 @@ from hyaena.scoring.places import HEAD, NORM, Layer, Place, find_place, watching
 from hyaena.scoring.pooling import Collector, Pool, parse_pool
 from hyaena.scoring.reader import Progress, Reader, Span, clip
 from hyaena.scoring.records import Encoder, NonFiniteRecordError, Record, as_texts
-from hyaena.scoring.token_scores import Score, TokenScorer, logits_at_once, make_score
+from hyaena.scoring.token_scores import Score, TokenScorer, Wanted, logits_at_once, make_score
 from hyaena.tokenizers import Tokenizer
 
 Text = str | bytes | bytearray | memoryview | Sequence[int]
@@ -86,6 +86,7 @@ def score(
     *,
     entropy: bool = True,
     rank: bool = True,
+    top: int = 0,
     **options: Any,
 ) -> Score | list[Score]:
     """Score a text, or a list of texts: log-probability, entropy and rank of every token.
@@ -93,7 +94,7 @@ def score(
     Args:
         model, tokenizer: see ``iter_scores``.
         texts: text, bytes or token ids, or a list of such.
-        entropy, rank, options: see ``iter_scores``.
+        entropy, rank, top, options: see ``iter_scores``.
 
     Returns:
         A Score, or a list of them for a list of texts.
@@ -102,7 +103,9 @@ def score(
         The errors of ``iter_scores``.
     """
     items, single = as_texts(texts)
-    scores = [found for _, found in iter_scores(model, tokenizer, items, entropy=entropy, rank=rank, **options)]
+    scores = [
+        found for _, found in iter_scores(model, tokenizer, items, entropy=entropy, rank=rank, top=top, **options)
+    ]
     return scores[0] if single else scores
 
 
@@ -113,6 +116,7 @@ def iter_scores(
     *,
     entropy: bool = True,
     rank: bool = True,
+    top: int = 0,
     **options: Any,
 ) -> Iterator[tuple[int, Score]]:
     """Score texts as they come, in bounded memory: no more of them are held than fit into a pass.
@@ -125,6 +129,7 @@ def iter_scores(
         tokenizer: its tokenizer.
         texts: an iterable of texts: str, bytes or token ids.
         entropy, rank: whether to compute these.
+        top: how many of the most probable tokens at each position to report.
         bos: whether ``tokenizer.bos_id`` is put in front. None, the default, is what the tokenizer does for a text;
             token ids are taken as they are. Without it nothing predicts the first token, see ``Score``.
         special: whether names of special tokens in a text become these tokens. By default they are text.
@@ -146,10 +151,13 @@ def iter_scores(
         NonFiniteRecordError: the model produced NaN or infinity; the message names the text, and the layer.
     """
     settings = _settings(model, options)
-    switch("entropy", entropy)
-    switch("rank", rank)
-    encoder = settings.encoder(model, tokenizer)
-    return _scores(model, encoder, texts, settings, entropy=entropy, rank=rank)
+    size = model.config.vocab_size
+    wanted = Wanted(
+        entropy=switch("entropy", entropy),
+        rank=switch("rank", rank),
+        top=whole("top", top, f"between 0 and the vocabulary size {size}", 0, size),
+    )
+    return _scores(model, settings.encoder(model, tokenizer), texts, settings, wanted)
 
 
 def _scores(
@@ -157,19 +165,17 @@ def _scores(
     encoder: Encoder,
     texts: Iterable[Text],
     settings: ReadOptions,
-    *,
-    entropy: bool,
-    rank: bool,
+    wanted: Wanted,
 ) -> Iterator[tuple[int, Score]]:
     reader = settings.reader(model, len(model.layers) + 1)
-    scorer = TokenScorer(model, entropy=entropy, rank=rank)
+    scorer = TokenScorer(model, wanted)
     first: Score | None = None
     with watching(reader, [NORM], scorer.observe):
         for group in reader.read(encoder.records(texts)):
             for record in group:
                 values = scorer.take(record)
                 _require_finite(model, record, values[0], settings.method)
-                found = make_score(record, values, entropy=entropy, rank=rank, as_torch=settings.output == "torch")
+                found = make_score(record, values, wanted, as_torch=settings.output == "torch")
                 if settings.both_strands and not record.reverse:
                     first = found
                     continue
@@ -330,15 +336,12 @@ def _require_finite(model: StripedHyena, record: Record, logprobs: Tensor, metho
         NonFiniteRecordError: with the text, and the layer where the numbers first go wrong.
     """
     predicted = logprobs if record.context else logprobs[1:]
-    broken = ~torch.isfinite(predicted)
-    if not bool(broken.any()):
+    if bool(torch.isfinite(predicted).all()):
         return
-    read = len(record) - len(predicted) + int(broken.nonzero()[0])  # tokens before the first one that is wrong
     where = ""
-    if read <= MOST_EXPLAINED:
-        where = ": " + first_non_finite(model, record.ids[:read].tolist(), method=method)
+    if len(record) <= MOST_EXPLAINED:
+        where = ": " + first_non_finite(model, record.ids.tolist(), method=method)
     raise NonFiniteRecordError(
         record.index,
-        f"the logits after {read:,} tokens are not finite{where}; "
-        "check the weights with `hyaena info`, or compute in float32",
+        f"its logits are not finite{where}; check the weights with `hyaena info`, or compute in float32",
     )

@@ -13,7 +13,7 @@ from hyaena.cache import Cache
 from hyaena.errors import InputError, NonFiniteError, shown
 from hyaena.model import StripedHyena
 from hyaena.scoring.reader import choose_pass
-from hyaena.scoring.token_scores import token_statistics
+from hyaena.scoring.token_scores import Wanted, token_statistics
 from hyaena.tokenizers import token_ids
 
 
@@ -30,6 +30,8 @@ class Continuation(NamedTuple):
     greedy: bool
     count: int
 
+
+WANTED = Wanted(entropy=False)
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]
 
@@ -198,14 +200,14 @@ def _continue(
     lengths = torch.tensor([len(row.ids) for row in rows], device=device)
     targets = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=device)
     at = torch.tensor([row.cached for row in rows], device=device)
-    values = [token_statistics(logits[at], targets[:, 0], entropy=False, rank=True)]
+    values = [token_statistics(logits[at], targets[:, 0], WANTED)]
     if width > 1:
         copies = cache.select([row.cached for row in rows])
         copies.limits[:] = [None] * len(rows)  # the padding behind a row may pass the length of its context
         later = model(targets[:, :-1], cache=copies, method="auto")  # [B,width-1,V]
         values += [
-            token_statistics(step, wanted, entropy=False, rank=True)
-            for step, wanted in zip(later.unbind(1), targets[:, 1:].unbind(1), strict=True)
+            token_statistics(step, following, WANTED)
+            for step, following in zip(later.unbind(1), targets[:, 1:].unbind(1), strict=True)
         ]
     logprobs, ranks = torch.stack(values, dim=-1)  # each [B,width]
     there = torch.arange(width, device=device) < lengths[:, None]

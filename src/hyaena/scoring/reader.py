@@ -1,6 +1,7 @@
 """The loop that reads without writing: records pass through a model, and observers see what its modules return.
 
-Records that fit into a pass are packed one after another, without padding. A longer record goes layer by layer: all its
+Records that fit into a pass are packed one after another, without padding, where all mixers keep packed documents apart
+(``packs``), and are read one by one elsewhere. A longer record goes layer by layer: all its
 positions pass through one layer, in chunks, before the next layer, so that the keys and values of one layer exist at a
 time, and of the activations one copy, which every layer overwrites. Results do not depend on either but by rounding.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from hyaena import ops
 from hyaena.cache import Cache
 from hyaena.context import ForwardContext
+from hyaena.errors import HyaenaError
 from hyaena.generation.chunks import choose_chunk
 from hyaena.model import StripedHyena, call
 from hyaena.scoring.records import Record
@@ -77,7 +79,8 @@ class Reader:
 
     def read(self, records: Iterable[Record]) -> Iterator[list[Record]]:
         """Read records in order; the records of a pass when it is done."""
-        for group in pack(records, self.tokens_per_pass):
+        packs = all(getattr(layer.mixer, "packs", False) for layer in self.model.layers[: self.depth])
+        for group in pack(records, self.tokens_per_pass) if packs else ([record] for record in records):
             if len(group[0]) > self.tokens_per_pass:
                 self._read_by_layer(group[0])
             else:
@@ -157,17 +160,27 @@ def choose_pass(model: StripedHyena) -> int:
 
 
 def pack(records: Iterable[Record], most: int) -> Iterator[list[Record]]:
-    """Neighbouring records that have at most ``most`` tokens together; a longer record alone."""
+    """Neighbouring records that have at most ``most`` tokens together; a longer record alone.
+
+    Where making a record raises an error, what came before it is read first.
+    """
     group: list[Record] = []
-    count = 0
-    for record in records:
-        if group and count + len(record) > most:
+    count, failed = 0, None
+    source = iter(records)
+    while True:
+        try:
+            record = next(source, None)
+        except HyaenaError as error:
+            record, failed = None, error
+        if group and (record is None or count + len(record) > most):
             yield group
             group, count = [], 0
+        if record is None:
+            break
         group.append(record)
         count += len(record)
-    if group:
-        yield group
+    if failed is not None:
+        raise failed
 
 
 def clip(spans: Sequence[Span], start: int, stop: int) -> list[Span]:

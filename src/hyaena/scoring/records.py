@@ -54,6 +54,22 @@ def as_texts(texts: Any) -> tuple[list[Any], bool]:
     return ([items], True) if all(as_whole(item) is not None for item in items) else (items, False)
 
 
+def _parse(text: Any) -> str | bytes | list[int]:
+    """One text.
+
+    Raises:
+        InputError: it is empty, several, or something else.
+    """
+    if hasattr(text, "__len__") and len(text) == 0:
+        raise InputError("it is empty: leave it out")
+    if isinstance(text, list) and set(map(type, text)) == {int}:  # what follows takes long for millions of ids
+        return text
+    parsed, single = parse_prompts(text)
+    if not single:
+        raise InputError("a text is str, bytes or a list of token ids, not a list of texts")
+    return parsed[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """The token ids of one text, or of its other strand.
@@ -142,16 +158,12 @@ class Encoder:
         """
         for index, text in enumerate(texts):
             try:
-                if hasattr(text, "__len__") and len(text) == 0:
-                    raise InputError("it is empty: leave it out")
-                parsed, single = parse_prompts(text)
-                if not single:
-                    raise InputError("a text is str, bytes or a list of token ids, not a list of texts")
-                yield self._record(index, parsed[0], False)
+                text = _parse(text)
+                yield self._record(index, text, False)
                 if self.both_strands:
-                    if isinstance(parsed[0], list):
+                    if isinstance(text, list):
                         raise InputError("both_strands needs text: token ids have no complement")
-                    yield self._record(index, reverse_complement(parsed[0]), True)
+                    yield self._record(index, reverse_complement(text), True)
             except RecordError:
                 raise
             except HyaenaError as error:

@@ -31,11 +31,14 @@ class Score:
         logprobs: float32 [T], the natural log-probability of each token after those before it.
         entropies: float32 [T], in nats, of the distribution that predicted the token; None unless computed.
         ranks: int32 [T], 1 where the token was the most probable one; None unless computed.
+        top_ids: int64 [T,k], the most probable tokens at each position, the best first (-1 where nothing predicts
+            the token); None unless computed.
+        top_logprobs: float32 [T,k], their log-probabilities.
         count: tokens that were predicted.
         sum: of their log-probabilities, in float64.
         strands: with ``both_strands`` the scores of the two strands, the other one in its own direction. ``sum`` is
             then the mean of the two sums; ``logprobs`` and ``entropies`` are means over the two of each position, or
-            the one there is; ``tokens`` are those of the text and ``ranks`` None.
+            the one there is; ``tokens`` are those of the text, and what belongs to one strand alone is None.
     """
 
     tokens: Any
@@ -44,6 +47,8 @@ class Score:
     ranks: Any | None
     count: int
     sum: float
+    top_ids: Any | None = None
+    top_logprobs: Any | None = None
     strands: tuple[Score, Score] | None = None
 
     @property
@@ -60,7 +65,21 @@ class Score:
             return math.inf
 
 
-def token_statistics(logits: Tensor, targets: Tensor, *, entropy: bool, rank: bool) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is computed beside log-probabilities: entropies, ranks, and the ``top`` most probable tokens."""
+
+    entropy: bool = True
+    rank: bool = True
+    top: int = 0
+
+    @property
+    def sections(self) -> list[int]:
+        """How many numbers per token: of log-probability, entropy, rank, top log-probabilities and top ids."""
+        return [1, int(self.entropy), int(self.rank), self.top, self.top]
+
+
+def token_statistics(logits: Tensor, targets: Tensor, wanted: Wanted) -> Tensor:
     """Compute what logits say of one target each, in float32 (float64 for float64).
 
     Equations: ``logprob = z_target - log Σ exp z``; ``entropy = -Σ p log p`` in nats; ``rank = 1 + #{z > z_target}``.
@@ -68,22 +87,23 @@ def token_statistics(logits: Tensor, targets: Tensor, *, entropy: bool, rank: bo
     Args:
         logits: [n,V].
         targets: int64 [n].
-        entropy, rank: whether to compute them.
+        wanted: what to compute beside log-probabilities.
 
     Returns:
-        [k,n]: log-probabilities, then entropies and ranks where they are wanted.
+        [k,n], numbers in the order of ``Wanted.sections``; float32 holds every id exactly.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     logp = logits.log_softmax(-1, dtype=wide)
-    rows = [logp.gather(-1, targets[:, None]).squeeze(-1)]
-    if rank:
+    rows = [logp.gather(-1, targets[:, None])]  # each [n,…]
+    if wanted.entropy:  # where p underflows to 0, p·log p is 0 and not 0·(-inf)
+        rows.append(logp.exp().mul_(logp.clamp(min=torch.finfo(wide).min)).sum(-1, keepdim=True).neg_())
+    if wanted.rank:
         above = logits > logits.gather(-1, targets[:, None])
-        rows.append(1 + above.sum(-1).to(wide))
-    if entropy:
-        # xlogy-like: where p underflows to 0, p·log p is 0 and not 0·(-inf)
-        p = logp.exp()
-        rows.insert(1, -(p.mul_(logp.clamp_(min=torch.finfo(wide).min))).sum(-1))
-    return torch.stack(rows)
+        rows.append(above.sum(-1, keepdim=True).to(wide) + 1)
+    if wanted.top:
+        best = logp.topk(wanted.top, dim=-1)
+        rows += [best.values, best.indices.to(wide)]
+    return torch.cat(rows, dim=1).T
 
 
 def logits_at_once(model: StripedHyena) -> int:
@@ -97,12 +117,12 @@ class TokenScorer:
 
     Args:
         model: whose head is applied.
-        entropy, rank: whether to compute them.
+        wanted: what to compute beside log-probabilities.
     """
 
-    def __init__(self, model: StripedHyena, *, entropy: bool, rank: bool) -> None:
+    def __init__(self, model: StripedHyena, wanted: Wanted) -> None:
         self.model = model
-        self.entropy, self.rank = entropy, rank
+        self.wanted = wanted
         self._parts: dict[Record, list[Tensor]] = {}
         self.positions = logits_at_once(model)
 
@@ -116,8 +136,8 @@ class TokenScorer:
         places, targets = places.to(x.device), targets.to(x.device)
         values = torch.cat(
             [
-                token_statistics(self.model.logits(x[0, at]), wanted, entropy=self.entropy, rank=self.rank)
-                for at, wanted in zip(places.split(self.positions), targets.split(self.positions), strict=True)
+                token_statistics(self.model.logits(x[0, at]), following, self.wanted)
+                for at, following in zip(places.split(self.positions), targets.split(self.positions), strict=True)
             ],
             dim=1,
         ).cpu()
@@ -126,17 +146,16 @@ class TokenScorer:
 
     def take(self, record: Record) -> Tensor:
         """Return the statistics [k,T] of a record that was read; NaN for a first token that nothing predicts."""
-        rows = 1 + self.entropy + self.rank
         parts = self._parts.pop(record, [])
-        values = torch.cat(parts, dim=1) if parts else torch.empty(rows, 0)
+        values = torch.cat(parts, dim=1) if parts else torch.empty(sum(self.wanted.sections), 0)
         if not record.context:
             values = torch.nn.functional.pad(values, (1, 0), value=math.nan)
         return values[:, max(0, record.context - 1) :]
 
 
-def make_score(record: Record, values: Tensor, *, entropy: bool, rank: bool, as_torch: bool) -> Score:
+def make_score(record: Record, values: Tensor, wanted: Wanted, *, as_torch: bool) -> Score:
     """Build a Score of the statistics [k,T] of ``TokenScorer.take``."""
-    logprobs = values[0]
+    (logprobs,), entropies, ranks, top_logprobs, top_ids = values.split(wanted.sections)
     predicted = logprobs[1:] if not record.context else logprobs
 
     def result(x: Tensor) -> Any:
@@ -145,10 +164,12 @@ def make_score(record: Record, values: Tensor, *, entropy: bool, rank: bool, as_
     return Score(
         tokens=result(record.tokens),
         logprobs=result(logprobs.float()),
-        entropies=result(values[1].float()) if entropy else None,
-        ranks=result(values[-1].nan_to_num(0).int()) if rank else None,
+        entropies=result(entropies[0].float()) if wanted.entropy else None,
+        ranks=result(ranks[0].nan_to_num(0).int()) if wanted.rank else None,
         count=len(predicted),
         sum=float(predicted.double().sum()),
+        top_ids=result(top_ids.T.nan_to_num(-1).long()) if wanted.top else None,
+        top_logprobs=result(top_logprobs.T.float()) if wanted.top else None,
     )
 
 
