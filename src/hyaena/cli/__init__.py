@@ -29,6 +29,8 @@ COMMANDS: Mapping[str, str] = {
     "generate": "hyaena.cli.generate",
     "convert": "hyaena.cli.convert",
     "info": "hyaena.cli.info",
+    "score": "hyaena.cli.score",
+    "embed": "hyaena.cli.embed",
     "train": "hyaena.cli.train",
     "eval": "hyaena.cli.eval",
     "bench": "hyaena.cli.bench",
