@@ -155,8 +155,9 @@ def test_generation_of_a_batch(cub) -> None:
         Options(),
         Options(temperature=0.8, seed=[1, 2, 3, 4, 5]),
         Options(temperature=1.0, top_k=40, min_p=0.02, repetition_penalty=1.1, seed=5),
+        Options(temperature=1.0, logit_bias={32: 2.0, 101: -100}, allowed_tokens=range(10, 127), seed=3),
     ],
-    ids=["greedy", "seeds", "penalty"],
+    ids=["greedy", "seeds", "penalty", "biases"],
 )
 def test_captured_steps_write_what_calls_of_the_model_do(cub, sampling: Options) -> None:
     """Over unequal prompts whose rows join and end at different times, past the numbers that are drawn in one block."""
@@ -176,6 +177,42 @@ def test_captured_steps_write_what_calls_of_the_model_do(cub, sampling: Options)
     for event in hyaena.stream(model, tokenizer, prompts, **options, decoding="cuda_graph"):
         texts[event.index] += event.text
     assert texts == [row.text for row in wanted]
+
+
+def test_rows_with_a_bias_join_captured_rows(cub) -> None:
+    """A bias table is made when the first row needs one, after steps were captured without it."""
+    model, _ = cub
+    kinds = [SamplingParams(), SamplingParams(allowed_tokens=range(65, 91)), SamplingParams(logit_bias={32: 5.0})]
+    found = []
+    for cuda_graph in (True, False):
+        decoder, rows = Decoder(model, 4, cuda_graph=cuda_graph), []
+        for keep, params in (([0], kinds[0]), ([0, 1], kinds[1]), ([0, 2], kinds[2])):
+            cache = model.make_cache(max_length=64)
+            with torch.inference_mode():
+                model(torch.tensor([[256, 100, 101, 102]], device="cuda"), cache=cache)
+            decoder.add(cache, torch.tensor([32]), [params], [params.generator()])
+            for _ in range(5):
+                decoder.launch()
+                rows.append(decoder.fetch().tokens)
+            decoder.keep(keep)
+        found.append(rows)
+    assert found[0] == found[1]
+    assert all(65 <= step[1] < 91 for step in found[0][5:])
+
+
+@pytest.mark.parametrize("decoding", ["eager", "cuda_graph"])
+def test_a_prefix_is_continued_rolled_back_and_sampled(cub, decoding, tmp_path: Path) -> None:
+    model, tokenizer = cub
+    text = "import json\n\n\ndef load(path):\n" * 100
+    prefix = hyaena.prefix(model, tokenizer, text)
+    options = Options(max_new_tokens=30, temperature=0.7, seed=2, decoding=decoding, n=3)
+    wanted = [row.tokens for row in hyaena.generate(model, tokenizer, text + "    with", **options)]
+    loaded = hyaena.load_prefix(prefix.save(tmp_path / "p"), model, tokenizer)
+    for one in (prefix, loaded):
+        assert [row.tokens for row in hyaena.generate(model, tokenizer, "    with", prefix=one, **options)] == wanted
+        one.extend("x = 1\n" * 20)
+        one.rollback(120)
+        assert [row.tokens for row in hyaena.generate(model, tokenizer, "    with", prefix=one, **options)] == wanted
 
 
 @pytest.mark.wide

@@ -108,6 +108,15 @@ def test_a_foreign_layer_is_read_in_chunks() -> None:
         agree(model, random_texts([60, 23, 5]), 1e-6, tokens_per_pass=tokens_per_pass)
 
 
+def test_a_foreign_layers_state_is_continued() -> None:
+    model = models.spread(replace(foreign.CONFIG, max_length=1000), mixers=foreign.MIXERS_OF_OURS).double()
+    context, *choices = random_texts([12, 3, 1])
+    (found,) = hyaena.score_continuations(model, [(context, choices)])
+    for one, ids in zip(found, choices, strict=True):
+        expected = direct(model, context + ids)[0][len(context) - 1 :]
+        assert one.logprob == pytest.approx(float(expected.sum()), abs=1e-5)
+
+
 # --- the loop itself
 
 

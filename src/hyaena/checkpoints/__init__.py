@@ -5,6 +5,7 @@ Read: our own folders, the original's folders, a weights file with a configurati
 """
 
 from hyaena.checkpoints.files import COMPANIONS, WEIGHTS, Checkpoint, find, find_config, has_weights, is_run
+from hyaena.checkpoints.fingerprint import fingerprint
 from hyaena.checkpoints.load import as_device, as_dtype, check_names_and_shapes, load_model, read_tensors
 from hyaena.checkpoints.save import save_model
 from hyaena.checkpoints.weights import inspect
@@ -18,6 +19,7 @@ __all__ = [
     "check_names_and_shapes",
     "find",
     "find_config",
+    "fingerprint",
     "has_weights",
     "inspect",
     "is_run",

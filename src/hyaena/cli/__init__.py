@@ -31,6 +31,8 @@ COMMANDS: Mapping[str, str] = {
     "serve": "hyaena.cli.serve",
     "convert": "hyaena.cli.convert",
     "info": "hyaena.cli.info",
+    "score": "hyaena.cli.score",
+    "embed": "hyaena.cli.embed",
     "train": "hyaena.cli.train",
     "eval": "hyaena.cli.eval",
     "bench": "hyaena.cli.bench",

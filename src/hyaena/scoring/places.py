@@ -56,7 +56,8 @@ def find_place(model: StripedHyena, layer: Layer) -> Place:
     modules = dict(model.named_modules())
     name = {"embed": "embed_tokens", "lm_head": HEAD}.get(layer)
     for candidate in (name, layer, our_module(layer)):
-        if candidate is not None and (candidate == HEAD or (candidate and candidate.removesuffix(INPUT) in modules)):
+        module = (candidate or "").removesuffix(INPUT)
+        if candidate is not None and (candidate == HEAD or (module and module in modules)):
             return Place(candidate, _depth(candidate, count))
     known = [name for name in modules if name and not isinstance(modules[name], nn.ModuleList)]
     near = nearest(layer, ["embed", NORM, "unembed", *known, *filter(None, map(original_module, known))])

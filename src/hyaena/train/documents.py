@@ -7,25 +7,20 @@ file and the line.
 from __future__ import annotations
 
 import codecs
-import gzip
-import json
 import logging
-import string
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from hyaena.errors import InputError
+from hyaena.records.fasta import FASTA_SUFFIXES, read_fasta
+from hyaena.records.json_lines import JsonObject, not_utf8, parse_json, read_json_lines
+from hyaena.records.source import BLOCK, BYTE_ORDER_MARK, open_source, split_name
 
 log = logging.getLogger(__name__)
 
-BLOCK = 1 << 20
-"""Bytes that are read at a time."""
-
-_COMPRESSED = (".gz", ".bgz")
 _OTHER_SEQUENCES = {
     ".fastq": "FASTQ",
     ".fq": "FASTQ",
@@ -34,9 +29,6 @@ _OTHER_SEQUENCES = {
     ".embl": "EMBL",
 }
 _KEYS = ("text", "prompt", "completion")
-_LOWER = string.ascii_lowercase.encode()
-_SEQUENCE = string.ascii_letters.encode() + b"*-"
-_BOM = codecs.BOM_UTF8
 
 
 @dataclass(frozen=True)
@@ -111,21 +103,14 @@ def read_documents(sources: Iterable[str | Path], pattern: str = "*") -> Iterato
 
 
 def _pieces_of(path: Path, lower: Counter[Path]) -> Iterator[Piece]:
-    compressed = path.suffix.lower() in _COMPRESSED
-    suffix = (path.with_suffix("") if compressed else path).suffix.lower()
+    suffix, compressed = split_name(path)
     if suffix in _OTHER_SEQUENCES:
         raise InputError(f"{path}: {_OTHER_SEQUENCES[suffix]} is not supported; convert it to FASTA")
-    try:
-        with gzip.open(path, "rb") if compressed else open(path, "rb") as opened:
-            file = cast("IO[bytes]", opened)
-            if suffix in _FASTA:
-                yield from _read_fasta(file, path, lower)
-            else:
-                yield from _READERS.get(suffix, _read_text)(file, path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: not a whole gzip file ({error}); copy or compress it again") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; check data.train and data.heldout") from error
+    with open_source(path, path, compressed=compressed, cure="check data.train and data.heldout") as file:
+        if suffix in FASTA_SUFFIXES:
+            yield from _read_fasta(file, path, lower)
+        else:
+            yield from _READERS.get(suffix, _read_text)(file, path)
 
 
 def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
@@ -137,31 +122,25 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             line += error.object[: error.start].count(b"\n")
-            raise InputError(_not_utf8(path, line)) from error
+            raise InputError(
+                f"{path}, line {line}: {path.name} is not UTF-8 text; exclude it with data.pattern or convert it"
+            ) from error
         if text:
             yield Piece(text, str(path), line, begins=begins, verbatim=True)
             line, begins = line + text.count("\n"), False
 
 
 def _read_json_lines(file: IO[bytes], path: Path) -> Iterator[Piece]:
-    for number, raw in enumerate(file, start=1):
-        try:
-            line = raw.removeprefix(_BOM if number == 1 else b"").decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(_not_utf8(path, number)) from error
-        if line := line.strip():
-            row, end = _parse(line, 0, path, number)
-            if end < len(line):
-                raise InputError(f"{path}, line {number}: more than one JSON value; write one object per line")
-            yield from _document(row, path, number)
+    for line, row in read_json_lines(file, path):
+        yield from _document(row, path, line)
 
 
 def _read_json(file: IO[bytes], path: Path) -> Iterator[Piece]:
-    raw = file.read().removeprefix(_BOM)
+    raw = file.read().removeprefix(BYTE_ORDER_MARK)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(_not_utf8(path, 1 + raw[: error.start].count(b"\n"))) from error
+        raise not_utf8(path, 1 + raw[: error.start].count(b"\n")) from error
     del raw
     line, counted = 1, 0  # the line of position `counted`
 
@@ -176,7 +155,7 @@ def _read_json(file: IO[bytes], path: Path) -> Iterator[Piece]:
     array = text.startswith("[", position)
     position = skip(position + array)
     while position < len(text) and not (array and text[position] == "]"):
-        row, position = _parse(text, position, path, line)
+        row, position = parse_json(text, position, path, line)
         yield from _document(row, path, line)
         position = skip(position)
         if array and not text.startswith("]", position):
@@ -192,35 +171,9 @@ def _read_json(file: IO[bytes], path: Path) -> Iterator[Piece]:
             raise InputError(f"{path}, line {line}: text after the end of the array")
 
 
-class _Object(dict[str, Any]):
-    """A JSON object that remembers which keys it was given twice."""
-
-    repeated: frozenset[str] = frozenset()
-
-
-def _object(pairs: list[tuple[str, Any]]) -> _Object:
-    row = _Object(pairs)
-    if len(row) < len(pairs):
-        row.repeated = frozenset(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-    return row
-
-
-_decoder = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _parse(text: str, position: int, path: Path, line: int) -> tuple[Any, int]:
-    try:
-        return _decoder.raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        line += text.count("\n", position, error.pos)
-        raise InputError(f"{path}, line {line}: {error.msg}; every document must be one JSON object") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits; brackets nested too deep
-        raise InputError(f"{path}, line {line}: JSON that is too large or nested too deep") from error
-
-
 def _document(row: Any, path: Path, line: int) -> Iterator[Piece]:
     where = f"{path}, line {line}"
-    if not isinstance(row, _Object):
+    if not isinstance(row, JsonObject):
         raise InputError(f"{where}: expected an object whose `text` is a string, not {type(row).__name__}")
     for key in _KEYS:
         if key in row.repeated:
@@ -242,53 +195,17 @@ def _document(row: Any, path: Path, line: int) -> Iterator[Piece]:
 
 
 def _read_fasta(file: IO[bytes], path: Path, lower: Counter[Path]) -> Iterator[Piece]:
-    line, line_begins, skipping, in_record, begins = 0, True, False, False, True
-    held: list[bytes] = []
-    held_line = held_bytes = 0
-
-    def join() -> Piece:
-        sequence = b"".join(held)
-        if count := len(sequence) - len(sequence.translate(None, _LOWER)):
-            lower[path] += count
-        held.clear()
-        return Piece(sequence.upper().decode("ascii"), str(path), held_line, begins=begins)
-
-    while raw := file.readline(BLOCK):  # a line of any length is read in parts
-        if line_begins:
-            line += 1
-            raw = raw.removeprefix(_BOM if line == 1 else b"")
-            record = raw.startswith(b">")
-            skipping = record or raw.startswith(b";")  # a header, or a comment of the oldest files
-            if record:
-                if held:
-                    yield join()
-                begins, in_record, held_bytes = True, True, 0
-        line_begins = raw.endswith(b"\n")
-        if b"\r" in raw.rstrip(b"\r\n"):
-            raise InputError(f"{path}, line {line}: lines end with a bare CR; convert the file to LF or CRLF")
-        sequence = raw.strip()
-        if skipping or not sequence:
+    begins = True
+    for piece in read_fasta(file, path, block=BLOCK):
+        if piece.header is not None:
+            begins = True
             continue
-        if not in_record:
-            raise InputError(f"{path}, line {line}: a sequence before the first header; a record begins with '>'")
-        if wrong := sequence.translate(None, _SEQUENCE):
-            raise InputError(f"{path}, line {line}: {chr(wrong[0])!r} is no letter of a sequence")
-        if not held:
-            held_line = line
-        held.append(sequence)
-        held_bytes += len(sequence)
-        if held_bytes >= BLOCK:
-            yield join()
-            begins, held_bytes = False, 0
-    if held:
-        yield join()
+        if piece.lowered:
+            lower[path] += piece.lowered
+        yield Piece(piece.sequence.decode("ascii"), str(path), piece.line, begins=begins)
+        begins = False
 
 
-def _not_utf8(path: Path, line: int) -> str:
-    return f"{path}, line {line}: {path.name} is not UTF-8 text; exclude it with data.pattern or convert it"
-
-
-_FASTA = frozenset((".fa", ".fasta", ".fna", ".ffn", ".faa"))
 _READERS: dict[str, Callable[[IO[bytes], Path], Iterator[Piece]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,

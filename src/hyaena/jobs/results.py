@@ -1,0 +1,205 @@
+"""Writes rows of results as Parquet, JSON lines or an npz archive."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+
+from hyaena import extras
+from hyaena.errors import InputError, printable
+from hyaena.files import write_atomically
+from hyaena.jobs.journal import Row
+
+Kind = Literal["text", "integer", "real", "integers", "reals", "vector", "matrix"]
+
+
+class Column(NamedTuple):
+    """A column of results.
+
+    Attributes:
+        name: of the column.
+        kind: ``text``, ``integer`` or ``real``; or an array, int64 [T] (``integers``) or float32 [T] (``reals``) with a
+            length of its own in every row, float32 [D] (``vector``), or float32 [T,D] (``matrix``).
+    """
+
+    name: str
+    kind: Kind
+
+
+Rows = Callable[[Collection[str] | None], Iterator[Row]]
+"""Reads all rows from the first, with these columns or with all."""
+
+_GROUP_ROWS = 16_384
+_GROUP_BYTES = 1 << 26
+"""Most rows, and about the most bytes, of a row group in Parquet."""
+
+
+def check_output(path: Path) -> None:
+    """Check that the suffix of an output names a format, before anything is computed.
+
+    Raises:
+        InputError: it names none.
+        UnsupportedError: it is Parquet, and pyarrow is not installed.
+    """
+    if path.suffix.lower() not in OUTPUT_FORMATS:
+        raise InputError(
+            f"the output {printable(str(path))} must end in one of {', '.join(OUTPUT_FORMATS)}, which says its format"
+        )
+    if path.suffix.lower() == ".parquet":
+        extras.require("pyarrow", extra="parquet", purpose="writing Parquet")
+
+
+def write_results(path: Path, columns: Sequence[Column], rows: Rows) -> None:
+    """Write all rows into one file, in the format of its suffix; equal rows give equal bytes.
+
+    - ``.jsonl``, ``.ndjson``: an object per row; arrays are lists, and null stands for NaN and infinities.
+    - ``.parquet``: a column per column; arrays are lists.
+    - ``.npz``: an array per column, ``NAME`` [rows] or [rows,D]. Arrays whose length differs from row to row are
+      members of their own, ``COLUMN/NAME`` with the row's name, which is its first column.
+
+    Raises:
+        OutputError: the file cannot be written; what stood at ``path`` is untouched.
+    """
+    write = OUTPUT_FORMATS[path.suffix.lower()]
+    write_atomically(path, lambda file: write(file, columns, rows))
+
+
+def _write_json_lines(file: IO[bytes], columns: Sequence[Column], rows: Rows) -> None:
+    for row in rows(None):
+        values = {column.name: _jsonable(row[column.name]) for column in columns}
+        file.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind != "f" or np.isfinite(value).all():
+            return value.tolist()
+        known = value.astype(object)
+        known[~np.isfinite(value)] = None
+        return known.tolist()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_parquet(file: IO[bytes], columns: Sequence[Column], rows: Rows) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    reals, integers = pyarrow.list_(pyarrow.float32()), pyarrow.list_(pyarrow.int64())
+    types = {
+        "text": pyarrow.string(),
+        "integer": pyarrow.int64(),
+        "real": pyarrow.float64(),
+        "integers": integers,
+        "reals": reals,
+        "vector": reals,
+        "matrix": pyarrow.large_list(pyarrow.large_list(pyarrow.float32())),
+    }
+    schema = pyarrow.schema([(column.name, types[column.kind]) for column in columns])
+    texts = [column.name for column in columns if column.kind == "text"]  # a dictionary of real numbers is of no use
+    with parquet.ParquetWriter(file, schema, use_dictionary=texts) as writer:  # pyright: ignore[reportArgumentType]
+        for group in _groups(rows(None)):
+            arrays = [
+                _arrow([row[column.name] for row in group], type)
+                for column, type in zip(columns, schema.types, strict=True)
+            ]
+            writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+
+
+def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    group, size = [], 0
+    for row in rows:
+        group.append(row)
+        size += sum(value.nbytes for value in row.values() if isinstance(value, np.ndarray))
+        if len(group) == _GROUP_ROWS or size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _arrow(values: list[Any], type: Any) -> Any:
+    """A list of values as an Arrow array; arrays are not taken apart into numbers of Python."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_large_list(type):
+        lengths = [width for value in values for width in [value.shape[1]] * len(value)]
+        items = _lists(lengths, [value.reshape(-1) for value in values], type.value_type)
+        return pyarrow.LargeListArray.from_arrays(_offsets(map(len, values), pyarrow.int64()), items)
+    if types.is_list(type):
+        return _lists(map(len, values), values, type)
+    return pyarrow.array(values, type)
+
+
+def _lists(lengths: Iterable[int], values: list[np.ndarray], type: Any) -> Any:
+    import pyarrow
+
+    items = pyarrow.array(np.concatenate(values), type.value_type)
+    if pyarrow.types.is_large_list(type):
+        return pyarrow.LargeListArray.from_arrays(_offsets(lengths, pyarrow.int64()), items)
+    return pyarrow.ListArray.from_arrays(_offsets(lengths, pyarrow.int32()), items)
+
+
+def _offsets(lengths: Iterable[int], type: Any) -> Any:
+    import pyarrow
+
+    return pyarrow.array(np.cumsum([0, *lengths], dtype=np.int64), type)
+
+
+_SCALARS = {"integer": np.int64, "real": np.float64}
+
+
+def _write_npz(file: IO[bytes], columns: Sequence[Column], rows: Rows) -> None:
+    name = columns[0].name
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for column in columns:
+            if column.kind in ("integers", "reals", "matrix"):
+                for row in rows((name, column.name)):
+                    _add(archive, f"{column.name}/{row[name]}", row[column.name])
+            elif column.kind == "vector":
+                _add_matrix(archive, column.name, rows)
+            else:
+                _add(archive, column.name, _column(column, rows))
+
+
+def _column(column: Column, rows: Rows) -> np.ndarray:
+    values = (row[column.name] for row in rows((column.name,)))
+    if column.kind == "text":
+        texts = list(values)
+        return np.array(texts, dtype=f"<U{max(map(len, texts), default=1)}")
+    return np.fromiter(values, _SCALARS[column.kind])
+
+
+def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _add_matrix(archive: zipfile.ZipFile, name: str, rows: Rows) -> None:
+    """Add the vectors of all rows as one array, without having them all in memory."""
+    count = sum(1 for _ in rows(()))
+    first = next(rows((name,)), None)
+    width = 0 if first is None else len(first[name])
+    header = io.BytesIO()
+    description = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+    np.lib.format.write_array_header_1_0(header, description)
+    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+        member.write(header.getvalue())
+        for row in rows((name,)):
+            member.write(np.ascontiguousarray(row[name], "<f4").data)
+
+
+OUTPUT_FORMATS: dict[str, Callable[[IO[bytes], Sequence[Column], Rows], None]] = {
+    ".parquet": _write_parquet,
+    ".jsonl": _write_json_lines,
+    ".ndjson": _write_json_lines,
+    ".npz": _write_npz,
+}
+"""Suffixes of outputs, and the writer of each."""

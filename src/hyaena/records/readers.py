@@ -1,0 +1,276 @@
+"""Reads records, texts with names, from files of several formats; one record at a time is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hyaena import extras
+from hyaena.errors import InputError, printable, shown
+from hyaena.records.fasta import FASTA_SUFFIXES, read_fasta
+from hyaena.records.json_lines import JsonObject, not_utf8, read_json_lines
+from hyaena.records.source import BYTE_ORDER_MARK, open_source, split_name
+
+_CURE = "check its name and permissions"
+_GZIP = b"\x1f\x8b"
+_ROWS = 64
+"""Rows of a Parquet file that are in memory at a time."""
+
+
+class Record(NamedTuple):
+    """A text with a name.
+
+    Attributes:
+        index: its position in the file, from 0.
+        name: the first word of a FASTA or FASTQ header, or the value of the name's key or column; where there is none,
+            the record's number, from 1.
+        text: at least one character.
+        place: where it begins, for messages: ``line 7``.
+        lowered: letters of a FASTA or FASTQ sequence that are lower case in the file. ``text`` has them in upper case.
+    """
+
+    index: int
+    name: str
+    text: str
+    place: str
+    lowered: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of records and how it is read.
+
+    Attributes:
+        path: the file.
+        format: one of ``FORMATS``.
+        label: what messages call the file.
+        text_key: the key or column of the text, in JSON lines and Parquet.
+        name_key: the key or column of the name; None takes ``name``, else ``id``, where there is one.
+    """
+
+    path: Path
+    format: str
+    label: str
+    text_key: str = "text"
+    name_key: str | None = None
+
+
+def find_source(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    text_key: str | None = None,
+    name_key: str | None = None,
+    label: str | None = None,
+) -> Source:
+    """Decide how a file is read: as ``format``, or as the end of its name says.
+
+    Args:
+        path: the file. ``.gz`` or ``.bgz`` may follow the suffix of its format.
+        format: one of ``FORMATS``; by default the one that has the suffix.
+        text_key: the key (JSON lines) or column (Parquet) of the text, ``text`` by default.
+        name_key: that of the name; by default ``name``, or else ``id``.
+        label: what messages call the file; by default its path.
+
+    Raises:
+        InputError: the name says no format, or keys are given for a format without keys.
+        UnsupportedError: the file is Parquet, and pyarrow is not installed.
+    """
+    path = Path(path)
+    label = printable(str(path)) if label is None else label
+    if format is None:
+        suffix = split_name(path)[0]
+        format = next((name for name, found in FORMATS.items() if suffix in found.suffixes), None)
+        if format is None:
+            raise InputError(f"the name of {label} does not tell its format: add --format {'|'.join(FORMATS)}")
+    elif format not in FORMATS:
+        raise InputError(f"format must be one of {', '.join(FORMATS)}, not {shown(format)}")
+    if format not in ("jsonl", "parquet") and (text_key, name_key) != (None, None):
+        raise InputError(f"{label} is read as {format}, which has no keys: leave --text-key and --name-key out")
+    if format == "parquet":
+        extras.require("pyarrow", extra="parquet", purpose="reading Parquet")
+    return Source(path, format, label, "text" if text_key is None else text_key, name_key)
+
+
+def check_readable(source: Source) -> None:
+    """Check that a file is there and can be opened, without reading it.
+
+    Raises:
+        InputError: it is not there, is a folder, or cannot be opened.
+    """
+    if source.path.is_dir():
+        raise InputError(f"{source.label} is a folder: name a file")
+    with open_source(source.path, source.label, compressed=False, cure=_CURE):
+        pass
+
+
+def read_records(source: Source) -> Iterator[Record]:
+    """Read the records of a file in their order.
+
+    Raises:
+        InputError: the file is not what its format says, or a record is empty; the message names the place.
+    """
+    index = 0
+    for index, (name, text, place, lowered) in enumerate(FORMATS[source.format].read(source), start=1):
+        name = str(index) if name is None else name
+        if not name:
+            raise InputError(f"{source.label}, {place}: the record has no name; give it one")
+        if not text:
+            raise InputError(f"{source.label}, {place}: the record {shown(name)} is empty; remove it")
+        yield Record(index - 1, name, text, place, lowered)
+    if index == 0:
+        raise InputError(f"{source.label} holds no record")
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+_Read = Iterator[tuple[str | None, str, str, int]]
+"""Name, text, place and lower-case letters of each record."""
+
+
+def _read_fasta(source: Source) -> _Read:
+    with _open(source) as file:
+        name, place, parts, lowered = "", "", list[bytes](), 0
+        for piece in read_fasta(file, source.label):
+            if piece.header is None:
+                parts.append(piece.sequence)
+                lowered += piece.lowered
+                continue
+            if place:
+                yield name, b"".join(parts).decode("ascii"), place, lowered
+            name, place, parts, lowered = _first_word(piece.header), f"line {piece.line}", [], 0
+        if place:
+            yield name, b"".join(parts).decode("ascii"), place, lowered
+
+
+def _read_fastq(source: Source) -> _Read:
+    with _open(source) as file:
+        number = 0
+        while header := file.readline():
+            number += 1
+            place = f"line {number}"
+            if not (header := header.strip()):
+                continue
+            sequence, plus, quality = (file.readline().strip() for _ in range(3))
+            number += 3
+            if not (header.startswith(b"@") and plus.startswith(b"+") and len(sequence) == len(quality)):
+                raise InputError(
+                    f"{source.label}, {place}: not FASTQ, whose records are four lines: "
+                    "'@' and a name, a sequence, '+', and as many qualities"
+                )
+            if not sequence.isalpha() and sequence:
+                raise InputError(f"{source.label}, line {number - 2}: a sequence has letters only")
+            text = sequence.decode("ascii")
+            yield _first_word(header[1:]), text.upper(), place, sum(map(str.islower, text))
+
+
+def _read_lines(source: Source) -> _Read:
+    with _open(source) as file:
+        for number, raw in enumerate(file, start=1):
+            raw = raw.removeprefix(BYTE_ORDER_MARK if number == 1 else b"")
+            try:
+                text = raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise not_utf8(source.label, number) from error
+            yield None, text, f"line {number}", 0
+
+
+def _read_json_lines(source: Source) -> _Read:
+    with _open(source) as file:
+        for number, row in read_json_lines(file, source.label):
+            place = f"line {number}"
+            if not isinstance(row, JsonObject):
+                raise InputError(f"{source.label}, {place}: expected a JSON object, not {type(row).__name__}")
+            name_key = _name_key(row, source)
+            for key in (source.text_key, name_key):
+                if key in row.repeated:
+                    raise InputError(f"{source.label}, {place}: the key {shown(key)} stands there twice; keep one")
+            if source.text_key not in row:
+                raise InputError(
+                    f"{source.label}, {place}: no key {shown(source.text_key)}; name the text's with --text-key"
+                )
+            if source.name_key is not None and source.name_key not in row:
+                raise InputError(f"{source.label}, {place}: no key {shown(source.name_key)}, which --name-key names")
+            yield _name(row.get(name_key), source, place), _text(row[source.text_key], source, place), place, 0
+
+
+def _read_parquet(source: Source) -> _Read:
+    import pyarrow
+    from pyarrow import parquet
+
+    if not source.path.exists():  # pyarrow's own message is long
+        raise InputError(f"cannot read {source.label}: no such file; {_CURE}")
+    try:
+        with parquet.ParquetFile(source.path) as file:
+            names = file.schema_arrow.names
+            name_key = _name_key(dict.fromkeys(names), source)
+            columns = [source.text_key]
+            if source.name_key is not None or name_key in names:
+                columns.append(name_key)
+            if missing := [name for name in columns if name not in names]:
+                raise InputError(
+                    f"{source.label}: no column {shown(missing[0])}; it has {printable(', '.join(names))}: "
+                    "name them with --text-key and --name-key"
+                )
+            number = 0
+            for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
+                texts = batch.column(source.text_key)
+                given = batch.column(name_key) if name_key in columns else None
+                for row in range(batch.num_rows):
+                    number += 1
+                    place = f"row {number}"
+                    name = None if given is None else _name(given[row].as_py(), source, place)
+                    yield name, _text(texts[row].as_py(), source, place), place, 0
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = printable(" ".join(str(error).split()), limit=200)
+        raise InputError(f"{source.label}: not a Parquet file that can be read ({reason}); write it again") from error
+
+
+def _open(source: Source) -> Any:
+    with open_source(source.path, source.label, compressed=False, cure=_CURE) as file:
+        compressed = file.read(2) == _GZIP or split_name(source.path)[1]
+    return open_source(source.path, source.label, compressed=compressed, cure=_CURE)
+
+
+def _first_word(header: bytes) -> str:
+    words = header.split(maxsplit=1)
+    return words[0].decode("utf-8", errors="replace") if words else ""
+
+
+def _name_key(row: dict[str, Any], source: Source) -> str:
+    if source.name_key is not None:
+        return source.name_key
+    return next((key for key in ("name", "id") if key in row and key != source.text_key), "name")
+
+
+def _name(value: Any, source: Source, place: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise InputError(f"{source.label}, {place}: a name must be a string or a whole number, not {shown(value)}")
+
+
+def _text(value: Any, source: Source, place: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(
+            f"{source.label}, {place}: {shown(source.text_key)} must be a string, not {type(value).__name__}"
+        )
+    return value
+
+
+class _Format(NamedTuple):
+    suffixes: frozenset[str]
+    read: Callable[[Source], _Read]
+
+
+FORMATS: dict[str, _Format] = {
+    "fasta": _Format(FASTA_SUFFIXES, _read_fasta),
+    "fastq": _Format(frozenset((".fastq", ".fq")), _read_fastq),
+    "jsonl": _Format(frozenset((".jsonl", ".ndjson")), _read_json_lines),
+    "parquet": _Format(frozenset((".parquet", ".pq")), _read_parquet),
+    "lines": _Format(frozenset((".txt",)), _read_lines),
+}
+"""Formats of records by name: the suffixes of their files, and the reader."""
