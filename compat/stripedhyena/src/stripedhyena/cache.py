@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hyaena import ops
 from hyaena.cache import Cache
-from hyaena.config import ModelConfig
+from hyaena import ModelConfig
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError
 

@@ -21,7 +21,9 @@ class Generator:
         top_k, top_p, temperature: see ``stripedhyena.sample.sample``.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, top_k: int = 50, top_p: float = 0.7, temperature: float = 1.0) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, top_k: int = 50, top_p: float = 0.7, temperature: float = 1.0
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.top_k, self.top_p, self.temperature = top_k, top_p, temperature
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hyaena import model, ops
-from hyaena.config import ModelConfig
+from hyaena import ModelConfig
 from hyaena.errors import InputError
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hyaena import ops
-from hyaena.config import ModelConfig
+from hyaena import ModelConfig
 from hyaena.errors import CheckpointError, InputError
 from hyaena.filters import Float32Parameters, LongFilter, ShortFilter
 from hyaena.formats import config_from_dict
@@ -87,7 +87,9 @@ class ParallelHyenaFilter(Float32Parameters):
         """The inverse of :meth:`to_blocks`."""
         return _swap(t, dim, (3, self.num_heads))
 
-    def compute_filter(self, L: int, device: torch.device | str | None = None) -> tuple[Tensor, torch.dtype, Tensor, Tensor]:
+    def compute_filter(
+        self, L: int, device: torch.device | str | None = None
+    ) -> tuple[Tensor, torch.dtype, Tensor, Tensor]:
         """The long filter h [1,D,L] without D, its dtype, the logarithms of the poles and the residues [D,N,1]."""
         poles, residues, _ = self.modal_filter()
         h = ops.taps(ops.ModalFilter(poles, residues, None), L).to(device or poles.device)
@@ -261,7 +263,9 @@ class StripedHyena(nn.Module):
                     value = torch.view_as_real(value).permute(1, 0, 2).unsqueeze(2)
                     parameter = getattr(block.filter, name)
                     if value.shape != parameter.shape:
-                        raise CheckpointError(f"{file.name} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+                        raise CheckpointError(
+                            f"{file.name} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}"
+                        )
                     with torch.no_grad():
                         parameter.copy_(value)
 
