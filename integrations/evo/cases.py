@@ -16,14 +16,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _HOME = tempfile.TemporaryDirectory(prefix="hub-")
 os.environ["HF_HOME"] = _HOME.name
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from stripedhyena.model import StripedHyena
-from stripedhyena.utils import dotdict
-
-torch.set_num_threads(1)
+from stripedhyena.model import StripedHyena  # noqa: E402
+from stripedhyena.utils import dotdict  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

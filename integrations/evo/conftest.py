@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 import torch
-
 from integrations.evo.cases import Case
 
 torch.set_num_threads(1)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.evo.cases import Case
 from torch import Tensor
 
 from hyaena.errors import ConfigError, InputError, NonFiniteError
-from integrations.evo.cases import Case
 from stripedhyena.generation import Generator
 from stripedhyena.model import StripedHyena
 from stripedhyena.sample import sample

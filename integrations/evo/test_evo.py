@@ -1,7 +1,7 @@
 """evo-model as the package index has it, unchanged: every flow of its modules and scripts, on a CPU.
 
-Its checkpoint is a fake of the hub's snapshot with the weights of a golden case. Nothing is replaced: the hub's cache is
-found by HF_HOME, and ``load_checkpoint`` takes the small configuration by its argument ``config_path``.
+Its checkpoint is a fake of the hub's snapshot with the weights of a golden case. Nothing is replaced: the hub's cache
+is found by HF_HOME, and ``load_checkpoint`` takes the small configuration by its argument ``config_path``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import evo.models
 import evo.scoring
 import numpy as np
 import pytest
-import stripedhyena
 import torch
 import yaml
 from evo.tokenizer import CharLevelTokenizer
+from integrations.evo.cases import ROOT, Case, write_snapshot
 from safetensors.torch import load_file
 from torch import Tensor
 
 import hyaena
+import stripedhyena
 from hyaena import ModelConfig
 from hyaena.sizes import ModelSizes
-from integrations.evo.cases import Case, write_snapshot
 from stripedhyena.generation import Generator
 from stripedhyena.model import StripedHyena
 
@@ -153,7 +153,7 @@ def test_evo_loads_its_own_configuration_at_full_size(name: str) -> None:
 
 
 def write_holes(file: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file of these names and shapes in bfloat16 (poles and residues float32), of zeros without blocks."""
+    """A safetensors file of these names and shapes, in the dtypes of Evo, whose data are a hole in the file: zeros."""
     header, start = {}, 0
     for key, tensor in tensors.items():
         if key != "unembed.weight":
@@ -329,7 +329,7 @@ def package(evo_case: Case, tmp_path: Path) -> Path:
 
 
 def run_script(package: Path, name: str, *arguments: str) -> str:
-    paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [package, ROOT / "src", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     done = subprocess.run(
         [sys.executable, "-m", f"evo.scripts.{name}", "--device", "cpu", *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},

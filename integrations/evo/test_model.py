@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.evo.cases import ROOT, Case
 from torch import Tensor, nn
 
 import hyaena
-from integrations.evo.cases import ROOT, Case
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError
 from stripedhyena.model import AttentionBlock, ParallelGatedConvBlock, ParallelHyenaFilter, StripedHyena
 

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hyaena import ops
+from hyaena import ModelConfig, ops
 from hyaena.cache import Cache
-from hyaena import ModelConfig
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError
 
 if TYPE_CHECKING:
-    from stripedhyena.model import ParallelHyenaFilter, StripedHyena
+    from stripedhyena.model import StripedHyena
 
 INITIAL_CAPACITY = 256
 """Tokens for which keys and values have room at first; the room then doubles."""
@@ -107,7 +106,7 @@ class Memory:
         except (KeyError, TypeError):
             raise InputError("inference_params_dict must be what initialize_inference_params() returns") from None
         kinds = model.architecture.layer_types
-        self.filters = {i: model.blocks[i].filter for i, kind in enumerate(kinds) if kind == "hyena"}
+        self.filters: dict[int, Any] = {i: model.blocks[i].filter for i, kind in enumerate(kinds) if kind == "hyena"}
         held = [set(d) for d in (self.mha.key_value_memory_dict, self.hyena.fir_state_dict, self.hyena.state_dict)]
         self.empty = not any(held)
         hyena = set(self.filters)
@@ -127,7 +126,7 @@ class Memory:
             if i in self.filters:
                 states.append(self._hyena_state(i, rows, method, model.dtype))
             else:
-                attention = block.inner_mha_cls
+                attention: Any = block.inner_mha_cls
                 shape = (rows, max(lengths) + steps, 2, attention.groups, attention.head_dim)
                 stored = with_room(self.mha.key_value_memory_dict.get(i), shape, model.dtype, ids.device)
                 self.keys_values[i] = stored
@@ -136,7 +135,7 @@ class Memory:
         self.cache = Cache(states, lengths, [None] * rows, owner=model)
 
     def _hyena_state(self, layer: int, rows: int, method: str, dtype: torch.dtype) -> ops.HyenaState:
-        part: ParallelHyenaFilter = self.filters[layer]
+        part = self.filters[layer]
         if self.empty:
             return part.make_state(rows, method, dtype)
         return ops.HyenaState(part.to_blocks(self.hyena.fir_state_dict[layer], 1), self.hyena.state_dict[layer])

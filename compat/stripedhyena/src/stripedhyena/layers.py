@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hyaena import model, ops
-from hyaena import ModelConfig
+from hyaena import ModelConfig, model, ops
 from hyaena.errors import InputError
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hyaena import ops
-from hyaena import ModelConfig
+from hyaena import ModelConfig, ops
 from hyaena.errors import CheckpointError, InputError
 from hyaena.filters import Float32Parameters, LongFilter, ShortFilter
 from hyaena.formats import config_from_dict

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed
 
 
-class dotdict(dict):  # noqa: N801  the original's name
+class dotdict(dict):
     """A dictionary whose items are attributes, too; a missing attribute is None.
 
     ``Loader``, which programs hand on from ``yaml.load``, is not an item.
