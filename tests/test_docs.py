@@ -14,7 +14,10 @@ import hyaena.errors
 import pages
 from hyaena import ops
 
-RUNNABLE = [page for page in pages.PAGES if page.name != "README.md" and pages.blocks(page)]
+ELSEWHERE = ("README.md", "evo.md")
+"""Pages that run in test_readme.py and, beside evo-model, in integrations/evo."""
+
+RUNNABLE = [page for page in pages.PAGES if page.name not in ELSEWHERE and pages.blocks(page)]
 
 
 def test_there_are_pages_with_programs() -> None:

@@ -97,6 +97,8 @@ class Generator:
         return tokens[None].to(device)
 
     def _eos(self) -> int:
-        """The id that ends a text: ``eos`` where it is one, else the last id of its text."""
-        eos = self.tokenizer.eos
-        return eos if isinstance(eos, int) else int(self.tokenizer.tokenize(eos)[-1])
+        """The id that ends a text: ``eos`` or ``eos_id`` where it is a number, else the last id of the text ``eos``."""
+        for value in (self.tokenizer.eos, getattr(self.tokenizer, "eos_id", None)):
+            if isinstance(value, int):
+                return value
+        return int(self.tokenizer.tokenize(self.tokenizer.eos)[-1])
