@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from integrations.evo.cases import ROOT, Case
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from hyaena.errors import InputError
 from stripedhyena.generation import Generator
 from stripedhyena.sample import sample
 from stripedhyena.tokenizer import CharLevelTokenizer, HFAutoTokenizer
 from stripedhyena.utils import dotdict
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-from hyaena.errors import InputError
-from integrations.evo.cases import ROOT, Case
 
 
 def test_the_wheel_holds_one_package_and_meets_the_pin(tmp_path: Path) -> None:
@@ -82,10 +82,10 @@ def test_the_generator_continues_a_text(
     ]
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
-    prompt = tokenizer.tokenize("the striped hyena")[None]
+    prompt = tokenizer.tokenize(text)[None]
     ids, _ = generator.generate("cpu", input_ids=prompt, num_tokens=6, cached_generation=True)
     assert torch.equal(ids, results[0][0])
-    short, _ = generator.generate("cpu", "the striped hyena", num_tokens=6, max_seqlen=2)
+    short, _ = generator.generate("cpu", text, num_tokens=6, max_seqlen=2)
     assert torch.equal(short, generator.generate("cpu", input_ids=prompt[:, -2:], num_tokens=6)[0])
     assert capsys.readouterr().out == ""
     generator.generate("cpu", "the", num_tokens=2, verbose=True, skip_special_tokens=True)
