@@ -75,11 +75,8 @@ def test_the_generator_continues_a_text(
     sh_case: Case, tokenizer: HFAutoTokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = sh_case.model(vocab_size=256)
-    generator = Generator(model, tokenizer, top_k=1)
-    results = [
-        generator.generate("cpu", "the striped hyena", num_tokens=6, cached_generation=cached)
-        for cached in (True, False)
-    ]
+    generator, text = Generator(model, tokenizer, top_k=1), "the striped hyena"
+    results = [generator.generate("cpu", text, num_tokens=6, cached_generation=cached) for cached in (True, False)]
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-4)
     prompt = tokenizer.tokenize(text)[None]
