@@ -176,8 +176,10 @@ def test_8_a_cache_goes_on_behind_8192(evo_case: Case) -> None:
 @pytest.mark.parametrize("style", [*STYLES, "iir-fir-caching"])
 def test_9_every_prefill_style_runs(case: Case, style: str) -> None:
     model = case.model(prefill_style=style)
-    logits, _ = read(model, [case.ids[:, :30], *case.ids[:, 30:].split(1, dim=1)])
+    logits, params = read(model, [case.ids[:, :30], *case.ids[:, 30:].split(1, dim=1)])
     torch.testing.assert_close(logits, case.expected["logits"], **FLOAT32)
+    for state in params["hyena"].state_dict.values():  # the last style keeps a window of inputs instead of modes
+        assert state.is_complex() == (style != "iir-fir-caching")
 
 
 def test_10_characters_are_lossless() -> None:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from integrations.evo.cases import ROOT, Case
@@ -249,6 +250,18 @@ def test_modules_of_the_user_in_the_place_of_linear_layers_compute(case: Case) -
     assert relative(torch.cat(parts, dim=1), expected) < FLOAT32
 
 
+def test_adapters_of_peft(evo_case: Case) -> None:
+    model = evo_case.model()
+    names = ["Wqkv", "out_proj", "projections", "out_filter_dense", "l1", "l2", "l3"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names))
+    logits, _ = adapted(evo_case.ids)
+    assert relative(logits, evo_case.expected["logits"]) < FLOAT32  # B of LoRA begins at zero
+    logits.square().mean().backward()
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * (2 + 3 * 2 + 4 * 3) and all("lora" in name for name in trained)
+    assert all(adapted.get_parameter(name).grad is not None for name in trained)
+
+
 def test_a_block_runs_by_itself(case: Case) -> None:
     """Programs with a loop of their own over the blocks."""
     model = case.model()
@@ -333,6 +346,8 @@ def test_what_was_read_in_inference_mode_goes_on_outside_of_it(sh_case: Case) ->
     logits, _ = model(ids[:, 20:], inference_params_dict=params)
     logits.sum().backward()
     assert relative(logits, sh_case.expected["logits"][:, 20:]) < FLOAT32
+    stored = [kv, params["hyena"].fir_state_dict, params["hyena"].state_dict]
+    assert not any(data.requires_grad for dictionary in stored for data in dictionary.values())
     with torch.inference_mode():
         step, _ = model(sh_case.expected["greedy_ids"][:, :1], inference_params_dict=params)
     assert relative(step, sh_case.expected["decode_logits"][:, :1]) < FLOAT32

@@ -21,6 +21,10 @@ class dotdict(dict):
             raise AttributeError(name)
         return self.get(name)
 
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary; libraries such as PEFT read a model's configuration by this method."""
+        return dict(self)
+
     __setattr__ = dict.__setitem__  # type: ignore[assignment]
     __delattr__ = dict.__delitem__  # type: ignore[assignment]
 
