@@ -418,6 +418,7 @@ def _some_layers(model: StripedHyena) -> None:
         (lambda model: model([[1, 2]]), r"\[B,T\]"),
         (lambda model: model(torch.zeros(1, 3)), "integers"),
         (lambda model: model(torch.zeros(1, 0, dtype=torch.int64)), "T>=1"),
+        (lambda model: model(torch.zeros(0, 3).int(), model.initialize_inference_params()), "B>=1"),
         (lambda model: model(torch.full((1, 3), 256)), "token id 256 is outside the vocabulary of 256"),
         (lambda model: model(torch.full((1, 3), -1)), "token id -1"),
         (lambda model: model(torch.zeros(1, 3).int(), {"mha": 1}), "initialize_inference_params"),

@@ -127,7 +127,7 @@ class Memory:
                 states.append(self._hyena_state(i, rows, method, model.dtype))
             else:
                 attention: Any = block.inner_mha_cls
-                shape = (rows, max(lengths) + steps, 2, attention.groups, attention.head_dim)
+                shape = (rows, max(lengths, default=0) + steps, 2, attention.groups, attention.head_dim)
                 stored = with_room(self.mha.key_value_memory_dict.get(i), shape, model.dtype, ids.device)
                 self.keys_values[i] = stored
                 states.append(ops.KVState.over(*stored.transpose(1, 3).unbind(2)))
