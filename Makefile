@@ -75,7 +75,7 @@ docs: .venv/.installed-docs
 
 clean:
 	rm -rf .venv .envs .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
-	find src tests benchmarks examples scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests benchmarks compat examples integrations scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # --- The environment -------------------------------------------------------------------------------------------------
 

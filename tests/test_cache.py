@@ -394,3 +394,17 @@ def test_bad_inputs(model: StripedHyena) -> None:
     for bad in (lambda: cache.device, lambda: cache.select([0]), lambda: cache.keep([0])):
         with pytest.raises(InputError, match="no rows"):
             bad()
+
+
+def test_keys_and_values_may_lie_in_storage_of_the_caller() -> None:
+    """Views of one tensor in another order of axes, as other programs store them."""
+    storage = torch.zeros(2, 8, 2, 3, 4)  # [B,capacity,2,G,head_dim]
+    state = KVState.over(*storage.transpose(1, 3).unbind(2))
+    keys, values = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    state.write(keys, values, [0, 0])
+    state.write(keys[:, :, :1], values[:, :, :1], [5, 6])
+    assert torch.equal(storage[:, :5, 0], keys.transpose(1, 2)) and torch.equal(
+        storage[:, :5, 1], values.transpose(1, 2)
+    )
+    assert torch.equal(storage[0, 5, 0], keys[0, :, 0]) and torch.equal(storage[1, 6, 1], values[1, :, 0])
+    assert not storage[0, 6:].any() and not storage[1, 5].any()

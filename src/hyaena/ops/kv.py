@@ -66,8 +66,13 @@ class KVState:
         """Room for ``capacity`` tokens in each of ``batch`` rows."""
         shape = (batch, groups, capacity, head_dim)
         with torch.inference_mode(False):  # storage that is made in inference mode could not be written outside of it
-            store = KVStore(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
-        return cls([(store, i) for i in range(batch)])
+            return cls.over(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+
+    @classmethod
+    def over(cls, keys: Tensor, values: Tensor) -> KVState:
+        """The state whose storage these are, keys and values [B,G,capacity,head_dim]; new tokens are written there."""
+        store = KVStore(keys, values)
+        return cls([(store, i) for i in range(len(keys))])
 
     def keys(self, row: int) -> Tensor:
         store, i = self.rows[row]
