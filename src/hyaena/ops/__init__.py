@@ -26,6 +26,7 @@ from hyaena.ops.long_conv import (
     to_modal,
     truncate,
 )
+from hyaena.ops.lora import lora_linear
 from hyaena.ops.norm import rms_norm
 from hyaena.ops.rope import rotary_table, rotate
 from hyaena.ops.short_conv import short_conv
@@ -64,6 +65,7 @@ __all__ = [
     "kinds_of",
     "linear",
     "long_conv",
+    "lora_linear",
     "resolve_backend",
     "rms_norm",
     "rotary_table",
