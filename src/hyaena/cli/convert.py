@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument("--adapter", metavar="FOLDER", help="merge a LoRA adapter of PEFT or hyaena into the weights")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{dest} is a file: name a folder to write")
 
     from hyaena import checkpoints, files
+    from hyaena.adapters import merge_adapter, read_adapter
     from hyaena.sizes import ModelSizes
 
     def check_empty() -> None:
@@ -63,7 +65,10 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
 
     check_empty()
+    adapter = None if args.adapter is None else read_adapter(args.adapter)
     model, extra = _of_run(args) if checkpoints.is_run(args.source) else _of_checkpoint(args)
+    if adapter is not None:
+        merge_adapter(model, adapter)
     with _termination_as_exit():
         checkpoints.save_model(
             model, dest, layout=args.layout, max_shard_size=limit, extra_files=extra, overwrite=args.force

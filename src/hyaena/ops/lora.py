@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hyaena.ops.backend import resolve_backend
+from hyaena.ops.backend import resolve_backend, wants_gradients
 from hyaena.ops.linear import Dense, Linear, linear
 
 
@@ -26,7 +26,7 @@ def lora_linear(x: Tensor, layer: Linear, a: Tensor, b: Tensor, scale: float) ->
     Args:
         x: of the dtype of the layer; under autocast, of any.
         layer: the frozen layer. The weights of a plain one get no gradient here; any other is called.
-        a: [r,D], in the dtype of x or wider. It is rounded for the products; its gradient is not.
+        a: [r,D], in the dtype of x or wider; it is rounded for the products.
         b: [E,r], likewise.
         scale: the factor of the update.
 
@@ -37,7 +37,7 @@ def lora_linear(x: Tensor, layer: Linear, a: Tensor, b: Tensor, scale: float) ->
         x = x.to(dtype)
         if isinstance(layer, Dense):
             layer = Dense(layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
-    if isinstance(layer, Dense) and not layer.weight.requires_grad and x.dtype == layer.weight.dtype:
+    if isinstance(layer, Dense) and not wants_gradients(layer.weight) and x.dtype == layer.weight.dtype:
         return _Frozen.apply(x, layer.weight, layer.bias, a, b, scale)  # type: ignore[return-value]
     h = torch.nn.functional.linear(x, a.to(x.dtype))
     return linear(x, layer) + torch.nn.functional.linear(h, (scale * b).to(x.dtype))
