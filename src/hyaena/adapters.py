@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 1024
 
 _KEY = re.compile(r"base_model\.model\.(?:model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+_COPY = re.compile(r"base_model\.model\.(?:model\.)?(embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 _PLAIN_PATTERN = re.compile(r"[\w.]+")
 _READ = {"r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "peft_type"}
 _WITHOUT_EFFECT = {
@@ -69,10 +70,13 @@ class Adapter:
     Attributes:
         source: the folder that it was read from; it begins every message.
         updates: the name of a linear layer, such as ``layers.0.mixer.in_proj``, as the file has it -> its update.
+        copies: weights of the model itself, ``embed_tokens`` or ``lm_head``, which PEFT writes beside an adapter of the
+            head. They must be those of the model that the adapter is put on.
     """
 
     source: str
     updates: Mapping[str, Update]
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class LoRALinear(nn.Module):
@@ -109,10 +113,8 @@ def merge_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -
     updates = _fitting(model, adapter)
     for name, update in updates.items():
         weight = _weight(model, name)
-        largest = float(weight.abs().max()) + abs(update.scale) * len(update.a) * float(
-            update.a.float().abs().max() * update.b.float().abs().max()
-        )
-        if not largest <= torch.finfo(weight.dtype).max:
+        parts = [float(t.detach().abs().max()) for t in (weight, update.a, update.b)]
+        if not parts[0] + abs(update.scale) * len(update.a) * parts[1] * parts[2] <= torch.finfo(weight.dtype).max:
             raise CheckpointError(
                 f"{adapter.source}: its update of {name} may leave the range of {weight.dtype}: load the model in a "
                 "wider dtype"
@@ -168,6 +170,7 @@ def add_adapter(
     Raises:
         InputError: a rank, or a target that the model does not have; the model is unchanged.
     """
+    _check_free(model)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise InputError(f"rank is {shown(rank)}: choose a whole number from 1 to {MAX_RANK}, such as 16")
     if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):
@@ -189,7 +192,6 @@ def add_adapter(
         a = torch.empty(rank, weight.shape[1], dtype=dtype, device=weight.device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         updates[name] = Update(a, torch.zeros(len(weight), rank, dtype=dtype, device=weight.device), scale)
-    _check_free(model)
     model.requires_grad_(False)
     _attach(model, updates)
     return [p for p in model.parameters() if p.requires_grad]
@@ -300,6 +302,13 @@ def _fitting(model: StripedHyena, adapter: Adapter) -> dict[str, Update]:
             f"{adapter.source}: is for a model of another shape ({listed(misshapen, most=3)}): load the model that it "
             "was trained on"
         )
+    for name, copied in adapter.copies.items():
+        weight = _weight(model, name).detach()
+        if copied.shape != weight.shape or not torch.equal(copied.to(weight), weight):
+            raise CheckpointError(
+                f"{adapter.source}: holds {name}.weight, which differs from this model's: load the model that it was "
+                f"trained on, or, if {name} was trained, merge the adapter with PEFT"
+            )
     return updates
 
 
@@ -324,10 +333,11 @@ def read_adapter(folder: str | PathLike[str]) -> Adapter:
         cure = "save it again with safe_serialization=True" if pickled else "copy it there"
         raise CheckpointError(f"{path}: no {WEIGHTS} beside {CONFIG}: {cure}")
     factors: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, Tensor] = {}
     with open_shard(weights) as shard:
         for key, stored in shard.tensors.items():
-            match = _KEY.fullmatch(key)
-            if match is None:
+            match, copied = _KEY.fullmatch(key), _COPY.fullmatch(key)
+            if match is None and copied is None:
                 raise UnsupportedError(
                     f"{weights}: {printable(key)} is no factor of a linear layer: merge the adapter with PEFT "
                     "(merge_and_unload), and load the model that it saves"
@@ -339,10 +349,14 @@ def read_adapter(folder: str | PathLike[str]) -> Adapter:
             tensor = shard.read(key)
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"{weights}: {printable(key)} is not finite: go back to an adapter that is")
-            factors.setdefault(match[1], {})[match[2]] = tensor
+            if copied is not None:
+                copies[copied[1]] = tensor
+            elif match is not None:
+                factors.setdefault(match[1], {})[match[2]] = tensor
     if not factors:
-        raise CheckpointError(f"{weights}: holds no tensors: write the adapter again")
-    return Adapter(str(path), {name: _update(weights, config, name, pair) for name, pair in factors.items()})
+        raise CheckpointError(f"{weights}: holds no adapter: write it again")
+    updates = {name: _update(weights, config, name, pair) for name, pair in factors.items()}
+    return Adapter(str(path), updates, copies)
 
 
 def _update(path: Path, config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) -> Update:
@@ -373,6 +387,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         if not folder.exists():
             raise CheckpointError(f"{folder}: no such folder: check the path of the adapter")
+        if (folder / WEIGHTS).exists():
+            raise CheckpointError(f"{folder}: an adapter without its {CONFIG}: copy that there, too")
         what = "a model, not an adapter" if folder.is_dir() and has_weights(folder) else f"no {CONFIG} here"
         raise CheckpointError(f"{folder}: {what}: name the folder of a LoRA adapter that PEFT or hyaena saved")
     try:
