@@ -22,6 +22,9 @@ TokenizerType = Literal["hf", "characters", "bytes"]
 FORMAT = "hyaena"
 """The value of the key ``format`` in our own ``config.json``."""
 
+MODEL_TYPE = "stripedhyena"
+"""The value of ``model_type``, by which transformers finds the classes of ``hyaena.hf``."""
+
 PREFILL_STYLES = {
     "recurrence": "recurrence",
     "modal-fft": "fft",
@@ -311,9 +314,9 @@ class ModelConfig:
         return cls.from_file(_BUNDLED.get(name, _PRESETS / f"{name}.yml"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Our own ``config.json``: ``{"format": "hyaena", ...every field}``; :meth:`from_dict` reads it back."""
+        """Our own ``config.json``: ``{"format": "hyaena", "model_type": "stripedhyena", ...every field}``; :meth:`from_dict` reads it back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"format": FORMAT, **values, "layer_types": list(self.layer_types)}
+        return {"format": FORMAT, "model_type": MODEL_TYPE, **values, "layer_types": list(self.layer_types)}
 
 
 def preset_names() -> tuple[str, ...]:

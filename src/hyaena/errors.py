@@ -7,8 +7,9 @@ traceback and exits with status 2; ``--debug`` shows the traceback.
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 SCREEN = 1920
 """The most characters of a message: one screen of 24 lines of 80."""
@@ -90,3 +91,8 @@ def joined(problems: Sequence[str], *, most: int = 6) -> str:
     """Several problems as one message; beyond ``most``, their number only."""
     rest = len(problems) - most
     return "; ".join(problems[:most]) + (f"; and {rest:,} more" if rest > 0 else "")
+
+
+def in_words(message: str, words: Mapping[str, str]) -> str:
+    """A message with some of its words replaced, such as our names of fields by those of the file that a user wrote."""
+    return re.sub("|".join(rf"\b{word}\b" for word in words), lambda match: words[match[0]], message)

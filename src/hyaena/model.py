@@ -290,6 +290,52 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def make_layers(config: ModelConfig, mixers: Mixers = MIXERS) -> nn.ModuleList:
+    """The layers that a configuration lists.
+
+    Raises:
+        ConfigError: a kind of layer that ``mixers`` does not know.
+    """
+    for i, kind in enumerate(config.layer_types):
+        if kind not in mixers:
+            raise unknown_layer_kind(kind, i, mixers)
+    return nn.ModuleList(Layer(config, mixers[kind](config)) for kind in config.layer_types)
+
+
+def embed(table: nn.Module, ids: Tensor, vocab_size: int) -> Tensor:
+    """Look up ids [B,T]: [B,T,D].
+
+    Raises:
+        InputError: an id outside the vocabulary, where the table is on a CPU.
+    """
+    if ids.dtype not in (torch.int32, torch.int64):  # an embedding takes no others
+        ids = ids.long()
+    try:
+        return table(ids)
+    except IndexError:  # on a CPU; elsewhere looking at the ids would stall the device
+        low, high = (int(t) for t in torch.aminmax(ids))
+        raise InputError(
+            f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}: "
+            "use the tokenizer of this model"
+        ) from None
+
+
+def init_module(
+    module: nn.Module, config: ModelConfig, *, writes_residual: bool = False, generator: torch.Generator | None = None
+) -> None:
+    """Initialise one module for training from scratch, as ``StripedHyena.init_weights`` says."""
+    width = config.hidden_size
+    if hasattr(module, "init_weights"):
+        module.init_weights(generator)  # type: ignore[operator]
+    elif isinstance(module, nn.Linear):
+        std = 2 / (config.num_layers * math.sqrt(width)) if writes_residual else math.sqrt(2 / (5 * width))
+        nn.init.normal_(module.weight, std=std, generator=generator)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * width)), generator=generator)
+
+
 class StripedHyena(nn.Module):
     """A StripedHyena language model.
 
@@ -307,12 +353,9 @@ class StripedHyena(nn.Module):
 
     def __init__(self, config: ModelConfig, *, mixers: Mixers = MIXERS) -> None:
         super().__init__()
-        for i, kind in enumerate(config.layer_types):
-            if kind not in mixers:
-                raise unknown_layer_kind(kind, i, mixers)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, mixers[kind](config)) for kind in config.layer_types)
+        self.layers = make_layers(config, mixers)
         self.norm = RMSNorm(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_load_state_dict_pre_hook(_accept_original_names)
@@ -436,16 +479,7 @@ class StripedHyena(nn.Module):
     def _layers(
         self, ids: Tensor, context: ForwardContext, states: Sequence[Any], logits_to_keep: int | None
     ) -> tuple[Tensor, list[Any]]:
-        if ids.dtype not in (torch.int32, torch.int64):  # an embedding takes no others
-            ids = ids.long()
-        try:
-            x, new = self.embed_tokens(ids), []
-        except IndexError:  # on a CPU; elsewhere looking at the ids would stall the device
-            low, high = (int(t) for t in torch.aminmax(ids))
-            raise InputError(
-                f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}: "
-                "use the tokenizer of this model"
-            ) from None
+        x, new = embed(self.embed_tokens, ids, self.config.vocab_size), []
         length = ids.shape[1]
         keep = length if logits_to_keep is None else min(logits_to_keep, length)
         last = len(self.layers) - 1
@@ -490,19 +524,11 @@ class StripedHyena(nn.Module):
         with a method ``init_weights(generator)`` does. A mixer names the layer that writes to the residual stream by
         ``output_projection()``.
         """
-        width = self.config.hidden_size
-        small, output = math.sqrt(2 / (5 * width)), 2 / (self.config.num_layers * math.sqrt(width))
         parts = [part for layer in self.layers for part in (layer.mixer, layer.mlp)]
         writers = {part.output_projection() for part in parts if hasattr(part, "output_projection")}  # type: ignore[operator]
         for module in self.modules():
-            if module is not self and hasattr(module, "init_weights"):
-                module.init_weights(generator)  # type: ignore[operator]
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=output if module in writers else small, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=small, generator=generator)
+            if module is not self:
+                init_module(module, self.config, writes_residual=module in writers, generator=generator)
 
 
 def _accept_original_names(module: nn.Module, state: dict[str, Any], *_: Any) -> None:

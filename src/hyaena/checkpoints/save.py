@@ -35,12 +35,18 @@ from hyaena.checkpoints.shards import FLOATING
 from hyaena.checkpoints.weights import plain_names
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError, printable
+from hyaena.formats.stripedhyena import config as original_config
 from hyaena.formats.stripedhyena import tensors as original
-from hyaena.formats.stripedhyena.config import write_config
+from hyaena.formats.transformers import config as transformers_config
+from hyaena.formats.transformers import tensors as transformers_tensors
 from hyaena.model import MIXERS, StripedHyena
 
-Layout = Literal["hyaena", "original"]
-CONFIG_NAMES: dict[Layout, str] = {"hyaena": "config.json", "original": "config.yml"}
+Layout = Literal["hyaena", "original", "transformers"]
+CONFIG_NAMES: dict[Layout, str] = {
+    "hyaena": "config.json",
+    "original": "config.yml",
+    "transformers": "config.json",
+}
 _WAIT = 60.0
 """Seconds that a save waits for another one in the same folder."""
 
@@ -61,7 +67,8 @@ def save_model(
         model: its weights may lie on any device. A model that was compiled or wrapped for data parallelism is saved
             as the model inside.
         folder: made if it is not there; files that belong to no checkpoint are left alone.
-        layout: ``"hyaena"`` (``config.json``, our names) or ``"original"`` (``config.yml``, the original's names).
+        layout: ``"hyaena"`` (``config.json``, our names), ``"original"`` (``config.yml``, the original's names), or
+            ``"transformers"`` (what ``hyaena.hf`` reads and writes).
         dtype: cast the weights on the way; poles and residues stay float32.
         max_shard_size: bytes above which the weights are split over several files.
         extra_files: the files that go with the model, such as ``tokenizer.json``; the previous model's are removed.
@@ -238,13 +245,15 @@ def _write(
     weight_map: dict[str, str] = {}
     total = 0
     config_file = stage / CONFIG_NAMES[layout]
-    _write_bytes(config_file, _config_text(config, layout).encode())
+    _write_bytes(config_file, _config_text(config, layout, dtypes["embed_tokens.weight"]).encode())
     for file, keys in zip(names, shards, strict=True):
         tensors = {key: state[key].to("cpu", dtypes[key]) for key in keys}
         if layout == "original":
             tensors = dict(original.to_theirs(key, tensor, config) for key, tensor in tensors.items())
             if file == names[-1]:
                 tensors |= original.extra_tensors({}, config)
+        elif layout == "transformers":
+            tensors = {transformers_tensors.their_name(key): tensor for key, tensor in tensors.items()}
         tensors = {key: _alone(tensor) for key, tensor in tensors.items()}
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -282,12 +291,16 @@ def _shard_names(folder: Path, count: int) -> list[str]:
     raise AssertionError
 
 
-def _config_text(config: ModelConfig, layout: Layout) -> str:
-    if layout == "hyaena":
-        return json.dumps(config.to_dict(), indent=2) + "\n"
-    import yaml
+def _config_text(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> str:
+    if layout == "original":
+        import yaml
 
-    return yaml.safe_dump(write_config(config), sort_keys=False, default_flow_style=None, width=120)
+        return yaml.safe_dump(original_config.write_config(config), sort_keys=False, default_flow_style=None, width=120)
+    values = config.to_dict()
+    if layout == "transformers":
+        head = {"architectures": [transformers_config.ARCHITECTURE], "dtype": str(dtype).removeprefix("torch.")}
+        values = head | transformers_config.write_config(config)
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _alone(tensor: Tensor) -> Tensor:

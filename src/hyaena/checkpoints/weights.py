@@ -15,6 +15,7 @@ from hyaena.checkpoints.shards import FLOATING, Shard, open_shard
 from hyaena.checkpoints.stored import StoredTensor
 from hyaena.errors import CheckpointError
 from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats.transformers import tensors as transformers
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 """What wrappers of a model put before every name; taken off where all names have it."""
@@ -108,7 +109,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
 
 def plain_names(keys: Sequence[str]) -> list[str]:
     """Names without the prefixes that all of them have, one within the other, and without those of inner wrappers."""
-    names = list(keys)
+    names = [transformers.our_name(key) for key in keys] if transformers.matches_tensors(keys) else list(keys)
     while prefix := next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), None):
         names = [name.removeprefix(prefix) for name in names]
     for infix in _INFIXES:

@@ -1,10 +1,11 @@
-"""``hyaena convert``: write a model in our layout or the original's."""
+"""``hyaena convert``: write a model in our layout, the original's, or that of transformers."""
 
 from __future__ import annotations
 
 import argparse
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,10 @@ from hyaena.cli.formatting import decimal_bytes, parse_size
 from hyaena.errors import InputError
 
 if TYPE_CHECKING:
+    from hyaena.config import ModelConfig
     from hyaena.model import StripedHyena
 
-HELP = "write a model in this package's layout or the original's"
+HELP = "write a model in this package's layout, the original's, or that of transformers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", metavar="DEST", type=Path, help="the folder to write")
     parser.add_argument(
         "--layout",
-        choices=("hyaena", "original"),
+        choices=("hyaena", "original", "transformers"),
         default="hyaena",
-        help="hyaena: config.json and our names (default); original: config.yml and the original's names",
+        help="hyaena: config.json and our names (default); original: config.yml and the original's names; "
+        "transformers: what hyaena.hf and AutoTokenizer read",
     )
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
@@ -69,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     model, extra = _of_run(args) if checkpoints.is_run(args.source) else _of_checkpoint(args)
     if adapter is not None:
         merge_adapter(model, adapter)
+    if args.layout == "transformers":
+        extra = _for_transformers(extra, model.config)
     with _termination_as_exit():
         checkpoints.save_model(
             model, dest, layout=args.layout, max_shard_size=limit, extra_files=extra, overwrite=args.force
@@ -104,6 +109,18 @@ def _of_run(args: argparse.Namespace) -> tuple[StripedHyena, dict[str, bytes]]:
     model, extra, step = load_run(args.source)
     print(f"{args.source}: the model of step {step:,}", file=sys.stderr)
     return model if args.dtype is None else model.to(as_dtype(args.dtype)), extra
+
+
+def _for_transformers(extra: dict[str, bytes], config: ModelConfig) -> dict[str, bytes]:
+    """The files that go with a model, with those of its tokenizer as transformers reads them; it may have none."""
+    if config.tokenizer == "hf" and "tokenizer.json" not in extra:
+        return extra
+    from hyaena.tokenizers import load_tokenizer, transformers_files
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in extra.items():
+            (Path(folder) / name).write_bytes(content)
+        return extra | transformers_files(load_tokenizer(folder, config))
 
 
 @contextmanager

@@ -15,15 +15,18 @@ from typing import Any
 from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError, printable
 from hyaena.formats.stripedhyena import config as stripedhyena_config
+from hyaena.formats.transformers import config as transformers_config
 from hyaena.mappings import read_mapping
 
 __all__ = ["config_from_dict", "read_config"]
 
-_FORMATS = (stripedhyena_config,)
+_FORMATS = (transformers_config, stripedhyena_config)
 
 
 def read_config(path: str | PathLike[str]) -> ModelConfig:
-    """Read a configuration file: our ``config.json``, or an original YAML or hub ``config.json``, known by its keys.
+    """Read a configuration file, known by its keys: our ``config.json``, that of ``hyaena.hf``, or an original one.
+
+    An original configuration is a YAML file or the ``config.json`` of a hub checkpoint.
 
     Raises:
         ConfigError: the file is missing or is not a configuration; the message begins with its path.

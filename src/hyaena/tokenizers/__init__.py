@@ -14,6 +14,7 @@ Text never turns into control tokens unless the caller asks for it: ``encode("</
 """
 
 from hyaena.tokenizers.base import TextStream, Tokenizer, token_ids
+from hyaena.tokenizers.export import transformers_files
 from hyaena.tokenizers.hf import HFTokenizer
 from hyaena.tokenizers.load import load_tokenizer
 from hyaena.tokenizers.simple import ByteTokenizer, CharacterTokenizer
@@ -26,4 +27,5 @@ __all__ = [
     "Tokenizer",
     "load_tokenizer",
     "token_ids",
+    "transformers_files",
 ]

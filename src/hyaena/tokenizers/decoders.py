@@ -93,3 +93,5 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_of_character()
+CHARACTER_OF = {value: character for character, value in _BYTE_OF.items()}
+"""The printable character by which byte-level files write each byte."""

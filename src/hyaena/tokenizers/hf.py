@@ -92,6 +92,20 @@ class HFTokenizer(Tokenizer):
     def special_tokens(self) -> Mapping[str, int]:
         return MappingProxyType(self._special)
 
+    @property
+    def path(self) -> Path:
+        """The file that was read."""
+        return self._path
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether ``bos_id`` goes in front of a text."""
+        return self._adds_bos
+
+    def name_of(self, token: int) -> str | None:
+        """The name of a token in the file."""
+        return self._library.id_to_token(token)
+
     def _encode(self, text: str | bytes, special: bool, add_special_tokens: bool) -> list[int]:
         if isinstance(text, bytes):
             try:

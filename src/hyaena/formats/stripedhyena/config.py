@@ -7,12 +7,11 @@ nearest known key.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from hyaena.config import MAX_LAYERS, TOOL_KEYS, UNSUPPORTED_KEYS, ModelConfig, unknown_keys, unsupported_keys
-from hyaena.errors import ConfigError, joined, shown
+from hyaena.errors import ConfigError, in_words, joined, shown
 
 REQUIRED = (
     "vocab_size",
@@ -250,7 +249,7 @@ def _in_original_words(message: str) -> str:
         "num_key_value_heads": "num_attention_heads / proj_groups",
         "rope_scaling_factor": "rotary_emb_scaling_factor",
     }
-    return re.sub("|".join(rf"\b{ours}\b" for ours in words), lambda match: words[match[0]], message)
+    return in_words(message, words)
 
 
 def _same(value: Any, wanted: Any) -> bool:

@@ -1,0 +1,139 @@
+"""Masks, positions and packed documents, as transformers and TRL send them, in the terms of ``ForwardContext``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyaena.errors import InputError, UnsupportedError
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a batch are.
+
+    Attributes:
+        mask: bool [B,T], False at padding on the left; None where there is none.
+        segment_ids: int [B,T], the documents of packed rows; None where nothing is packed.
+        right_padded: some rows end in padding. No token of theirs sees it, but a cache would.
+    """
+
+    mask: Tensor | None
+    segment_ids: Tensor | None
+    right_padded: bool
+
+
+def read_layout(
+    shape: tuple[int, int],
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
+) -> Layout:
+    """The layout of a batch of new tokens that follow nothing.
+
+    Args:
+        shape: B, T.
+        attention_mask: [B,T], nonzero where there is a token; padding on the left, on the right, or both.
+        position_ids: [B,T] or [1,T]; a new document begins where the position is not one more than the last.
+        seq_idx: int [B,T], the number of the document of each token.
+        cu_seq_lens: int [documents+1], where documents begin in the rows one after another, and the end of the last.
+
+    Raises:
+        InputError: shapes that do not fit, or padding between tokens.
+        UnsupportedError: packed documents in rows with padding on the left.
+    """
+    tokens = None if attention_mask is None else _tokens(attention_mask, shape)
+    mask, right_padded = _sides(tokens)
+    segments = _segments(shape, tokens, position_ids, seq_idx, cu_seq_lens)
+    if segments is not None and mask is not None:
+        raise UnsupportedError(
+            "packed documents in rows with padding on the left are not supported: pad on the right, or not at all"
+        )
+    return Layout(mask, segments, right_padded)
+
+
+def check_continuation(
+    shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None, **packing: Tensor | None
+) -> None:
+    """Check the arguments of tokens that follow those of a cache: no padding among them, and no new document.
+
+    Raises:
+        InputError: there is.
+    """
+    if any(value is not None for value in packing.values()):
+        raise InputError("packed documents cannot follow a cache: read them without one")
+    if shape[1] == 1:  # one token is never padding, and looking would stall a GPU in each step
+        return
+    if attention_mask is not None and not bool(attention_mask[:, -shape[1] :].all()):
+        raise InputError("padding is accepted with a cache's first tokens only")
+    if position_ids is not None and bool((position_ids.diff() != 1).any()):
+        raise InputError("positions that restart cannot follow a cache: read packed documents without one")
+
+
+def last_tokens(
+    attention_mask: Tensor | None, ids: Tensor | None, pad_id: int | None, shape: tuple[int, int]
+) -> Tensor:
+    """The index of the last token of each row that is not padding, int [B].
+
+    Padding is where the mask is zero or, without a mask, where the id is ``pad_id``.
+    """
+    if attention_mask is not None:
+        tokens = attention_mask != 0
+    elif ids is not None and pad_id is not None:
+        tokens = ids != pad_id
+    else:
+        device = None if ids is None else ids.device
+        return torch.full((shape[0],), shape[1] - 1, device=device)
+    steps = torch.arange(shape[1], device=tokens.device)
+    return torch.where(tokens, steps, 0).amax(dim=1)
+
+
+def _tokens(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The mask as bool [B,T]; rows of nothing but padding, which a collator may add, count as tokens."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
+        given = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise InputError(f"attention_mask must have the shape of the ids, {shape}, and is {given}")
+    tokens = attention_mask != 0
+    return tokens | ~tokens.any(dim=1, keepdim=True)
+
+
+def _sides(tokens: Tensor | None) -> tuple[Tensor | None, bool]:
+    """The padding on the left as a mask, and whether there is any on the right."""
+    if tokens is None or bool(tokens.all()):
+        return None, False
+    begun = tokens.cummax(dim=1).values
+    ahead = tokens.flip(1).cummax(dim=1).values.flip(1)
+    if bool((begun & ahead & ~tokens).any()):
+        raise InputError("attention_mask hides positions between tokens: padding must stand at the ends of a row")
+    return (None if bool(begun.all()) else begun), not bool(ahead.all())
+
+
+def _segments(
+    shape: tuple[int, int],
+    tokens: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens: Tensor | None,
+) -> Tensor | None:
+    """The documents of each position, int [B,T]; None where every row is one."""
+    if seq_idx is not None:
+        if seq_idx.shape != shape:
+            raise InputError(f"seq_idx must have the shape of the ids, {shape}, and has {tuple(seq_idx.shape)}")
+        return seq_idx
+    if cu_seq_lens is not None:
+        starts = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.int32, device=cu_seq_lens.device)
+        if cu_seq_lens.ndim != 1 or int(cu_seq_lens[-1]) > shape[0] * shape[1]:
+            raise InputError(f"cu_seq_lens_q must list the ends of documents in {shape[0] * shape[1]:,} tokens")
+        starts[cu_seq_lens.long()] = 1
+        return starts[:-1].cumsum(0).reshape(shape)
+    if position_ids is None or shape[1] == 1:
+        return None
+    if position_ids.ndim != 2 or position_ids.shape[1] != shape[1] or position_ids.shape[0] not in (1, shape[0]):
+        raise InputError(f"position_ids must have the shape of the ids, {shape}, and has {tuple(position_ids.shape)}")
+    starts = torch.nn.functional.pad(position_ids.diff() != 1, (1, 0)).expand(shape)
+    if tokens is not None:  # positions of padding mean nothing, nor does the step from padding to the first token
+        starts = starts & tokens & torch.nn.functional.pad(tokens[:, :-1], (1, 0))
+    return starts.cumsum(dim=1) if bool(starts.any()) else None

@@ -1,0 +1,282 @@
+"""StripedHyena as models of transformers: the modules of ``hyaena.model`` in a loop that takes its arguments.
+
+Shapes: B batch, T time, D channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from hyaena import ops
+from hyaena.cache import Cache
+from hyaena.context import ForwardContext
+from hyaena.errors import InputError, UnsupportedError
+from hyaena.hf import loading
+from hyaena.hf.cache import FIELD, StripedHyenaCache, as_cache
+from hyaena.hf.configuration import StripedHyenaConfig
+from hyaena.hf.inputs import Layout, check_continuation, read_layout
+from hyaena.model import Layer, RMSNorm, StripedHyena, call, embed, init_module, make_layers
+
+logger = logging.get_logger(__name__)
+
+M = TypeVar("M", bound="StripedHyenaPreTrainedModel")
+
+
+class StripedHyenaPreTrainedModel(PreTrainedModel):
+    """What all StripedHyena models of transformers share: loading, initialisation, and the way to ``StripedHyena``."""
+
+    config: StripedHyenaConfig
+    config_class = StripedHyenaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Layer",)
+    _skip_keys_device_placement = ("past_key_values", "cache")
+    _supports_sdpa = True
+    _is_stateful = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def from_native(cls: type[M], model: StripedHyena, **options: Any) -> M:
+        """A model of transformers over the modules of a ``StripedHyena``: one set of weights, nothing is copied.
+
+        Args:
+            model: stays usable; what changes the weights of one changes the other's.
+            options: fields of ``StripedHyenaConfig``, such as ``num_labels``.
+
+        A head that ``model`` does not have, that of a classifier, is initialised.
+        """
+        with torch.device("meta"):
+            made = cls(StripedHyenaConfig.from_native(model.config, dtype=model.dtype, **options))
+        base: Any = made.base_model
+        base.embed_tokens, base.layers, base.norm = model.embed_tokens, model.layers, model.norm
+        if model.lm_head is not None and made.get_output_embeddings() is not None:
+            made.set_output_embeddings(model.lm_head)
+        made.tie_weights()
+        for module in made.modules():
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                module.to_empty(device=model.device).to(model.dtype)
+                made._init_weights(module)
+        return made.train(model.training)
+
+    def to_native(self) -> StripedHyena:
+        """A ``StripedHyena`` over the modules of this model: one set of weights, nothing is copied.
+
+        Raises:
+            UnsupportedError: this model has no head over the vocabulary.
+        """
+        base: Any = self.base_model
+        config = self.config.to_native()
+        head = self.get_output_embeddings()
+        if head is None and not config.tie_embeddings:
+            raise UnsupportedError(
+                f"a {type(self).__name__} has no head over the vocabulary: load it as StripedHyenaForCausalLM"
+            )
+        with torch.device("meta"):
+            model = StripedHyena(config)
+        model.embed_tokens, model.layers, model.norm = base.embed_tokens, base.layers, base.norm
+        model.lm_head = None if config.tie_embeddings else head  # type: ignore[assignment]
+        return model.train(self.training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load a model: ``PreTrainedModel.from_pretrained``, which here reads more layouts.
+
+        They are what ``save_pretrained`` writes, this package's own layout, and the original's hub checkpoints.
+
+        Raises:
+            CheckpointError: tensors that are missing, unexpected or misshapen, or files that are damaged.
+            ConfigError: a configuration that cannot be used.
+        """
+        source = pretrained_model_name_or_path
+        if (foreign := loading.foreign_weights(source, kwargs)) is not None:
+            source, kwargs = None, foreign
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        loading.check_complete(model, info, pretrained_model_name_or_path)
+        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path or "")
+        if model.dtype == torch.float64:
+            model = model.to(torch.float64)  # poles and residues, too
+        return (model, info) if wants_info else model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module, as ``StripedHyena.init_weights`` does; children come before their parents."""
+        config = self.config.to_native()
+        if isinstance(module, Layer):
+            for part in (module.mixer, module.mlp):
+                init_module(part.output_projection(), config, writes_residual=True)  # type: ignore[operator]
+        elif not isinstance(module, PreTrainedModel):
+            init_module(module, config)
+
+
+class StripedHyenaModel(StripedHyenaPreTrainedModel):
+    """Embedding, layers and final norm, without a head."""
+
+    def __init__(self, config: StripedHyenaConfig) -> None:
+        super().__init__(config)
+        native = self.architecture = config.to_native()
+        self.embed_tokens = nn.Embedding(native.vocab_size, native.hidden_size)
+        self.layers = make_layers(native)
+        self.norm = RMSNorm(native)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StripedHyenaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cache: StripedHyenaCache | None = None,
+        last_positions: int | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of each position.
+
+        Args:
+            input_ids: int [B,T]; or else ``inputs_embeds`` [B,T,D].
+            attention_mask: [B,T], or [B,past+T] after a cache; zero at padding, which stands at the ends of rows.
+            position_ids: int [B,T]; a new document begins where the position is not one more than the last. Nothing
+                else is read from them: positions follow from padding, documents and the cache.
+            past_key_values, cache: what came before, two names of one argument; it is brought up to date.
+            use_cache: return a cache. By default as the configuration says, but not in training, nor for rows that end
+                in padding or hold packed documents.
+            output_hidden_states: return the embeddings, the output of each layer but the last, and the last one's after
+                the norm.
+            seq_idx: int [B,T], the document of each position.
+            cu_seq_lens_q: int [documents+1], where documents begin in the rows one after another, and the last ends.
+            last_positions: compute the output at the last so many positions only.
+
+        Raises:
+            InputError: arguments that do not fit.
+            UnsupportedError: attention weights, which are never formed.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give either input_ids or inputs_embeds")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise UnsupportedError(
+                "output_attentions is not supported: attention weights are never formed, and Hyena blocks have none"
+            )
+        x = inputs_embeds if input_ids is None else embed(self.embed_tokens, input_ids, self.config.vocab_size)
+        assert x is not None
+        shape = (x.shape[0], x.shape[1])
+        given = as_cache(past_key_values if cache is None else cache)
+        if given is not None and given.get_seq_length():
+            check_continuation(shape, attention_mask, position_ids, seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q)
+            layout = Layout(None, None, False)
+        else:
+            layout = read_layout(shape, attention_mask, position_ids, seq_idx=seq_idx, cu_seq_lens=cu_seq_lens_q)
+            given = self._cache_to_fill(given, use_cache, layout)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        keep = shape[1] if last_positions is None or output_hidden_states else min(last_positions, shape[1])
+        hidden = [] if output_hidden_states else None
+        if given is None:
+            context = self._context(x, None, layout)
+            x, _states = self._read(x, context, [None] * len(self.layers), keep, hidden)
+        else:
+            x = self._read_into(given, x, layout, keep, hidden)
+        states = None if hidden is None else tuple(hidden)
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **{FIELD: given})  # type: ignore[arg-type]
+
+    def _cache_to_fill(
+        self, given: StripedHyenaCache | None, use_cache: bool | None, layout: Layout
+    ) -> StripedHyenaCache | None:
+        """The cache of a pass that follows nothing: the caller's, a new one, or none."""
+        reason = "end in padding" if layout.right_padded else "hold packed documents"
+        cacheable = not layout.right_padded and layout.segment_ids is None
+        if (given is not None or use_cache) and not cacheable:
+            raise InputError(f"rows that {reason} cannot be cached: pass use_cache=False, or pad on the left")
+        checkpointing = self.gradient_checkpointing and self.training
+        if given is not None or use_cache:
+            if checkpointing:
+                raise InputError("gradient checkpointing and a cache exclude each other: pass use_cache=False")
+            return StripedHyenaCache() if given is None else given
+        wanted = use_cache is None and self.config.use_cache and cacheable and not self.training
+        return StripedHyenaCache() if wanted else None
+
+    def _context(self, x: Tensor, cache: Cache | None, layout: Layout) -> ForwardContext:
+        backend = ops.resolve_backend("auto", device=x.device, dtype=x.dtype, gradients=torch.is_grad_enabled())
+        return ForwardContext.of(
+            self.architecture,
+            x.new_empty(x.shape[:2], dtype=torch.long),  # of the shape of ids: nothing else of them is looked at
+            cache=cache,
+            mask=layout.mask,
+            segment_ids=layout.segment_ids,
+            method="auto",
+            backend=backend,
+            dtype=x.dtype,
+        )
+
+    def _read_into(
+        self, cache: StripedHyenaCache, x: Tensor, layout: Layout, keep: int, hidden: list[Tensor] | None
+    ) -> Tensor:
+        """Read x into a cache, which is unchanged if anything fails."""
+        if cache.native is None:
+            cache.native = self._make_native_cache(x, cache.max_length)
+        context = self._context(x, cache.native, layout)
+        assert context.lengths is not None and context.counts is not None
+        with cache.native.reading(self, len(x), context.lengths, context.counts):
+            length = x.shape[1]
+            x, states = self._read(x, context, cache.native.states, keep, hidden)
+            cache.native.commit([state.detach() for state in states], context.counts)
+        cache.count(length)
+        return x
+
+    def _make_native_cache(self, x: Tensor, max_length: int | None) -> Cache:
+        rows = len(x)
+        states = [
+            layer.mixer.make_state(rows, max_length=max_length, dtype=x.dtype, device=device_of(layer))  # type: ignore[union-attr, operator]
+            for layer in self.layers
+        ]
+        return Cache(states, [0] * rows, [max_length] * rows, owner=self)
+
+    def _read(
+        self, x: Tensor, context: ForwardContext, states: Sequence[Any], keep: int, hidden: list[Tensor] | None
+    ) -> tuple[Tensor, list[Any]]:
+        """Layers and norm over x [B,T,D]: the last ``keep`` positions, and the new states.
+
+        What each layer reads is appended to ``hidden``, and the output at last.
+        """
+        length, last, new = x.shape[1], len(self.layers) - 1, []
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            if hidden is not None:
+                hidden.append(x)
+            count = keep if i == last else length
+            if checkpointing:
+                x = self._gradient_checkpointing_func(_output_of(layer, context, count), x)
+            else:
+                x, state = layer(x, context, state, count)
+            new.append(state)
+        x = call(self.norm, x, context)
+        if hidden is not None:
+            hidden.append(x)
+        return x, new
+
+
+def _output_of(layer: nn.Module, context: ForwardContext, count: int) -> Any:
+    """A layer as a function of one tensor, whose state is not wanted."""
+    return lambda x: layer(x, context, None, count)[0]
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer computes: where its weights are, or where accelerate, which keeps them elsewhere, brings them."""
+    device = next(layer.parameters()).device
+    hook = getattr(layer, "_hf_hook", None)
+    return device if device.type != "meta" or hook is None else torch.device(hook.execution_device)
