@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from benchmarks.kernels import decode, hyena, lora
+from benchmarks.kernels import decode, hyena
 
 from hyaena.bench import rates
 from hyaena.bench.rates import Sizes
@@ -50,12 +50,3 @@ def test_the_products_of_a_decoding_step_and_the_step_itself(tmp_path: Path, mon
     assert [(p["kind"], p["shape"], len(p["tiles"])) for p in products] == [("gate", [192, 64], 1)]
     assert step["what"] == "products by torch" and step["context"] == 60 and len(step["seconds"]) == 4
     assert known["tuned_tiles"] == {"('gate', 96, 64)": [8, 64, 1, 1]}
-
-
-def test_a_lora_layer_and_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "TILES", {"16 x 16": (16, 16)})
-    monkeypatch.setattr(lora, "PROGRAMS", (2,))
-    lora.main(["--quick", "--output", str(tmp_path)])
-    found = figures(tmp_path / "lora.json")
-    assert [f["name"] for f in found[:3]] == ["forward, frozen", "forward, ours", "forward, the update last"]
-    assert len(found) == 2 * 12 + 1 and all(f["bound"] > 0 and min(f["seconds"]) > 0 for f in found)

@@ -3,9 +3,8 @@
     y = W·x + bias + scale·B·(A·x)          A [r,D], B [E,r], r small
 
 Training it costs little more than the gradient of x through the frozen layer, if the wide tensors are read and written
-seldom: r is so small that all four products with A and B are bound by memory. So the update is where the frozen
-product accumulates (``y = scale·B·A·x``, then ``y += W·x`` in the same matrix product, and likewise for the gradient of
-x), and the gradients of A·x and B are made in one pass over the gradient of y.
+seldom: r is so small that all products with A and B are bound by memory. So the frozen product adds to the update
+(``y = scale·B·A·x``, then ``y += W·x`` as one matrix product), and likewise for the gradient of x.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hyaena.ops.backend import resolve_backend, wants_gradients
+from hyaena.ops.backend import wants_gradients
 from hyaena.ops.linear import Dense, Linear, linear
 
 
@@ -50,7 +49,7 @@ class _Frozen(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         down, up = a.to(x.dtype), b.to(x.dtype)
-        h, _ = _products(rows, down, None, scale)
+        h = (rows @ down.t()).mul_(scale)
         y = h @ up.t() if bias is None else torch.addmm(bias, h, up.t())
         y.addmm_(rows, weight.t())
         ctx.save_for_backward(rows, weight, down, up, h)
@@ -63,17 +62,7 @@ class _Frozen(torch.autograd.Function):
         rows, weight, down, up, h = ctx.saved_tensors
         need_x, _, need_bias, need_a, need_b, _ = ctx.needs_input_grad
         dy = dy.reshape(-1, dy.shape[-1])
-        dh, db = _products(dy, up.t(), h if need_b else None, ctx.scale)
+        dh = (dy @ up).mul_(ctx.scale)
         dx = (dh @ down).addmm_(dy, weight).view(ctx.shape) if need_x else None
-        da = _products(rows, None, dh, 1.0)[1] if need_a else None
-        return dx, None, dy.sum(0) if need_bias else None, da, None if db is None else db.t(), None
-
-
-def _products(x: Tensor, p: Tensor | None, q: Tensor | None, scale: float) -> tuple[Any, Any]:
-    """``scale·x·pᵀ`` [T,r] and ``qᵀ·x`` [r,F]: x [T,F], p [r,F], q [T,r]; None without p or q."""
-    if x.is_cuda and resolve_backend(device=x.device, dtype=x.dtype).hyena:
-        from hyaena.ops.triton import lora
-
-        if lora.takes(x, p, q):
-            return lora.products(x, p, q, scale)
-    return (None if p is None else (x @ p.t()).mul_(scale)), (None if q is None else q.t() @ x)
+        dbias = dy.sum(0) if need_bias else None
+        return dx, None, dbias, dh.t() @ rows if need_a else None, dy.t() @ h if need_b else None, None

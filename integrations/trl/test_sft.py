@@ -1,0 +1,117 @@
+"""TRL's SFTTrainer over ``hyaena.hf``: chat data in the Nous format, packed windows, LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+import hyaena
+import hyaena.hf
+from hyaena.adapters import read_adapter, with_adapter
+from hyaena.config import ModelConfig
+from hyaena.tokenizers import ByteTokenizer, transformers_files
+
+TINY = ModelConfig(
+    vocab_size=264,
+    hidden_size=32,
+    layer_types=("hyena", "attention", "hyena"),
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    state_size=2,
+    tokenizer="bytes",
+)
+NAMES = ("crocuta", "parahyaena", "proteles", "hyaena")
+CHATS = [
+    {"messages": [{"role": "user", "content": f"greet {n}"}, {"role": "assistant", "content": f"hello, {n}"}]}
+    for n in NAMES
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Any:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name, content in transformers_files(ByteTokenizer()).items():
+        (folder / name).write_bytes(content)
+    (folder / "config.json").write_text('{"model_type": "stripedhyena"}')
+    made = AutoTokenizer.from_pretrained(folder)
+    hyaena.hf.set_chat_template(made)
+    return made
+
+
+def model() -> hyaena.hf.StripedHyenaForCausalLM:
+    torch.manual_seed(0)
+    return hyaena.hf.StripedHyenaForCausalLM.from_native(hyaena.StripedHyena(TINY))
+
+
+def trainer(tokenizer: Any, folder: Path, **options: Any) -> SFTTrainer:
+    peft_config = options.pop("peft_config", None)
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.02,
+        "max_steps": 25,
+        "logging_steps": 1,
+        "max_length": 256,
+        "report_to": "none",
+        "use_cpu": True,
+        "assistant_only_loss": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    return SFTTrainer(
+        model=model(),
+        args=SFTConfig(**{**settings, **options}),
+        train_dataset=Dataset.from_list(CHATS),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_on_chats_lowers_the_loss_and_loads_natively(tokenizer: Any, tmp_path: Path, checkpointing: bool) -> None:
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(hyaena.hf.LORA_TARGETS), task_type="CAUSAL_LM")
+    sft = trainer(tokenizer, tmp_path, peft_config=lora, gradient_checkpointing=checkpointing)
+    sft.train()
+    losses = [entry["loss"] for entry in sft.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    sft.model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    ids = torch.tensor([tokenizer.apply_chat_template(CHATS[0]["messages"], tokenize=True)["input_ids"]])
+    torch.manual_seed(0)
+    native = with_adapter(hyaena.StripedHyena(TINY), read_adapter(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert torch.equal(native.eval()(ids), sft.model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True}], ids=["packing", "padding-free"])
+def test_packed_windows_have_the_loss_of_their_documents(
+    tokenizer: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Nothing passes from one document to the next: not a state, not an attention score, not a target."""
+    packed = next(iter(trainer(tokenizer, tmp_path, max_length=512, **options).get_train_dataloader()))
+    assert packed["input_ids"].shape[0] == 1 and {"position_ids"} <= packed.keys()
+    padded = next(iter(trainer(tokenizer, tmp_path).get_train_dataloader()))
+    assert len(padded["input_ids"]) == 4 and (padded["labels"] == -100).any()
+    with torch.no_grad():
+        losses = [model()(**batch).loss for batch in (packed, padded)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    del packed["position_ids"]
+    packed.pop("seq_idx", None)
+    with torch.no_grad():  # a model that is not told where documents begin has another loss
+        assert abs(model()(**packed).loss - losses[1]) > 1e-3
+
+
+def test_the_loss_counts_what_the_assistant_says(tokenizer: Any, tmp_path: Path) -> None:
+    batch = next(iter(trainer(tokenizer, tmp_path, per_device_train_batch_size=1).get_train_dataloader()))
+    said = tokenizer.decode(batch["labels"][batch["labels"] != -100])
+    assert said in {f"hello, {name}</s>" for name in NAMES}
