@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 import hyaena
 import hyaena.hf
 from hyaena.adapters import read_adapter, with_adapter
+from hyaena.cli import main
 from hyaena.config import ModelConfig
 from hyaena.tokenizers import ByteTokenizer, transformers_files
 
@@ -127,3 +130,17 @@ def test_the_loss_counts_what_the_assistant_says(tokenizer: Any, tmp_path: Path)
     batch = next(iter(trainer(tokenizer, tmp_path, per_device_train_batch_size=1).get_train_dataloader()))
     said = tokenizer.decode(batch["labels"][batch["labels"] != -100])
     assert said in {f"hello, {name}</s>" for name in NAMES}
+
+
+def test_the_program_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of it, on the bundled model."""
+    text = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    lines = [line for line in text.split("## Chats with TRL")[1].splitlines() if line.startswith("    ") or not line]
+    program = textwrap.dedent("\n".join(lines))
+    assert "max_steps=100" in program
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "cub", "cub-hf", "--layout", "transformers"]) == 0
+    Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    few = program.replace("max_steps=100", 'max_steps=1, report_to="none"')
+    exec(compile(few, "finetuning.md", "exec"), {"__name__": "__main__"})
+    assert hyaena.load_model("cub", adapter="chat-adapter").config.tie_embeddings
