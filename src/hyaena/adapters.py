@@ -171,9 +171,9 @@ def add_adapter(
         InputError: a rank, or a target that the model does not have; the model is unchanged.
     """
     _check_free(model)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+    if not _is_rank(rank):
         raise InputError(f"rank is {shown(rank)}: choose a whole number from 1 to {MAX_RANK}, such as 16")
-    if alpha is not None and not (isinstance(alpha, int | float) and math.isfinite(alpha)):
+    if alpha is not None and not _is_number(alpha):
         raise InputError(f"alpha is {shown(alpha)}: choose a number, such as twice the rank")
     scale = 2.0 if alpha is None else alpha / rank
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
@@ -428,11 +428,20 @@ def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
         if odd := [key for key in table if not _PLAIN_PATTERN.fullmatch(key)]:
             raise UnsupportedError(f"{path}: {pattern} has a regular expression ({printable(odd[0])}): {_BY_PEFT}")
         for key, value in ((default, config.get(default)), *table.items()):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            number = whole or (isinstance(value, float) and math.isfinite(value))
-            if not (whole and 1 <= value <= MAX_RANK if default == "r" else number and abs(value) <= 1e9):
-                what = f"a whole number from 1 to {MAX_RANK}" if default == "r" else "a number"
+            if default == "r" and not _is_rank(value):
+                what = f"a whole number from 1 to {MAX_RANK}"
                 raise CheckpointError(f"{path}: {printable(key)} is {shown(value)}: it should be {what}")
+            if default != "r" and not _is_number(value):
+                raise CheckpointError(f"{path}: {printable(key)} is {shown(value)}: it should be a number")
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that a scale may have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e9  # NaN is not
 
 
 def save_adapter(model: StripedHyena, folder: str | PathLike[str], *, base: str | None = None) -> Path:

@@ -470,12 +470,13 @@ def backward(
         num_warps=warps,
     )
     if not parameters:
-        return dz, *(poles.new_empty(0) for _ in range(5)), dshort_in, dlong_in
+        dweight, dbias, dpoles, dresidues, dskip = (poles.new_empty(0) for _ in range(5))
+        return dz, dweight, dbias, dpoles, dresidues, dskip, dshort_in, dlong_in
     total = sums.sum(dim=(0, 1))  # [rows,D]
     filters, modal = total[: 3 * (taps + 1)].view(3, taps + 1, channels), total[3 * (taps + 1) : -1]
     dweight = filters[:, :taps].transpose(1, 2).reshape(width, taps)
     dpoles, dresidues = modal.view(2, modes, 2, channels).permute(0, 3, 1, 2)
-    parameters = (dweight, filters[:, taps].reshape(width), dpoles, dresidues, total[-1])
+    of_filters = (dweight, filters[:, taps].reshape(width), dpoles, dresidues, total[-1])
     # A custom operator's results must not share storage.
-    dweight, dbias, dpoles, dresidues, dskip = (t.clone(memory_format=torch.contiguous_format) for t in parameters)
+    dweight, dbias, dpoles, dresidues, dskip = (t.clone(memory_format=torch.contiguous_format) for t in of_filters)
     return dz, dweight, dbias, dpoles, dresidues, dskip, dshort_in, dlong_in

@@ -130,14 +130,12 @@ def _(
     *rest: Any,
 ) -> Gradients:
     batch, width = z.shape[0], z.shape[2]
-    wide, parameters = poles.new_empty, rest[-1]
-    filters = (weight.shape, width, poles.shape, poles.shape, width // 3) if parameters else (0,) * 5
-    return (
-        torch.empty_like(z, memory_format=torch.contiguous_format),
-        *map(wide, filters),
-        wide(batch, width, weight.shape[-1] - 1),
-        wide(batch, *poles.shape),
-    )
+    parameters = rest[-1]
+    shapes = (weight.shape, (width,), poles.shape, poles.shape, (width // 3,)) if parameters else ((0,),) * 5
+    dweight, dbias, dpoles, dresidues, dskip = (poles.new_empty(shape) for shape in shapes)
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    dshort_in = poles.new_empty(batch, width, weight.shape[-1] - 1)
+    return dz, dweight, dbias, dpoles, dresidues, dskip, dshort_in, poles.new_empty(batch, *poles.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
