@@ -31,6 +31,7 @@ from hyaena.hf.heads import (  # noqa: E402
     StripedHyenaForSequenceClassification,
     StripedHyenaForTokenClassification,
 )
+from hyaena.hf.load import fast_tokenizer, load  # noqa: E402
 from hyaena.hf.modeling import StripedHyenaModel, StripedHyenaPreTrainedModel  # noqa: E402
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "StripedHyenaForTokenClassification",
     "StripedHyenaModel",
     "StripedHyenaPreTrainedModel",
+    "fast_tokenizer",
+    "load",
 ]
 
 AutoConfig.register(StripedHyenaConfig.model_type, StripedHyenaConfig, exist_ok=True)
