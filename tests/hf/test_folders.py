@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 import hyaena
+import pages
 from hf_models import CONFIGS
 from hyaena import StripedHyena
 from hyaena.checkpoints import load_model, save_model
@@ -272,3 +276,53 @@ def test_an_unknown_key_in_a_folder(tiny: StripedHyena, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(values | {"hiden_act": "silu"}))
     with pytest.raises(ConfigError, match="hiden_act is not a known key: did you mean hidden_act"):
         hyaena.load_model(tmp_path)
+
+
+PROGRAM = """
+import sys
+{before}
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
+print(type(model).__module__, type(model).__name__)
+model.save_pretrained("again")
+"""
+NOT_INSTALLED = """
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "hyaena":
+            raise ModuleNotFoundError("No module named 'hyaena'")
+
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("writer", ["save_pretrained", "save_model"])
+def test_a_folder_opens_where_nobody_imported_us(tiny: StripedHyena, tmp_path: Path, writer: str) -> None:
+    if writer == "save_model":
+        save_model(tiny, tmp_path / "model", layout="transformers")
+    else:
+        StripedHyenaForCausalLM.from_native(tiny).save_pretrained(tmp_path / "model")
+    done = run_program(tmp_path, "")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["hyaena.hf.heads", "StripedHyenaForCausalLM"]
+    assert [path.name for path in (tmp_path / "again").glob("*.py")] == ["modeling_hyaena.py"]
+    assert same(hyaena.load_model(tmp_path / "again"), tiny)
+
+
+@pytest.mark.integration
+def test_a_folder_says_what_is_missing(tiny: StripedHyena, tmp_path: Path) -> None:
+    StripedHyenaForCausalLM.from_native(tiny).save_pretrained(tmp_path / "model")
+    done = run_program(tmp_path, NOT_INSTALLED)
+    assert done.returncode == 1
+    assert "packages that were not found in your environment: hyaena" in done.stderr
+
+
+def run_program(folder: Path, before: str) -> subprocess.CompletedProcess[str]:
+    paths = {"PYTHONPATH": str(pages.ROOT / "src"), "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PROGRAM.format(before=before)]
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, check=False, timeout=120
+    )

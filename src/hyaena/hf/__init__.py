@@ -33,6 +33,7 @@ from hyaena.hf.heads import (  # noqa: E402
     StripedHyenaForSequenceClassification,
     StripedHyenaForTokenClassification,
 )
+from hyaena.hf.load import fast_tokenizer, load  # noqa: E402
 from hyaena.hf.modeling import StripedHyenaModel, StripedHyenaPreTrainedModel  # noqa: E402
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "StripedHyenaForTokenClassification",
     "StripedHyenaModel",
     "StripedHyenaPreTrainedModel",
+    "fast_tokenizer",
+    "load",
     "set_chat_template",
 ]
 

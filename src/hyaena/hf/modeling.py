@@ -6,6 +6,8 @@ Shapes: B batch, T time, D channels, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +21,7 @@ from hyaena import ops
 from hyaena.cache import Cache
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError, UnsupportedError
+from hyaena.formats.transformers import code
 from hyaena.hf import loading
 from hyaena.hf.cache import FIELD, StripedHyenaCache, as_cache
 from hyaena.hf.configuration import StripedHyenaConfig
@@ -116,6 +119,18 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
         if model.dtype == torch.float64:
             model = model.to(torch.float64)  # poles and residues, too
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the model: ``PreTrainedModel.save_pretrained``, and the file that names its classes."""
+        folder = Path(save_directory)
+        if not folder.is_file():  # which transformers refuses
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / code.FILE).write_text(code.CODE, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do: transformers would copy the source of this class into each folder that is saved."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
