@@ -11,15 +11,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import hyaena
 import hyaena.hf
 from hyaena.adapters import read_adapter, with_adapter
-from hyaena.cli import main
 from hyaena.config import ModelConfig
-from hyaena.tokenizers import ByteTokenizer, transformers_files
+from hyaena.tokenizers import ByteTokenizer
 
 TINY = ModelConfig(
     vocab_size=264,
@@ -39,13 +37,8 @@ CHATS = [
 
 
 @pytest.fixture
-def tokenizer(tmp_path: Path) -> Any:
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    for name, content in transformers_files(ByteTokenizer()).items():
-        (folder / name).write_bytes(content)
-    (folder / "config.json").write_text('{"model_type": "stripedhyena"}')
-    made = AutoTokenizer.from_pretrained(folder)
+def tokenizer() -> Any:
+    made = hyaena.hf.fast_tokenizer(ByteTokenizer())
     hyaena.hf.set_chat_template(made)
     return made
 
@@ -139,7 +132,7 @@ def test_the_program_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Monke
     program = textwrap.dedent("\n".join(lines))
     assert "max_steps=100" in program
     monkeypatch.chdir(tmp_path)
-    assert main(["convert", "cub", "cub-hf", "--layout", "transformers"]) == 0
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     few = program.replace("max_steps=100", 'max_steps=1, report_to="none"')
     exec(compile(few, "finetuning.md", "exec"), {"__name__": "__main__"})

@@ -8,22 +8,17 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from transformers import AutoTokenizer
-
 import hyaena.hf
 from hyaena.errors import InputError
-from hyaena.hf import set_chat_template
-from hyaena.tokenizers import ByteTokenizer, transformers_files
+from hyaena.hf import fast_tokenizer, set_chat_template
+from hyaena.tokenizers import ByteTokenizer
 
 ONE = [{"role": "user", "content": "Name a hyena."}, {"role": "assistant", "content": "The aardwolf."}]
 
 
 @pytest.fixture
-def tokenizer(tmp_path: Any) -> Any:
-    for name, content in transformers_files(ByteTokenizer()).items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    made = AutoTokenizer.from_pretrained(tmp_path)
+def tokenizer() -> Any:
+    made = fast_tokenizer(ByteTokenizer())
     set_chat_template(made)
     return made
 
