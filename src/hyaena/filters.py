@@ -23,6 +23,10 @@ class ShortFilter(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias: what loads or gathers parameters at a call of their module sees this one called, too."""
+        return self.weight, self.bias
+
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Uniform taps within ±1/√K; no bias."""
         bound = self.weight.shape[-1] ** -0.5

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from hyaena import checkpoints
+from hyaena.adapters import Adapter, merge_adapter, read_adapter
 from hyaena.checkpoints import Checkpoint
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
@@ -73,6 +74,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     config: ModelConfig | str | PathLike[str] | None = None,
+    adapter: str | PathLike[str] | None = None,
     mixers: Mixers = MIXERS,
 ) -> tuple[StripedHyena, Tokenizer]:
     """A model, in evaluation mode, and its tokenizer.
@@ -84,15 +86,17 @@ def load(
             for narrower numbers, and elsewhere as they are stored. ``"stored"`` keeps every tensor as it is.
         revision: branch, tag or commit of a hub id.
         config: a configuration or its path, where it does not lie beside the weights.
+        adapter: the folder of a LoRA adapter, which is merged into the weights; see ``adapters``.
         mixers: what makes the mixer of each kind of layer, for models with layers of your own; see ``StripedHyena``.
 
     Raises:
         HyaenaError: in one line, what is wrong and how to put it right.
     """
     _check_options(dtype, device)
+    update = None if adapter is None else read_adapter(adapter)
     checkpoint = locate(source, revision=revision, config=config)
     tokenizer = load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)  # before the large files
-    return _load(checkpoint, dtype, device, mixers), tokenizer
+    return _load(checkpoint, dtype, device, mixers, update), tokenizer
 
 
 def load_model(
@@ -102,11 +106,13 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     config: ModelConfig | str | PathLike[str] | None = None,
+    adapter: str | PathLike[str] | None = None,
     mixers: Mixers = MIXERS,
 ) -> StripedHyena:
     """The model alone; the arguments are those of :func:`load`."""
     _check_options(dtype, device)
-    return _load(locate(source, revision=revision, config=config), dtype, device, mixers)
+    update = None if adapter is None else read_adapter(adapter)
+    return _load(locate(source, revision=revision, config=config), dtype, device, mixers, update)
 
 
 def load_tokenizer_of(
@@ -212,11 +218,18 @@ def corrected(hub_id: str, config: ModelConfig) -> ModelConfig:
 
 
 def _load(
-    checkpoint: Checkpoint, dtype: str | torch.dtype | None, device: str | torch.device | None, mixers: Mixers
+    checkpoint: Checkpoint,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    mixers: Mixers,
+    adapter: Adapter | None,
 ) -> StripedHyena:
     if dtype is None and checkpoints.as_device(device).type == "cpu":
         dtype = torch.float32
-    return checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers)
+    model = checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers)
+    if adapter is not None:
+        merge_adapter(model, adapter)
+    return model
 
 
 def _check_options(dtype: str | torch.dtype | None, device: str | torch.device | None) -> None:

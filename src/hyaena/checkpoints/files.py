@@ -177,7 +177,7 @@ def _weights_in(folder: Path) -> Path:
     if is_run(folder):
         raise CheckpointError(_run_message(folder))
     if adapters and not set(others) - set(adapters):
-        raise CheckpointError(f"{folder}: an adapter without its model: merge it into the model and save that")
+        raise CheckpointError(f"{folder}: an adapter without its model: name the model, and this folder as its adapter")
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
         found = [name for name in others if name.endswith(suffixes)]
         models = [name for name in found if _is_model(folder / name)] if len(found) > 1 else found

@@ -37,6 +37,7 @@ from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError, printable
 from hyaena.formats.stripedhyena import config as original_config
 from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats.transformers import code as transformers_code
 from hyaena.formats.transformers import config as transformers_config
 from hyaena.formats.transformers import tensors as transformers_tensors
 from hyaena.model import MIXERS, StripedHyena
@@ -261,6 +262,8 @@ def _write(
         shutil.copymode(config_file, stage / file)  # safetensors makes its files private
     for name, content in extra_files.items():
         _write_bytes(stage / name, content)
+    if layout == "transformers":
+        _write_bytes(stage / transformers_code.FILE, transformers_code.CODE.encode())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(stage / INDEX, json.dumps(index, indent=1).encode())
@@ -299,7 +302,7 @@ def _config_text(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> str
     values = config.to_dict()
     if layout == "transformers":
         head = {"architectures": [transformers_config.ARCHITECTURE], "dtype": str(dtype).removeprefix("torch.")}
-        values = head | transformers_config.write_config(config)
+        values = head | transformers_config.write_config(config) | {"auto_map": transformers_code.AUTO_MAP}
     return json.dumps(values, indent=2) + "\n"
 
 

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument("--adapter", metavar="FOLDER", help="merge a LoRA adapter of PEFT or hyaena into the weights")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{dest} is a file: name a folder to write")
 
     from hyaena import checkpoints, files
+    from hyaena.adapters import merge_adapter, read_adapter
     from hyaena.sizes import ModelSizes
 
     def check_empty() -> None:
@@ -66,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
 
     check_empty()
+    adapter = None if args.adapter is None else read_adapter(args.adapter)
     model, extra = _of_run(args) if checkpoints.is_run(args.source) else _of_checkpoint(args)
+    if adapter is not None:
+        merge_adapter(model, adapter)
     if args.layout == "transformers":
         extra = _for_transformers(extra, model.config)
     with _termination_as_exit():

@@ -111,7 +111,8 @@ def attention(
     if length == 1:  # the query heads that share a key head become its queries: every key is read once
         rows = q.reshape(batch, groups, -1, head_dim)
         if padding is not None:
-            return _sdpa_masked(rows, k, v, _seen(padding, total)).reshape(q.shape)
+            seen = _seen(padding.clamp(max=total - 1), total)  # a padding query sees itself
+            return _sdpa_masked(rows, k, v, seen).reshape(q.shape)
         part = _gpu_part(rows, k, v, past)
         return (sdpa(rows, k, v) if part is None else part(rows, k, v, False)[0]).reshape(q.shape)
     if padding is None:
