@@ -26,6 +26,8 @@ SUITE = Suite(
             "129M model, decoding at 512 against its weights",
             0.5,
         ),
+        Benchmark("scoring", "cpu.scoring:unequal", "cub, 256 texts of unequal length, packed and one by one", 1),
+        Benchmark("embedding", "cpu.scoring:long_embedding", "memory of embedding 100,000 characters", 1),
         Benchmark("mixed_batch", "cpu.memory:mixed_batch", "cub, short prompts and a long one in one batch", 1),
         Benchmark("cub_memory", "cpu.memory:cub_memory", "cub, memory of 262,144 bytes against 16,384", 9.5),
     ),

@@ -2,6 +2,7 @@
 
     python -m benchmarks.cpu.memory_probe MODEL TOKENS THREADS [CHUNK]
     python -m benchmarks.cpu.memory_probe --prompts LENGTH,… NEW_TOKENS THREADS
+    python -m benchmarks.cpu.memory_probe --embed LENGTH THREADS
 
 The kernel's high-water mark of *this* address space (``VmHWM``) is read, not ``ru_maxrss``: that one is inherited
 across fork and exec, so a fresh process would begin with its parent's peak.
@@ -20,9 +21,9 @@ import hyaena
 from benchmarks.cpu import models
 from benchmarks.cpu.prefill_decode import prefill_ours, prompt
 from hyaena.bench.clock import wall_seconds
-from hyaena.cache import Cache
 from hyaena.generation import PREFILL_CHUNK
 from hyaena.model import StripedHyena
+from hyaena.tokenizers import CharacterTokenizer
 
 CHUNK = PREFILL_CHUNK["cpu"]
 
@@ -89,6 +90,20 @@ def batch(lengths: list[int], new_tokens: int, threads: int) -> None:
     print(json.dumps({"growth": growth, "seconds": seconds, "read": waited[0]}))
 
 
+def embedding(length: int, threads: int) -> None:
+    """Embed a sequence with a small model of Evo's kind, means of two layers; print growth and seconds as JSON."""
+    torch.set_num_threads(threads)
+    model, tokenizer = models.small_evo(), CharacterTokenizer(512)
+    text = "GATTACA" * (length // 7 + 1)
+
+    def run(count: int) -> None:
+        hyaena.embed(model, tokenizer, text[:count], layers=[1, -1], pool="mean")
+
+    run(min(length, 3000))  # what is loaded at the first call
+    growth, seconds, _ = measure(lambda: run(length))
+    print(json.dumps({"growth": growth, "seconds": seconds}))
+
+
 def measure(run: Callable[[], None]) -> tuple[int, float, int]:
     """The growth of the resident size during a call, the seconds that it took, and the resident size before."""
     forget_peak()
@@ -98,7 +113,7 @@ def measure(run: Callable[[], None]) -> tuple[int, float, int]:
 
 
 def _cache_bytes(model: StripedHyena, length: int) -> int:
-    return Cache.create(model.config, max_length=length, dtype=model.dtype, device="meta").nbytes
+    return model.make_cache(max_length=length, device="meta").nbytes
 
 
 def _text(count: int) -> torch.Tensor:
@@ -110,5 +125,7 @@ def _text(count: int) -> torch.Tensor:
 if __name__ == "__main__":
     if sys.argv[1] == "--prompts":
         batch([int(length) for length in sys.argv[2].split(",")], int(sys.argv[3]), int(sys.argv[4]))
+    elif sys.argv[1] == "--embed":
+        embedding(int(sys.argv[2]), int(sys.argv[3]))
     else:
         prefill(sys.argv[1], *(int(argument) for argument in sys.argv[2:]))

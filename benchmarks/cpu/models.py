@@ -37,6 +37,34 @@ TINY = replace(
 """For ``--quick``: shows that a benchmark works, and nothing about speed."""
 
 
+EVO = ModelConfig(
+    vocab_size=512,
+    hidden_size=64,
+    layer_types=("hyena", "hyena", "attention", "hyena"),
+    intermediate_size=192,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    state_size=8,
+    activation="gelu",
+    norm_eps=1e-6,
+    norm_eps_inside_root=False,
+    tie_embeddings=True,
+    attention_qkv_bias=True,
+    attention_out_bias=True,
+    max_length=131_072,
+    tokenizer="characters",
+    name="small Evo",
+)
+"""Evo's kind of model, small: attention in one layer of four, eight modes, characters."""
+
+
+def small_evo() -> StripedHyena:
+    """The model of ``EVO`` with fresh weights."""
+    from hyaena.model import StripedHyena
+
+    return StripedHyena(EVO).eval()
+
+
 def striped(quick: bool) -> StripedHyena:
     """The 129M model with fresh weights; the same ones each time."""
     import torch

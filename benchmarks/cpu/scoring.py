@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import hyaena
 from benchmarks.cpu import models
+from benchmarks.cpu.memory import HOW, probe
 from benchmarks.registry import IncorrectError, Row, Session, Step, Summary, Target, pairwise
 from hyaena.bench.clock import Side, take_turns
 
@@ -54,6 +56,24 @@ def compare(session: Session, count: int, low: int, high: int, target: Target | 
             ratio_name="ours / one by one",
             target=target,
             note=f"{tokens:,} bytes; largest difference of a log-probability {difference:.1g}.",
+        )
+    ]
+
+
+def long_embedding(session: Session) -> list[Row]:
+    """How much memory the embedding of a long sequence needs."""
+    length = 3000 if session.quick else 100_000
+    found = probe("--embed", length, torch.get_num_threads())
+    config = models.EVO
+    kept = length * config.hidden_size * 4 / 1e6
+    return [
+        Row(
+            what=f"peak memory growth while {length:,} characters are embedded, a small model of Evo's kind",
+            unit="MB",
+            ours=Summary.of([found["growth"] / 1e6]),
+            target=Target("<=", 500),
+            note=f"{HOW}. In it: activations of all positions, {kept:.0f} MB, and one layer's keys and values, "
+            f"{2 * kept:.0f} MB. {config.num_layers} layers, {config.hidden_size} channels, {found['seconds']:.0f} s.",
         )
     ]
 

@@ -49,15 +49,15 @@ def row(ratio: float | None = 2.5, target: Target | None = None) -> Row:
 # --- the registry
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "scoring"])
 def test_names_are_unique_and_what_they_name_exists(name: str) -> None:
-    if name == "gpu":
+    if name != "cpu":
         pytest.importorskip("triton", reason="triton is made for Linux only")
     suite: Suite = registry.load(f"{name}:SUITE")
     assert suite.name == name and len({b.name for b in suite.benchmarks}) == len(suite.benchmarks)
     assert all(callable(b.load()) for b in suite.benchmarks)
     assert isinstance(registry.load(suite.session)(quick=True, deadline=1.0), Session)
-    assert sum(b.minutes for b in suite.benchmarks) <= (20 if name == "cpu" else 8)
+    assert sum(b.minutes for b in suite.benchmarks) <= {"cpu": 22, "gpu": 8, "scoring": 10}[name]
 
 
 def test_select_keeps_the_order_of_the_suite() -> None:
@@ -146,7 +146,7 @@ def test_a_fresh_part_replaces_its_own_device_only(tmp_path: Path) -> None:
 def test_pages_in_the_repository_are_those_of_their_json() -> None:
     """Whoever changes the page's form writes the pages again: ``--merge results/cpu.json``."""
     pytest.importorskip("triton", reason="triton is made for Linux only")
-    for name in ("cpu", "gpu"):
+    for name in ("cpu", "gpu", "scoring"):
         known = report.read(report.RESULTS / f"{name}.json")
         assert known and report.page(registry.load(f"{name}:SUITE"), known) == (
             (report.RESULTS / f"{name}.md").read_text(encoding="utf-8")
@@ -298,3 +298,19 @@ def test_a_probe_measures_a_batch_in_a_process_of_its_own() -> None:
 
     found = probe("--prompts", "10,600", 2, 1)
     assert found["growth"] > 0 and found["read"] in (10, 10 + 512, 10 + 600)
+
+
+def test_packed_scores_are_compared_with_single_ones() -> None:
+    from benchmarks.cpu.scoring import unequal
+
+    short, long = [row for step in unequal(Session(quick=True)) for row in step.run()]
+    assert short.target == Target(">=", 3) and long.target is None
+    assert short.ratio is not None and "largest difference" in short.note
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux only")
+def test_the_memory_of_an_embedding_is_measured_in_a_process_of_its_own() -> None:
+    from benchmarks.cpu.scoring import long_embedding
+
+    (line,) = long_embedding(Session(quick=True))
+    assert line.met and line.ours.median > 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,35 +221,10 @@ def test_vectors_that_are_not_finite_name_the_text() -> None:
 
 # --- memory
 
-MEMORY = """
-import sys
-import torch, hyaena
-from benchmarks.cpu.memory_probe import measure
-from hyaena.config import ModelConfig
-from hyaena.model import StripedHyena
-from hyaena.tokenizers import CharacterTokenizer
-
-torch.set_num_threads(1)
-length, pool = int(sys.argv[1]), sys.argv[2]
-config = ModelConfig(
-    vocab_size=512, hidden_size=64, layer_types=("hyena", "hyena", "attention", "hyena"), intermediate_size=192,
-    num_attention_heads=4, num_key_value_heads=4, state_size=8, activation="gelu", norm_eps=1e-6,
-    norm_eps_inside_root=False, tie_embeddings=True, attention_qkv_bias=True, attention_out_bias=True,
-    max_length=200_000,
-)
-model, tokenizer = StripedHyena(config).eval(), CharacterTokenizer(512)
-text = "ACGT" * (length // 4)
-hyaena.embed(model, tokenizer, text[:3000], [1, -1], pool=pool)
-print(measure(lambda: hyaena.embed(model, tokenizer, text, [1, -1], pool=pool))[0])
-"""
-
 
 @pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux only")
 def test_100_000_characters_take_at_most_500_mb() -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, "100000", "mean"], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 500e6
+    from benchmarks.cpu.memory import probe
+
+    assert probe("--embed", 100_000, 1)["growth"] <= 500e6

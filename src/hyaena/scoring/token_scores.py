@@ -95,8 +95,9 @@ def token_statistics(logits: Tensor, targets: Tensor, wanted: Wanted) -> Tensor:
     wide = torch.promote_types(logits.dtype, torch.float32)
     logp = logits.log_softmax(-1, dtype=wide)
     rows = [logp.gather(-1, targets[:, None])]  # each [n,…]
-    if wanted.entropy:  # where p underflows to 0, p·log p is 0 and not 0·(-inf)
-        rows.append(logp.exp().mul_(logp.clamp(min=torch.finfo(wide).min)).sum(-1, keepdim=True).neg_())
+    if wanted.entropy:
+        p = logp.exp()
+        rows.append(torch.special.entr(p, out=p).sum(-1, keepdim=True))  # -p·log p, 0 where p is 0
     if wanted.rank:
         above = logits > logits.gather(-1, targets[:, None])
         rows.append(above.sum(-1, keepdim=True).to(wide) + 1)
