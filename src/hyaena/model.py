@@ -199,9 +199,11 @@ class Hyena(nn.Module):
     def forward(
         self, x: Tensor, context: ForwardContext, state: HyenaState | None, keep: int
     ) -> tuple[Tensor, HyenaState]:
+        short_weight, short_bias = self.short_filter()
         y, state = ops.hyena(
             self.in_proj(x),
-            *self.short_filter(),
+            short_weight,
+            short_bias,
             self.long_filter(),
             state,
             mask=context.mask,
