@@ -60,6 +60,7 @@ def compiled() -> dict[str, Any]:
         {"prefill_chunk_size": 1},
         {"cache_implementation": "static", "disable_compile": True},
         {"cache_implementation": "static", "prefill_chunk_size": 7, "disable_compile": True},
+        {"cache_implementation": "static", "prefill_chunk_size": 1, "disable_compile": True},
         pytest.param(compiled(), marks=pytest.mark.integration),
     ],
     ids=lambda options: " ".join(options),
@@ -140,6 +141,23 @@ def test_a_prefix_that_is_read_once(cub: tuple[StripedHyena, Tokenizer], expecte
     for turn in (5, 5, 10):
         x = model.generate(x, past_key_values=cache, max_new_tokens=turn, do_sample=False)
     assert x[0, -20:].tolist() == expected[0]
+
+
+def test_a_static_cache_in_every_mode_of_autograd(tiny: StripedHyena) -> None:
+    """Steps update states in place, which autograd allows in some modes only; the results are the same in all."""
+    model, x = StripedHyenaForCausalLM.from_native(tiny), torch.randint(2, 50, (2, 6))
+    expected = tiny(x).detach()
+    modes = (torch.inference_mode, torch.no_grad, torch.enable_grad)
+    for first in modes:
+        for second in modes:
+            cache = StripedHyenaCache(8)
+            with first():
+                model(x[:, :3], cache=cache)
+            with second():
+                found = [model(part, cache=cache).logits for part in x[:, 3:].split(1, dim=1)]
+                assert found[0].requires_grad == (second is torch.enable_grad)
+            torch.testing.assert_close(torch.cat(found, dim=1), expected[:, 3:], rtol=1e-5, atol=1e-5)
+            assert not any(t.requires_grad for t in cache.native.tensors())
 
 
 def test_hidden_states_of_each_step(tiny: StripedHyena) -> None:

@@ -95,8 +95,22 @@ class StripedHyenaCache(Cache):
     def is_compileable(self) -> bool:
         return self.max_length is not None
 
-    is_croppable = False
-    is_linear = is_sliding = is_dummy = (False,)
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of each layer: none counts no positions, as layers with nothing but a state do in caches of transformers."""
+        return [False] * max(len(self), 1)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return self.is_linear
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return self.is_linear
 
     # --- verbs ---------------------------------------------------------------------------------------------------
 
@@ -111,7 +125,9 @@ class StripedHyenaCache(Cache):
             self.end_steps()
             self.native = self.native.select(beam_idx)
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Replace the rows by copies of these."""
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""

@@ -34,7 +34,7 @@ class StripedHyenaConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     default_theta = 500_000.0
 
     vocab_size: int = 32_000

@@ -51,8 +51,8 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
     config_class = StripedHyenaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Layer",)
-    _skip_keys_device_placement = ("past_key_values", "cache")
+    _no_split_modules = ["Layer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True
     _can_compile_fullgraph = True
@@ -113,7 +113,8 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
         if (foreign := loading.foreign_weights(source, kwargs)) is not None:
             source, kwargs = None, foreign
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        model, info = loaded
         loading.check_complete(model, info, pretrained_model_name_or_path)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path or "")
         if model.dtype == torch.float64:
@@ -199,12 +200,12 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
                 "output_attentions is not supported: attention weights are never formed, and Hyena blocks have none"
             )
         if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+            output_hidden_states = bool(self.config.output_hidden_states)
         x = inputs_embeds if input_ids is None else embed(self.embed_tokens, input_ids, self.config.vocab_size)
         assert x is not None
         shape = (x.shape[0], x.shape[1])
         given = as_cache(past_key_values if cache is None else cache)
-        if given is not None and given.step is not None and shape[1] == 1 and not self.training:
+        if given is not None and given.step is not None and shape[1] == 1 and _may_update(given.step.lengths):
             return self._step(given, x, output_hidden_states)
         if given is not None and given.native is not None:
             layout = read_continuation(
@@ -220,7 +221,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
             context = self._context(x, None, layout)
             x, _states = self._read(x, context, [None] * len(self.layers), keep, hidden)
         else:
-            x = self._read_into(given, x, layout, keep, hidden)
+            x = self._read_into(given, x, layout, keep, hidden)  # type: ignore[call-issue]
         states = None if hidden is None else tuple(hidden)
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **{FIELD: given})  # type: ignore[arg-type]
 
@@ -269,7 +270,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
             x, states = self._read(x, context, cache.native.states, keep, hidden)
             cache.native.commit([state.detach() for state in states], context.counts)
         cache.count(length)
-        if cache.max_length is not None and self._step_unsupported_reason() is None:
+        if cache.max_length is not None and all(cache.native.lengths) and self._step_unsupported_reason() is None:
             cache.begin_steps(self._step_context(cache.native, cache.max_length))
         return x
 
@@ -340,6 +341,14 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         if hidden is not None:
             hidden.append(x)
         return x, new
+
+
+def _may_update(state: Tensor) -> bool:
+    """Whether autograd allows that what was made together with ``state`` is updated in place."""
+    if torch.is_grad_enabled():
+        return False
+    # The compiler cannot trace the rest; autograd itself then raises where an update is not allowed.
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not state.is_inference()
 
 
 def _output_of(layer: nn.Module, context: ForwardContext, count: int) -> Any:
