@@ -248,7 +248,7 @@ def _too_large() -> CheckpointError:
     return CheckpointError("its pickle is larger than that of any model: save model.state_dict() alone")
 
 
-# These take the arguments of the functions of torch that they stand for: a call that torch would refuse fails here, too.
+# These take the arguments of the functions of torch that they stand for: what torch would refuse is refused here, too.
 def _rebuild_v1(storage: Any, offset: Any, shape: Any, stride: Any) -> _TensorOf:
     """``torch._utils._rebuild_tensor``."""
     return _rebuild_as(storage, offset, shape, stride, storage.dtype)
