@@ -440,6 +440,8 @@ def test_ids_come_in_any_sequence(ids: Any) -> None:
         torch.tensor([1.0]),
         torch.empty(2, dtype=torch.long, device="meta"),
         np.array(104),
+        np.array("hi"),
+        np.array(b"hi"),
         np.array([1.0]),
         np.array([True]),
         [10**400],

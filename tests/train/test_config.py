@@ -44,6 +44,12 @@ def test_plain_values_read_back_to_an_equal_record() -> None:
     assert TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize("output", ["a\0b", "\udcff"])
+def test_an_output_that_not_all_writers_take_is_refused_before_the_run(output: str) -> None:
+    with pytest.raises(ConfigError, match="is no name of a folder: it must be UTF-8 text"):
+        TrainConfig.from_dict(values(output=output))
+
+
 def test_a_number_without_a_point_is_a_number(tmp_path: Path) -> None:
     path = tmp_path / "run.yml"
     path.write_text(yaml.safe_dump(values()).replace("lr: 0.001", "lr: 1e-3"))

@@ -127,6 +127,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require((self.model is None) != (self.init_from is None), "give exactly one of `model` and `init_from`")
         _require(bool(self.output), "output is empty: name the folder of the run")
+        _require(_is_name(self.output), f"output {shown(self.output)} is no name of a folder: it must be UTF-8 text")
         _require(0 <= self.seed < 2**63, f"seed must lie in 0 … 2^63 - 1, not {shown(self.seed)}")
         for name in ("steps", "batch_size", "log_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
@@ -183,6 +184,14 @@ class TrainConfig:
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 """Other names of types."""
+
+
+def _is_name(path: str) -> bool:
+    """Whether a path can be written, too, by libraries that take UTF-8 only."""
+    try:
+        return "\0" not in path and bool(path.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _require(condition: bool, message: str) -> None:

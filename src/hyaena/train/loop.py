@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -107,11 +108,11 @@ def open_run(config: TrainConfig, *, resume: bool = False, device: str = "auto")
     """
     used = _device(device)
     folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise ConfigError(f"output {folder} is a file: name a folder")
     for sources in (config.data.train, config.data.heldout):
         find_files(sources, config.data.pattern)
-    if resume and not (folder / CHECKPOINT).is_file():
+    if resume and not os.path.isfile(folder / CHECKPOINT):
         raise CheckpointError(f"nothing to resume: {folder / CHECKPOINT} does not exist; run without --resume")
     with contextlib.ExitStack() as stack:
         try:
