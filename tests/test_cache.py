@@ -159,6 +159,33 @@ def test_autocast_and_narrow_keys_work(model: StripedHyena) -> None:
         torch.testing.assert_close(got.float(), narrow(ids), atol=0.1, rtol=0.1)  # products in bfloat16
 
 
+def test_a_snapshot_may_be_restored_again_and_again(model: StripedHyena) -> None:
+    cache = read(model, torch.randint(50, (2, 6)), max_length=20)
+    saved, tokens, others = cache.snapshot(), torch.randint(50, (2, 3)), torch.randint(50, (2, 3))
+    expected = step(model, cache, tokens)
+    for _ in range(2):
+        cache.restore(saved)
+        step(model, cache, others)  # writes to the cache's storage, and to no other
+        cache.restore(saved)
+        torch.testing.assert_close(step(model, cache, tokens), expected)
+    assert saved.lengths == [6, 6]
+
+
+def test_a_cache_with_a_row_without_limit_has_none(model: StripedHyena) -> None:
+    limited, growing = (read(model, torch.randint(50, (1, 4)), max_length=n) for n in (20, None))
+    assert limited.max_length == 20 and growing.max_length is None
+    assert Cache.merge([limited, growing]).max_length is None
+    assert Cache.merge([limited, read(model, torch.randint(50, (1, 4)), max_length=30)]).max_length == 30
+
+
+@pytest.mark.parametrize("rows", [[0, 0], [1, 0], [0, 1, 1]])
+def test_rows_are_kept_in_order_and_once(model: StripedHyena, rows: list[int]) -> None:
+    cache = read(model, torch.randint(50, (2, 4)))
+    with pytest.raises(InputError, match="rising order, each once"):
+        cache.keep(rows)
+    assert cache.batch_size == 2
+
+
 def test_snapshot_and_restore(model: StripedHyena) -> None:
     cache = read(model, torch.randint(50, (2, 6)), max_length=20)
     saved = cache.snapshot()

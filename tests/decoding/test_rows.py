@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from decoding.test_decoder import EVO, PADDINGS, PARAMS, SH, decoder_of, make, prefill
+from hyaena.cache import Cache
 from hyaena.decoding import Decoder, PipelinedDecoder
 from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
@@ -171,6 +172,8 @@ def test_a_pipeline_frees_places_when_they_are_needed_or_half_are_free() -> None
     assert pipeline.decoder.rows == 4 and len(pipeline.decoder.pending) == 1  # nothing waits for the device
     pipeline.add(["e"], [20], more[0], ids[:1], [SamplingParams()], [torch.Generator()])
     assert pipeline.keys == list("acde") and pipeline.decoder.rows == 4
+    keys, output = pipeline.next()  # was computed before the new row joined
+    assert keys == list("abcd") and len(output.tokens) == 4
     pipeline.remove(["a"])
     pipeline.remove(["e"])
     assert pipeline.keys == list("cd") and pipeline.decoder.rows == 2
@@ -178,3 +181,68 @@ def test_a_pipeline_frees_places_when_they_are_needed_or_half_are_free() -> None
     pipeline.add(["f"], [20], more[1], ids[1:2], [SamplingParams()], [torch.Generator()])
     while (keys := pipeline.next()[0]) != ["f"]:
         assert "f" not in keys
+
+
+def test_a_row_without_steps_left_may_be_full_before_it_is_removed() -> None:
+    model = make()
+    pipeline = PipelinedDecoder[str](Decoder(model, 2))
+    for key, steps_left, capacity in (("a", 3, 15), ("b", 9, 40)):
+        cache, ids, _ = prefill(model, [0], capacity)
+        pipeline.add([key], [steps_left], cache, ids, [SamplingParams()], [torch.Generator()])
+    tokens = [pipeline.next()[1].tokens[1] for _ in range(9)]
+    _, (_, alone) = rows_of_limits(model, [15, 40])
+    assert tokens == [row[0] for row in steps(alone, 9)]
+
+
+class Doubled(torch.nn.Linear):
+    """A linear layer of a kind of its own, as quantized layers are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def change_of(model: StripedHyena, kind: str) -> None:
+    mlp, norm = model.layers[1].mlp, model.layers[1].mlp_norm
+    assert isinstance(mlp.up_proj, torch.nn.Linear)
+    if kind == "a subclass of Linear":
+        up = Doubled(32, 48, bias=False, dtype=torch.float64)
+        up.weight = mlp.up_proj.weight
+        mlp.up_proj = up
+    elif kind == "a hook on a norm":
+        norm.register_forward_hook(lambda module, x, y: 2 * y)  # type: ignore[union-attr]
+    elif kind == "a hook before a norm":
+        norm.register_forward_pre_hook(lambda module, x: (x[0] + 1, *x[1:]))  # type: ignore[union-attr]
+    elif kind == "a hook before a linear layer":
+        mlp.up_proj.register_forward_pre_hook(lambda module, x: (2 * x[0],))
+    elif kind == "a hook before the embedding":
+        model.embed_tokens.register_forward_pre_hook(lambda module, x: ((x[0] + 1) % 50,))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a subclass of Linear",
+        "a hook on a norm",
+        "a hook before a norm",
+        "a hook before a linear layer",
+        "a hook before the embedding",
+    ],
+)
+def test_a_step_calls_what_is_not_plain(kind: str) -> None:
+    plain, model = make(), make()
+    change_of(model, kind)
+    logprobs = []
+    for each in (plain, model):
+        cache, ids, _ = prefill(model, PADDINGS)
+        other, _, _ = prefill(model, PADDINGS)
+        with torch.inference_mode():
+            expected = each(ids[:, None], cache=_owned(each, other))[:, -1].log_softmax(-1).amax(-1)
+        decoder = decoder_of(each, _owned(each, cache), ids, [SamplingParams()] * 3)
+        decoder.launch()
+        logprobs.append(decoder.fetch().logprobs)
+        assert logprobs[-1] == pytest.approx(expected.tolist(), abs=1e-9)
+    assert logprobs[0] != pytest.approx(logprobs[1], abs=1e-3)  # the change is one
+
+
+def _owned(model: StripedHyena, cache: Cache) -> Cache:
+    return Cache(cache.states, cache.lengths, cache.limits, owner=model)

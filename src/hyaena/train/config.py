@@ -13,6 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from hyaena.arguments import as_path
 from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError, nearest, printable, shown
 from hyaena.formats import config_from_dict, read_config
@@ -162,7 +163,7 @@ class TrainConfig:
             ConfigError: the file is missing or no YAML mapping, or a key or a value is wrong.
         """
         try:
-            values = read_mapping(Path(path))
+            values = read_mapping(as_path("the configuration", path))
             for override in overrides:
                 _override(values, override)
             return cls.from_dict(values)
@@ -208,7 +209,7 @@ def _plain(value: Any) -> Any:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    name, separator, text = override.partition("=")
+    name, separator, text = override.partition("=") if isinstance(override, str) else ("", "", "")
     if not separator or not name.strip():
         raise ConfigError(f"--set takes key=value, not {shown(override)}, for example --set optim.lr=1e-3")
     *sections, key = name.strip().split(".")

@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from hyaena.arguments import kind_of
 from hyaena.checkpoints import as_device, save_model
-from hyaena.errors import CheckpointError, ConfigError, HyaenaError, NonFiniteError, OutputError
+from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError, NonFiniteError, OutputError, shown
 from hyaena.files import locked, write_atomically
 from hyaena.train.config import TrainConfig
 from hyaena.train.corpus import Corpus, tokenize
@@ -95,6 +96,9 @@ def train(
         CheckpointError, OutputError: the disk is full, or another process trains in this folder.
         NonFiniteError: the loss became NaN or infinite; ``last.pt`` holds the last finite state that was saved.
     """
+    seconds = math.inf if max_seconds is None else max_seconds
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+        raise InputError(f"max_seconds must be a number, 0 or more, not {shown(max_seconds)}")
     with open_run(config, resume=resume, device=device) as trainer:
         return trainer.advance(max_seconds=max_seconds, progress=progress, stop=stop)
 
@@ -106,6 +110,8 @@ def open_run(config: TrainConfig, *, resume: bool = False, device: str = "auto")
     What costs little is checked first: the device, the folder, the files of the data and, to resume, the
     configuration; then the text is read; weights are read or downloaded last.
     """
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"config must be a TrainConfig, not {kind_of(config)}: TrainConfig.from_file reads one")
     used = _device(device)
     folder = Path(config.output)
     if os.path.exists(folder) and not os.path.isdir(folder):
@@ -302,8 +308,8 @@ class Trainer:
         config = self.config
         started, before = time.monotonic(), self.elapsed
         self.model.train()
-        shown = progress and sys.stderr is not None and sys.stderr.isatty()
-        with tqdm(total=config.steps, initial=self.step, unit="step", disable=not shown, dynamic_ncols=True) as bar:
+        drawn = progress and sys.stderr is not None and sys.stderr.isatty()
+        with tqdm(total=config.steps, initial=self.step, unit="step", disable=not drawn, dynamic_ncols=True) as bar:
             if self.heldout is not None and self.initial is None:
                 self._evaluate(self.heldout)
             interval = _Interval(self.step)
