@@ -159,16 +159,20 @@ def test_autocast_and_narrow_keys_work(model: StripedHyena) -> None:
         torch.testing.assert_close(got.float(), narrow(ids), atol=0.1, rtol=0.1)  # products in bfloat16
 
 
-def test_a_snapshot_may_be_restored_again_and_again(model: StripedHyena) -> None:
-    cache = read(model, torch.randint(50, (2, 6)), max_length=20)
-    saved, tokens, others = cache.snapshot(), torch.randint(50, (2, 3)), torch.randint(50, (2, 3))
-    expected = step(model, cache, tokens)
-    for _ in range(2):
+def test_caches_that_were_restored_from_one_snapshot_are_independent(model: StripedHyena) -> None:
+    saved = read(model, torch.randint(50, (2, 6)), max_length=20)
+    tokens = torch.randint(50, (3, 2, 2, 3))  # what three caches read, in two steps
+    caches = [model.make_cache(2, max_length=20) for _ in tokens]
+    for cache in caches:
         cache.restore(saved)
-        step(model, cache, others)  # writes to the cache's storage, and to no other
-        cache.restore(saved)
-        torch.testing.assert_close(step(model, cache, tokens), expected)
-    assert saved.lengths == [6, 6]
+    got = [[step(model, cache, own[i]) for cache, own in zip(caches, tokens, strict=True)] for i in range(2)]
+    for row, own in enumerate(tokens):
+        alone = saved.snapshot()
+        for i in range(2):
+            torch.testing.assert_close(got[i][row], step(model, alone, own[i]))
+    caches[0].restore(saved)
+    caches[0].extend([caches[1]])
+    assert saved.lengths == [6, 6] and saved.batch_size == len(saved.limits) == 2
 
 
 def test_a_cache_with_a_row_without_limit_has_none(model: StripedHyena) -> None:

@@ -32,3 +32,11 @@ def test_a_narrow_skip_is_the_models_own_choice(kind: type[LongFilter]) -> None:
     module = kind(4, 2).to(torch.bfloat16)
     assert module().skip.dtype == module.view().skip.dtype == torch.bfloat16
     assert module().residues.real.dtype == module.view().residues.real.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [LongFilter, RealLongFilter])
+def test_parameters_that_stay_float32_go_to_the_device_all_the_same(kind: type[LongFilter]) -> None:
+    module = kind(4, 2).to(device="meta", dtype=torch.bfloat16)
+    for name, parameter in module.named_parameters():
+        assert parameter.is_meta
+        assert parameter.dtype == (torch.bfloat16 if name == "skip" else torch.float32)
