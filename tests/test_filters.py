@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hyaena.errors import UnsupportedError
-from hyaena.filters import LongFilter, RealLongFilter
+from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter
 
 
 @pytest.mark.parametrize("kind", [LongFilter, RealLongFilter])
@@ -40,3 +40,14 @@ def test_parameters_that_stay_float32_go_to_the_device_all_the_same(kind: type[L
     for name, parameter in module.named_parameters():
         assert parameter.is_meta
         assert parameter.dtype == (torch.bfloat16 if name == "skip" else torch.float32)
+
+
+@pytest.mark.parametrize("module", [LongFilter(4, 2), RealLongFilter(4, 2), ExplicitLongFilter(4, 3, skip=True)])
+def test_a_filter_owns_its_memory_and_a_view_does_not(module: nn.Module) -> None:
+    """FSDP frees the storage of parameters after a forward; a step copies nothing."""
+    storages = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    owned, view = (
+        {part.untyped_storage().data_ptr() for part in filter if isinstance(part, torch.Tensor)}
+        for filter in (module(), module.view())  # type: ignore[operator]
+    )
+    assert not owned & storages and view == storages
