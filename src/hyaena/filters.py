@@ -125,7 +125,8 @@ class RealLongFilter(Float32Parameters):
         return RealModalFilter(log_poles.clone(), residues.clone(), self.skip.clone())
 
     def view(self) -> RealModalFilter:
-        return RealModalFilter(*self._float32("log_poles", "residues"), self.skip)
+        log_poles, residues = self._float32("log_poles", "residues")
+        return RealModalFilter(log_poles, residues, self.skip)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Rates log-uniform in [1e-3, 0.1], so time constants of 10 to 1,000 steps; residues that keep the power."""

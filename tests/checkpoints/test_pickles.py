@@ -190,6 +190,7 @@ def shared_tuple(count: int) -> bytes:
     [
         (b"", "truncated or corrupt"),
         (b"\x80\x02}", "truncated or corrupt"),
+        (b"\x80\x02}0}.", "truncated or corrupt"),  # an instruction that torch does not know either
         (b"\x80\x02" + b"(" * 50_000 + b".", "truncated or corrupt"),
         (b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".", "holds a list"),
         (b"\x80\x02" + b"(" * 1_000_000 + b".", "larger than that of any model"),
