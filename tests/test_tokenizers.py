@@ -385,6 +385,8 @@ def test_ids_come_in_any_sequence(ids: Any) -> None:
         torch.tensor([1.0]),
         torch.empty(2, dtype=torch.long, device="meta"),
         np.array(104),
+        np.array("hi"),
+        np.array(b"hi"),
         np.array([1.0]),
         np.array([True]),
         [10**400],
@@ -594,6 +596,37 @@ def test_a_normalizer_that_multiplies_a_text_is_refused(pattern: Any, nested: bo
     library.normalizer = normalizers.Sequence([*steps, more if nested else normalizers.Replace("a", "aa")])
     with pytest.raises(CheckpointError, match="its normalizer makes a text more than 1,000 times as long"):
         HFTokenizer(write(library, tmp_path))
+
+
+def charsmap(replacement: str) -> bytes:
+    """The table of a ``Precompiled`` normalizer that replaces "a": a double-array trie, and the replacement."""
+    units = [0] * 768
+    units[0] = 256 << 10  # the root's children begin at 256
+    units[256 ^ ord("a")] = ord("a") | 1 << 8 | (256 ^ ord("a") ^ 512) << 10  # has a leaf, which is unit 512: offset 0
+    trie = b"".join(unit.to_bytes(4, "little") for unit in units)
+    return len(trie).to_bytes(4, "little") + trie + replacement.encode() + b"\0"
+
+
+def test_a_table_that_multiplies_a_text_is_refused(tmp_path: Path) -> None:
+    library = byte_level()
+    library.normalizer = normalizers.Sequence([normalizers.Precompiled(charsmap("é" * 1000))])
+    assert library.normalizer.normalize_str("ab") == "é" * 1000 + "b"
+    HFTokenizer(write(library, tmp_path))
+    library.normalizer = normalizers.Precompiled(charsmap("é" * 1001))
+    with pytest.raises(CheckpointError, match="its normalizer makes a text more than 1,000 times as long"):
+        HFTokenizer(write(library, tmp_path))
+
+
+def test_an_expression_that_backtracks_without_end_is_an_input_error(tmp_path: Path) -> None:
+    """The library's limit of steps at one place of the text ends it: 2**30 of them are needed here."""
+    library = byte_level()
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("(h+)+$"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer = HFTokenizer(write(library, tmp_path))
+    assert tokenizer.decode(tokenizer.encode("hhh")) == "hhh"
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot encode the text .*retry-limit"):
+        tokenizer.encode("h" * 30 + "e")
 
 
 def test_a_decoder_that_is_not_made_of_bytes_is_refused(tmp_path: Path) -> None:

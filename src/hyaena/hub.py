@@ -20,6 +20,7 @@ import torch
 
 from hyaena import checkpoints
 from hyaena.adapters import Adapter, merge_adapter, read_adapter
+from hyaena.arguments import as_path
 from hyaena.checkpoints import Checkpoint
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
@@ -131,8 +132,9 @@ def load_tokenizer_of(
     Raises:
         HyaenaError: the errors of :func:`load`.
     """
+    as_path("the model", source)
     name = str(source)
-    if name in BUNDLED or not is_hub_id(name) or Path(name).exists():
+    if name in BUNDLED or not is_hub_id(name) or _is_there(Path(name)):
         checkpoint = locate(source, revision=revision, config=config)
         return checkpoint.config, load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)
     folder = download(name, revision=revision, weights=False)
@@ -159,8 +161,9 @@ def locate(
     Raises:
         CheckpointError: there is no such model, or the hub cannot be reached.
         ConfigError: the configuration is missing or cannot be used.
-        InputError: a bundled name that is also a folder here, or a revision of something that has none.
+        InputError: a bundled name that is also a folder here, a revision of something that has none, or no name at all.
     """
+    as_path("the model", source)
     name = str(source)
     is_bundled = isinstance(source, str) and name in BUNDLED
     if is_bundled:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from hyaena.arguments import as_path
 from hyaena.cli.formatting import decimal_bytes, parse_size
 from hyaena.errors import InputError
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, a weights file, a bundled name, a hub id, or the folder of a training run, whose newest state "
         "is written",
     )
-    parser.add_argument("dest", metavar="DEST", type=Path, help="the folder to write")
+    parser.add_argument("dest", metavar="DEST", help="the folder to write")
     parser.add_argument(
         "--layout",
         choices=("hyaena", "original", "transformers"),
@@ -55,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, convert, write."""
     limit = parse_size(args.max_shard_size)
-    dest: Path = args.dest
-    if dest.exists() and not dest.is_dir():
+    dest = as_path("the folder to write", args.dest)
+    if os.path.exists(dest) and not os.path.isdir(dest):
         raise InputError(f"{dest} is a file: name a folder to write")
 
     from hyaena import checkpoints, files
