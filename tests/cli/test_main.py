@@ -43,11 +43,18 @@ def raiser(error: BaseException) -> Callable[[argparse.Namespace], int]:
 
 
 def test_the_commands_are_the_promised_ones() -> None:
-<<<<<<< HEAD
-    assert list(COMMANDS) == ["generate", "convert", "info", "score", "embed", "train", "bench"]
-=======
-    assert list(COMMANDS) == ["generate", "convert", "info", "score", "embed", "train", "eval", "bench"]
->>>>>>> w-gen
+    assert list(COMMANDS) == [
+        "generate",
+        "chat",
+        "serve",
+        "convert",
+        "info",
+        "score",
+        "embed",
+        "train",
+        "eval",
+        "bench",
+    ]
 
 
 def test_arguments_reach_the_command_and_its_status_returns(command: Callable[..., None]) -> None:
