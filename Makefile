@@ -106,6 +106,6 @@ clean:
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed
-	@echo "Installing pdoc into .venv"
-	@$(PIP) --quiet --no-build-isolation --editable '.[docs]'
+	@echo "Installing pdoc, and what the documented modules import, into .venv"
+	@$(PIP) --quiet --no-build-isolation --editable '.[docs,hf,serve]'
 	@touch $@
