@@ -12,7 +12,7 @@ import pytest
 
 import hyaena.errors
 import pages
-from hyaena import ops
+from hyaena import evals, hf, ops
 
 RUN_ELSEWHERE = {"evaluation.md": "integrations/eval", "evo.md": "integrations/evo"}
 """Pages that need packages of an environment of their own, and the tests that run them there."""
@@ -51,6 +51,8 @@ def test_the_list_of_public_names_is_complete_and_true() -> None:
         listed[modules[0]] = names
     assert listed["hyaena"] == set(hyaena.__all__)
     assert listed["hyaena.ops"] == set(ops.__all__)
+    assert listed["hyaena.evals"] == set(evals.__all__)
+    assert listed["hyaena.hf"] == set(hf.__all__)
     errors = {name for name, value in vars(hyaena.errors).items() if isinstance(value, type)}
     assert listed["hyaena.errors"] == {name for name in errors if issubclass(getattr(hyaena.errors, name), Exception)}
 
