@@ -45,7 +45,7 @@ def test_every_link_and_every_named_command_exists(page: Path) -> None:
         assert anchor in {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}, f"#{anchor}"
     targets = set(re.findall(r"^([\w-]+):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE))
     # Commands stand in code: after a backquote, a prompt or an indentation.
-    for name in re.findall(r"(?:`|\$ |    )make (?:[A-Z_]+=\S+ )*([a-z][\w-]*)", text):
+    for name in re.findall(r"(?:`|\$ |    )make (?:[A-Z_]+=\S+ )*([a-z][\w-]*)(?![\w/-])", text):
         assert name in targets, f"{page.name}: make {name}"
     for path in re.findall(r"(?:`|\$ |    )python (?!-)(\S+\.py)", text):
         assert (pages.ROOT / path).exists(), f"{page.name}: python {path}"
