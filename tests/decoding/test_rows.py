@@ -13,7 +13,7 @@ from hyaena.cache import Cache
 from hyaena.decoding import Decoder, EagerDecoder, PipelinedDecoder
 from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
-from hyaena.sampling import SamplingFeatures, SamplingParams
+from hyaena.sampling import SamplingFeatures, SamplingParams, sample
 
 
 def steps(decoder: Decoder, count: int) -> list[list[int]]:
@@ -273,9 +273,14 @@ def test_eager_rows_have_params_numbers_and_seen_tokens_of_their_own(order: list
 
     expected = {}
     for i in order:
-        alone = EagerDecoder[int](model)
-        alone.add([i], [20], *row(i), seen=seen_of(i))
-        expected[i] = [alone.next()[1].tokens[0] for _ in range(14)]
+        alone, token, own, generator = *row(i)[:3], params[i].generator()
+        used, expected[i] = torch.zeros(1, 50, dtype=torch.bool), []
+        used = used if (given := seen_of(i)) is None else given
+        for _ in range(14):
+            with torch.inference_mode():
+                token = sample(model(token[:, None], cache=alone)[:, -1], own, [generator], seen=used)
+            used[0, token] = True
+            expected[i].append(int(token))
     together, got = EagerDecoder[int](model), {i: list[int]() for i in order}
     for step in range(14):
         if step < 3:
