@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyaena.errors import InputError, NonFiniteError
+from hyaena.ops.step import DecodeOperators
 from hyaena.sampling import SamplingParams, log_probabilities, sample
 
 
@@ -326,3 +327,17 @@ def test_log_probabilities_of_large_logits_do_not_overflow() -> None:
     for shift in (-3e4, 3e4):  # where neighbouring float32 numbers are 0.002 apart
         chosen, values, _ = log_probabilities(torch.tensor([[0.0, 1.0]]) + shift, torch.tensor([0]), top=2)
         assert [*chosen.tolist(), *values[0].tolist()] == pytest.approx([-1.3133, -0.3133, -1.3133], abs=3e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3e4, 1e30])
+def test_log_probabilities_of_large_logits_keep_their_digits(scale: float) -> None:
+    small = torch.tensor([[0.0, -1.0, -2.5, -0.25]])
+    logits = small + scale if scale < 1e5 else torch.tensor([[scale, -scale, 0.0, scale]])
+    logits = logits.float()
+    want = logits.double().log_softmax(dim=-1)
+    for token in range(4):
+        chosen, values, _ = log_probabilities(logits, torch.tensor([token]), top=2)
+        torch.testing.assert_close(chosen.double(), want[:, token], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(values.double(), want.topk(2).values, atol=1e-6, rtol=1e-6)
+    packed = DecodeOperators().argmax(logits, torch.zeros(1, dtype=torch.int64))
+    torch.testing.assert_close(packed[:, 1], want.amax(dim=-1), atol=1e-6, rtol=1e-6)

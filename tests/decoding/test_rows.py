@@ -10,10 +10,10 @@ from torch import Tensor
 
 from decoding.test_decoder import EVO, PADDINGS, PARAMS, SH, decoder_of, make, prefill
 from hyaena.cache import Cache
-from hyaena.decoding import Decoder, PipelinedDecoder
+from hyaena.decoding import Decoder, EagerDecoder, PipelinedDecoder
 from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
-from hyaena.sampling import SamplingFeatures, SamplingParams
+from hyaena.sampling import SamplingFeatures, SamplingParams, sample
 
 
 def steps(decoder: Decoder, count: int) -> list[list[int]]:
@@ -246,3 +246,49 @@ def test_a_step_calls_what_is_not_plain(kind: str) -> None:
 
 def _owned(model: StripedHyena, cache: Cache) -> Cache:
     return Cache(cache.states, cache.lengths, cache.limits, owner=model)
+
+
+def test_outputs_keep_the_names_of_their_own_step() -> None:
+    model = make()
+    pipeline = PipelinedDecoder[str](Decoder(model, 4))
+    cache, ids, _ = prefill(model, PADDINGS)
+    pipeline.add(["a", "b"], [9, 9], cache.select([0, 1]), ids[:2], [SamplingParams()] * 2, [torch.Generator()] * 2)
+    pipeline.next()
+    pipeline.add(["c"], [9], cache.select([2]), ids[2:], [SamplingParams()], [torch.Generator()])
+    assert [pipeline.next()[0] for _ in range(2)] == [["a", "b"], ["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_eager_rows_have_params_numbers_and_seen_tokens_of_their_own(order: list[int]) -> None:
+    """Rows that need seen tokens join others that do not, and the reverse; the first row leaves before the others."""
+    model = make()
+    cache, ids, _ = prefill(model, PADDINGS)
+    params = [SamplingParams(), SamplingParams(repetition_penalty=9.0), SamplingParams(temperature=1.0, seed=8)]
+
+    def row(i: int) -> tuple[Any, ...]:
+        return cache.select([i]), ids[i : i + 1], [params[i]], [params[i].generator()]
+
+    def seen_of(i: int) -> Tensor | None:
+        return torch.arange(50)[None] % 5 > 0 if params[i].repetition_penalty != 1 else None
+
+    expected = {}
+    for i in order:
+        alone, token, own, generator = *row(i)[:3], params[i].generator()
+        used, expected[i] = torch.zeros(1, 50, dtype=torch.bool), []
+        used = used if (given := seen_of(i)) is None else given
+        for _ in range(14):
+            with torch.inference_mode():
+                token = sample(model(token[:, None], cache=alone)[:, -1], own, [generator], seen=used)
+            used[0, token] = True
+            expected[i].append(int(token))
+    together, got = EagerDecoder[int](model), {i: list[int]() for i in order}
+    for step in range(14):
+        if step < 3:
+            together.add([order[step]], [20], *row(order[step]), seen=seen_of(order[step]))
+        if step == 7:
+            together.remove([order[0]])
+        keys, output = together.next()
+        for key, token in zip(keys, output.tokens, strict=True):
+            got[key].append(token)
+    assert all(tokens == expected[i][: len(tokens)] for i, tokens in got.items())
+    assert [len(got[i]) for i in order] == [7, 13, 12]

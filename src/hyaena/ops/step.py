@@ -83,7 +83,8 @@ class DecodeOperators:
         finite = best.isfinite()  # NaN and +infinity win; -infinity only where there is nothing else
         ids.copy_(torch.where(finite, chosen, 0))
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.stack([ids.double(), (best - wide.logsumexp(dim=-1)).double(), finite.double()], dim=1)
+        logprobs = -(wide - best[:, None]).logsumexp(dim=-1)  # large logits cost no digits
+        return torch.stack([ids.double(), logprobs.double(), finite.double()], dim=1)
 
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """``residual + weight·norm(x) + bias``: x [B,D] -> [B,E]."""
