@@ -32,7 +32,7 @@ def show(browser: Chrome, tokens: int) -> None:
     """Write a completion, take another token in it, write again, and point at a token."""
     browser.execute_script(
         "for (const [name, value] of Object.entries(arguments[0])) document.getElementById(name).value = value",
-        {"seed": 11, "max_tokens": tokens, "temperature": 0.7},
+        {"seed": 4, "max_tokens": tokens, "temperature": 0.6},
     )
     status = browser.find_element("id", "status")
     browser.find_element("id", "run").click()
@@ -42,10 +42,14 @@ def show(browser: Chrome, tokens: int) -> None:
     wait(lambda: "written" in status.text)
     time.sleep(1.5)  # the last look at the memory
     browser.execute_script("document.getElementById('completion').scrollTop = 0")
-    # A token that was in doubt, and is in sight.
+    # The token in doubt that is furthest to the right of those in sight, so that the panel hides little.
     place = browser.execute_script(
-        "return [...document.querySelectorAll('#completion .token')].findIndex((token, place) => "
-        "place > 25 && token.matches('.p2, .p3') && token.textContent.trim())"
+        "const bottom = document.getElementById('completion').getBoundingClientRect().bottom - 20;"
+        "const all = [...document.querySelectorAll('#completion .token')];"
+        "const left = (token) => token.getBoundingClientRect().left;"
+        "const good = all.filter((token) => token.matches('.p2, .p3') && token.textContent.trim()"
+        "  && token.getBoundingClientRect().bottom < bottom);"
+        "return all.indexOf(good.sort((a, b) => left(b) - left(a))[0])"
     )
     ActionChains(browser).move_to_element(browser.find_elements("css selector", "#completion .token")[place]).perform()
     wait(lambda: browser.find_elements("css selector", "#alternatives button"))
@@ -66,7 +70,7 @@ def main() -> None:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         browser.get(server.url)
         wait(lambda: browser.find_elements("css selector", "#model option"))
-        show(browser, 300)
+        show(browser, 320)
         args.file.parent.mkdir(parents=True, exist_ok=True)
         browser.save_screenshot(str(args.file))
 

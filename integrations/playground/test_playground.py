@@ -17,11 +17,11 @@ Until = Callable[..., None]
 KEY = "a key"
 
 
-FAST_SERVER = r"""
+FAKE_SERVER = r"""
+const [names, total] = arguments;
 const given = window.fetch;
-const names = ["a", "b", " ", "c", "\n"];
-const event = (id) => ({choices: [{index: 0, text: names[id % 5], finish_reason: null, logprobs: {
-  tokens: [names[id % 5]], token_logprobs: [-(id % 5)],
+const event = (id) => ({choices: [{index: 0, text: names[id % names.length], finish_reason: null, logprobs: {
+  tokens: [names[id % names.length]], token_logprobs: [-(id % names.length)],
   top_logprobs: [Object.fromEntries(names.map((name, rank) => [name, -rank]))],
   top_token_ids: [Object.fromEntries(names.map((name) => [name, name.charCodeAt(0)]))],
 }}]});
@@ -31,10 +31,10 @@ window.fetch = (path, options) => {
   const body = new ReadableStream({async pull(controller) {
     await new Promise((resolve) => setTimeout(resolve, 1));
     let text = "";
-    for (let i = 0; i < 100; i++) text += `data: ${JSON.stringify(event(sent++))}\n\n`;
-    if (sent === 20000) text += "data: [DONE]\n\n";
+    for (let i = 0; i < 100 && sent < total; i++) text += `data: ${JSON.stringify(event(sent++))}\n\n`;
+    if (sent === total) text += "data: [DONE]\n\n";
     controller.enqueue(new TextEncoder().encode(text));
-    if (sent === 20000) controller.close();
+    if (sent === total) controller.close();
   }});
   return Promise.resolve(new Response(body));
 };
@@ -141,6 +141,21 @@ def test_alternatives_on_hover_and_a_click_continues_there(page: Chrome, until: 
     ActionChains(page).move_to_element(page.find_element("id", "prompt")).perform()
 
 
+def test_an_alternative_ends_the_run_before_it(page: Chrome, until: Until) -> None:
+    fill(page, max_tokens=3000, temperature=1)
+    page.find_element("id", "run").click()
+    until(lambda: len(tokens(page)) > 20)
+    written = text(page, "completion")
+    tokens(page)[10].click()
+    other = alternatives(page)[-1]
+    letter = other.text.split("\n")[0].replace("␣", " ").replace("↵", "\n").replace("⇥", "\t")
+    fill(page, max_tokens=15)
+    other.click()
+    until(lambda: "15 tokens written" in text(page, "status"))
+    assert len(tokens(page)) == 26 and text(page, "completion").startswith(written[:10] + letter)
+    assert not text(page, "error")
+
+
 def test_characters_of_several_bytes_are_one_piece(page: Chrome, until: Until) -> None:
     written = complete(page, until, prompt="é" * 40, temperature=0, max_tokens=20)
     assert len(written) == len(tokens(page)) == 10 and all(ord(character) > 127 for character in written)
@@ -182,7 +197,14 @@ def test_output_is_text(page: Chrome, until: Until) -> None:
     assert written == line
     tokens(page)[0].click()
     assert "<" in alternatives(page)[0].text
-    assert not page.find_elements("css selector", "#completion script, #completion img, #alternatives img")
+    ActionChains(page).send_keys(Keys.ESCAPE).perform()
+    hostile = ["<script>document.title = 1</script>", "<img src=x onerror='document.title = 2'>", "</div></main><h1>"]
+    page.execute_script(FAKE_SERVER, hostile, 6)  # tokens of other vocabularies are longer than a byte
+    assert complete(page, until) == "".join(hostile) * 2
+    tokens(page)[1].click()
+    assert hostile[0].replace(" ", "␣") in alternatives(page)[0].get_attribute("textContent")
+    assert not page.find_elements("css selector", "main script, main img, #alternatives img, #alternatives script")
+    assert page.title == "hyaena playground" and len(page.find_elements("css selector", "h1")) == 1
 
 
 def test_by_keyboard_alone(page: Chrome, until: Until) -> None:
@@ -279,7 +301,7 @@ def test_wrong_values_are_told_in_one_line(page: Chrome, until: Until) -> None:
 
 def test_twenty_thousand_tokens(page: Chrome, until: Until) -> None:
     """The page shows as many tokens as a fast server sends, and stays usable."""
-    page.execute_script(FAST_SERVER)
+    page.execute_script(FAKE_SERVER, ["a", "b", " ", "c", "\n"], 20_000)
     began = time.monotonic()
     page.find_element("id", "run").click()
     until(lambda: "written" in text(page, "status"), 60)

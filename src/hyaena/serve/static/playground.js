@@ -51,7 +51,7 @@ async function run(work) {
       running = null;
       $("stop").disabled = true;
       $("continue").disabled = !latest()?.tokens.length;
-      sample();
+      setTimeout(sample, 500); // when the server has counted its end
     }
   }
 }
@@ -99,11 +99,14 @@ async function write(signal, answer) {
   for (const name of ["speed", "first", "cached", "read", "written"]) $(name).textContent = "–";
   $("asked").textContent = number(prompt.length);
 
+  const { version } = answer;
+  const view = answer.element.closest("#conversation") ?? answer.element; // what scrolls
   const draw = (ended) => {
-    const stuck = atEnd(answer.element);
+    if (answer.version !== version) return; // another run has cut it
+    const stuck = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
     answer.add(waiting, ended);
     waiting = [];
-    if (stuck && !alternatives.open) answer.element.scrollTop = answer.element.scrollHeight;
+    if (stuck && !alternatives.open) view.scrollTop = view.scrollHeight;
     $("written").textContent = number(count);
     if (first) $("first").textContent = seconds(first - began);
     if (last > first) $("speed").textContent = ((1000 * (count - 1)) / (last - first)).toFixed(1);
@@ -116,7 +119,7 @@ async function write(signal, answer) {
         $("read").textContent = number(usage.prompt_tokens - cached);
       }
       if (!choices.length) continue;
-      if (!waiting.length) requestAnimationFrame(() => signal.aborted || draw(false));
+      if (!waiting.length) requestAnimationFrame(() => draw(false));
       waiting.push(tokenOf(choices[0]));
       reason = choices[0].finish_reason;
       count += 1;
@@ -141,25 +144,24 @@ function tokenOf({ text, logprobs }) {
 // Put an alternative in the place of a token, forget what followed, and continue from there.
 async function take(signal, answer, place, { id, name, logprob }) {
   const { top } = answer.tokens[place];
-  const before = [...answer.prompt, ...answer.ids.slice(0, place)];
-  answer.cut(place);
-  const turn = turns.findIndex((turn) => turn.answer === answer);
-  if (turn >= 0) forget(turn + 1);
-  const open = place - (answer.pieces.at(-1)?.to ?? 0); // tokens before it whose text is not shown yet
-  const settled = before.slice(0, before.length - open).slice(-CONTEXT);
-  const [less, more] = await Promise.all(
-    [settled, [...settled, ...before.slice(before.length - open), id]].map(
+  const { from } = answer.pieces.find(({ to }) => to > place);
+  const ids = [...answer.prompt, ...answer.ids.slice(0, place)];
+  const start = Math.max(0, answer.prompt.length + from - CONTEXT);
+  const [before, after] = await Promise.all(
+    [ids.slice(start, answer.prompt.length + from), [...ids.slice(start), id]].map(
       async (tokens) => (await post("detokenize", { tokens }, signal)).prompt,
     ),
   );
-  const text = more.slice(less.length).replace(/\ufffd+$/, ""); // the server completes a begun character
+  const text = after.slice(before.length).replace(/\ufffd+$/, ""); // the server completes a begun character
+  answer.cut(place);
   answer.add([{ id, name, text, logprob, top }]);
+  const turn = turns.findIndex((turn) => turn.answer === answer);
+  if (turn >= 0) forget(turn + 1);
   await write(signal, answer);
 }
 
 const number = (count) => count.toLocaleString("en");
 const seconds = (time) => (time < 1000 ? `${time.toFixed(0)} ms` : `${(time / 1000).toFixed(2)} s`);
-const atEnd = (element) => element.scrollHeight - element.scrollTop - element.clientHeight < 40;
 
 // --- completion and chat --------------------------------------------------------------------------------------------
 
@@ -192,7 +194,7 @@ async function say(signal) {
   alternatives.watch(answer);
   turns.push({ user, answer, element });
   $("message").value = "";
-  element.scrollIntoView({ block: "nearest" });
+  $("conversation").scrollTop = $("conversation").scrollHeight;
   await write(signal, answer);
 }
 

@@ -16,10 +16,12 @@ export class Answer {
   constructor(element) {
     this.element = element;
     this.prompt = [];
+    this.version = 0; // counts what is not an addition
     this.clear();
   }
 
   clear() {
+    this.version += 1;
     this.tokens = []; // {id, name, text, logprob, top: [{id, name, logprob}]}
     this.pieces = []; // {from, to, span}: tokens from .. to - 1 made the text of the span
     this.element.replaceChildren();
@@ -52,6 +54,7 @@ export class Answer {
 
   // Forget the tokens from one on.
   cut(count) {
+    this.version += 1;
     while (this.pieces.length && this.pieces.at(-1).to > count) this.#drop();
     this.tokens.length = count;
   }
