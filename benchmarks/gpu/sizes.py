@@ -27,6 +27,8 @@ class Sizes:
             packed step against the unpacked one.
         documents: least and most tokens of a packed document.
         training_rounds: steps of each side.
+        lora_length: window of a LoRA step.
+        lora_rounds: steps of each side.
         most_memory: GB that a prefill of the longest prompt may allocate beside weights, keys and values.
     """
 
@@ -42,6 +44,8 @@ class Sizes:
     training: tuple[tuple[int, float, float | None], ...]
     documents: tuple[int, int]
     training_rounds: int
+    lora_length: int
+    lora_rounds: int
     most_memory: float = 8.0
 
     @property
@@ -65,6 +69,8 @@ FULL = Sizes(
     training=((32_768, 1.25, 1.1), (65_536, 1.4, None), (131_072, 1.57, None)),
     documents=(256, 8192),
     training_rounds=3,
+    lora_length=8192,
+    lora_rounds=10,
 )
 
 TINY = replace(
@@ -91,5 +97,7 @@ QUICK = Sizes(
     training=((40, 1.25, 1.1), (80, 1.4, None)),
     documents=(4, 16),
     training_rounds=2,
+    lora_length=40,
+    lora_rounds=2,
 )
 """For ``--quick``: shows that everything runs, and nothing about speed."""

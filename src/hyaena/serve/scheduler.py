@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from hyaena.errors import CapacityError
 from hyaena.serve.pages import Pages
 from hyaena.serve.prefix_cache import GRID_PAGES, PrefixCache, Rank
 
-Key = Hashable
+Key = int
 
 STEPS_AHEAD = 2
 """Tokens behind those that are known for which a decoding row has pages: the decoder runs one step ahead."""
