@@ -189,6 +189,16 @@ def test_chats(page: Chrome, until: Until) -> None:
     alternatives(page)[1].click()
     ended(page, until)
     until(lambda: len(page.find_elements("css selector", ".question")) == 1)  # what followed is another conversation
+    page.execute_script(
+        """const given = window.fetch;
+        window.fetch = (path, options) => path.endsWith("completions")
+          ? Promise.resolve(new Response("<html>busy", {status: 503})) : given(path, options);"""
+    )
+    fill(page, message="Once more")
+    page.find_element("id", "run").click()
+    until(lambda: "503" in text(page, "error"))
+    assert page.find_element("id", "message").get_attribute("value") == "Once more"  # it was not answered: kept
+    assert len(page.find_elements("css selector", ".question")) == 1
 
 
 def test_output_is_text(page: Chrome, until: Until) -> None:

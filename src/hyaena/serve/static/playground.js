@@ -195,7 +195,14 @@ async function say(signal) {
   turns.push({ user, answer, element });
   $("message").value = "";
   $("conversation").scrollTop = $("conversation").scrollHeight;
-  await write(signal, answer);
+  try {
+    await write(signal, answer);
+  } finally {
+    if (!answer.tokens.length && turns.at(-1)?.answer === answer) { // no answer came: the message can be sent again
+      forget(turns.length - 1);
+      $("message").value ||= user;
+    }
+  }
 }
 
 // Forget the turns of the conversation from one on.
