@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
+import hyaena
+
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"
@@ -32,8 +34,9 @@ class Server(NamedTuple):
 def serving(*options: str, seconds: float = 90) -> Iterator[Server]:
     """Serve cub at a free port of loopback."""
     command = [sys.executable, "-m", "hyaena", "serve", "--port", "0", "--quiet", *options]
+    env = os.environ | {"PYTHONPATH": str(Path(hyaena.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     with tempfile.NamedTemporaryFile("wb") as log:
-        process = subprocess.Popen(command, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command, stderr=log, env=env)
         try:
             end = time.monotonic() + seconds
             while not (found := re.search(r"http://127[.0-9]+:\d+", Path(log.name).read_text())):
