@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from hyaena.decoding import Decoding, resolve_decoding
-from hyaena.errors import CapacityError, HyaenaError, InputError
+from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError
 from hyaena.generation.chunks import choose_chunk
 from hyaena.generation.loop import FinishReason, Row
 from hyaena.generation.stop_strings import StopStringFilter
@@ -351,12 +351,14 @@ class Engine:
     def _deliver(self, active: _Active, chosen: Chosen) -> None:
         """Hand a token to its request."""
         now = time.monotonic()
-        if not chosen.finite:
+        try:
+            if not chosen.finite:
+                raise NonFiniteError("the model produced NaN or infinity for this prompt")
+            text, reason = active.row.take(chosen.token, now)
+        except HyaenaError as error:  # of this request alone, such as a token that the tokenizer does not know
             self.scheduler.finish(active.key)
-            message = "the model produced NaN or infinity for this prompt"
-            self._end(active, Delta(token=None, finish_reason="error", error=message))
+            self._end(active, Delta(token=None, finish_reason="error", error=str(error)))
             return
-        text, reason = active.row.take(chosen.token, now)
         self.scheduler.append(active.key, chosen.token)
         job = self.scheduler.jobs[active.key]
         delta = Delta(
