@@ -155,7 +155,6 @@ def test_a_token_alone_keeps_its_space(every: dict[str, Tokenizer], kind: str) -
         tokenizer.token_bytes(tokenizer.vocab_size)
 
 
-
 def test_special_tokens_have_no_text(every: dict[str, Tokenizer]) -> None:
     tokenizer = every["strip"]
     ids = tokenizer.encode("hyena", add_special_tokens=False)
