@@ -16,12 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hyaena.serve.playground import FILES
 from hyaena.serve.protocol import ApiError
 
 log = logging.getLogger("hyaena.access")
 
-OPEN_PATHS = frozenset({"/", "/health", "/version"})
-"""Paths that need no key: the page itself, which asks for one, and what balancers look at."""
+OPEN_PATHS = frozenset({"/health", "/version", *FILES})
+"""Paths that need no key: what balancers look at, and the playground, which asks for one."""
 
 BODY_SECONDS = 30.0
 """The longest pause in the body of a request."""
