@@ -32,6 +32,8 @@ class ForwardContext:
         mask: bool [B,T], False where this pass reads padding, or None.
         reset: bool [B,T], True at the first token of every packed document but the first, or None.
         documents: the packed documents, found once per pass, or None.
+        by_document: the documents as rows of a packing, where plain torch evaluates recurrences, or None: a batch of
+            documents of like length takes less time than one row that is reset at each of their boundaries.
         method: how long convolutions are evaluated; see ``ops.METHODS``.
         backend: what evaluates the operators; see ``ops.resolve_backend``.
         snapshots: where states inside the pass are copied to, or None.
@@ -46,6 +48,7 @@ class ForwardContext:
     mask: Tensor | None
     reset: Tensor | None
     documents: ops.Documents | None
+    by_document: Packing | None
     method: str
     backend: ops.Backend
     snapshots: Snapshots | None = None
@@ -91,6 +94,9 @@ class ForwardContext:
         if segment_ids is not None:  # a number that comes back later is another document
             reset = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
             documents = ops.find_documents(reset)
+        by_document = None
+        if documents is not None and documents.lengths is not None and len(ids) == 1 and not backend.hyena:
+            by_document = Packing([0] * len(documents.lengths[0]), documents.lengths[0], ids.device)
         if packing is not None and counts is not None and not any(lengths or ()):
             documents = ops.Documents.of([counts], ids.device)
         if packing is not None:
@@ -110,6 +116,7 @@ class ForwardContext:
             mask=mask,
             reset=reset,
             documents=documents,
+            by_document=by_document,
             method=method,
             backend=backend,
             snapshots=snapshots,
@@ -132,6 +139,8 @@ class ForwardContext:
         padding = None if self.padding is None else self.padding[1]
         if self.packing is not None:
             return self.packing.apply(operator, z, state, self.snapshots)
+        if self.by_document is not None and state is None:
+            return self.by_document.apply(operator, z, None)
         rows = range(z.shape[0])
         return evaluate(operator, z, state, self.mask, self.reset, rows, padding, self.snapshots)
 

@@ -135,11 +135,15 @@ class Packing:
     def apply(
         self, operator: Recurrence, z: Tensor, state: Any, snapshots: Snapshots | None = None
     ) -> tuple[Tensor, Any]:
-        """Evaluate a recurrence of every row: z [1,T,E] and the state of all rows -> y [1,T,D], and the state after."""
+        """Evaluate a recurrence of every row: z [1,T,E] and the state of all rows -> y [1,T,D], and the state after.
+
+        Without a state all rows begin, and none is returned.
+        """
         parts, states = [], []
         for group in self.groups:
-            inputs, before = z[0, group.source], state.select(group.rows)
+            inputs, before = z[0, group.source], None if state is None else state.select(group.rows)
             y, new = evaluate(operator, inputs, before, group.mask, None, group.rows, group.padding, snapshots)
             parts.append(y.flatten(0, 1)[group.steps])
             states.append(new)
-        return torch.cat(parts)[self.places].unsqueeze(0), states[0].join(states[1:]).select(self.row_places)
+        y = torch.cat(parts)[self.places].unsqueeze(0)
+        return y, None if state is None else states[0].join(states[1:]).select(self.row_places)
