@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -152,7 +152,7 @@ def _add_generation(app: FastAPI, server: Server) -> None:
         served = server.find(body.model)
         prompts = completion_prompts(served, body)
         count = new_tokens(served, body, prompts, server.limits, DEFAULT_COMPLETION_TOKENS)
-        prefixes = await _prefixes(server, served, body, prompts)
+        prefixes = await _prefixes(server, served, request, body, prompts)
         generation = None
         if count:
             generation = Generation(
@@ -212,7 +212,7 @@ class _CompletionAnswer:
             prefix, before = self._prefix(choice)
             text, tokens = prefix + text, before + tokens
         else:
-            offset = len(self._prefix(choice)[0]) + sum(len(d.text) for d in choice.deltas[:-1])
+            offset = len(self._prefix(choice)[0]) + choice.characters - len(delta.text)
         return self.frame | {
             "choices": [
                 {
@@ -361,7 +361,7 @@ def _unwritten(prompts: Sequence[Sequence[int]], body: CompletionBody) -> list[C
 
 
 async def _prefixes(
-    server: Server, served: Served, body: CompletionBody, prompts: Sequence[Sequence[int]]
+    server: Server, served: Served, request: Request, body: CompletionBody, prompts: Sequence[Sequence[int]]
 ) -> list[tuple[str, list[TokenInfo]]]:
     """What ``echo`` puts in front of every completion: the prompt, and its log-probabilities where they are wanted."""
     if not body.echo:
@@ -370,7 +370,11 @@ async def _prefixes(
     if body.logprobs is None:
         return [(text, []) for text in texts]
     top = body.logprobs
-    scores = await _read(server, served, prompts, lambda: _scores(served, prompts, rank=False, entropy=False, top=top))
+
+    def work() -> list[Any]:
+        return _scores(served, prompts, rank=False, entropy=False, top=top)
+
+    scores = await _read(server, served, request, prompts, work)
     found = []
     for text, prompt, score in zip(texts, prompts, scores, strict=True):
         values = score.logprobs.tolist()
@@ -392,7 +396,9 @@ def _scores(served: Served, prompts: Sequence[Sequence[int]], **options: Any) ->
     return hyaena.score(served.engine.model, served.tokenizer, [list(prompt) for prompt in prompts], **options)
 
 
-async def _read(server: Server, served: Served, prompts: Sequence[Sequence[int]], work: Any) -> Any:
+async def _read(
+    server: Server, served: Served, request: Request, prompts: Sequence[Sequence[int]], work: Callable[[], T]
+) -> T:
     """Read texts in the engine's thread, between two turns.
 
     Raises:
@@ -411,7 +417,7 @@ async def _read(server: Server, served: Served, prompts: Sequence[Sequence[int]]
         outside = next((token for prompt in prompts for token in prompt if not 0 <= token < size), None)
         if outside is not None:
             raise ApiError(400, f"token id {outside} is outside the vocabulary 0..{size - 1} of the model")
-        return await asyncio.wrap_future(served.engine.call(work))
+        return await _while_connected(request, asyncio.wrap_future(served.engine.call(work)))
 
 
 def _texts(given: Prompts) -> list[Any]:
@@ -445,7 +451,7 @@ def _add_reading(app: FastAPI, server: Server) -> None:
         def work() -> Any:
             return hyaena.embed(model, tokenizer, texts, body.layer, pool=body.pool)
 
-        vectors = await _read(server, served, ids, work)
+        vectors = await _read(server, served, request, ids, work)
         data = []
         for index, vector in enumerate(vectors):
             packed = np.asarray(vector, dtype="<f4")
@@ -467,7 +473,7 @@ def _add_reading(app: FastAPI, server: Server) -> None:
             return hyaena.score(model, tokenizer, texts, both_strands=body.both_strands)
 
         data = []
-        for index, found in enumerate(await _read(server, served, ids, work)):
+        for index, found in enumerate(await _read(server, served, request, ids, work)):
             entry = {
                 "index": index,
                 "tokens": len(found.tokens),
@@ -498,6 +504,8 @@ def _add_reading(app: FastAPI, server: Server) -> None:
         else:
             with errors_of_clients():
                 ids = served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        if body.return_token_strs and len(ids) > served.engine.max_length:
+            raise ApiError(400, f"{len(ids)} tokens are more than the model takes: ask for fewer token_strs")
         names = [served.tokenizer.decode([token]) for token in ids] if body.return_token_strs else None
         return JSONResponse(
             {"count": len(ids), "max_model_len": served.engine.max_length, "tokens": ids, "token_strs": names}

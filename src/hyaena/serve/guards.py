@@ -43,7 +43,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdigit() and int(length) > self.most:
+        if len(length) > 18 or (length.isascii() and length.isdigit() and int(length) > self.most):
             await _answer(self._too_large(), scope, receive, send)
             return
         size, complete = 0, False

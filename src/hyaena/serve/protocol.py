@@ -16,13 +16,13 @@ Strings = Annotated[
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(max_length=MAX_STOPS, json_schema_extra={"description": "A string, or a list of strings."}),
 ]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Prompt = str | TokenIds
+# fail_fast: the first mistake is enough; a list of millions of mistakes must not become as many errors.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Prompts = (
     str
     | TokenIds
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_BATCH)]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_BATCH)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
 )
 
 
@@ -107,7 +107,7 @@ class ResponseFormat(Strict):
 class ChatBody(GenerationBody):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: list[Message] = Field(min_length=1, max_length=4096, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -132,7 +132,7 @@ class DetokenizeBody(Strict):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(fail_fast=True)
 
 
 class EmbeddingBody(Strict):
