@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 import hyaena
 from benchmarks.serve.process import ServerProcess
 from hyaena.evals.harness import HyaenaLM
-from hyaena.tokenizers.chat import TEMPLATES
+from hyaena.tokenizers.export import transformers_files
 
 PROMPT = "def add(a, b):\n    "
 
@@ -65,7 +66,7 @@ def test_chats(client: openai.OpenAI, cub: Any) -> None:
     assert choice.logprobs and choice.logprobs.content and len(choice.logprobs.content[0].top_logprobs) == 2
     chunks = list(client.chat.completions.create(model="cub", messages=messages, max_tokens=9, temperature=0, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == want.text
-    assert chunks[-1].choices[0].finish_reason == "length" and "Instruction" in TEMPLATES["nous"]
+    assert chunks[-1].choices[0].finish_reason == "length"
 
 
 def test_many_at_a_time(server: ServerProcess, cub: Any) -> None:
@@ -121,24 +122,28 @@ def test_langchain(server: ServerProcess, cub: Any) -> None:
     assert [one.content for one in chat.batch(["Say something."] * 3)] == [want] * 3
 
 
-def test_lm_evaluation_harness(server: ServerProcess, cub: Any) -> None:
-    """The harness's own client, with ids of cub's tokenizer, gives the scores that hyaena's evaluation gives."""
-    model, tokenizer = cub
-    pairs = [("import ", "os"), ("def f(x):\n    return ", "x + 1"), ("class A", "(object):"), ("a" * 300, "bcd")]
+def test_lm_evaluation_harness(server: ServerProcess, cub: Any, tmp_path: Path) -> None:
+    """The harness's own client, with cub's tokenizer in the form of transformers, gives the scores of our evaluation."""
+    for name, data in transformers_files(cub[1]).items():
+        (tmp_path / name).write_bytes(data)
     remote = LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model="cub", tokenizer_backend=None, tokenized_requests=True,
-        batch_size=3, max_length=2048,
-    )  # fmt: skip
-    remote.tok_encode = lambda text, **_: tokenizer.encode(text, add_special_tokens=False)  # type: ignore[method-assign]
-    requests = []
-    for context, continuation in pairs:
-        ids = tokenizer.encode(context), tokenizer.encode(continuation, add_special_tokens=False)
-        requests.append(((context, continuation), *ids))
-    got = remote._loglikelihood_tokens(requests)
-    native = HyaenaLM(model, tokenizer)
+        base_url=f"{server.url}/v1/completions",
+        model="cub",
+        tokenizer_backend="huggingface",
+        tokenizer=str(tmp_path),
+        tokenized_requests=True,
+        add_bos_token=True,
+        batch_size=3,
+        max_length=2048,
+    )
+    pairs = [("import", " os"), ("def f(x):\n    return", " x + 1"), ("class A", "(object):"), ("a" * 300, "bcd")]
     instances = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    for (have, greedy), (want, wanted) in zip(got, native.loglikelihood(instances), strict=True):
-        assert math.isclose(have, want, abs_tol=1e-4) and greedy == wanted
+    want = HyaenaLM(*cub).loglikelihood(instances)
+    assert len({round(value, 2) for value, _ in want}) == len(pairs)
+    for (have, greedy), (value, is_greedy) in zip(remote.loglikelihood(instances), want, strict=True):
+        assert math.isclose(have, value, abs_tol=1e-4) and greedy == is_greedy
+    texts = [Instance("generate_until", {}, ("import ", {"until": ["\n"], "max_gen_toks": 12}), 0)]
+    assert remote.generate_until(texts) == HyaenaLM(*cub).generate_until(texts)
 
 
 def test_curl(server: ServerProcess, cub: Any) -> None:
@@ -151,12 +156,9 @@ def test_curl(server: ServerProcess, cub: Any) -> None:
 
 def test_no_request_of_the_interface_page_makes_an_error(server: ServerProcess, tmp_path: Path) -> None:
     command = [
-        "st", "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "15",
-        "--phases", "examples,coverage,fuzzing", "--seed", "1", "--request-timeout", "30",
+        str(Path(sys.executable).parent / "st"), "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "5",
+        "--phases", "coverage,fuzzing", "--seed", "1", "--request-timeout", "30",
         "--generation-database", ":memory:", "--no-color",
     ]  # fmt: skip
-    import sys
-
-    command[0] = str(Path(sys.executable).parent / "st")
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-500:]

@@ -108,7 +108,7 @@ def test_nan_ends_one_request_only_and_leaves_nothing_behind() -> None:
         want = [ask(prompt).json()["choices"] for prompt in good]
         server.wait_idle()
         with torch.no_grad():
-            model.embedding.weight[250] = float("nan")
+            model.embed_tokens.weight[250] = float("nan")
         for _ in range(3):
             answers: dict[int, Any] = {}
             prompts = [*good[:3], [3, 250] * 50, *good[3:], [250]]

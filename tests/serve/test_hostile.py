@@ -13,6 +13,7 @@ import pytest
 
 from configs import TINY
 from hyaena.model import StripedHyena
+from hyaena.serve.protocol import GenerationBody
 from hyaena.serve.service import Limits
 from serve.live import Live, live
 
@@ -140,6 +141,8 @@ def test_wrong_bodies_are_refused_within_a_second(server: Live) -> None:
     with server.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
         assert client.post("/v1/completions", content=body(), headers=TYPE).status_code == 200
         assert client.post("/v1/chat/completions", content=chat(), headers=TYPE).status_code == 200
+        for field in {*GenerationBody.model_fields} - {"ignore_eos"}:
+            assert client.post("/v1/completions", content=body(**{field: None}), headers=TYPE).status_code == 200
         for path, raw in cases():
             count += 1
             began = time.process_time()

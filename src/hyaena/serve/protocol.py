@@ -12,9 +12,9 @@ MAX_STOPS = 16
 MAX_BATCH = 256
 
 Strings = Annotated[
-    list[Annotated[str, Field(min_length=1)]] | None,
+    Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None,
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    Field(max_length=MAX_STOPS, json_schema_extra={"description": "A string, or a list of strings."}),
+    Field(json_schema_extra={"description": "A string, or a list of strings."}),
 ]
 # fail_fast: the first mistake is enough; a list of millions of mistakes must not become as many errors.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
