@@ -2,8 +2,8 @@
 
 Blocks marked ``bash`` and ``python`` run; ``console`` marks what needs a download, a GPU or minutes. Shell lines are of
 one form, ``[echo TEXT |] PROGRAM ARGUMENT…``, and a page that uses another form fails: each process would import torch
-again, which takes most of the time of such a test. ``hyaena serve … &`` runs in the background until the end of the page,
-on a free port: the page's 8000 stands for it.
+again, which takes most of the time of such a test. ``hyaena serve … &`` runs until the end of the page, on a free port,
+for which the page's 8000 stands.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from benchmarks.serve.process import ServerProcess, serving
+
 from hyaena.cli import main
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # pages
 
 import pytest
+from benchmarks.serve.process import ServerProcess, serving
 
 import hyaena
-from benchmarks.serve.process import ServerProcess, serving
 
 
 @pytest.fixture(scope="session")

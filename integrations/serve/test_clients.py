@@ -14,12 +14,12 @@ import numpy as np
 import openai
 import pytest
 import torch
+from benchmarks.serve.process import ServerProcess
 from langchain_openai import ChatOpenAI
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 import hyaena
-from benchmarks.serve.process import ServerProcess
 from hyaena.evals.harness import HyaenaLM
 from hyaena.tokenizers.export import transformers_files
 
@@ -47,7 +47,12 @@ def test_streams(client: openai.OpenAI, cub: Any) -> None:
     want = hyaena.generate(*cub, PROMPT, max_new_tokens=12).text
     chunks = list(
         client.completions.create(
-            model="cub", prompt=PROMPT, max_tokens=12, temperature=0, stream=True, stream_options={"include_usage": True}
+            model="cub",
+            prompt=PROMPT,
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == want
@@ -64,7 +69,9 @@ def test_chats(client: openai.OpenAI, cub: Any) -> None:
     want = hyaena.generate(*cub, prompt, max_new_tokens=9)
     assert choice.message.role == "assistant" and choice.message.content == want.text
     assert choice.logprobs and choice.logprobs.content and len(choice.logprobs.content[0].top_logprobs) == 2
-    chunks = list(client.chat.completions.create(model="cub", messages=messages, max_tokens=9, temperature=0, stream=True))
+    chunks = list(
+        client.chat.completions.create(model="cub", messages=messages, max_tokens=9, temperature=0, stream=True)
+    )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == want.text
     assert chunks[-1].choices[0].finish_reason == "length"
 
@@ -123,7 +130,7 @@ def test_langchain(server: ServerProcess, cub: Any) -> None:
 
 
 def test_lm_evaluation_harness(server: ServerProcess, cub: Any, tmp_path: Path) -> None:
-    """The harness's own client, with cub's tokenizer in the form of transformers, gives the scores of our evaluation."""
+    """The harness's own client, with cub's tokenizer in the form of transformers, gives the scores of HyaenaLM."""
     for name, data in transformers_files(cub[1]).items():
         (tmp_path / name).write_bytes(data)
     remote = LocalCompletionsAPI(
@@ -148,7 +155,16 @@ def test_lm_evaluation_harness(server: ServerProcess, cub: Any, tmp_path: Path) 
 
 def test_curl(server: ServerProcess, cub: Any) -> None:
     body = json.dumps({"model": "cub", "prompt": "import ", "max_tokens": 6, "temperature": 0})
-    command = ["curl", "-sS", "--fail", "--noproxy", "*", f"{server.url}/v1/completions", "-H", "Content-Type: application/json"]
+    command = [
+        "curl",
+        "-sS",
+        "--fail",
+        "--noproxy",
+        "*",
+        f"{server.url}/v1/completions",
+        "-H",
+        "Content-Type: application/json",
+    ]
     output = subprocess.run([*command, "-d", body], check=True, capture_output=True, text=True, timeout=60).stdout
     want = hyaena.generate(*cub, "import ", max_new_tokens=6).text
     assert json.loads(output)["choices"][0]["text"] == want

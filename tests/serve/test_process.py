@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import httpx
+from benchmarks.serve.process import serving
 
 import hyaena
-from benchmarks.serve.process import serving
 
 
 def test_the_command_serves_cub_and_ends_on_sigterm() -> None:

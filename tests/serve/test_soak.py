@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from benchmarks.serve.client import Answer, post
 
 import hyaena
-from benchmarks.serve.client import Answer, post
 from configs import TINY
 from hyaena.model import StripedHyena
 from hyaena.ops import PAGE
@@ -98,7 +98,9 @@ def left_over(server: Live) -> tuple[int, ...]:
     return len(state.connections), len(state.tasks), alive, len(server.engine._requests)
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=[pytest.mark.integration, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize(
+    "count", [300, pytest.param(10_000, marks=[pytest.mark.integration, pytest.mark.timeout(900)])]
+)
 def test_requests_of_all_kinds(count: int) -> None:
     rng = random.Random(7)
     cases = make_cases(24 if count < 1000 else 80, rng)
