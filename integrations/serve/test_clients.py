@@ -172,8 +172,8 @@ def test_curl(server: ServerProcess, cub: Any) -> None:
 
 def test_no_request_of_the_interface_page_makes_an_error(server: ServerProcess, tmp_path: Path) -> None:
     command = [
-        str(Path(sys.executable).parent / "st"), "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "5",
-        "--phases", "coverage,fuzzing", "--seed", "1", "--request-timeout", "30",
+        str(Path(sys.executable).parent / "st"), "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error",
+        "--phases", "coverage,fuzzing", "--max-examples", "5", "--seed", "1", "--request-timeout", "30",
         "--generation-database", ":memory:", "--no-color",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=tmp_path)
