@@ -195,6 +195,37 @@ def test_autocast_and_narrow_keys_work(model: StripedHyena) -> None:
         torch.testing.assert_close(got.float(), narrow(ids), atol=0.1, rtol=0.1)  # products in bfloat16
 
 
+def test_caches_that_were_restored_from_one_snapshot_are_independent(model: StripedHyena) -> None:
+    saved = read(model, torch.randint(50, (2, 6)), max_length=20)
+    tokens = torch.randint(50, (3, 2, 2, 3))  # what three caches read, in two steps
+    caches = [model.make_cache(2, max_length=20) for _ in tokens]
+    for cache in caches:
+        cache.restore(saved)
+    got = [[step(model, cache, own[i]) for cache, own in zip(caches, tokens, strict=True)] for i in range(2)]
+    for row, own in enumerate(tokens):
+        alone = saved.snapshot()
+        for i in range(2):
+            torch.testing.assert_close(got[i][row], step(model, alone, own[i]))
+    caches[0].restore(saved)
+    caches[0].extend([caches[1]])
+    assert saved.lengths == [6, 6] and saved.batch_size == len(saved.limits) == 2
+
+
+def test_a_cache_with_a_row_without_limit_has_none(model: StripedHyena) -> None:
+    limited, growing = (read(model, torch.randint(50, (1, 4)), max_length=n) for n in (20, None))
+    assert limited.max_length == 20 and growing.max_length is None
+    assert Cache.merge([limited, growing]).max_length is None
+    assert Cache.merge([limited, read(model, torch.randint(50, (1, 4)), max_length=30)]).max_length == 30
+
+
+@pytest.mark.parametrize("rows", [[0, 0], [1, 0], [0, 1, 1]])
+def test_rows_are_kept_in_order_and_once(model: StripedHyena, rows: list[int]) -> None:
+    cache = read(model, torch.randint(50, (2, 4)))
+    with pytest.raises(InputError, match="rising order, each once"):
+        cache.keep(rows)
+    assert cache.batch_size == 2
+
+
 def test_snapshot_and_restore(model: StripedHyena) -> None:
     cache = read(model, torch.randint(50, (2, 6)), max_length=20)
     saved = cache.snapshot()

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import hyaena
+from hyaena.adapters import Adapter, Update, with_adapter
 from hyaena.bench.run import SH_7B, random_model
 from hyaena.cli import main
 from hyaena.config import ModelConfig
@@ -213,6 +214,25 @@ def test_a_prefix_is_continued_rolled_back_and_sampled(cub, decoding, tmp_path: 
         one.extend("x = 1\n" * 20)
         one.rollback(120)
         assert [row.tokens for row in hyaena.generate(model, tokenizer, "    with", prefix=one, **options)] == wanted
+
+
+def test_captured_steps_compute_with_an_adapter(cub) -> None:
+    base, tokenizer = cub
+    linear = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    shapes = {name: module.weight.shape for name, module in linear.items()} | {
+        "lm_head": base.embed_tokens.weight.shape
+    }
+    updates = {
+        name: Update(torch.randn(4, columns) * columns**-0.5, torch.randn(rows, 4) * 0.1, 1.0)
+        for name, (rows, columns) in shapes.items()
+    }
+    model = with_adapter(base, Adapter("random numbers", updates))
+    got, wanted, without = (
+        hyaena.generate(made, tokenizer, "import os\n", max_new_tokens=30, stop_at_eos=False, decoding=decoding)
+        for made, decoding in ((model, "cuda_graph"), (model, "eager"), (base, "eager"))
+    )
+    assert got.tokens == wanted.tokens != without.tokens
+    assert got.logprobs == pytest.approx(wanted.logprobs, abs=1e-3)
 
 
 @pytest.mark.wide

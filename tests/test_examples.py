@@ -1,6 +1,7 @@
 """The short programs in ``examples/`` run from any folder, and print what they promise.
 
-``examples/finetune.py`` trains, and has a test of its own in ``tests/train``.
+``examples/finetune.py`` and ``examples/finetune_lora.py`` train, and have tests of their own in ``tests/train`` and
+``tests/hf``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PRINTED = {
 
 
 def test_every_example_is_run() -> None:
-    assert {path.name for path in FOLDER.glob("*.py")} == {*PRINTED, "finetune.py"}
+    assert {path.name for path in FOLDER.glob("*.py")} == {*PRINTED, "finetune.py", "finetune_lora.py"}
 
 
 @pytest.mark.parametrize("name", PRINTED)

@@ -170,11 +170,12 @@ def test_a_revision_is_refused_where_it_means_nothing() -> None:
         ("./nothing/here", "no such model: name a folder, a weights file, a hub id or cub"),
         ("/a/b/c.safetensors", "no such model"),
         ("runs/model.safetensors", "no such model: name a folder"),
-        ("", "several"),
+        ("", "the model is empty: name a path, or . for the current folder"),
+        (".", "several"),
     ],
 )
 def test_unknown_models_are_told(name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # an empty name means this folder
+    monkeypatch.chdir(tmp_path)
     for file in ("a.pt", "b.pt"):
         torch.save({}, file)
     assert words in refusal(name)

@@ -263,5 +263,22 @@ def test_padding_after_the_first_tokens_is_refused(model: StripedHyena) -> None:
     cache = model.make_cache(1)
     with torch.inference_mode():
         model(torch.zeros(1, 2, dtype=torch.long), cache=cache)
-        with pytest.raises(InputError, match="first tokens"):
+        with pytest.raises(InputError, match="before the first token"):
             model(torch.zeros(1, 2, dtype=torch.long), cache=cache, mask=torch.tensor([[0, 1]]))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_padding_may_take_several_passes(model: StripedHyena, chunk: int) -> None:
+    """A row of a padded batch, read in chunks, is stored and continued as the row alone."""
+    ids, skips = torch.randint(0, 50, (3, 8)), (0, 3, 7)
+    mask = torch.arange(8) >= torch.tensor(skips)[:, None]
+    cache = model.make_cache(3)
+    with torch.inference_mode():
+        for part, seen in zip(ids.split(chunk, dim=1), mask.split(chunk, dim=1), strict=True):
+            logits = model(part, cache=cache, mask=seen)
+        assert cache.lengths == [8 - skip for skip in skips]
+        next_ids = logits[:, -1:].argmax(-1)
+        after = model(next_ids, cache=cache)
+        for row, skip in enumerate(skips):
+            alone = model(torch.cat([ids[row, skip:], next_ids[row]])[None])[0, -2:]
+            torch.testing.assert_close(torch.cat([logits[row, -1:], after[row]]), alone, rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyaena.errors import InputError, NonFiniteError
+from hyaena.ops.step import DecodeOperators
 from hyaena.sampling import SamplingParams, log_probabilities, sample
 
 
@@ -38,6 +39,16 @@ def test_greedy_takes_the_largest_and_draws_no_number() -> None:
     ids = sample(torch.tensor([[0.0, 5.0, 5.0, 1.0]]), [params], [generator])
     assert ids.tolist() == [1]
     assert torch.equal(generator.get_state(), before)
+
+
+def test_a_row_that_draws_takes_one_number_and_a_greedy_one_beside_it_none() -> None:
+    params = [SamplingParams(seed=1), SamplingParams(temperature=1.0, seed=2)]
+    generators = [row.generator() for row in params]
+    expected = [row.generator() for row in params]
+    torch.rand(1, dtype=torch.float64, generator=expected[1])
+    assert sample(torch.tensor([[0.0, 5.0], [0.0, -99.0]]), params, generators).tolist() == [1, 0]
+    for generator, state in zip(generators, expected, strict=True):
+        assert torch.equal(generator.get_state(), state.get_state())
 
 
 def test_frequencies_are_the_models() -> None:
@@ -309,3 +320,24 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert ids.tolist() == [[0, 1], [2, 1]]
     assert values.exp().flatten().tolist() == pytest.approx([0.5, 0.3, 0.7, 0.2])
     assert log_probabilities(logits.bfloat16(), torch.tensor([1, 2]))[0].dtype == torch.float32
+    assert log_probabilities(logits, torch.tensor([1, 2]), 1)[1].dtype == torch.float64
+
+
+def test_log_probabilities_of_large_logits_do_not_overflow() -> None:
+    for shift in (-3e4, 3e4):  # where neighbouring float32 numbers are 0.002 apart
+        chosen, values, _ = log_probabilities(torch.tensor([[0.0, 1.0]]) + shift, torch.tensor([0]), top=2)
+        assert [*chosen.tolist(), *values[0].tolist()] == pytest.approx([-1.3133, -0.3133, -1.3133], abs=3e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3e4, 1e30])
+def test_log_probabilities_of_large_logits_keep_their_digits(scale: float) -> None:
+    small = torch.tensor([[0.0, -1.0, -2.5, -0.25]])
+    logits = small + scale if scale < 1e5 else torch.tensor([[scale, -scale, 0.0, scale]])
+    logits = logits.float()
+    want = logits.double().log_softmax(dim=-1)
+    for token in range(4):
+        chosen, values, _ = log_probabilities(logits, torch.tensor([token]), top=2)
+        torch.testing.assert_close(chosen.double(), want[:, token], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(values.double(), want.topk(2).values, atol=1e-6, rtol=1e-6)
+    packed = DecodeOperators().argmax(logits, torch.zeros(1, dtype=torch.int64))
+    torch.testing.assert_close(packed[:, 1], want.amax(dim=-1), atol=1e-6, rtol=1e-6)

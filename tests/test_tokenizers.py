@@ -14,67 +14,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
 from hyaena.errors import CheckpointError, InputError, UnsupportedError
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer, Tokenizer, load_tokenizer
-
-CORPUS = [
-    "The four species of hyenas are the striped hyena, the brown hyena, the spotted hyena and the aardwolf.",
-    "the the the hyena hyena laughs; héllo wörld, 你好 你好 🐆🐆, Ünïcödé",
-    "    indented = code(x)\n\treturn None\n",
-]
-TEXTS = ["The striped hyena", " leading", "  two  spaces ", "new\nline\ttab", "héllo 你好 🐆 Ω", "<0x41>", "a", ""]
-BYTE_NAMES = [f"<0x{value:02X}>" for value in range(256)]
-
-
-def sentencepiece_like(decoder: str) -> Library:
-    """A BPE file as Llama's and Mistral's look: spaces become U+2581, one is put before the text, bytes as fallback."""
-    library = Library(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    if decoder == "metaspace":
-        library.pre_tokenizer = pre_tokenizers.Metaspace()
-    else:
-        library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", *BYTE_NAMES], show_progress=False
-    )
-    library.train_from_iterator(CORPUS, trainer)
-    spec = json.loads(library.to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["content"].startswith("<0x")]
-    library = Library.from_str(json.dumps(spec))
-    if decoder == "metaspace":
-        library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()])
-    else:
-        replace = decoders.Replace("▁", " ")
-        library.decoder = decoders.Sequence(
-            [replace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-    return library
-
-
-def byte_level() -> Library:
-    """A BPE file as GPT-2's looks."""
-    library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    library.train_from_iterator(CORPUS, trainer)
-    library.add_tokens(["an added wörd"])
-    return library
-
-
-def write(library: Library, folder: Path, **settings: object) -> Path:
-    path = folder / "tokenizer.json"
-    library.save(str(path))
-    if settings:
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return path
+from tokenizer_libraries import TEXTS, byte_level, sentencepiece_like, write
 
 
 @pytest.fixture(scope="module")
@@ -440,6 +385,8 @@ def test_ids_come_in_any_sequence(ids: Any) -> None:
         torch.tensor([1.0]),
         torch.empty(2, dtype=torch.long, device="meta"),
         np.array(104),
+        np.array("hi"),
+        np.array(b"hi"),
         np.array([1.0]),
         np.array([True]),
         [10**400],
@@ -649,6 +596,37 @@ def test_a_normalizer_that_multiplies_a_text_is_refused(pattern: Any, nested: bo
     library.normalizer = normalizers.Sequence([*steps, more if nested else normalizers.Replace("a", "aa")])
     with pytest.raises(CheckpointError, match="its normalizer makes a text more than 1,000 times as long"):
         HFTokenizer(write(library, tmp_path))
+
+
+def charsmap(replacement: str) -> bytes:
+    """The table of a ``Precompiled`` normalizer that replaces "a": a double-array trie, and the replacement."""
+    units = [0] * 768
+    units[0] = 256 << 10  # the root's children begin at 256
+    units[256 ^ ord("a")] = ord("a") | 1 << 8 | (256 ^ ord("a") ^ 512) << 10  # has a leaf, which is unit 512: offset 0
+    trie = b"".join(unit.to_bytes(4, "little") for unit in units)
+    return len(trie).to_bytes(4, "little") + trie + replacement.encode() + b"\0"
+
+
+def test_a_table_that_multiplies_a_text_is_refused(tmp_path: Path) -> None:
+    library = byte_level()
+    library.normalizer = normalizers.Sequence([normalizers.Precompiled(charsmap("é" * 1000))])
+    assert library.normalizer.normalize_str("ab") == "é" * 1000 + "b"
+    HFTokenizer(write(library, tmp_path))
+    library.normalizer = normalizers.Precompiled(charsmap("é" * 1001))
+    with pytest.raises(CheckpointError, match="its normalizer makes a text more than 1,000 times as long"):
+        HFTokenizer(write(library, tmp_path))
+
+
+def test_an_expression_that_backtracks_without_end_is_an_input_error(tmp_path: Path) -> None:
+    """The library's limit of steps at one place of the text ends it: 2**30 of them are needed here."""
+    library = byte_level()
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("(h+)+$"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer = HFTokenizer(write(library, tmp_path))
+    assert tokenizer.decode(tokenizer.encode("hhh")) == "hhh"
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot encode the text .*retry-limit"):
+        tokenizer.encode("h" * 30 + "e")
 
 
 def test_a_decoder_that_is_not_made_of_bytes_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ numbers. Our steps hand every token to the host; the baseline's stay on the devi
 A training step is forward and backward of four layers of the 7B's width in bfloat16, with full activation checkpointing
 (every layer is computed again in the backward pass) and a vocabulary of 512, so that layers are what is measured: two
 Hyena and two attention layers, in turns with four attention layers. Packed documents have 256 to 8,192 tokens,
-log-uniform."""
+log-uniform. A LoRA step has rank 16 on all linear layers and keeps every activation; it is held against forward and
+backward of the same frozen layers, which compute the gradient of their input alone."""
 
 SUITE = Suite(
     name="gpu",
@@ -37,6 +38,8 @@ SUITE = Suite(
         Benchmark("decode", "gpu.model:decode", "the 7B's shape, decoding against its bound", 0.3),
         Benchmark("train", "gpu.train:train", "a training step, packed and not, against attention", 1.7),
         Benchmark("choices", "choices:gpu", "the 7B's shape, multiple choice against HFLM; needs lm_eval", 0.8),
+        Benchmark("lora", "gpu.lora:lora", "a LoRA step against a pass without gradients of weights", 0.5),
+        Benchmark("engine", "gpu.engine:engine", "the serving engine: first tokens, many requests", 1.5),
         Benchmark("prefill", "gpu.model:prefill", "the 7B's shape, prefill against its bound", 0.5),
         Benchmark("baseline", "gpu.baseline:compare", "prefill and decoding against Mistral's shape", 1.8),
     ),

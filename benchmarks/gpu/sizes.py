@@ -27,6 +27,11 @@ class Sizes:
             packed step against the unpacked one.
         documents: least and most tokens of a packed document.
         training_rounds: steps of each side.
+        lora_length: window of a LoRA step.
+        lora_rounds: steps of each side.
+        first_tokens: lengths of prompts whose first token is timed.
+        requests: how many at once, least and most tokens of their prompts, and of their answers.
+        rows: that the engine decodes together.
         most_memory: GB that a prefill of the longest prompt may allocate beside weights, keys and values.
     """
 
@@ -42,6 +47,11 @@ class Sizes:
     training: tuple[tuple[int, float, float | None], ...]
     documents: tuple[int, int]
     training_rounds: int
+    lora_length: int
+    lora_rounds: int
+    first_tokens: tuple[int, ...]
+    requests: tuple[int, tuple[int, int], tuple[int, int]]
+    rows: int
     most_memory: float = 8.0
 
     @property
@@ -65,6 +75,11 @@ FULL = Sizes(
     training=((32_768, 1.25, 1.1), (65_536, 1.4, None), (131_072, 1.57, None)),
     documents=(256, 8192),
     training_rounds=3,
+    lora_length=8192,
+    lora_rounds=10,
+    first_tokens=(16, 128, 512),
+    requests=(512, (64, 4096), (16, 512)),
+    rows=128,
 )
 
 TINY = replace(
@@ -91,5 +106,10 @@ QUICK = Sizes(
     training=((40, 1.25, 1.1), (80, 1.4, None)),
     documents=(4, 16),
     training_rounds=2,
+    lora_length=40,
+    lora_rounds=2,
+    first_tokens=(4, 9),
+    requests=(6, (4, 30), (2, 8)),
+    rows=2,
 )
 """For ``--quick``: shows that everything runs, and nothing about speed."""

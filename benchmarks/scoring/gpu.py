@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,23 +13,22 @@ from torch import Tensor
 
 import hyaena
 from benchmarks.gpu.session import GpuSession
-from benchmarks.registry import IncorrectError, Row, Step, Summary, Target, require_equal
+from benchmarks.registry import IncorrectError, Row, Step, Summary, Target
 from hyaena.bench.clock import call_times, wall_seconds
 from hyaena.bench.rates import measure_flops
 from hyaena.bench.run import random_model
 from hyaena.model import StripedHyena
+from hyaena.ops import attention as attend
 from hyaena.scoring import Score
-from hyaena.scoring.reader import choose_pass
 from hyaena.sizes import ModelSizes
 from hyaena.tokenizers import ByteTokenizer
-
-kernels: Any = import_module("hyaena.ops.attention")  # the package has a function of that name
 
 SEQUENCES, SHORTEST, LONGEST = 2000, 200, 4000
 BATCHES = 4
 """The sequences are scored in so many parts, each one sample between two measurements of the matrix product."""
 LONG = (131_072, 1_000_000)
 MOST_MEMORY = 45.0
+WARM_UP = 131_072
 
 
 def lengths(session: GpuSession) -> list[int]:
@@ -101,41 +99,27 @@ def reference(model: StripedHyena, ids: Sequence[int]) -> Tensor:
 # --- attention
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How a long sequence is read: tokens of a pass, and keys of the past that attention reads at a time."""
-
-    chunk: int | None = None
-    block: int | None = None
-
-
-best = Choice()
-"""The fastest of those that ``attention`` measured; ``long`` uses it."""
-
 PAST = 524_288
-CHOICES = [
-    *(Choice(chunk) for chunk in (16_384, 32_768, 65_536)),
-    *(Choice(32_768, block) for block in (32_768, 65_536, 131_072)),
-]
+CHUNKS = (8192, 16_384, 32_768, 65_536)
 
 
 def attention(session: GpuSession) -> Iterator[Row]:
-    """A chunk of queries after a long past, which decides the time of a long sequence, in several ways."""
-    global best
+    """A chunk of queries after a long past: what decides the time of a long sequence, by the size of the chunk."""
+    past, chunks = (48, (8, 16)) if session.quick else (PAST, CHUNKS)
     config = session.sizes.config
     heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    past, choices = (48, [Choice(8), Choice(16, 16)]) if session.quick else (PAST, CHOICES)
-    speeds: dict[Choice, float] = {}
     shape: dict[str, Any] = {"dtype": session.dtype, "device": session.device}
-    k, v = (torch.randn(1, groups, past + max(c.chunk or 0 for c in choices), width, **shape) for _ in range(2))
-
-    def timed(name: str, choice: Choice, run: Callable[[], Tensor]) -> Row:
-        chunk = choice.chunk or 0
+    k, v = (torch.randn(1, groups, past + max(chunks), width, **shape) for _ in range(2))
+    queries = torch.randn(1, max(chunks), heads, width, **shape).transpose(1, 2)
+    sides: list[tuple[int, str, Callable[..., Tensor]]] = [(n, "as `ops.attention` chooses", attend) for n in chunks]
+    if session.device.type == "cuda":
+        sides.append((chunks[1], "FlashAttention-2 in one call", flash))
+    for chunk, name, side in sides:
+        run = partial(side, queries[:, :, :chunk], k[:, :, : past + chunk], v[:, :, : past + chunk])
         work = 4 * heads * width * (chunk * past + chunk * (chunk + 1) // 2)
         with torch.inference_mode():
             seconds = call_times(run, session.device, 2, warmup=1)
-        speeds[choice] = max(work / seconds.median, speeds.get(choice, 0.0))
-        return Row(
+        yield Row(
             what=f"attention of {chunk:,} queries after {past:,} keys, {name}",
             unit="TFLOP/s",
             ours=Summary.of(work / s / 1e12 for s in seconds.values),
@@ -145,34 +129,10 @@ def attention(session: GpuSession) -> Iterator[Row]:
             ratio_name="attention / product",
         )
 
-    expected: dict[int, Tensor] = {}
-    for choice in choices:
-        chunk = choice.chunk or 0
-        total = past + chunk
-        q = torch.randn(1, chunk, heads, width, generator=torch.Generator(session.device).manual_seed(0), **shape)
-        q, keys, values = q.transpose(1, 2), k[:, :, :total], v[:, :, :total]
-        run = partial(attend, q, keys, values, choice.block)
-        how = "the past in one piece" if choice.block is None else f"the past by {choice.block:,} keys"
-        yield timed(how, choice, run)
-        with torch.inference_mode():
-            found = run()[:, :, -8:].float()
-        if chunk in expected:
-            require_equal(how, found, expected[chunk], 0.02)  # two ways of rounding sums to bfloat16
-        expected[chunk] = found
-    best = max(speeds, key=lambda choice: speeds[choice])
-    if session.device.type == "cuda":
-        q, keys, values = q[:, :, :16_384], k[:, :, : past + 16_384], v[:, :, : past + 16_384]
-        flash = partial(torch.ops.aten._scaled_dot_product_flash_attention, q, keys, values, 0.0, True)
-        yield timed("FlashAttention-2 in one call", Choice(16_384, -1), lambda: flash()[0])
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, block: int | None) -> Tensor:
-    """``ops.attention`` with the past read in blocks."""
-    before, kernels.PAST_BLOCK = kernels.PAST_BLOCK, block
-    try:
-        return kernels.attention(q, k, v)
-    finally:
-        kernels.PAST_BLOCK = before
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-2, causal to the last query and key."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
 
 
 # --- speed
@@ -223,10 +183,9 @@ def long(session: GpuSession) -> Iterator[Step]:
 def long_sequence(session: GpuSession, length: int) -> Iterator[Row]:
     """Time and peak memory of one sequence."""
     model, sizes = session.model, ModelSizes(session.sizes.config)
-    options: dict[str, Any] = {"tokens_per_pass": 16 if session.quick else best.chunk}
-    kernels.PAST_BLOCK = best.block
+    options: dict[str, Any] = {"tokens_per_pass": 16} if session.quick else {}
     ids = ids_of(model.config, length)
-    scored(model, [ids[: length // 8 if length < 200_000 else 70_000]], **options)  # compile, with a past
+    scored(model, [ids[:WARM_UP]], **options)  # compile, and plan attention to all the pasts of the shorter sequence
     session.release()
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(session.device)
@@ -247,8 +206,7 @@ def long_sequence(session: GpuSession, length: int) -> Iterator[Row]:
         ratio=Summary.of([bound / seconds]),
         ratio_name="ours / bound (mfu)",
         target=Target(">=", 0.75) if longest else None,
-        note=f"{seconds:.1f} s, one sample; passes of {options['tokens_per_pass'] or choose_pass(model):,} tokens, "
-        f"the past by {best.block or length:,} keys. Attention's pairs are "
+        note=f"{seconds:.1f} s, one sample. Attention's pairs are "
         f"{pairs / sizes.scoring_flops(length):.0%} of the operations. The product: {before.median / 1e12:.0f} "
         f"TFLOP/s before, {after.median / 1e12:.0f} after.",
     )

@@ -41,6 +41,7 @@ def _harness_read_once() -> Iterator[None]:
     """Reading the harness's own tasks takes seconds: once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm_eval.tasks, "TaskManager", functools.cache(lm_eval.tasks.TaskManager))
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # `pip list`, which takes longer than all else
         yield
 
 

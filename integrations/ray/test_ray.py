@@ -32,6 +32,7 @@ def cluster() -> Iterator[None]:
         runtime_env={"env_vars": {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}},
         log_to_driver=False,
     )
+    ray.data.DataContext.get_current().wait_for_min_actors_s = 120  # both take part, however late one starts
     yield
     ray.shutdown()
 
@@ -48,7 +49,7 @@ def run(actor: type, **options: Any) -> list[dict[str, Any]]:
     rows = records.map_batches(
         actor,
         fn_constructor_kwargs={"model": MODEL, "device": "cpu", **options},
-        compute=ray.data.ActorPoolStrategy(size=2),
+        compute=ray.data.ActorPoolStrategy(size=2, max_tasks_in_flight_per_actor=1),
         batch_size=3,
     ).take_all()
     return sorted(rows, key=lambda row: int(row["name"][1:]))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hyaena.errors import InputError, shown
@@ -59,6 +61,22 @@ def switch(name: str, value: Any) -> bool:
     if type(value).__name__ not in ("bool", "bool_"):  # Python's and numpy's
         raise InputError(f"{name} must be True or False, not {shown(value)}")
     return bool(value)
+
+
+def as_path(name: str, value: Any) -> Path:
+    """Check that an argument is a path, as text or as an object that stands for one; bytes are none.
+
+    Raises:
+        InputError: it is something else, a text with a NUL character, which names nothing, or an empty one, which would
+            name the current folder.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str):
+        raise InputError(f"{name} must be a path, not {kind_of(value)}")
+    if not text:
+        raise InputError(f"{name} is empty: name a path, or . for the current folder")
+    if "\0" in text:
+        raise InputError(f"{name} must be a path, and {shown(text)} has a NUL character in it")
+    return Path(text)
 
 
 def kind_of(value: Any) -> str:

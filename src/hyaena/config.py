@@ -314,7 +314,7 @@ class ModelConfig:
         return cls.from_file(_BUNDLED.get(name, _PRESETS / f"{name}.yml"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Our own ``config.json``: ``{"format": "hyaena", "model_type": "stripedhyena", ...every field}``; :meth:`from_dict` reads it back."""
+        """Our own ``config.json``: the format, the model type, and every field; :meth:`from_dict` reads it back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"format": FORMAT, "model_type": MODEL_TYPE, **values, "layer_types": list(self.layer_types)}
 

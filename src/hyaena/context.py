@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,6 +135,22 @@ class ForwardContext:
         rows = range(z.shape[0])
         return evaluate(operator, z, state, self.mask, self.reset, rows, padding, self.snapshots)
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ForwardContext:
+        """The same pass for layers on another device."""
+        if self.rotary[0].device == torch.device(device):
+            return self
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, tuple):
+                parts = [moved(part) for part in value]
+                return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+            return value
+
+        tensors = {name: moved(getattr(self, name)) for name in ("rotary", "padding", "mask", "reset", "documents")}
+        return replace(self, **tensors)
+
 
 def _counts(
     lengths: Sequence[int] | None, length: int, padding: tuple[Tensor, Sequence[int]] | None
@@ -151,12 +167,12 @@ def _positions(
     steps = torch.arange(length, device=device)
     if reset is not None:  # every document begins at 0
         return steps - torch.where(reset, steps, 0).cummax(dim=1).values
+    if padding is None and lengths is not None and any(lengths) and all(start == lengths[0] for start in lengths):
+        return steps + lengths[0]
     if padding is not None:
-        return (steps - padding[:, None]).clamp(min=0)
+        steps = (steps - padding[:, None]).clamp(min=0)
     if lengths is None or not any(lengths):
         return steps
-    if all(start == lengths[0] for start in lengths):
-        return steps + lengths[0]
     return steps + torch.tensor(lengths, device=device)[:, None]
 
 
@@ -190,8 +206,13 @@ def _check_mask(mask: Tensor | None, ids: Tensor, lengths: Sequence[int] | None)
     mask = mask.to(torch.bool)
     if bool(mask.all()):
         return None
-    if lengths is not None and any(lengths):
-        raise InputError("padding is accepted with a cache's first tokens only")
-    if not bool(mask[:, -1].all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+    if lengths is not None and any(
+        held and not full for held, full in zip(lengths, mask.all(dim=1).tolist(), strict=True)
+    ):
+        raise InputError(
+            "padding is accepted before the first token of a row only, and this row of the cache holds some"
+        )
+    is_full = mask[:, -1] if lengths is None else mask[:, -1] | ~mask.any(dim=1)  # the row's tokens may come later
+    if not bool(is_full.all()) or bool((mask[:, :-1] & ~mask[:, 1:]).any()):
         raise InputError("padding must stand on the left: every row of the mask is False …, then True …")
     return mask

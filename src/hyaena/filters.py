@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from hyaena.errors import UnsupportedError
 from hyaena.ops import ExplicitFilter, ModalFilter, RealModalFilter
 
 
@@ -22,6 +23,10 @@ class ShortFilter(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias: what loads or gathers parameters at a call of their module sees this one called, too."""
+        return self.weight, self.bias
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Uniform taps within ±1/√K; no bias."""
@@ -56,6 +61,18 @@ class Float32Parameters(nn.Module):
 
         return super()._apply(apply, recurse)
 
+    def _float32(self, *names: str) -> tuple[Tensor, ...]:
+        """These parameters; refuses them where something that is no cast of the module has narrowed them."""
+        tensors = tuple(getattr(self, name) for name in names)
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor.dtype.itemsize < 4:
+                raise UnsupportedError(
+                    f"the {name} of a {type(self).__name__} are {str(tensor.dtype).removeprefix('torch.')} and must be "
+                    "float32 or wider: under FSDP, make every long filter a unit of its own without mixed precision "
+                    "(docs/training.md)"
+                )
+        return tensors
+
 
 class LongFilter(Float32Parameters):
     """Complex modes: poles and residues as real pairs [F,N,2], always float32 or wider; skip [D].
@@ -72,12 +89,13 @@ class LongFilter(Float32Parameters):
 
     def forward(self) -> ModalFilter:
         """The filter in tensors that own their memory: FSDP frees the storage of parameters before backward."""
-        poles, residues = (torch.complex(*pair.unbind(-1)) for pair in (self.poles, self.residues))
+        poles, residues = (torch.complex(*pair.unbind(-1)) for pair in self._float32("poles", "residues"))
         return ModalFilter(poles, residues, self.skip.clone())
 
     def view(self) -> ModalFilter:
         """The filter over the storage of the parameters, for inference: nothing is copied."""
-        return ModalFilter(torch.view_as_complex(self.poles), torch.view_as_complex(self.residues), self.skip)
+        poles, residues = self._float32("poles", "residues")
+        return ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), self.skip)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Poles after S4D-Lin (Gu et al. 2022): ``p = exp(dt·(-1/2 + iπn))``, dt log-uniform in [1e-3, 0.1] per filter.
@@ -107,10 +125,12 @@ class RealLongFilter(Float32Parameters):
         self.skip = nn.Parameter(torch.empty(channels))
 
     def forward(self) -> RealModalFilter:
-        return RealModalFilter(self.log_poles.clone(), self.residues.clone(), self.skip.clone())
+        log_poles, residues = self._float32("log_poles", "residues")
+        return RealModalFilter(log_poles.clone(), residues.clone(), self.skip.clone())
 
     def view(self) -> RealModalFilter:
-        return RealModalFilter(self.log_poles, self.residues, self.skip)
+        log_poles, residues = self._float32("log_poles", "residues")
+        return RealModalFilter(log_poles, residues, self.skip)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Rates log-uniform in [1e-3, 0.1], so time constants of 10 to 1,000 steps; residues that keep the power."""

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from hyaena import checkpoints
+from hyaena.adapters import Adapter, merge_adapter, read_adapter
+from hyaena.arguments import as_path
 from hyaena.checkpoints import Checkpoint
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
@@ -73,6 +75,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     config: ModelConfig | str | PathLike[str] | None = None,
+    adapter: str | PathLike[str] | None = None,
     mixers: Mixers = MIXERS,
 ) -> tuple[StripedHyena, Tokenizer]:
     """A model, in evaluation mode, and its tokenizer.
@@ -84,15 +87,17 @@ def load(
             for narrower numbers, and elsewhere as they are stored. ``"stored"`` keeps every tensor as it is.
         revision: branch, tag or commit of a hub id.
         config: a configuration or its path, where it does not lie beside the weights.
+        adapter: the folder of a LoRA adapter, which is merged into the weights; see ``adapters``.
         mixers: what makes the mixer of each kind of layer, for models with layers of your own; see ``StripedHyena``.
 
     Raises:
         HyaenaError: in one line, what is wrong and how to put it right.
     """
     _check_options(dtype, device)
+    update = None if adapter is None else read_adapter(adapter)
     checkpoint = locate(source, revision=revision, config=config)
     tokenizer = load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)  # before the large files
-    return _load(checkpoint, dtype, device, mixers), tokenizer
+    return _load(checkpoint, dtype, device, mixers, update), tokenizer
 
 
 def load_model(
@@ -102,11 +107,13 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     config: ModelConfig | str | PathLike[str] | None = None,
+    adapter: str | PathLike[str] | None = None,
     mixers: Mixers = MIXERS,
 ) -> StripedHyena:
     """The model alone; the arguments are those of :func:`load`."""
     _check_options(dtype, device)
-    return _load(locate(source, revision=revision, config=config), dtype, device, mixers)
+    update = None if adapter is None else read_adapter(adapter)
+    return _load(locate(source, revision=revision, config=config), dtype, device, mixers, update)
 
 
 def load_tokenizer_of(
@@ -125,8 +132,9 @@ def load_tokenizer_of(
     Raises:
         HyaenaError: the errors of :func:`load`.
     """
+    as_path("the model", source)
     name = str(source)
-    if name in BUNDLED or not is_hub_id(name) or Path(name).exists():
+    if name in BUNDLED or not is_hub_id(name) or _is_there(Path(name)):
         checkpoint = locate(source, revision=revision, config=config)
         return checkpoint.config, load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)
     folder = download(name, revision=revision, weights=False)
@@ -153,8 +161,9 @@ def locate(
     Raises:
         CheckpointError: there is no such model, or the hub cannot be reached.
         ConfigError: the configuration is missing or cannot be used.
-        InputError: a bundled name that is also a folder here, or a revision of something that has none.
+        InputError: a bundled name that is also a folder here, a revision of something that has none, or no name at all.
     """
+    as_path("the model", source)
     name = str(source)
     is_bundled = isinstance(source, str) and name in BUNDLED
     if is_bundled:
@@ -212,11 +221,18 @@ def corrected(hub_id: str, config: ModelConfig) -> ModelConfig:
 
 
 def _load(
-    checkpoint: Checkpoint, dtype: str | torch.dtype | None, device: str | torch.device | None, mixers: Mixers
+    checkpoint: Checkpoint,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    mixers: Mixers,
+    adapter: Adapter | None,
 ) -> StripedHyena:
     if dtype is None and checkpoints.as_device(device).type == "cpu":
         dtype = torch.float32
-    return checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers)
+    model = checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers)
+    if adapter is not None:
+        merge_adapter(model, adapter)
+    return model
 
 
 def _check_options(dtype: str | torch.dtype | None, device: str | torch.device | None) -> None:

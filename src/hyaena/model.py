@@ -29,7 +29,7 @@ from hyaena.context import ForwardContext
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
 from hyaena.formats.stripedhyena import tensors as original
-from hyaena.ops import HyenaState, KVState, PagedKVState, PagePool, StepContext
+from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, PagePool, StepContext
 from hyaena.packing import Snapshots
 
 
@@ -152,12 +152,25 @@ class Attention(nn.Module):
                 parts.append(ops.attention(q[here], run.keys.to(q), run.values.to(q)))
             y = torch.cat(parts, dim=2)
         else:
-            runs = kv.runs(context.lengths, extra=k.shape[2])
-            if k.requires_grad:
-                runs = [run.with_newest(k, v) for run in runs]
-            parts = [ops.attention(q[run.rows], run.keys.to(q), run.values.to(q)) for run in runs]
-            y = parts[0] if len(parts) == 1 else torch.cat(parts)
+            y = self._attend_to_past(q, k, v, context, kv)
         return self.o_proj(y.transpose(1, 2).flatten(2)), state
+
+    def _attend_to_past(
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, kv: KVState | PagedRows
+    ) -> Tensor:
+        """Attention of q [B,H,keep,head_dim] to what the rows hold, of which k and v are the newest."""
+        assert context.lengths is not None
+        runs = kv.runs(context.lengths, extra=k.shape[2])
+        if k.requires_grad:
+            runs = [run.with_newest(k, v) for run in runs]
+        parts = []
+        for run in runs:
+            rows = run.rows
+            if context.padding is not None and not context.lengths[rows.start]:  # they begin in this pass
+                parts.append(ops.attention(q[rows], k[rows], v[rows], padding=context.padding[0][rows]))
+            else:
+                parts.append(ops.attention(q[rows], run.keys.to(q), run.values.to(q)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def step(self, x: Tensor, norm: ops.Norm, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         operators = context.operators
@@ -204,7 +217,8 @@ class Hyena(nn.Module):
         long_filter = self.long_filter()
         if ops.capabilities(method).state == "window" and isinstance(long_filter, ops.ModalFilter):
             long_filter = ops.truncate(long_filter, tolerance=tolerance)[0]
-        return HyenaState(short, long_filter.initial_state(batch, weight.shape[0] // 3, method).to(device))
+        long = long_filter.initial_state(batch, weight.shape[0] // 3, method)
+        return HyenaState(short, torch.zeros_like(long, device=device))  # also where the weights are on the meta device
 
     def truncation_window(self, tolerance: float) -> int | None:
         """How many taps ``method="truncated"`` keeps of the long filter; None where it is not a filter of modes."""
@@ -214,13 +228,13 @@ class Hyena(nn.Module):
     def forward(
         self, x: Tensor, context: ForwardContext, state: HyenaState | None, keep: int
     ) -> tuple[Tensor, HyenaState]:
-        short, long_filter = self.short_filter, self.long_filter()
+        (weight, bias), long_filter = self.short_filter(), self.long_filter()
 
         def operator(
             z: Tensor, state: HyenaState | None, mask: Tensor | None, reset: Tensor | None
         ) -> tuple[Tensor, HyenaState]:
             options: dict[str, Any] = {"method": context.method, "backend": context.backend}
-            return ops.hyena(z, short.weight, short.bias, long_filter, state, mask=mask, reset=reset, **options)
+            return ops.hyena(z, weight, bias, long_filter, state, mask=mask, reset=reset, **options)
 
         y, after = context.evaluate(operator, self.in_proj(x), state)
         return self.out_proj(y[:, -keep:]), after
@@ -359,6 +373,20 @@ def init_module(
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * width)), generator=generator)
+
+
+def step_unsupported_reason(layers: nn.ModuleList, device: torch.device) -> str | None:
+    """Why the method ``step`` of layers cannot compute what their ``forward`` does, or None."""
+    for i, layer in enumerate(layers):
+        if type(layer) is not Layer or type(layer.mlp) is not GatedMLP:
+            part = layer if type(layer) is not Layer else layer.mlp
+            return f"layer {i} has a {type(part).__name__}, which static decoding does not support"
+        if not hasattr(layer.mixer, "step"):
+            return f"the mixer of layer {i}, a {type(layer.mixer).__name__}, has no method step"
+        for name, module in (("layer", layer), ("mixer", layer.mixer), ("mlp", layer.mlp)):
+            if _has_hooks(module):
+                return f"the {name} of layer {i} has forward hooks, which static decoding would not call"
+    return "autocast is on" if torch.is_autocast_enabled(device.type) else None
 
 
 class StripedHyena(nn.Module):
@@ -556,8 +584,8 @@ class StripedHyena(nn.Module):
             ids: int [B,T], T >= 1.
             cache: what came before; it is brought up to date, or left unchanged if anything fails. Its rows may hold
                 different numbers of tokens.
-            mask: bool [B,T], True where there is a token; padding stands on the left, and a cache takes it with its
-                first tokens only.
+            mask: bool [B,T], True where there is a token; padding stands on the left. A cache takes it before the first
+                token of a row, in one pass or in several.
             segment_ids: int [B,T]; a new document begins where the number changes. Nothing passes from one document to
                 the next, and positions restart. Not with a cache.
             counts: ids int [1,T] are the next tokens of all rows of the cache, so many of each, one row after another,
@@ -644,20 +672,9 @@ class StripedHyena(nn.Module):
 
     def unsupported_reason(self) -> str | None:
         """Why ``step`` cannot compute what ``forward`` does, or None. Parts that ``step`` does not call are named."""
-        for i, layer in enumerate(self.layers):
-            if type(layer) is not Layer or type(layer.mlp) is not GatedMLP:
-                part = layer if type(layer) is not Layer else layer.mlp
-                return f"layer {i} has a {type(part).__name__}, which static decoding does not support"
-            if not hasattr(layer.mixer, "step"):
-                return f"the mixer of layer {i}, a {type(layer.mixer).__name__}, has no method step"
-            for name, module in (("layer", layer), ("mixer", layer.mixer), ("mlp", layer.mlp)):
-                if _has_hooks(module):
-                    return f"the {name} of layer {i} has forward hooks, which static decoding would not call"
         if _has_hooks(self):
             return "the model has forward hooks, which static decoding would not call"
-        if torch.is_autocast_enabled(self.device.type):
-            return "autocast is on"
-        return None
+        return step_unsupported_reason(self.layers, self.device)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

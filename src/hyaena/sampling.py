@@ -338,6 +338,7 @@ def log_probabilities(logits: Tensor, ids: Tensor, top: int = 0) -> tuple[Tensor
         logits), the most probable first.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # first, so that large logits cost no digits
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
     values, indices = logits.topk(top, dim=-1) if top else (logits[:, :0], ids.new_empty(len(ids), 0))
     chosen = logits.gather(-1, ids.unsqueeze(-1)) - normaliser

@@ -49,15 +49,15 @@ def row(ratio: float | None = 2.5, target: Target | None = None) -> Row:
 # --- the registry
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "scoring"])
 def test_names_are_unique_and_what_they_name_exists(name: str) -> None:
-    if name == "gpu":
+    if name != "cpu":
         pytest.importorskip("triton", reason="triton is made for Linux only")
     suite: Suite = registry.load(f"{name}:SUITE")
     assert suite.name == name and len({b.name for b in suite.benchmarks}) == len(suite.benchmarks)
     assert all(callable(b.load()) for b in suite.benchmarks)
     assert isinstance(registry.load(suite.session)(quick=True, deadline=1.0), Session)
-    assert sum(b.minutes for b in suite.benchmarks) <= (22 if name == "cpu" else 8)
+    assert sum(b.minutes for b in suite.benchmarks) <= {"cpu": 22, "gpu": 8, "scoring": 10}[name]
 
 
 def test_select_keeps_the_order_of_the_suite() -> None:
@@ -146,7 +146,7 @@ def test_a_fresh_part_replaces_its_own_device_only(tmp_path: Path) -> None:
 def test_pages_in_the_repository_are_those_of_their_json() -> None:
     """Whoever changes the page's form writes the pages again: ``--merge results/cpu.json``."""
     pytest.importorskip("triton", reason="triton is made for Linux only")
-    for name in ("cpu", "gpu"):
+    for name in ("cpu", "gpu", "scoring"):
         known = report.read(report.RESULTS / f"{name}.json")
         assert known and report.page(registry.load(f"{name}:SUITE"), known) == (
             (report.RESULTS / f"{name}.md").read_text(encoding="utf-8")

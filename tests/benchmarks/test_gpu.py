@@ -40,8 +40,8 @@ def test_a_full_run_wants_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_quick_run_measures_everything_but_the_baseline(tmp_path: Path) -> None:
-    status, parts = run_quick(tmp_path, "rates,operator,decode,train,prefill")
-    assert list(parts) == ["rates", "operator", "decode", "train", "prefill"]
+    status, parts = run_quick(tmp_path, "rates,operator,decode,train,lora,prefill")
+    assert list(parts) == ["rates", "operator", "decode", "train", "lora", "prefill"]
     errors = [error for p in parts.values() for error in p["errors"]]
     if torch.cuda.is_available():
         assert not errors and status == 0
@@ -50,8 +50,8 @@ def test_a_quick_run_measures_everything_but_the_baseline(tmp_path: Path) -> Non
     rows = {name: report.rows_of(p) for name, p in parts.items()}
     count = {name: len(found) for name, found in rows.items()}
     targets = [(r.ratio_name, r.target.relation, r.target.value) for found in rows.values() for r in found if r.target]
-    assert {name: count[name] for name in ("rates", "operator", "decode", "train")} == {
-        "rates": 2, "operator": 5, "decode": 3, "train": 6,
+    assert {name: count[name] for name in ("rates", "operator", "decode", "train", "lora")} == {
+        "rates": 2, "operator": 5, "decode": 3, "train": 6, "lora": 2,
     }  # fmt: skip
     for expected in (
         ("ours / bound", "<=", 1.5),
@@ -62,6 +62,7 @@ def test_a_quick_run_measures_everything_but_the_baseline(tmp_path: Path) -> Non
         ("ours / baseline", ">=", 1.25),
         ("ours / baseline", ">=", 1.4),
         ("ours / baseline", ">=", 1.1),
+        ("ours / baseline", "<=", 1.1),
     ):
         assert expected in targets
     assert all("bound by a " in r.baseline_name for r in rows["decode"])

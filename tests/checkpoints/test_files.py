@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,22 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(
 @pytest.mark.parametrize("path", ["a\0b", "a" * 5000, "a\udcffb", "a\x1b[31m"])
 def test_paths_that_cannot_be_are_one_line(path: str) -> None:
     refusal(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", ""])
+def test_a_folder_that_may_be_listed_and_not_entered_is_one_line(folder: Path, name: str) -> None:
+    with tempfile.TemporaryDirectory() as outside:  # the parents of pytest's own folders are closed to other users
+        os.chmod(outside, 0o755)
+        shutil.copytree(folder, closed := Path(outside) / "closed")
+        os.chmod(closed, 0o444)
+        user = os.geteuid()
+        try:
+            if user == 0:  # whose rights nothing limits
+                os.seteuid(65534)
+            assert refusal(closed / name) == f"{closed / name}: cannot be read: Permission denied"
+        finally:
+            os.seteuid(user)
+            os.chmod(closed, 0o755)
 
 
 def test_an_index_names_what_the_files_hold(folder: Path) -> None:

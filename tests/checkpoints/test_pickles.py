@@ -108,6 +108,33 @@ def test_a_last_record_that_no_program_writes_is_refused(tmp_path: Path) -> None
         assert "truncated or corrupt" in refusal(tmp_path / "x.pt"), at
 
 
+def test_an_entry_on_another_disk_is_refused_as_torch_does(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 34] = 8
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(RuntimeError, match="multidisk"):
+        torch.load(tmp_path / "x.pt", weights_only=True)
+    assert "on another disk" in refusal(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_call_without_an_argument_that_torch_needs_is_refused(tmp_path: Path, new: bool) -> None:
+    torch.save({"a": TENSORS["a"]}, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+
+    def without_hooks(_: str, content: bytes) -> bytes:
+        return content.replace(b"ccollections\nOrderedDict\nq\n)Rq\x0bt", b"t")
+
+    if new:
+        rewritten(tmp_path / "x.pt", without_hooks)
+    else:
+        content = (tmp_path / "x.pt").read_bytes()
+        (tmp_path / "x.pt").write_bytes(without_hooks("", content))
+    with pytest.raises(TypeError, match="backward_hooks"):
+        torch.load(tmp_path / "x.pt", weights_only=True)
+    assert "truncated or corrupt" in refusal(tmp_path / "x.pt")
+
+
 class Calls:
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -163,6 +190,7 @@ def shared_tuple(count: int) -> bytes:
     [
         (b"", "truncated or corrupt"),
         (b"\x80\x02}", "truncated or corrupt"),
+        (b"\x80\x02}0}.", "truncated or corrupt"),  # an instruction that torch does not know either
         (b"\x80\x02" + b"(" * 50_000 + b".", "truncated or corrupt"),
         (b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".", "holds a list"),
         (b"\x80\x02" + b"(" * 1_000_000 + b".", "larger than that of any model"),

@@ -55,6 +55,46 @@ def test_original_to_ours_to_original_is_bit_exact(case: str, tmp_path: Path, li
     assert equal(again.state_dict(), start.state_dict())
 
 
+@pytest.mark.parametrize("options", [{}, {"layout": "original"}, {"max_shard_size": 6_000}])
+def test_weights_that_modules_share_are_saved(model: StripedHyena, tmp_path: Path, options: dict[str, Any]) -> None:
+    assert model.lm_head is not None
+    model.lm_head.weight = model.embed_tokens.weight
+    model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(model.layers[0].mlp.gate_proj.weight.detach()[:])
+    save_model(model, tmp_path, **options)
+    loaded = load_model(tmp_path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layout": []}, r"layout \[\] is unknown"),
+        ({"layout": "Original"}, "layout 'Original' is unknown"),
+        ({"max_shard_size": True}, "max_shard_size must be a whole number of bytes, 1 or more, not True"),
+        ({"max_shard_size": "9" * 5000}, "max_shard_size must be a whole number of bytes"),
+        ({"overwrite": "no"}, "overwrite must be True or False, not 'no'"),
+        ({"extra_files": ["tokenizer.json"]}, "extra_files must map names to bytes, and is a list"),
+        ({"extra_files": b""}, "extra_files must map names to bytes, and is a bytes"),
+        ({"extra_files": {"..": b""}}, "extra file '..': name a file of its own"),
+        ({"extra_files": {"adapter_config.json": b""}}, "would be taken for other weights"),
+        ({"extra_files": {"tokenizer.json": "{}"}}, "is a str: give its bytes"),
+    ],
+)
+def test_wrong_arguments_of_a_save_write_nothing(
+    model: StripedHyena, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises((CheckpointError, InputError), match=words) as caught:
+        save_model(model, tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists() and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("wrong", [None, 5, {}, torch.nn.Linear(2, 2), StripedHyena])
+def test_what_is_no_model_is_not_saved(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(CheckpointError, match="cannot be saved: give the StripedHyena model inside it"):
+        save_model(wrong, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_saved_folder_holds_exactly_one_configuration_and_one_file(model: StripedHyena, tmp_path: Path) -> None:
     save_model(model, tmp_path / "deep" / "down")
     assert files(tmp_path / "deep" / "down") == {"config.json", "model.safetensors"}

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 import hyaena
+from hyaena.adapters import add_adapter, save_adapter
 from hyaena.checkpoints import save_model
 from hyaena.cli import main
 from hyaena.cli.generate import PrefillBar
@@ -62,6 +63,32 @@ def test_the_text_goes_to_standard_output(folder: str, capsys: pytest.CaptureFix
     captured = capsys.readouterr()
     assert captured.out == wanted(folder, "def main(", max_new_tokens=9).text + "\n"
     assert captured.err == ""
+
+
+@pytest.fixture
+def adapter(folder: str, tmp_path: Path) -> str:
+    model = hyaena.load_model(folder)
+    add_adapter(model, rank=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_()
+    return str(save_adapter(model, tmp_path / "adapter"))
+
+
+def test_an_adapter_changes_what_is_written(folder: str, adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--model", folder, "--max-new-tokens", "9"]
+    assert main([*command, "--adapter", adapter, "def main("]) == 0
+    model, tokenizer = hyaena.load(folder, adapter=adapter)
+    expected = hyaena.generate(model, tokenizer, "def main(", max_new_tokens=9).text
+    assert capsys.readouterr().out == expected + "\n"
+    assert expected != wanted(folder, "def main(", max_new_tokens=9).text
+
+
+def test_a_missing_adapter_is_one_line(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", folder, "--adapter", folder, "x"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "a model, not an adapter" in captured.err and captured.err.count("\n") == 1
 
 
 def test_a_prompt_comes_from_an_argument_a_file_or_standard_input(

@@ -333,3 +333,9 @@ def test_options_that_have_no_effect_are_refused(golden: Path, tmp_path: Path, c
         assert info(*arguments) == 2, arguments
         captured = capsys.readouterr()
         assert "out" in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize("name", ["cub", "evo-1-131k"])
+def test_a_name_stands_once_in_the_title(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert info(name) == 0
+    assert capsys.readouterr().out.splitlines()[0] == name

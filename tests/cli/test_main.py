@@ -43,7 +43,18 @@ def raiser(error: BaseException) -> Callable[[argparse.Namespace], int]:
 
 
 def test_the_commands_are_the_promised_ones() -> None:
-    assert list(COMMANDS) == ["generate", "convert", "info", "train", "bench"]
+    assert list(COMMANDS) == [
+        "generate",
+        "chat",
+        "serve",
+        "convert",
+        "info",
+        "score",
+        "embed",
+        "train",
+        "eval",
+        "bench",
+    ]
 
 
 def test_arguments_reach_the_command_and_its_status_returns(command: Callable[..., None]) -> None:

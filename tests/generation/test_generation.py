@@ -187,6 +187,15 @@ def test_the_repetition_penalty_counts_prompt_and_completion(model: StripedHyena
     assert len(set(free)) < 9 or len(set(free) - set(prompt)) < 9  # without the penalty, tokens do repeat
 
 
+@pytest.mark.parametrize("decoding", ["eager", "static"])
+def test_a_penalty_below_one_favours_what_was_seen(model: StripedHyena, decoding: Decoding) -> None:
+    prompt = list(range(0, 200, 4))  # many, so that some of their logits are positive
+    completion = generate(
+        model, TOKENIZER, prompt, max_new_tokens=6, repetition_penalty=1e-6, stop_at_eos=False, decoding=decoding
+    )
+    assert set(completion.tokens) <= set(prompt)
+
+
 def test_logprobs_are_the_models(model: StripedHyena) -> None:
     completion = generate(
         model, TOKENIZER, PROMPTS[1], max_new_tokens=5, temperature=1.5, seed=2, repetition_penalty=1.2, logprobs=3

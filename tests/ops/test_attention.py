@@ -232,15 +232,3 @@ def test_gradients_after_a_past(length: int, padding: list[int] | None) -> None:
     )
     hidden = None if padding is None else torch.tensor(padding)
     assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, padding=hidden), (q, k, v))
-
-
-@pytest.mark.parametrize("block", [1, 3, 4, 9, 20])
-def test_a_past_in_blocks_is_the_past_in_one_piece(block: int) -> None:
-    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 14, 8), torch.randn(2, 4, 14, 8)
-    part = attention_module._cpu_part(None, 9, q.dtype)
-    found = attention_module._past_and_present(q, k, v, 9, part, block=block)
-    mask = torch.ones(5, 14, dtype=torch.bool).tril(9)
-    # float32 sums of 14 products; the merge is exact up to rounding
-    torch.testing.assert_close(found, attention_module.sdpa(q, k, v, attn_mask=mask), atol=2e-6, rtol=2e-6)
-    half = attention_module._past_and_present(q.bfloat16(), k.bfloat16(), v.bfloat16(), 9, part, block=block)
-    assert half.dtype == torch.bfloat16

@@ -192,7 +192,7 @@ def test_every_module_of_a_model_can_be_named(config: hyaena.ModelConfig) -> Non
         ([], "layers is empty"),
         ("layers", "layers"),
         ("layers.0.mixer.long_filter", "long_filter does not hold one vector per token"),
-        ("layers.0.mixer.short_filter", "the model does not call layers.0.mixer.short_filter"),
+        ("layers.0.mixer.short_filter", "does not hold one vector per token"),
     ],
 )
 def test_places_that_there_are_not(layer: Any, message: str) -> None:

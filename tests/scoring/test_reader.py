@@ -21,6 +21,7 @@ import test_foreign_layer as foreign
 from configs import TINY, TINY_EVO
 from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
+from hyaena.scoring import reader
 from hyaena.scoring.reader import Reader, Span, clip, pack
 from hyaena.scoring.records import Record
 from hyaena.tokenizers import ByteTokenizer
@@ -154,6 +155,18 @@ def test_layers_come_one_after_the_other_and_user_hooks_are_called() -> None:
     zero = model.layers[1].mlp.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
     agree(model, random_texts([50, 4]), 1e-6, tokens_per_pass=20)  # a hook that changes what a module returns
     zero.remove()
+
+
+def test_chunks_of_a_long_record_may_be_shorter_than_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = make(TINY), []
+    monkeypatch.setitem(reader.PASS_TOKENS, "cpu", 40)
+    monkeypatch.setattr(reader, "MOST_CHUNK", 20)
+    model.norm.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
+    for options in ({}, {"tokens_per_pass": 30}):
+        agree(model, random_texts([50, 35]), 1e-6, **options)
+        # two passes, and the forward passes to compare with
+        assert sizes == ([20, 20, 10, 35, 50, 35] if not options else [30, 20, 30, 5, 50, 35])
+        sizes.clear()
 
 
 def test_others_may_call_the_model_between_two_results() -> None:

@@ -196,6 +196,15 @@ def test_a_request_with_nan_ends_alone() -> None:
         assert len(submit(engine, [1, 2, 3]).wait().tokens) == 12
 
 
+def test_a_token_that_the_tokenizer_does_not_know_ends_its_request_alone() -> None:
+    model = StripedHyena(replace(CONFIGS["sh"], vocab_size=400))
+    with running(model) as engine:
+        biased = submit(engine, [1, 2, 3], logit_bias={300: 100.0})
+        good = submit(engine, [1, 2, 3], allowed_tokens=range(256))
+        assert biased.wait().reason == "error" and "outside the vocabulary" in (biased.deltas[-1].error or "")
+        assert len(good.wait().tokens) == 12
+
+
 def test_stop_strings_and_stop_tokens_end_a_request() -> None:
     model = StripedHyena(CONFIGS["sh"])
     want = alone(model, [1, 2, 3], count=12)

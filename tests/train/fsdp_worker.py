@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 
 from hyaena.config import ModelConfig
+from hyaena.errors import UnsupportedError
 from hyaena.filters import LongFilter
 from hyaena.model import Layer, StripedHyena
 from hyaena.train.filters import parametrize_filters
@@ -66,6 +67,27 @@ def shard_2(model: StripedHyena, narrow: bool) -> nn.Module:
         if isinstance(module, Layer):
             fully_shard(module, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
+
+
+def refusal_1(model: StripedHyena) -> str:
+    """What a forward pass says where FSDP 1 has one bfloat16 policy for the whole model."""
+    policy = MixedPrecision(param_dtype=torch.bfloat16)
+    wrapped = FullyShardedDataParallel(model, mixed_precision=policy, device_id=torch.device("cpu"))
+    return refusal_of(wrapped)
+
+
+def refusal_2(model: StripedHyena) -> str:
+    """The same of FSDP 2."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return refusal_of(fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))
+
+
+def refusal_of(model: nn.Module) -> str:
+    try:
+        model(torch.zeros(1, 4, dtype=torch.long))
+    except UnsupportedError as error:
+        return str(error)
+    return "nothing"
 
 
 def losses_of(model: nn.Module, ids: Tensor, world: int, count: int = 3) -> list[float]:
@@ -119,6 +141,9 @@ def main(rank: int, world: int, folder: Path) -> None:
                     logits = model(mine).float()
                 case = {"losses": losses, "logits": logits, "stored": stored, "filters": filter_dtypes(model)}
                 result[f"{name}, {'bfloat16' if narrow else 'float32'}, {'trainable' if trainable else 'raw'}"] = case
+    result["refusals"] = [
+        refusal(make_model(trainable)) for refusal in (refusal_1, refusal_2) for trainable in (False, True)
+    ]
     if rank == 0:
         torch.save(result, folder / "result.pt")
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hyaena.errors import ConfigError
+from hyaena.errors import ConfigError, InputError
 from hyaena.sizes import ModelSizes
 from hyaena.train.config import TrainConfig
 
@@ -42,6 +42,24 @@ def test_reads_nested_values_and_fills_defaults() -> None:
 def test_plain_values_read_back_to_an_equal_record() -> None:
     config = TrainConfig.from_dict(values())
     assert TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("output", ["a\0b", "\udcff"])
+def test_an_output_that_not_all_writers_take_is_refused_before_the_run(output: str) -> None:
+    with pytest.raises(ConfigError, match="is no name of a folder: it must be UTF-8 text"):
+        TrainConfig.from_dict(values(output=output))
+
+
+@pytest.mark.parametrize("path", [None, 5, b"x", ""])
+def test_what_is_no_path_of_a_configuration(path: Any) -> None:
+    with pytest.raises(InputError, match=r"the configuration (must be a path|is empty)"):
+        TrainConfig.from_file(path)
+
+
+def test_overrides_are_texts(tmp_path: Path) -> None:
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(values()))
+    with pytest.raises(ConfigError, match="takes key=value, not 5"):
+        TrainConfig.from_file(tmp_path / "run.yml", [5])  # type: ignore[list-item]
 
 
 def test_a_number_without_a_point_is_a_number(tmp_path: Path) -> None:

@@ -132,6 +132,34 @@ def test_what_a_tokenizer_refuses_is_named_with_file_and_line(
             tokenize(read_documents([tmp_path / name]), Picky())
 
 
+def test_the_name_of_a_special_token_in_a_document_is_text(words: HFTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a</s>b"}\n{"prompt": "b</s>", "completion": "</s>a"}\n')
+    corpus = tokenize(read_documents([tmp_path / "x.jsonl"]), words)
+    assert [token for token in corpus.tokens.tolist() if token == words.eos_id] == [0, 0, 0, 0]  # two documents' ends
+    assert corpus.starts.tolist() == [0, corpus.tokens.tolist().index(0, 1) + 1]
+    name = [words.encode(character, add_special_tokens=False)[-1] for character in "</s>"]
+    assert corpus.tokens.tolist()[1:-1][: corpus.starts[1] - 2] == [3, *name, 6]  # ▁a < / s > b
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("x.txt", b"ACGT\nAC\0GT\n", 2),
+        ("x.txt", b"ACGT\nACGT\n\x01", 3),
+        ("x.jsonl", b'{"text": "ACGT"}\n\n{"text": "AC\\u0000"}\n', 3),
+        ("x.json", b'[{"text": "A"},\n{"prompt": "A", "completion": "\\u0001"}]', 2),
+    ],
+)
+def test_bytes_that_evo_reads_as_control_tokens_are_refused_with_file_and_line(
+    tmp_path: Path, name: str, content: bytes, line: int
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}, line {line}: ") as caught:
+        tokenize(read_documents([tmp_path / name]), CharacterTokenizer())
+    assert str(caught.value).isprintable()
+    assert tokenize(read_documents([tmp_path / name]), ByteTokenizer()).num_bytes > 0  # bytes 0 and 1 are text there
+
+
 def test_unpaired_surrogates_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b\\udc80"}\n')
     with pytest.raises(InputError, match=r"x\.jsonl, line 2: an unpaired surrogate at character 1"):

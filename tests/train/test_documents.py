@@ -171,6 +171,13 @@ def test_unusable_files_are_named_with_their_line(tmp_path: Path, name: str, con
     assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(tmp_path)) + 300
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\udcff"])
+def test_names_that_cannot_be_are_one_line(name: str) -> None:
+    with pytest.raises(InputError, match="no such file or folder") as caught:
+        list(read_documents([name]))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2000
+
+
 def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read .*absent"):
         find_files([tmp_path / "absent"])

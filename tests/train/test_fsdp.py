@@ -71,3 +71,9 @@ def test_a_bfloat16_policy_is_a_cast_of_the_model(result: dict[str, Any], case: 
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), result["ids"][:, 1:].flatten())
     # Not to the last bit: the skips of the filters are float32 under FSDP and bfloat16 in the cast model.
     assert result[case]["losses"][0] == pytest.approx(loss.item(), rel=3e-4)
+
+
+def test_a_bfloat16_policy_over_the_filters_is_refused_with_the_recipe(result: dict[str, Any]) -> None:
+    assert len(result["refusals"]) == 4
+    for refusal in result["refusals"]:
+        assert "are bfloat16 and must be float32" in refusal and "docs/training.md" in refusal

@@ -318,6 +318,31 @@ def test_damaged_metrics_are_named_and_kept(make: Any, line: bytes, monkeypatch:
     assert path.read_bytes() == content
 
 
+def test_metrics_that_are_no_file_are_not_opened(make: Any) -> None:
+    config = make(steps=2)
+    with open_run(config) as trainer:
+        trainer.save()
+    path = Path(config.output) / "metrics.jsonl"
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait for a writer
+    with pytest.raises(CheckpointError, match="not a regular file; move it away to go on without it"):
+        run(config, resume=True)
+
+
+@pytest.mark.parametrize("config", [None, 5, {"output": "run"}])
+def test_a_configuration_is_a_record(config: Any) -> None:
+    with pytest.raises(InputError, match="config must be a TrainConfig, not "):
+        train(config)
+
+
+@pytest.mark.parametrize("seconds", ["5", -1, math.nan, True, [1]])
+def test_a_time_is_a_number(make: Any, seconds: Any) -> None:
+    config = make(steps=2)
+    with pytest.raises(InputError, match="max_seconds must be a number, 0 or more, not "):
+        train(config, max_seconds=seconds)
+    assert not Path(config.output).exists()
+
+
 def test_a_row_of_metrics_that_cannot_be_written_leaves_no_part_of_it(make: Any) -> None:
     """In a process of its own, whose files may not grow beyond 100 bytes."""
     import resource

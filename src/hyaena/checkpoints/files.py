@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 
 from hyaena import files
+from hyaena.arguments import as_path
 from hyaena.checkpoints.shards import open_regular, unique_keys
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, printable
@@ -89,7 +90,7 @@ def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | 
         CheckpointError: there are no weights there, or more than one candidate, or shards are missing.
         ConfigError: there is no configuration, or it cannot be used.
     """
-    path = Path(path)
+    path = as_path("the model", path)
     is_folder = _is_folder(path)
     folder = path if is_folder else path.parent
     files.finish_update(folder)
@@ -177,7 +178,7 @@ def _weights_in(folder: Path) -> Path:
     if is_run(folder):
         raise CheckpointError(_run_message(folder))
     if adapters and not set(others) - set(adapters):
-        raise CheckpointError(f"{folder}: an adapter without its model: merge it into the model and save that")
+        raise CheckpointError(f"{folder}: an adapter without its model: name the model, and this folder as its adapter")
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
         found = [name for name in others if name.endswith(suffixes)]
         models = [name for name in found if _is_model(folder / name)] if len(found) > 1 else found
@@ -213,7 +214,12 @@ def _is_model(path: Path) -> bool:
 
 
 def _adapters(folder: Path) -> list[str]:
-    return [name for name in _names(folder) if re.fullmatch(r"adapter_(model\.(safetensors|bin)|config\.json)", name)]
+    return [name for name in _names(folder) if is_adapter(name)]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a file of this name belongs to an adapter, with which a model is no longer what its own files say."""
+    return re.fullmatch(r"adapter_(model\.(safetensors|bin)|config\.json)", name) is not None
 
 
 def is_run(path: str | PathLike[str]) -> bool:
@@ -275,8 +281,9 @@ def listed(names: Iterable[str], *, most: int = 10) -> str:
 
 
 def _names(folder: Path) -> list[str]:
-    """Names in a folder, sorted."""
+    """Names in a folder, sorted; what they name can be looked at, if not read."""
     try:
+        os.stat(f"{folder}/.")  # the right to enter it, which listing it does not need
         return sorted(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from None

@@ -91,6 +91,8 @@ def read_zip(file: IO[bytes]) -> dict[str, StoredTensor]:
             raise ValueError("it has two entries of one name")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise CheckpointError("its entries are compressed or encrypted: save it again with torch.save")
+        if info.volume:
+            raise ValueError("an entry is said to be on another disk")
         if info.file_size > size or info.compress_size != info.file_size:
             raise EOFError("an entry is not as long as the file's table of contents says")
         if info.filename.partition("/")[0] != archive.infolist()[0].filename.partition("/")[0]:
@@ -246,9 +248,17 @@ def _too_large() -> CheckpointError:
     return CheckpointError("its pickle is larger than that of any model: save model.state_dict() alone")
 
 
-def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> _TensorOf:
-    """``torch._utils._rebuild_tensor_v2``: the rest is requires_grad, hooks and, for lazy views, their kind."""
-    if len(rest) > 2 and rest[2]:
+# These take the arguments of the functions of torch that they stand for: what torch would refuse is refused here, too.
+def _rebuild_v1(storage: Any, offset: Any, shape: Any, stride: Any) -> _TensorOf:
+    """``torch._utils._rebuild_tensor``."""
+    return _rebuild_as(storage, offset, shape, stride, storage.dtype)
+
+
+def _rebuild_v2(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, view: Any = None
+) -> _TensorOf:
+    """``torch._utils._rebuild_tensor_v2``; a lazy view names its kind."""
+    if view:
         raise CheckpointError("has a conjugated or negated view in it: save a clone of the tensor")
     return _rebuild_as(storage, offset, shape, stride, storage.dtype)
 
@@ -284,8 +294,8 @@ def _opaque(kind: str) -> Callable[..., _Opaque]:
 
 _FUNCTIONS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _mapping,
-    ("torch._utils", "_rebuild_tensor"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_v1,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
     ("torch._utils", "_rebuild_parameter"): lambda data, _grad, _hooks: data,
     ("torch", "Size"): lambda sizes=(): tuple(sizes),
@@ -299,7 +309,7 @@ _FUNCTIONS: dict[tuple[str, str], Any] = {
 
 # fmt: off
 _OPCODES = [
-    "PROTO", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1",
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1",
     "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "UNICODE",
     "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "EMPTY_LIST", "LIST", "APPEND", "APPENDS",
     "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "GLOBAL",

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyaena import files
+from hyaena.arguments import as_path, kind_of, switch, whole
 from hyaena.checkpoints.files import (
     COMPANIONS,
     CONFIGS,
@@ -27,6 +28,7 @@ from hyaena.checkpoints.files import (
     SINGLE,
     WEIGHTS,
     files_of_checkpoint,
+    is_adapter,
     listed,
     other_models,
 )
@@ -34,9 +36,10 @@ from hyaena.checkpoints.load import as_dtype, dtype_in, wide_parameters
 from hyaena.checkpoints.shards import FLOATING
 from hyaena.checkpoints.weights import plain_names
 from hyaena.config import ModelConfig
-from hyaena.errors import CheckpointError, InputError, printable
+from hyaena.errors import CheckpointError, InputError, printable, shown
 from hyaena.formats.stripedhyena import config as original_config
 from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats.transformers import code as transformers_code
 from hyaena.formats.transformers import config as transformers_config
 from hyaena.formats.transformers import tensors as transformers_tensors
 from hyaena.model import MIXERS, StripedHyena
@@ -81,18 +84,18 @@ def save_model(
         InputError: an argument that cannot be used.
         OutputError: another process is writing there.
     """
-    folder = Path(folder)
-    if layout not in CONFIG_NAMES:
-        raise CheckpointError(f"layout {printable(str(layout))!r} is unknown: choose one of {', '.join(CONFIG_NAMES)}")
-    if type(max_shard_size) is not int or max_shard_size < 1:
-        raise InputError(f"max_shard_size is {max_shard_size!r}: name a whole number of bytes")
+    folder = as_path("the folder", folder)
+    if layout not in tuple(CONFIG_NAMES):
+        raise CheckpointError(f"layout {shown(layout)} is unknown: choose one of {', '.join(CONFIG_NAMES)}")
+    max_shard_size = whole("max_shard_size", max_shard_size, "a whole number of bytes, 1 or more", 1)
+    overwrite = switch("overwrite", overwrite)
     try:
         str(folder).encode()
     except UnicodeEncodeError:
         raise InputError(
             f"{folder}: the name is not UTF-8, and safetensors cannot write there: choose another"
         ) from None
-    _check_extra_files(extra_files or {})
+    _check_extra_files({} if extra_files is None else extra_files)
     narrow = as_dtype(dtype)
     config, state, wide = _state_to_save(model, narrow)
     if layout == "original" and config.tie_embeddings:
@@ -133,7 +136,7 @@ def _state_to_save(model: nn.Module, dtype: torch.dtype | None) -> tuple[ModelCo
     inner = _unwrapped(model)
     config = getattr(inner, "config", None)
     if not isinstance(inner, StripedHyena) or not isinstance(config, ModelConfig):
-        raise CheckpointError(f"a {type(inner).__name__} cannot be saved: give the StripedHyena model inside it")
+        raise CheckpointError(f"{kind_of(inner)} cannot be saved: give the StripedHyena model inside it")
     raw = inner.state_dict()
     state = dict(zip(plain_names(list(raw)), raw.values(), strict=True))
     expected = _expected_state(config, state)
@@ -217,13 +220,16 @@ def _is_finite_in(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _check_extra_files(extra_files: Mapping[str, bytes]) -> None:
+    if not isinstance(extra_files, Mapping):
+        raise InputError(f"extra_files must map names to bytes, and is {kind_of(extra_files)}")
     for name, content in extra_files.items():
         own = {*CONFIGS, *WEIGHTS, files.JOURNAL, files.LOCK}
-        if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name or name in own:
+        plain = isinstance(name, str) and name not in ("", "..") and Path(name).name == name and "\0" not in name
+        if not plain or name in own:
             raise InputError(f"extra file {printable(str(name))!r}: name a file of its own, without a folder")
         if not isinstance(content, (bytes, bytearray, memoryview)):
             raise InputError(f"extra file {printable(name)!r} is a {type(content).__name__}: give its bytes")
-        if name.endswith((".safetensors", ".bin", ".pt", ".pth")):
+        if name.endswith((".safetensors", ".bin", ".pt", ".pth")) or is_adapter(name):
             raise InputError(f"extra file {printable(name)!r} would be taken for other weights: name it otherwise")
 
 
@@ -254,13 +260,15 @@ def _write(
                 tensors |= original.extra_tensors({}, config)
         elif layout == "transformers":
             tensors = {transformers_tensors.their_name(key): tensor for key, tensor in tensors.items()}
-        tensors = {key: _alone(tensor) for key, tensor in tensors.items()}
+        tensors = _apart(tensors)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
         _write_tensors(stage / file, tensors)
         shutil.copymode(config_file, stage / file)  # safetensors makes its files private
     for name, content in extra_files.items():
         _write_bytes(stage / name, content)
+    if layout == "transformers":
+        _write_bytes(stage / transformers_code.FILE, transformers_code.CODE.encode())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_bytes(stage / INDEX, json.dumps(index, indent=1).encode())
@@ -299,14 +307,21 @@ def _config_text(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> str
     values = config.to_dict()
     if layout == "transformers":
         head = {"architectures": [transformers_config.ARCHITECTURE], "dtype": str(dtype).removeprefix("torch.")}
-        values = head | transformers_config.write_config(config)
+        values = head | transformers_config.write_config(config) | {"auto_map": transformers_code.AUTO_MAP}
     return json.dumps(values, indent=2) + "\n"
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, and alone in its storage, as safetensors wants it."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, each alone in its storage, as safetensors wants them; layers may share their weights."""
+    apart, taken = {}, set[int]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(storage.data_ptr())
+        apart[name] = tensor
+    return apart
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

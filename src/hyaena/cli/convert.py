@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from hyaena.arguments import as_path
 from hyaena.cli.formatting import decimal_bytes, parse_size
 from hyaena.errors import InputError
 
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder, a weights file, a bundled name, a hub id, or the folder of a training run, whose newest state "
         "is written",
     )
-    parser.add_argument("dest", metavar="DEST", type=Path, help="the folder to write")
+    parser.add_argument("dest", metavar="DEST", help="the folder to write")
     parser.add_argument(
         "--layout",
         choices=("hyaena", "original", "transformers"),
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument("--adapter", metavar="FOLDER", help="merge a LoRA adapter of PEFT or hyaena into the weights")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -54,11 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, convert, write."""
     limit = parse_size(args.max_shard_size)
-    dest: Path = args.dest
-    if dest.exists() and not dest.is_dir():
+    dest = as_path("the folder to write", args.dest)
+    if os.path.exists(dest) and not os.path.isdir(dest):
         raise InputError(f"{dest} is a file: name a folder to write")
 
     from hyaena import checkpoints, files
+    from hyaena.adapters import merge_adapter, read_adapter
     from hyaena.sizes import ModelSizes
 
     def check_empty() -> None:
@@ -66,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
 
     check_empty()
+    adapter = None if args.adapter is None else read_adapter(args.adapter)
     model, extra = _of_run(args) if checkpoints.is_run(args.source) else _of_checkpoint(args)
+    if adapter is not None:
+        merge_adapter(model, adapter)
     if args.layout == "transformers":
         extra = _for_transformers(extra, model.config)
     with _termination_as_exit():

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
     group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
     group.add_argument("--revision", help="the revision of a hub id")
+    group.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter of the model, from PEFT or hyaena")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
     group.add_argument(
@@ -158,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer = hub.load_tokenizer_of(args.model, **source)
     if args.prefix_file is None:
         encode_prompts(tokenizer, config, prompts, settings)  # before the weights are downloaded and read
-    model = hub.load_model(args.model, device=device, dtype=args.dtype, **source)
+    model = hub.load_model(args.model, device=device, dtype=args.dtype, adapter=args.adapter, **source)
     load_seconds = time.perf_counter() - began
     if args.method == "truncated" and (windows := model.truncation_windows()):
         print(describe_cut(windows), file=sys.stderr)

@@ -260,7 +260,9 @@ def render(
     paint = _painter(coloured)
     name = _fitted(config.name, width, plain)
     source = _fitted(str(description["source"]), width - 3, plain)
-    if len(name) + 3 + len(source) <= width:
+    if source == name:  # the bundled model and the presets
+        yield paint("bold", name)
+    elif len(name) + 3 + len(source) <= width:
         yield f"{paint('bold', name)}   {paint('dim', source)}"
     else:
         yield paint("bold", name)

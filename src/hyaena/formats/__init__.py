@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
+from hyaena.arguments import as_path
 from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError, printable
 from hyaena.formats.stripedhyena import config as stripedhyena_config
@@ -30,9 +30,11 @@ def read_config(path: str | PathLike[str]) -> ModelConfig:
 
     Raises:
         ConfigError: the file is missing or is not a configuration; the message begins with its path.
+        InputError: this is no path.
     """
+    path = as_path("the configuration", path)
     try:
-        return config_from_dict(read_mapping(Path(path)))
+        return config_from_dict(read_mapping(path))
     except ConfigError as error:
         raise ConfigError(f"{printable(str(path))}: {error}") from None
 

@@ -24,16 +24,20 @@ from transformers import (  # noqa: E402
     AutoModelForTokenClassification,
 )
 
+from hyaena.adapters import TARGETS as LORA_TARGETS  # noqa: E402
 from hyaena.hf.cache import StripedHyenaCache  # noqa: E402
+from hyaena.hf.chat import set_chat_template  # noqa: E402
 from hyaena.hf.configuration import StripedHyenaConfig  # noqa: E402
 from hyaena.hf.heads import (  # noqa: E402
     StripedHyenaForCausalLM,
     StripedHyenaForSequenceClassification,
     StripedHyenaForTokenClassification,
 )
+from hyaena.hf.load import fast_tokenizer, load  # noqa: E402
 from hyaena.hf.modeling import StripedHyenaModel, StripedHyenaPreTrainedModel  # noqa: E402
 
 __all__ = [
+    "LORA_TARGETS",
     "StripedHyenaCache",
     "StripedHyenaConfig",
     "StripedHyenaForCausalLM",
@@ -41,6 +45,9 @@ __all__ = [
     "StripedHyenaForTokenClassification",
     "StripedHyenaModel",
     "StripedHyenaPreTrainedModel",
+    "fast_tokenizer",
+    "load",
+    "set_chat_template",
 ]
 
 AutoConfig.register(StripedHyenaConfig.model_type, StripedHyenaConfig, exist_ok=True)

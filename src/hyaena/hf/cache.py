@@ -12,7 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hyaena import cache as native
 from hyaena.arguments import kind_of
-from hyaena.errors import InputError, UnsupportedError
+from hyaena.errors import CapacityError, InputError, UnsupportedError
+from hyaena.ops import StepContext
 
 FIELD = "cache" if "cache" in inspect.signature(CausalLMOutputWithPast).parameters else "past_key_values"
 """What this version of transformers calls the cache: ``past_key_values``, or from 5.24 on ``cache``."""
@@ -28,23 +29,51 @@ class StripedHyenaCache(Cache):
 
     Attributes:
         native: the cache itself, made with the first tokens; None before. It stores no padding.
+        step: what layers need to know to read one more token per row in place, where the cache is static; else None.
     """
 
     def __init__(self, max_length: int | None = None) -> None:
         super().__init__(layers=[])
         self.max_length = max_length
         self.native: native.Cache | None = None
-        self._positions = 0
+        self.step: StepContext | None = None
+        self._positions = 0  # that were read, without those of steps
 
     def count(self, positions: int) -> None:
         """Count positions that were read, those of padding included, as transformers does."""
         self._positions += positions
 
+    def begin_steps(self, context: StepContext) -> None:
+        """Go on with steps that count tokens on the device, where compiled code leaves them."""
+        assert self.native is not None
+        self.step = context
+        for tensor in (*self.native.tensors(), context.lengths):
+            torch._dynamo.mark_static_address(tensor)
+
+    def end_steps(self) -> None:
+        """Take over the tokens that steps have counted."""
+        if self.native is not None and self.step is not None:
+            before, self.native.lengths = self.native.lengths, self.step.lengths.tolist()
+            self._positions += self.native.lengths[0] - before[0]
+            self.step = None
+
+    def check_room(self) -> None:
+        """Check that every row has room for one more token.
+
+        Raises:
+            CapacityError: one is full.
+        """
+        assert self.step is not None
+        if bool((self.step.lengths >= self.step.limits).any()):
+            raise CapacityError(f"the cache is full: it was made for {self.max_length} tokens, make it larger")
+
     # --- what transformers looks at ------------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions that were read, those of padding included."""
-        return self._positions
+        if self.native is None or self.step is None:
+            return self._positions
+        return self._positions + int(self.step.lengths[0]) - self.native.lengths[0]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Tokens that a row may hold; -1 where there is no limit."""
@@ -52,7 +81,7 @@ class StripedHyenaCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Positions that the next ``query_length`` tokens can see, and the first of them."""
-        return self._positions + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     @property
     def batch_size(self) -> int:
@@ -66,22 +95,39 @@ class StripedHyenaCache(Cache):
     def is_compileable(self) -> bool:
         return self.max_length is not None
 
-    is_croppable = False
-    is_linear = is_sliding = is_dummy = (False,)
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of each layer: none counts no positions, as layers with nothing but a state do in caches of transformers."""
+        return [False] * max(len(self), 1)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return self.is_linear
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return self.is_linear
 
     # --- verbs ---------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget everything."""
-        self.native = None
+        self.native = self.step = None
         self._positions = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the rows by copies of these, as beam search does."""
         if self.native is not None:
+            self.end_steps()
             self.native = self.native.select(beam_idx)
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Replace the rows by copies of these."""
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -106,7 +152,7 @@ class StripedHyenaCache(Cache):
 
     def __repr__(self) -> str:
         rows = 0 if self.native is None else self.native.batch_size
-        return f"StripedHyenaCache({rows} rows, {self._positions} positions, max_length={self.max_length})"
+        return f"StripedHyenaCache({rows} rows, {self.get_seq_length()} positions, max_length={self.max_length})"
 
 
 def as_cache(given: object) -> StripedHyenaCache | None:

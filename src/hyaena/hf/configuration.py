@@ -11,6 +11,7 @@ from hyaena import formats, hub
 from hyaena.config import MODEL_TYPE, ModelConfig
 from hyaena.formats.stripedhyena import config as original
 from hyaena.formats.transformers import config as keys
+from hyaena.formats.transformers.code import AUTO_MAP
 
 SPECIAL_IDS = {
     "bytes": {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258},
@@ -33,8 +34,8 @@ class StripedHyenaConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
-    default_theta = 10_000.0
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    default_theta = 500_000.0
 
     vocab_size: int = 32_000
     hidden_size: int = 4096
@@ -97,6 +98,14 @@ class StripedHyenaConfig(PreTrainedConfig):
     def from_native(cls, config: ModelConfig, **options: Any) -> StripedHyenaConfig:
         """A configuration of this package in the words of transformers; options are further fields of this class."""
         return cls(**{**keys.write_config(config), **options})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys of ``config.json``, with those that name the classes where ``hyaena.hf`` is not imported."""
+        return super().to_dict() | {"auto_map": dict(AUTO_MAP)}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: transformers would copy the source of this class into each folder that is saved."""
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:

@@ -123,7 +123,7 @@ class StripedHyenaForSequenceClassification(StripedHyenaPreTrainedModel):
     def __init__(self, config: StripedHyenaConfig) -> None:
         super().__init__(config)
         self.model = StripedHyenaModel(config)
-        self.score = nn.Linear(config.hidden_size, self.config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0), bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -172,7 +172,7 @@ class StripedHyenaForTokenClassification(StripedHyenaPreTrainedModel):
     def __init__(self, config: StripedHyenaConfig) -> None:
         super().__init__(config)
         self.model = StripedHyenaModel(config)
-        self.score = nn.Linear(config.hidden_size, self.config.num_labels)
+        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0))
         self.post_init()
 
     @can_return_tuple

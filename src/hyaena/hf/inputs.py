@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,22 +56,29 @@ def read_layout(
     return Layout(mask, segments, right_padded)
 
 
-def check_continuation(
-    shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None, **packing: Tensor | None
-) -> None:
-    """Check the arguments of tokens that follow those of a cache: no padding among them, and no new document.
+def read_continuation(
+    shape: tuple[int, int],
+    lengths: Sequence[int],
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    **packing: Tensor | None,
+) -> Layout:
+    """The layout of tokens that follow those of a cache, whose rows hold ``lengths`` tokens.
+
+    Rows of padding alone may begin later; otherwise there is no padding among them, and no new document.
 
     Raises:
         InputError: there is.
     """
     if any(value is not None for value in packing.values()):
         raise InputError("packed documents cannot follow a cache: read them without one")
-    if shape[1] == 1:  # one token is never padding, and looking would stall a GPU in each step
-        return
-    if attention_mask is not None and not bool(attention_mask[:, -shape[1] :].all()):
-        raise InputError("padding is accepted with a cache's first tokens only")
-    if position_ids is not None and bool((position_ids.diff() != 1).any()):
+    if shape[1] == 1 and all(lengths):  # one token is never padding, and looking would stall a GPU in each step
+        return Layout(None, None, False)
+    tokens = None if attention_mask is None else _tokens(attention_mask[:, -shape[1] :], shape)
+    if _starts(shape, tokens, position_ids) is not None:
         raise InputError("positions that restart cannot follow a cache: read packed documents without one")
+    mask, right_padded = _sides(tokens)
+    return Layout(mask, None, right_padded)
 
 
 def last_tokens(
@@ -92,23 +100,23 @@ def last_tokens(
 
 
 def _tokens(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask as bool [B,T]; rows of nothing but padding, which a collator may add, count as tokens."""
+    """The mask as bool [B,T]."""
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
         given = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise InputError(f"attention_mask must have the shape of the ids, {shape}, and is {given}")
-    tokens = attention_mask != 0
-    return tokens | ~tokens.any(dim=1, keepdim=True)
+    return attention_mask != 0
 
 
 def _sides(tokens: Tensor | None) -> tuple[Tensor | None, bool]:
     """The padding on the left as a mask, and whether there is any on the right."""
     if tokens is None or bool(tokens.all()):
         return None, False
-    begun = tokens.cummax(dim=1).values
-    ahead = tokens.flip(1).cummax(dim=1).values.flip(1)
-    if bool((begun & ahead & ~tokens).any()):
+    count = tokens.cumsum(dim=1)
+    begun, ended = count > 0, count == count[:, -1:]
+    after = ended & ~tokens & begun
+    if bool((begun & ~tokens & ~after).any()):
         raise InputError("attention_mask hides positions between tokens: padding must stand at the ends of a row")
-    return (None if bool(begun.all()) else begun), not bool(ahead.all())
+    return (None if bool(begun.all()) else begun), bool(after.any())
 
 
 def _segments(
@@ -129,11 +137,19 @@ def _segments(
             raise InputError(f"cu_seq_lens_q must list the ends of documents in {shape[0] * shape[1]:,} tokens")
         starts[cu_seq_lens.long()] = 1
         return starts[:-1].cumsum(0).reshape(shape)
+    return _starts(shape, tokens, position_ids)
+
+
+def _starts(shape: tuple[int, int], tokens: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+    """The documents that positions tell apart, int [B,T]: one begins where a position is not one more than the last.
+
+    Positions of padding mean nothing, nor does the step from padding to the first token.
+    """
     if position_ids is None or shape[1] == 1:
         return None
     if position_ids.ndim != 2 or position_ids.shape[1] != shape[1] or position_ids.shape[0] not in (1, shape[0]):
         raise InputError(f"position_ids must have the shape of the ids, {shape}, and has {tuple(position_ids.shape)}")
     starts = torch.nn.functional.pad(position_ids.diff() != 1, (1, 0)).expand(shape)
-    if tokens is not None:  # positions of padding mean nothing, nor does the step from padding to the first token
+    if tokens is not None:
         starts = starts & tokens & torch.nn.functional.pad(tokens[:, :-1], (1, 0))
     return starts.cumsum(dim=1) if bool(starts.any()) else None

@@ -6,6 +6,8 @@ Shapes: B batch, T time, D channels, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +21,23 @@ from hyaena import ops
 from hyaena.cache import Cache
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError, UnsupportedError
+from hyaena.formats.transformers import code
 from hyaena.hf import loading
 from hyaena.hf.cache import FIELD, StripedHyenaCache, as_cache
 from hyaena.hf.configuration import StripedHyenaConfig
-from hyaena.hf.inputs import Layout, check_continuation, read_layout
-from hyaena.model import Layer, RMSNorm, StripedHyena, call, embed, init_module, make_layers
+from hyaena.hf.inputs import Layout, read_continuation, read_layout
+from hyaena.model import (
+    Layer,
+    RMSNorm,
+    StripedHyena,
+    call,
+    embed,
+    init_module,
+    make_layers,
+    norm_record,
+    step_unsupported_reason,
+)
+from hyaena.ops.step import CompilableOperators, StepContext
 
 logger = logging.get_logger(__name__)
 
@@ -37,8 +51,8 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
     config_class = StripedHyenaConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Layer",)
-    _skip_keys_device_placement = ("past_key_values", "cache")
+    _no_split_modules = ["Layer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True
     _can_compile_fullgraph = True
@@ -99,12 +113,25 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
         if (foreign := loading.foreign_weights(source, kwargs)) is not None:
             source, kwargs = None, foreign
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        model, info = loaded
         loading.check_complete(model, info, pretrained_model_name_or_path)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path or "")
         if model.dtype == torch.float64:
             model = model.to(torch.float64)  # poles and residues, too
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the model: ``PreTrainedModel.save_pretrained``, and the file that names its classes."""
+        folder = Path(save_directory)
+        if not folder.is_file():  # which transformers refuses
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / code.FILE).write_text(code.CODE, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do: transformers would copy the source of this class into each folder that is saved."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -172,25 +199,29 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
             raise UnsupportedError(
                 "output_attentions is not supported: attention weights are never formed, and Hyena blocks have none"
             )
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
         x = inputs_embeds if input_ids is None else embed(self.embed_tokens, input_ids, self.config.vocab_size)
         assert x is not None
         shape = (x.shape[0], x.shape[1])
         given = as_cache(past_key_values if cache is None else cache)
-        if given is not None and given.get_seq_length():
-            check_continuation(shape, attention_mask, position_ids, seq_idx=seq_idx, cu_seq_lens_q=cu_seq_lens_q)
-            layout = Layout(None, None, False)
+        if given is not None and given.step is not None and shape[1] == 1 and _may_update(given.step.lengths):
+            return self._step(given, x, output_hidden_states)
+        if given is not None and given.native is not None:
+            layout = read_continuation(
+                shape, given.native.lengths, attention_mask, position_ids, seq_idx=seq_idx, cu_seq_lens=cu_seq_lens_q
+            )
+            self._check_cacheable(layout)
         else:
             layout = read_layout(shape, attention_mask, position_ids, seq_idx=seq_idx, cu_seq_lens=cu_seq_lens_q)
             given = self._cache_to_fill(given, use_cache, layout)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         keep = shape[1] if last_positions is None or output_hidden_states else min(last_positions, shape[1])
         hidden = [] if output_hidden_states else None
         if given is None:
             context = self._context(x, None, layout)
             x, _states = self._read(x, context, [None] * len(self.layers), keep, hidden)
         else:
-            x = self._read_into(given, x, layout, keep, hidden)
+            x = self._read_into(given, x, layout, keep, hidden)  # type: ignore[call-issue]
         states = None if hidden is None else tuple(hidden)
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **{FIELD: given})  # type: ignore[arg-type]
 
@@ -198,17 +229,18 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         self, given: StripedHyenaCache | None, use_cache: bool | None, layout: Layout
     ) -> StripedHyenaCache | None:
         """The cache of a pass that follows nothing: the caller's, a new one, or none."""
-        reason = "end in padding" if layout.right_padded else "hold packed documents"
-        cacheable = not layout.right_padded and layout.segment_ids is None
-        if (given is not None or use_cache) and not cacheable:
-            raise InputError(f"rows that {reason} cannot be cached: pass use_cache=False, or pad on the left")
-        checkpointing = self.gradient_checkpointing and self.training
         if given is not None or use_cache:
-            if checkpointing:
-                raise InputError("gradient checkpointing and a cache exclude each other: pass use_cache=False")
+            self._check_cacheable(layout)
             return StripedHyenaCache() if given is None else given
-        wanted = use_cache is None and self.config.use_cache and cacheable and not self.training
-        return StripedHyenaCache() if wanted else None
+        cacheable = not layout.right_padded and layout.segment_ids is None and not self.training
+        return StripedHyenaCache() if use_cache is None and self.config.use_cache and cacheable else None
+
+    def _check_cacheable(self, layout: Layout) -> None:
+        if layout.right_padded or layout.segment_ids is not None:
+            reason = "end in padding" if layout.right_padded else "hold packed documents"
+            raise InputError(f"rows that {reason} cannot be cached: pass use_cache=False, or pad on the left")
+        if self.gradient_checkpointing and self.training:
+            raise InputError("gradient checkpointing and a cache exclude each other: pass use_cache=False")
 
     def _context(self, x: Tensor, cache: Cache | None, layout: Layout) -> ForwardContext:
         backend = ops.resolve_backend("auto", device=x.device, dtype=x.dtype, gradients=torch.is_grad_enabled())
@@ -223,10 +255,12 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
             dtype=x.dtype,
         )
 
+    @torch.compiler.disable
     def _read_into(
         self, cache: StripedHyenaCache, x: Tensor, layout: Layout, keep: int, hidden: list[Tensor] | None
     ) -> Tensor:
         """Read x into a cache, which is unchanged if anything fails."""
+        cache.end_steps()
         if cache.native is None:
             cache.native = self._make_native_cache(x, cache.max_length)
         context = self._context(x, cache.native, layout)
@@ -236,7 +270,46 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
             x, states = self._read(x, context, cache.native.states, keep, hidden)
             cache.native.commit([state.detach() for state in states], context.counts)
         cache.count(length)
+        if cache.max_length is not None and all(cache.native.lengths) and self._step_unsupported_reason() is None:
+            cache.begin_steps(self._step_context(cache.native, cache.max_length))
         return x
+
+    def _step(self, cache: StripedHyenaCache, x: Tensor, output_hidden_states: bool) -> BaseModelOutputWithPast:
+        """Read one token per row into a static cache, x [B,1,D], in a way that torch.compile makes one graph of."""
+        assert cache.native is not None and cache.step is not None
+        cache.native.check_owner(self)
+        if not torch.compiler.is_compiling():
+            cache.check_room()
+        context, hidden = cache.step, []
+        context.lengths.copy_(torch.minimum(context.lengths + 1, context.limits))
+        x = x[:, 0]
+        for layer, state in zip(self.layers, cache.native.states, strict=True):
+            hidden.append(x[:, None])
+            x = layer.step(x, state, context)  # type: ignore[operator]
+        x = context.operators.normalise(x, norm_record(self.norm))[:, None]
+        states = (*hidden, x) if output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **{FIELD: cache})  # type: ignore[arg-type]
+
+    def _step_context(self, cache: Cache, max_length: int) -> StepContext:
+        native, device = self.architecture, self.embed_tokens.weight.device
+        return StepContext(
+            operators=CompilableOperators(),
+            lengths=torch.tensor(cache.lengths, dtype=torch.int32, device=device),
+            limits=torch.full((cache.batch_size,), max_length, dtype=torch.int32, device=device),
+            rotary=ops.rotary_table(
+                torch.arange(max_length, device=device),
+                native.head_dim,
+                native.rope_theta,
+                native.rope_scaling_factor,
+                dtype=self.embed_tokens.weight.dtype,
+            ),
+        )
+
+    def _step_unsupported_reason(self) -> str | None:
+        """Why a static cache is read by the way of a growing one, or None."""
+        if any(hasattr(module, "_hf_hook") for module in self.modules()):
+            return "accelerate places the weights"
+        return step_unsupported_reason(self.layers, self.embed_tokens.weight.device)
 
     def _make_native_cache(self, x: Tensor, max_length: int | None) -> Cache:
         rows = len(x)
@@ -268,6 +341,14 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         if hidden is not None:
             hidden.append(x)
         return x, new
+
+
+def _may_update(state: Tensor) -> bool:
+    """Whether autograd allows that what was made together with ``state`` is updated in place."""
+    if torch.is_grad_enabled():
+        return False
+    # The compiler cannot trace the rest; autograd itself then raises where an update is not allowed.
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not state.is_inference()
 
 
 def _output_of(layer: nn.Module, context: ForwardContext, count: int) -> Any:

@@ -26,8 +26,9 @@ from hyaena.ops.long_conv import (
     to_modal,
     truncate,
 )
+from hyaena.ops.lora import lora_linear
 from hyaena.ops.norm import rms_norm
-from hyaena.ops.pages import PAGE, PagedKVState, PagePool, PageTable, pages_for
+from hyaena.ops.pages import PAGE, PagedKVState, PagedRows, PagePool, PageTable, pages_for
 from hyaena.ops.rope import rotary_table, rotate
 from hyaena.ops.short_conv import short_conv
 from hyaena.ops.state import RowTensors
@@ -53,6 +54,7 @@ __all__ = [
     "PagePool",
     "PageTable",
     "PagedKVState",
+    "PagedRows",
     "RMSNormWeight",
     "RealModalFilter",
     "RowTensors",
@@ -69,6 +71,7 @@ __all__ = [
     "kinds_of",
     "linear",
     "long_conv",
+    "lora_linear",
     "pages_for",
     "resolve_backend",
     "rms_norm",

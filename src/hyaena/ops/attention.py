@@ -23,9 +23,6 @@ sdpa = torch.nn.functional.scaled_dot_product_attention
 Part = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 """Attention of q to all of k and v, or causally; and float32 [B,H,T], the log-sum-exp of its scores."""
 
-PAST_BLOCK: int | None = None
-"""Keys of the past that cuDNN reads at a time, in a pass over many queries; None for all."""
-
 CUDNN_PAIRS = 2**27
 """Pairs of query and key from which cuDNN is worth the plan that it makes for every new shape."""
 
@@ -111,21 +108,20 @@ def attention(
     if length == 1:  # the query heads that share a key head become its queries: every key is read once
         rows = q.reshape(batch, groups, -1, head_dim)
         if padding is not None:
-            return _sdpa_masked(rows, k, v, _seen(padding, total)).reshape(q.shape)
+            seen = _seen(padding.clamp(max=total - 1), total)  # a padding query sees itself
+            return _sdpa_masked(rows, k, v, seen).reshape(q.shape)
         part = _gpu_part(rows, k, v, past)
         return (sdpa(rows, k, v) if part is None else part(rows, k, v, False)[0]).reshape(q.shape)
     if padding is None:
         part = _gpu_part(q, k, v, past)
         if part is not None:  # _cudnn alone takes no causal mask beside a past
-            if past and part is _cudnn:
-                return _past_and_present(q, k, v, past, part, block=PAST_BLOCK)
-            return part(q, k, v, True)[0]
+            return _past_and_present(q, k, v, past, part) if past and part is _cudnn else part(q, k, v, True)[0]
         if past == 0:
             return sdpa(q, k, v, is_causal=True, enable_gqa=heads != groups)
     # autograd knows no gradient of the log-sum-exps by which two parts are merged
     merged = q.device.type == "cpu" and past and not wants_gradients(q, k, v)
     if merged and (padding is None or bool((padding <= past).all())):
-        return _past_and_present(q, k, v, past, _cpu_part(padding, past, q.dtype), padding=padding)
+        return _past_and_present(q, k, v, past, _cpu_part(padding, past, q.dtype), padding)
     if padding is None:
         mask = causal_lower_right(length, total)
         return sdpa(q, _repeat(k, heads), _repeat(v, heads), attn_mask=mask)  # type: ignore[arg-type]
@@ -255,29 +251,19 @@ def _cpu_part(padding: Tensor | None, past: int, dtype: torch.dtype) -> Part:
     return part
 
 
-def _past_and_present(
-    q: Tensor, k: Tensor, v: Tensor, past: int, part: Part, *, padding: Tensor | None = None, block: int | None = None
-) -> Tensor:
-    """Attentions to the present (causal) and to the past (all of it, in blocks), merged by their log-sum-exps.
+def _past_and_present(q: Tensor, k: Tensor, v: Tensor, past: int, part: Part, padding: Tensor | None = None) -> Tensor:
+    """Two attentions, to the past (all of it) and to the present (causal), merged by their log-sum-exps.
 
     With Z the sum of a part's exponentials, the result is ``(Z1·o1 + Z2·o2) / (Z1 + Z2)``, that is
-    ``o2 + sigmoid(log Z1 - log Z2)·(o1 - o2)``. Where there are several blocks, float32 holds what was merged.
+    ``o2 + sigmoid(log Z1 - log Z2)·(o1 - o2)``.
     """
-    y, log_sum = part(q, k[:, :, past:], v[:, :, past:], True)
-    starts = range(0, past, block or past)
-    if len(starts) > 1:
-        y = y.float()
-    for start in starts:
-        stop = min(start + (block or past), past)
-        before, log_before = part(q, k[:, :, start:stop], v[:, :, start:stop], False)
-        weight = torch.sigmoid(log_before - log_sum).unsqueeze(-1).to(y.dtype)
-        if padding is not None:  # a row whose past is all padding has no log-sum-exp there
-            empty = (padding >= past)[:, None, None, None]
-            before, weight = before.masked_fill(empty, 0.0), weight.masked_fill(empty, 0.0)
-        y = torch.lerp(y, before.to(y.dtype), weight)
-        if len(starts) > 1:
-            log_sum = torch.logaddexp(log_sum, log_before)
-    return y.to(q.dtype)
+    before, log_before = part(q, k[:, :, :past], v[:, :, :past], False)
+    now, log_now = part(q, k[:, :, past:], v[:, :, past:], True)
+    weight = torch.sigmoid(log_before - log_now).unsqueeze(-1).to(q.dtype)
+    if padding is not None:  # a row whose past is all padding has no log-sum-exp there
+        empty = (padding >= past)[:, None, None, None]
+        before, weight = before.masked_fill(empty, 0.0), weight.masked_fill(empty, 0.0)
+    return torch.lerp(now, before, weight)
 
 
 def _seen(padding: Tensor, total: int) -> Tensor:

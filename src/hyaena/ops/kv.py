@@ -83,6 +83,18 @@ class KVState:
         return store.values[i]
 
     @property
+    def store(self) -> KVStore:
+        """The storage of all rows, where they were allocated together.
+
+        Raises:
+            InputError: they were not.
+        """
+        store = self.rows[0][0]
+        if any(other is not store or place != row for row, (other, place) in enumerate(self.rows)):
+            raise InputError("the rows have storage of their own: copy them together (select)")
+        return store
+
+    @property
     def capacities(self) -> list[int]:
         return [store.capacity for store, _ in self.rows]
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyaena.ops.attention import attention
+from hyaena.ops.attention import attention, sdpa
 from hyaena.ops.backend import PLAIN
 from hyaena.ops.gate import ACTIVATIONS
 from hyaena.ops.hyena import HyenaState, hyena
@@ -24,7 +24,7 @@ from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Linear, linear
 from hyaena.ops.long_conv import Filter
 from hyaena.ops.norm import rms_norm
-from hyaena.ops.pages import PagedKVState, PageTable
+from hyaena.ops.pages import PagedKVState, PagedRows, PageTable
 from hyaena.ops.rope import rotate
 
 
@@ -83,7 +83,8 @@ class DecodeOperators:
         finite = best.isfinite()  # NaN and +infinity win; -infinity only where there is nothing else
         ids.copy_(torch.where(finite, chosen, 0))
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.stack([ids.double(), (best - wide.logsumexp(dim=-1)).double(), finite.double()], dim=1)
+        logprobs = -(wide - best[:, None]).logsumexp(dim=-1)  # large logits cost no digits
+        return torch.stack([ids.double(), logprobs.double(), finite.double()], dim=1)
 
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """``residual + weight·norm(x) + bias``: x [B,D] -> [B,E]."""
@@ -100,14 +101,21 @@ class DecodeOperators:
         Waits for the device.
         """
         kv = state.through(context.pages)
+        q, k, v, position = self._rotated(qkv, kv, context)
+        kv.write(k.unsqueeze(2), v.unsqueeze(2), position.tolist())
+        return q
+
+    def _rotated(
+        self, qkv: Tensor, kv: KVState | PagedRows, context: StepContext
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries [B,H,head_dim], keys and values [B,G,head_dim] of the newest tokens, and their positions [B]."""
         groups, width = kv.groups, kv.head_dim
         parts = qkv.unflatten(-1, (-1, width))
         q, k, v = parts.split([parts.shape[1] - 2 * groups, groups, groups], dim=1)
         position = (context.lengths - 1).long()
         table = (context.rotary[0][position, None], context.rotary[1][position, None])  # [B,1,head_dim/2]
-        q, k = (rotate(t.unsqueeze(2), table, backend=self.backend) for t in (q, k))
-        kv.write(k, v.unsqueeze(2), position.tolist())
-        return q.squeeze(2)
+        q, k = (rotate(t.unsqueeze(2), table, backend=self.backend).squeeze(2) for t in (q, k))
+        return q, k, v, position
 
     def attend(self, q: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         """Attention of q [B,H,head_dim] to the tokens of each row; [B,H,head_dim]. Waits for the device."""
@@ -133,3 +141,23 @@ class DecodeOperators:
         if isinstance(norm, RMSNormWeight):
             return rms_norm(x, norm.weight, norm.eps, eps_inside_root=norm.eps_inside_root, backend=self.backend)
         return norm(x)
+
+
+class CompilableOperators(DecodeOperators):
+    """The plain composition as one graph for torch.compile: nothing waits for the device.
+
+    The rows must have storage of one allocation (``KVState.store``), and attention reads all of it, under a mask.
+    """
+
+    def rotate_and_cache(self, qkv: Tensor, state: KVState, context: StepContext) -> Tensor:
+        q, k, v, position = self._rotated(qkv, state, context)
+        rows = torch.arange(len(q), device=q.device)
+        for old, new in zip(state.store, (k, v), strict=True):
+            old[rows, :, position] = new.to(old.dtype)
+        return q
+
+    def attend(self, q: Tensor, state: KVState, context: StepContext) -> Tensor:
+        keys, values = (t.to(q) for t in state.store)
+        seen = torch.arange(keys.shape[2], device=q.device) < context.lengths[:, None]
+        rows = q.unflatten(1, (keys.shape[1], -1))  # the queries that share a key head: every key is read once
+        return sdpa(rows, keys, values, attn_mask=seen[:, None, None]).flatten(1, 2)

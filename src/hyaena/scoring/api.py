@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -79,10 +79,32 @@ class ReadOptions:
         )
 
 
+@overload
 def score(
     model: StripedHyena,
     tokenizer: Tokenizer,
-    texts: Text | Sequence[Text],
+    texts: list[str] | list[bytes] | list[list[int]],
+    *,
+    entropy: bool = True,
+    rank: bool = True,
+    top: int = 0,
+    **options: Any,
+) -> list[Score]: ...
+@overload
+def score(
+    model: StripedHyena,
+    tokenizer: Tokenizer,
+    texts: Text,
+    *,
+    entropy: bool = True,
+    rank: bool = True,
+    top: int = 0,
+    **options: Any,
+) -> Score: ...
+def score(
+    model: StripedHyena,
+    tokenizer: Tokenizer,
+    texts: Any,
     *,
     entropy: bool = True,
     rank: bool = True,

@@ -32,6 +32,7 @@ from hyaena.serve.protocol import (
     Prompts,
     ScoreBody,
     TokenizeBody,
+    as_prompts,
     usage,
 )
 from hyaena.serve.service import (
@@ -426,10 +427,10 @@ def _texts(given: Prompts) -> list[Any]:
     Raises:
         ApiError: one of them is empty.
     """
-    texts = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    texts = as_prompts(given)
     if not all(texts):
         raise ApiError(400, "a text is empty: give it at least one character", param="input")
-    return list(texts)
+    return texts
 
 
 def _encode(served: Served, texts: Sequence[Any]) -> list[list[int]]:

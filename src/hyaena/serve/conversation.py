@@ -93,8 +93,8 @@ class ChatTemplate:
             for part in self._template.generate(
                 messages=messages,
                 add_generation_prompt=True,
-                bos_token=by_id.get(tokenizer.bos_id, ""),
-                eos_token=by_id.get(tokenizer.eos_id, ""),
+                bos_token="" if tokenizer.bos_id is None else by_id.get(tokenizer.bos_id, ""),
+                eos_token="" if tokenizer.eos_id is None else by_id.get(tokenizer.eos_id, ""),
             ):
                 parts.append(part)
                 length += len(part)

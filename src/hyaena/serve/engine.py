@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from hyaena.decoding import Decoding, resolve_decoding
-from hyaena.errors import CapacityError, HyaenaError, InputError
+from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError
 from hyaena.generation.chunks import choose_chunk
 from hyaena.generation.loop import FinishReason, Row
 from hyaena.generation.stop_strings import StopStringFilter
@@ -367,12 +367,11 @@ class Engine:
     def _deliver(self, active: _Active, chosen: Chosen) -> None:
         """Hand a token to its request."""
         now = time.monotonic()
-        if not chosen.finite:
-            self._fail(active, "the model produced NaN or infinity for this prompt")
-            return
         try:
+            if not chosen.finite:
+                raise NonFiniteError("the model produced NaN or infinity for this prompt")
             text, reason = active.row.take(chosen.token, now)
-        except InputError as error:  # a token that the tokenizer does not know: vocabularies of models may be padded
+        except HyaenaError as error:  # of this request alone, such as a token that the tokenizer does not know
             self._fail(active, str(error))
             return
         self.scheduler.append(active.key, chosen.token)

@@ -5,8 +5,9 @@ leads through its node. Attention could start behind any page; Hyena layers need
 nodes also have a *snapshot* of the states. A prompt starts from the deepest node on its path that has one.
 
 Snapshots have a budget. Those that lie at the end of a prompt or a turn are the likeliest to be used again, those on a
-coarse grid bound what any prompt has to read again, and the rest are a luxury: the rest go first, then the grid, then
-the ends, each least recently used first. Pages go least recently used first, from the leaves on.
+coarse grid bound what any prompt has to read again, and the rest are a luxury: they are taken while there is room, and
+go first, then the grid, then the ends, each least recently used first. Pages go least recently used first, from the
+leaves on.
 """
 
 from __future__ import annotations
@@ -106,7 +107,10 @@ class PrefixCache:
         return Match(len(path) * self.page_size, tuple(node.page for node in path), path[-1].snapshot)
 
     def take_snapshot_numbers(self, ranks: Sequence[Rank]) -> list[int | None]:
-        """Numbers for new snapshots, one per rank. None where only snapshots worth more would have to go."""
+        """Numbers for new snapshots, one per rank. None where only snapshots worth more would have to go.
+
+        One between the places of the grid takes nobody's place.
+        """
         return [self._take_number(rank) for rank in ranks]
 
     def insert(
@@ -197,7 +201,7 @@ class PrefixCache:
 
     def _take_number(self, rank: Rank) -> int | None:
         for lower in Rank:
-            if self._free or lower > rank:
+            if self._free or lower > rank or rank is Rank.BETWEEN:
                 break
             if self._snapshots[lower]:
                 self._drop_snapshot(next(iter(self._snapshots[lower])))

@@ -26,6 +26,13 @@ Prompts = (
 )
 
 
+def as_prompts(given: Prompts) -> list[str | list[int]]:
+    """The prompts of a body that names one or several."""
+    if isinstance(given, str) or isinstance(given[0], int):
+        return [given]  # type: ignore[list-item]
+    return list(given)  # type: ignore[arg-type]
+
+
 class Strict(BaseModel):
     """A body whose fields have the types that are named, and no others."""
 
@@ -63,8 +70,8 @@ class GenerationBody(Strict):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(default=None, max_length=256)
     user: str | None = Field(default=None, description="Accepted; it has no effect.")
-    frequency_penalty: Literal[0, 0.0] | None = None
-    presence_penalty: Literal[0, 0.0] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
 
 
 class CompletionBody(GenerationBody):

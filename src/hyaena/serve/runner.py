@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from hyaena.packing import Snapshots
 from hyaena.sampling import draw
 from hyaena.serve.scheduler import Plan, Read
 
-Key = Hashable
+Key = int
 Life = tuple[Key, int]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from types import MappingProxyType
@@ -23,13 +23,16 @@ from hyaena.errors import CapacityError
 from hyaena.serve.pages import Pages
 from hyaena.serve.prefix_cache import GRID_PAGES, PrefixCache, Rank
 
-Key = Hashable
+Key = int
 
 STEPS_AHEAD = 2
 """Tokens behind those that are known for which a decoding row has pages: the decoder runs one step ahead."""
 
 GROWTH_PAGES = 4
 """Pages that are left free for every active request when another is admitted, so that it is not soon pre-empted."""
+
+ROWS_TOGETHER = 8
+"""Under load, an eighth of the rows starts together."""
 
 
 class Phase(Enum):
@@ -325,7 +328,14 @@ class Scheduler:
         self.pages.release(job.pages)
 
     def _admit(self, plan: Plan) -> None:
-        """Start waiting requests, in order, as far as there are rows and pages for all they have to read."""
+        """Start waiting requests, in order, as far as there are rows and pages for all they have to read.
+
+        Where all rows are busy and requests queue, several rows are let free before new ones start, which then share a
+        pass: a pass of a few tokens costs hardly less than one of thousands, and every row waits for it.
+        """
+        together = min(len(self._waiting), max(1, self.max_rows // ROWS_TOGETHER))
+        if self._active and self.max_rows - len(self._active) < together:
+            return
         while self._waiting and len(self._active) < self.max_rows:
             job = self._waiting[0]
             if job.key in self._drop:  # its old row must go first

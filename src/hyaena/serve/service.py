@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from hyaena.errors import CapacityError, HyaenaError, InputError
 from hyaena.sampling import SamplingParams
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Delta, Engine, EngineDeadError, QueueFullError, Request
-from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, usage
+from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, as_prompts, usage
 from hyaena.tokenizers import Tokenizer
 
 MIN_LOGPROB = -9999.0
@@ -147,9 +147,12 @@ class Generation:
                 raise
 
     def _sink(self, index: int) -> Callable[[Delta], None]:
-        return lambda delta: self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, delta))
+        def sink(delta: Delta) -> None:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, delta))
 
-    async def events(self) -> AsyncIterator[tuple[Choice, Delta]]:
+        return sink
+
+    async def events(self) -> AsyncGenerator[tuple[Choice, Delta]]:
         """Tokens as they come. Leaving the loop early cancels what has not ended.
 
         Raises:
@@ -226,14 +229,12 @@ def sampling_params(body: GenerationBody) -> SamplingParams:
 
 def completion_prompts(served: Served, body: CompletionBody) -> list[list[int]]:
     """The ids of all prompts of a body."""
-    prompt = body.prompt
-    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
     with errors_of_clients():
         return [
-            served.tokenizer.encode(item, add_special_tokens=body.add_special_tokens)
-            if isinstance(item, str)
-            else list(item)
-            for item in (prompt if several else [prompt])  # type: ignore[union-attr]
+            served.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
+            for prompt in as_prompts(body.prompt)
         ]
 
 

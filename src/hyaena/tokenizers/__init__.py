@@ -14,12 +14,14 @@ Text never turns into control tokens unless the caller asks for it: ``encode("</
 """
 
 from hyaena.tokenizers.base import TextStream, Tokenizer, token_ids
+from hyaena.tokenizers.chat import TEMPLATES
 from hyaena.tokenizers.export import transformers_files
 from hyaena.tokenizers.hf import HFTokenizer
 from hyaena.tokenizers.load import load_tokenizer
 from hyaena.tokenizers.simple import ByteTokenizer, CharacterTokenizer
 
 __all__ = [
+    "TEMPLATES",
     "ByteTokenizer",
     "CharacterTokenizer",
     "HFTokenizer",

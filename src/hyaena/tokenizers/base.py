@@ -220,6 +220,8 @@ def as_list(values: Any, problem: str) -> list[Any]:
         raise InputError(problem + kind_of(values))
     try:
         content = values.tolist() if hasattr(values, "tolist") else values
+        if isinstance(content, str | bytes):  # an array without dimensions that holds a text
+            raise InputError(problem + kind_of(values))
         items = list(itertools.islice(content, MAX_ITEMS + 1))
     except (TypeError, ValueError, RuntimeError) as error:  # on the meta device, or without dimensions
         raise InputError(problem + kind_of(values)) from error

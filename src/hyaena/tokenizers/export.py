@@ -60,11 +60,14 @@ def transformers_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     settings.setdefault("clean_up_tokenization_spaces", False)
     generation |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": _one_or_all(tokenizer.eos_ids)}
     generation |= {"pad_token_id": tokenizer.pad_id}
-    return {
+    written = {
         "tokenizer.json": _json(spec),
         "tokenizer_config.json": _json(settings),
         "generation_config.json": _json({key: value for key, value in generation.items() if value is not None}),
     }
+    if isinstance(tokenizer, HFTokenizer) and (template := tokenizer.path.with_name("chat_template.jinja")).is_file():
+        written[template.name] = template.read_bytes()
+    return written
 
 
 def _byte_level(special: dict[str, int]) -> dict[str, Any]:

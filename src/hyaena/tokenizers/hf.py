@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import copy
 import json
 import math
@@ -267,6 +269,8 @@ def _growth(normalizer: Any) -> float:
     factor = 1.0
     if isinstance(steps := normalizer.get("normalizers"), list):
         factor = math.prod(_growth(step) for step in steps)
+    if isinstance(table := normalizer.get("precompiled_charsmap"), str):
+        factor *= _longest_replacement(table)
     if isinstance(content := normalizer.get("content"), str):
         pattern = normalizer.get("pattern")
         replaced = pattern.get("String") if isinstance(pattern, dict) else None
@@ -274,3 +278,14 @@ def _growth(normalizer: Any) -> float:
         longest = len(content) / len(replaced) if isinstance(replaced, str) and replaced else len(content) + 1
         factor *= max(1.0, longest)
     return factor
+
+
+def _longest_replacement(table: str) -> int:
+    """The most characters that a ``Precompiled`` normalizer writes for one: its table is a trie, whose length in bytes
+    stands in front as 32 bits, and the replacements, each ended by NUL (SentencePiece, ``normalizer.cc``)."""
+    try:
+        content = base64.b64decode(table)
+    except (binascii.Error, ValueError):
+        return 1  # the library has read it, or refused the file
+    replacements = content[4 + int.from_bytes(content[:4], "little") :]
+    return max(1, *(len(text.decode("utf-8", errors="replace")) for text in replacements.split(b"\0")))

@@ -13,6 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from hyaena.arguments import as_path
 from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError, nearest, printable, shown
 from hyaena.formats import config_from_dict, read_config
@@ -127,6 +128,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require((self.model is None) != (self.init_from is None), "give exactly one of `model` and `init_from`")
         _require(bool(self.output), "output is empty: name the folder of the run")
+        _require(_is_name(self.output), f"output {shown(self.output)} is no name of a folder: it must be UTF-8 text")
         _require(0 <= self.seed < 2**63, f"seed must lie in 0 … 2^63 - 1, not {shown(self.seed)}")
         for name in ("steps", "batch_size", "log_every"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
@@ -161,7 +163,7 @@ class TrainConfig:
             ConfigError: the file is missing or no YAML mapping, or a key or a value is wrong.
         """
         try:
-            values = read_mapping(Path(path))
+            values = read_mapping(as_path("the configuration", path))
             for override in overrides:
                 _override(values, override)
             return cls.from_dict(values)
@@ -185,6 +187,14 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 """Other names of types."""
 
 
+def _is_name(path: str) -> bool:
+    """Whether a path can be written, too, by libraries that take UTF-8 only."""
+    try:
+        return "\0" not in path and bool(path.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -199,7 +209,7 @@ def _plain(value: Any) -> Any:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
-    name, separator, text = override.partition("=")
+    name, separator, text = override.partition("=") if isinstance(override, str) else ("", "", "")
     if not separator or not name.strip():
         raise ConfigError(f"--set takes key=value, not {shown(override)}, for example --set optim.lr=1e-3")
     *sections, key = name.strip().split(".")

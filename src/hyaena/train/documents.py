@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -60,14 +61,14 @@ def find_files(sources: Iterable[str | Path], pattern: str = "*") -> list[Path]:
     """
     found = []
     for source in map(Path, sources):
-        if source.is_dir():
-            paths = sorted(path for path in source.rglob(pattern) if path.is_file())
+        if os.path.isdir(source):  # pathlib raises for names that are too long, and in folders that are closed to us
+            paths = sorted(path for path in source.rglob(pattern) if os.path.isfile(path))
             if not paths:
                 raise InputError(f"the folder {source} holds no file that matches {pattern!r}; change data.pattern")
             found += paths
-        elif not source.exists():
+        elif not os.path.exists(source):
             raise InputError(f"cannot read {source}: no such file or folder; check data.train and data.heldout")
-        elif not source.is_file():
+        elif not os.path.isfile(source):
             raise InputError(f"cannot read {source}: not a regular file; name a file or a folder")
         else:
             found.append(source)

@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from hyaena.arguments import kind_of
 from hyaena.checkpoints import as_device, save_model
-from hyaena.errors import CheckpointError, ConfigError, HyaenaError, NonFiniteError, OutputError
+from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError, NonFiniteError, OutputError, shown
 from hyaena.files import locked, write_atomically
 from hyaena.train.config import TrainConfig
 from hyaena.train.corpus import Corpus, tokenize
@@ -94,6 +96,9 @@ def train(
         CheckpointError, OutputError: the disk is full, or another process trains in this folder.
         NonFiniteError: the loss became NaN or infinite; ``last.pt`` holds the last finite state that was saved.
     """
+    seconds = math.inf if max_seconds is None else max_seconds
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+        raise InputError(f"max_seconds must be a number, 0 or more, not {shown(max_seconds)}")
     with open_run(config, resume=resume, device=device) as trainer:
         return trainer.advance(max_seconds=max_seconds, progress=progress, stop=stop)
 
@@ -105,13 +110,15 @@ def open_run(config: TrainConfig, *, resume: bool = False, device: str = "auto")
     What costs little is checked first: the device, the folder, the files of the data and, to resume, the
     configuration; then the text is read; weights are read or downloaded last.
     """
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"config must be a TrainConfig, not {kind_of(config)}: TrainConfig.from_file reads one")
     used = _device(device)
     folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise ConfigError(f"output {folder} is a file: name a folder")
     for sources in (config.data.train, config.data.heldout):
         find_files(sources, config.data.pattern)
-    if resume and not (folder / CHECKPOINT).is_file():
+    if resume and not os.path.isfile(folder / CHECKPOINT):
         raise CheckpointError(f"nothing to resume: {folder / CHECKPOINT} does not exist; run without --resume")
     with contextlib.ExitStack() as stack:
         try:
@@ -301,8 +308,8 @@ class Trainer:
         config = self.config
         started, before = time.monotonic(), self.elapsed
         self.model.train()
-        shown = progress and sys.stderr is not None and sys.stderr.isatty()
-        with tqdm(total=config.steps, initial=self.step, unit="step", disable=not shown, dynamic_ncols=True) as bar:
+        drawn = progress and sys.stderr is not None and sys.stderr.isatty()
+        with tqdm(total=config.steps, initial=self.step, unit="step", disable=not drawn, dynamic_ncols=True) as bar:
             if self.heldout is not None and self.initial is None:
                 self._evaluate(self.heldout)
             interval = _Interval(self.step)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from os import PathLike
 from pathlib import Path
 from types import NoneType
@@ -187,6 +188,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         CheckpointError: it cannot be read, or a line is not a row of metrics.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before opening: opening a FIFO waits
+            raise CheckpointError(f"cannot read {path}: not a regular file; move it away to go on without it")
         *lines, rest = path.read_bytes().split(b"\n")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; move it away to go on without it") from error

@@ -1,6 +1,7 @@
 """The kernels as operators of torch: autograd, torch.compile, torch's own checks, and what is kept for the backward."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from device import DEVICE
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops import HyenaState, ModalFilter, hyena
 from hyaena.ops.triton import unsupported_reason
+from hyaena.ops.triton.hyena import launch
 from hyaena.ops.triton.hyena.register import hyena_operator
 
 FUSED, BLOCKED = {"backend": "triton"}, {"method": "blocked"}
@@ -93,12 +95,21 @@ def test_nothing_but_the_inputs_is_kept_for_the_backward() -> None:
     assert kept and all(t.untyped_storage().data_ptr() in known for t in kept)
 
 
-def test_parameters_may_be_frozen() -> None:
-    z, weight, bias, poles, residues, skip, _, _ = arguments()
-    z.requires_grad_()
-    y, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), backend="triton")
-    expected, _ = hyena(z, weight, bias, ModalFilter(poles, residues, skip), method="blocked")
-    agree(torch.autograd.grad(y.sum(), z), torch.autograd.grad(expected.sum(), z))
+def test_gradients_of_frozen_filters_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    kernels = launch.backward
+
+    def backward(*args: Any, parameters: bool) -> launch.Gradients:
+        given.append(parameters)
+        return kernels(*args, parameters=parameters)
+
+    monkeypatch.setattr(launch, "backward", backward)
+    inputs = arguments(length=5)
+    leaves = [inputs[i].requires_grad_() for i in (0, 6, 7)]  # z and both states
+    agree(torch.autograd.grad(loss(FUSED, *inputs), leaves), torch.autograd.grad(loss(BLOCKED, *inputs), leaves))
+    one = inputs[5].requires_grad_()
+    agree(torch.autograd.grad(loss(FUSED, *inputs), (one,)), torch.autograd.grad(loss(BLOCKED, *inputs), (one,)))
+    assert given == [False, True]
 
 
 @pytest.mark.parametrize("what", ["empty", "short", "long", "mask", "reset"])

@@ -46,7 +46,9 @@ def test_packed_documents_train_through_the_fused_operator(
     calls: list[str] = []
     for name in ("forward", "backward"):
         kernel = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *args, n=name, k=kernel: calls.append(n) or k(*args))
+        monkeypatch.setattr(
+            launch, name, lambda *args, n=name, k=kernel, **options: calls.append(n) or k(*args, **options)
+        )
     monkeypatch.setenv(VARIABLE, "triton")
     got = loss_and_gradients(model, windows)
     assert calls == ["forward", "backward"]

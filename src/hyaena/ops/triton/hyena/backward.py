@@ -201,10 +201,11 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                               D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
                               BD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
                               HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr,
-                              HAS_DSHORT: tl.constexpr):  # fmt: skip
+                              HAS_DSHORT: tl.constexpr, PARAMETERS: tl.constexpr):  # fmt: skip
     """Gradients, a program for ``run`` chunks of BD channels of a row. Grid: (channels / BD, runs, rows).
 
-    sums [B,runs,3(K+1)+4N+1,D]: taps and bias of x2, x1 and v, then poles and residues as [N,2], then skip.
+    sums [B,runs,3(K+1)+4N+1,D]: taps and bias of x2, x1 and v, then poles and residues as [N,2], then skip; written
+    with PARAMETERS only.
     ``saved`` is scratch: one [(C+W)/U rounded up, N, 2, BD] per program.
     """
     W: tl.constexpr = K - 1
@@ -335,36 +336,36 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                 du1 = tl.where(real, dw * u0[j], 0.0)
                 du0 = tl.where(real, dw * u1[j], 0.0)
 
-                # Parameters: only this chunk's own steps.
                 mine = at < end
-                own2 = tl.where(mine, du2, 0.0)
-                own1 = tl.where(mine, du1, 0.0)
-                own0 = tl.where(mine, du0, 0.0)
-                dtaps2 = add_taps(dtaps2, own2, x2, age[j], j, HAS_RESET)
-                dtaps1 = add_taps(dtaps1, own1, x1, age[j], j, HAS_RESET)
-                dtaps0 = add_taps(dtaps0, own0, x0, age[j], j, HAS_RESET)
-                doff2 += own2
-                doff1 += own1
-                doff0 += own0
-                own = tl.where(mine, dg, 0.0)
-                dgain += own * w
-                sum_pre = ()
-                sum_pim = ()
-                sum_rre = ()
-                sum_rim = ()
-                for n in tl.static_range(N):
-                    mine_re = tl.where(mine, lambda_re[n], 0.0)
-                    mine_im = tl.where(mine, lambda_im[n], 0.0)
-                    old_re = before_re[j][n]
-                    old_im = before_im[j][n]
-                    sum_pre = sum_pre + (dp_re[n] + mine_re * old_re + mine_im * old_im,)
-                    sum_pim = sum_pim + (dp_im[n] - mine_re * old_im + mine_im * old_re,)
-                    sum_rre = sum_rre + (dr_re[n] + own * s_re[n],)
-                    sum_rim = sum_rim + (dr_im[n] - own * s_im[n],)
-                dp_re = sum_pre
-                dp_im = sum_pim
-                dr_re = sum_rre
-                dr_im = sum_rim
+                if PARAMETERS:  # only this chunk's own steps
+                    own2 = tl.where(mine, du2, 0.0)
+                    own1 = tl.where(mine, du1, 0.0)
+                    own0 = tl.where(mine, du0, 0.0)
+                    dtaps2 = add_taps(dtaps2, own2, x2, age[j], j, HAS_RESET)
+                    dtaps1 = add_taps(dtaps1, own1, x1, age[j], j, HAS_RESET)
+                    dtaps0 = add_taps(dtaps0, own0, x0, age[j], j, HAS_RESET)
+                    doff2 += own2
+                    doff1 += own1
+                    doff0 += own0
+                    own = tl.where(mine, dg, 0.0)
+                    dgain += own * w
+                    sum_pre = ()
+                    sum_pim = ()
+                    sum_rre = ()
+                    sum_rim = ()
+                    for n in tl.static_range(N):
+                        mine_re = tl.where(mine, lambda_re[n], 0.0)
+                        mine_im = tl.where(mine, lambda_im[n], 0.0)
+                        old_re = before_re[j][n]
+                        old_im = before_im[j][n]
+                        sum_pre = sum_pre + (dp_re[n] + mine_re * old_re + mine_im * old_im,)
+                        sum_pim = sum_pim + (dp_im[n] - mine_re * old_im + mine_im * old_re,)
+                        sum_rre = sum_rre + (dr_re[n] + own * s_re[n],)
+                        sum_rim = sum_rim + (dr_im[n] - own * s_im[n],)
+                    dp_re = sum_pre
+                    dp_im = sum_pim
+                    dr_re = sum_rre
+                    dr_im = sum_rim
 
                 dz2, later2 = spread(taps2, du2, later2)
                 dz1, later1 = spread(taps1, du1, later1)
@@ -412,18 +413,19 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                 tl.store(dshort_in + D * W + k, dz1, mask=inside)
                 tl.store(dshort_in + 2 * D * W + k, dz0, mask=inside)
 
-    sums += (row * tl.num_programs(1) + tl.program_id(1)) * ((3 * (K + 1) + 4 * N + 1) * D) + channel
-    for k in tl.static_range(K):
-        tl.store(sums + k * D, dtaps2[k], mask=inside)
-        tl.store(sums + (K + 1 + k) * D, dtaps1[k], mask=inside)
-        tl.store(sums + (2 * K + 2 + k) * D, dtaps0[k], mask=inside)
-    tl.store(sums + K * D, doff2, mask=inside)
-    tl.store(sums + (2 * K + 1) * D, doff1, mask=inside)
-    tl.store(sums + (3 * K + 2) * D, doff0, mask=inside)
-    for n in tl.static_range(N):
-        at_n = sums + (3 * (K + 1) + 2 * n) * D
-        tl.store(at_n, dp_re[n], mask=inside)
-        tl.store(at_n + D, dp_im[n], mask=inside)
-        tl.store(at_n + 2 * N * D, dr_re[n], mask=inside)
-        tl.store(at_n + (2 * N + 1) * D, dr_im[n], mask=inside)
-    tl.store(sums + (3 * (K + 1) + 4 * N) * D, dgain, mask=inside)
+    if PARAMETERS:
+        sums += (row * tl.num_programs(1) + tl.program_id(1)) * ((3 * (K + 1) + 4 * N + 1) * D) + channel
+        for k in tl.static_range(K):
+            tl.store(sums + k * D, dtaps2[k], mask=inside)
+            tl.store(sums + (K + 1 + k) * D, dtaps1[k], mask=inside)
+            tl.store(sums + (2 * K + 2 + k) * D, dtaps0[k], mask=inside)
+        tl.store(sums + K * D, doff2, mask=inside)
+        tl.store(sums + (2 * K + 1) * D, doff1, mask=inside)
+        tl.store(sums + (3 * K + 2) * D, doff0, mask=inside)
+        for n in tl.static_range(N):
+            at_n = sums + (3 * (K + 1) + 2 * n) * D
+            tl.store(at_n, dp_re[n], mask=inside)
+            tl.store(at_n + D, dp_im[n], mask=inside)
+            tl.store(at_n + 2 * N * D, dr_re[n], mask=inside)
+            tl.store(at_n + (2 * N + 1) * D, dr_im[n], mask=inside)
+        tl.store(sums + (3 * (K + 1) + 4 * N) * D, dgain, mask=inside)

@@ -351,15 +351,18 @@ def backward(
     dlong: Tensor | None,
     operands: Operands,
     tiling: BackwardTiling | None = None,
+    *,
+    parameters: bool = True,
 ) -> Gradients:
     """Launch the backward kernels; ``tiling`` None to choose.
 
     Args:
         dy, dshort, dlong: gradients of the results of ``forward``; None for zero.
+        parameters: whether the gradients of the filters are wanted.
 
     Returns:
         The gradients of z (in its dtype), weight, bias, poles, residues, skip, short and long (float32), whether or
-        not the argument was None.
+        not the argument was None. Those of the filters are empty tensors without ``parameters``.
     """
     operands = operands.contiguous()
     z, weight, bias, poles, residues, skip, short, long, mask, reset = operands
@@ -426,7 +429,7 @@ def backward(
     )
     dz = torch.empty_like(z)
     rows = 3 * (taps + 1) + 4 * modes + 1
-    sums = poles.new_empty(batch, runs, rows, channels)
+    sums = poles.new_empty(batch, runs, rows, channels) if parameters else poles.new_empty(0)
     saved = poles.new_empty(batch * runs * blocks * cdiv(steps + taps - 1, held) * modes * 2 * block)
     dshort_in = poles.new_empty(batch, width, taps - 1)
     dlong_in = poles.new_empty(batch, channels, modes, 2)
@@ -463,13 +466,17 @@ def backward(
         HAS_MASK=mask is not None,
         HAS_RESET=reset is not None,
         HAS_DSHORT=dshort is not None and taps > 1,
+        PARAMETERS=parameters,
         num_warps=warps,
     )
+    if not parameters:
+        dweight, dbias, dpoles, dresidues, dskip = (poles.new_empty(0) for _ in range(5))
+        return dz, dweight, dbias, dpoles, dresidues, dskip, dshort_in, dlong_in
     total = sums.sum(dim=(0, 1))  # [rows,D]
     filters, modal = total[: 3 * (taps + 1)].view(3, taps + 1, channels), total[3 * (taps + 1) : -1]
     dweight = filters[:, :taps].transpose(1, 2).reshape(width, taps)
     dpoles, dresidues = modal.view(2, modes, 2, channels).permute(0, 3, 1, 2)
-    parameters = (dweight, filters[:, taps].reshape(width), dpoles, dresidues, total[-1])
+    of_filters = (dweight, filters[:, taps].reshape(width), dpoles, dresidues, total[-1])
     # A custom operator's results must not share storage.
-    dweight, dbias, dpoles, dresidues, dskip = (t.clone(memory_format=torch.contiguous_format) for t in parameters)
+    dweight, dbias, dpoles, dresidues, dskip = (t.clone(memory_format=torch.contiguous_format) for t in of_filters)
     return dz, dweight, dbias, dpoles, dresidues, dskip, dshort_in, dlong_in

@@ -110,11 +110,12 @@ def hyena_backward_operator(
     long: Tensor | None,
     mask: Tensor | None,
     reset: Tensor | None,
+    parameters: bool,
 ) -> Gradients:
     """Compute the gradients, as ``launch.backward`` does."""
     operands = Operands(z, weight, bias, poles, residues, skip, short, long, mask, reset)
     with _device(z):
-        return launch.backward(dy, dshort, dlong, operands)
+        return launch.backward(dy, dshort, dlong, operands, parameters=parameters)
 
 
 @hyena_backward_operator.register_fake
@@ -129,17 +130,12 @@ def _(
     *rest: Any,
 ) -> Gradients:
     batch, width = z.shape[0], z.shape[2]
-    wide = poles.new_empty
-    return (
-        torch.empty_like(z, memory_format=torch.contiguous_format),
-        wide(weight.shape),
-        wide(width),
-        wide(poles.shape),
-        wide(poles.shape),
-        wide(width // 3),
-        wide(batch, width, weight.shape[-1] - 1),
-        wide(batch, *poles.shape),
-    )
+    parameters = rest[-1]
+    shapes = (weight.shape, (width,), poles.shape, poles.shape, (width // 3,)) if parameters else ((0,),) * 5
+    dweight, dbias, dpoles, dresidues, dskip = (poles.new_empty(shape) for shape in shapes)
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    dshort_in = poles.new_empty(batch, width, weight.shape[-1] - 1)
+    return dz, dweight, dbias, dpoles, dresidues, dskip, dshort_in, poles.new_empty(batch, *poles.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
@@ -154,8 +150,9 @@ def _differentiate(
     inputs = ctx.saved_tensors
     if dy is None:
         dy = inputs[0].new_zeros(ctx.shape)
-    gradients = hyena_backward_operator(dy, dshort, dlong, *inputs)
-    given = [None if t is None else g.to(t.dtype) for g, t in zip(gradients, inputs[:8], strict=True)]
+    wanted = ctx.needs_input_grad[:8]
+    gradients = hyena_backward_operator(dy, dshort, dlong, *inputs, parameters=any(wanted[1:6]))
+    given = [g.to(t.dtype) if want else None for g, t, want in zip(gradients, inputs[:8], wanted, strict=True)]
     return (*given, None, None)
 
 
