@@ -20,7 +20,7 @@ import hyaena
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
-    with serving("--chat-template", "nous", "--kv-memory", "0.1", "--quiet") as found:
+    with serving("--chat-template", "nous", "--kv-memory", "0.1", "--max-new-tokens", "24", "--quiet") as found:
         yield found
 
 

@@ -114,7 +114,7 @@ def test_errors_are_the_exceptions_of_the_client(client: openai.OpenAI) -> None:
         tool: Any = {"type": "function", "function": {"name": "f"}}
         client.chat.completions.create(model="cub", messages=[{"role": "user", "content": "a"}], tools=[tool])
     with pytest.raises(openai.BadRequestError) as long:
-        client.completions.create(model="cub", prompt=[5] * 600_000, max_tokens=1)
+        client.completions.create(model="cub", prompt=[5] * 70_000, max_tokens=1)
     assert long.value.code == "context_length_exceeded"
 
 
@@ -173,7 +173,7 @@ def test_curl(server: ServerProcess, cub: Any) -> None:
 def test_no_request_of_the_interface_page_makes_an_error(server: ServerProcess, tmp_path: Path) -> None:
     command = [
         str(Path(sys.executable).parent / "st"), "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error",
-        "--phases", "coverage,fuzzing", "--max-examples", "5", "--seed", "1", "--request-timeout", "30",
+        "--phases", "coverage", "--seed", "1", "--request-timeout", "30",
         "--generation-database", ":memory:", "--no-color",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=tmp_path)

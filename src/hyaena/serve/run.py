@@ -123,12 +123,12 @@ class _HttpConnection(AutoHTTPProtocol):
         super().connection_lost(exc)
 
     def _watch(self, before: object) -> None:
-        self._watching = self.loop.call_later(HEADER_SECONDS, self._check, before)
+        self._watching = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._check, before)
 
     def _check(self, before: object) -> None:
-        cycle = self.cycle
+        cycle = self.cycle  # type: ignore[attr-defined]
         if cycle is before and (cycle is None or cycle.response_complete):
-            self.transport.close()
+            self.transport.close()  # type: ignore[attr-defined]
         else:
             self._watch(cycle)
 
