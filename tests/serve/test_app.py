@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 
 import hyaena
 from hyaena.sampling import SamplingParams
-from hyaena.serve.app import Server, make_app
+from hyaena.serve.app import Server, _event, make_app
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Engine, EngineSettings
 from hyaena.serve.engine import Request as EngineRequest
@@ -311,6 +311,12 @@ def test_a_full_queue_says_when_to_come_back(cub: tuple[Any, Any]) -> None:
         assert response.status_code == 400 and "more than this server queues" in response.json()["error"]["message"]
         held.set()
         assert engine.stop(timeout=30)
+
+
+def test_every_event_is_one_line_for_every_client() -> None:
+    text = "".join(map(chr, range(0x3000)))
+    (line, end) = _event({"text": text}).splitlines()
+    assert not end and json.loads(line.removeprefix("data: ")) == {"text": text}
 
 
 def test_keys(cub: tuple[Any, Any]) -> None:

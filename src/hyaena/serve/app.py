@@ -312,7 +312,8 @@ def _stream(answer: _CompletionAnswer | _ChatAnswer, generation: Generation, bod
 
 
 def _event(data: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    # All in ASCII: many clients take U+2028, U+2029 or U+0085 in a text for the end of the line.
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 async def _collect(generation: Generation, request: Request) -> list[Choice]:
