@@ -45,7 +45,10 @@ test-integrations: .venv/.installed-dev
 
 # The tests in integrations/NAME run in an environment of their own, .envs/NAME: the packages of its requirements.txt over
 # those of .venv, which it sees through a .pth file. So versions may differ, and torch is installed once.
+# debian.txt names packages of Debian that the tests need; installing them takes root.
 integrations/%/.tested: .envs/%/.installed
+	@list=integrations/$*/debian.txt; test ! -e $$list || dpkg --status $$(cat $$list) >/dev/null 2>&1 || { \
+	  echo "Installing $$(cat $$list)"; apt-get -qq update && apt-get -qq install --yes $$(cat $$list) >/dev/null; }
 	.envs/$*/bin/python -m pytest --durations 5 integrations/$* $(ARGS)
 
 .envs/%/.installed: integrations/%/requirements.txt .venv/.installed-dev
@@ -106,6 +109,6 @@ clean:
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed
-	@echo "Installing pdoc into .venv"
-	@$(PIP) --quiet --no-build-isolation --editable '.[docs]'
+	@echo "Installing pdoc, and what the documented modules import, into .venv"
+	@$(PIP) --quiet --no-build-isolation --editable '.[docs,hf,serve]'
 	@touch $@

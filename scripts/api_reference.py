@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the API reference from the docstrings, as HTML.
 
-    python scripts/api_reference.py [FOLDER]       # needs pdoc: pip install '.[docs]'; writes build/docs
+    python scripts/api_reference.py [FOLDER]       # needs pip install '.[docs,hf,serve]'; writes build/docs
 
 ``make docs`` does both. A docstring that pdoc cannot read stops it.
 """
@@ -18,13 +18,25 @@ MODULES = (
     "hyaena.generation",
     "hyaena.sampling",
     "hyaena.tokenizers",
+    "hyaena.scoring",
+    "hyaena.records",
+    "hyaena.jobs",
+    "hyaena.ray",
+    "hyaena.evals",
     "hyaena.hub",
     "hyaena.checkpoints",
+    "hyaena.adapters",
+    "hyaena.hf",
+    "hyaena.serve.engine",
+    "hyaena.serve.service",
+    "hyaena.serve.app",
     "hyaena.config",
+    "hyaena.formats",
     "hyaena.sizes",
     "hyaena.model",
     "hyaena.cache",
     "hyaena.context",
+    "hyaena.packing",
     "hyaena.decoding",
     "hyaena.filters",
     "hyaena.ops",
@@ -54,6 +66,8 @@ def write(folder: Path) -> None:
         warnings.simplefilter("error")
         # Annotations of NamedTuples do not name their module; pdoc then prints them as they are written.
         warnings.filterwarnings("ignore", message="Error parsing type annotation")
+        # Before Python 3.12 pdoc does not see the bases of a TypedDict; what they define is then shown as its own.
+        warnings.filterwarnings("ignore", message=r"Cannot determine where hyaena\.generation\.Options\.")
         modules = {name: doc.Module(import_module(name)) for name in MODULES}
         pages = {f"{name.replace('.', '/')}.html": render.html_module(modules[name], modules) for name in MODULES}
         pages |= {"index.html": render.html_index(modules), "search.js": render.search_index(modules)}

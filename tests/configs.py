@@ -32,3 +32,16 @@ TINY_EVO = replace(
     name="tiny-evo",
 )
 """The shape of Evo 1: as many key/value heads as heads, biases, gelu, eps outside the root, a tied head."""
+
+TINY_BYTES = ModelConfig(
+    vocab_size=259,
+    hidden_size=16,
+    layer_types=("hyena", "attention"),
+    intermediate_size=24,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    state_size=2,
+    max_length=512,
+    tokenizer="bytes",
+)
+"""A model of text, byte by byte."""

@@ -12,7 +12,7 @@ import pytest
 
 import hyaena.errors
 import pages
-from hyaena import ops
+from hyaena import evals, hf, ops
 
 RUN_ELSEWHERE = {
     "evaluation.md": "integrations/eval",
@@ -46,7 +46,9 @@ def test_the_list_of_public_names_is_complete_and_true() -> None:
     """Every name of the package's surface stands in ``docs/api.md``, and every name there exists."""
     text = (pages.ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     listed: dict[str, set[str]] = {}
-    for heading, table in re.findall(r"^## .*?: (.*)\n\n\| name.*\n((?:\|.*\n?)+)", text, re.MULTILINE):
+    for heading, table in re.findall(
+        r"^## .*?: (.*)\n\n(?:[^#|\n].*\n+)*\| name.*\n((?:\|.*\n?)+)", text, re.MULTILINE
+    ):
         modules = re.findall(r"`(hyaena[\w.]*)`", heading)
         names = {name for row in table.splitlines() for name in re.findall(r"`([\w.]+)[^`]*`", row.split(" | ")[0])}
         for name in names:
@@ -55,6 +57,8 @@ def test_the_list_of_public_names_is_complete_and_true() -> None:
         listed[modules[0]] = names
     assert listed["hyaena"] == set(hyaena.__all__)
     assert listed["hyaena.ops"] == set(ops.__all__)
+    assert listed["hyaena.evals"] == set(evals.__all__)
+    assert listed["hyaena.hf"] == set(hf.__all__)
     errors = {name for name, value in vars(hyaena.errors).items() if isinstance(value, type)}
     assert listed["hyaena.errors"] == {name for name in errors if issubclass(getattr(hyaena.errors, name), Exception)}
 

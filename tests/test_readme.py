@@ -25,7 +25,12 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(rates.SIZES, "cpu", Sizes(10_000, 32, 3))  # what `hyaena bench` measures beside the model
     pages.run(README, monkeypatch)
-    assert {path.name for path in tmp_path.iterdir()} - before == {"converted", "bench.json", "bench.png"}
+    assert {path.name for path in tmp_path.iterdir()} - before == {
+        "converted",
+        "scores.jsonl",
+        "bench.json",
+        "bench.png",
+    }
     out = capsys.readouterr().out
     assert '"finish_reason"' in out and "7,912,224" in out and "7,646,023,680" in out
 
@@ -40,7 +45,7 @@ def test_every_link_and_every_named_command_exists(page: Path) -> None:
         assert anchor in {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}, f"#{anchor}"
     targets = set(re.findall(r"^([\w-]+):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE))
     # Commands stand in code: after a backquote, a prompt or an indentation.
-    for name in re.findall(r"(?:`|\$ |    )make (?:[A-Z_]+=\S+ )*([a-z][\w-]*)", text):
+    for name in re.findall(r"(?:`|\$ |    )make (?:[A-Z_]+=\S+ )*([a-z][\w-]*)(?![\w/-])", text):
         assert name in targets, f"{page.name}: make {name}"
     for path in re.findall(r"(?:`|\$ |    )python (?!-)(\S+\.py)", text):
         assert (pages.ROOT / path).exists(), f"{page.name}: python {path}"
@@ -51,7 +56,8 @@ def test_every_link_and_every_named_command_exists(page: Path) -> None:
 
 def test_the_figures_of_the_table_are_those_of_the_pages() -> None:
     """Within 5 %: that much a repeated run may differ, and the README need not follow every one."""
-    gpu, cpu = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in ("gpu.json", "cpu.json"))
+    names = ("gpu.json", "cpu.json", "scoring.json")
+    benchmarks = [entry for name in names for entry in json.loads((RESULTS / name).read_text(encoding="utf-8"))]
     layers = "two Hyena and two attention layers, D 4096"
     rows = (
         ("H100", "decoding, batch 1, context 2,048", "bound", 191, 0.96),
@@ -63,13 +69,15 @@ def test_the_figures_of_the_table_are_those_of_the_pages() -> None:
         ("H100", f"training step, T 32,768, {layers}", "four", 60553, 1.26),
         ("H100", f"training step, T 131,072, {layers}", "four", 32691, 1.58),
         ("H100", f"training step, T 32,768, {layers}, packed", "the same", 75786, 1.24),
+        ("H200", "scoring 2,000 sequences of 200 to 4,000 tokens: log-probabilities", "bound", 39800, 0.88),
+        ("H200", "scoring one sequence of 1,000,000 tokens, layer by layer", "bound", 4124, 0.76),
         ("", "peak memory growth of one batch of 15 prompts of 10 bytes and one of 24,000, cub", "the short", 67, 0.87),
     )
     table = README.read_text(encoding="utf-8").split("**Measured**")[1].split("![")[0]
     for device, what, baseline, rate, ratio in rows:
         (row,) = (
             row
-            for benchmark in gpu + cpu
+            for benchmark in benchmarks
             if device in benchmark["machine"].get("device", "")
             for row in benchmark["rows"]
             if row["what"] == what and row["baseline_name"].startswith(baseline)

@@ -145,6 +145,16 @@ def test_only_the_start_of_a_text_loses_its_space(every: dict[str, Tokenizer], k
     assert "".join(map(begun.push, ids)) == "hyena"
 
 
+@pytest.mark.parametrize("kind", ["strip", "metaspace"])
+def test_a_token_alone_keeps_its_space(every: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = every[kind]
+    ids = tokenizer.encode(" hyena the hyena", add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, ids)).lstrip() == b"hyena the hyena"
+    assert any(tokenizer.token_bytes(token).startswith(b" ") for token in ids[1:])
+    with pytest.raises(InputError, match="outside the vocabulary"):
+        tokenizer.token_bytes(tokenizer.vocab_size)
+
+
 def test_special_tokens_have_no_text(every: dict[str, Tokenizer]) -> None:
     tokenizer = every["strip"]
     ids = tokenizer.encode("hyena", add_special_tokens=False)

@@ -64,7 +64,7 @@ def switch(name: str, value: Any) -> bool:
 
 
 def as_path(name: str, value: Any) -> Path:
-    """Check that an argument is a path, as text or as an object that stands for one; bytes are none.
+    """Check that an argument is a path, as text or as a ``PathLike``; bytes are not accepted.
 
     Raises:
         InputError: it is something else, a text with a NUL character, which names nothing, or an empty one, which would

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hyaena
 from hyaena.checkpoints import load_model, save, save_model
 from hyaena.errors import CheckpointError, InputError
 from hyaena.formats import read_config
 from hyaena.model import StripedHyena
+from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, load_tokenizer
+from tokenizer_libraries import sentencepiece_like, write
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -153,6 +157,38 @@ def test_extra_files_go_with_it_and_strangers_stay(model: StripedHyena, tmp_path
     (tmp_path / "notes.txt").write_text("mine")
     save_model(model, tmp_path, extra_files={"tokenizer.json": b"{}"})
     assert files(tmp_path) == {"config.json", "model.safetensors", "tokenizer.json", "notes.txt"}
+
+
+@pytest.mark.parametrize("layout", ["hyaena", "original", "transformers"])
+def test_a_tokenizer_goes_with_it(tmp_path: Path, layout: Any) -> None:
+    model, tokenizer = hyaena.load("cub", dtype="stored")
+    save_model(model, tmp_path / "bytes", tokenizer=tokenizer, layout=layout)
+    _, again = hyaena.load(tmp_path / "bytes")
+    assert type(again) is ByteTokenizer and again.encode("hyena") == tokenizer.encode("hyena")
+    with pytest.raises(CheckpointError, match="has tokenizer 'bytes', and this is a CharacterTokenizer"):
+        save_model(model, tmp_path / "other", tokenizer=CharacterTokenizer(264), layout=layout)
+    with pytest.raises(InputError, match=r"tokenizer must be what hyaena\.load returns, not a str"):
+        save_model(model, tmp_path / "other", tokenizer="cub", layout=layout)  # type: ignore[arg-type]
+    assert not (tmp_path / "other").exists()
+
+
+def test_files_of_a_tokenizer_go_with_it(model: StripedHyena, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write(sentencepiece_like("metaspace"), source, add_bos_token=True)
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    model = StripedHyena(replace(model.config, tokenizer="hf", vocab_size=400))
+    tokenizer = load_tokenizer(source, model.config)
+    save_model(model, tmp_path / "model", tokenizer=tokenizer, extra_files={"NOTICE": b"mine"})
+    assert files(tmp_path / "model") == {"config.json", "model.safetensors", "NOTICE", *files(source)}
+    _, again = hyaena.load(tmp_path / "model")
+    assert again.eos_ids == tokenizer.eos_ids and again.encode("a b") == tokenizer.encode("a b")
+    save_model(model, tmp_path / "model")
+    assert files(source) < files(tmp_path / "model")
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read the tokenizer's files beside .*: No such file"):
+        save_model(model, tmp_path / "new", tokenizer=tokenizer)
+    assert not (tmp_path / "new").exists()
 
 
 def altered(model: StripedHyena) -> StripedHyena:

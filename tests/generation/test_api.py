@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 import hyaena
+from configs import TINY_BYTES
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.generation import Options, Settings, generate, parse_prompts, stream
@@ -24,24 +25,13 @@ from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer
 
-CONFIG = ModelConfig(
-    vocab_size=259,
-    hidden_size=16,
-    layer_types=("hyena", "attention"),
-    intermediate_size=24,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    state_size=2,
-    max_length=512,
-    tokenizer="bytes",
-)
 TOKENIZER = ByteTokenizer()
 
 
 @pytest.fixture(scope="module")
 def model() -> StripedHyena:
     torch.manual_seed(1)
-    return StripedHyena(CONFIG).double()
+    return StripedHyena(TINY_BYTES).double()
 
 
 class Fixed(StripedHyena):
@@ -56,7 +46,7 @@ class Fixed(StripedHyena):
 
 @pytest.fixture(scope="module")
 def counting() -> StripedHyena:
-    return Fixed(CONFIG)
+    return Fixed(TINY_BYTES)
 
 
 # --- samples: a model of uniform logits shows the random numbers as they are
@@ -64,7 +54,7 @@ def counting() -> StripedHyena:
 
 @pytest.fixture(scope="module")
 def uniform() -> StripedHyena:
-    model = StripedHyena(CONFIG)
+    model = StripedHyena(TINY_BYTES)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -224,7 +214,7 @@ def test_special_tokens_in_a_prompt_are_text_unless_told(counting: StripedHyena,
 
 
 def test_evos_characters_have_no_bytes_0_and_1() -> None:
-    model = StripedHyena(ModelConfig(**{**vars(CONFIG), "vocab_size": 512, "tokenizer": "characters"}))
+    model = StripedHyena(ModelConfig(**{**vars(TINY_BYTES), "vocab_size": 512, "tokenizer": "characters"}))
     with pytest.raises(InputError, match="byte 1 at position 2"):
         generate(model, CharacterTokenizer(), "AC\x01")
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from hyaena.config import ModelConfig
+from configs import TINY_BYTES
 from hyaena.decoding import Decoder
 from hyaena.errors import InputError, NonFiniteError
 from hyaena.generation import generate, stream
@@ -19,17 +19,6 @@ from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams, bias_table, sample
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer
 
-CONFIG = ModelConfig(
-    vocab_size=259,
-    hidden_size=16,
-    layer_types=("hyena", "attention"),
-    intermediate_size=24,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    state_size=2,
-    max_length=512,
-    tokenizer="bytes",
-)
 TOKENIZER = ByteTokenizer()
 EOS = 257
 
@@ -37,7 +26,7 @@ EOS = 257
 @pytest.fixture(scope="module")
 def model() -> StripedHyena:
     torch.manual_seed(1)
-    return StripedHyena(CONFIG).double()
+    return StripedHyena(TINY_BYTES).double()
 
 
 def tokens(rows: Any) -> Any:
@@ -163,7 +152,7 @@ def test_samples_have_the_biased_distribution() -> None:
 def test_rows_of_a_decoder_have_biases_of_their_own() -> None:
     """Rows with and without a bias join and leave; every row equals itself alone."""
     torch.manual_seed(2)
-    model = StripedHyena(CONFIG).double()
+    model = StripedHyena(TINY_BYTES).double()
     kinds = [
         SamplingParams(),
         SamplingParams(temperature=1.0, seed=1, allowed_tokens=(65, 67)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hyaena
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_BYTES, TINY_EVO
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError, OutputError
@@ -18,17 +19,7 @@ from hyaena.generation import Prefix, generate, load_prefix, prefix, prefixes, s
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import ByteTokenizer
 
-CONFIG = ModelConfig(
-    vocab_size=259,
-    hidden_size=16,
-    layer_types=("hyena", "attention", "hyena"),
-    intermediate_size=24,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    state_size=2,
-    max_length=512,
-    tokenizer="bytes",
-)
+CONFIG = replace(TINY_BYTES, layer_types=("hyena", "attention", "hyena"))
 TOKENIZER = ByteTokenizer()
 TEXT = "The four species of hyenas are the striped, the brown and the spotted hyena, and the aardwolf. "
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +17,15 @@ from fastapi.testclient import TestClient
 
 import hyaena
 from hyaena.sampling import SamplingParams
-from hyaena.serve.app import Server, _event, make_app
+from hyaena.serve.app import Server, make_app
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Engine, EngineSettings
 from hyaena.serve.engine import Request as EngineRequest
+from hyaena.serve.guards import OPEN_PATHS
 from hyaena.serve.metrics import Metrics
+from hyaena.serve.playground import FILES
 from hyaena.serve.service import Limits, Served
+from hyaena.serve.writing import _event
 from hyaena.tokenizers.chat import TEMPLATES
 
 KEY = "a-key"
@@ -121,6 +127,40 @@ def test_echo_with_logprobs_scores_the_prompt(client: TestClient, cub: tuple[Any
         best = max(logprobs["top_logprobs"][place].values())
         assert best == pytest.approx(float(want[place - 1].max()), abs=1e-4)
     assert complete(client, echo=True, max_tokens=0)["choices"][0]["text"] == "import "
+
+
+def test_ids_come_with_logprobs_where_asked(client: TestClient) -> None:
+    (choice,) = complete(client, logprobs=3, return_token_ids=True, echo=True)["choices"]
+    logprobs = choice["logprobs"]
+    ids = client.post("/tokenize", json={"prompt": choice["text"]}).json()["tokens"]
+    assert choice["token_ids"] == ids
+    assert logprobs["top_token_ids"][0] is None
+    for top, numbers, name, token in zip(
+        logprobs["top_logprobs"][1:], logprobs["top_token_ids"][1:], logprobs["tokens"][1:], ids[1:], strict=True
+    ):
+        assert top.keys() == numbers.keys() and numbers[name] == token
+        assert all(chr(number) == text for text, number in numbers.items() if len(text) == 1)
+    body = {"prompt": "import ", "max_tokens": 6, "temperature": 0, "stream": True, "return_token_ids": True}
+    parts = events(client.post("/v1/completions", json=body))
+    assert [part["choices"][0]["token_ids"] for part in parts] == [[token] for token in ids[8:]]
+    assert "token_ids" not in complete(client, logprobs=1)["choices"][0]
+
+
+def test_the_playground_is_open_and_loads_nothing_foreign(client: TestClient) -> None:
+    page = client.get("/").text
+    for path, (_, kind) in FILES.items():
+        response = client.get(path)
+        assert response.status_code == 200 and response.headers["content-type"].startswith(kind)
+        assert "default-src 'none'" in response.headers["content-security-policy"]
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert path in OPEN_PATHS
+        assert "//" not in response.text.replace("http://www.w3.org/2000/svg", "").replace("// ", "")
+    named = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert {f"/{name}" for name in named} <= set(FILES)
+    folder = Path(str(resources.files("hyaena.serve") / "static"))
+    assert sorted(path.name for path in folder.iterdir()) == sorted(name for name, _ in FILES.values())
+    models = client.get("/v1/models").json()["data"]
+    assert [model["takes_chats"] for model in models] == [False, True]
 
 
 def test_stops_and_biases(client: TestClient) -> None:

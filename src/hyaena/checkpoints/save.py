@@ -43,6 +43,7 @@ from hyaena.formats.transformers import code as transformers_code
 from hyaena.formats.transformers import config as transformers_config
 from hyaena.formats.transformers import tensors as transformers_tensors
 from hyaena.model import MIXERS, StripedHyena
+from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer, Tokenizer, transformers_files
 
 Layout = Literal["hyaena", "original", "transformers"]
 CONFIG_NAMES: dict[Layout, str] = {
@@ -58,6 +59,7 @@ def save_model(
     model: StripedHyena,
     folder: str | PathLike[str],
     *,
+    tokenizer: Tokenizer | None = None,
     layout: Layout = "hyaena",
     dtype: str | torch.dtype | None = None,
     max_shard_size: int = 5_000_000_000,
@@ -70,12 +72,13 @@ def save_model(
         model: its weights may lie on any device. A model that was compiled or wrapped for data parallelism is saved
             as the model inside.
         folder: made if it is not there; files that belong to no checkpoint are left alone.
+        tokenizer: the model's; its files are written beside the weights, in the form that the layout has.
         layout: ``"hyaena"`` (``config.json``, our names), ``"original"`` (``config.yml``, the original's names), or
             ``"transformers"`` (what ``hyaena.hf`` reads and writes).
         dtype: cast the weights on the way; poles and residues stay float32.
         max_shard_size: bytes above which the weights are split over several files.
-        extra_files: the files that go with the model, such as ``tokenizer.json``; the previous model's are removed.
-            None leaves those that are there.
+        extra_files: further files that go with the model, name -> content. Where neither these nor a tokenizer are
+            given, those of the previous model stay; otherwise they are removed.
         overwrite: whether the folder may hold files already.
 
     Raises:
@@ -96,6 +99,8 @@ def save_model(
             f"{folder}: the name is not UTF-8, and safetensors cannot write there: choose another"
         ) from None
     _check_extra_files({} if extra_files is None else extra_files)
+    if tokenizer is not None:
+        extra_files = {**_files_of(tokenizer, model, layout), **(extra_files or {})}
     narrow = as_dtype(dtype)
     config, state, wide = _state_to_save(model, narrow)
     if layout == "original" and config.tie_embeddings:
@@ -231,6 +236,34 @@ def _check_extra_files(extra_files: Mapping[str, bytes]) -> None:
             raise InputError(f"extra file {printable(name)!r} is a {type(content).__name__}: give its bytes")
         if name.endswith((".safetensors", ".bin", ".pt", ".pth")) or is_adapter(name):
             raise InputError(f"extra file {printable(name)!r} would be taken for other weights: name it otherwise")
+
+
+def _files_of(tokenizer: Tokenizer, model: nn.Module, layout: Layout) -> dict[str, bytes]:
+    """The files of a model's tokenizer: as transformers reads them, or as ``load_tokenizer`` does.
+
+    Raises:
+        CheckpointError: the model's configuration names another kind of tokenizer, or a file cannot be read.
+        InputError: it is no tokenizer, or has no form for transformers.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise InputError(f"tokenizer must be what hyaena.load returns, not {kind_of(tokenizer)}")
+    config = getattr(_unwrapped(model), "config", None)
+    kinds = {"hf": HFTokenizer, "bytes": ByteTokenizer, "characters": CharacterTokenizer}
+    if isinstance(config, ModelConfig) and not isinstance(tokenizer, kinds[config.tokenizer]):
+        raise CheckpointError(
+            f"the model's configuration has tokenizer {config.tokenizer!r}, and this is {kind_of(tokenizer)}: save "
+            "the one that was loaded with the model"
+        )
+    if layout == "transformers":
+        return transformers_files(tokenizer)
+    if not isinstance(tokenizer, HFTokenizer):  # the configuration names it; it has no file
+        ends = {"eos_token_id": list(tokenizer.eos_ids)}
+        return {"generation_config.json": json.dumps(ends).encode()} if tokenizer.other_eos_ids else {}
+    paths = {name: tokenizer.path.with_name(name) for name in COMPANIONS} | {"tokenizer.json": tokenizer.path}
+    try:
+        return {name: path.read_bytes() for name, path in paths.items() if name == "tokenizer.json" or path.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"cannot read the tokenizer's files beside {tokenizer.path}: {error.strerror}") from error
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyaena.cli.model_options import add_model_options
 from hyaena.errors import InputError, NonFiniteError, shown
 from hyaena.records import FORMATS, Record, Source, check_readable, find_source
 from hyaena.records.source import open_source
@@ -103,11 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress bar (there is none where no terminal is)")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
-    group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
-    group.add_argument("--revision", help="the revision of a hub id")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
+    add_model_options(group)
     group.add_argument("--method", default="auto", help="how long convolutions are evaluated: fft, blocked, … (auto)")
     group.add_argument(
         "--batch-tokens", type=int, metavar="N", help="tokens per pass (1024 on a CPU; on a GPU as memory allows)"

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from hyaena.cli.formatting import json_text
+from hyaena.cli.model_options import add_model_options
 from hyaena.errors import InputError
 
 HELP = "evaluate a model on tasks of lm-evaluation-harness"
@@ -14,7 +15,6 @@ HELP = "evaluate a model on tasks of lm-evaluation-harness"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; what is not given is as the tasks have it."""
-    parser.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
     parser.add_argument("--tasks", metavar="NAMES", help="tasks, groups or tags of the harness, separated by commas")
     parser.add_argument("--suite", metavar="NAME", help="tasks with published figures, printed beside them: readme")
     parser.add_argument("--include-path", metavar="FOLDER", help="a folder with YAML files of tasks of your own")
@@ -25,10 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write all results as JSON")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
-    group.add_argument("--revision", help="the revision of a hub id")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
+    add_model_options(group)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import time
 from typing import IO, TYPE_CHECKING, Any
 
 from hyaena.cli.formatting import json_text
+from hyaena.cli.model_options import add_model_options
 from hyaena.errors import InputError, UnsupportedError, shown
 
 if TYPE_CHECKING:
@@ -50,12 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
-    group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
-    group.add_argument("--revision", help="the revision of a hub id")
+    add_model_options(group)
     group.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter of the model, from PEFT or hyaena")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
     group.add_argument(
         "--method", default="auto", help="how the prompt's long convolutions are evaluated: fft, blocked, … (auto)"
     )

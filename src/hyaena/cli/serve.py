@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from hyaena.cli.model_options import add_model_options
 from hyaena.errors import InputError
 from hyaena.extras import require
 
@@ -19,11 +20,7 @@ KEY_VARIABLE = "HYAENA_API_KEY"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; without any, the bundled model is served on this machine only."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
-    group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
-    group.add_argument("--revision", help="the revision of a hub id")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
+    add_model_options(group)
     group.add_argument("--name", help="the name by which clients ask for the model (what --model says)")
     group.add_argument("--chat-template", metavar="NAME", help="nous, or a file with a Jinja template")
 

@@ -72,7 +72,7 @@ class Decoder:
     marks it, so that its limit no longer counts.
 
     Rows on pages need a page for each token that they read, before the step that reads it is launched: ``extend`` adds
-    pages. The pages of a row that was retired belong to their owner again at once: nothing that is launched afterwards
+    pages. The pages of a row that was retired are free for their owner to reuse: nothing that is launched afterwards
     touches them, and what was launched before comes first on the stream.
 
     Args:

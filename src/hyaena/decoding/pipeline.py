@@ -22,7 +22,7 @@ class PipelinedDecoder(Generic[K]):
     """A decoder whose next step already runs while the outputs of one are looked at.
 
     Rows have keys, by which outputs name them. A row that leaves is one step late: what the device computed for it in
-    between is dropped. Its place is freed when rows join, or when half of the rows have left, its pages at once.
+    between is dropped. Its place is freed when rows join, or when half of the rows have left; its pages immediately.
 
     Rows on pages need them one step earlier than their tokens are seen. Before every ``next``, whoever owns the pool
     gives each row of ``missing_pages`` what it lacks, with ``extend``, or removes the row.

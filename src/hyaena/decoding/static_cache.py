@@ -5,7 +5,7 @@ constant size are copied. Places without a row use one slot of scratch storage, 
 
 Where keys and values are on pages, a table on the device says which pages each place has. It changes in the order in
 which steps are launched: a step sees the pages that its rows had at its launch, and the pages of a row that has left
-may be given to others at once, as long as what they write is launched later, on the same stream.
+may be given to others immediately, as long as what they write is launched later, on the same stream.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class StaticCache:
 
     def _change(self, row: int, first: int, pages: Sequence[int]) -> None:
         assert self.device_pages is not None or not pages
-        width = 0 if self.device_pages is None else self.device_pages.shape[1]  # no position lies in pages behind it
+        width = 0 if self.device_pages is None else self.device_pages.shape[1]  # pages behind it have no positions
         self._changes |= {(row, place): page for place, page in enumerate(pages, first) if place < width}
 
     def upload_pages(self) -> None:

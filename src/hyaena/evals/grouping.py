@@ -31,7 +31,7 @@ class Tail(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Requests with one beginning, which lies in the context of each."""
+    """Requests that begin with the same tokens, all of them part of each one's context."""
 
     shared: list[int]
     tails: list[Tail]

@@ -159,7 +159,7 @@ class Job:
 def open_job(
     output: Path, columns: Sequence[Column], options: Mapping[str, Any], *, restart: bool = False
 ) -> Iterator[Job]:
-    """Lock the folder of a job, and check that what it holds is of this job.
+    """Lock the folder of a job, and check that its contents belong to this job.
 
     Args:
         output: the file to make; its suffix says its format.

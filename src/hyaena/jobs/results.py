@@ -59,7 +59,7 @@ def check_output(path: Path) -> None:
 def write_results(path: Path, columns: Sequence[Column], rows: Rows) -> None:
     """Write all rows into one file, in the format of its suffix; equal rows give equal bytes.
 
-    - ``.jsonl``, ``.ndjson``: an object per row; arrays are lists, and null stands for NaN and infinities.
+    - ``.jsonl``, ``.ndjson``: an object per row; arrays are lists; NaN and infinities are null.
     - ``.parquet``: a column per column; arrays are lists.
     - ``.npz``: an array per column, ``NAME`` [rows] or [rows,D]. Arrays whose length differs from row to row are
       members of their own, ``COLUMN/NAME`` with the row's name, which is its first column.

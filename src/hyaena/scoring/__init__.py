@@ -1,6 +1,6 @@
 """Reading without writing: scores of tokens, embeddings of layers, log-probabilities of continuations.
 
-One loop (``reader``) reads everything: short texts packed, long ones layer by layer. Hooks on modules (``places``)
+One loop (``reader``) reads texts: short ones packed, long ones layer by layer. Hooks on modules (``places``)
 collect what is kept of a pass: ``token_scores`` from the final norm, ``pooling`` from any module.
 """
 

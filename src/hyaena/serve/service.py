@@ -52,17 +52,11 @@ class Served:
 
 @dataclass
 class Choice:
-    """What one of the requested samples has come to; ``characters`` is the length of its text."""
+    """What one of the requested samples has come to."""
 
     index: int
     prompt: Sequence[int]
     deltas: list[Delta] = field(default_factory=list)
-    characters: int = 0
-
-    def add(self, delta: Delta) -> None:
-        """Append what has come."""
-        self.deltas.append(delta)
-        self.characters += len(delta.text)
 
     @property
     def text(self) -> str:
@@ -166,7 +160,7 @@ class Generation:
                 except TimeoutError:
                     raise ApiError(408, "the request took longer than the server allows", code="timeout") from None
                 choice = self.choices[index]
-                choice.add(delta)
+                choice.deltas.append(delta)
                 if delta.finish_reason is not None:
                     del self._keys[index]
                 if delta.error is not None:
@@ -288,7 +282,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     name = next((name for name, number in tokenizer.special_tokens.items() if number == token), None)
     if name is not None:
         return name
-    data = tokenizer.decode_bytes([token])
+    data = tokenizer.token_bytes(token)
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -314,32 +308,37 @@ def infos(deltas: Sequence[Delta]) -> Iterator[TokenInfo]:
     return (TokenInfo(delta.token, delta.logprob, delta.top) for delta in deltas if delta.token is not None)
 
 
-def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenInfo], offset: int = 0) -> dict[str, Any]:
-    """The form of /v1/completions; ``offset`` is the number of characters before the first token."""
-    texts = [token_text(tokenizer, info.token) for info in tokens]
-    offsets = []
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[TokenInfo], offset: int = 0, *, with_ids: bool = False
+) -> tuple[dict[str, Any], int]:
+    """The form of /v1/completions, and the number of characters up to its end; ``offset``: those before its start.
+
+    ``with_ids`` adds ``top_token_ids``, which has an id for every text in ``top_logprobs``.
+    """
+    texts, values, offsets, tops, ids = [], [], [], [], []
     for info in tokens:
+        text = token_text(tokenizer, info.token)
+        texts.append(text)
         offsets.append(offset)
-        offset += len(tokenizer.decode([info.token]))
-    return {
-        "tokens": texts,
-        "token_logprobs": [None if info.logprob is None else finite(info.logprob) for info in tokens],
-        "top_logprobs": [
-            None
-            if info.logprob is None
-            else {token_text(tokenizer, token): finite(logprob) for token, logprob in reversed(info.top)}
-            | {token_text(tokenizer, info.token): finite(info.logprob)}
-            for info in tokens
-        ],
-        "text_offset": offsets,
-    }
+        offset += len(tokenizer.token_bytes(info.token).decode(errors="replace"))
+        if info.logprob is None:
+            for column in (values, tops, ids):
+                column.append(None)
+            continue
+        named = {token_text(tokenizer, token): (token, logprob) for token, logprob in reversed(info.top)}
+        named[text] = (info.token, info.logprob)
+        values.append(finite(info.logprob))
+        tops.append({name: finite(logprob) for name, (_, logprob) in named.items()})
+        ids.append({name: token for name, (token, _) in named.items()})
+    made = {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+    return made | ({"top_token_ids": ids} if with_ids else {}), offset
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
     """The form of /v1/chat/completions."""
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        data = list(tokenizer.decode_bytes([token]))
+        data = list(tokenizer.token_bytes(token))
         return {"token": token_text(tokenizer, token), "logprob": finite(logprob or 0.0), "bytes": data}
 
     return {

@@ -115,6 +115,14 @@ class Tokenizer(ABC):
             parts.append(data)
         return b"".join(parts)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one token inside a text: those of ``decode_bytes``, with its leading space.
+
+        Raises:
+            InputError: as ``decode_bytes``.
+        """
+        return self._bytes_of(token, remove=False)[0]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text that the ids stand for; bytes that are not UTF-8 become U+FFFD (see ``decode_bytes``).
 

@@ -1,0 +1,14 @@
+"""The options by which commands choose a model."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_model_options(group: argparse._ActionsContainer) -> None:
+    """Add ``--model``, ``--config``, ``--revision``, ``--device`` and ``--dtype``, the arguments of ``hub.load``."""
+    group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
+    group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
+    group.add_argument("--revision", help="the revision of a hub id")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")

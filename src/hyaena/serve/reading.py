@@ -1,0 +1,195 @@
+"""Routes that read without writing: scores, embeddings, tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+import hyaena
+from hyaena.serve.guards import while_connected
+from hyaena.serve.protocol import (
+    ApiError,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    Prompts,
+    ScoreBody,
+    TokenizeBody,
+    as_prompts,
+)
+from hyaena.serve.service import Served, TokenInfo, chat_prompt, errors_of_clients
+
+if TYPE_CHECKING:
+    from hyaena.serve.app import Server
+
+T = TypeVar("T")
+
+
+async def read_prefixes(
+    server: Server, served: Served, request: Request, body: CompletionBody, prompts: Sequence[Sequence[int]]
+) -> list[tuple[str, list[TokenInfo]]]:
+    """What ``echo`` puts in front of every completion: the prompt, and its log-probabilities where they are wanted."""
+    if not body.echo:
+        return []
+    texts = [served.tokenizer.decode(prompt) for prompt in prompts]
+    if body.logprobs is None:
+        return [(text, []) for text in texts]
+    top = body.logprobs
+
+    def work() -> list[Any]:
+        return _scores(served, prompts, rank=False, entropy=False, top=top)
+
+    scores = await _read(server, served, request, prompts, work)
+    found = []
+    for text, prompt, score in zip(texts, prompts, scores, strict=True):
+        values = score.logprobs.tolist()
+        tops = [()] * len(prompt) if not top else _pairs(score)
+        tokens = [
+            TokenInfo(token, None if value != value else value, () if value != value else pairs)
+            for token, value, pairs in zip(prompt, values, tops, strict=True)
+        ]
+        found.append((text, tokens))
+    return found
+
+
+def _pairs(score: Any) -> list[tuple[tuple[int, float], ...]]:
+    rows = zip(score.top_ids.tolist(), score.top_logprobs.tolist(), strict=True)
+    return [tuple(zip(ids, values, strict=True)) for ids, values in rows]
+
+
+def _scores(served: Served, prompts: Sequence[Sequence[int]], **options: Any) -> list[Any]:
+    return hyaena.score(served.engine.model, served.tokenizer, [list(prompt) for prompt in prompts], **options)
+
+
+async def _read(
+    server: Server, served: Served, request: Request, prompts: Sequence[Sequence[int]], work: Callable[[], T]
+) -> T:
+    """Read texts in the engine's thread, between two turns.
+
+    Raises:
+        ApiError: too many tokens for one request.
+    """
+    total, most = sum(map(len, prompts)), server.limits.score_tokens
+    if total > most:
+        raise ApiError(
+            400,
+            f"{total} tokens are more than the {most} that one request may have scored: send them in parts, or run "
+            "hyaena score",
+            code="too_many_tokens",
+        )
+    with errors_of_clients():
+        size = served.engine.model.config.vocab_size
+        outside = next((token for prompt in prompts for token in prompt if not 0 <= token < size), None)
+        if outside is not None:
+            raise ApiError(400, f"token id {outside} is outside the vocabulary 0..{size - 1} of the model")
+        return await while_connected(request, asyncio.wrap_future(served.engine.call(work)))
+
+
+def _texts(given: Prompts) -> list[Any]:
+    """The texts of a body, each as text or as ids.
+
+    Raises:
+        ApiError: one of them is empty.
+    """
+    texts = as_prompts(given)
+    if not all(texts):
+        raise ApiError(400, "a text is empty: give it at least one character", param="input")
+    return texts
+
+
+def _encode(served: Served, texts: Sequence[Any]) -> list[list[int]]:
+    with errors_of_clients():
+        return [served.tokenizer.encode(text) if isinstance(text, str) else list(text) for text in texts]
+
+
+def add_reading(app: FastAPI, server: Server) -> None:
+    """Add the routes that read."""
+
+    @app.post("/v1/embeddings", tags=["reading"])
+    async def embeddings(body: EmbeddingBody, request: Request) -> Response:
+        """Embed texts."""
+        served = server.find(body.model)
+        texts = _texts(body.input)
+        ids = _encode(served, texts)
+        model, tokenizer = served.engine.model, served.tokenizer
+
+        def work() -> Any:
+            return hyaena.embed(model, tokenizer, texts, body.layer, pool=body.pool)
+
+        vectors = await _read(server, served, request, ids, work)
+        data = []
+        for index, vector in enumerate(vectors):
+            packed = np.asarray(vector, dtype="<f4")
+            value = packed.tolist() if body.encoding_format == "float" else base64.b64encode(packed.tobytes()).decode()
+            data.append({"object": "embedding", "index": index, "embedding": value})
+        count = sum(map(len, ids))
+        used = {"prompt_tokens": count, "total_tokens": count}
+        return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": used})
+
+    @app.post("/score", tags=["reading"])
+    async def score(body: ScoreBody, request: Request) -> Response:
+        """Score texts: sum and mean of log-probabilities, perplexity, and every token where it is asked for."""
+        served = server.find(body.model)
+        model, tokenizer = served.engine.model, served.tokenizer
+        texts = _texts(body.input)
+        ids = _encode(served, texts)
+
+        def work() -> Any:
+            return hyaena.score(model, tokenizer, texts, both_strands=body.both_strands)
+
+        data = []
+        for index, found in enumerate(await _read(server, served, request, ids, work)):
+            entry = {
+                "index": index,
+                "tokens": len(found.tokens),
+                "sum": _number(found.sum),
+                "mean": _number(found.mean),
+            }
+            entry["perplexity"] = _number(found.perplexity)
+            if body.per_token:
+                entry |= {
+                    "ids": np.asarray(found.tokens).tolist(),
+                    "logprobs": [_number(value) for value in found.logprobs.tolist()],
+                    "entropies": [_number(value) for value in found.entropies.tolist()],
+                    "ranks": found.ranks.tolist(),
+                }
+            data.append(entry)
+        count = sum(map(len, ids))
+        used = {"prompt_tokens": count, "total_tokens": count}
+        return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": used})
+
+    @app.post("/tokenize", tags=["reading"])
+    async def tokenize(body: TokenizeBody) -> Response:
+        """The ids of a text or of a conversation."""
+        served = server.find(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "give either a prompt or messages")
+        if body.messages is not None:
+            ids = chat_prompt(served, body.messages)
+        else:
+            with errors_of_clients():
+                ids = served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        if body.return_token_strs and len(ids) > served.engine.max_length:
+            raise ApiError(400, f"{len(ids)} tokens are more than the model takes: ask for fewer token_strs")
+        names = [served.tokenizer.decode([token]) for token in ids] if body.return_token_strs else None
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": served.engine.max_length, "tokens": ids, "token_strs": names}
+        )
+
+    @app.post("/detokenize", tags=["reading"])
+    async def detokenize(body: DetokenizeBody) -> Response:
+        """The text of ids."""
+        served = server.find(body.model)
+        with errors_of_clients():
+            return JSONResponse({"prompt": served.tokenizer.decode(body.tokens)})
+
+
+def _number(value: float) -> float | None:
+    """A number that JSON can hold; None for those that are not finite."""
+    return float(value) if np.isfinite(value) else None

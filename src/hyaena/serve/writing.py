@@ -1,0 +1,107 @@
+"""Routes that generate: completions and chats, whole or streamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from hyaena.serve.answers import ChatAnswer, CompletionAnswer
+from hyaena.serve.guards import while_connected
+from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody
+from hyaena.serve.reading import read_prefixes
+from hyaena.serve.service import Choice, Generation, chat_prompt, completion_prompts, new_tokens
+
+if TYPE_CHECKING:
+    from hyaena.serve.app import Server
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""Tokens of a completion where the client names no number, as in the API."""
+
+
+def add_writing(app: FastAPI, server: Server) -> None:
+    """Add the routes that generate."""
+
+    @app.post("/v1/completions", tags=["generation"])
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue prompts: text, or token ids, one or several."""
+        served = server.find(body.model)
+        prompts = completion_prompts(served, body)
+        count = new_tokens(served, body, prompts, server.limits, DEFAULT_COMPLETION_TOKENS)
+        prefixes = await read_prefixes(server, served, request, body, prompts)
+        generation = None
+        if count:
+            generation = Generation(
+                served, prompts, body, top=body.logprobs or 0, limits=server.limits, max_new_tokens=count
+            )
+        answer = CompletionAnswer(served, body, prefixes)
+        if body.stream and generation is not None:
+            return _stream(answer, generation, body)
+        choices = await _collect(generation, request) if generation else _unwritten(prompts, body)
+        return JSONResponse(answer.whole(choices, generation))
+
+    @app.post("/v1/chat/completions", tags=["generation"])
+    async def chats(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        served = server.find(body.model)
+        prompt = chat_prompt(served, body.messages)
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
+        count = new_tokens(served, body, [prompt], server.limits, server.limits.new_tokens)
+        generation = Generation(
+            served, [prompt], body, top=body.top_logprobs or 0, limits=server.limits, max_new_tokens=count
+        )
+        answer = ChatAnswer(served, body)
+        if body.stream:
+            return _stream(answer, generation, body)
+        return JSONResponse(answer.whole(await _collect(generation, request), generation))
+
+
+def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body: GenerationBody) -> Response:
+    """Server-sent events, one per token, then usage where it is asked for, then ``[DONE]``."""
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    extra = {"usage": None} if with_usage else {}
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            for part in answer.first(generation.choices):
+                yield _event(part | extra)
+            async with contextlib.aclosing(generation.events()) as tokens:
+                async for choice, delta in tokens:
+                    yield _event(answer.part(choice, delta) | extra)
+            if with_usage:
+                yield _event(answer.frame | {"choices": [], "usage": generation.usage()})
+        except ApiError as error:
+            yield _event(error.body)
+        finally:
+            generation.close()
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _event(data: Mapping[str, Any]) -> str:
+    # All in ASCII: many clients take U+2028, U+2029 or U+0085 in a text for the end of the line.
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+async def _collect(generation: Generation, request: Request) -> list[Choice]:
+    """Wait for all samples; a client that leaves ends them."""
+
+    async def read() -> list[Choice]:
+        async with contextlib.aclosing(generation.events()) as events:
+            async for _ in events:
+                pass
+        return generation.choices
+
+    return await while_connected(request, read())
+
+
+def _unwritten(prompts: Sequence[Sequence[int]], body: CompletionBody) -> list[Choice]:
+    """The choices of a body that asks for no new token."""
+    count = body.n or 1
+    return [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
