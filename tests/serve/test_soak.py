@@ -96,7 +96,8 @@ def assert_nothing_left(server: Live) -> None:
     for _ in range(10):
         gc.collect()
         state = server.server.server_state
-        alive = sum(type(one) is Generation for one in gc.get_objects())
+        generations = [one for one in gc.get_objects() if type(one) is Generation]
+        alive = sum(one.served.engine is server.engine for one in generations)
         left = len(state.connections), len(state.tasks), alive, len(server.engine._requests)
         if not any(left):
             return
