@@ -156,7 +156,7 @@ def test_generation_of_a_batch(cub) -> None:
         Options(),
         Options(temperature=0.8, seed=[1, 2, 3, 4, 5]),
         Options(temperature=1.0, top_k=40, min_p=0.02, repetition_penalty=1.1, seed=5),
-        Options(temperature=1.0, logit_bias={32: 2.0, 101: -100}, allowed_tokens=range(10, 127), seed=3),
+        Options(temperature=1.0, logit_bias={10: 1.5, 101: -100}, allowed_tokens=range(10, 127), seed=3),
     ],
     ids=["greedy", "seeds", "penalty", "biases"],
 )
