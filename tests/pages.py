@@ -2,11 +2,13 @@
 
 Blocks marked ``bash`` and ``python`` run; ``console`` marks what needs a download, a GPU or minutes. Shell lines are of
 one form, ``[echo TEXT |] PROGRAM ARGUMENT…``, and a page that uses another form fails: each process would import torch
-again, which takes most of the time of such a test.
+again, which takes most of the time of such a test. ``hyaena serve … &`` runs until the end of the page, on a free port,
+for which the page's 8000 stands.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import runpy
@@ -16,6 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.serve.process import ServerProcess, serving
 
 from hyaena.cli import main
 
@@ -31,12 +34,24 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the blocks of a page from top to bottom, in the working directory. Each Python block is its own program."""
-    for number, (kind, text) in enumerate(blocks(page), start=1):
-        if kind == "python":
-            exec(compile(text, f"{page.name}, block {number}", "exec"), {"__name__": "__main__"})
-        elif kind == "bash":
-            for line in text.replace("\\\n", " ").splitlines():
-                _run_line(line, monkeypatch)
+    with contextlib.ExitStack() as stack:
+        server = None
+        for number, (kind, text) in enumerate(blocks(page), start=1):
+            if kind == "bash":
+                for line in text.replace("\\\n", " ").splitlines():
+                    if line.startswith("hyaena serve") and line.endswith("&"):
+                        server = stack.enter_context(serving(*shlex.split(line[:-1])[2:]))
+                    else:
+                        _run_line(_with_port(line, server), monkeypatch)
+            elif kind == "python":
+                code = compile(_with_port(text, server), f"{page.name}, block {number}", "exec")
+                exec(code, {"__name__": "__main__"})
+        if server is not None:
+            assert server.end() == 0
+
+
+def _with_port(text: str, server: ServerProcess | None) -> str:
+    return text if server is None else text.replace(":8000", f":{server.port}")
 
 
 def _run_line(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +64,9 @@ def _run_line(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
     if program == "hyaena":
         assert main(arguments) == 0, line
+    elif program == "curl":
+        done = subprocess.run(["curl", "--silent", "--noproxy", "*", *arguments], check=False, capture_output=True)
+        assert done.returncode == 0, line
     elif program == "python":
         monkeypatch.setattr(sys, "argv", arguments)
         try:

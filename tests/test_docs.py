@@ -14,7 +14,11 @@ import hyaena.errors
 import pages
 from hyaena import evals, hf, ops
 
-RUN_ELSEWHERE = {"evaluation.md": "integrations/eval", "evo.md": "integrations/evo"}
+RUN_ELSEWHERE = {
+    "evaluation.md": "integrations/eval",
+    "evo.md": "integrations/evo",
+    "serving.md": "integrations/serve",
+}
 """Pages that need packages of an environment of their own, and the tests that run them there."""
 RUNNABLE = [
     page for page in pages.PAGES if page.name != "README.md" and page.name not in RUN_ELSEWHERE and pages.blocks(page)

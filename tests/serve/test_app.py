@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -15,13 +16,16 @@ import torch
 from fastapi.testclient import TestClient
 
 import hyaena
+from hyaena.sampling import SamplingParams
 from hyaena.serve.app import Server, make_app
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Engine, EngineSettings
+from hyaena.serve.engine import Request as EngineRequest
 from hyaena.serve.guards import OPEN_PATHS
 from hyaena.serve.metrics import Metrics
 from hyaena.serve.playground import FILES
 from hyaena.serve.service import Limits, Served
+from hyaena.serve.writing import _event
 from hyaena.tokenizers.chat import TEMPLATES
 
 KEY = "a-key"
@@ -331,11 +335,28 @@ def test_broken_bodies_get_the_right_answer(client: TestClient, content: bytes, 
     assert response.status_code == status and response.json()["error"]["message"]
 
 
-def test_a_full_queue_says_when_to_come_back(client: TestClient) -> None:
-    body = {"prompt": ["a"] * 200, "max_tokens": 400, "ignore_eos": True}
-    response = client.post("/v1/completions", json=body)
-    assert response.status_code == 429 and response.headers["retry-after"]
-    assert complete(client)["choices"]
+def test_a_full_queue_says_when_to_come_back(cub: tuple[Any, Any]) -> None:
+    model, tokenizer = cub
+    engine = Engine(model, tokenizer, EngineSettings(kv_bytes=2**24, max_waiting=2))
+    engine.start()
+    app = make_app(Server([Served(name="cub", engine=engine, tokenizer=tokenizer)], Metrics()))
+    held = threading.Event()
+    with TestClient(app) as test:
+        engine.call(held.wait)  # the engine does nothing meanwhile
+        for _ in range(2):
+            engine.submit(EngineRequest(prompt=[5], params=SamplingParams(), max_new_tokens=1), lambda delta: None)
+        response = test.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        assert response.status_code == 429 and response.headers["retry-after"]
+        response = test.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "n": 3})
+        assert response.status_code == 400 and "more than this server queues" in response.json()["error"]["message"]
+        held.set()
+        assert engine.stop(timeout=30)
+
+
+def test_every_event_is_one_line_for_every_client() -> None:
+    text = "".join(map(chr, range(0x3000)))
+    (line, end) = _event({"text": text}).splitlines()
+    assert not end and json.loads(line.removeprefix("data: ")) == {"text": text}
 
 
 def test_keys(cub: tuple[Any, Any]) -> None:

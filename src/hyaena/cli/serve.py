@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("limits")
     group.add_argument("--max-new-tokens", type=int, default=16384, metavar="N", help="of a completion (16384)")
-    group.add_argument("--max-body", type=float, default=16, metavar="MB", help="size of a request (16)")
+    group.add_argument("--max-body", type=float, default=4, metavar="MB", help="size of a request (4)")
     group.add_argument("--timeout", type=float, default=3600, metavar="S", help="seconds of a request (3600)")
     group.add_argument("--drain", type=float, default=30, metavar="S", help="seconds to finish after SIGTERM (30)")
 

@@ -178,6 +178,7 @@ class Engine:
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._waiting = 0  # submitted and not yet taken by the thread
+        self._calls = 0
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="hyaena-engine", daemon=True)
 
@@ -192,6 +193,11 @@ class Engine:
         """Whether the engine takes requests."""
         return self._thread.is_alive() and self._failure is None and not self._stopping.is_set()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing is computed any more."""
+        return not self._thread.is_alive()
+
     def check(self, request: Request) -> None:
         """Refuse a request that could never be served.
 
@@ -202,14 +208,14 @@ class Engine:
         size = self.model.config.vocab_size
         if not request.prompt:
             raise InputError("the prompt is empty: give it at least one token")
-        outside = next((token for token in request.prompt if not 0 <= token < size), None)
-        if outside is not None:
-            raise InputError(f"token id {outside} is outside the vocabulary 0..{size - 1} of the model")
         if len(request.prompt) + request.max_new_tokens > self.max_length:
             raise CapacityError(
                 f"{len(request.prompt)} tokens of prompt and {request.max_new_tokens} new ones are more than the "
                 f"{self.max_length} that a request may have: shorten the prompt, or ask for fewer new tokens"
             )
+        outside = next((token for token in request.prompt if not 0 <= token < size), None)
+        if outside is not None:
+            raise InputError(f"token id {outside} is outside the vocabulary 0..{size - 1} of the model")
         if request.params.biased:
             request.params.bias(size)
         self.scheduler.check(len(request.prompt), request.max_new_tokens)
@@ -251,11 +257,14 @@ class Engine:
         """Run a function in the engine's thread, between two turns: nothing else uses the model meanwhile.
 
         Raises:
+            QueueFullError: too many functions are waiting.
             EngineDeadError: the engine has stopped.
         """
         future: Future[T] = Future()
 
         def run() -> None:
+            with self._lock:
+                self._calls -= 1
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function())
@@ -265,23 +274,31 @@ class Engine:
         with self._lock:
             if not self.alive:
                 raise EngineDeadError("the engine has stopped: restart the server")
+            if self._calls >= self.settings.max_waiting:
+                raise QueueFullError(f"{self._calls} requests are waiting already: try again later")
+            self._calls += 1
             self._commands.put(run)
         return future
 
-    def stop(self, timeout: float | None = None) -> bool:
-        """Take no more requests, finish those that are here, and stop; whether all ended within the timeout.
+    def stop(self, timeout: float | None = None, abandon: float | None = None) -> bool:
+        """Take no more requests, finish those that are here, and stop.
 
-        Those that did not end get an error.
+        Args:
+            timeout: seconds after which requests that have not ended get an error; None waits for them.
+            abandon: seconds to wait after that for the turn that is being computed; None waits for its end.
+
+        Returns:
+            Whether all requests ended within the timeout.
         """
         self._stopping.set()
         self._commands.put(lambda: None)
-        if not self._thread.is_alive():
+        if self._thread.ident is None:  # it was never started
             return True
         self._thread.join(timeout)
         if not self._thread.is_alive():
             return True
         self._commands.put(self._abandon)
-        self._thread.join()
+        self._thread.join(abandon)
         return False
 
     # --- in the engine's thread ----------------------------------------------------------------------------------
@@ -333,8 +350,7 @@ class Engine:
 
     def _abandon(self) -> None:
         for active in list(self._requests.values()):
-            self.scheduler.finish(active.key)
-            self._end(active, Delta(token=None, finish_reason="error", error="the server is stopping"))
+            self._fail(active, "the server is stopping")
 
     def _turn(self) -> None:
         scheduler, requests = self.scheduler, self._requests
@@ -356,8 +372,7 @@ class Engine:
                 raise NonFiniteError("the model produced NaN or infinity for this prompt")
             text, reason = active.row.take(chosen.token, now)
         except HyaenaError as error:  # of this request alone, such as a token that the tokenizer does not know
-            self.scheduler.finish(active.key)
-            self._end(active, Delta(token=None, finish_reason="error", error=str(error)))
+            self._fail(active, str(error))
             return
         self.scheduler.append(active.key, chosen.token)
         job = self.scheduler.jobs[active.key]
@@ -376,6 +391,10 @@ class Engine:
         else:
             self.scheduler.finish(active.key, self.runner.page_ends().get(active.key))
             self._end(active, delta)
+
+    def _fail(self, active: _Active, message: str) -> None:
+        self.scheduler.finish(active.key)
+        self._end(active, Delta(token=None, finish_reason="error", error=message))
 
     def _end(self, active: _Active, delta: Delta) -> None:
         del self._requests[active.key]

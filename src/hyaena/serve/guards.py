@@ -1,18 +1,21 @@
-"""What stands before the application: the size of bodies, keys, and the log of requests."""
+"""What stands before the application: the size of bodies, keys, the log of requests, and clients that leave."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,6 +23,7 @@ from hyaena.serve.playground import FILES
 from hyaena.serve.protocol import ApiError
 
 log = logging.getLogger("hyaena.access")
+T = TypeVar("T")
 
 OPEN_PATHS = frozenset({"/health", "/version", *FILES})
 """Paths that need no key: what balancers look at, and the playground, which asks for one."""
@@ -44,7 +48,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdigit() and int(length) > self.most:
+        if len(length) > 18 or (length.isascii() and length.isdigit() and int(length) > self.most):
             await _answer(self._too_large(), scope, receive, send)
             return
         size, complete = 0, False
@@ -143,6 +147,31 @@ class AccessLog:
             if self.log_bodies:
                 line["body"] = body.decode("utf-8", "replace")
             log.info(json.dumps(line, ensure_ascii=True))
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Do something, or stop doing it where the client has left.
+
+    Raises:
+        ApiError: the client has left; nobody reads the answer.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client closed the connection", code="disconnected")
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await one
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _digest(key: bytes) -> bytes:

@@ -12,21 +12,21 @@ MAX_STOPS = 16
 MAX_BATCH = 256
 
 Strings = Annotated[
-    list[Annotated[str, Field(min_length=1)]] | None,
+    Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None,
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    Field(max_length=MAX_STOPS, json_schema_extra={"description": "A string, or a list of strings."}),
+    Field(json_schema_extra={"description": "A string, or a list of strings."}),
 ]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Prompt = str | TokenIds
+# fail_fast: the first mistake is enough; a list of millions of mistakes must not become as many errors.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Prompts = (
     str
     | TokenIds
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_BATCH)]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_BATCH)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
 )
 
 
-def as_prompts(given: Prompts) -> list[Prompt]:
+def as_prompts(given: Prompts) -> list[str | list[int]]:
     """The prompts of a body that names one or several."""
     if isinstance(given, str) or isinstance(given[0], int):
         return [given]  # type: ignore[list-item]
@@ -115,7 +115,7 @@ class ResponseFormat(Strict):
 class ChatBody(GenerationBody):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: list[Message] = Field(min_length=1, max_length=4096, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -140,7 +140,7 @@ class DetokenizeBody(Strict):
     """``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(fail_fast=True)
 
 
 class EmbeddingBody(Strict):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 import hyaena
+from hyaena.serve.guards import while_connected
 from hyaena.serve.protocol import (
     ApiError,
     CompletionBody,
@@ -27,9 +28,11 @@ from hyaena.serve.service import Served, TokenInfo, chat_prompt, errors_of_clien
 if TYPE_CHECKING:
     from hyaena.serve.app import Server
 
+T = TypeVar("T")
+
 
 async def read_prefixes(
-    server: Server, served: Served, body: CompletionBody, prompts: Sequence[Sequence[int]]
+    server: Server, served: Served, request: Request, body: CompletionBody, prompts: Sequence[Sequence[int]]
 ) -> list[tuple[str, list[TokenInfo]]]:
     """What ``echo`` puts in front of every completion: the prompt, and its log-probabilities where they are wanted."""
     if not body.echo:
@@ -38,7 +41,11 @@ async def read_prefixes(
     if body.logprobs is None:
         return [(text, []) for text in texts]
     top = body.logprobs
-    scores = await _read(server, served, prompts, lambda: _scores(served, prompts, rank=False, entropy=False, top=top))
+
+    def work() -> list[Any]:
+        return _scores(served, prompts, rank=False, entropy=False, top=top)
+
+    scores = await _read(server, served, request, prompts, work)
     found = []
     for text, prompt, score in zip(texts, prompts, scores, strict=True):
         values = score.logprobs.tolist()
@@ -60,7 +67,9 @@ def _scores(served: Served, prompts: Sequence[Sequence[int]], **options: Any) ->
     return hyaena.score(served.engine.model, served.tokenizer, [list(prompt) for prompt in prompts], **options)
 
 
-async def _read(server: Server, served: Served, prompts: Sequence[Sequence[int]], work: Any) -> Any:
+async def _read(
+    server: Server, served: Served, request: Request, prompts: Sequence[Sequence[int]], work: Callable[[], T]
+) -> T:
     """Read texts in the engine's thread, between two turns.
 
     Raises:
@@ -79,7 +88,7 @@ async def _read(server: Server, served: Served, prompts: Sequence[Sequence[int]]
         outside = next((token for prompt in prompts for token in prompt if not 0 <= token < size), None)
         if outside is not None:
             raise ApiError(400, f"token id {outside} is outside the vocabulary 0..{size - 1} of the model")
-        return await asyncio.wrap_future(served.engine.call(work))
+        return await while_connected(request, asyncio.wrap_future(served.engine.call(work)))
 
 
 def _texts(given: Prompts) -> list[Any]:
@@ -113,7 +122,7 @@ def add_reading(app: FastAPI, server: Server) -> None:
         def work() -> Any:
             return hyaena.embed(model, tokenizer, texts, body.layer, pool=body.pool)
 
-        vectors = await _read(server, served, ids, work)
+        vectors = await _read(server, served, request, ids, work)
         data = []
         for index, vector in enumerate(vectors):
             packed = np.asarray(vector, dtype="<f4")
@@ -135,7 +144,7 @@ def add_reading(app: FastAPI, server: Server) -> None:
             return hyaena.score(model, tokenizer, texts, both_strands=body.both_strands)
 
         data = []
-        for index, found in enumerate(await _read(server, served, ids, work)):
+        for index, found in enumerate(await _read(server, served, request, ids, work)):
             entry = {
                 "index": index,
                 "tokens": len(found.tokens),
@@ -166,6 +175,8 @@ def add_reading(app: FastAPI, server: Server) -> None:
         else:
             with errors_of_clients():
                 ids = served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        if body.return_token_strs and len(ids) > served.engine.max_length:
+            raise ApiError(400, f"{len(ids)} tokens are more than the model takes: ask for fewer token_strs")
         names = [served.tokenizer.decode([token]) for token in ids] if body.return_token_strs else None
         return JSONResponse(
             {"count": len(ids), "max_model_len": served.engine.max_length, "tokens": ids, "token_strs": names}

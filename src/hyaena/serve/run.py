@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -11,12 +13,19 @@ from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from hyaena.errors import InputError, printable
 from hyaena.serve.engine import Engine
 
 GRACE = 5.0
 """Seconds between the end of draining and the end of the process, in which last answers are sent."""
+
+LAST_SECONDS = 1.0
+"""Seconds between a second signal and the end of the process."""
+
+HEADER_SECONDS = 30.0
+"""The longest time that a connection is kept open without a whole request."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -40,30 +49,49 @@ def listen(host: str, port: int) -> socket.socket:
     return opened
 
 
-def serve(app: ASGIApp, opened: socket.socket, engines: Sequence[Engine], *, drain: float) -> None:
-    """Serve until SIGTERM or SIGINT; then refuse new requests and finish those that run.
+class HttpServer(uvicorn.Server):
+    """The application on a socket.
 
     Args:
         app: the application.
-        opened: where it listens.
         engines: that run; they are stopped at the end.
-        drain: seconds after which requests that still run end with an error. A second signal ends them immediately.
+        drain: seconds after which requests that still run end with an error.
     """
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(drain + GRACE), server_header=False
-    )
-    try:
-        _Server(config, engines, drain).run(sockets=[opened])
-    finally:
-        for engine in engines:
-            engine.stop(timeout=0)
-        opened.close()
 
-
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, engines: Sequence[Engine], drain: float) -> None:
-        super().__init__(config)
+    def __init__(self, app: ASGIApp, engines: Sequence[Engine], *, drain: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_HttpConnection,
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=int(drain + GRACE),
+                server_header=False,
+            )
+        )
         self.engines, self.drain = engines, drain
+
+    def serve_on(self, opened: socket.socket) -> bool:
+        """Serve until ``end``; then finish the requests that run. Whether every engine has stopped."""
+        try:
+            self.run(sockets=[opened])
+        finally:
+            opened.close()
+            patience = 0.0 if self.force_exit else None
+            for engine in self.engines:
+                engine.stop(timeout=0, abandon=patience)
+        return all(engine.stopped for engine in self.engines)
+
+    def end(self) -> None:
+        """Refuse new requests and finish those that run. The second call ends them with an error, at once."""
+        seconds = 0.0 if self.should_exit else self.drain
+        for engine in self.engines:
+            threading.Thread(target=engine.stop, args=(seconds,), daemon=True).start()
+        if self.should_exit:
+            force = threading.Timer(LAST_SECONDS, setattr, (self, "force_exit", True))
+            force.daemon = True
+            force.start()
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -80,7 +108,36 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, and end at the second."""
-        seconds = 0.0 if self.should_exit else self.drain
-        for engine in self.engines:
-            threading.Thread(target=engine.stop, args=(seconds,), daemon=True).start()
-        self.should_exit = True
+        self.end()
+
+
+class _HttpConnection(AutoHTTPProtocol):
+    """A connection that is closed when its client does not send a whole request."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._watching.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self, before: object) -> None:
+        self._watching = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._check, before)
+
+    def _check(self, before: object) -> None:
+        cycle = self.cycle  # type: ignore[attr-defined]
+        if cycle is before and (cycle is None or cycle.response_complete):
+            self.transport.close()  # type: ignore[attr-defined]
+        else:
+            self._watch(cycle)
+
+
+def serve(app: ASGIApp, opened: socket.socket, engines: Sequence[Engine], *, drain: float) -> None:
+    """Serve until SIGTERM or SIGINT; see ``HttpServer``.
+
+    Where an engine does not end after the second signal, since it is in the middle of a long pass, the process ends
+    with status 1.
+    """
+    if not HttpServer(app, engines, drain=drain).serve_on(opened):
+        os._exit(1)

@@ -33,7 +33,7 @@ class Limits:
         score_tokens: tokens of one request for scores or embeddings; meanwhile no stream goes on.
     """
 
-    body_bytes: int = 16 * 2**20
+    body_bytes: int = 4 * 2**20
     new_tokens: int = 16_384
     seconds: float = 3600.0
     score_tokens: int = 32_768
@@ -110,6 +110,9 @@ class Generation:
         self._keys: dict[int, int] = {}  # of choices that have not ended
         tokenizer = served.tokenizer
         special = tokenizer.special_tokens
+        most = served.engine.settings.max_waiting
+        if len(self.choices) > most:
+            raise ApiError(400, f"{len(self.choices)} completions at once are more than this server queues, {most}")
         stops = tuple(body.stop or ())
         stop_ids = frozenset(body.stop_token_ids or ()) | {special[stop] for stop in stops if stop in special}
         with errors_of_clients():
@@ -174,10 +177,10 @@ class Generation:
 
     def usage(self) -> dict[str, Any]:
         """Tokens of all choices; a prompt counts once, however often it was sampled."""
-        prompts = {id(choice.prompt): len(choice.prompt) for choice in self.choices}
-        cached = sum(choice.deltas[0].cached_tokens for choice in self.choices if choice.deltas)
-        total = sum(prompts.values())
-        return usage(total, sum(len(choice.tokens) for choice in self.choices), min(cached, total))
+        firsts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()  # of every prompt
+        cached = sum(choice.deltas[0].cached_tokens for choice in firsts if choice.deltas)
+        total = sum(len(choice.prompt) for choice in firsts)
+        return usage(total, sum(len(choice.tokens) for choice in self.choices), cached)
 
 
 @contextlib.contextmanager

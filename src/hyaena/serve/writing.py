@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from hyaena.serve.answers import ChatAnswer, CompletionAnswer
+from hyaena.serve.guards import while_connected
 from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody
 from hyaena.serve.reading import read_prefixes
 from hyaena.serve.service import Choice, Generation, chat_prompt, completion_prompts, new_tokens
 
 if TYPE_CHECKING:
     from hyaena.serve.app import Server
-
-T = TypeVar("T")
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Tokens of a completion where the client names no number, as in the API."""
@@ -34,7 +32,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
         served = server.find(body.model)
         prompts = completion_prompts(served, body)
         count = new_tokens(served, body, prompts, server.limits, DEFAULT_COMPLETION_TOKENS)
-        prefixes = await read_prefixes(server, served, body, prompts)
+        prefixes = await read_prefixes(server, served, request, body, prompts)
         generation = None
         if count:
             generation = Generation(
@@ -87,7 +85,8 @@ def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body:
 
 
 def _event(data: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    # All in ASCII: many clients take U+2028, U+2029 or U+0085 in a text for the end of the line.
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 async def _collect(generation: Generation, request: Request) -> list[Choice]:
@@ -99,32 +98,7 @@ async def _collect(generation: Generation, request: Request) -> list[Choice]:
                 pass
         return generation.choices
 
-    return await _while_connected(request, read())
-
-
-async def _while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Do something, or stop doing it where the client has left.
-
-    Raises:
-        ApiError: the client has left; nobody reads the answer.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client closed the connection", code="disconnected")
-        return task.result()
-    finally:
-        for one in (task, gone):
-            one.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await one
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    return await while_connected(request, read())
 
 
 def _unwritten(prompts: Sequence[Sequence[int]], body: CompletionBody) -> list[Choice]:

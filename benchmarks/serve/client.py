@@ -1,0 +1,93 @@
+"""A client that costs little: it shares the machine with the server that it measures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Answer:
+    """What came back.
+
+    Attributes:
+        status: of HTTP; 0 where the client left before it came.
+        began: when the request was sent, on ``time.perf_counter``.
+        times: when each token came, where it was streamed.
+        text: of the completion, where it was streamed; of the body, else.
+        error: message of an error event, or None.
+        whole: whether the answer came to its end.
+    """
+
+    status: int = 0
+    began: float = 0.0
+    times: list[float] = field(default_factory=list)
+    text: str = ""
+    error: str | None = None
+    whole: bool = False
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.times[0] - self.began
+
+    @property
+    def seconds(self) -> float:
+        """Seconds to the last token."""
+        return self.times[-1] - self.began
+
+
+async def post(
+    port: int,
+    body: Mapping[str, Any] | bytes,
+    *,
+    path: str = "/v1/completions",
+    leave_after: float | None = None,
+) -> Answer:
+    """Send a request on a connection of its own, and read the answer.
+
+    Args:
+        port: on 127.0.0.1.
+        body: JSON, or bytes as they are.
+        path: of the request.
+        leave_after: seconds after which the client closes the connection.
+    """
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answer = Answer(began=time.perf_counter())
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    try:
+        async with asyncio.timeout(leave_after):
+            await writer.drain()
+            await _read(reader, answer)
+    except TimeoutError:
+        pass
+    finally:
+        writer.close()
+    return answer
+
+
+async def _read(reader: asyncio.StreamReader, answer: Answer) -> None:
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    answer.status = int(head.split()[1])
+    if b"text/event-stream" not in head:
+        answer.text = (await reader.read()).decode()
+        answer.whole = True
+        return
+    async for line in reader:
+        if not line.startswith(b"data: "):
+            continue  # the length of a chunk, or the end of an event
+        if line == b"data: [DONE]\n":
+            answer.whole = True
+            continue
+        event = json.loads(line[6:])
+        if "error" in event:
+            answer.error = event["error"]["message"]
+        elif event["choices"]:
+            answer.times.append(time.perf_counter())
+            answer.text += event["choices"][0].get("text") or ""

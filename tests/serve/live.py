@@ -1,0 +1,81 @@
+"""A server on a socket of this machine, in a thread of the tests: real connections, and a look at the engine behind."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from hyaena.model import StripedHyena
+from hyaena.serve.app import Server, make_app
+from hyaena.serve.conversation import ChatTemplate
+from hyaena.serve.engine import Engine, EngineSettings
+from hyaena.serve.metrics import Metrics
+from hyaena.serve.run import HttpServer, listen
+from hyaena.serve.service import Limits, Served
+from hyaena.tokenizers import ByteTokenizer
+from hyaena.tokenizers.chat import TEMPLATES
+
+
+@dataclass
+class Live:
+    """A running server.
+
+    Attributes:
+        engine: of its only model, ``tiny``.
+        port: on 127.0.0.1.
+        server: that is stopped by ``end``.
+    """
+
+    engine: Engine
+    port: int
+    server: HttpServer
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+
+    def connect(self, timeout: float = 30) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+
+    def wait_idle(self, seconds: float = 10) -> None:
+        """Wait until the engine has nothing to do, and all pages are free or belong to the prefix cache."""
+        scheduler = self.engine.scheduler
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if scheduler.idle and scheduler.pages.free + scheduler.prefix.cached_pages == scheduler.pages.count:
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"{len(scheduler.jobs)} requests, {scheduler.pages.free} pages free after {seconds} s")
+
+
+@contextmanager
+def live(
+    model: StripedHyena, limits: Limits | None = None, keys: Sequence[str] = (), drain: float = 10, **settings: Any
+) -> Iterator[Live]:
+    """Serve a model of bytes, with the Nous template, until the block ends."""
+    metrics, tokenizer = Metrics(), ByteTokenizer()
+    engine = Engine(model, tokenizer, EngineSettings(**settings), metrics)
+    served = Served(name="tiny", engine=engine, tokenizer=tokenizer, template=ChatTemplate(TEMPLATES["nous"]))
+    app = make_app(Server([served], metrics, limits), keys=keys)
+    opened = listen("127.0.0.1", 0)
+    port = opened.getsockname()[1]
+    engine.start()
+    server = HttpServer(app, [engine], drain=drain)
+    thread = threading.Thread(target=server.serve_on, args=(opened,))
+    thread.start()
+    try:
+        yield Live(engine, port, server)
+    finally:
+        server.end()
+        thread.join(60)
+        assert not thread.is_alive(), "the server did not stop"

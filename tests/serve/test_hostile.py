@@ -1,0 +1,269 @@
+"""Requests that are wrong in every way that we know: each gets the right answer, soon, and disturbs nobody."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from configs import TINY
+from hyaena.model import StripedHyena
+from hyaena.serve.protocol import GenerationBody
+from hyaena.serve.service import Limits
+from serve.live import Live, live
+
+KEY = "a-key"
+BODY_BYTES = 200_000
+SECONDS = 1.0
+TYPE = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Live]:
+    model = StripedHyena(replace(TINY, vocab_size=259))
+    limits = Limits(body_bytes=BODY_BYTES, new_tokens=100, score_tokens=1000)
+    with live(model, limits, keys=[KEY], max_waiting=8, kv_bytes=2**22) as found:
+        yield found
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"prompt": "ab", "max_tokens": 2} | fields).encode()
+
+
+def chat(**fields: Any) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": "ab"}], "max_tokens": 2} | fields).encode()
+
+
+HUGE = 10**400
+WRONG_EVERYWHERE: dict[str, list[Any]] = {
+    "model": [5, "none", ["tiny"], "\ud800", ""],
+    "max_tokens": [-1, 1.5, "2", 101, 2**70, HUGE, True, [2]],
+    "temperature": [-1, "1", 1e9, [], {}, True],
+    "top_p": [0, -0.1, 1.1, "x"],
+    "top_k": [-2, 0.5, "x", 2**80],
+    "min_p": [-1, 2],
+    "repetition_penalty": [0, -1, 1e9],
+    "n": [0, -1, 65, 10**9, HUGE, 1.5, "1"],
+    "seed": [-1, 1.5, 2**64, "1"],
+    "stop": ["", [""], ["x"] * 17, 5, [5], {"a": 1}],
+    "stop_token_ids": [[-1], [1.5], "x", list(range(17))],
+    "logit_bias": [{"x": 1}, {"-1": 1}, {"999999999999": 1}, {"5": 101}, {"5": "a"}, [], {"300": 1}],
+    "allowed_token_ids": [[], [-1], [259], "x"],
+    "stream": ["yes", 1, []],
+    "stream_options": [{"include_usage": "x"}, {"other": True}, 5],
+    "cache_salt": [5, "x" * 257],
+    "ignore_eos": ["x", 3],
+    "frequency_penalty": [0.5, "x", 3],
+    "presence_penalty": [0.5],
+    "unknown_field": [1, None],
+    "guided_json": [{}],
+    "functions": [[]],
+}
+COMPLETIONS: dict[str, list[Any]] = {
+    "prompt": [
+        None, 5, {}, [], [[]], [1.5], [-1], [259], [2**70], ["a", 1], [[1], "a"], [None], [True],
+        ["a"] * 257, "x" * 150_000, [5] * 40_000, [["a"]], "\ud800", [[300]], [[1], [999]],
+    ],
+    "logprobs": [-1, 21, 10**9, "5", True, 1.5],
+    "echo": ["x", 1],
+    "best_of": [2, "x"],
+    "suffix": ["x"],
+}  # fmt: skip
+CHATS: dict[str, list[Any]] = {
+    "messages": [
+        None, [], "x", {}, [5], [{}], [{"role": "user"}], [{"role": "god", "content": "x"}],
+        [{"role": "user", "content": None}], [{"role": "user", "content": 5}], [{"role": "user", "content": []}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [{"role": "user", "content": [{"type": "text"}]}], [{"role": "tool", "content": "x", "tool_call_id": "1"}],
+        [{"role": "user", "content": "\udfff"}], [{"role": "user", "content": "x", "extra": 1}],
+        [{"role": "user", "content": "x" * 150_000}],
+    ],
+    "logprobs": [3, "x"],
+    "top_logprobs": [-1, 21, 5],
+    "max_completion_tokens": [0, -1, "x", 101],
+    "response_format": [{"type": "json_object"}, "text", {}],
+    "tools": [[{"type": "function", "function": {"name": "f"}}]],
+    "tool_choice": ["required", {}],
+    "prompt": ["x"],
+}  # fmt: skip
+READINGS: dict[str, list[bytes]] = {
+    "/v1/embeddings": [
+        b"{}", b'{"input":""}', b'{"input":[]}', b'{"input":5}', b'{"input":"a","layer":"none"}', b'{"input":[999]}',
+        b'{"input":"a","layer":99999999999999999999}', b'{"input":"a","encoding_format":"x"}', b'{"input":["a",""]}',
+        b'{"input":"a","dimensions":5}', b'{"input":"' + b"a" * 1001 + b'"}', b'{"input":"\\ud800"}',
+        b'{"input":"a","pool":"max"}', b'{"input":[[1],[-1]]}',
+    ],
+    "/score": [
+        b"{}", b'{"input":""}', b'{"input":[[]]}', b'{"input":"' + b"a" * 1001 + b'"}', b'{"input":"a","per_token":3}',
+        b'{"input":[[1],"a"]}',
+    ],
+    "/tokenize": [b"{}", b'{"prompt":"a","messages":[]}', b'{"prompt":5}', b'{"prompt":"\\ud800"}', b"[]"],
+    "/detokenize": [b"{}", b'{"tokens":[-1]}', b'{"tokens":[999]}', b'{"tokens":"a"}', b'{"tokens":[1e400]}'],
+}  # fmt: skip
+RAW_BODIES = [
+    b"", b"{", b"null", b"[]", b'"x"', b"5", b"{}", b"\xff\xfe", b'{"prompt": "\xff"}', b'{"prompt": NaN}',
+    b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": Infinity}', b"\x00" * 100, b"prompt=a",
+    b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b"[" * 100_000, b'{"a":' * 20_000,
+    b"\xef\xbb\xbf" + b"{}", b'{"prompt": [' + b"1," * 50_000 + b'"a"]}', b"[" + b'"a",1,' * 20_000 + b"1]",
+    b'{"prompt": [' + b'"a",1,' * 20_000 + b"1]}", b'{"prompt": [' + b"[1.5]," * 20_000 + b"[1]]}",
+    b'{"prompt": "a"} trailing', "{}".encode("utf-16"), b'{"messages": [' + b'{"role":1},' * 10_000 + b"{}]}",
+    b'{"logit_bias": {' + b",".join(b'"k%d": "x"' % i for i in range(10_000)) + b"}}",
+]  # fmt: skip
+
+
+def cases() -> Iterator[tuple[str, bytes]]:
+    for path, make, own in (("/v1/completions", body, COMPLETIONS), ("/v1/chat/completions", chat, CHATS)):
+        for field, values in {**WRONG_EVERYWHERE, **own}.items():
+            for value in values:
+                yield path, make(**{field: value})
+        for raw in RAW_BODIES:
+            yield path, raw
+    for path, bodies in READINGS.items():
+        for raw in bodies:
+            yield path, raw
+
+
+def error_of(answer: Any) -> dict[str, Any]:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str) and error["message"] and "\n" not in error["message"]
+    assert len(error["message"]) < 600 and "Traceback" not in error["message"]
+    return error
+
+
+def test_wrong_bodies_are_refused_within_a_second(server: Live) -> None:
+    count, slow, wrong = 0, [], []
+    with server.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
+        assert client.post("/v1/completions", content=body(), headers=TYPE).status_code == 200
+        assert client.post("/v1/chat/completions", content=chat(), headers=TYPE).status_code == 200
+        for field in {*GenerationBody.model_fields} - {"ignore_eos"}:
+            assert client.post("/v1/completions", content=body(**{field: None}), headers=TYPE).status_code == 200
+        for path, raw in cases():
+            count += 1
+            began = time.process_time()
+            answer = client.post(path, content=raw, headers=TYPE)
+            seconds = time.process_time() - began  # of this process, server included: others may use the machine
+            if seconds > SECONDS:
+                slow.append((path, raw[:60], seconds))
+            if answer.status_code not in {400, 404, 413}:
+                wrong.append((path, raw[:80], answer.status_code, answer.text[:100]))
+                continue
+            error_of(answer)
+    assert not wrong, wrong
+    assert not slow, slow
+    assert count >= 200
+    server.wait_idle()
+
+
+def raw_answer(server: Live, data: bytes, *, timeout: float = 10) -> bytes:
+    """What comes back on a connection of its own, until it is closed or the answer is complete."""
+    with server.connect(timeout) as connection:
+        connection.sendall(data)
+        got = b""
+        while True:
+            try:
+                part = connection.recv(65536)
+            except TimeoutError:
+                return got
+            except ConnectionResetError:
+                return got
+            got += part
+            head, found, rest = got.partition(b"\r\n\r\n")
+            length = next((int(h.split(b":")[1]) for h in head.lower().split(b"\r\n") if b"content-length:" in h), None)
+            if not part or (found and length is not None and len(rest) >= length):
+                return got
+
+
+def request(headers: bytes = b"", data: bytes = b"", line: bytes = b"POST /v1/completions HTTP/1.1") -> bytes:
+    auth = b"Authorization: Bearer " + KEY.encode() + b"\r\n"
+    return line + b"\r\nHost: x\r\n" + auth + headers + b"\r\n" + data
+
+
+GOOD = body()
+LENGTH = b"Content-Length: %d\r\n" % len(GOOD)
+JSON = b"Content-Type: application/json\r\n"
+RAW_REQUESTS: list[tuple[str, bytes, set[int]]] = [
+    ("no content type", request(LENGTH, GOOD), {400, 415}),
+    ("form", request(LENGTH + b"Content-Type: application/x-www-form-urlencoded\r\n", GOOD), {400, 415}),
+    ("length of letters", request(JSON + b"Content-Length: abc\r\n", GOOD), {400}),
+    ("negative length", request(JSON + b"Content-Length: -5\r\n", GOOD), {400}),
+    ("two lengths", request(JSON + LENGTH + b"Content-Length: 1\r\n", GOOD), {400}),
+    ("a length beyond measure", request(JSON + b"Content-Length: " + b"9" * 30 + b"\r\n"), {400, 413}),
+    ("a length beyond the limit", request(JSON + b"Content-Length: 999999999\r\n"), {413}),
+    ("chunks of garbage", request(JSON + b"Transfer-Encoding: chunked\r\n", b"zz\r\nabc\r\n"), {400}),
+    ("unknown coding", request(JSON + b"Transfer-Encoding: gzip\r\n", GOOD), {400, 501}),
+    ("too many chunks", request(JSON + b"Transfer-Encoding: chunked\r\n", b"186a0\r\n" + b"a" * 100_000 + b"\r\n"
+     + b"186a1\r\n" + b"a" * 100_001 + b"\r\n0\r\n\r\n"), {413}),
+    ("huge header", request(JSON + b"X-A: " + b"a" * 200_000 + b"\r\n"), {400, 431}),
+    ("many headers", request(JSON + b"".join(b"X-%d: a\r\n" % i for i in range(20_000))), {400, 431}),
+    ("header with a null", request(JSON + b"X-A: \x00\r\n" + LENGTH, GOOD), {400}),
+    ("no HTTP", b"hello\r\n\r\n", {400}),
+    ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
+    ("unknown version", request(line=b"POST / HTTP/9.9"), {400, 405, 505}),
+    ("unknown method", request(line=b"BREW /v1/completions HTTP/1.1"), {405}),
+    ("a body with GET", request(line=b"GET /v1/completions HTTP/1.1"), {405}),
+    ("unknown path", request(line=b"GET /v2 HTTP/1.1"), {404}),
+    ("long path", request(line=b"GET /" + b"a" * 30_000 + b" HTTP/1.1"), {404, 414}),
+    ("bytes in the path", request(line=b"GET /v1/models/%ff%00%0a HTTP/1.1"), {404}),
+    ("path upwards", request(line=b"GET /v1/models/../../etc/passwd HTTP/1.1"), {404}),
+    ("no host", b"GET /health HTTP/1.1\r\n\r\n", {400}),
+    ("bad key", b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\n\r\n", {401}),
+    ("key of bytes", b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n", {401}),
+    ("key without a kind", b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: a-key\r\n\r\n", {401}),
+    ("no key", b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", {401}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "wanted"), [case[1:] for case in RAW_REQUESTS], ids=[c[0] for c in RAW_REQUESTS])
+def test_wrong_requests_are_refused(server: Live, data: bytes, wanted: set[int]) -> None:
+    answer = raw_answer(server, data)
+    assert answer.startswith(b"HTTP/1.1 ") and int(answer.split()[1]) in wanted
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [
+        (request(JSON + LENGTH, GOOD, b"POST /v1/completions HTTP/1.0"), 1),
+        (request(JSON + LENGTH + b"Expect: 100-continue\r\nConnection: close\r\n", GOOD), 1),
+        (request(JSON + LENGTH, GOOD) + request(JSON + LENGTH + b"Connection: close\r\n", GOOD), 2),
+        (request(JSON + b"Transfer-Encoding: chunked\r\nConnection: close\r\n", b"%x\r\n%b\r\n0\r\n\r\n"
+         % (len(GOOD), GOOD)), 1),
+    ],
+    ids=["HTTP/1.0", "expect", "pipelined", "chunked"],
+)  # fmt: skip
+def test_unusual_requests_are_answered(server: Live, data: bytes, count: int) -> None:
+    with server.connect() as connection:
+        connection.sendall(data)
+        got = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert got.count(b"200 OK") == count and got.count(b"text_completion") == count
+
+
+def test_clients_that_leave_in_the_middle_are_forgotten(server: Live) -> None:
+    whole = request(JSON + LENGTH, GOOD)
+    for stop in range(1, len(whole), 7):
+        with server.connect() as connection:
+            connection.sendall(whole[:stop])
+    stream = body(stream=True, max_tokens=100, ignore_eos=True)
+    for _ in range(10):
+        with server.connect() as connection:
+            connection.sendall(request(JSON + b"Content-Length: %d\r\n" % len(stream), stream))
+            connection.recv(10)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
+    server.wait_idle()
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
+
+
+def test_bodies_and_headers_that_do_not_come_end(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyaena.serve.guards.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("hyaena.serve.run.HEADER_SECONDS", 0.2)
+    assert raw_answer(server, request(JSON + b"Content-Length: 50\r\n", b"{")).startswith(b"HTTP/1.1 408")
+    for part in (b"", b"POST /v1/comp", request(JSON + LENGTH)[:-2]):
+        with server.connect(5) as connection:
+            connection.sendall(part)
+            assert connection.recv(10) == b"", "a connection without a request stays open"

@@ -1,0 +1,143 @@
+"""Many requests of all kinds at once: every answer is right, and afterwards nothing is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import random
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from benchmarks.serve.client import Answer, post
+
+import hyaena
+from configs import TINY
+from hyaena.model import StripedHyena
+from hyaena.ops import PAGE
+from hyaena.serve.service import Generation
+from hyaena.sizes import ModelSizes
+from hyaena.tokenizers import ByteTokenizer
+from serve.live import Live, live
+
+MODEL = StripedHyena(replace(TINY, vocab_size=259, max_length=4096))
+TOKENIZER = ByteTokenizer()
+PAGES = 160
+BROKEN = [b"{", b'{"prompt": 5}', b'{"prompt": "a", "n": 1000}', b'{"prompt": "a", "model": "none"}', b"\xff" * 50]
+
+
+@dataclass
+class Case:
+    """A request and what it should get."""
+
+    prompt: list[int]
+    options: dict[str, Any]
+    want: str
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+def make_cases(count: int, rng: random.Random) -> list[Case]:
+    stems = [[rng.randrange(32, 127) for _ in range(300)] for _ in range(4)]
+    cases = []
+    for i in range(count):
+        prompt = rng.choice(stems)[: rng.choice([1, 20, 64, 150, 300])] + [rng.randrange(32, 127) for _ in range(i % 5)]
+        options: dict[str, Any] = {"temperature": 0.0} if i % 2 else {"temperature": 0.8, "seed": i, "top_p": 0.9}
+        tokens = rng.choice([1, 2, 5, 12, 30])
+        found = hyaena.generate(MODEL, TOKENIZER, prompt, max_new_tokens=tokens, **options)
+        cases.append(Case(prompt, options | {"max_tokens": tokens}, found.text))
+    return cases
+
+
+async def _ask(server: Live, case: Case | bytes, leave_after: float | None, stream: bool) -> tuple[Any, Answer]:
+    if isinstance(case, bytes):
+        return case, await post(server.port, case)
+    body = {"prompt": case.prompt, **case.options, "stream": stream}
+    return case, await post(server.port, body, leave_after=leave_after)
+
+
+async def _soak(server: Live, cases: list[Case], count: int, rng: random.Random) -> Counter[str]:
+    seen: Counter[str] = Counter()
+    places = asyncio.Semaphore(24)
+
+    async def one() -> None:
+        async with places:
+            case: Case | bytes = rng.choice(BROKEN) if rng.random() < 0.05 else rng.choice(cases)
+            leaves = not isinstance(case, bytes) and rng.random() < 1 / 3
+            stream = rng.random() < 0.5
+            case, answer = await _ask(server, case, rng.random() * 0.2 if leaves else None, stream)
+            if isinstance(case, bytes):
+                assert answer.status in {400, 404} and "error" in json.loads(answer.text)
+                seen["malformed"] += 1
+            elif not answer.whole:
+                assert leaves, "an answer broke off"
+                seen["left"] += 1
+            else:
+                assert answer.status == 200 and answer.error is None
+                text = answer.text if stream else json.loads(answer.text)["choices"][0]["text"]
+                assert text == case.want, (case.prompt, case.options)
+                seen["right"] += 1
+
+    await asyncio.gather(*(one() for _ in range(count)))
+    return seen
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def assert_nothing_left(server: Live) -> None:
+    """No connection, task or request is known to the server any more, at most a second later."""
+    for _ in range(10):
+        gc.collect()
+        state = server.server.server_state
+        generations = [one for one in gc.get_objects() if type(one) is Generation]
+        alive = sum(one.served.engine is server.engine for one in generations)
+        left = len(state.connections), len(state.tasks), alive, len(server.engine._requests)
+        if not any(left):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"connections, tasks, generations and requests that are left: {left}")
+
+
+@pytest.mark.parametrize(
+    "count", [300, pytest.param(10_000, marks=[pytest.mark.integration, pytest.mark.timeout(900)])]
+)
+def test_requests_of_all_kinds(count: int) -> None:
+    rng = random.Random(7)
+    cases = make_cases(24 if count < 1000 else 80, rng)
+    pages = PAGES * ModelSizes(MODEL.config).page_bytes(PAGE, 4)
+    with live(MODEL, kv_bytes=pages, snapshot_bytes=2**20, max_rows=16, chunk=128, max_waiting=64) as server:
+        seen = asyncio.run(_soak(server, cases, count // 5, rng))  # what is made once
+        server.wait_idle()
+        gc.collect()
+        threads, memory, files = threading.active_count(), resident(), len(os.listdir("/proc/self/fd"))
+        seen += asyncio.run(_soak(server, cases, count - count // 5, rng))
+        server.wait_idle()
+        scheduler = server.engine.scheduler
+        assert scheduler.pages.count == PAGES
+        assert_nothing_left(server)
+        assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) <= files + 2
+        assert resident() - memory < 30e6
+        scheduler.prefix.clear()
+        assert scheduler.pages.free == PAGES and scheduler.prefix.snapshots == 0
+        assert server.engine.alive
+    assert sum(seen.values()) == count and seen["left"] > 0.1 * count and seen["right"] > 0.4 * count
+    assert seen["malformed"] > 0.01 * count
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_work_stops_within_a_second_of_a_disconnect(stream: bool) -> None:
+    async def leave(server: Live) -> None:
+        body = {"prompt": "ab", "max_tokens": 4000, "ignore_eos": True, "stream": stream, "n": 2}
+        await asyncio.gather(*(post(server.port, body, leave_after=0.7) for _ in range(6)))
+
+    with live(MODEL, kv_bytes=2**26, max_rows=16) as server:
+        asyncio.run(leave(server))
+        server.wait_idle(seconds=1.0)
+        assert_nothing_left(server)
