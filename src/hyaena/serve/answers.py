@@ -70,7 +70,7 @@ class CompletionAnswer:
         return self.frame | {"choices": [self._choice(choice.index, text, tokens, reason(delta))]}
 
     def whole(self, choices: Sequence[Choice], generation: Generation | None) -> dict[str, Any]:
-        """The answer without streaming; ``generation`` is None where no new token was asked for."""
+        """The answer without streaming; ``generation`` is None where the request wants no new token."""
         made = []
         for choice in choices:
             prefix, before = self._prefix(choice)

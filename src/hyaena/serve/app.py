@@ -59,7 +59,7 @@ def make_app(
 
     Args:
         server: the models.
-        keys: bearer keys, one of which a client must send; none means that no key is asked for.
+        keys: bearer keys, one of which a client must send; without any, no key is needed.
         allow_origins: origins of web pages that may call the server (CORS).
         log_prompts: whether the log holds the bodies of requests.
     """

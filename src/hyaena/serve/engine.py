@@ -325,7 +325,7 @@ class Engine:
             self.runner.close()
 
     def _take_commands(self, wait: bool = True) -> None:
-        """Carry out what other threads asked for; where there is nothing else to do, wait for it."""
+        """Carry out the commands of other threads; where there is nothing else to do, wait for one."""
         if wait and self.scheduler.idle and not self._stopping.is_set():
             self.metrics.observe_load(self)
             self._commands.get()()

@@ -134,7 +134,7 @@ def add_reading(app: FastAPI, server: Server) -> None:
 
     @app.post("/score", tags=["reading"])
     async def score(body: ScoreBody, request: Request) -> Response:
-        """Score texts: sum and mean of log-probabilities, perplexity, and every token where it is asked for."""
+        """Score texts: sum and mean of log-probabilities, perplexity, and with ``per_token`` every token."""
         served = server.find(body.model)
         model, tokenizer = served.engine.model, served.tokenizer
         texts = _texts(body.input)

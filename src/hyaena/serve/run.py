@@ -83,7 +83,7 @@ class HttpServer(uvicorn.Server):
         return all(engine.stopped for engine in self.engines)
 
     def end(self) -> None:
-        """Refuse new requests and finish those that run. The second call ends them with an error, at once."""
+        """Refuse new requests and finish those that run. The second call ends them immediately, with an error."""
         seconds = 0.0 if self.should_exit else self.drain
         for engine in self.engines:
             threading.Thread(target=engine.stop, args=(seconds,), daemon=True).start()

@@ -19,7 +19,7 @@ from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, Generation
 from hyaena.tokenizers import Tokenizer
 
 MIN_LOGPROB = -9999.0
-"""What stands for -infinity, which JSON has not."""
+"""Sent in place of -infinity, which JSON does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
 
 
 def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body: GenerationBody) -> Response:
-    """Server-sent events, one per token, then usage where it is asked for, then ``[DONE]``."""
+    """Server-sent events, one per token, then usage where the client wants it, then ``[DONE]``."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     extra = {"usage": None} if with_usage else {}
 
