@@ -44,17 +44,18 @@ test-integrations: .venv/.installed-dev
 	  test ! -e "$$list" || $(MAKE) --no-print-directory $$(dirname $$list)/.tested || exit 1; done
 
 # The tests in integrations/NAME run in an environment of their own, .envs/NAME: the packages of its requirements.txt over
-# those of .venv, which it sees through a .pth file. So versions may differ, and torch is installed once.
+# those of .venv and hyaena itself, which it sees through a .pth file. So versions may differ, and torch is installed once.
 # debian.txt names packages of Debian that the tests need; installing them takes root.
 integrations/%/.tested: .envs/%/.installed
 	@list=integrations/$*/debian.txt; test ! -e $$list || dpkg --status $$(cat $$list) >/dev/null 2>&1 || { \
 	  echo "Installing $$(cat $$list)"; apt-get -qq update && apt-get -qq install --yes $$(cat $$list) >/dev/null; }
 	.envs/$*/bin/python -m pytest --durations 5 integrations/$* $(ARGS)
 
+.PRECIOUS: .envs/%/.installed
 .envs/%/.installed: integrations/%/requirements.txt .venv/.installed-dev
 	@echo "Installing $< into .envs/$*"
 	@rm -rf .envs/$* && $(BIN)/python -m venv .envs/$*
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$(.envs/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
 	@.envs/$*/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	@touch $@

@@ -14,7 +14,7 @@ from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
-from hyaena.packing import Packing, Recurrence, Snapshots, evaluate
+from hyaena.packing import Packing, Recurrence, Snapshots, StatesAt, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,27 +122,30 @@ class ForwardContext:
             snapshots=snapshots,
         )
 
-    def evaluate(self, operator: Recurrence, z: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def evaluate(
+        self, operator: Recurrence, z: Tensor, state: Any, states_at: StatesAt | None = None
+    ) -> tuple[Tensor, Any]:
         """Evaluate an operator whose state sums up all tokens before, over this pass.
 
-        A packed pass is cut into its rows, and where snapshots are wanted the rows are cut there, each piece from the
-        state that the one before left.
+        A packed pass is cut into its rows. Where snapshots are wanted ``states_at`` computes the states, or without it
+        the rows are cut there, each piece from the state that the one before left.
 
         Args:
             operator: see ``Recurrence``.
             z: its inputs [B,T,E], or [1,T,E] of a packed pass.
             state: of all rows, or None.
+            states_at: see ``StatesAt``.
 
         Returns:
             y [B,T,D] and the state after the pass.
         """
         padding = None if self.padding is None else self.padding[1]
         if self.packing is not None:
-            return self.packing.apply(operator, z, state, self.snapshots)
+            return self.packing.apply(operator, z, state, self.snapshots, states_at)
         if self.by_document is not None and state is None:
             return self.by_document.apply(operator, z, None)
         rows = range(z.shape[0])
-        return evaluate(operator, z, state, self.mask, self.reset, rows, padding, self.snapshots)
+        return evaluate(operator, z, state, self.mask, self.reset, rows, padding, self.snapshots, states_at)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ForwardContext:
         """The same pass for layers on another device."""

@@ -236,7 +236,12 @@ class Hyena(nn.Module):
             options: dict[str, Any] = {"method": context.method, "backend": context.backend}
             return ops.hyena(z, weight, bias, long_filter, state, mask=mask, reset=reset, **options)
 
-        y, after = context.evaluate(operator, self.in_proj(x), state)
+        def states_at(
+            z: Tensor, state: HyenaState | None, mask: Tensor | None, stops: Sequence[int]
+        ) -> list[HyenaState]:
+            return ops.hyena_states(z, weight, bias, long_filter, state, stops, mask=mask)
+
+        y, after = context.evaluate(operator, self.in_proj(x), state, states_at)
         return self.out_proj(y[:, -keep:]), after
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:

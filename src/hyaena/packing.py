@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,9 @@ from hyaena.errors import InputError
 
 Recurrence = Callable[[Tensor, Any, Tensor | None, Tensor | None], tuple[Tensor, Any]]
 """``(z [b,T,E], state, mask bool [b,T] or None, reset bool [b,T] or None) -> (y [b,T,D], state)``, for any T."""
+
+StatesAt = Callable[[Tensor, Any, Tensor | None, Sequence[int]], Sequence[Any]]
+"""``(z, state, mask, stops) -> states``: those that a recurrence would have after so many steps of z."""
 
 
 class Snapshots:
@@ -32,15 +35,15 @@ class Snapshots:
         self.layer = 0
         self._saved: dict[tuple[int, int, int], Any] = {}
 
-    def pieces(self, width: int, rows: Sequence[int], padding: Sequence[int]) -> Iterator[slice]:
-        """The columns of rows that are padded on the left to ``width``, cut at every stop of one of them."""
-        ends = {width}
+    def columns(self, width: int, rows: Sequence[int], padding: Sequence[int]) -> list[int]:
+        """The columns of rows that are padded on the left to ``width`` where one of them has a stop, rising."""
+        ends = set()
         for row, pad in zip(rows, padding, strict=True):
             for stop in self.stops.get(row, ()):
                 if not 1 <= stop <= width - pad:
                     raise InputError(f"a snapshot after {stop} tokens is not part of a pass of {width - pad} tokens")
                 ends.add(pad + stop)
-        return (slice(start, stop) for start, stop in itertools.pairwise([0, *sorted(ends)]))
+        return sorted(ends)
 
     def save(self, column: int, state: Any, rows: Sequence[int], padding: Sequence[int]) -> None:
         """Copy the states of the rows that have a stop at a column."""
@@ -62,18 +65,33 @@ def evaluate(
     rows: Sequence[int],
     padding: Sequence[int] | None,
     snapshots: Snapshots | None,
+    states_at: StatesAt | None,
 ) -> tuple[Tensor, Any]:
-    """Evaluate a recurrence over rows, in one piece, or cut where snapshots are wanted."""
-    if snapshots is None:
+    """Evaluate a recurrence over rows, and save its states where snapshots are wanted.
+
+    Without ``states_at`` the rows are cut there, which costs more.
+    """
+    stops: list[int] = []
+    if snapshots is not None:
+        padding = padding or [0] * len(rows)
+        stops = snapshots.columns(z.shape[1], rows, padding)
+    if snapshots is None or padding is None or not stops:
         return operator(z, state, mask, reset)
-    padding = padding or [0] * len(rows)
+    if states_at is not None:
+        inner = [stop for stop in stops if stop < z.shape[1]]
+        for stop, saved in zip(inner, states_at(z, state, mask, inner) if inner else (), strict=True):
+            snapshots.save(stop, saved, rows, padding)
+        y, state = operator(z, state, mask, reset)
+        snapshots.save(z.shape[1], state, rows, padding)  # to the bit what the rows go on from
+        return y, state
     parts = []
-    for columns in snapshots.pieces(z.shape[1], rows, padding):
-        cut = (None if t is None else t[:, columns] for t in (mask, reset))
-        y, state = operator(z[:, columns], state, *cut)
-        snapshots.save(columns.stop, state, rows, padding)
-        parts.append(y)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), state
+    for start, stop in itertools.pairwise([0, *stops, z.shape[1]]):
+        if start < stop:
+            cut = (None if t is None else t[:, start:stop] for t in (mask, reset))
+            y, state = operator(z[:, start:stop], state, *cut)
+            snapshots.save(stop, state, rows, padding)
+            parts.append(y)
+    return torch.cat(parts, dim=1), state
 
 
 class Group(NamedTuple):
@@ -133,7 +151,12 @@ class Packing:
         return Group(rows, source.to(device), shown, steps.to(device), (width - counts).tolist())
 
     def apply(
-        self, operator: Recurrence, z: Tensor, state: Any, snapshots: Snapshots | None = None
+        self,
+        operator: Recurrence,
+        z: Tensor,
+        state: Any,
+        snapshots: Snapshots | None = None,
+        states_at: StatesAt | None = None,
     ) -> tuple[Tensor, Any]:
         """Evaluate a recurrence of every row: z [1,T,E] and the state of all rows -> y [1,T,D], and the state after.
 
@@ -142,7 +165,9 @@ class Packing:
         parts, states = [], []
         for group in self.groups:
             inputs, before = z[0, group.source], None if state is None else state.select(group.rows)
-            y, new = evaluate(operator, inputs, before, group.mask, None, group.rows, group.padding, snapshots)
+            y, new = evaluate(
+                operator, inputs, before, group.mask, None, group.rows, group.padding, snapshots, states_at
+            )
             parts.append(y.flatten(0, 1)[group.steps])
             states.append(new)
         y = torch.cat(parts)[self.places].unsqueeze(0)

@@ -3,7 +3,7 @@
 from hyaena.ops.attention import Documents, attention, find_documents
 from hyaena.ops.backend import Backend, resolve_backend
 from hyaena.ops.gate import ACTIVATIONS, gate
-from hyaena.ops.hyena import HyenaState, capabilities, hyena
+from hyaena.ops.hyena import HyenaState, capabilities, hyena, hyena_states
 from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Dense, Linear, linear
 from hyaena.ops.long_conv import (
@@ -68,6 +68,7 @@ __all__ = [
     "find_documents",
     "gate",
     "hyena",
+    "hyena_states",
     "kinds_of",
     "linear",
     "long_conv",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops.backend import Backend, use_fused_hyena
-from hyaena.ops.long_conv import METHODS, Filter, Method, ModalFilter, check_channels, long_conv
+from hyaena.ops.long_conv import METHODS, Filter, Method, ModalFilter, check_channels, long_conv, long_conv_states
 from hyaena.ops.short_conv import short_conv
 from hyaena.ops.state import RowTensors
 
@@ -97,3 +99,33 @@ def hyena(
     x2, x1, v = u.chunk(3, dim=-1)
     y, long = long_conv(x1 * v, long_filter, long, method=method, reset=reset)
     return y * x2, HyenaState(short, long)
+
+
+def hyena_states(
+    z: Tensor,
+    short_weight: Tensor,
+    short_bias: Tensor | None,
+    long_filter: Filter,
+    state: HyenaState | None,
+    stops: Sequence[int],
+    *,
+    mask: Tensor | None = None,
+) -> list[HyenaState]:
+    """The states of ``hyena`` after the first steps of z, without the outputs.
+
+    Args:
+        z, short_weight, short_bias, long_filter, state, mask: see ``hyena``.
+        stops: numbers of steps, 1 … T, in rising order.
+    """
+    if mask is not None:
+        z = z * mask.unsqueeze(-1)
+    short, long = (None, None) if state is None else state
+    u, after = short_conv(z, short_weight, short_bias, short)
+    if mask is not None:
+        u = u * mask.unsqueeze(-1)
+    _, x1, v = u.chunk(3, dim=-1)
+    window = after.shape[-1]
+    before = torch.zeros_like(after) if short is None else short
+    past = torch.cat([before, z.transpose(1, 2).to(after.dtype)], dim=-1)  # [B,3D,K-1+T]
+    longs = long_conv_states(x1 * v, long_filter, long, stops)
+    return [HyenaState(past[..., n : n + window].contiguous(), one) for n, one in zip(stops, longs, strict=True)]

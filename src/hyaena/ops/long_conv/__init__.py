@@ -14,6 +14,8 @@ Each may hold fewer filters than there are channels; neighbouring channels then 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +58,7 @@ __all__ = [
     "dropped_energy",
     "kinds_of",
     "long_conv",
+    "long_conv_states",
     "taps",
     "to_canonical",
     "to_canonical_state",
@@ -233,3 +236,33 @@ def long_conv(
         if filter.skip is not None:
             y = torch.addcmul(y, filter.skip.to(y.dtype), wide.to(y.dtype))
     return y.to(x.dtype), state.to(dtype).contiguous()  # the steps that follow read the state again and again
+
+
+def long_conv_states(x: Tensor, filter: Filter, state: Tensor | None, stops: Sequence[int]) -> list[Tensor]:
+    """The states of ``long_conv`` after the first steps of x, without the outputs.
+
+    A kind of filter with a method ``states(x, state, stops)`` computes all of them together; where it has none, or the
+    method returns None for this kind of state, x is convolved piece by piece.
+
+    Args:
+        x, filter, state: see ``long_conv``.
+        stops: numbers of steps, 1 … T, in rising order.
+
+    Returns:
+        A state [B,D,…] for every stop.
+    """
+    batch, _, channels = x.shape
+    groups = filter.groups
+    together = getattr(filter, "states", None)
+    with torch.autocast(x.device.type, enabled=False):
+        before = filter.initial_state(batch, channels) if state is None else state
+        dtype = complex_dtype(filter.dtype) if before.is_complex() else filter.dtype
+        rows = group_rows(x.to(filter.dtype), groups), group_state(before.to(dtype), groups)
+        found = None if together is None else together(*rows, stops)
+        if found is not None:
+            return [ungroup_state(one, batch).to(dtype).contiguous() for one in found]
+    states = []
+    for start, stop in itertools.pairwise([0, *stops]):
+        _, state = long_conv(x[:, start:stop], filter, state)
+        states.append(state)
+    return states

@@ -12,6 +12,9 @@ attention and state-space models share (Dao & Gu 2024, "Transformers are SSMs", 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,6 +67,25 @@ def long_conv_blocked(
     if unbroken is not None:
         carried = torch.where(unbroken[:, -1, None], carried, 0)
     return y, (carried + from_real_pairs(tail, state)).transpose(0, 1)
+
+
+def states_blocked(x: Tensor, modes: Modes, state: Tensor, stops: Sequence[int]) -> list[Tensor]:
+    """The states [B,F,N] after the first ``stops`` steps of x real [B,T,F]: one product, and a step per stop."""
+    batch, _, channels = x.shape
+    p, residues = modes
+    dtype = residues.dtype
+    edges = list(itertools.pairwise([0, *stops]))
+    longest = max(stop - start for start, stop in edges)
+    ladder = powers(p, longest + 1)
+    gather = as_real_pairs(ladder[..., :longest].flip(-1).transpose(1, 2).to(dtype))  # p^(L-1-j), [F,L,M]
+    pieces = [torch.nn.functional.pad(x[:, a:b], (0, 0, longest - (b - a), 0)) for a, b in edges]
+    rows = torch.stack(pieces, dim=1).permute(3, 0, 1, 2).reshape(channels, batch * len(edges), longest)
+    local = from_real_pairs((rows @ gather).unflatten(1, (batch, len(edges))), state)  # [F,B,J,N]
+    states, now = [], state.transpose(0, 1)
+    for j, (start, stop) in enumerate(edges):
+        now = local[:, :, j] + now * narrow(ladder[..., stop - start], dtype).unsqueeze(1)
+        states.append(now.transpose(0, 1))
+    return states
 
 
 def toeplitz_matrix(h: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Three ways: a sum over taps or steps (``direct``), matrix products of chunks of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,10 @@ class ExplicitFilter(NamedTuple):
         if length < SHORT or taps <= FEW:
             return "direct"
         return "fft"
+
+    def states(self, x: Tensor, state: Tensor, stops: Sequence[int]) -> list[Tensor] | None:
+        past = torch.cat([state, x.transpose(1, 2).to(state.dtype)], dim=-1)  # [B,F,W-1+T]
+        return [past[..., stop : stop + state.shape[-1]] for stop in stops]
 
     def evaluate(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """The filter by the method that suits its length: see ``Evaluate``."""

@@ -6,13 +6,14 @@ state:    s[t] = p·s[t-1] + x[t], one number per mode
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyaena.errors import InputError
-from hyaena.ops.long_conv.blocked import long_conv_blocked
+from hyaena.ops.long_conv.blocked import long_conv_blocked, states_blocked
 from hyaena.ops.long_conv.canonical_fft import long_conv_canonical_fft
 from hyaena.ops.long_conv.exported import long_conv_exported
 from hyaena.ops.long_conv.fft import long_conv_fft
@@ -110,6 +111,9 @@ class ModalFilter(NamedTuple):
             return "truncated"
         return _automatic(length)
 
+    def states(self, x: Tensor, state: Tensor, stops: Sequence[int]) -> list[Tensor] | None:
+        return states_blocked(x, self.modes(), state, stops) if state.is_complex() else None
+
     def _recurrence(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         poles = self.poles.to(state.dtype)
         return long_conv_recurrence(x, lambda s, now: poles * s + now, self.residues.to(state.dtype), state, reset)
@@ -169,6 +173,9 @@ class RealModalFilter(NamedTuple):
 
     def choose_method(self, length: int, state: Tensor | None = None) -> str:
         return _automatic(length)
+
+    def states(self, x: Tensor, state: Tensor, stops: Sequence[int]) -> list[Tensor] | None:
+        return states_blocked(x, self.modes(), state, stops) if state.shape[-1] == self.log_poles.shape[1] else None
 
     def _recurrence(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         change = torch.expm1(self.log_poles.to(state.dtype))
