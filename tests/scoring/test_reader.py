@@ -160,7 +160,7 @@ def test_layers_come_one_after_the_other_and_user_hooks_are_called() -> None:
 def test_chunks_of_a_long_record_may_be_shorter_than_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = make(TINY), []
     monkeypatch.setitem(reader.PASS_TOKENS, "cpu", 40)
-    monkeypatch.setattr(reader, "MOST_CHUNK", 20)
+    monkeypatch.setitem(reader.MOST_CHUNK, "cpu", 20)
     model.norm.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
     for options in ({}, {"tokens_per_pass": 30}):
         agree(model, random_texts([50, 35]), 1e-6, **options)

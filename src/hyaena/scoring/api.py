@@ -157,7 +157,7 @@ def iter_scores(
         special: whether names of special tokens in a text become these tokens. By default they are text.
         both_strands: texts are DNA; score the other strand as well and give the means, see ``Score.strands``.
         method: how long convolutions are evaluated (``ops.METHODS``).
-        tokens_per_pass: the most tokens that one pass of the model reads; unless given 1,024 on a CPU, on CUDA devices
+        tokens_per_pass: the most tokens that one pass of the model reads; unless given 2,048 on a CPU, on CUDA devices
             2,048 to 32,768, as memory allows.
         max_length: the most tokens of a text; ``config.max_length`` unless given.
         output: ``"numpy"`` arrays or ``"torch"`` tensors, on the host.
