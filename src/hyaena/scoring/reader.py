@@ -25,8 +25,8 @@ from hyaena.scoring.records import Record
 Progress = Callable[[int], None]
 
 PASS_TOKENS = {"cpu": 2048}
-"""Tokens of one pass on a kind of device; elsewhere ``generation.chunks`` chooses by memory. 256 texts of 8 to 100 bytes,
-cub, two cores: 3.0, 3.5 and 3.7 times as fast as one by one with passes of 1,024, 2,048 and 4,096."""
+"""Tokens of one pass on a kind of device; elsewhere ``generation.chunks`` chooses by memory. 256 texts of 8 to 100
+bytes, cub, two cores: 3.0, 3.5 and 3.7 times as fast as one by one with passes of 1,024, 2,048 and 4,096."""
 MOST_CHUNK = {"cpu": 1024, "cuda": 16_384}
 """Most tokens of a chunk of a long record on a kind of device, unless the caller chooses. On a CPU attention to a long
 past needs memory in proportion. On an H200 attention after 524,288 keys reaches 0.78 of the rate of a matrix product
