@@ -153,8 +153,8 @@ def read_legacy(file: IO[bytes]) -> dict[str, StoredTensor]:
         raise ValueError("its list of storages is not one")
     sections = {}
     for key in keys:  # each: 8 bytes with the number of elements, and the elements
-        count = int.from_bytes(file.read(8), "little")
-        if count != named[key].count:
+        count, header = named[key].count, file.read(8)
+        if len(header) < 8 or int.from_bytes(header, "little") != count:
             raise EOFError(f"the numbers {key} are cut short")
         nbytes = count * (named[key].dtype or torch.uint8).itemsize
         sections[key] = section(file, file.tell(), nbytes)
