@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -139,6 +139,16 @@ class Row:
         )
 
 
+def seen_tokens(rows: Sequence[Row], logits: Tensor) -> Tensor | None:
+    """Which tokens occurred in each row, bool of the shape of logits [B,V]; None where no row has a penalty."""
+    if all(row.params.repetition_penalty == 1 for row in rows):
+        return None
+    seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    for i, row in enumerate(rows):
+        seen[i, torch.tensor([*row.prompt, *row.tokens], device=logits.device)] = True
+    return seen
+
+
 class GenerationLoop:
     """Reads the prompts of all rows and decodes them.
 
@@ -215,11 +225,7 @@ class GenerationLoop:
         rows = prefill.rows
         logits = logits[prefill.places]
         params, generators = [row.params for row in rows], [row.generator for row in rows]
-        seen = None
-        if any(row.params.repetition_penalty != 1 for row in rows):
-            seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            for i, row in enumerate(rows):
-                seen[i, torch.tensor(row.prompt, device=logits.device)] = True
+        seen = seen_tokens(rows, logits)
         ids, output = sample_outputs(logits, params, generators, seen, self.top)
         keys = [row.index for row in rows]
         steps = [row.max_new_tokens - 1 for row in rows]

@@ -21,7 +21,7 @@ from hyaena.decoding import (
     sample_outputs,
 )
 from hyaena.errors import UnsupportedError
-from hyaena.generation.loop import Row
+from hyaena.generation.loop import Row, seen_tokens
 from hyaena.model import StripedHyena
 from hyaena.ops import PAGE
 from hyaena.packing import Snapshots
@@ -164,11 +164,7 @@ class Runner:
             if row.tokens:  # it was pre-empted: its next number is the one that it would have drawn
                 draw(row.params, generator, len(row.tokens))
             generators.append(generator)
-        seen = None
-        if any(row.params.repetition_penalty != 1 for row in rows):
-            seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-            for i, row in enumerate(rows):
-                seen[i, torch.tensor([*row.prompt, *row.tokens], device=logits.device)] = True
+        seen = seen_tokens(rows, logits)
         ids, output = sample_outputs(logits, params, generators, seen, top)
         steps = [row.max_new_tokens - len(row.tokens) - 1 for row in rows]
         self._lives |= {key: (key, next(self._count)) for key in keys}
