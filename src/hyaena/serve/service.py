@@ -112,7 +112,8 @@ class Generation:
         special = tokenizer.special_tokens
         most = served.engine.settings.max_waiting
         if len(self.choices) > most:
-            raise ApiError(400, f"{len(self.choices)} completions in one request are more than this server queues, {most}")
+            message = f"{len(self.choices)} completions in one request are more than this server queues, {most}"
+            raise ApiError(400, message)
         stops = tuple(body.stop or ())
         stop_ids = frozenset(body.stop_token_ids or ()) | {special[stop] for stop in stops if stop in special}
         with errors_of_clients():
