@@ -32,8 +32,9 @@ from hyaena.checkpoints.files import has_weights, listed
 from hyaena.checkpoints.shards import FLOATING, open_shard
 from hyaena.errors import CheckpointError, ConfigError, InputError, UnsupportedError, printable, shown
 from hyaena.formats.stripedhyena import tensors as original
+from hyaena.layers import record
 from hyaena.mappings import read_mapping
-from hyaena.model import StripedHyena, record
+from hyaena.model import StripedHyena
 
 TARGETS = ("qkv_proj", "o_proj", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 """The linear layers of a model by the last part of their names: what LoRA is usually put on."""

@@ -21,7 +21,8 @@ from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, InputError, printable
 from hyaena.filters import Float32Parameters
 from hyaena.formats.stripedhyena import tensors as original
-from hyaena.model import MIXERS, Mixers, StripedHyena
+from hyaena.layers import MIXERS, Mixers
+from hyaena.model import StripedHyena
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
 _SHORT = {

@@ -42,7 +42,8 @@ from hyaena.formats.stripedhyena import tensors as original
 from hyaena.formats.transformers import code as transformers_code
 from hyaena.formats.transformers import config as transformers_config
 from hyaena.formats.transformers import tensors as transformers_tensors
-from hyaena.model import MIXERS, StripedHyena
+from hyaena.layers import MIXERS
+from hyaena.model import StripedHyena
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer, Tokenizer, transformers_files
 
 Layout = Literal["hyaena", "original", "transformers"]

@@ -26,10 +26,9 @@ from hyaena.hf import loading
 from hyaena.hf.cache import FIELD, StripedHyenaCache, as_cache
 from hyaena.hf.configuration import StripedHyenaConfig
 from hyaena.hf.inputs import Layout, read_continuation, read_layout
-from hyaena.model import (
+from hyaena.layers import (
     Layer,
     RMSNorm,
-    StripedHyena,
     call,
     embed,
     init_module,
@@ -37,6 +36,7 @@ from hyaena.model import (
     norm_record,
     step_unsupported_reason,
 )
+from hyaena.model import StripedHyena
 from hyaena.ops.step import CompilableOperators, StepContext
 
 logger = logging.get_logger(__name__)

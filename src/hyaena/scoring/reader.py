@@ -19,7 +19,8 @@ from hyaena.cache import Cache
 from hyaena.context import ForwardContext
 from hyaena.errors import HyaenaError
 from hyaena.generation.chunks import choose_chunk
-from hyaena.model import StripedHyena, call
+from hyaena.layers import call
+from hyaena.model import StripedHyena
 from hyaena.scoring.records import Record
 
 Progress = Callable[[int], None]
