@@ -229,7 +229,7 @@ def test_15_strings_are_no_flags_and_missing_keys_are_named(tiny: Case, key: str
         StripedHyena(tiny.config | {key: "False"})
     with pytest.raises(ConfigError, match="hcm_filter_length is missing"):
         StripedHyena({k: v for k, v in tiny.config.items() if k != "hcm_filter_length"})
-    with pytest.raises(ConfigError, match="did you mean|rotary_emb_base"):
+    with pytest.raises(ConfigError, match="rotary_emb_base"):
         StripedHyena(tiny.config | {"rotary_emb_bse": 3})
 
 

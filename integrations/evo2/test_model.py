@@ -59,9 +59,10 @@ def check_states(model: StripedHyena, params: dict[str, Any], expected: dict[str
     for i in range(len(model.blocks)):
         name = model.block_idx_to_name(i)
         if name == "mha":
-            stored = expected[f"{when}.kv.{i}"]
-            held = params["mha"].key_value_memory_dict[i][:, : stored.shape[1]]
-            assert relative(held, stored) < TOLERANCE
+            if when == "prefill":
+                stored = expected[f"prefill.kv.{i}"]
+                held = params["mha"].key_value_memory_dict[i][:, : stored.shape[1]]
+                assert relative(held, stored) < TOLERANCE
             continue
         short = expected[f"{when}.fir_state.{i}"]
         assert relative(params[name].fir_state_dict[i], short) < TOLERANCE
@@ -273,12 +274,10 @@ def test_embedded_tokens_go_through_the_blocks(case: Case) -> None:
             x, _ = block(x, inference_params=None, padding_mask=None)
         assert torch.equal(x, out)
         x = model.embedding_layer(case.ids)
-        parts = [
-            model.stateful_forward(part, params) for part in x.split([3, 1, 40], dim=1)[: 3 if x.shape[1] == 44 else 2]
-        ]
+        parts = [model.stateful_forward(part, params) for part in x.tensor_split((3, 4, 40), dim=1)]
         assert all(returned is params for _, returned in parts)
         together = torch.cat([part for part, _ in parts], dim=1)
-        torch.testing.assert_close(together, out[:, : together.shape[1]], rtol=1e-4, atol=1e-4)
+        assert relative(together, out) < TOLERANCE
     with pytest.raises(InputError, match="stateful_forward"):
         model.blocks[0](x, inference_params=params["hcs"])
 
@@ -537,6 +536,27 @@ def test_it_stands_on_these_names_of_hyaena() -> None:
     assert used == {
         "hyaena": {"ModelConfig", "layers", "ops"},
         "hyaena.cache": {"Cache"},
+        "hyaena.checkpoints.files": {"find", "listed"},
+        "hyaena.checkpoints.weights": {"open_weights", "plain_names"},
+        "hyaena.compat": {
+            "CharLevelTokenizer",
+            "ParallelGatedMLP",
+            "RMSNorm",
+            "Renamed",
+            "dotdict",
+            "leading_mask",
+            "print_rank_0",
+            "sample",
+            "with_room",
+        },
+        "hyaena.context": {"ForwardContext"},
+        "hyaena.errors": {"CheckpointError", "InputError"},
+        "hyaena.filters": {"Float32Parameters"},
+        "hyaena.formats": {"config_from_dict"},
+        "hyaena.formats.evo2": {"tensors"},
+        "hyaena.formats.evo2.config": {"SWITCH"},
+        "hyaena.formats.tensors": {"check_tied"},
+        "hyaena.layers": {"call", "init_module"},
     }
 
 

@@ -25,7 +25,8 @@ from hyaena.checkpoints import Checkpoint
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
 from hyaena.formats import read_config
-from hyaena.model import MIXERS, Mixers, StripedHyena
+from hyaena.layers import MIXERS, Mixers
+from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 
 BUNDLED = ("cub",)

@@ -18,6 +18,7 @@ from hyaena.cache import Cache
 from hyaena.compat import leading_mask, with_room
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError
+from hyaena.layers import Rotary
 
 if TYPE_CHECKING:
     from stripedhyena.model import StripedHyena
@@ -163,7 +164,7 @@ def make_context(
     if padding_mask is not None:
         padding_mask = leading_mask(padding_mask, tuple(ids.shape), cached=memory is not None)
     return ForwardContext.of(
-        config,
+        Rotary(config),
         ids,
         cache=None if memory is None else memory.cache,
         mask=padding_mask,

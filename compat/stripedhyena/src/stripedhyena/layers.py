@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hyaena import ModelConfig, model, ops
+from hyaena import ModelConfig, layers, ops
 from hyaena.compat import ParallelGatedMLP, Renamed, RMSNorm
 from hyaena.errors import InputError
 
@@ -42,7 +42,7 @@ class RotaryEmbedding(nn.Module):
         return
 
 
-class MHA(Renamed, model.Attention):
+class MHA(Renamed, layers.Attention):
     """hyaena's attention: ``Wqkv``, rotary positions, causal softmax, ``out_proj``."""
 
     names: ClassVar = {"qkv_proj": "Wqkv", "o_proj": "out_proj"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyaena import ops
 from hyaena.cache import Cache
@@ -114,6 +114,11 @@ def long_states(params: Any) -> dict[int, Tensor]:
     return params.state_dict if isinstance(params, HyenaCascadeIIRInferenceParams) else params.fir_inner_state_dict
 
 
+def device_of(block: nn.Module) -> torch.device:
+    """Where a block is."""
+    return next(block.parameters()).device
+
+
 class Pass:
     """One forward pass: what its layers share, on every device, and what each remembers (None without a cache)."""
 
@@ -150,7 +155,7 @@ class Memory:
         states: list[Any] = []
         for i, name, block in self.layers:
             if name == "mha":
-                attention, device = block.inner_mha_cls, block.inner_mha_cls.Wqkv.weight.device
+                attention, device = block.inner_mha_cls, device_of(block)
                 stored = self.mha.key_value_memory_dict.get(i)
                 room = max(lengths, default=0) + steps
                 if stored is None:

@@ -46,7 +46,7 @@ class MHA(Renamed, layers.Attention):
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:  # type: ignore[override]
         context = run.context(x.device)
-        context = replace(context, rotary=self.rotary_emb(context.rotary[0], self.Wqkv.weight.dtype))
+        context = replace(context, rotary=self.rotary_emb(context.rotary[0], x.dtype))
         y, run.states[self.layer_idx] = super().forward(x, context, run.states[self.layer_idx], x.shape[1])
         return y
 

@@ -30,6 +30,7 @@ from vortex.model.cache import (
     InferenceParams,
     Memory,
     Pass,
+    device_of,
     make_context,
 )
 from vortex.model.layers import (
@@ -252,7 +253,7 @@ class StripedHyena(nn.Module):
     @property
     def block_idx_to_device(self) -> dict[int, str]:
         """Where each block is."""
-        return {i: str(block.pre_norm.scale.device) for i, block in enumerate(self.blocks)}
+        return {i: str(device_of(block)) for i, block in enumerate(self.blocks)}
 
     def block_idx_to_name(self, block_idx: int) -> str:
         """The key of ``inference_params_dict`` for a block: mha, hcl, hcm or hcs."""
@@ -335,7 +336,7 @@ class StripedHyena(nn.Module):
 
     def cross_device_transfer(self, x: Tensor, block_idx: int) -> Tensor:
         """x where a block is."""
-        return x.to(self.blocks[block_idx].pre_norm.scale.device)  # type: ignore[union-attr, arg-type]
+        return x.to(device_of(self.blocks[block_idx]))
 
     def initialize_inference_params(self, max_seqlen: int | None = None) -> dict[str, Any]:
         """Empty parameters for a new batch: keys and values (``"mha"``) and states (``"hcl"``, ``"hcm"``, ``"hcs"``).
