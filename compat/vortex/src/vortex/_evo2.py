@@ -4,7 +4,7 @@ evo2 imports vortex while it is being imported itself, so its module ``evo2.mode
 begun, and ``evo2.scoring`` after it has run. Nothing but these two modules is looked at.
 
 - ``evo2.models.HAS_TE`` says whether FP8 input projections can be computed. evo2 finds out by importing Transformer
-  Engine, which here nothing needs: hyaena computes them. Without this, evo2 refuses five of its eight models.
+  Engine, which here nothing needs: hyaena computes them. Without this, evo2 refuses four of its eight models.
 - ``evo2.scoring.prepare_batch`` puts ids on ``cuda:0`` unless its caller names a device, and three functions name none.
   Without a CUDA device it takes the CPU, and a warning says so.
 - ``evo2.scoring._score_sequences`` counts, for each text that is shorter than the longest of its batch, the prediction
