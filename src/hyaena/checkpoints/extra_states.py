@@ -10,7 +10,6 @@ Source: NVIDIA, Transformer Engine 1.13, ``module/base.py``, ``get_extra_state``
 from __future__ import annotations
 
 import io
-import math
 
 import torch
 
@@ -23,8 +22,9 @@ _LEGACY = bytes.fromhex("6cfc9c46f9206aa85019")
 """What ``torch.save`` began a file with before PyTorch 1.6, in its first pickle."""
 _HISTORY = 16
 """Largest values that Evo 2's recipe remembers."""
-_FORWARD, _BACKWARD = 3, 2
-"""Tensors of a linear layer that are FP8 numbers: input, weight, output; the gradients of output and input."""
+_BACKWARD = 2
+"""Scales of gradients: of the output's and of the input's."""
+_MOST_SCALES = 64
 
 
 def read_scales(content: bytes) -> tuple[float, float]:
@@ -51,7 +51,7 @@ def read_scales(content: bytes) -> tuple[float, float]:
             raise CheckpointError("holds no scale_fwd: take the file as it was published")
         if stored.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16) or len(stored.shape) != 1:
             raise CheckpointError(f"holds a scale_fwd of {stored.dtype} {list(stored.shape)}, not one float per tensor")
-        if not 2 <= stored.shape[0] <= _MAX:
+        if not 2 <= stored.shape[0] <= _MOST_SCALES:
             raise CheckpointError(f"holds {stored.shape[0]} scales, not those of input, weight and output")
         input_scale, weight_scale = stored.read().float()[:2].tolist()
     except CheckpointError:
@@ -60,7 +60,7 @@ def read_scales(content: bytes) -> tuple[float, float]:
         why = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"is damaged: download the file again ({printable(why, limit=200)})") from error
     for scale in (input_scale, weight_scale):
-        if not (math.isfinite(scale) and scale > 0 and math.isfinite(1 / scale)):
+        if not 2.0**-126 <= scale <= 2.0**126:  # those whose inverse is a float32, too
             raise CheckpointError(f"holds the scale {scale}, which is none: take the file as it was published")
     return input_scale, weight_scale
 
@@ -73,11 +73,10 @@ def write_scales(input_scale: float, weight_scale: float) -> io.BytesIO:
     forward = torch.tensor([input_scale, weight_scale, 1.0])
     seen = torch.tensor([448 / input_scale, 448 / weight_scale, 0.0])
     backward = torch.ones(_BACKWARD)
-    assert len(forward) == _FORWARD
     state = {
         "scale_fwd": forward,
         "scale_inv_fwd": 1 / forward,
-        "amax_history_fwd": seen.expand(_HISTORY, _FORWARD).contiguous(),
+        "amax_history_fwd": seen.repeat(_HISTORY, 1),
         "scale_bwd": backward,
         "scale_inv_bwd": 1 / backward,
         "amax_history_bwd": torch.zeros(_HISTORY, _BACKWARD),

@@ -344,6 +344,7 @@ _FUNCTIONS: dict[tuple[str, str], Any] = {
     ("torch", "Size"): lambda sizes=(): tuple(sizes),
     ("torch", "device"): _opaque("device"),
     ("_io", "BytesIO"): _bytes_io,
+    ("__builtin__", "bytes"): lambda: b"",
     ("__builtin__", "bytearray"): _opaque("bytearray"),
     ("builtins", "bytearray"): _opaque("bytearray"),
 }
