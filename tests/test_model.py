@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import LongFilter
-from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats import tensors as original
 from hyaena.model import StripedHyena
 from hyaena.ops import METHODS, HyenaState, ModalFilter
 

@@ -23,7 +23,7 @@ from hyaena import ops
 from hyaena.config import ModelConfig, unknown_layer_kind
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError
-from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
+from hyaena.filters import ExplicitLongFilter, Float32Parameters, LongFilter, RealLongFilter, ShortFilter
 from hyaena.fp8 import FP8Linear
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, StepContext
 
@@ -74,15 +74,45 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
 
+class Rotary(Float32Parameters):
+    """The rotary tables of a model; see ``ops.rotary_table``.
+
+    Attributes:
+        frequencies: float32 [head_dim/2] where checkpoints hold them, else None: then they are powers of a base.
+    """
+
+    frequencies: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim, self.theta, self.factor = config.head_dim, config.rope_theta, config.rope_scaling_factor
+        self.rounds = config.rope_tables_rounded
+        stored = torch.empty(self.head_dim // 2, dtype=torch.float32) if config.rope_frequencies_stored else None
+        self.register_buffer("frequencies", stored)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin at int positions [...], each [...,head_dim/2], for a model of a dtype."""
+        options = {"frequencies": self.frequencies, "rounds": self.rounds, "dtype": dtype}
+        return ops.rotary_table(positions, self.head_dim, self.theta, self.factor, **options)
+
+    def powers(self, device: torch.device | str = "cpu") -> Tensor:
+        """The frequencies that the configuration gives, float32."""
+        return ops.rotary_frequencies(self.head_dim, self.theta, torch.float32, device)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        if self.frequencies is not None:
+            self.frequencies.copy_(self.powers())
+
+
 class GatedMLP(nn.Module):
     """``down(act(gate(x)) · up(x))``, without biases."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, activation: str | None = None) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = config.activation
+        self.activation = activation or config.activation
 
     def forward(self, x: Tensor, backend: str | ops.Backend = "auto") -> Tensor:
         return self.down_proj(ops.gate(self.gate_proj(x), self.up_proj(x), self.activation, backend=backend))
@@ -191,10 +221,10 @@ class Hyena(nn.Module):
     def __init__(self, config: ModelConfig, long_filter: nn.Module) -> None:
         super().__init__()
         width = config.hidden_size
-        self.in_proj = nn.Linear(width, 3 * width)
-        self.short_filter = ShortFilter(3 * width, config.short_filter_length)
+        self.in_proj = nn.Linear(width, 3 * width, bias=config.hyena_in_bias)
+        self.short_filter = ShortFilter(3 * width, config.short_filter_length, bias=config.short_filter_bias)
         self.long_filter = long_filter
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width, bias=config.hyena_out_bias)
 
     def make_state(
         self,
@@ -259,12 +289,12 @@ def _hyena_li(config: ModelConfig) -> Hyena:
 
 def _hyena_se(config: ModelConfig) -> Hyena:
     taps, groups = config.se_filter_length, config.se_filter_groups
-    return Hyena(config, ExplicitLongFilter(config.hidden_size, taps, groups=groups, skip=False))
+    return Hyena(config, ExplicitLongFilter(config.hidden_size, taps, groups=groups, skip=config.se_filter_skip))
 
 
 def _hyena_mr(config: ModelConfig) -> Hyena:
     taps, groups = config.mr_filter_length, config.mr_filter_groups
-    return Hyena(config, ExplicitLongFilter(config.hidden_size, taps, groups=groups, skip=True))
+    return Hyena(config, ExplicitLongFilter(config.hidden_size, taps, groups=groups, skip=config.mr_filter_skip))
 
 
 Mixers = Mapping[str, Callable[[ModelConfig], nn.Module]]
@@ -288,12 +318,12 @@ class Layer(nn.Module):
     A layer reads all T positions into its state, and computes its output at the last ``keep`` of them only.
     """
 
-    def __init__(self, config: ModelConfig, mixer: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, mixer: nn.Module, index: int) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config)
         self.mixer = mixer
         self.mlp_norm = RMSNorm(config)
-        self.mlp = GatedMLP(config)
+        self.mlp = GatedMLP(config, config.activation_of(index))
 
     def forward(self, x: Tensor, context: ForwardContext, state: Any, keep: int) -> tuple[Tensor, Any]:
         y, state = self.mixer(call(self.mixer_norm, x, context), context, state, keep)
@@ -340,7 +370,7 @@ def make_layers(config: ModelConfig, mixers: Mixers = MIXERS) -> nn.ModuleList:
     for i, kind in enumerate(config.layer_types):
         if kind not in mixers:
             raise unknown_layer_kind(kind, i, mixers)
-    return nn.ModuleList(Layer(config, mixers[kind](config)) for kind in config.layer_types)
+    return nn.ModuleList(Layer(config, mixers[kind](config), i) for i, kind in enumerate(config.layer_types))
 
 
 def embed(table: nn.Module, ids: Tensor, vocab_size: int) -> Tensor:

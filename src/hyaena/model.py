@@ -21,11 +21,12 @@ from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats import tensors as originals
 from hyaena.layers import (
     MIXERS,
     Mixers,
     RMSNorm,
+    Rotary,
     call,
     embed,
     has_hooks,
@@ -60,6 +61,7 @@ class StripedHyena(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = make_layers(config, mixers)
         self.norm = RMSNorm(config)
+        self.rotary = Rotary(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_load_state_dict_pre_hook(_accept_original_names)
         if self.device.type != "meta":
@@ -261,7 +263,7 @@ class StripedHyena(nn.Module):
         if counts is not None:
             self._check_packs(logits_to_keep)
         context = ForwardContext.of(
-            self.config,
+            self.rotary,
             ids,
             cache=cache,
             mask=mask,
@@ -345,7 +347,9 @@ class StripedHyena(nn.Module):
 def _accept_original_names(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
     """Rename, in place, a state dict that has the original implementation's keys."""
     assert isinstance(module, StripedHyena)
-    if original.matches_tensors(state):
-        renamed = original.state_to_ours(dict(state), module.config)
+    if originals.matches_tensors(state):
+        renamed = originals.state_to_ours(dict(state), module.config)
         state.clear()
         state.update(renamed)
+    if module.rotary.frequencies is not None:  # not every program that writes such files stores them
+        state.setdefault("rotary.frequencies", module.rotary.powers())

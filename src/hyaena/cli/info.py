@@ -362,8 +362,10 @@ def _shape(config: ModelConfig, width: int, plain: bool) -> Iterator[str]:
         "attention": f"{heads} {dot} rotary base {config.rope_theta:,.0f}{scaling}",
     }
     tied = "tied" if config.tie_embeddings else "untied"
+    first = config.activation_of(0)
+    activation = config.activation if first == config.activation else f"{config.activation} ({first} in layer 0)"
     rows = [
-        ("shape", f"width {config.hidden_size:,} {dot} MLP {config.intermediate_size:,} {config.activation}"),
+        ("shape", f"width {config.hidden_size:,} {dot} MLP {config.intermediate_size:,} {activation}"),
         ("", f"RMSNorm eps {config.norm_eps:g} {inside} the root"),
         *((kind, texts[kind]) for kind in sorted(set(config.layer_types), key=_order) if kind in texts),
         ("tokens", f"{config.vocab_size:,} ({config.tokenizer}), {tied} {dot} up to {config.max_length:,}"),

@@ -41,7 +41,7 @@ from hyaena.ops.long_conv import (
 from hyaena.ops.lora import lora_linear
 from hyaena.ops.norm import rms_norm
 from hyaena.ops.pages import PAGE, PagedKVState, PagedRows, PagePool, PageTable, pages_for
-from hyaena.ops.rope import rotary_table, rotate
+from hyaena.ops.rope import rotary_frequencies, rotary_table, rotate
 from hyaena.ops.short_conv import short_conv
 from hyaena.ops.state import RowTensors
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
@@ -98,6 +98,7 @@ __all__ = [
     "quantize_weight",
     "resolve_backend",
     "rms_norm",
+    "rotary_frequencies",
     "rotary_table",
     "rotate",
     "short_conv",

@@ -150,7 +150,7 @@ class Reader:
     def _context(self, ids: Tensor, segments: Tensor | None, past: int | None) -> ForwardContext:
         model = self.model
         return ForwardContext.of(
-            model.config,
+            model.rotary,
             ids,
             cache=None if past is None else Cache([], [past], [None]),
             mask=None,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.norm import BOUND
-from hyaena.ops.triton.common import rms_scale
+from hyaena.ops.triton.common import activate, rms_scale
 
 GATE_BLOCK = 2048
 """Numbers of a program of the gate: 16 bytes of bfloat16 from each operand, twice, for each of 128 threads."""
@@ -41,16 +41,12 @@ def _rms_norm_kernel(x, weight, y, eps, WIDTH: tl.constexpr, PAD: tl.constexpr, 
 
 
 @triton.jit
-def _gate_kernel(a, b, y, count, BLOCK: tl.constexpr, GELU: tl.constexpr):
+def _gate_kernel(a, b, y, count, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     v = tl.load(a + i, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(b + i, mask=inside, other=0.0).to(tl.float32)
-    if GELU:  # noqa: SIM108, one branch is compiled
-        v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
-    else:
-        v = v / (1.0 + tl.exp(-v))
-    tl.store(y + i, (v * w).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + i, (activate(v, ACTIVATION) * w).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["length"])  # one compilation for prompts of every length
@@ -104,7 +100,7 @@ def gate(a: Tensor, b: Tensor, activation: str) -> Tensor:
     if a.numel():
         with _device(a):
             _gate_kernel[(triton.cdiv(a.numel(), GATE_BLOCK),)](
-                a, b, y, a.numel(), BLOCK=GATE_BLOCK, GELU=activation == "gelu", num_warps=4
+                a, b, y, a.numel(), BLOCK=GATE_BLOCK, ACTIVATION=activation, num_warps=4
             )
     return y
 
