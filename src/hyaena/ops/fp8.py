@@ -149,7 +149,7 @@ def quantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
 
 def quantize_weight(weight: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Quantized:
     """What products need of a weight [N,K] and of the scales."""
-    return Quantized(quantize_fp8(weight.detach(), weight_scale), 1 / torch.stack([input_scale, weight_scale]))
+    return Quantized(quantize_fp8(weight.detach(), weight_scale), 1 / torch.stack([input_scale, weight_scale]).float())
 
 
 def fp8_product(xq: Tensor, quantized: Quantized, dtype: torch.dtype) -> Tensor:
@@ -256,7 +256,7 @@ def _product(
     elif use_pointwise("auto", rows):
         from hyaena.ops.triton import pointwise
 
-        xq = pointwise.quantize_fp8(rows, input_scale, len(rows) + -len(rows) % ALIGNMENT)
+        xq = pointwise.quantize_fp8(rows, input_scale.float(), len(rows) + -len(rows) % ALIGNMENT)
     else:
         xq = quantize_fp8(torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % ALIGNMENT)), input_scale)
     y = fp8_product(xq, quantized, x.dtype)[: len(rows)]
