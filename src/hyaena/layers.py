@@ -24,6 +24,7 @@ from hyaena.config import ModelConfig, unknown_layer_kind
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError
 from hyaena.filters import ExplicitLongFilter, Float32Parameters, LongFilter, RealLongFilter, ShortFilter
+from hyaena.fp8 import FP8Linear
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, StepContext
 
 
@@ -220,7 +221,8 @@ class Hyena(nn.Module):
     def __init__(self, config: ModelConfig, long_filter: nn.Module) -> None:
         super().__init__()
         width = config.hidden_size
-        self.in_proj = nn.Linear(width, 3 * width, bias=config.hyena_in_bias)
+        fp8 = config.fp8_input_projections
+        self.in_proj = FP8Linear(width, 3 * width) if fp8 else nn.Linear(width, 3 * width, bias=config.hyena_in_bias)
         self.short_filter = ShortFilter(3 * width, config.short_filter_length, bias=config.short_filter_bias)
         self.long_filter = long_filter
         self.out_proj = nn.Linear(width, width, bias=config.hyena_out_bias)
@@ -342,8 +344,9 @@ def call(module: nn.Module, x: Tensor, context: ForwardContext) -> Tensor:
 
 def record(module: nn.Module) -> ops.Linear:
     """The weights of a plain linear layer, which kernels may read; any other module itself, to be called."""
-    if type(module) is nn.Linear and not has_hooks(module):
-        return ops.Dense(module.weight, module.bias)
+    plain = type(module) is nn.Linear or (type(module) is FP8Linear and module.is_plain())
+    if plain and not has_hooks(module):
+        return ops.Dense(module.weight, module.bias)  # type: ignore[arg-type]
     return module
 
 
