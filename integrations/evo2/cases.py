@@ -102,30 +102,19 @@ def random_model(config: dict[str, Any], seed: int = 0) -> hyaena.StripedHyena:
 
 def published(model: hyaena.StripedHyena) -> dict[str, Any]:
     """A state dict as published files have it: bfloat16 but for modes and frequencies, and with keys of older code."""
-    stored: dict[str, Any] = {
-        name: tensor if name.endswith(("log_poles", "residues", "inv_freq")) else tensor.to(torch.bfloat16)
-        for name, tensor in state_to_theirs(model.state_dict(), model.config).items()
-    }
+    stored: dict[str, Any] = state_to_theirs(model.state_dict(), model.config)
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not name.endswith(("log_poles", "residues", "inv_freq")):
+            stored[name] = tensor.to(torch.bfloat16)
     for i, kind in enumerate(model.config.layer_types):
         if kind == "attention":
             stored[f"blocks.{i}.mixer.dense._extra_state"] = serialized(None)
-        else:
-            stored[f"blocks.{i}.projections._extra_state"] = serialized(EXTRA_STATE)
+        elif model.config.fp8_input_projections:
+            name = f"blocks.{i}.projections._extra_state"
+            stored[name] = io.BytesIO(stored[name].numpy().tobytes())
         if kind == "hyena_li":
             stored[f"blocks.{i}.mixer.mixer.filter.t"] = torch.arange(8.0)[None, None]
     return stored
-
-
-EXTRA_STATE: dict[str, Any] = {
-    "scale_fwd": torch.ones(3),
-    "scale_inv_fwd": torch.ones(3),
-    "amax_history_fwd": torch.zeros(16, 3),
-    "scale_bwd": torch.ones(2),
-    "scale_inv_bwd": torch.ones(2),
-    "amax_history_bwd": torch.zeros(16, 2),
-    "extra_fp8_variables": {"num_gemms": 1},
-}
-"""What Transformer Engine 1 stored of a linear layer that was used with unit scales."""
 
 
 def serialized(value: Any) -> io.BytesIO:

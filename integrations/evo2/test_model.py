@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import hyaena
 from hyaena.errors import CheckpointError, HyaenaError, InputError
 from hyaena.formats.tensors import state_to_theirs
+from hyaena.fp8 import set_fp8
 from vortex.model.generation import Generator
 from vortex.model.model import AttentionBlock, HyenaCascade, ParallelGatedConvBlock, StripedHyena
 from vortex.model.tokenizer import CharLevelTokenizer
@@ -379,6 +380,62 @@ def test_a_model_spreads_over_devices(tiny: Case, monkeypatch: pytest.MonkeyPatc
     assert x.is_meta and model.cross_device_transfer(torch.zeros(1, 2, 64), 0).device == torch.device("cpu")
 
 
+# --- FP8 input projections -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fp8() -> tuple[StripedHyena, hyaena.StripedHyena]:
+    """A model with scales that are not 1, and hyaena's own with the same weights, in float32."""
+    config = small_config("evo2_1b_base")
+    ours = rounded(random_model(config))
+    model = StripedHyena(dotdict(config)).float()
+    model.custom_load_state_dict(published(ours))
+    return model.eval(), ours.eval()
+
+
+@torch.inference_mode()
+def test_fp8_products_are_those_of_the_scales(fp8: tuple[StripedHyena, hyaena.StripedHyena]) -> None:
+    (model, ours), ids = fp8, torch.randint(512, (2, 40))
+    plain, expected = model(ids)[0], ours(ids)
+    if not torch.cuda.is_available():
+        assert relative(plain, expected) < TOLERANCE
+    set_fp8(model, "exact")
+    set_fp8(ours, "exact")
+    exact, expected = model(ids)[0], ours(ids)
+    assert relative(exact, expected) < TOLERANCE and relative(exact, plain) > 1e-3
+    for block in model.blocks:
+        if isinstance(block, ParallelGatedConvBlock):
+            assert block.projections.use_fp8_input_projections is True
+            block.projections.use_fp8_input_projections = False
+    assert torch.equal(model(ids)[0], plain)
+
+
+def test_scales_go_through_state_dicts(fp8: tuple[StripedHyena, hyaena.StripedHyena], tmp_path: Any) -> None:
+    model, ours = fp8
+    scales = [block.projections.scales for block in model.blocks if isinstance(block, ParallelGatedConvBlock)]
+    expected = [layer.mixer.in_proj.scales for layer in ours.layers if hasattr(layer.mixer, "in_proj")]
+    assert len(scales) == 4 and all(map(torch.equal, scales, expected)) and not torch.equal(scales[0], torch.ones(2))
+    torch.save(model.state_dict(), tmp_path / "mine.pt")
+    stored = torch.load(tmp_path / "mine.pt", weights_only=True)
+    name = "blocks.0.projections._extra_state"
+    for load in ("load_state_dict", "custom_load_state_dict"):
+        other = StripedHyena(model.config)
+        getattr(other, load)(stored, strict=True)
+        assert torch.equal(other.blocks[0].projections.scales, scales[0])
+    del stored[name]
+    other.load_state_dict(stored, strict=True)
+    other.custom_load_state_dict(stored, strict=True)
+    assert torch.equal(other.blocks[0].projections.scales, torch.ones(2))
+    stored[name] = torch.frombuffer(bytearray(b"\x80\x04N."), dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.projections\._extra_state.*Transformer Engine 2"):
+        other.custom_load_state_dict(stored)
+
+
+def test_without_fp8_in_the_configuration_projections_are_plain(tiny: Case) -> None:
+    projections = tiny.model().blocks[0].projections
+    assert projections.use_fp8_input_projections is False and isinstance(projections, nn.Linear)
+
+
 # --- inference parameters --------------------------------------------------------------------------------------------
 
 
@@ -555,7 +612,9 @@ def test_it_stands_on_these_names_of_hyaena() -> None:
         "hyaena.formats": {"config_from_dict"},
         "hyaena.formats.evo2": {"tensors"},
         "hyaena.formats.evo2.config": {"SWITCH"},
+        "hyaena.formats.evo2.extra_state": {"read_scales", "write_scales"},
         "hyaena.formats.tensors": {"check_tied"},
+        "hyaena.fp8": {"FP8Linear"},
         "hyaena.layers": {"call", "init_module"},
     }
 

@@ -37,6 +37,7 @@ from vortex.model.layers import (
     MHA,
     Lambda,
     ParallelGatedMLP,
+    Projections,
     RMSNorm,
     TELinear,
     VocabParallelEmbedding,
@@ -180,7 +181,10 @@ class ParallelGatedConvBlock(_Block):
         super().__init__(config, layer_idx)
         width = config.hidden_size
         self.filter = HyenaCascade(config, layer_idx)
-        self.projections = TELinear(width, 3 * width, bias=config.hyena_in_bias)
+        if config.fp8_input_projections:
+            self.projections = TELinear(width, 3 * width)
+        else:
+            self.projections = Projections(width, 3 * width, bias=config.hyena_in_bias)
         self.out_filter_dense = nn.Linear(width, width, bias=config.hyena_out_bias)
 
     def forward(

@@ -14,10 +14,12 @@ from hyaena.checkpoints.weights import open_weights, plain_names
 from hyaena.errors import CheckpointError
 from hyaena.formats.evo2 import tensors as evo2
 from hyaena.formats.tensors import check_tied
-from vortex.model.layers import MHA
+from vortex.model.layers import MHA, TELinear, as_bytes
 
 if TYPE_CHECKING:
     from vortex.model.model import StripedHyena
+
+_EXTRA = "._extra_state"
 
 Source = tuple[tuple[int, ...], Callable[[], Tensor]]
 """The shape of a stored tensor, and what reads it."""
@@ -38,7 +40,7 @@ def load_file(model: StripedHyena, path: str | PathLike[str]) -> None:
 
 def load_weights(model: StripedHyena, state: Mapping[str, Any], *, strict: bool) -> None:
     """Fill a model from a state dict; see ``StripedHyena.custom_load_state_dict``."""
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {key: as_bytes(value) if key.endswith(_EXTRA) else value for key, value in state.items()}
     names = plain_names(list(tensors))
     sources: dict[str, Source] = {
         name: (tuple(tensor.shape), lambda tensor=tensor: tensor)
@@ -69,11 +71,11 @@ def fill(model: StripedHyena, sources: Mapping[str, Source], what: str, *, stric
         per_head: rows of ``Wqkv`` are [q | k | v] of each head.
     """
     config = model.architecture
-    targets: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-    frequencies = {f"blocks.{i}.inner_mha_cls.rotary_emb.inv_freq" for i in _attention_layers(model)}
+    targets: dict[str, Tensor] = {**dict(model.named_parameters()), **_frequencies(model)}
     head = "unembed.weight" if config.tie_embeddings else ""
-    stored = {name: source for name, source in sources.items() if evo2.our_name(name) is not None and name != head}
-    missing = sorted(targets.keys() - stored.keys() - frequencies) if strict else []
+    stored = {name: source for name, source in sources.items() if not name.endswith(_EXTRA) and name != head}
+    stored = {name: source for name, source in stored.items() if evo2.our_name(name) is not None}
+    missing = sorted(targets.keys() - stored.keys() - _frequencies(model).keys()) if strict else []
     unknown = sorted(stored.keys() - targets.keys()) if strict else []
     misshapen = [
         f"{name} is {list(stored[name][0])}, expected {list(target.shape)}"
@@ -84,9 +86,12 @@ def fill(model: StripedHyena, sources: Mapping[str, Source], what: str, *, stric
     if any(problems.values()):
         told = "; ".join(f"{kind} tensors: {listed(names)}" for kind, names in problems.items() if names)
         raise CheckpointError(f"{what} does not fit the configuration, so take that of this checkpoint: {told}")
+    if head in sources and "embedding_layer.weight" in stored:
+        check_tied(stored["embedding_layer.weight"][1](), sources[head][1]())
+    scales = _scales(model, sources)
     for name, target in targets.items():
         if name not in stored:
-            if name in frequencies:
+            if name in _frequencies(model):
                 model.get_submodule(name.removesuffix(".inv_freq")).init_weights()  # type: ignore[operator]
             continue
         tensor = stored[name][1]()
@@ -95,5 +100,23 @@ def fill(model: StripedHyena, sources: Mapping[str, Source], what: str, *, stric
             assert converted is not None
             tensor = converted[1]
         target.copy_(tensor)
-    if head in sources:
-        check_tied(targets["embedding_layer.weight"].detach(), sources[head][1]())
+    for buffer, values in scales:
+        buffer.copy_(values)
+
+
+def _frequencies(model: StripedHyena) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith(".inv_freq")}
+
+
+def _scales(model: StripedHyena, sources: Mapping[str, Source]) -> list[tuple[Tensor, Tensor]]:
+    """The buffers of the FP8 scales of a model, and what they become."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, TELinear):
+            name, values = path + _EXTRA, torch.ones(2)
+            if name in sources:
+                converted = evo2.to_ours(name, sources[name][1](), model.architecture)
+                assert converted is not None
+                values = converted[1]
+            found.append((module.scales, values))
+    return found
