@@ -244,6 +244,14 @@ def test_hooks_see_what_the_original_s_modules_returned(tiny: Case, cached: bool
     torch.testing.assert_close(seen["blocks.0.projections"], seen["blocks.0.pre_norm"] @ weight.T, rtol=1e-5, atol=1e-5)
 
 
+def test_a_module_that_computes_something_else_calls_no_hooks(tiny: Case) -> None:
+    """So evo2 returns no embedding of that name, where the original's would be rotated queries and keys."""
+    model, calls = tiny.model(), []
+    model.blocks[3].inner_mha_cls.rotary_emb.register_forward_hook(lambda *_: calls.append(1))
+    model(tiny.ids)
+    assert not calls
+
+
 def test_a_hook_may_change_the_stream(tiny: Case) -> None:
     model = tiny.model()
     handle = model.blocks[2].mlp.l3.register_forward_hook(lambda _module, _given, out: torch.zeros_like(out))

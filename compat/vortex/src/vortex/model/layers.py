@@ -51,7 +51,10 @@ class MHA(Renamed, layers.Attention):
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:  # type: ignore[override]
         context = run.context(x.device)
-        context = replace(context, rotary=self.rotary_emb(context.rotary[0], x.dtype))
+        tables = self.rotary_emb.forward(
+            context.rotary[0], x.dtype
+        )  # the original calls it with queries and keys: no hooks
+        context = replace(context, rotary=tables)
         y, run.states[self.layer_idx] = super().forward(x, context, run.states[self.layer_idx], x.shape[1])
         return y
 
