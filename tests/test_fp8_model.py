@@ -248,5 +248,5 @@ def test_a_fresh_model_has_scales_that_fit(golden: Path) -> None:
     model = StripedHyena(made, mixers=MIXERS)
     assert all(x == 32 and 448 / w < 0.5 for x, w in scales(model))
     values = made.to_dict() | {"hyena_in_bias": True}
-    with pytest.raises(ConfigError, match="fp8_input_projections have no bias: set hyena_in_bias to false"):
+    with pytest.raises(ConfigError, match="fp8_input_projections go without a bias: set hyena_in_bias to false"):
         ModelConfig.from_dict(values)

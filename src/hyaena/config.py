@@ -438,7 +438,7 @@ def _problems(config: ModelConfig) -> list[str]:
     if heads % groups:
         problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}: change one")
     if config.fp8_input_projections and config.hyena_in_bias:
-        problems.append("fp8_input_projections have no bias: set hyena_in_bias to false")
+        problems.append("fp8_input_projections go without a bias: set hyena_in_bias to false")
     for name in _OPTIONAL:
         filters = getattr(config, name)
         if filters is not None and d % filters:

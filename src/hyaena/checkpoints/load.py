@@ -189,6 +189,7 @@ class _Loading:
             _QUANTIZED: [],
             "not finite": [],
         }
+        self.unreadable: list[str] = []
         self.tied_head: Tensor | None = None
 
     def _empty_model(self, mixers: Mixers) -> StripedHyena:
@@ -217,6 +218,8 @@ class _Loading:
             raise CheckpointError(
                 f"{self.checkpoint.path}: {words}; do the configuration and the weights belong together?"
             )
+        if self.unreadable:
+            raise CheckpointError(f"{self.checkpoint.path}: {self.unreadable[0]}")
         if self.model.rotary.frequencies is not None and "rotary.frequencies" not in self.taken and self.reads:
             self._put("rotary.frequencies", self._placed("rotary.frequencies", self.model.rotary.powers()))
         if self.reads and (lacking := [name for name in self.scales if name not in self.taken]):
@@ -257,8 +260,9 @@ class _Loading:
             return
         try:
             ours = self.original.to_ours(item.name, item.read(), self.config)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.checkpoint.path}: {error}") from None
+        except CheckpointError as error:  # told at the end, unless the configuration is of another model
+            self.unreadable.append(str(error))
+            return
         assert ours is not None
         tensor = ours[1]
         kept = self._placed(name, tensor)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyaena.checkpoints.files import Checkpoint, listed
+from hyaena.checkpoints.parts import grouped
 from hyaena.checkpoints.shards import FLOATING, Shard, open_shard
 from hyaena.errors import CheckpointError
 from hyaena.formats.tensors import format_of, matches_tensors
@@ -72,7 +73,7 @@ def open_weights(checkpoint: Checkpoint) -> Iterator[Weights]:
             StripedHyena model.
     """
     with ExitStack() as stack:
-        shards = [stack.enter_context(open_shard(path)) for path in checkpoint.shards]
+        shards = [stack.enter_context(open_shard(*paths)) for paths in grouped(checkpoint.shards)]
         keys = [(key, shard) for shard in shards for key in shard.tensors]
         names = plain_names([key for key, _ in keys])
         items = [Item(name, key, shard) for name, (key, shard) in zip(names, keys, strict=True)]

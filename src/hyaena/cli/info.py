@@ -106,9 +106,7 @@ def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelC
             raise InputError(f"--revision is for hub ids, and {source} is on this machine: leave it out")
         return read_config(config or checkpoints.find_config(path)), None
     if source not in hub.BUNDLED and not os.path.lexists(source) and hub.is_hub_id(source):
-        folder = hub.download(source, revision=revision, weights=False)
-        found = read_config(config or checkpoints.find_config(folder))
-        return (found if config else hub.corrected(source, found)), None
+        return hub.describe(source, revision=revision, config=config)[0], None
     checkpoint = hub.locate(source, revision=revision, config=config)
     return checkpoint.config, checkpoint
 

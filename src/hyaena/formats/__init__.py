@@ -12,7 +12,7 @@ from os import PathLike
 from typing import Any
 
 from hyaena.arguments import as_path
-from hyaena.config import ModelConfig
+from hyaena.config import ModelConfig, preset_names
 from hyaena.errors import ConfigError, printable
 from hyaena.formats.evo2 import config as evo2_config
 from hyaena.formats.stripedhyena import config as stripedhyena_config
@@ -28,13 +28,16 @@ _FORMATS = (transformers_config, *_ORIGINALS)
 def read_config(path: str | PathLike[str]) -> ModelConfig:
     """Read a configuration file, known by its keys: our ``config.json``, that of ``hyaena.hf``, or an original one.
 
-    An original configuration is a YAML file or the ``config.json`` of a hub checkpoint.
+    An original configuration is a YAML file or the ``config.json`` of a hub checkpoint. The name of a preset, where no
+    file has it, stands for that preset.
 
     Raises:
         ConfigError: the file is missing or is not a configuration; the message begins with its path.
         InputError: this is no path.
     """
     path = as_path("the configuration", path)
+    if str(path) in preset_names() and not path.exists():
+        return ModelConfig.from_name(str(path))
     try:
         return config_from_dict(read_mapping(path))
     except ConfigError as error:

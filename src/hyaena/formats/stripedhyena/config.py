@@ -131,7 +131,7 @@ EVO_VOCABULARY = 512
 _LISTS = {"attention": "attn_layer_idxs", "hyena": "hyena_layer_idxs"}
 _UNREAD_FIELDS = (
     *("se_filter_length", "se_filter_groups", "se_filter_skip", "mr_filter_length", "mr_filter_groups"),
-    *("mr_filter_skip", "fp8_input_projections"),
+    "mr_filter_skip",
 )
 """Fields that mean nothing in models with layers of kinds ``attention`` and ``hyena``."""
 
