@@ -45,6 +45,7 @@ from hyaena.sizes import ModelSizes
 from vortex.model.model import StripedHyena
 
 TEXTS = ["ACGT", "AC", "AAAAACCCCCGGGGGTTTTT", "GATTACA" * 30]
+LED = "cuda:0 was named, and there is no CUDA device: computing on cpu"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -228,30 +229,29 @@ def own_score(model: hyaena.StripedHyena, text: str, *, bos: bool, reduce: str) 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_scores_of_unequal_sequences_are_those_of_each_alone(
-    model: Evo2, oracle: hyaena.StripedHyena, reduce: str, bos: bool, size: int
+    model: Evo2, oracle: hyaena.StripedHyena, caplog: pytest.LogCaptureFixture, reduce: str, bos: bool, size: int
 ) -> None:
     """evo2 itself counts the first padding of shorter texts (evo2.md 10.9)."""
-    with pytest.warns(UserWarning, match="no CUDA device: computing on cpu"):
-        scores = model.score_sequences(TEXTS, batch_size=size, prepend_bos=bos, reduce_method=reduce)
+    scores = model.score_sequences(TEXTS, batch_size=size, prepend_bos=bos, reduce_method=reduce)
+    assert caplog.messages == [LED]
     expected = [own_score(oracle, text, bos=bos, reduce=reduce) for text in TEXTS]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_scores_of_both_strands(model: Evo2, oracle: hyaena.StripedHyena, size: int) -> None:
-    with pytest.warns(UserWarning, match="cuda:0"):
-        scores = model.score_sequences(TEXTS, batch_size=size, average_reverse_complement=True)
+    scores = model.score_sequences(TEXTS, batch_size=size, average_reverse_complement=True)
     both = [[text, str(Seq(text).reverse_complement())] for text in TEXTS]
     expected = [np.mean([own_score(oracle, text, bos=False, reduce="mean") for text in pair]) for pair in both]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
-def test_a_device_may_be_named(model: Evo2, recwarn: pytest.WarningsRecorder) -> None:
+def test_a_device_may_be_named(model: Evo2, caplog: pytest.LogCaptureFixture) -> None:
     arguments = (TEXTS, model.model, model.tokenizer)
     named = evo2.scoring.score_sequences(*arguments, device="cpu")
-    assert not recwarn.list
+    assert not caplog.messages
     assert named == evo2.scoring.score_sequences(*arguments) == evo2.scoring.score_sequences(*arguments)
-    assert len(recwarn.list) == 1  # one line, however often
+    assert caplog.messages == [LED]  # one line, however often
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -263,10 +263,12 @@ def test_positional_entropies_are_those_of_each_alone(model: Evo2, oracle: hyaen
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-def test_perplexity_along_a_sequence(model: Evo2, oracle: hyaena.StripedHyena, entropy: bool) -> None:
+def test_perplexity_along_a_sequence(
+    model: Evo2, oracle: hyaena.StripedHyena, caplog: pytest.LogCaptureFixture, entropy: bool
+) -> None:
     """The function that names ``cuda:0`` and takes no device."""
-    with pytest.warns(UserWarning, match="computing on cpu"):
-        found = evo2.scoring.score_perplexity_along_sequence(model, TEXTS[3], entropy=entropy)
+    found = evo2.scoring.score_perplexity_along_sequence(model, TEXTS[3], entropy=entropy)
+    assert caplog.messages == [LED]
     values = []
     for text in (TEXTS[3], str(Seq(TEXTS[3]).reverse_complement())):
         logs = plain(oracle, torch.tensor([list(text.encode())]))[0].log_softmax(-1)
@@ -275,10 +277,10 @@ def test_perplexity_along_a_sequence(model: Evo2, oracle: hyaena.StripedHyena, e
     np.testing.assert_allclose(found, expected if entropy else np.exp(expected), **CLOSE)
 
 
-def test_a_text_of_one_base(model: Evo2) -> None:
-    with pytest.warns(UserWarning, match="prepend_bos=True"):
-        scores = evo2.scoring.score_sequences(["ACG", "A"], model.model, model.tokenizer, device="cpu")
+def test_a_text_of_one_base(model: Evo2, caplog: pytest.LogCaptureFixture) -> None:
+    scores = evo2.scoring.score_sequences(["ACG", "A"], model.model, model.tokenizer, device="cpu")
     assert np.isfinite(scores[0]) and np.isnan(scores[1])
+    assert caplog.messages == ["a text without a predicted token has no mean: pass prepend_bos=True"]
     (found,) = evo2.scoring.score_sequences(["A"], model.model, model.tokenizer, reduce_method="sum", device="cpu")
     assert found == 0
     with pytest.raises(RuntimeError, match="choose mean or sum"):

@@ -19,7 +19,7 @@ import hyaena
 from hyaena.errors import CheckpointError, HyaenaError, InputError
 from hyaena.formats.tensors import state_to_theirs
 from hyaena.fp8 import set_fp8
-from vortex.model.generation import Generator
+from vortex.model.generation import Generator, generate
 from vortex.model.model import AttentionBlock, HyenaCascade, ParallelGatedConvBlock, StripedHyena
 from vortex.model.tokenizer import CharLevelTokenizer
 from vortex.model.utils import dotdict, load_checkpoint, print_rank_0
@@ -155,6 +155,19 @@ def test_a_checkpoint_file(tmp_path: Any, suffix: str) -> None:
         assert relative(model.float()(ids)[0], weights(ids)) < TOLERANCE
     dtypes = {key.rsplit(".", 1)[1]: tensor.dtype for key, tensor in model.state_dict().items()}
     assert {dtypes[key] for key in ("log_poles", "residues", "inv_freq")} == {torch.float32}
+
+
+def test_a_checkpoint_in_parts(tiny: Case, tmp_path: Any) -> None:
+    buffer = io.BytesIO()
+    torch.save(dict(tiny.weights), buffer)
+    content = buffer.getvalue()
+    for i in range(3):
+        part = content[i * len(content) // 3 : (i + 1) * len(content) // 3]
+        (tmp_path / f"mine.pt.part{i}").write_bytes(part)
+    model, other = tiny.model(), tiny.model()
+    load_checkpoint(model, tmp_path / "mine.pt")
+    other.to_bfloat16_except_pr_lc()
+    assert torch.equal(model(tiny.ids)[0], other(tiny.ids)[0])
 
 
 def test_frequencies_are_those_of_the_file_or_of_the_base(tiny: Case) -> None:
@@ -539,6 +552,9 @@ def test_a_generator_prints_what_it_is_asked_to(tiny: Case, capsys: pytest.Captu
     for arguments in ({}, {"input_string": ""}, {"input_string": "A", "num_tokens": 0}):
         with pytest.raises(InputError, match="generate takes"):
             generator.generate("cpu", **arguments)
+    for prompts, words in (([], "no texts"), (["A", ""], "prepend_bos=True")):
+        with pytest.raises(InputError, match=words):
+            generate(prompt_seqs=prompts, model=generator.model, tokenizer=generator.tokenizer)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

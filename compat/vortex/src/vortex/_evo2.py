@@ -6,7 +6,7 @@ begun, and ``evo2.scoring`` after it has run. Nothing but these two modules is l
 - ``evo2.models.HAS_TE`` says whether FP8 input projections can be computed. evo2 finds out by importing Transformer
   Engine, which here nothing needs: hyaena computes them. Without this, evo2 refuses four of its eight models.
 - ``evo2.scoring.prepare_batch`` puts ids on ``cuda:0`` unless its caller names a device, and three functions name none.
-  Without a CUDA device it takes the CPU, and a warning says so.
+  Without a CUDA device it takes the CPU, and a line says so, once.
 - ``evo2.scoring._score_sequences`` counts, for each text that is shorter than the longest of its batch, the prediction
   of the first padding as one of its own. Here every text is scored as it is alone.
 """
@@ -14,8 +14,8 @@ begun, and ``evo2.scoring`` after it has run. Nothing but these two modules is l
 from __future__ import annotations
 
 import importlib.machinery
+import logging
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,8 @@ import numpy as np
 import torch
 
 from vortex.model.generation import usable_device
+
+logger = logging.getLogger(__name__)
 
 
 def complete_models(models: ModuleType) -> None:
@@ -59,7 +61,7 @@ def complete_scoring(scoring: ModuleType) -> None:
         ids, lengths = scoring.prepare_batch(seqs, tokenizer, prepend_bos=prepend_bos, device=device)
         counts = [length - (not prepend_bos) for length in lengths]
         if min(counts) < 1 and reduce_method == "mean":
-            warnings.warn("a text without a predicted token has no mean: pass prepend_bos=True", stacklevel=2)
+            logger.warning("a text without a predicted token has no mean: pass prepend_bos=True")
         with torch.inference_mode():
             logits, _ = model(ids)
         values = scoring.logits_to_logprobs(logits, ids).float().cpu().numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ from hyaena.errors import InputError
 from vortex.model.cache import InferenceParams
 from vortex.model.sample import sample
 from vortex.model.utils import print_rank_0
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 8192
 """Tokens of a prompt that one pass reads at most, all rows together, unless the caller names a number."""
@@ -57,7 +59,7 @@ class Generator:
         """Continue one text, or a batch of prompts.
 
         Args:
-            device: of the model; without a CUDA device, one that is named means the model's, and a warning says so.
+            device: of the model; without a CUDA device, one that is named means the model's, and a line says so.
             input_string: the prompt as text, or else
             input_ids: prompts [B,T].
             num_tokens: the most tokens to generate.
@@ -165,7 +167,7 @@ _WARNED: set[str] = set()
 
 
 def usable_device(device: torch.device | str | None, model: Any = None) -> torch.device:
-    """The device that was named. Where there is no CUDA device, one means the model's, or the CPU, with a warning."""
+    """The device that was named. Where there is no CUDA device, one means the model's or the CPU; a line says so."""
     own = getattr(model, "device", None)
     fallback = own if isinstance(own, torch.device) else torch.device("cpu")
     if device is None:
@@ -175,7 +177,7 @@ def usable_device(device: torch.device | str | None, model: Any = None) -> torch
         return named
     if str(named) not in _WARNED:
         _WARNED.add(str(named))
-        warnings.warn(f"{named} was named, and there is no CUDA device: computing on {fallback}", stacklevel=2)
+        logger.warning("%s was named, and there is no CUDA device: computing on %s", named, fallback)
     return fallback
 
 
@@ -216,7 +218,9 @@ def prepare_batch(
 def _tokens(seqs: Sequence[str], tokenizer: Any, prepend_bos: bool) -> list[Tensor]:
     first = [tokenizer.eod_id] if prepend_bos else []
     texts = [torch.tensor([*first, *tokenizer.tokenize(seq)], dtype=torch.int64) for seq in seqs]
-    if not texts or not all(len(text) for text in texts):
+    if not texts:
+        raise InputError("there are no texts: give at least one")
+    if not all(len(text) for text in texts):
         raise InputError("a text is empty: give every prompt at least one character, or prepend_bos=True")
     return texts
 

@@ -20,7 +20,8 @@ def load_checkpoint(model: StripedHyena, checkpoint_path: str | PathLike[str] | 
 
     Args:
         model: made with the configuration of the checkpoint.
-        checkpoint_path: a ``.pt`` or ``.safetensors`` file in the published layout; None leaves random weights.
+        checkpoint_path: a ``.pt`` or ``.safetensors`` file in the published layout, or one whose parts (``.part0``, …)
+            are there in its place; None leaves random weights.
 
     Raises:
         CheckpointError: a file that is missing, damaged or unsafe, or of another model.

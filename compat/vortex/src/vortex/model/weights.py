@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +27,13 @@ Source = tuple[tuple[int, ...], Callable[[], Tensor]]
 
 
 def load_file(model: StripedHyena, path: str | PathLike[str]) -> None:
-    """Fill a model from a checkpoint file; one tensor of it is in memory at a time.
+    """Fill a model from a checkpoint file, or its parts; one tensor of it is in memory at a time.
 
     Raises:
         CheckpointError: a file that is missing, damaged or unsafe, or of another model.
     """
-    checkpoint = find(path, model.architecture)
+    parts = Path(f"{path}.part0")
+    checkpoint = find(parts if parts.exists() and not Path(path).exists() else path, model.architecture)
     with open_weights(checkpoint) as weights:
         sources = {item.name: (tuple(item.stored.shape), item.read) for item in weights.items}
         fill(model, sources, f"{checkpoint.path}", strict=True, per_head=True)
