@@ -1,15 +1,18 @@
-"""One torch thread, fixed seeds, the golden cases, and warnings that can be counted."""
+"""No GPU, one torch thread, fixed seeds, the golden cases, and lines that are logged anew in every test."""
 
 from __future__ import annotations
 
+import os
 import random
 
-import numpy as np
-import pytest
-import torch
-from integrations.evo2.cases import Case
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # evo2 on a CPU, wherever the tests run
 
-from vortex.model import generation
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from integrations.evo2.cases import Case  # noqa: E402
+
+from vortex.model import generation  # noqa: E402
 
 torch.set_num_threads(1)
 
