@@ -7,12 +7,12 @@ import random
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # evo2 on a CPU, wherever the tests run
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from integrations.evo2.cases import Case  # noqa: E402
+import numpy as np
+import pytest
+import torch
+from integrations.evo2.cases import Case
 
-from vortex.model import generation  # noqa: E402
+from vortex.model import generation
 
 torch.set_num_threads(1)
 

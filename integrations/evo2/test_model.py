@@ -551,6 +551,8 @@ def test_a_generator_prints_what_it_is_asked_to(tiny: Case, capsys: pytest.Captu
     for arguments in ({}, {"input_string": ""}, {"input_string": "A", "num_tokens": 0}):
         with pytest.raises(InputError, match="generate takes"):
             generator.generate("cpu", **arguments)
+    with pytest.raises(InputError, match="at least 1, or None"):
+        generator.generate("cpu", "ACGT", force_prompt_threshold=-1)
     for prompts, words in (([], "no texts"), (["A", ""], "prepend_bos=True")):
         with pytest.raises(InputError, match=words):
             generate(prompt_seqs=prompts, model=generator.model, tokenizer=generator.tokenizer)
