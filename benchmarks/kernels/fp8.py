@@ -63,7 +63,7 @@ def emulate(log: Log, width: int, rows: int) -> None:
     one = torch.ones((), device=DEVICE)
     xq, wq = (ops.quantize_fp8(torch.randn(n, width, device=DEVICE), one) for n in (rows, 3 * width))
     if ops.is_hopper(DEVICE) and rows % 16 == 0:
-        quantized = ops.Quantized(wq, torch.ones(2, device=DEVICE))
+        quantized = ops.Quantized(wq, one, one)
         require_equal("emulation", accumulate(xq, wq), ops.fp8_product(xq, quantized, torch.float32), 0)
     seconds = call_times(partial(accumulate, xq, wq), DEVICE, 3, warmup=1)
     terms = rows * 3 * width * width

@@ -221,7 +221,8 @@ class Hyena(nn.Module):
     def __init__(self, config: ModelConfig, long_filter: nn.Module) -> None:
         super().__init__()
         width = config.hidden_size
-        self.in_proj = nn.Linear(width, 3 * width, bias=config.hyena_in_bias)
+        fp8 = config.fp8_input_projections
+        self.in_proj = FP8Linear(width, 3 * width) if fp8 else nn.Linear(width, 3 * width, bias=config.hyena_in_bias)
         self.short_filter = ShortFilter(3 * width, config.short_filter_length, bias=config.short_filter_bias)
         self.long_filter = long_filter
         self.out_proj = nn.Linear(width, width, bias=config.hyena_out_bias)
