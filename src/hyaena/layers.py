@@ -241,15 +241,16 @@ class Hyena(nn.Module):
         weight = self.short_filter.weight
         short = torch.zeros(batch, weight.shape[0], weight.shape[1] - 1, dtype=dtype, device=device)
         long_filter = self.long_filter()
-        if ops.capabilities(method).state == "window" and isinstance(long_filter, ops.ModalFilter):
-            long_filter = ops.truncate(long_filter, tolerance=tolerance)[0]
+        if ops.capabilities(method).state == "window" and (window := self.truncation_window(tolerance)) is not None:
+            long_filter = ops.truncate(long_filter, window=window)[0]
         long = long_filter.initial_state(batch, weight.shape[0] // 3, method)
         return HyenaState(short, torch.zeros_like(long, device=device))  # also where the weights are on the meta device
 
     def truncation_window(self, tolerance: float) -> int | None:
         """How many taps ``method="truncated"`` keeps of the long filter; None where it is not a filter of modes."""
         long_filter = self.long_filter()
-        return ops.choose_window(long_filter, tolerance) if isinstance(long_filter, ops.ModalFilter) else None
+        modes = isinstance(long_filter, ops.ModalFilter | ops.RealModalFilter)
+        return ops.truncation_window(long_filter, tolerance) if modes else None
 
     def forward(
         self, x: Tensor, context: ForwardContext, state: HyenaState | None, keep: int

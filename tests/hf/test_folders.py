@@ -30,8 +30,7 @@ from hyaena import StripedHyena
 from hyaena.checkpoints import load_model, save_model
 from hyaena.cli import main
 from hyaena.errors import CheckpointError, ConfigError, UnsupportedError
-from hyaena.formats import read_config
-from hyaena.formats.stripedhyena.config import write_config
+from hyaena.formats import read_config, write_original
 from hyaena.hf import (
     StripedHyenaConfig,
     StripedHyenaForCausalLM,
@@ -131,6 +130,8 @@ def test_weights_that_accelerate_keeps_elsewhere(native: StripedHyena, tmp_path:
     StripedHyenaForCausalLM.from_native(native).save_pretrained(tmp_path / "model")
     places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "disk"}
     places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(native.config.num_layers)}
+    if native.rotary.frequencies is not None:
+        places["model.rotary"] = "disk"
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
     )
@@ -158,7 +159,7 @@ def test_our_own_layout(native: StripedHyena, tmp_path: Path) -> None:
 def test_hub_checkpoints_of_the_original(golden_case: Path, tmp_path: Path, weights: str) -> None:
     """As the hub has them: ``config.json`` with code of its own beside it, ``backbone.`` before the names."""
     native = load_model(golden_case)
-    values = write_config(native.config) | {
+    values = write_original(native.config) | {
         "model_type": "stripedhyena",
         "architectures": ["StripedHyenaModelForCausalLM"],
         "auto_map": {"AutoModelForCausalLM": "modeling_hyena.StripedHyenaModelForCausalLM"},
@@ -182,7 +183,7 @@ def test_hub_checkpoints_of_the_original(golden_case: Path, tmp_path: Path, weig
 
 
 def test_published_configurations_are_completed() -> None:
-    values = write_config(hyaena.ModelConfig.from_name("evo-1-131k")) | {"model_type": "stripedhyena"}
+    values = write_original(hyaena.ModelConfig.from_name("evo-1-131k")) | {"model_type": "stripedhyena"}
     del values["use_interpolated_rotary_pos_emb"], values["rotary_emb_scaling_factor"]
     config = StripedHyenaConfig.from_dict(values, name_or_path="togethercomputer/evo-1-131k-base")
     assert config.rope_parameters == {"rope_type": "linear", "factor": 16.0, "rope_theta": 10_000.0}

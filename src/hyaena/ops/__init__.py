@@ -37,6 +37,7 @@ from hyaena.ops.long_conv import (
     to_canonical_state,
     to_modal,
     truncate,
+    truncation_window,
 )
 from hyaena.ops.lora import lora_linear
 from hyaena.ops.norm import rms_norm
@@ -107,4 +108,5 @@ __all__ = [
     "to_canonical_state",
     "to_modal",
     "truncate",
+    "truncation_window",
 ]
