@@ -176,6 +176,16 @@ def test_many_layers_are_drawn_narrow_and_wrapped() -> None:
     assert lines[4].split() == [str(i) for i in range(0, 96, 8)] and lines[7].strip() == "96"
 
 
+def test_evo2_is_drawn_in_four_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = page(ModelConfig.from_name("evo2-7b"))
+    assert lines[2] == "  " + "▓▓▒▒░░██" + "▓▓▒▒░░▓▓▒▒░░██" * 4
+    assert lines[5] == "  ░░ hyena_li 9   ▒▒ hyena_mr 9   ▓▓ hyena_se 9   ██ attention 5"
+    text = "\n".join(lines)
+    assert "MLP 11,264 identity (gelu in layer 0)" in text and "positions / 128" in text
+    cache = as_json(capsys, "evo2-7b")["cache"]
+    assert (cache["bytes_per_token"], cache["bytes_per_sequence"]) == (81_920, 24_625_152 - 2 * 663_552)
+
+
 def test_every_kind_of_layer_has_a_sign_and_a_row() -> None:
     kinds = ("hyena_se", "hyena_mr", "hyena_li", "attention")
     lines = page(replace(SMALL, layer_types=kinds, se_filter_groups=4))

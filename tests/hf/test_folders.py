@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -327,3 +328,14 @@ def run_program(folder: Path, before: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, check=False, timeout=120
     )
+
+
+def test_hub_models_without_a_configuration(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evo 2's authors publish weights alone."""
+    case = golden / "evo2-tiny"
+    torch.save(load_file(case / "model.safetensors"), tmp_path / "evo2_7b.pt")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(hyaena.ModelConfig, "from_name", lambda _: read_config(case / "config.yml"))
+    model = StripedHyenaForCausalLM.from_pretrained("arcinstitute/evo2_7b")
+    assert same(model.to_native(), load_model(case))
+    assert model.config.pad_token_id == 1
