@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hyaena.cli.model_options import add_model_options
-from hyaena.errors import InputError
+from hyaena.errors import InputError, shown
 from hyaena.extras import require
 
 HELP = "serve a model over HTTP, with OpenAI's API and a playground"
 
 KEY_VARIABLE = "HYAENA_API_KEY"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add_model_options(group)
     group.add_argument("--name", help="the name by which clients ask for the model (what --model says)")
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="also serve the model with this LoRA adapter, under this name; may be repeated",
+    )
     group.add_argument("--chat-template", metavar="NAME", help="nous, or a file with a Jinja template")
 
     group = parser.add_argument_group("address and access")
@@ -82,10 +94,13 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.port < 65536:
         raise InputError(f"--port must be a number from 0 to 65535, not {args.port}")
     keys = [key for key in [*args.api_key, os.environ.get(KEY_VARIABLE, "")] if key]
+    name = args.name or args.model
+    folders = parse_adapters(args.adapter, name)
 
     import torch
 
     from hyaena import hub
+    from hyaena.adapters import read_adapter
     from hyaena.serve.app import Server, make_app
     from hyaena.serve.conversation import find_template
     from hyaena.serve.engine import Engine, EngineSettings
@@ -102,18 +117,21 @@ def run(args: argparse.Namespace) -> int:
         decoding=args.decoding,
         deterministic=args.deterministic,
     )
-    folder = Path(args.model) if Path(args.model).is_dir() else None
-    template = find_template(args.chat_template, folder, args.model)
+    home = Path(args.model)
+    template = find_template(args.chat_template, [home], args.model)
+    templates = {key: find_template(args.chat_template, [path, home], args.model) for key, path in folders.items()}
+    adapters = {key: read_adapter(path) for key, path in folders.items()}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened = listen(args.host, args.port)  # before gigabytes are loaded
     model, tokenizer = hub.load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
-    metrics = Metrics()
-    engine = Engine(model, tokenizer, settings, metrics)
-    name = args.name or args.model
-    served = Served(name=name, engine=engine, tokenizer=tokenizer, template=template)
+    metrics = Metrics(name)
+    engine = Engine(model, tokenizer, settings, metrics, adapters)
+    served = [Served(name=name, engine=engine, tokenizer=tokenizer, template=template)]
+    for key in adapters:
+        served.append(replace(served[0], name=key, template=templates[key], adapter=key, parent=name))
     limits = Limits(body_bytes=int(args.max_body * 1e6), new_tokens=args.max_new_tokens, seconds=args.timeout)
     app = make_app(
-        Server([served], metrics, limits), keys=keys, allow_origins=args.allow_origin, log_prompts=args.log_prompts
+        Server(served, metrics, limits), keys=keys, allow_origins=args.allow_origin, log_prompts=args.log_prompts
     )
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level="WARNING")
     logging.getLogger("hyaena.access").setLevel("WARNING" if args.quiet else "INFO")
@@ -121,6 +139,39 @@ def run(args: argparse.Namespace) -> int:
     engine.start()
     host, port = opened.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
-    print(f"hyaena serves {name} at http://{place}:{port} (OpenAI's API under /v1, a playground at /)", file=sys.stderr)
+    names = ", ".join(one.name for one in served)
+    print(
+        f"hyaena serves {names} at http://{place}:{port} (OpenAI's API under /v1, a playground at /)", file=sys.stderr
+    )
     serve(app, opened, [engine], drain=args.drain)
     return 0
+
+
+def parse_adapters(words: Sequence[str], model: str) -> dict[str, Path]:
+    """The names and folders of ``--adapter NAME=FOLDER``.
+
+    Args:
+        words: of the command line.
+        model: the name of the model itself.
+
+    Raises:
+        InputError: a word of another form, or a name that cannot be used or is taken.
+    """
+    folders: dict[str, Path] = {}
+    for word in words:
+        name, sign, folder = word.partition("=")
+        if not (name and sign and folder):
+            raise InputError(f"--adapter {shown(word)} is not understood: write NAME=FOLDER")
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"--adapter {shown(name)} is no name for a model: use at most 128 letters, digits and ._:/@- "
+                "with a letter or a digit first"
+            )
+        if name in folders:
+            raise InputError(f"--adapter {name} is given twice: give every adapter a name of its own")
+        if name == model:
+            raise InputError(
+                f"--adapter {name} has the name of the model: choose another, or --name the model otherwise"
+            )
+        folders[name] = Path(folder)
+    return folders

@@ -115,8 +115,8 @@ def _add_information(app: FastAPI, server: Server) -> None:
             "object": "model",
             "created": served.created,
             "owned_by": "hyaena",
-            "root": served.name,
-            "parent": None,
+            "root": served.parent or served.name,
+            "parent": served.parent,
             "max_model_len": served.engine.max_length,
             "takes_chats": served.template is not None,
         }
