@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 
 from hyaena.cli.model_options import add_model_options
 from hyaena.errors import InputError, shown
@@ -18,8 +15,6 @@ from hyaena.extras import require
 HELP = "serve a model over HTTP, with OpenAI's API and a playground"
 
 KEY_VARIABLE = "HYAENA_API_KEY"
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,53 +88,48 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if not 0 <= args.port < 65536:
         raise InputError(f"--port must be a number from 0 to 65535, not {args.port}")
-    keys = [key for key in [*args.api_key, os.environ.get(KEY_VARIABLE, "")] if key]
-    name = args.name or args.model
-    folders = parse_adapters(args.adapter, name)
+    adapters = parse_adapters(args.adapter)
 
-    import torch
-
-    from hyaena import hub
-    from hyaena.adapters import read_adapter
-    from hyaena.serve.app import Server, make_app
-    from hyaena.serve.conversation import find_template
-    from hyaena.serve.engine import Engine, EngineSettings
-    from hyaena.serve.metrics import Metrics
+    from hyaena.serve.app import make_app
+    from hyaena.serve.engine import EngineSettings
+    from hyaena.serve.loading import ServerOptions, load_server
     from hyaena.serve.run import listen, serve
-    from hyaena.serve.service import Limits, Served
+    from hyaena.serve.service import Limits
 
-    settings = EngineSettings(
-        kv_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
-        snapshot_bytes=int(args.prefix_memory * 1e9),
-        max_rows=args.max_rows,
-        max_waiting=args.max_waiting,
-        chunk=args.chunk,
-        decoding=args.decoding,
-        deterministic=args.deterministic,
+    options = ServerOptions(
+        model=args.model,
+        revision=args.revision,
+        config=args.config,
+        device=args.device,
+        dtype=args.dtype,
+        name=args.name,
+        adapters=adapters,
+        chat_template=args.chat_template,
+        engine=EngineSettings(
+            kv_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
+            snapshot_bytes=int(args.prefix_memory * 1e9),
+            max_rows=args.max_rows,
+            max_waiting=args.max_waiting,
+            chunk=args.chunk,
+            decoding=args.decoding,
+            deterministic=args.deterministic,
+        ),
+        limits=Limits(body_bytes=int(args.max_body * 1e6), new_tokens=args.max_new_tokens, seconds=args.timeout),
+        keys=[key for key in [*args.api_key, os.environ.get(KEY_VARIABLE, "")] if key],
+        allow_origins=args.allow_origin,
+        log_prompts=args.log_prompts,
     )
-    home = Path(args.model)
-    template = find_template(args.chat_template, [home], args.model)
-    templates = {key: find_template(args.chat_template, [path, home], args.model) for key, path in folders.items()}
-    adapters = {key: read_adapter(path) for key, path in folders.items()}
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened = listen(args.host, args.port)  # before gigabytes are loaded
-    model, tokenizer = hub.load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
-    metrics = Metrics(name)
-    engine = Engine(model, tokenizer, settings, metrics, adapters)
-    served = [Served(name=name, engine=engine, tokenizer=tokenizer, template=template)]
-    for key in adapters:
-        served.append(replace(served[0], name=key, template=templates[key], adapter=key, parent=name))
-    limits = Limits(body_bytes=int(args.max_body * 1e6), new_tokens=args.max_new_tokens, seconds=args.timeout)
-    app = make_app(
-        Server(served, metrics, limits), keys=keys, allow_origins=args.allow_origin, log_prompts=args.log_prompts
-    )
+    server = load_server(options)
+    app = make_app(server, keys=options.keys, allow_origins=options.allow_origins, log_prompts=options.log_prompts)
+    engine = server.default.engine
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level="WARNING")
     logging.getLogger("hyaena.access").setLevel("WARNING" if args.quiet else "INFO")
     logging.getLogger("hyaena.serve").setLevel("INFO")
     engine.start()
     host, port = opened.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
-    names = ", ".join(one.name for one in served)
+    names = ", ".join(server.models)
     print(
         f"hyaena serves {names} at http://{place}:{port} (OpenAI's API under /v1, a playground at /)", file=sys.stderr
     )
@@ -147,31 +137,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_adapters(words: Sequence[str], model: str) -> dict[str, Path]:
+def parse_adapters(words: Sequence[str]) -> dict[str, str]:
     """The names and folders of ``--adapter NAME=FOLDER``.
 
-    Args:
-        words: of the command line.
-        model: the name of the model itself.
-
     Raises:
-        InputError: a word of another form, or a name that cannot be used or is taken.
+        InputError: a word of another form, or a name that is given twice.
     """
-    folders: dict[str, Path] = {}
+    folders: dict[str, str] = {}
     for word in words:
         name, sign, folder = word.partition("=")
         if not (name and sign and folder):
             raise InputError(f"--adapter {shown(word)} is not understood: write NAME=FOLDER")
-        if not _NAME.fullmatch(name):
-            raise InputError(
-                f"--adapter {shown(name)} is no name for a model: use at most 128 letters, digits and ._:/@- "
-                "with a letter or a digit first"
-            )
         if name in folders:
-            raise InputError(f"--adapter {name} is given twice: give every adapter a name of its own")
-        if name == model:
-            raise InputError(
-                f"--adapter {name} has the name of the model: choose another, or --name the model otherwise"
-            )
-        folders[name] = Path(folder)
+            raise InputError(f"--adapter {shown(name)} is given twice: give every adapter a name of its own")
+        folders[name] = folder
     return folders
