@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -93,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     from hyaena.serve.app import make_app
     from hyaena.serve.engine import EngineSettings
     from hyaena.serve.loading import ServerOptions, load_server
-    from hyaena.serve.run import listen, serve
+    from hyaena.serve.run import listen, log_requests, serve
     from hyaena.serve.service import Limits
 
     options = ServerOptions(
@@ -123,9 +122,7 @@ def run(args: argparse.Namespace) -> int:
     server = load_server(options)
     app = make_app(server, keys=options.keys, allow_origins=options.allow_origins, log_prompts=options.log_prompts)
     engine = server.default.engine
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level="WARNING")
-    logging.getLogger("hyaena.access").setLevel("WARNING" if args.quiet else "INFO")
-    logging.getLogger("hyaena.serve").setLevel("INFO")
+    log_requests(quiet=args.quiet)
     engine.start()
     host, port = opened.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
