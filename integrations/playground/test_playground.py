@@ -86,7 +86,7 @@ def ended(browser: Chrome, until: Until) -> None:
 def metric(server: Server, name: str) -> float:
     with urllib.request.urlopen(f"{server.url}/metrics") as answer:
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
-    return float(lines[name])
+    return float(lines[f'{name}{{model_name="cub"}}'])
 
 
 def test_a_completion_is_what_the_server_gives(page: Chrome, server: Server, until: Until) -> None:

@@ -7,13 +7,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, TypeVar
 
+from hyaena.adapters import Adapter, with_adapter
 from hyaena.decoding import Decoding, resolve_decoding
-from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError
+from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError, printable
 from hyaena.generation.chunks import choose_chunk
 from hyaena.generation.loop import FinishReason, Row
 from hyaena.generation.stop_strings import StopStringFilter
@@ -76,6 +78,7 @@ class Request:
         top: how many of the most probable tokens to report.
         repeat: how many requests of the same call have the same prompt and come before it.
         salt: requests with other salts share no prefixes.
+        adapter: the name of the adapter that it is computed with; "" for the model alone.
     """
 
     prompt: Sequence[int]
@@ -87,6 +90,7 @@ class Request:
     top: int = 0
     repeat: int = 0
     salt: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +138,12 @@ class Engine:
         tokenizer: of the model.
         settings: how the machine is used.
         metrics: what is counted.
+        adapters: by the names that requests have for them. All are computed over the weights of the model, and their
+            requests share its pages.
 
     Raises:
         CapacityError: there is no memory for a single page.
+        CheckpointError: an adapter does not fit the model.
     """
 
     def __init__(
@@ -145,9 +152,11 @@ class Engine:
         tokenizer: Tokenizer,
         settings: EngineSettings | None = None,
         metrics: Metrics | None = None,
+        adapters: Mapping[str, Adapter] = MappingProxyType({}),
     ) -> None:
         settings = settings or EngineSettings()
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.tokenizer, self.settings = tokenizer, settings
+        self.models = {"": model} | {name: with_adapter(model, adapter) for name, adapter in adapters.items()}
         self.metrics = metrics or Metrics()
         sizes, itemsize = ModelSizes(model.config), model.dtype.itemsize
         self.state_bytes = sizes.state_bytes(itemsize)
@@ -165,7 +174,7 @@ class Engine:
             packed=all(getattr(layer.mixer, "packs", False) for layer in model.layers),
         )
         self.runner = Runner(
-            model,
+            self.models,
             pages=pages,
             max_rows=settings.max_rows,
             max_length=self.max_length,
@@ -189,6 +198,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def model(self) -> StripedHyena:
+        """The model without an adapter."""
+        return self.models[""]
+
+    @property
     def alive(self) -> bool:
         """Whether the engine takes requests."""
         return self._thread.is_alive() and self._failure is None and not self._stopping.is_set()
@@ -202,10 +216,12 @@ class Engine:
         """Refuse a request that could never be served.
 
         Raises:
-            InputError: no prompt, ids outside the vocabulary, or biases that leave no token.
+            InputError: no prompt, ids outside the vocabulary, biases that leave no token, or an unknown adapter.
             CapacityError: more tokens than the model or the memory takes.
         """
         size = self.model.config.vocab_size
+        if request.adapter not in self.models:
+            raise InputError(f"the engine has no adapter {printable(request.adapter)}: give it to the engine")
         if not request.prompt:
             raise InputError("the prompt is empty: give it at least one token")
         if len(request.prompt) + request.max_new_tokens > self.max_length:
@@ -340,7 +356,8 @@ class Engine:
         with self._lock:
             self._waiting -= 1
         self._requests[active.key] = active
-        self.scheduler.add(active.key, active.row.prompt, active.row.max_new_tokens, active.request.salt)
+        row, request = active.row, active.request
+        self.scheduler.add(active.key, row.prompt, row.max_new_tokens, request.salt, request.adapter)
 
     def _cancel(self, key: int) -> None:
         active = self._requests.get(key)
@@ -384,7 +401,8 @@ class Engine:
             finish_reason=reason,
             cached_tokens=job.cached or 0,
         )
-        self.metrics.token(now - (active.last_token or active.arrived), first=not active.last_token)
+        seconds = now - (active.last_token or active.arrived)
+        self.metrics.token(seconds, first=not active.last_token, adapter=active.request.adapter)
         active.last_token = now
         if reason is None:
             _call(active.sink, delta)
@@ -403,6 +421,7 @@ class Engine:
             prompt=len(active.row.prompt),
             cached=delta.cached_tokens,
             seconds=time.monotonic() - active.arrived,
+            adapter=active.request.adapter,
         )
         _call(active.sink, delta)
 

@@ -64,7 +64,7 @@ def _pairs(score: Any) -> list[tuple[tuple[int, float], ...]]:
 
 
 def _scores(served: Served, prompts: Sequence[Sequence[int]], **options: Any) -> list[Any]:
-    return hyaena.score(served.engine.model, served.tokenizer, [list(prompt) for prompt in prompts], **options)
+    return hyaena.score(served.model, served.tokenizer, [list(prompt) for prompt in prompts], **options)
 
 
 async def _read(
@@ -84,7 +84,7 @@ async def _read(
             code="too_many_tokens",
         )
     with errors_of_clients():
-        size = served.engine.model.config.vocab_size
+        size = served.model.config.vocab_size
         outside = next((token for prompt in prompts for token in prompt if not 0 <= token < size), None)
         if outside is not None:
             raise ApiError(400, f"token id {outside} is outside the vocabulary 0..{size - 1} of the model")
@@ -117,7 +117,7 @@ def add_reading(app: FastAPI, server: Server) -> None:
         served = server.find(body.model)
         texts = _texts(body.input)
         ids = _encode(served, texts)
-        model, tokenizer = served.engine.model, served.tokenizer
+        model, tokenizer = served.model, served.tokenizer
 
         def work() -> Any:
             return hyaena.embed(model, tokenizer, texts, body.layer, pool=body.pool)
@@ -136,7 +136,7 @@ def add_reading(app: FastAPI, server: Server) -> None:
     async def score(body: ScoreBody, request: Request) -> Response:
         """Score texts: sum and mean of log-probabilities, perplexity, and with ``per_token`` every token."""
         served = server.find(body.model)
-        model, tokenizer = served.engine.model, served.tokenizer
+        model, tokenizer = served.model, served.tokenizer
         texts = _texts(body.input)
         ids = _encode(served, texts)
 

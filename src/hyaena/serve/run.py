@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -47,6 +49,13 @@ def listen(host: str, port: int) -> socket.socket:
         opened.close()
         raise InputError(f"cannot listen at {printable(host)}, port {port}: {error.strerror}; choose another") from None
     return opened
+
+
+def log_requests(*, quiet: bool = False) -> None:
+    """Write the log to standard error; ``quiet`` leaves out requests that were answered."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level="WARNING")
+    logging.getLogger("hyaena.access").setLevel("WARNING" if quiet else "INFO")
+    logging.getLogger("hyaena.serve").setLevel("INFO")
 
 
 class HttpServer(uvicorn.Server):

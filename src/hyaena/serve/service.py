@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hyaena.errors import CapacityError, HyaenaError, InputError
+from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Delta, Engine, EngineDeadError, QueueFullError, Request
@@ -41,13 +42,29 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A model under the name by which clients ask for it."""
+    """A model under the name by which clients ask for it.
+
+    Attributes:
+        name: of the model.
+        engine: that runs it.
+        tokenizer: of the model.
+        template: of its conversations; None where it takes none.
+        adapter: the name of its adapter in the engine; "" for the model alone.
+        parent: the name of the model that the adapter belongs to.
+        created: time in seconds.
+    """
 
     name: str
     engine: Engine
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
+    adapter: str = ""
+    parent: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model(self) -> StripedHyena:
+        return self.engine.models[self.adapter]
 
 
 @dataclass
@@ -129,6 +146,7 @@ class Generation:
                     top=top,
                     repeat=choice.index % count,
                     salt=body.cache_salt or "",
+                    adapter=served.adapter,
                 )
                 for choice in self.choices
             ]

@@ -24,7 +24,7 @@ export async function sample() {
   } catch {
     return;
   }
-  const values = new Map(text.split("\n").map((line) => line.split(" ")).filter((pair) => pair.length === 2));
+  const values = new Map([...text.matchAll(/^([\w:]+)\{.*\} (\S+)$/gm)].map(([, name, value]) => [name, value]));
   history.push(SERIES.map(([, name]) => Number(values.get(name) ?? 0)));
   if (history.length > SAMPLES) history.shift();
   draw();
