@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +30,7 @@ from hyaena.serve.loading import ServerOptions  # noqa: E402
 from hyaena.serve.ray import application  # noqa: E402
 from hyaena.serve.service import Limits  # noqa: E402
 
+SOURCE = str(Path(hyaena.__file__).parents[1])
 KEY = "a-key"
 OPTIONS = ServerOptions(
     chat_template="nous",
@@ -36,20 +40,23 @@ OPTIONS = ServerOptions(
 )
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    source = str(Path(hyaena.__file__).parents[1])
     ray.init(
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}},
+        runtime_env={"env_vars": {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}},
         log_to_driver=False,
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(application(OPTIONS, replicas=2, cpus=1, slack=3))
     yield f"http://127.0.0.1:{port}"
@@ -179,3 +186,31 @@ def test_a_replica_that_dies_hangs_nobody(client: httpx.Client) -> None:
     assert ended[-1]["error"]["code"] == "generation_failed"
     assert [answer.status_code for answer in answers] == [200, 200]
     assert name not in {answer.headers["x-replica"] for answer in answers}
+
+
+def test_the_example_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    """``docs/serving.md`` refers to it as the whole program."""
+    example = Path(__file__).parents[2] / "examples" / "serve_ray.py"
+    port = free_port()
+    environment = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(100 * 2**20), "PYTHONPATH": SOURCE}
+    process = subprocess.Popen(
+        [sys.executable, example, str(port)], cwd=tmp_path, env=os.environ | environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
+
+            def answers() -> bool:
+                assert process.poll() is None, "the example has ended"
+                try:
+                    return complete(client).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            until(answers, 120)
+            want = hyaena.generate(*hyaena.load("cub", dtype="float32"), "import ", max_new_tokens=8)
+            assert complete(client).json()["choices"][0]["text"] == want.text
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()

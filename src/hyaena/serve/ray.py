@@ -79,7 +79,10 @@ def application(
         ),
     )
     ingress = Ingress.options(
-        num_replicas=ingresses, max_ongoing_requests=most * replicas, graceful_shutdown_timeout_s=DRAIN
+        num_replicas=ingresses,
+        ray_actor_options={"num_cpus": 0},  # it computes next to nothing, and must not wait for a core
+        max_ongoing_requests=most * replicas,
+        graceful_shutdown_timeout_s=DRAIN,
     )
     return ingress.bind(options, replica.bind(options))
 
