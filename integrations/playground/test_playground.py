@@ -285,6 +285,7 @@ def test_on_a_phone(page: Chrome, until: Until) -> None:
         until(lambda: page.find_elements("css selector", "#model option"))
         complete(page, until, max_tokens=40)
         tokens(page)[5].click()
+        page.execute_script("document.querySelector('#model option').text = 'organisation/'.repeat(8)")
         assert page.execute_script("return document.documentElement.scrollWidth") <= 390
         box = page.find_element("id", "alternatives").rect
         assert box["width"] == 390 and len(alternatives(page)) >= 8
