@@ -27,6 +27,7 @@ from hyaena.serve.playground import FILES
 from hyaena.serve.service import Limits, Served
 from hyaena.serve.writing import _event
 from hyaena.tokenizers.chat import TEMPLATES
+from serve.clients import once
 
 KEY = "a-key"
 
@@ -203,6 +204,9 @@ def test_embeddings_and_scores(client: TestClient, cub: tuple[Any, Any]) -> None
     assert scored[0]["sum"] == pytest.approx(float(scores[0].sum), rel=1e-4)
     assert scored[0]["logprobs"][0] == pytest.approx(-1.3572, abs=1e-3)  # after the token that begins a text
     assert len(scored[0]["ranks"]) == len("import os")
+    both = client.post("/score", json={"input": "ACGTAC", "per_token": True, "both_strands": True}).json()["data"][0]
+    assert both["ranks"] is None and len(both["logprobs"]) == 6
+    assert both["sum"] == pytest.approx(hyaena.score(*cub, "ACGTAC", both_strands=True).sum, rel=1e-4)
 
 
 def test_information(client: TestClient) -> None:
@@ -342,7 +346,7 @@ def test_a_full_queue_says_when_to_come_back(cub: tuple[Any, Any]) -> None:
     app = make_app(Server([Served(name="cub", engine=engine, tokenizer=tokenizer)], Metrics()))
     held = threading.Event()
     with TestClient(app) as test:
-        engine.call(held.wait)  # the engine does nothing meanwhile
+        engine.call(once(held.wait))  # the engine does nothing meanwhile
         for _ in range(2):
             engine.submit(EngineRequest(prompt=[5], params=SamplingParams(), max_new_tokens=1), lambda delta: None)
         response = test.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})

@@ -31,7 +31,7 @@ class Limits:
         body_bytes: size of a request's body.
         new_tokens: tokens of a completion.
         seconds: from a request's arrival to its end.
-        score_tokens: tokens of one request for scores or embeddings; meanwhile no stream goes on.
+        score_tokens: tokens of one request for scores or embeddings.
     """
 
     body_bytes: int = 4 * 2**20
@@ -177,7 +177,7 @@ class Generation:
                 try:
                     index, delta = await asyncio.wait_for(self._queue.get(), max(0.0, left))
                 except TimeoutError:
-                    raise ApiError(408, "the request took longer than the server allows", code="timeout") from None
+                    raise too_late() from None
                 choice = self.choices[index]
                 choice.deltas.append(delta)
                 if delta.finish_reason is not None:
@@ -215,6 +215,11 @@ def errors_of_clients() -> Iterator[None]:
         raise ApiError(400, str(error), code="context_length_exceeded") from None
     except (HyaenaError, RecursionError, UnicodeError) as error:
         raise ApiError(400, str(error)) from None
+
+
+def too_late() -> ApiError:
+    """The answer to a request that has taken longer than ``Limits.seconds``."""
+    return ApiError(408, "the request took longer than the server allows", code="timeout")
 
 
 def sampling_params(body: GenerationBody) -> SamplingParams:
