@@ -363,6 +363,20 @@ def test_every_event_is_one_line_for_every_client() -> None:
     assert not end and json.loads(line.removeprefix("data: ")) == {"text": text}
 
 
+def test_no_page_loads_anything_from_elsewhere(client: TestClient) -> None:
+    for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
+        assert client.get(path).status_code == 404
+    pages = []
+    for route in client.app.routes:  # type: ignore[attr-defined]
+        if "GET" in (getattr(route, "methods", None) or ()) and "{" not in route.path:
+            answer = client.get(route.path)
+            if "html" in answer.headers.get("content-type", ""):
+                pages.append(route.path)
+                assert "//" not in answer.text and "default-src 'none'" in answer.headers["content-security-policy"]
+    assert pages == ["/"]
+    assert "/v1/completions" in client.get("/openapi.json").json()["paths"]
+
+
 def test_keys(cub: tuple[Any, Any]) -> None:
     model, tokenizer = cub
     engine = Engine(model, tokenizer, EngineSettings(kv_bytes=2**24))
