@@ -65,8 +65,13 @@ def make_app(
         log_prompts: whether the log holds the bodies of requests.
     """
     # The pages that FastAPI would show the description on load scripts from elsewhere.
-    pages = {"docs_url": None, "redoc_url": None}
-    app = FastAPI(title="hyaena", version=hyaena.__version__, summary="StripedHyena models, served", **pages)
+    app = FastAPI(
+        title="hyaena",
+        version=hyaena.__version__,
+        summary="StripedHyena models, served",
+        docs_url=None,
+        redoc_url=None,
+    )
     add_errors(app)
     add_writing(app, server)
     add_reading(app, server)
