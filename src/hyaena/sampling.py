@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyaena.arguments import as_whole, kind_of, real, whole
+from hyaena.arguments import as_whole, kind_of, real, require_ids, whole
 from hyaena.errors import InputError, NonFiniteError, shown
 
 MAX_SEED = 2**63 - 1
@@ -106,9 +106,7 @@ class SamplingParams:
         pairs: Sequence[tuple[int, float]] = self.logit_bias  # type: ignore[assignment]  pairs since they were checked
         allowed: Sequence[int] | None = self.allowed_tokens  # type: ignore[assignment]
         for name, ids in (("logit_bias", [token for token, _ in pairs]), ("allowed_tokens", allowed or ())):
-            outside = next((token for token in ids if token >= vocab_size), None)
-            if outside is not None:
-                raise InputError(f"{name}: token id {shown(outside)} is outside the vocabulary 0..{vocab_size - 1}")
+            require_ids(ids, vocab_size, f"{name}: ")
         row = torch.full((vocab_size,), 0.0 if allowed is None else -math.inf, dtype=torch.float32, device="cpu")
         if allowed is not None:
             row[list(allowed)] = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -72,6 +72,12 @@ def submit(engine: Engine, prompt: list[int], count: int = 12, adapter: str = ""
         client,
     )
     return client
+
+
+def once(function: Callable[[], object]) -> Generator[float, None, None]:
+    """Work of the engine in one step."""
+    function()
+    yield 0.0
 
 
 def alone(model: StripedHyena, prompt: list[int], count: int = 12, **params: object) -> hyaena.generation.Completion:

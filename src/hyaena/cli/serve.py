@@ -131,7 +131,6 @@ def run(args: argparse.Namespace) -> int:
         f"hyaena serves {names} at http://{place}:{port} (OpenAI's API under /v1, a playground at /)", file=sys.stderr
     )
     serve(app, opened, [engine], drain=args.drain)
-    return 0
 
 
 def parse_adapters(words: Sequence[str]) -> dict[str, str]:

@@ -64,7 +64,14 @@ def make_app(
         allow_origins: origins of web pages that may call the server (CORS).
         log_prompts: whether the log holds the bodies of requests.
     """
-    app = FastAPI(title="hyaena", version=hyaena.__version__, summary="StripedHyena models, served")
+    # The pages that FastAPI would show the description on load scripts from elsewhere.
+    app = FastAPI(
+        title="hyaena",
+        version=hyaena.__version__,
+        summary="StripedHyena models, served",
+        docs_url=None,
+        redoc_url=None,
+    )
     add_errors(app)
     add_writing(app, server)
     add_reading(app, server)

@@ -7,13 +7,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hyaena.adapters import Adapter, with_adapter
+from hyaena.arguments import require_ids
 from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError, printable
 from hyaena.generation.chunks import choose_chunk
@@ -30,6 +32,8 @@ from hyaena.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Steps = Generator[float, None, T]
+"""Work in steps, each of which yields what it was worth in tokens of a pass over prompts."""
 
 
 class QueueFullError(HyaenaError, RuntimeError):
@@ -119,6 +123,14 @@ Sink = Callable[[Delta], None]
 
 
 @dataclass(eq=False)
+class _Work:
+    """Something other than a request that needs the model."""
+
+    steps: Steps[Any]
+    future: Future[Any]
+
+
+@dataclass(eq=False)
 class _Active:
     """A request in the engine."""
 
@@ -187,7 +199,8 @@ class Engine:
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._waiting = 0  # submitted and not yet taken by the thread
-        self._calls = 0
+        self._work: deque[_Work] = deque()  # the first one is under way
+        self._worked = False  # whether a step of it came last
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="hyaena-engine", daemon=True)
 
@@ -201,6 +214,11 @@ class Engine:
     def model(self) -> StripedHyena:
         """The model without an adapter."""
         return self.models[""]
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens of one pass over prompts."""
+        return self.scheduler.chunk
 
     @property
     def alive(self) -> bool:
@@ -229,9 +247,7 @@ class Engine:
                 f"{len(request.prompt)} tokens of prompt and {request.max_new_tokens} new ones are more than the "
                 f"{self.max_length} that a request may have: shorten the prompt, or ask for fewer new tokens"
             )
-        outside = next((token for token in request.prompt if not 0 <= token < size), None)
-        if outside is not None:
-            raise InputError(f"token id {outside} is outside the vocabulary 0..{size - 1} of the model")
+        require_ids(request.prompt, size)
         if request.params.biased:
             request.params.bias(size)
         self.scheduler.check(len(request.prompt), request.max_new_tokens)
@@ -269,32 +285,24 @@ class Engine:
         """End a request whose tokens nobody wants any more."""
         self._commands.put(lambda: self._cancel(key))
 
-    def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function in the engine's thread, between two turns: nothing else uses the model meanwhile.
+    def call(self, steps: Steps[T]) -> Future[T]:
+        """Do something else with the model, in the engine's thread: so many steps at a time as read a chunk of tokens.
+
+        Between them streams go on. A future that is cancelled ends the work at its next step.
 
         Raises:
-            QueueFullError: too many functions are waiting.
+            QueueFullError: too much is waiting.
             EngineDeadError: the engine has stopped.
         """
-        future: Future[T] = Future()
-
-        def run() -> None:
-            with self._lock:
-                self._calls -= 1
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:
-                    future.set_exception(error)
-
+        work = _Work(steps, Future())
         with self._lock:
             if not self.alive:
                 raise EngineDeadError("the engine has stopped: restart the server")
-            if self._calls >= self.settings.max_waiting:
-                raise QueueFullError(f"{self._calls} requests are waiting already: try again later")
-            self._calls += 1
-            self._commands.put(run)
-        return future
+            if len(self._work) >= self.settings.max_waiting:
+                raise QueueFullError(f"{len(self._work)} requests are waiting already: try again later")
+            self._work.append(work)
+            self._commands.put(lambda: None)  # wakes the thread
+        return work.future
 
     def stop(self, timeout: float | None = None, abandon: float | None = None) -> bool:
         """Take no more requests, finish those that are here, and stop.
@@ -323,11 +331,16 @@ class Engine:
         try:
             while True:
                 self._take_commands()
-                if self.scheduler.idle:
+                if self._idle:
                     if self._stopping.is_set():
                         break
                     continue
-                self._turn()
+                # Other work and prompts are read in turns, so that streams wait for one chunk of either.
+                self._worked = bool(self._work) and (self.scheduler.idle or not self._worked)
+                if self._worked:
+                    self._do_work()
+                if not self.scheduler.idle:
+                    self._turn(read=not self._worked)
         except BaseException as error:
             self._failure = error
             log.exception("the engine has failed")
@@ -338,11 +351,16 @@ class Engine:
             message = "the engine has failed" if self._failure else "the server is stopping"
             for active in list(self._requests.values()):
                 self._end(active, Delta(token=None, finish_reason="error", error=message))
+            self._give_up_work(message)
             self.runner.close()
+
+    @property
+    def _idle(self) -> bool:
+        return self.scheduler.idle and not self._work
 
     def _take_commands(self, wait: bool = True) -> None:
         """Carry out the commands of other threads; where there is nothing else to do, wait for one."""
-        if wait and self.scheduler.idle and not self._stopping.is_set():
+        if wait and self._idle and not self._stopping.is_set():
             self.metrics.observe_load(self)
             self._commands.get()()
         while True:
@@ -368,10 +386,34 @@ class Engine:
     def _abandon(self) -> None:
         for active in list(self._requests.values()):
             self._fail(active, "the server is stopping")
+        self._give_up_work("the server is stopping")
 
-    def _turn(self) -> None:
+    def _give_up_work(self, message: str) -> None:
+        for work in self._work:
+            if not work.future.done():
+                work.future.set_exception(EngineDeadError(message))
+        self._work.clear()
+
+    def _do_work(self) -> None:
+        """Steps of the oldest work that are worth a chunk of a prompt."""
+        work, worth = self._work[0], 0.0
+        try:
+            while worth < self.scheduler.chunk and not work.future.cancelled():
+                worth += next(work.steps)
+            if not work.future.cancelled():
+                return
+            work.steps.close()
+        except StopIteration as end:
+            if work.future.set_running_or_notify_cancel():
+                work.future.set_result(end.value)
+        except BaseException as error:
+            if work.future.set_running_or_notify_cancel():
+                work.future.set_exception(error)
+        self._work.popleft()
+
+    def _turn(self, read: bool) -> None:
         scheduler, requests = self.scheduler, self._requests
-        plan = scheduler.plan(self.runner.page_ends())
+        plan = scheduler.plan(self.runner.page_ends(), read=read)
         top = max((active.request.top for active in requests.values()), default=0)
         rows = {key: active.row for key, active in requests.items()}
         chosen = self.runner.run(plan, rows, top)

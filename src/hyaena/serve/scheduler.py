@@ -246,11 +246,12 @@ class Scheduler:
 
     # --- one turn ------------------------------------------------------------------------------------------------
 
-    def plan(self, at_page_ends: Mapping[Key, int] = MappingProxyType({})) -> Plan:
+    def plan(self, at_page_ends: Mapping[Key, int] = MappingProxyType({}), *, read: bool = True) -> Plan:
         """What to do next. The caller carries it out, then calls ``done``, and ``append`` and ``finish`` for what came.
 
         Args:
             at_page_ends: decoding rows whose states are those at the end of a page, and their number of tokens.
+            read: whether prompts are read in this turn.
         """
         for key, length in at_page_ends.items():
             if key in self.jobs:
@@ -258,12 +259,13 @@ class Scheduler:
         plan = Plan()
         self._grow(plan)
         self._admit(plan)
-        self._choose_reads(plan)
+        if read:
+            self._choose_reads(plan)
         plan.decode = list(dict.fromkeys(job.adapter for job in self._active if job.phase is Phase.DECODING))
         plan.copy, self._copy = self._copy, {}
         plan.drop, self._drop = self._drop, []
         plan.forget = self.prefix.forget()
-        self._turn += 1
+        self._turn += read
         return plan
 
     def done(self, plan: Plan) -> None:
