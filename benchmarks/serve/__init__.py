@@ -16,6 +16,7 @@ SUITE = Suite(
     benchmarks=(
         Benchmark("throughput", "serve.load:throughput", "32 streams against one; HTTP against the engine", 2),
         Benchmark("long_prompts", "serve.load:long_prompts", "short requests beside a long one; second turns", 6),
+        Benchmark("adapters", "serve.load:adapters", "streams with LoRA adapters against streams without", 2),
     ),
     packages=("fastapi", "uvicorn"),
     threads=2,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ import hyaena
 from benchmarks.registry import IncorrectError, Row, Session, Step, Summary, Target, pairwise
 from benchmarks.serve.client import Answer, post
 from benchmarks.serve.process import ServerProcess, serving
+from hyaena.adapters import add_adapter, save_adapter
 from hyaena.sampling import SamplingParams
 from hyaena.serve.engine import Delta, Engine, EngineSettings, Request
 
@@ -40,6 +42,18 @@ def long_prompts(session: Session) -> Iterable[Step]:
         yield Step("beside a long prompt", lambda: [_beside(server, 65_536 // scale)])
         yield Step("second turn, 16k", lambda: [_turn(server, 16_384 // scale, 20, rounds=3)])
         yield Step("second turn, 100k", lambda: [_turn(server, 100_000 // scale, 150, rounds=1)])
+
+
+def adapters(session: Session) -> Iterable[Step]:
+    """Streams with an adapter against streams without, and streams over several adapters against one."""
+    tokens, rounds = (8, 1) if session.quick else (64, 5)
+    model, _ = hyaena.load("cub")
+    add_adapter(model, rank=8)  # B is zero: the same text, computed with the adapter
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder, base="cub")
+        options = [f"--adapter=a{number}={folder}" for number in range(4)]
+        with serving("--quiet", "--kv-memory", "0.5", *options) as server:
+            yield Step("with adapters", lambda: _adapted(server, tokens, rounds))
 
 
 def _prompt(length: int, seed: int) -> str:
@@ -90,6 +104,38 @@ def _many(server: ServerProcess, tokens: int, rounds: int) -> Row:
         ratio_name="32 streams / one",
         target=Target(">=", 8),
     )
+
+
+def _adapted(server: ServerProcess, tokens: int, rounds: int) -> list[Row]:
+    """16 streams of the model alone, of one adapter, and over four."""
+    spread = {"none": ["cub"], "one": ["a0"], "four": ["a0", "a1", "a2", "a3"]}
+    rates: dict[str, list[float]] = {name: [] for name in spread}
+    for turn in range(rounds + 1):
+        texts = []
+        for name, models in spread.items():
+            bodies = [_body(_prompt(16, i), tokens) | {"model": models[i % len(models)]} for i in range(16)]
+            answers = _ask(server, *bodies)
+            texts.append([answer.text for answer in answers])
+            if turn:  # the first is a warm-up
+                rates[name].append(_rate(answers))
+        if not texts[0] == texts[1] == texts[2]:
+            raise IncorrectError("an adapter that changes nothing changed a text")
+
+    def row(what: str, ours: str, other: str, other_name: str) -> Row:
+        return Row(
+            what=f"16 streams of {tokens} tokens, {what}",
+            unit="tokens/s",
+            ours=Summary.of(rates[ours]),
+            baseline_name=other_name,
+            baseline=Summary.of(rates[other]),
+            ratio=pairwise(rates[ours], rates[other]),
+            ratio_name=f"{ours} / {other}",
+        )
+
+    return [
+        row("all with one adapter of rank 8", "one", "none", "without an adapter"),
+        row("over four adapters of rank 8", "four", "one", "all with one adapter"),
+    ]
 
 
 def _bare(server: ServerProcess, tokens: int, rounds: int) -> Row:

@@ -217,7 +217,7 @@ def test_metrics_tell_which_adapter(client: tuple[TestClient, dict[str, StripedH
     test.post("/v1/completions", json={"model": "a", "prompt": [1, 2, 3, 4, 5], "max_tokens": 3})
     text = test.get("/metrics").text
     assert 'hyaena:time_to_first_token_seconds_count{model_name="a"}' in text
-    assert 'hyaena:num_requests_running{model_name="base"} 0.0' in text
+    assert 'hyaena:num_requests_running{model_name="base"}' in text
     assert "model_name" in next(line for line in text.splitlines() if line.startswith("hyaena:request_success_total"))
     samples = [line for line in text.splitlines() if line.startswith("hyaena:")]
     assert all("model_name=" in line for line in samples)
