@@ -25,6 +25,7 @@ ray = pytest.importorskip("ray")
 
 from ray import serve  # noqa: E402
 
+from hyaena.errors import InputError  # noqa: E402
 from hyaena.serve.engine import EngineSettings  # noqa: E402
 from hyaena.serve.loading import ServerOptions  # noqa: E402
 from hyaena.serve.ray import application  # noqa: E402
@@ -186,6 +187,12 @@ def test_a_replica_that_dies_hangs_nobody(client: httpx.Client) -> None:
     assert ended[-1]["error"]["code"] == "generation_failed"
     assert [answer.status_code for answer in answers] == [200, 200]
     assert name not in {answer.headers["x-replica"] for answer in answers}
+
+
+@pytest.mark.parametrize("options", [{"replicas": 0}, {"ingresses": "2"}, {"slack": -1}, {"slack": 0.5}])
+def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(options))} must be a whole number of at least"):
+        application(OPTIONS, **options)
 
 
 def test_the_example_serves_until_it_is_interrupted(tmp_path: Path) -> None:

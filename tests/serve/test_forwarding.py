@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
+import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 from starlette.types import Message
 
+from hyaena.errors import UnsupportedError
 from hyaena.serve.app import add_errors
 from hyaena.serve.forwarding import ATTEMPTS, Forwarder, ServerLostError, answer
 from hyaena.serve.metrics import Metrics, merged
@@ -128,3 +131,10 @@ def test_metrics_of_several_servers_are_told_apart() -> None:
     assert 'hyaena:generation_tokens_total{model_name="cub",replica="a"} 3.0' in lines
     assert 'hyaena:generation_tokens_total{model_name="cub",replica="b"} 5.0' in lines
     assert sum(line.startswith("# TYPE hyaena:inter_token_latency_seconds histogram") for line in lines) == 1
+
+
+def test_without_ray_the_deployment_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "hyaena.serve.ray", raising=False)
+    with pytest.raises(UnsupportedError, match=r"hyaena\.serve\.ray needs ray: pip install 'hyaena\[ray\]'"):
+        importlib.import_module("hyaena.serve.ray")

@@ -11,12 +11,18 @@ An *ingress* takes the requests, checks their size and key, and forwards each to
 the application of ``hyaena serve``. Which one is decided by :class:`PrefixRouter`, in the process of the ingress.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
+
+from hyaena.extras import require
+
+require("ray", extra="ray", purpose="hyaena.serve.ray")
 
 from ray import serve
 from ray.exceptions import RayError
