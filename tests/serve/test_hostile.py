@@ -267,3 +267,16 @@ def test_bodies_and_headers_that_do_not_come_end(server: Live, monkeypatch: pyte
         with server.connect(5) as connection:
             connection.sendall(part)
             assert connection.recv(10) == b"", "a connection without a request stays open"
+
+
+def test_clients_that_do_not_read_are_left(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyaena.serve.run.READ_SECONDS", 0.3)
+    data = json.dumps({"prompt": "x" * 150_000}).encode()
+    ask = request(JSON + b"Content-Length: %d\r\n" % len(data), data, b"POST /tokenize HTTP/1.1")
+    with server.connect(20) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with pytest.raises(ConnectionError):  # not a TimeoutError, as if the server waited for the client to read
+            for _ in range(1000):  # hundreds of megabytes of answers
+                connection.sendall(ask)
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
