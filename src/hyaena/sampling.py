@@ -110,8 +110,9 @@ class SamplingParams:
         row = torch.full((vocab_size,), 0.0 if allowed is None else -math.inf, dtype=torch.float32, device="cpu")
         if allowed is not None:
             row[list(allowed)] = 0.0
-        for token, value in pairs:
-            row[token] += value
+        if pairs:
+            tokens, values = zip(*pairs, strict=True)
+            row.index_add_(0, torch.tensor(tokens, device="cpu"), torch.tensor(values, dtype=row.dtype, device="cpu"))
         if bool((row == -math.inf).all()):
             raise InputError("logit_bias and allowed_tokens together forbid every token: allow at least one")
         return row
@@ -157,12 +158,12 @@ def _allowed_ids(ids: Any) -> tuple[int, ...] | None:
         return None
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         raise InputError(f"allowed_tokens must be a list of ids, not {kind_of(ids)}")
-    numbers = []
+    numbers: dict[int, None] = {}  # each once, in order
     for token in ids:
         number = as_whole(token)
         if number is None or number < 0:
             raise InputError(f"allowed_tokens: a token id is a whole number, 0 or more, not {shown(token)}")
-        numbers.append(number)
+        numbers[number] = None
     if not numbers:
         raise InputError("allowed_tokens is empty, so that no token could be chosen: name some, or None for all")
     return tuple(numbers)

@@ -230,37 +230,47 @@ class Engine:
         """Whether nothing is computed any more."""
         return not self._thread.is_alive()
 
-    def check(self, request: Request) -> None:
-        """Refuse a request that could never be served.
+    def check(self, *requests: Request) -> None:
+        """Refuse requests that could never be served. Prompts and parameters that they share are looked at once.
 
         Raises:
             InputError: no prompt, ids outside the vocabulary, biases that leave no token, or an unknown adapter.
             CapacityError: more tokens than the model or the memory takes.
         """
-        size = self.model.config.vocab_size
-        if request.adapter not in self.models:
-            raise InputError(f"the engine has no adapter {printable(request.adapter)}: give it to the engine")
-        if not request.prompt:
-            raise InputError("the prompt is empty: give it at least one token")
-        if len(request.prompt) + request.max_new_tokens > self.max_length:
-            raise CapacityError(
-                f"{len(request.prompt)} tokens of prompt and {request.max_new_tokens} new ones are more than the "
-                f"{self.max_length} that a request may have: shorten the prompt, or ask for fewer new tokens"
-            )
-        require_ids(request.prompt, size)
-        if request.params.biased:
-            request.params.bias(size)
-        self.scheduler.check(len(request.prompt), request.max_new_tokens)
+        size, seen = self.model.config.vocab_size, set()
+        for request in requests:
+            prompt, params = request.prompt, request.params
+            if request.adapter not in self.models:
+                raise InputError(f"the engine has no adapter {printable(request.adapter)}: give it to the engine")
+            if not prompt:
+                raise InputError("the prompt is empty: give it at least one token")
+            if len(prompt) + request.max_new_tokens > self.max_length:
+                raise CapacityError(
+                    f"{len(prompt)} tokens of prompt and {request.max_new_tokens} new ones are more than the "
+                    f"{self.max_length} that a request may have: shorten the prompt, or ask for fewer new tokens"
+                )
+            if id(prompt) not in seen:
+                require_ids(prompt, size)
+            if params.biased and id(params) not in seen:
+                params.bias(size)
+            seen |= {id(prompt), id(params)}
+            self.scheduler.check(len(prompt), request.max_new_tokens)
 
-    def submit(self, request: Request, sink: Sink) -> int:
+    def submit(self, request: Request, sink: Sink, *, checked: bool = False) -> int:
         """Queue a request; its key. The sink is called in the engine's thread and must not wait.
+
+        Args:
+            request: to be queued.
+            sink: called with every token.
+            checked: ``check`` has seen it.
 
         Raises:
             InputError, CapacityError: see ``check``.
             QueueFullError: too many requests are waiting.
             EngineDeadError: the engine has stopped.
         """
-        self.check(request)
+        if not checked:
+            self.check(request)
         row = Row(
             index=0,
             prompt=list(request.prompt),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MOST_LOGPROBS = 2**17
+"""Log-probabilities of prompts in one answer: a JSON text of about 10 MB."""
+
 
 async def read_prefixes(
     server: Server, served: Served, request: Request, body: CompletionBody, prompts: Sequence[Sequence[int]]
@@ -43,6 +46,14 @@ async def read_prefixes(
     if body.logprobs is None:
         return [(text, []) for text in texts]
     top = body.logprobs
+    count = sum(map(len, prompts)) * (1 + top)
+    if count > MOST_LOGPROBS:
+        raise ApiError(
+            400,
+            f"the answer would have {count} log-probabilities, and may have {MOST_LOGPROBS}: ask for fewer logprobs or "
+            "send shorter prompts",
+            param="logprobs",
+        )
     ids = [list(prompt) for prompt in prompts]
     options = {"rank": False, "entropy": False, "top": top, "tokens_per_pass": served.engine.chunk}
     scores: Any = await _read(server, served, request, ids, score_steps(served.model, served.tokenizer, ids, **options))
@@ -87,12 +98,21 @@ async def _read(
             raise too_late() from None
 
 
-def _listed(served: Served, texts: Sequence[Sequence[int]], data: Sequence[dict[str, Any]]) -> Response:
-    """The answer of a route that reads: an entry for every text, and how many tokens they have."""
+async def _listed(
+    served: Served, texts: Sequence[Sequence[int]], found: Sequence[Any], entry: Callable[[Any], dict[str, Any]]
+) -> Response:
+    """The answer of a route that reads: an entry for every text, and how many tokens they have.
+
+    It may be long, so it is written in another thread than that of all streams.
+    """
     count = sum(map(len, texts))
     used = {"prompt_tokens": count, "total_tokens": count}
-    entries = [{"index": index} | entry for index, entry in enumerate(data)]
-    return JSONResponse({"object": "list", "model": served.name, "data": entries, "usage": used})
+
+    def make() -> Response:
+        data = [{"index": index} | entry(one) for index, one in enumerate(found)]
+        return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": used})
+
+    return await asyncio.to_thread(make)
 
 
 def _texts(given: Prompts) -> list[Any]:
@@ -129,12 +149,9 @@ def add_reading(app: FastAPI, server: Server) -> None:
             pool=body.pool,
             tokens_per_pass=served.engine.chunk,
         )
-        data = []
-        for vector in await _read(server, served, request, ids, steps):
-            packed = np.asarray(vector, dtype="<f4")
-            value = packed.tolist() if body.encoding_format == "float" else base64.b64encode(packed.tobytes()).decode()
-            data.append({"object": "embedding", "embedding": value})
-        return _listed(served, ids, data)
+        vectors: Any = await _read(server, served, request, ids, steps)
+        as_text = body.encoding_format == "base64"
+        return await _listed(served, ids, vectors, lambda vector: _embedding_entry(vector, as_text))
 
     @app.post("/score", tags=["reading"])
     async def score(body: ScoreBody, request: Request) -> Response:
@@ -145,7 +162,7 @@ def add_reading(app: FastAPI, server: Server) -> None:
         options = {"both_strands": body.both_strands, "tokens_per_pass": served.engine.chunk}
         steps = score_steps(served.model, served.tokenizer, texts, **options)
         found: Any = await _read(server, served, request, ids, steps)
-        return _listed(served, ids, [_score_entry(score, body.per_token) for score in found])
+        return await _listed(served, ids, found, lambda score: _score_entry(score, body.per_token))
 
     @app.post("/tokenize", tags=["reading"])
     async def tokenize(body: TokenizeBody) -> Response:
@@ -160,10 +177,14 @@ def add_reading(app: FastAPI, server: Server) -> None:
                 ids = served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
         if body.return_token_strs and len(ids) > served.engine.max_length:
             raise ApiError(400, f"{len(ids)} tokens are more than the model takes: ask for fewer token_strs")
-        names = [served.tokenizer.decode([token]) for token in ids] if body.return_token_strs else None
-        return JSONResponse(
-            {"count": len(ids), "max_model_len": served.engine.max_length, "tokens": ids, "token_strs": names}
-        )
+
+        def make() -> Response:
+            names = [served.tokenizer.decode([token]) for token in ids] if body.return_token_strs else None
+            return JSONResponse(
+                {"count": len(ids), "max_model_len": served.engine.max_length, "tokens": ids, "token_strs": names}
+            )
+
+        return await asyncio.to_thread(make)
 
     @app.post("/detokenize", tags=["reading"])
     async def detokenize(body: DetokenizeBody) -> Response:
@@ -171,6 +192,12 @@ def add_reading(app: FastAPI, server: Server) -> None:
         served = server.find(body.model)
         with errors_of_clients():
             return JSONResponse({"prompt": served.tokenizer.decode(body.tokens)})
+
+
+def _embedding_entry(vector: Any, as_text: bool) -> dict[str, Any]:
+    packed = np.asarray(vector, dtype="<f4")
+    value = base64.b64encode(packed.tobytes()).decode() if as_text else packed.tolist()
+    return {"object": "embedding", "embedding": value}
 
 
 def _score_entry(score: Any, per_token: bool) -> dict[str, Any]:

@@ -30,6 +30,9 @@ LAST_SECONDS = 1.0
 HEADER_SECONDS = 30.0
 """The longest time that a connection is kept open without a whole request."""
 
+READ_SECONDS = 60.0
+"""The longest time in which a client reads nothing of what waits for it."""
+
 
 def listen(host: str, port: int) -> socket.socket:
     """Open the socket of a server; port 0 takes a free one.
@@ -122,7 +125,9 @@ class HttpServer(uvicorn.Server):
 
 
 class _HttpConnection(AutoHTTPProtocol):
-    """A connection that is closed when its client does not send a whole request."""
+    """A connection that is closed when its client does not send a whole request, or does not read the answer."""
+
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -130,7 +135,20 @@ class _HttpConnection(AutoHTTPProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._watching.cancel()
+        if self._stalled is not None:
+            self._stalled.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client has not read what was sent."""
+        super().pause_writing()
+        abort = self.transport.abort  # type: ignore[attr-defined]
+        self._stalled = asyncio.get_running_loop().call_later(READ_SECONDS, abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     def _watch(self, before: object) -> None:
         self._watching = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._check, before)

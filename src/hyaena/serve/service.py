@@ -149,11 +149,10 @@ class Generation:
                 )
                 for choice in self.choices
             ]
-            for request in requests:
-                served.engine.check(request)
+            served.engine.check(*requests)
             try:
                 for choice, request in zip(self.choices, requests, strict=True):
-                    self._keys[choice.index] = served.engine.submit(request, self._sink(choice.index))
+                    self._keys[choice.index] = served.engine.submit(request, self._sink(choice.index), checked=True)
             except BaseException:
                 self._cancel()
                 raise

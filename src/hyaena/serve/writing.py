@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -43,7 +44,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
         if body.stream and generation is not None:
             return _stream(answer, generation, body)
         choices = await _collect(generation, request) if generation else _unwritten(prompts, body)
-        return JSONResponse(answer.whole(choices, generation))
+        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(choices, generation)))
 
     @app.post("/v1/chat/completions", tags=["generation"])
     async def chats(body: ChatBody, request: Request) -> Response:
@@ -59,7 +60,8 @@ def add_writing(app: FastAPI, server: Server) -> None:
         answer = ChatAnswer(served, body)
         if body.stream:
             return _stream(answer, generation, body)
-        return JSONResponse(answer.whole(await _collect(generation, request), generation))
+        choices = await _collect(generation, request)
+        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(choices, generation)))
 
 
 def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body: GenerationBody) -> Response:
