@@ -4,7 +4,7 @@ One loop (``reader``) reads texts: short ones packed, long ones layer by layer. 
 collect what is kept of a pass: ``token_scores`` from the final norm, ``pooling`` from any module.
 """
 
-from hyaena.scoring.api import ReadOptions, embed, iter_embeddings, iter_scores, score
+from hyaena.scoring.api import ReadOptions, embed, embed_steps, iter_embeddings, iter_scores, score, score_steps
 from hyaena.scoring.continuations import Continuation, score_continuations
 from hyaena.scoring.places import find_place
 from hyaena.scoring.records import Encoder, NonFiniteRecordError, RecordError
@@ -20,11 +20,13 @@ __all__ = [
     "Score",
     "Wanted",
     "embed",
+    "embed_steps",
     "find_place",
     "iter_embeddings",
     "iter_scores",
     "reverse_complement",
     "score",
     "score_continuations",
+    "score_steps",
     "token_statistics",
 ]
