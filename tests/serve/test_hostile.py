@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.protocol import GenerationBody
 from hyaena.serve.service import Limits
+from serve.clients import once
 from serve.live import Live, live
 
 KEY = "a-key"
@@ -268,6 +270,29 @@ def test_bodies_and_headers_that_do_not_come_end(server: Live, monkeypatch: pyte
         with server.connect(5) as connection:
             connection.sendall(part)
             assert connection.recv(10) == b"", "a connection without a request stays open"
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/embeddings"])
+def test_reading_for_clients_that_left_is_given_up(server: Live, path: str) -> None:
+    begun, release = threading.Event(), threading.Event()
+    held = server.engine.call(once(lambda: (begun.set(), release.wait(30))))
+    try:
+        assert begun.wait(10)
+        data = b'{"input": "abc"}'
+        with server.connect() as connection:
+            line = b"POST " + path.encode() + b" HTTP/1.1"
+            connection.sendall(request(JSON + b"Content-Length: %d\r\n" % len(data), data, line))
+            end = time.monotonic() + 10
+            while len(server.engine._work) < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+            waiting = server.engine._work[1].future
+        while not waiting.cancelled() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert waiting.cancelled()
+    finally:
+        release.set()
+    held.result(10)
+    server.wait_idle()
 
 
 def test_bodies_that_trickle_end(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -475,6 +475,7 @@ class Engine:
             seconds=time.monotonic() - active.arrived,
             adapter=active.request.adapter,
         )
+        self.metrics.observe_load(self)  # a client that has its answer sees it
         _call(active.sink, delta)
 
 
