@@ -68,9 +68,6 @@ def configs(draw: Any) -> dict[str, Any]:
     lists = {
         f"{kind}_layer_idxs": [i for i, k in enumerate(layers) if k == kind] for kind in ("attn", "hcl", "hcm", "hcs")
     }
-    if not any(lists[f"{kind}_layer_idxs"] for kind in ("hcl", "hcm", "hcs")):
-        layers.append("hcs")
-        lists["hcs_layer_idxs"] = [len(layers) - 1]
     taps = st.sampled_from([1, 2, 7, 31, 127, 128, 129, 150])
     return BASE | lists | {
         "num_layers": len(layers),
@@ -96,6 +93,14 @@ def test_every_configuration_equals_the_oracle(config: dict[str, Any], seed: int
     """In float64; the rotary frequencies of the file are float32, in both."""
     model, state = build(config, seed)
     ids = torch.randint(40, (2, 40))
+    assert relative(model(ids), forward(state, config, ids)) < 1e-11
+
+
+def test_attention_alone_is_of_this_format_too() -> None:
+    config = BASE | {key: [] for key in ("hcl_layer_idxs", "hcm_layer_idxs", "hcs_layer_idxs")}
+    config |= {"num_layers": 1, "attn_layer_idxs": [0]}
+    model, state = build(config)
+    ids = torch.randint(40, (1, 30))
     assert relative(model(ids), forward(state, config, ids)) < 1e-11
 
 
