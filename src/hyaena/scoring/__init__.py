@@ -10,9 +10,12 @@ from hyaena.scoring.places import find_place
 from hyaena.scoring.records import Encoder, NonFiniteRecordError, RecordError
 from hyaena.scoring.strands import reverse_complement
 from hyaena.scoring.token_scores import Score, Wanted, token_statistics
+from hyaena.scoring.variants import Edit, EditScore, iter_edit_scores
 
 __all__ = [
     "Continuation",
+    "Edit",
+    "EditScore",
     "Encoder",
     "NonFiniteRecordError",
     "ReadOptions",
@@ -21,6 +24,7 @@ __all__ = [
     "Wanted",
     "embed",
     "find_place",
+    "iter_edit_scores",
     "iter_embeddings",
     "iter_scores",
     "reverse_complement",
