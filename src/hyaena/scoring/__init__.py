@@ -10,7 +10,7 @@ from hyaena.scoring.places import find_place
 from hyaena.scoring.records import Encoder, NonFiniteRecordError, RecordError
 from hyaena.scoring.strands import reverse_complement
 from hyaena.scoring.token_scores import Score, Wanted, token_statistics
-from hyaena.scoring.variants import Edit, EditScore, iter_edit_scores
+from hyaena.scoring.variants import Edit, EditScore, iter_edit_scores, iter_variant_scores, score_variants
 
 __all__ = [
     "Continuation",
@@ -27,8 +27,10 @@ __all__ = [
     "iter_edit_scores",
     "iter_embeddings",
     "iter_scores",
+    "iter_variant_scores",
     "reverse_complement",
     "score",
     "score_continuations",
+    "score_variants",
     "token_statistics",
 ]

@@ -1,4 +1,4 @@
-"""Log-likelihoods of sequences and of edited copies of them: what is equal before an edit is read once.
+"""Log-likelihoods of variants: of sequences and edited copies of them, where what is equal before an edit is read once.
 
 A window is a sequence with its edits. It is read up to its last edit, and the states of the layers are copied shortly
 before every edit. From each copy one row goes on with the edited rest, and one more with the sequence's own. With one
@@ -21,6 +21,7 @@ from hyaena.cache import Cache, Mark
 from hyaena.errors import HyaenaError, InputError, UnsupportedError, shown
 from hyaena.model import StripedHyena
 from hyaena.packing import Snapshots
+from hyaena.records import Checked, Genome, MemoryGenome, Variant, Windows, check_variants
 from hyaena.scoring.reader import Progress, choose_pass
 from hyaena.scoring.records import Encoder, NonFiniteRecordError, RecordError
 from hyaena.scoring.strands import reverse_complement
@@ -101,6 +102,99 @@ class _Item:
         return max(self.forks)
 
 
+def score_variants(
+    model: StripedHyena,
+    tokenizer: Tokenizer,
+    genome: Genome | Mapping[str, str],
+    variants: Iterable[Variant],
+    *,
+    window: int = 8192,
+    grid: int = 1,
+    max_length: int | None = None,
+    **options: Any,
+) -> list[EditScore]:
+    """Score variants of a genome, each in a window of its contig.
+
+    The window of a variant has half of its letters before the variant. At the start of a contig it begins with the
+    contig, and at the end it is cut off. With ``grid`` it begins at a multiple of ``grid``, up to ``grid - 1`` letters
+    earlier, so that neighbours have the same window, which is then read once for all of them. The edited window ends
+    where the window does in the genome: an insertion makes it longer.
+
+    Args:
+        model, tokenizer: see ``iter_edit_scores``.
+        genome: ``records.FastaGenome(path)``, or a dictionary of contigs.
+        variants: ``records.Variant``s, from ``records.read_variants(path)`` or made by hand.
+        window: letters of a window.
+        grid: where windows may begin, at most half a window; 1 puts every variant in the middle.
+        max_length, options: of ``iter_edit_scores``.
+
+    Returns:
+        An EditScore per variant, in their order.
+
+    Raises:
+        InputError: an option out of range, or a variant that does not fit the genome; the message names it.
+        The errors of ``iter_edit_scores``.
+    """
+    limit = model.config.max_length if max_length is None else max_length
+    windows = windows_within(limit, window, grid)
+    sequences = MemoryGenome(genome) if isinstance(genome, Mapping) else genome
+    checked = []
+    for one in check_variants(variants, sequences, windows, max_length=limit):
+        if one.problem:
+            raise InputError(f"variant {one.index} ({one.name}): {one.text}")
+        checked.append(one)
+    found = dict(iter_variant_scores(model, tokenizer, checked, max_length=max_length, **options))
+    return [found[i] for i in range(len(checked))]
+
+
+def windows_within(limit: int, window: int, grid: int) -> Windows:
+    """Windows that a model can read.
+
+    Raises:
+        InputError: a number out of range, or a window that is longer than ``limit``, the context of the model.
+    """
+    windows = Windows.of(window, grid)
+    if window > limit:
+        raise InputError(
+            f"a window of {window:,} letters is longer than the {limit:,} tokens of the model's context: take a "
+            "smaller window, or pass a larger max_length"
+        )
+    return windows
+
+
+def iter_variant_scores(
+    model: StripedHyena, tokenizer: Tokenizer, checked: Sequence[Checked], **options: Any
+) -> Iterator[tuple[int, EditScore]]:
+    """Score variants that lie in their windows; those of one window together.
+
+    Args:
+        model, tokenizer, options: see ``iter_edit_scores``.
+        checked: from ``records.check_variants``, without problems.
+
+    Yields:
+        (position in ``checked``, score), window by window.
+
+    Raises:
+        The errors of ``iter_edit_scores``, with the position of a variant.
+    """
+    groups: dict[tuple[str, int, int], list[int]] = {}
+    for position, one in enumerate(checked):
+        groups.setdefault((one.variant.contig, one.first, one.stop), []).append(position)
+    members = list(groups.values())
+    windows = [
+        (
+            checked[group[0]].text,
+            [Edit(v.start - first, v.reference, v.alternative) for v in (checked[i].variant for i in group)],
+        )
+        for (_, first, _), group in groups.items()
+    ]
+    try:
+        for index, scores in iter_edit_scores(model, tokenizer, windows, **options):
+            yield from zip(members[index], scores, strict=True)
+    except (RecordError, NonFiniteRecordError) as error:
+        raise type(error)(members[error.index][0], error.reason) from error
+
+
 def iter_edit_scores(
     model: StripedHyena,
     tokenizer: Tokenizer,
@@ -158,7 +252,9 @@ def _scores(
     waiting: dict[int, list[list[EditScore]]] = {}
     done = 0
     for batch in _batches(_items(encoder, windows, strands), most):
-        for item, scores in zip(batch, _score_batch(model, batch, method, most) if batch[0].forks else [[]], strict=True):
+        for item, scores in zip(
+            batch, _score_batch(model, batch, method, most) if batch[0].forks else [[]], strict=True
+        ):
             both = waiting.setdefault(item.index, [])
             both.append(scores)
             if len(both) == strands:
@@ -189,9 +285,7 @@ def check_edit(sequence: str, edit: Edit) -> None:
         raise InputError(f"the edit at {start:,} changes nothing")
 
 
-def _items(
-    encoder: Encoder, windows: Iterable[tuple[str, Sequence[Edit]]], strands: int
-) -> Iterator[_Item]:
+def _items(encoder: Encoder, windows: Iterable[tuple[str, Sequence[Edit]]], strands: int) -> Iterator[_Item]:
     for index, (sequence, edits) in enumerate(windows):
         try:
             for edit in edits:
@@ -353,9 +447,7 @@ def _read(model: StripedHyena, batch: Sequence[_Item], method: str, most: int) -
     edges = sorted({*range(0, first, step), *range(first, last, step), last})
     values = []
     for start, stop in itertools.pairwise(edges):
-        stops = {
-            row: {fork - start for fork in item.forks if start < fork <= stop} for row, item in enumerate(batch)
-        }
+        stops = {row: {fork - start for fork in item.forks if start < fork <= stop} for row, item in enumerate(batch)}
         snapshots = Snapshots({row: sorted(places) for row, places in stops.items() if places})
         here = ids[:, start:stop]
         logits = model(here, cache=cache, method=method, snapshots=snapshots if snapshots.stops else None)
@@ -374,11 +466,7 @@ def _parts(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
         if part:
             longest, count = len(part[0].ids), len(part) + 1
             copied = max(one.fork for one in (*part, row)) + longest
-            if (
-                count * longest > most
-                or count * copied > MAX_COPIES * most
-                or longest - len(row.ids) > longest // 16
-            ):
+            if count * longest > most or count * copied > MAX_COPIES * most or longest - len(row.ids) > longest // 16:
                 yield part
                 part = []
         part.append(row)
