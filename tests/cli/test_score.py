@@ -22,7 +22,7 @@ from pyarrow import parquet
 import hyaena
 from hyaena import hub
 from hyaena.cli import main
-from hyaena.cli.batch import _Progress
+from hyaena.cli.progress import Progress
 
 SRC = Path(__file__).parents[2] / "src"
 COMMANDS = {"score": "hyaena.cli.score"}
@@ -340,7 +340,7 @@ def test_the_progress_bar_counts_tokens(
 
 def test_the_rate_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with _Progress(100, show=True) as progress:
+    with Progress(100, unit="tokens", show=True) as progress:
         progress.skip(60)
         progress.begin()
         for counts in ((4, 5), (20, 25), (10,)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from hyaena.records.source import open_source
 _CURE = "check its name and permissions"
 _GZIP = b"\x1f\x8b"
 _BASES = frozenset("ACGT")
+_LINE = 1 << 24
+"""Bytes of a line that are read; genotypes may follow behind."""
 
 
 class Variant(NamedTuple):
@@ -103,49 +106,74 @@ def read_variants(path: str | Path) -> Iterator[Variant]:
 
     Raises:
         InputError: the file cannot be read, or is not VCF; the message names the line.
-        UnsupportedError: pysam is not installed.
+        UnsupportedError: the file is BCF, and pysam is not installed.
     """
     path, label = Path(path), printable(str(path))
-    extras.require("pysam", extra="genomics", purpose="reading VCF")
-    header = _header_lines(path, label)
+    if path.is_dir():
+        raise InputError(f"{label} is a folder: name a VCF file")
+    if not path.is_file():
+        raise InputError(f"cannot read {label}: no such file; {_CURE}")
+    with open_source(path, label, compressed=False, cure=_CURE) as file:
+        compressed = file.read(2) == _GZIP
+    with open_source(path, label, compressed=compressed, cure=_CURE) as file:
+        is_bcf = file.read(3) == b"BCF"
+    rows = _read_bcf(path, label) if is_bcf else _read_vcf(path, label, compressed)
+    for contig, position, name, reference, alternatives, place in rows:
+        for alternative in alternatives:
+            letters = alternative if _is_symbolic(alternative) else alternative.upper()
+            yield Variant(contig, position - 1, reference.upper(), letters, "" if name == "." else name, place)
+
+
+_Rows = Iterator[tuple[str, int, str, str, Sequence[str], str]]
+"""CHROM, POS, ID, REF, the alternatives and the place of each record."""
+
+
+def _read_vcf(path: Path, label: str, compressed: bool) -> _Rows:
+    """The first five columns of each line; what follows them, genotypes among them, is not looked at."""
+    number, header = 0, False
+    with open_source(path, label, compressed=compressed, cure=_CURE) as file:
+        while raw := file.readline(_LINE):
+            number += 1
+            line = raw
+            while not line.endswith(b"\n") and (line := file.readline(_LINE)):
+                pass
+            if number == 1 and not raw.startswith(b"##fileformat=VCF"):
+                raise InputError(f"{label} is not VCF, which begins with '##fileformat=VCFv4.2' or another version")
+            if raw.startswith(b"#"):
+                header |= raw.startswith(b"#CHROM")
+                continue
+            if not raw.strip():
+                continue
+            columns = raw.rstrip(b"\r\n").split(b"\t", 5)
+            whole = len(columns) == 6 or len(raw) < _LINE
+            if not header or len(columns) < 5 or not whole or not re.fullmatch(rb"\d{1,18}", columns[1]):
+                raise InputError(
+                    f"{label}, line {number}: not a record of VCF, which has CHROM, POS, ID, REF and ALT between tabs "
+                    f"(less than {_LINE >> 20} MiB together), below a line '#CHROM…'; correct it, or remove it"
+                )
+            try:
+                contig, _, name, reference, alternatives = (column.decode() for column in columns[:5])
+            except UnicodeDecodeError as error:
+                raise InputError(f"{label}, line {number}: not UTF-8; correct it, or remove it") from error
+            yield contig, int(columns[1]), name, reference, alternatives.split(","), f"line {number}"
+    if not header:
+        raise InputError(f"{label} is not VCF, which has a line that begins with '#CHROM' above its records")
+
+
+def _read_bcf(path: Path, label: str) -> _Rows:
+    extras.require("pysam", extra="genomics", purpose="reading BCF")
     import pysam
 
-    before = pysam.set_verbosity(0)  # what it prints of contigs that the header does not name
+    number = 0
     try:
         with pysam.VariantFile(str(path), drop_samples=True) as file:
-            yield from _alternatives(file, label, header)
-    except (OSError, ValueError, NotImplementedError) as error:
+            for number, record in enumerate(file, start=1):
+                place = f"record {number}"
+                yield record.contig, record.pos, record.id or "", record.ref or "", record.alts or (".",), place
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"{label} is not VCF or BCF ({printable(str(error), limit=80)}): VCF begins with '##fileformat=VCFv4.2'"
+            f"{label}, record {number + 1}: not BCF ({printable(str(error), limit=80)}); write it again with bcftools"
         ) from error
-    finally:
-        pysam.set_verbosity(before)
-
-
-def _alternatives(file: Iterable, label: str, header: int | None) -> Iterator[Variant]:
-    records, number = iter(file), 0
-    while True:
-        number += 1
-        place = f"record {number}" if header is None else f"line {header + number}"
-        try:
-            record = next(records, None)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{label}, {place}: not a record of VCF, which has CHROM, POS, ID, REF and ALT between tabs, and no "
-                "blank lines; correct it, or remove it"
-            ) from error
-        if record is None:
-            return
-        for alternative in record.alts or (".",):
-            symbolic = _is_symbolic(alternative)
-            yield Variant(
-                record.contig,
-                record.pos - 1,
-                (record.ref or "").upper(),
-                alternative if symbolic else alternative.upper(),
-                record.id or "",
-                place,
-            )
 
 
 def check_variants(
@@ -173,7 +201,10 @@ def check_variants(
             if variant.start + len(variant.reference) > stop:
                 reason = f"its reference allele of {len(variant.reference):,} letters reaches out of the window"
             elif grown > max_length:
-                reason = f"its window has {grown:,} letters with the alternative, and the model reads {max_length:,}"
+                reason = (
+                    f"its window has {grown:,} letters with the alternative, and the model reads {max_length:,} (a "
+                    f"window of {windows.size - grown + max_length:,} would do)"
+                )
         if reason is None:
             key = (variant.contig, first, stop)
             if last is None or last[0] != key:
@@ -220,29 +251,3 @@ def _is_symbolic(allele: str) -> bool:
 
 def _cut(allele: str) -> str:
     return shown(allele if len(allele) <= 20 else allele[:17] + "…")
-
-
-def _header_lines(path: Path, label: str) -> int | None:
-    """How many lines the header of a VCF file has; None for BCF, which has no lines.
-
-    Raises:
-        InputError: the file cannot be opened, or is a folder.
-    """
-    if path.is_dir():
-        raise InputError(f"{label} is a folder: name a VCF file")
-    if not path.is_file():
-        raise InputError(f"cannot read {label}: no such file; {_CURE}")
-    with open_source(path, label, compressed=False, cure=_CURE) as file:
-        compressed = file.read(2) == _GZIP
-    with open_source(path, label, compressed=compressed, cure=_CURE) as file:
-        if file.read(3) == b"BCF":
-            return None
-    count = 0
-    with open_source(path, label, compressed=compressed, cure=_CURE) as file:
-        while line := file.readline(1 << 20):
-            if not line.startswith(b"#"):
-                break
-            count += 1
-            while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
-                pass
-    return count
