@@ -260,7 +260,7 @@ def test_a_process_killed_at_random_loses_nothing(model: Path, tmp_path: Path, s
         ("x.fa", ">a\nAC\n", ["--method", "magic"], "magic"),
         ("x.fa", ">a\nAC\n", ["--dtype", "int8"], "dtype int8 cannot hold a model"),
         ("x.fa", ">a\nAC\n", ["--text-key", "seq"], "read as fasta, which has no keys"),
-        ("x.fa", ">a\nAC\n", ["-o", "s.csv"], "must end in one of .parquet"),
+        ("x.fa", ">a\nAC\n", ["-o", "s.xls"], "must end in one of .parquet"),
         ("x.jsonl", '{"text": "AC"}', ["-o", "x.jsonl", "--restart"], "x.jsonl is the input and the output"),
     ],
 )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hyaena.jobs.job import Compute
     from hyaena.model import StripedHyena
     from hyaena.records.contents import Shard
-    from hyaena.scoring import Encoder
+    from hyaena.scoring import Encoder, Excerpt
     from hyaena.tokenizers import Tokenizer
 
 STANDARD_INPUT = "-"
@@ -38,12 +38,15 @@ class Task:
         read: ``read(model, tokenizer, texts, **options)`` gives pairs of a text's number and its result, lazily, and
             checks its options at the call.
         row: the columns of a result.
+        step: letters of a window that a number of the row stands for, where rows are of windows; 0 leaves the column
+            out.
     """
 
     columns: Sequence[Column]
     options: Mapping[str, Any]
     read: Callable[..., Iterator[tuple[int, Any]]]
     row: Callable[[Any], Row]
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
     """
     parser.add_argument("input", help="a file of records; - is standard input, with --format")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help=f"{rows}; FILE ends in .parquet, .jsonl or .npz"
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help=f"{rows}; FILE ends in .parquet, .jsonl, .csv, .tsv or .npz",
     )
 
     group = parser.add_argument_group("input")
@@ -86,6 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
         "--special", action="store_true", help="read names of special tokens in a text, such as </s>, as the tokens"
     )
     group.add_argument("--max-length", type=int, metavar="N", help="allow N tokens in a text (the model's maximum)")
+
+    group = parser.add_argument_group("windows")
+    group.add_argument("--window", type=int, metavar="W", help="cut records into windows of W letters, such as 8192")
+    group.add_argument(
+        "--overlap", type=int, metavar="O", help="of which O are read as context only, such as 4096 (half of W)"
+    )
 
     add_job_arguments(parser, records="records")
 
@@ -133,7 +146,9 @@ def find_files(args: argparse.Namespace) -> Files:
     check_output(output)
     if args.save_every < 1:
         raise InputError(f"--save-every must be at least 1, not {args.save_every}")
+    window, overlap = parse_windows(args)
     keys = {"format": args.format, "text_key": args.text_key, "name_key": args.name_key}
+    keys |= {"window": window, "overlap": overlap}
     if args.input == STANDARD_INPUT:
         if args.format is None:
             raise InputError(f"the format of standard input is not known: add --format {'|'.join(FORMATS)}")
@@ -146,6 +161,25 @@ def find_files(args: argparse.Namespace) -> Files:
         if output.exists() and output.samefile(source.path):
             raise InputError(f"{source.label} is the input and the output: name another output")
     return Files(source, output, shard)
+
+
+def parse_windows(args: argparse.Namespace) -> tuple[int | None, int]:
+    """The letters of a window and of its overlap.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    window, overlap = args.window, args.overlap
+    if window is None:
+        if overlap is not None:
+            raise InputError("--overlap is of windows: add --window")
+        return None, 0
+    if window < 1:
+        raise InputError(f"--window must be at least 1, not {window}")
+    overlap = window // 2 if overlap is None else overlap
+    if not 0 <= overlap < window:
+        raise InputError(f"--overlap must be between 0 and less than the window of {window:,}, not {overlap}")
+    return window, overlap
 
 
 def run(args: argparse.Namespace, files: Files, task: Task) -> int:
@@ -169,6 +203,8 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
     options = {
         "the command": args.command,
         **prepared.options,
+        "--window": files.source.window,
+        "--overlap": files.source.overlap,
         "--shard": str(files.shard),
         "--save-every": args.save_every,
         "--batch-tokens": args.batch_tokens,
@@ -177,7 +213,16 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         **{f"--{name}": getattr(args, name.replace("-", "_")) for name in ("both-strands", "no-bos", "special")},
         **task.options,
     }
-    columns = [Column("name", "text"), *task.columns]
+    columns = [Column("name", "text")]
+    if files.source.window is not None:
+        columns += [Column("contig", "text"), Column("start", "integer"), Column("end", "integer")]
+        columns += [Column("step", "integer")] if task.step else []
+        if files.source.window > encoder.max_length:
+            raise InputError(
+                f"a window of {files.source.window:,} letters is longer than the {encoder.max_length:,} tokens of the "
+                "model's context: take a smaller --window, or a larger --max-length"
+            )
+    columns += task.columns
     with open_job(files.output, columns, options, restart=args.restart) as job:
         source = files.source
         if args.input == STANDARD_INPUT:
@@ -228,10 +273,10 @@ def _compute(
     from hyaena.scoring import NonFiniteRecordError, RecordError
 
     def compute(window: Sequence[Record]) -> Iterable[tuple[int, Row]]:
-        texts = (record.text for record in window)
+        texts = map(_text, window)
         try:
             for index, result in task.read(model, tokenizer, texts, **reading, progress=progress.window()):
-                yield index, {"name": window[index].name, **task.row(result)}
+                yield index, {**_labels(window[index], task.step), **task.row(result)}
         except (RecordError, NonFiniteRecordError) as error:
             record = window[error.index]
             kind = NonFiniteError if isinstance(error, NonFiniteError) else InputError
@@ -240,12 +285,27 @@ def _compute(
     return compute
 
 
-def _tokens(encoder: Encoder, text: str) -> int:
-    """The tokens that are read of a text: start tokens and other strands count."""
+def _text(record: Record) -> str | Excerpt:
+    """What is read of a record."""
+    from hyaena.scoring import Excerpt
+
+    return Excerpt(record.text, record.before, record.after) if record.contig else record.text
+
+
+def _labels(record: Record, step: int) -> Row:
+    """The first columns of its row."""
+    if not record.contig:
+        return {"name": record.name}
+    place = {"contig": record.contig, "start": record.start, "end": record.start + len(record.text)}
+    return {"name": record.name, **place, **({"step": step} if step else {})}
+
+
+def _tokens(encoder: Encoder, record: Record) -> int:
+    """The tokens that are read of a record: start tokens, overlaps and other strands count."""
     from hyaena.scoring import RecordError
 
     try:
-        return sum(map(len, encoder.records([text])))
+        return sum(map(len, encoder.records([_text(record)])))
     except RecordError as error:
         raise InputError(error.reason) from error
 

@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         Progress(stop - first, unit="variants", show=not args.quiet and sys.stderr.isatty()) as progress,
     ):
 
-        def start() -> Compute[Checked]:
+        def start() -> Compute[Any]:
             model = prepared.load()
             progress.begin()
             return partial(_compute, model, prepared.tokenizer, given, reading, progress)

@@ -7,7 +7,7 @@ collect what is kept of a pass: ``token_scores`` from the final norm, ``pooling`
 from hyaena.scoring.api import ReadOptions, embed, iter_embeddings, iter_scores, score
 from hyaena.scoring.continuations import Continuation, score_continuations
 from hyaena.scoring.places import find_place
-from hyaena.scoring.records import Encoder, NonFiniteRecordError, RecordError
+from hyaena.scoring.records import Encoder, Excerpt, NonFiniteRecordError, RecordError
 from hyaena.scoring.strands import reverse_complement
 from hyaena.scoring.token_scores import Score, Wanted, token_statistics
 from hyaena.scoring.variants import Edit, EditScore, iter_edit_scores, iter_variant_scores, score_variants
@@ -17,6 +17,7 @@ __all__ = [
     "Edit",
     "EditScore",
     "Encoder",
+    "Excerpt",
     "NonFiniteRecordError",
     "ReadOptions",
     "RecordError",
