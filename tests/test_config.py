@@ -22,6 +22,14 @@ from hyaena.sizes import LAYER_SIZES, ModelSizes
 
 PARAMETERS = {
     "sh-7b": 7_646_023_680,  # published as 7.65 B; the exact number follows from the checkpoint's key list
+    "evo2-1b-base": 1_107_989_760,
+    "evo2-7b-base": 6_481_059_584,
+    "evo2-7b-262k": 6_481_059_584,
+    "evo2-7b": 6_581_722_880,
+    "evo2-7b-microviridae": 6_481_059_584,
+    "evo2-20b": 19_738_780_160,
+    "evo2-40b-base": 40_331_142_144,
+    "evo2-40b": 41_117_574_144,
     "evo-1-8k": 6_452_781_056,  # published as 6.45 B
     "evo-1-131k": 6_452_781_056,
     "evo-1.5-8k": 6_452_781_056,

@@ -12,7 +12,8 @@ from torch import Tensor
 from configs import TINY, TINY_EVO
 from hyaena.cache import Cache
 from hyaena.errors import CapacityError, InputError, UnsupportedError
-from hyaena.model import MIXERS, Attention, StripedHyena
+from hyaena.layers import MIXERS, Attention
+from hyaena.model import StripedHyena
 from hyaena.ops import pages_for
 
 KINDS = dataclasses.replace(

@@ -17,7 +17,8 @@ from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.decoding import Decoder
 from hyaena.errors import CapacityError, InputError
-from hyaena.model import MIXERS, Attention, StripedHyena
+from hyaena.layers import MIXERS, Attention
+from hyaena.model import StripedHyena
 from hyaena.ops import PAGE, PagedKVState, PagePool, PageTable, pages_for
 from hyaena.sampling import SamplingParams
 from hyaena.sizes import ModelSizes

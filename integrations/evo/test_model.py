@@ -70,7 +70,7 @@ def test_it_is_the_native_model(case: Case) -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     logits.square().mean().backward()
     expected.square().mean().backward()
-    from hyaena.formats.stripedhyena.tensors import state_to_theirs
+    from hyaena.formats.tensors import state_to_theirs
 
     grads = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     theirs = state_to_theirs(grads, model.architecture)

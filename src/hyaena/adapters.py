@@ -31,9 +31,10 @@ from hyaena import files, ops
 from hyaena.checkpoints.files import has_weights, listed
 from hyaena.checkpoints.shards import FLOATING, open_shard
 from hyaena.errors import CheckpointError, ConfigError, InputError, UnsupportedError, printable, shown
-from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats.tensors import format_of
+from hyaena.layers import record
 from hyaena.mappings import read_mapping
-from hyaena.model import StripedHyena, record
+from hyaena.model import StripedHyena
 
 TARGETS = ("qkv_proj", "o_proj", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 """The linear layers of a model by the last part of their names: what LoRA is usually put on."""
@@ -280,6 +281,7 @@ def _fitting(model: StripedHyena, adapter: Adapter) -> dict[str, Update]:
     """
     _check_free(model)
     shapes, unknown, misshapen, updates = _linears(model), [], [], {}
+    original = format_of(model.config)
     for theirs, update in adapter.updates.items():
         key = f"{theirs}.weight"
         name = (original.our_name(key) or key).removesuffix(".weight")

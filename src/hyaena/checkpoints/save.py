@@ -37,12 +37,13 @@ from hyaena.checkpoints.shards import FLOATING
 from hyaena.checkpoints.weights import plain_names
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError, printable, shown
-from hyaena.formats.stripedhyena import config as original_config
-from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats import write_original
+from hyaena.formats.tensors import format_of
 from hyaena.formats.transformers import code as transformers_code
 from hyaena.formats.transformers import config as transformers_config
 from hyaena.formats.transformers import tensors as transformers_tensors
-from hyaena.model import MIXERS, StripedHyena
+from hyaena.layers import MIXERS
+from hyaena.model import StripedHyena
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer, Tokenizer, transformers_files
 
 Layout = Literal["hyaena", "original", "transformers"]
@@ -282,15 +283,18 @@ def _write(
     shards = _split({name: tensor.numel() * dtypes[name].itemsize for name, tensor in state.items()}, limit)
     names = _shard_names(folder, len(shards))
     weight_map: dict[str, str] = {}
-    total = 0
+    total, original = 0, format_of(config)
     config_file = stage / CONFIG_NAMES[layout]
     _write_bytes(config_file, _config_text(config, layout, dtypes["embed_tokens.weight"]).encode())
     for file, keys in zip(names, shards, strict=True):
         tensors = {key: state[key].to("cpu", dtypes[key]) for key in keys}
         if layout == "original":
-            tensors = dict(original.to_theirs(key, tensor, config) for key, tensor in tensors.items())
-            if file == names[-1]:
-                tensors |= original.extra_tensors({}, config)
+            items = (original.to_theirs(key, tensor, config) for key, tensor in tensors.items())
+            tensors = dict(item for item in items if item is not None)
+            if file == names[-1]:  # its head was written with the others
+                tensors |= original.extra_tensors(
+                    {k: t for k, t in state.items() if k != "embed_tokens.weight"}, config
+                )
         elif layout == "transformers":
             tensors = {transformers_tensors.their_name(key): tensor for key, tensor in tensors.items()}
         tensors = _apart(tensors)
@@ -336,7 +340,7 @@ def _config_text(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> str
     if layout == "original":
         import yaml
 
-        return yaml.safe_dump(original_config.write_config(config), sort_keys=False, default_flow_style=None, width=120)
+        return yaml.safe_dump(write_original(config), sort_keys=False, default_flow_style=None, width=120)
     values = config.to_dict()
     if layout == "transformers":
         head = {"architectures": [transformers_config.ARCHITECTURE], "dtype": str(dtype).removeprefix("torch.")}

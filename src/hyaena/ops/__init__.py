@@ -2,6 +2,18 @@
 
 from hyaena.ops.attention import Documents, attention, find_documents
 from hyaena.ops.backend import Backend, resolve_backend
+from hyaena.ops.fp8 import (
+    FP8_LARGEST,
+    FP8_MODES,
+    Quantized,
+    check_fp8_sizes,
+    fp8_linear,
+    fp8_product,
+    fp8_road,
+    is_hopper,
+    quantize_fp8,
+    quantize_weight,
+)
 from hyaena.ops.gate import ACTIVATIONS, gate
 from hyaena.ops.hyena import HyenaState, capabilities, hyena, hyena_states
 from hyaena.ops.kv import KVState
@@ -29,13 +41,15 @@ from hyaena.ops.long_conv import (
 from hyaena.ops.lora import lora_linear
 from hyaena.ops.norm import rms_norm
 from hyaena.ops.pages import PAGE, PagedKVState, PagedRows, PagePool, PageTable, pages_for
-from hyaena.ops.rope import rotary_table, rotate
+from hyaena.ops.rope import rotary_frequencies, rotary_table, rotate
 from hyaena.ops.short_conv import short_conv
 from hyaena.ops.state import RowTensors
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 
 __all__ = [
     "ACTIVATIONS",
+    "FP8_LARGEST",
+    "FP8_MODES",
     "METHODS",
     "PAGE",
     "TRUNCATION_TOLERANCE",
@@ -55,6 +69,7 @@ __all__ = [
     "PageTable",
     "PagedKVState",
     "PagedRows",
+    "Quantized",
     "RMSNormWeight",
     "RealModalFilter",
     "RowTensors",
@@ -62,20 +77,28 @@ __all__ = [
     "Truncation",
     "attention",
     "capabilities",
+    "check_fp8_sizes",
     "choose_window",
     "decay_lengths",
     "dropped_energy",
     "find_documents",
+    "fp8_linear",
+    "fp8_product",
+    "fp8_road",
     "gate",
     "hyena",
     "hyena_states",
+    "is_hopper",
     "kinds_of",
     "linear",
     "long_conv",
     "lora_linear",
     "pages_for",
+    "quantize_fp8",
+    "quantize_weight",
     "resolve_backend",
     "rms_norm",
+    "rotary_frequencies",
     "rotary_table",
     "rotate",
     "short_conv",

@@ -17,6 +17,7 @@ from hyaena import ModelConfig, ops
 from hyaena.cache import Cache
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError
+from hyaena.layers import Rotary
 
 if TYPE_CHECKING:
     from stripedhyena.model import StripedHyena
@@ -179,7 +180,7 @@ def make_context(
     if padding_mask is not None:
         padding_mask = _leading(padding_mask, ids, cached=memory is not None)
     return ForwardContext.of(
-        config,
+        Rotary(config),
         ids,
         cache=None if memory is None else memory.cache,
         mask=padding_mask,

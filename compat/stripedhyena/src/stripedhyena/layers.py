@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hyaena import ModelConfig, model, ops
+from hyaena import ModelConfig, layers, ops
 from hyaena.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ class Renamed(nn.Module):
         super().__setattr__(self.names.get(name, name), value)
 
 
-class RMSNorm(Renamed, model.RMSNorm):
+class RMSNorm(Renamed, layers.RMSNorm):
     """hyaena's RMSNorm with the parameter ``scale``."""
 
     names: ClassVar = {"weight": "scale"}
 
 
-class ParallelGatedMLP(Renamed, model.GatedMLP):
+class ParallelGatedMLP(Renamed, layers.GatedMLP):
     """hyaena's gated MLP, ``l3(act(l1(x)) · l2(x))``."""
 
     names: ClassVar = {"gate_proj": "l1", "up_proj": "l2", "down_proj": "l3"}
@@ -67,7 +67,7 @@ class RotaryEmbedding(nn.Module):
         return
 
 
-class MHA(Renamed, model.Attention):
+class MHA(Renamed, layers.Attention):
     """hyaena's attention: ``Wqkv``, rotary positions, causal softmax, ``out_proj``."""
 
     names: ClassVar = {"qkv_proj": "Wqkv", "o_proj": "out_proj"}
