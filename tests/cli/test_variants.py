@@ -79,11 +79,13 @@ def rows(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+@pytest.mark.parametrize("name", ["evo-tiny", "evo2-tiny"])
 @pytest.mark.parametrize("grid", [1, 16])
 @pytest.mark.parametrize("both", [False, True])
 def test_rows_are_the_scores_of_both_full_windows(
-    model: Path, folder: Path, grid: int, both: bool, capsys: pytest.CaptureFixture[str]
+    golden: Path, folder: Path, grid: int, both: bool, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model = golden / name
     assert variants(model, "-o", "s.jsonl", "--grid", grid, *["--both-strands"] * both) == 0
     out, err = capsys.readouterr()
     assert out == "s.jsonl: 22 variants\n"
@@ -93,9 +95,9 @@ def test_rows_are_the_scores_of_both_full_windows(
     lines = [line.split("\t") for line in GOOD]
     expected = [(c, int(p), n, r.upper(), a) for c, p, n, r, alts, *_ in lines for a in alts.split(",")]
     assert len(found) == len(expected)
-    for one, (contig, position, name, ref, alt) in zip(found, expected, strict=True):
+    for one, (contig, position, rs, ref, alt) in zip(found, expected, strict=True):
         assert (one["contig"], one["position"], one["ref"], one["alt"]) == (contig, position, ref, alt)
-        assert one["id"] == ("" if name == "." else name)
+        assert one["id"] == ("" if rs == "." else rs)
         start = max(0, (position - 1 - WINDOW // 2) // grid * grid)
         stop = min(len(GENOME[contig]), start + WINDOW)
         assert (one["window_start"], one["window_end"]) == (start, stop)

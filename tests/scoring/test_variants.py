@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from configs import TINY, TINY_BYTES, TINY_EVO
 from hyaena.config import ModelConfig
 from hyaena.errors import HyaenaError, InputError
 from hyaena.model import StripedHyena
-from hyaena.scoring import Edit, iter_edit_scores, reverse_complement
+from hyaena.records import Variant, Windows
+from hyaena.scoring import Edit, iter_edit_scores, reverse_complement, score_variants
 from hyaena.scoring.variants import FORK_STEP
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
 from models import spread
@@ -90,6 +92,45 @@ def test_shared_windows_score_as_both_full_windows(
             assert score.reference == pytest.approx(reference, rel=1e-5)  # float32
             assert score.alternative == pytest.approx(whole(model, changed(sequence, one), **options), rel=1e-5)
             assert score.difference == score.alternative - score.reference
+
+
+@pytest.mark.parametrize("name", ["evo-tiny", "evo2-tiny", "evo2-tiny/hcm128"])
+def test_models_of_the_family_agree(golden: Path, name: str) -> None:
+    """The original's weights, an explicit filter of 128 taps among them."""
+    model, tokenizer = hyaena.load(golden / name, device="cpu")
+    sequence = dna(200)
+    edits = some_edits(sequence)
+    for both in (False, True):
+        ((_, scores),) = iter_edit_scores(model, tokenizer, [(sequence, edits)], both_strands=both)
+        for one, score in zip(edits, scores, strict=True):
+            want = hyaena.score(model, tokenizer, [sequence, changed(sequence, one)], both_strands=both)
+            assert (score.reference, score.alternative) == pytest.approx(tuple(w.sum for w in want), rel=1e-5)
+            assert score.difference == pytest.approx(want[1].sum - want[0].sum, abs=1e-3)
+
+
+def test_variants_of_a_genome_in_shared_windows() -> None:
+    """Grid windows against exact scores of the same windows, by the function that takes a genome."""
+    model, contig = spread(EVO), dna(400, 9)
+    genome = {"chr1": contig, "chr2": dna(30, 10).lower()}
+    starts = [0, 5, 150, 151, 170, 200, 399]
+    variants = [Variant("chr1", p, contig[p], other(contig[p])) for p in starts]
+    second = genome["chr2"].upper()
+    variants.append(Variant("chr2", 7, second[7:9], second[7]))
+    for grid in (1, 25, 50):
+        found = score_variants(model, TOKENIZER, genome, variants, window=100, grid=grid)
+        for variant, score in zip(variants, found, strict=True):
+            text = genome[variant.contig].upper()
+            first, stop = Windows.of(100, grid).place(variant.start, len(text))
+            one = Edit(variant.start - first, variant.reference, variant.alternative)
+            want = [whole(model, t) for t in (text[first:stop], changed(text[first:stop], one))]
+            assert score.difference == pytest.approx(want[1] - want[0], abs=1e-3)
+            assert tuple(score) == pytest.approx(tuple(want), rel=1e-5)
+    with pytest.raises(InputError, match=r"variant 1 .*: its reference allele is"):
+        score_variants(
+            model, TOKENIZER, genome, [variants[0], Variant("chr1", 1, other(contig[1]), contig[1])], window=100
+        )
+    with pytest.raises(InputError, match="a window of 4,096 letters is longer than the 2,048 tokens"):
+        score_variants(model, TOKENIZER, genome, variants, window=4096)
 
 
 def test_a_window_is_read_once_and_each_edit_from_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
