@@ -17,7 +17,7 @@ from pyarrow import parquet
 import hyaena
 from hyaena import hub
 from hyaena.cli import main
-from hyaena.scoring import variants as scoring
+from hyaena.scoring import edits as scoring
 
 pytest.importorskip("pysam")
 

@@ -18,7 +18,7 @@ from hyaena.errors import HyaenaError, InputError
 from hyaena.model import StripedHyena
 from hyaena.records import Variant, Windows
 from hyaena.scoring import Edit, iter_edit_scores, reverse_complement, score_variants
-from hyaena.scoring.variants import FORK_STEP
+from hyaena.scoring.edits import FORK_STEP
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
 from models import spread
 
