@@ -19,7 +19,7 @@ SUITE = Suite(
         Benchmark("correct", "scoring.gpu:correct", "packed and layer by layer against one pass", 0.5, required=True),
         Benchmark("attention", "scoring.gpu:attention", "attention of a chunk after a long past, by kernel", 0.3),
         Benchmark("packed", "scoring.gpu:packed", "2,000 sequences of 200 to 4,000 tokens", 2.5),
-        Benchmark("variants", "scoring.variants:on_gpu", "SNVs in shared windows against full ones, Evo 2 7B", 2),
+        Benchmark("variants", "scoring.variants:on_gpu", "SNVs in shared windows against full ones, Evo 2 7B", 1.2),
         Benchmark("long", "scoring.gpu:long", "one sequence of 131,072 and one of 1,000,000 tokens", 5.5),
     ),
     session="gpu.session:GpuSession",
