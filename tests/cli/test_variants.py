@@ -129,7 +129,7 @@ def test_an_interrupted_job_goes_on_and_gives_the_same_bytes(
 ) -> None:
     command = ["--save-every", 2 * WINDOW, *options]
     assert variants(model, "-o", "whole.parquet", *command) == 0
-    read, made = scoring._read, 0
+    read, made = scoring._Reading.read, 0
 
     def interrupted(*args: Any) -> Any:
         nonlocal made
@@ -138,7 +138,7 @@ def test_an_interrupted_job_goes_on_and_gives_the_same_bytes(
             raise KeyboardInterrupt
         return read(*args)
 
-    monkeypatch.setattr(scoring, "_read", interrupted)
+    monkeypatch.setattr(scoring._Reading, "read", interrupted)
     statuses = []
     while not statuses or statuses[-1]:
         assert len(statuses) < 20
@@ -152,10 +152,10 @@ def test_an_interrupted_job_goes_on_and_gives_the_same_bytes(
 def test_a_job_does_not_go_on_with_another_genome_or_other_options(
     model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    read = scoring._read
+    read = scoring._Reading.read
     count = iter(range(100))
     monkeypatch.setattr(
-        scoring, "_read", lambda *a: read(*a) if next(count) < 4 else (_ for _ in ()).throw(OSError("x"))
+        scoring._Reading, "read", lambda *a: read(*a) if next(count) < 4 else (_ for _ in ()).throw(OSError("x"))
     )
     command = ["-o", "s.parquet", "--save-every", 2 * WINDOW]
     assert variants(model, *command) == 2

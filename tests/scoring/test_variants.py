@@ -14,10 +14,12 @@ import torch
 import hyaena
 from configs import TINY, TINY_BYTES, TINY_EVO
 from hyaena.config import ModelConfig
-from hyaena.errors import HyaenaError, InputError
+from hyaena.errors import HyaenaError, InputError, UnsupportedError
 from hyaena.model import StripedHyena
+from hyaena.packing import Snapshots
 from hyaena.records import Variant, Windows
 from hyaena.scoring import Edit, iter_edit_scores, reverse_complement, score_variants
+from hyaena.scoring import edits as sharing
 from hyaena.scoring.edits import FORK_STEP
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
 from models import spread
@@ -154,6 +156,27 @@ def test_a_window_is_read_once_and_each_edit_from_its_place(monkeypatch: pytest.
     assert sum(read) <= (512 + rests) * (1 + 1 / 16)
 
 
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_few_copies_of_states_are_kept(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = spread(MULTI)
+    sequences = [dna(200), dna(180, 1)]
+    windows = [(s, [edit(s, p, 1, other(s[p])) for p in range(0, len(s), 7)]) for s in sequences]
+    expected = list(iter_edit_scores(model, TOKENIZER, windows))
+    held, fork = [], sharing._Reading.fork
+
+    def watching(self: sharing._Reading, *args: Any) -> Any:
+        held.append(len(self.states))
+        return fork(self, *args)
+
+    monkeypatch.setattr(sharing, "MAX_STATES", most)
+    monkeypatch.setattr(sharing._Reading, "fork", watching)
+    found = list(iter_edit_scores(model, TOKENIZER, windows))
+    assert 0 < max(held) <= most + 1  # both sequences fork at one place
+    for (_, one), (_, other_scores) in zip(found, expected, strict=True):
+        for a, b in zip(one, other_scores, strict=True):
+            assert tuple(a) == pytest.approx(tuple(b), rel=1e-5)
+
+
 def test_windows_that_are_alike_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model, shapes = spread(HESSIAN), []
     forward = StripedHyena.forward
@@ -235,6 +258,13 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
         model.norm.weight.fill_(float("nan"))
     with pytest.raises(HyaenaError, match="not finite"):
         list(iter_edit_scores(model, TOKENIZER, [("ACGTACGT", [Edit(4, "A", "T")])]))
+
+
+def test_a_mixer_whose_states_are_not_copied_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Snapshots, "states", lambda *_: {})
+    sequence = dna(64)
+    with pytest.raises(UnsupportedError, match="layer 0 does not evaluate its recurrence through the context"):
+        list(iter_edit_scores(spread(HESSIAN), TOKENIZER, [(sequence, [edit(sequence, 40, 1, other(sequence[40]))])]))
 
 
 def test_edits_at_every_place_agree() -> None:

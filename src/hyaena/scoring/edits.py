@@ -9,8 +9,9 @@ what follows it.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ FORK_STEP = 16
 """States are copied after a multiple of so many tokens, so that neighbouring edits share a copy."""
 ALIKE = 256
 """Windows are read together whose first copies are at most so many tokens apart."""
+MAX_STATES = 128
+"""Copies of states that are kept; then the rows that go on from them are read. One of Evo 2 7B has about 20 MB."""
 MAX_COPIES = 2
 """Tokens whose keys and values are copied at a time, in passes, or one row where it is longer."""
 WANTED = Wanted(entropy=False, rank=False)
@@ -67,38 +70,63 @@ class EditScore(NamedTuple):
         return self.alternative - self.reference
 
 
-class _Row(NamedTuple):
-    """What is read from a copy of the states on.
+class _Change(NamedTuple):
+    """An edit of token ids: ``ids[start:stop]`` become ``new``. It forks after ``fork`` tokens."""
 
-    Attributes:
-        item: the number of the sequence in its batch.
-        edit: the number of the edit; None for the sequence itself.
-        fork: tokens before.
-        ids: int64 [n], the tokens from there on; the first one is the sequence's, and is predicted before the fork.
-    """
-
-    item: int
-    edit: int | None
     fork: int
-    ids: Tensor
+    start: int
+    stop: int
+    new: list[int]
 
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """One strand of a window: its ids, BOS included, and per edit where it forks and how it goes on."""
+    """One strand of a window: the number of the window, its ids, BOS included, and its edits."""
 
     index: int
     ids: Tensor
-    forks: list[int]
-    rests: list[Tensor]
+    changes: list[_Change]
 
     @property
     def first(self) -> int:
-        return min(self.forks)
+        return min(change.fork for change in self.changes)
 
     @property
     def last(self) -> int:
-        return max(self.forks)
+        return max(change.fork for change in self.changes)
+
+
+class _Row(NamedTuple):
+    """What is read from a copy of the states on; its first token is the sequence's own, and predicted before the fork.
+
+    Attributes:
+        number: of the sequence in its batch.
+        item: the sequence.
+        edit: the number of its edit; None for the sequence itself.
+        fork: tokens before.
+    """
+
+    number: int
+    item: _Item
+    edit: int | None
+    fork: int
+
+    @property
+    def length(self) -> int:
+        """Tokens from the fork on."""
+        if self.edit is None:
+            return len(self.item.ids) - self.fork
+        _, start, stop, new = self.item.changes[self.edit]
+        return len(self.item.ids) - self.fork - (stop - start) + len(new)
+
+    @property
+    def ids(self) -> Tensor:
+        """These tokens, int64 [length]."""
+        ids = self.item.ids
+        if self.edit is None:
+            return ids[self.fork :]
+        _, start, stop, new = self.item.changes[self.edit]
+        return torch.cat([ids[self.fork : start], torch.tensor(new, dtype=torch.int64), ids[stop:]])
 
 
 def iter_edit_scores(
@@ -159,7 +187,7 @@ def _scores(
     done = 0
     for batch in _batches(_items(encoder, windows, strands), most):
         for item, scores in zip(
-            batch, _score_batch(model, batch, method, most) if batch[0].forks else [[]], strict=True
+            batch, _score_batch(model, batch, method, most) if batch[0].changes else [[]], strict=True
         ):
             both = waiting.setdefault(item.index, [])
             both.append(scores)
@@ -220,21 +248,19 @@ def _item(encoder: Encoder, index: int, sequence: str, edits: Sequence[Edit]) ->
         raise InputError(error.reason) from None
     ids, before = record.ids, record.context
     _require_letters(len(ids) - before, sequence)
-    forks, rests = [], []
+    changes = []
     for start, reference, alternative in edits:
-        replaced = torch.tensor(_letters(encoder.tokenizer, alternative), dtype=torch.int64)
+        new, place = _letters(encoder.tokenizer, alternative), before + start
         # strictly before the edit, so that the token at the fork is the sequence's own
-        fork = max(0, (before + start - 1) // FORK_STEP * FORK_STEP)
-        fork = min(fork, len(ids) - 1)
-        rest = torch.cat([ids[fork : before + start], replaced, ids[before + start + len(reference) :]])
-        if fork + len(rest) > encoder.max_length:
+        fork = min(max(0, (place - 1) // FORK_STEP * FORK_STEP), len(ids) - 1)
+        length = len(ids) - len(reference) + len(new)
+        if length > encoder.max_length:
             raise InputError(
-                f"{fork + len(rest):,} tokens of the sequence with the edit at {start:,} pass the maximum length "
+                f"{length:,} tokens of the sequence with the edit at {start:,} pass the maximum length "
                 f"{encoder.max_length:,}: take a smaller window, or leave the edit out"
             )
-        forks.append(fork)
-        rests.append(rest)
-    return _Item(index, ids, forks, rests)
+        changes.append(_Change(fork, place, place + len(reference), new))
+    return _Item(index, ids, changes)
 
 
 def _letters(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -256,8 +282,8 @@ def _batches(items: Iterable[_Item], most: int) -> Iterator[list[_Item]]:
     batch: list[_Item] = []
     for item in items:
         if batch and not (
-            item.forks
-            and batch[0].forks
+            item.changes
+            and batch[0].changes
             and abs(item.first - batch[0].first) <= ALIKE
             and (len(batch) + 1) * max(one.last for one in (*batch, item)) <= most
         ):
@@ -268,21 +294,60 @@ def _batches(items: Iterable[_Item], most: int) -> Iterator[list[_Item]]:
         yield batch
 
 
-@dataclass
-class _Read:
-    """Sequences that were read up to their last forks.
+class _Reading:
+    """Sequences on their way to their last forks.
+
+    The pass is cut at the first fork of all, so that states inside a pass are computed for few tokens, and wherever
+    ``MAX_STATES`` copies have come together. A sequence that forks for the last time before the others is read on, and
+    shorter ones are padded: neither changes what was copied before.
 
     Attributes:
-        cache: a row per sequence.
-        start: the empty cache's mark.
-        states: (row, fork) -> layer -> state.
-        sums: float64 [R,n+1], log-likelihood of the tokens up to each, that token included.
+        sums: float64 [R,n+1], the log-likelihood of the tokens up to each, that token included.
     """
 
-    cache: Cache
-    start: Mark
-    states: dict[tuple[int, int], Mapping[int, Any]] = field(default_factory=dict)
-    sums: Tensor = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.float64))
+    def __init__(self, model: StripedHyena, batch: Sequence[_Item], method: str, most: int) -> None:
+        self.model, self.batch, self.method = model, batch, method
+        first, last = min(item.first for item in batch), max(item.last for item in batch)
+        ids = torch.nn.utils.rnn.pad_sequence([item.ids[: last + 1] for item in batch], batch_first=True)
+        self.ids = torch.nn.functional.pad(ids, (0, last + 1 - ids.shape[1])).to(model.device)
+        self.cache = model.make_cache(len(batch), max_length=max(1, last), method=method)
+        self.start = self.cache.mark()
+        self.states: dict[tuple[int, int], Mapping[int, Any]] = {}
+        self.sums = torch.zeros(len(batch), last + 1, dtype=torch.float64)
+        step = max(1, most // len(batch))
+        edges = {*range(0, first, step), *range(first, last, step), last}
+        copies = 0
+        for fork, count in sorted(Counter(fork for item in batch for fork in _forks(item)).items()):
+            copies += count
+            if copies >= MAX_STATES:
+                edges.add(fork)
+                copies = 0
+        self.edges = sorted(edges)
+
+    def read(self) -> Iterator[int]:
+        """Read on; yield how many tokens are read where the copies have to be used, which are then dropped."""
+        for start, stop in itertools.pairwise(self.edges):
+            self._pass(start, stop)
+            if len(self.states) >= MAX_STATES:
+                yield stop
+                self.states.clear()
+        yield self.edges[-1]
+
+    def _pass(self, start: int, stop: int) -> None:
+        stops = {
+            row: [fork - start for fork in _forks(item) if start < fork <= stop] for row, item in enumerate(self.batch)
+        }
+        snapshots = Snapshots({row: places for row, places in stops.items() if places})
+        logits = self.model(
+            self.ids[:, start:stop],
+            cache=self.cache,
+            method=self.method,
+            snapshots=snapshots if snapshots.stops else None,
+        )
+        values = _logprobs(self.model, logits, self.ids[:, start + 1 : stop + 1]).double().cpu()
+        self.sums[:, start + 1 : stop + 1] = self.sums[:, start, None] + values.cumsum(1)
+        for row, places in stops.items():
+            self.states |= {(row, start + place): snapshots.states(row, place) for place in places}
 
     def fork(self, rows: Sequence[_Row], longest: int) -> Cache:
         """A cache whose rows hold what stands before the forks of ``rows``, with room for ``longest`` more tokens.
@@ -291,7 +356,7 @@ class _Read:
             UnsupportedError: a layer's state was not copied.
         """
         room = max(self.cache.length, max(row.fork for row in rows) + longest)
-        copies = self.cache.select([row.item for row in rows], max_length=room)
+        copies = self.cache.select([row.number for row in rows], max_length=room)
         parts: list[Any] = []
         for layer, empty in enumerate(self.start.parts):
             if empty is None:  # keys and values: those behind the fork are cut off
@@ -299,7 +364,7 @@ class _Read:
                 continue
             try:
                 found = [
-                    self.states[row.item, row.fork][layer] if row.fork else empty.select([row.item]) for row in rows
+                    self.states[row.number, row.fork][layer] if row.fork else empty.select([row.number]) for row in rows
                 ]
             except KeyError:
                 raise UnsupportedError(
@@ -311,20 +376,26 @@ class _Read:
         return copies
 
 
+def _forks(item: _Item) -> list[int]:
+    """Where an item forks, each place once, rising; 0 needs no copy."""
+    return sorted({change.fork for change in item.changes if change.fork})
+
+
 @torch.inference_mode()
 def _score_batch(model: StripedHyena, batch: Sequence[_Item], method: str, most: int) -> list[list[EditScore]]:
-    read = _read(model, batch, method, most)
-    rows = [_Row(i, None, item.last, item.ids[item.last :]) for i, item in enumerate(batch)]
+    rows = [_Row(i, item, None, item.last) for i, item in enumerate(batch)]
     rows += [
-        _Row(i, number, fork, rest)
-        for i, item in enumerate(batch)
-        for number, (fork, rest) in enumerate(zip(item.forks, item.rests, strict=True))
+        _Row(i, item, number, change.fork) for i, item in enumerate(batch) for number, change in enumerate(item.changes)
     ]
-    rows.sort(key=lambda row: -len(row.ids))
+    rows.sort(key=lambda row: -row.length)
     totals: dict[tuple[int, int | None], float] = {}
-    for part in _parts(rows, most):
-        for row, value in zip(part, _continue(model, read, part, method, most), strict=True):
-            totals[row.item, row.edit] = float(read.sums[row.item, row.fork]) + value
+    reading = _Reading(model, batch, method, most)
+    for stop in reading.read():
+        ready = [row for row in rows if row.fork <= stop]
+        rows = [row for row in rows if row.fork > stop]
+        for part in _parts(ready, most):
+            for row, value in zip(part, _continue(reading, part, most), strict=True):
+                totals[row.number, row.edit] = float(reading.sums[row.number, row.fork]) + value
     for (i, _), total in totals.items():
         if total - total != 0:
             raise NonFiniteRecordError(
@@ -332,37 +403,9 @@ def _score_batch(model: StripedHyena, batch: Sequence[_Item], method: str, most:
                 "its logits are not finite; check the weights with `hyaena info`, or compute in float32",
             )
     return [
-        [EditScore(totals[i, None], totals[i, number]) for number in range(len(item.forks))]
+        [EditScore(totals[i, None], totals[i, number]) for number in range(len(item.changes))]
         for i, item in enumerate(batch)
     ]
-
-
-def _read(model: StripedHyena, batch: Sequence[_Item], method: str, most: int) -> _Read:
-    """Read sequences up to their last forks; copy the states at all forks.
-
-    The pass is cut at the first fork of all, so that states inside a pass are computed for few tokens. A sequence
-    that forks for the last time before the others is read on, and shorter ones are padded: neither changes what was
-    copied before.
-    """
-    first, last = min(item.first for item in batch), max(item.last for item in batch)
-    ids = torch.nn.utils.rnn.pad_sequence([item.ids[: last + 1] for item in batch], batch_first=True)
-    ids = torch.nn.functional.pad(ids, (0, last + 1 - ids.shape[1])).to(model.device)
-    cache = model.make_cache(len(batch), max_length=max(1, last), method=method)
-    read = _Read(cache, cache.mark())
-    step = max(1, most // len(batch))
-    edges = sorted({*range(0, first, step), *range(first, last, step), last})
-    values = []
-    for start, stop in itertools.pairwise(edges):
-        stops = {row: {fork - start for fork in item.forks if start < fork <= stop} for row, item in enumerate(batch)}
-        snapshots = Snapshots({row: sorted(places) for row, places in stops.items() if places})
-        here = ids[:, start:stop]
-        logits = model(here, cache=cache, method=method, snapshots=snapshots if snapshots.stops else None)
-        values.append(_logprobs(model, logits, ids[:, start + 1 : stop + 1]))
-        for row, places in stops.items():
-            read.states |= {(row, start + place): snapshots.states(row, place) for place in places}
-    sums = torch.cat(values, dim=1).double().cumsum(1) if values else torch.zeros(len(batch), 0).double()
-    read.sums = torch.nn.functional.pad(sums, (1, 0)).cpu()
-    return read
 
 
 def _parts(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
@@ -370,9 +413,9 @@ def _parts(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
     part: list[_Row] = []
     for row in rows:
         if part:
-            longest, count = len(part[0].ids), len(part) + 1
+            longest, count = part[0].length, len(part) + 1
             copied = max(one.fork for one in (*part, row)) + longest
-            if count * longest > most or count * copied > MAX_COPIES * most or longest - len(row.ids) > longest // 16:
+            if count * longest > most or count * copied > MAX_COPIES * most or longest - row.length > longest // 16:
                 yield part
                 part = []
         part.append(row)
@@ -380,19 +423,19 @@ def _parts(rows: Sequence[_Row], most: int) -> Iterator[list[_Row]]:
         yield part
 
 
-def _continue(model: StripedHyena, read: _Read, rows: Sequence[_Row], method: str, most: int) -> list[float]:
+def _continue(reading: _Reading, rows: Sequence[_Row], most: int) -> list[float]:
     """The log-likelihoods of all tokens of rows but their first."""
-    width = len(rows[0].ids)
+    model, width = reading.model, rows[0].length
     if width == 1:
         return [0.0] * len(rows)
-    cache = read.fork(rows, width - 1)
+    cache = reading.fork(rows, width - 1)
     ids = torch.nn.utils.rnn.pad_sequence([row.ids for row in rows], batch_first=True).to(model.device)
     values, position = [], 0
     for part in ids[:, :-1].split(max(1, most // len(rows)), dim=1):
         targets = ids[:, position + 1 : position + 1 + part.shape[1]]
-        values.append(_logprobs(model, model(part, cache=cache, method=method), targets))
+        values.append(_logprobs(model, model(part, cache=cache, method=reading.method), targets))
         position += part.shape[1]
-    counts = torch.tensor([len(row.ids) - 1 for row in rows], device=model.device)
+    counts = torch.tensor([row.length - 1 for row in rows], device=model.device)
     there = torch.arange(width - 1, device=model.device) < counts[:, None]
     return torch.where(there, torch.cat(values, dim=1).double(), 0.0).sum(1).tolist()
 
