@@ -18,11 +18,10 @@ from torch import nn
 
 from benchmarks.kernels.log import Log
 from benchmarks.registry import require_equal
-from hyaena import ops
 from hyaena.bench.clock import call_times, graph_times, release
 from hyaena.bench.rates import measure_bandwidth, measure_flops
 from hyaena.fp8 import FP8Linear
-from hyaena.ops.fp8 import accumulate
+from hyaena.ops.fp8 import Quantized, accumulate, fp8_product, is_hopper, quantize_fp8
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDTH, ROWS, LAYERS = 4096, (1, 16, 512, 8192), 8
@@ -61,10 +60,10 @@ def compare(log: Log, width: int, rows: int, count: int, bandwidth: float, flops
 def emulate(log: Log, width: int, rows: int) -> None:
     """The emulation, which on Hopper must equal the tensor cores in every bit; its bound is one float32 pass."""
     one = torch.ones((), device=DEVICE)
-    xq, wq = (ops.quantize_fp8(torch.randn(n, width, device=DEVICE), one) for n in (rows, 3 * width))
-    if ops.is_hopper(DEVICE) and rows % 16 == 0:
-        quantized = ops.Quantized(wq, torch.ones(2, device=DEVICE))
-        require_equal("emulation", accumulate(xq, wq), ops.fp8_product(xq, quantized, torch.float32), 0)
+    xq, wq = (quantize_fp8(torch.randn(n, width, device=DEVICE), one) for n in (rows, 3 * width))
+    if is_hopper(DEVICE) and rows % 16 == 0:
+        quantized = Quantized(wq, one, one)
+        require_equal("emulation", accumulate(xq, wq), fp8_product(xq, quantized, torch.float32), 0)
     seconds = call_times(partial(accumulate, xq, wq), DEVICE, 3, warmup=1)
     terms = rows * 3 * width * width
     log.figure(seconds, seconds.median, what="emulation", name=f"{seconds.median / terms * 1e9:.4f} ns per product",

@@ -32,6 +32,7 @@ from hyaena.checkpoints.files import has_weights, listed
 from hyaena.checkpoints.shards import FLOATING, open_shard
 from hyaena.errors import CheckpointError, ConfigError, InputError, UnsupportedError, printable, shown
 from hyaena.formats.tensors import format_of
+from hyaena.fp8 import FP8Linear
 from hyaena.layers import record
 from hyaena.mappings import read_mapping
 from hyaena.model import StripedHyena
@@ -104,7 +105,7 @@ def merge_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -
     """Add an adapter to the weights of a model, in place: ``W += scale·B·A``, computed in float32 and then rounded.
 
     A model whose head is tied to its embedding gets a head of its own if the adapter changes the head: the embedding
-    stays as it is.
+    stays as it is. An FP8 layer whose largest weight grows gets a smaller scale.
 
     Raises:
         CheckpointError: the adapter does not fit the model, or a weight would leave the range of its dtype; the model
@@ -135,6 +136,8 @@ def merge_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -
         else:
             with torch.no_grad():
                 weight.copy_(merged)
+            if name != "lm_head" and isinstance(layer := model.get_submodule(name), FP8Linear):
+                layer.fit_scale()
 
 
 def with_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -> StripedHyena:

@@ -9,9 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hyaena import ops
 from hyaena.errors import InputError
 from hyaena.filters import Float32Parameters
+from hyaena.ops.fp8 import (
+    FP8_LARGEST,
+    FP8_MODES,
+    Quantized,
+    check_fp8_sizes,
+    fp8_linear,
+    fp8_road,
+    is_hopper,
+    quantize_weight,
+)
 
 
 class FP8Linear(Float32Parameters, nn.Linear):
@@ -41,18 +50,18 @@ class FP8Linear(Float32Parameters, nn.Linear):
         (input_scale, weight_scale), kept = self.scales, None
         if not (self.weight.requires_grad and torch.is_grad_enabled()):
             kept = self._quantized.of(self.weight, self.scales)
-        return ops.fp8_linear(x, self.weight, input_scale, weight_scale, self.mode, quantized=kept)
+        return fp8_linear(x, self.weight, input_scale, weight_scale, self.mode, quantized=kept)
 
     def is_plain(self) -> bool:
         """Whether the layer computes ``x·Wᵀ`` here, so that kernels may read its weight."""
-        return ops.fp8_road(self.mode, self.weight.device) == "plain"
+        return fp8_road(self.mode, self.weight.device) == "plain"
 
     @torch.no_grad()
     def fit_scale(self) -> None:
         """Lower the scale of the weight where a changed weight would pass ±448 with it: s_w = 448 / max |W|."""
         largest = self.weight.abs().max().float()
-        if largest * self.scales[1] > ops.FP8_LARGEST:
-            self.scales[1] = ops.FP8_LARGEST / largest
+        if largest * self.scales[1] > FP8_LARGEST:
+            self.scales[1] = FP8_LARGEST / largest
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode}"
@@ -61,7 +70,7 @@ class FP8Linear(Float32Parameters, nn.Linear):
         """Weights ~ N(0, 2/(5K)), of which the largest becomes 448; normalised inputs up to 14 are representable."""
         nn.init.normal_(self.weight, std=math.sqrt(2 / (5 * self.in_features)), generator=generator)
         self.scales[0] = 32.0
-        self.scales[1] = ops.FP8_LARGEST / self.weight.detach().abs().max()
+        self.scales[1] = FP8_LARGEST / self.weight.detach().abs().max()
 
 
 def set_fp8(model: nn.Module, mode: str) -> None:
@@ -75,8 +84,8 @@ def set_fp8(model: nn.Module, mode: str) -> None:
     check_fp8(mode, bool(layers))
     for layer in layers:
         if mode == "exact":
-            ops.check_fp8_sizes(*layer.weight.shape)
-            ops.fp8_road(mode, layer.weight.device)
+            check_fp8_sizes(*layer.weight.shape)
+            fp8_road(mode, layer.weight.device)
     for layer in layers:
         layer.mode = mode
 
@@ -87,8 +96,8 @@ def check_fp8(mode: str, has_layers: bool) -> None:
     Raises:
         InputError: as :func:`set_fp8`.
     """
-    if mode not in ops.FP8_MODES:
-        raise InputError(f"fp8 is {mode!r}: choose one of {', '.join(ops.FP8_MODES)}")
+    if mode not in FP8_MODES:
+        raise InputError(f"fp8 is {mode!r}: choose one of {', '.join(FP8_MODES)}")
     if mode == "exact" and not has_layers:
         raise InputError(
             "fp8='exact' is for models with FP8 input projections, and the configuration of this one has none "
@@ -101,9 +110,9 @@ class _Quantized:
 
     def __init__(self) -> None:
         self.made_of: list[tuple[weakref.ref[Tensor], tuple[int, int]]] = []
-        self.value: ops.Quantized | None = None
+        self.value: Quantized | None = None
 
-    def of(self, weight: Tensor, scales: Tensor) -> ops.Quantized | None:
+    def of(self, weight: Tensor, scales: Tensor) -> Quantized | None:
         """The numbers; None where a change of the weight would go unnoticed, or they may not be kept."""
         sources = (weight, scales)
         if torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
@@ -113,8 +122,8 @@ class _Quantized:
         if known != states:
             if weight.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph would own the memory
                 return None
-            self.value = ops.quantize_weight(weight, *scales)
-            if not ops.is_hopper(weight.device):  # laid out as the emulation reads it
+            self.value = quantize_weight(weight, *scales)
+            if not is_hopper(weight.device):  # laid out as the emulation reads it
                 self.value = self.value._replace(weight=self.value.weight.t().contiguous().t())
             self.made_of = [(weakref.ref(t), state) for t, state in zip(sources, states, strict=True)]
         return self.value

@@ -25,6 +25,7 @@ from hyaena.checkpoints import Checkpoint
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
 from hyaena.formats import read_config
+from hyaena.fp8 import check_fp8, set_fp8
 from hyaena.layers import MIXERS, Mixers
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
@@ -88,6 +89,7 @@ def load(
     config: ModelConfig | str | PathLike[str] | None = None,
     adapter: str | PathLike[str] | None = None,
     mixers: Mixers = MIXERS,
+    fp8: str = "auto",
 ) -> tuple[StripedHyena, Tokenizer]:
     """A model, in evaluation mode, and its tokenizer.
 
@@ -100,6 +102,9 @@ def load(
         config: a configuration or its path, where it does not lie beside the weights.
         adapter: the folder of a LoRA adapter, which is merged into the weights; see ``adapters``.
         mixers: what makes the mixer of each kind of layer, for models with layers of your own; see ``StripedHyena``.
+        fp8: how FP8 input projections are computed, which most Evo 2 models have: ``"auto"``, by the tensor cores of a
+            Hopper GPU, and elsewhere as plain products; ``"exact"``, the same numbers on every device, slowly where
+            there is no Hopper GPU; ``"off"``, as plain products. See docs/numerics.md.
 
     Raises:
         HyaenaError: in one line, what is wrong and how to put it right.
@@ -107,8 +112,9 @@ def load(
     _check_options(dtype, device)
     update = None if adapter is None else read_adapter(adapter)
     checkpoint = locate(source, revision=revision, config=config)
+    check_fp8(fp8, checkpoint.config.fp8_input_projections)
     tokenizer = load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)  # before the large files
-    return _load(checkpoint, dtype, device, mixers, update), tokenizer
+    return _load(checkpoint, dtype, device, mixers, update, fp8), tokenizer
 
 
 def load_model(
@@ -120,11 +126,14 @@ def load_model(
     config: ModelConfig | str | PathLike[str] | None = None,
     adapter: str | PathLike[str] | None = None,
     mixers: Mixers = MIXERS,
+    fp8: str = "auto",
 ) -> StripedHyena:
     """The model alone; the arguments are those of :func:`load`."""
     _check_options(dtype, device)
     update = None if adapter is None else read_adapter(adapter)
-    return _load(locate(source, revision=revision, config=config), dtype, device, mixers, update)
+    checkpoint = locate(source, revision=revision, config=config)
+    check_fp8(fp8, checkpoint.config.fp8_input_projections)
+    return _load(checkpoint, dtype, device, mixers, update, fp8)
 
 
 def load_tokenizer_of(
@@ -256,12 +265,14 @@ def _load(
     device: str | torch.device | None,
     mixers: Mixers,
     adapter: Adapter | None,
+    fp8: str,
 ) -> StripedHyena:
     if dtype is None and checkpoints.as_device(device).type == "cpu":
         dtype = torch.float32
     model = checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers)
     if adapter is not None:
         merge_adapter(model, adapter)
+    set_fp8(model, fp8)
     return model
 
 

@@ -221,7 +221,8 @@ class Hyena(nn.Module):
     def __init__(self, config: ModelConfig, long_filter: nn.Module) -> None:
         super().__init__()
         width = config.hidden_size
-        self.in_proj = nn.Linear(width, 3 * width, bias=config.hyena_in_bias)
+        fp8 = config.fp8_input_projections
+        self.in_proj = FP8Linear(width, 3 * width) if fp8 else nn.Linear(width, 3 * width, bias=config.hyena_in_bias)
         self.short_filter = ShortFilter(3 * width, config.short_filter_length, bias=config.short_filter_bias)
         self.long_filter = long_filter
         self.out_proj = nn.Linear(width, width, bias=config.hyena_out_bias)
@@ -240,15 +241,16 @@ class Hyena(nn.Module):
         weight = self.short_filter.weight
         short = torch.zeros(batch, weight.shape[0], weight.shape[1] - 1, dtype=dtype, device=device)
         long_filter = self.long_filter()
-        if ops.capabilities(method).state == "window" and isinstance(long_filter, ops.ModalFilter):
-            long_filter = ops.truncate(long_filter, tolerance=tolerance)[0]
+        if ops.capabilities(method).state == "window" and (window := self.truncation_window(tolerance)) is not None:
+            long_filter = ops.truncate(long_filter, window=window)[0]
         long = long_filter.initial_state(batch, weight.shape[0] // 3, method)
         return HyenaState(short, torch.zeros_like(long, device=device))  # also where the weights are on the meta device
 
     def truncation_window(self, tolerance: float) -> int | None:
         """How many taps ``method="truncated"`` keeps of the long filter; None where it is not a filter of modes."""
         long_filter = self.long_filter()
-        return ops.choose_window(long_filter, tolerance) if isinstance(long_filter, ops.ModalFilter) else None
+        modes = isinstance(long_filter, ops.ModalFilter | ops.RealModalFilter)
+        return ops.truncation_window(long_filter, tolerance) if modes else None
 
     def forward(
         self, x: Tensor, context: ForwardContext, state: HyenaState | None, keep: int

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from hyaena.checkpoints import find, has_weights, inspect, load_model, save_model
 from hyaena.checkpoints.known import recognise
 from hyaena.checkpoints.parts import JoinedFile, grouped, parts_of
+from hyaena.cli import main
 from hyaena.config import ModelConfig, preset_names
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError
 from hyaena.formats import read_config
@@ -196,3 +197,24 @@ def test_a_configuration_of_another_member_of_the_family_is_refused(tmp_path: Pa
         values = (GOLDEN / "config.yml").read_text() + "hyena_layer_idxs: [0]\n"
         (tmp_path / "config.yml").write_text(values)
         read_config(tmp_path / "config.yml")
+
+
+@pytest.mark.parametrize("layout", ["hyaena", "original", "transformers"])
+def test_a_failed_conversion_writes_nothing(
+    folder: Path, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "evo2_tiny.pt.part1").unlink()
+    out = tmp_path / "out"
+    assert main(["convert", str(folder), str(out), "--layout", layout]) == 2
+    assert not out.exists()
+    message = capsys.readouterr().err
+    assert "part 1 of it is missing" in message and message.count("\n") == 1
+
+
+def test_a_conversion_reads_parts_and_gives_the_file_back(folder: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(folder), str(tmp_path / "ours")]) == 0
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--layout", "original"]) == 0
+    back, first = torch.load(tmp_path / "theirs" / "model.pt"), load_file(GOLDEN / "model.safetensors")
+    kept = {key for key in first if not key.endswith(("filter.t", "_extra_state"))}
+    assert back.keys() == kept and all(torch.equal(back[key], first[key]) for key in kept)
+    assert read_config(tmp_path / "theirs" / "config.yml") == read_config(GOLDEN / "config.yml")

@@ -31,7 +31,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder's safetensors files."""
+    """Every tensor of a folder's weights files."""
+    if (folder / "model.pt").exists():
+        return torch.load(folder / "model.pt", weights_only=True)
     return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
 
 

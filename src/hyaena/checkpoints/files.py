@@ -30,6 +30,7 @@ WEIGHTS = (
     "pytorch-model.bin.index.json",
     "pytorch-model.bin",
     "pytorch_model.bin",
+    "model.pt",
 )
 """Names under which programs write the weights of a model; a folder may have one of them."""
 

@@ -6,6 +6,7 @@ host memory is the model's size and one tensor.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
@@ -20,9 +21,12 @@ from hyaena.checkpoints.weights import Item, Weights, open_weights
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, InputError, printable
 from hyaena.filters import Float32Parameters
-from hyaena.formats.tensors import OPTIONAL, REPEATED, check_repeated, check_tied, format_of
+from hyaena.formats.names import part
+from hyaena.formats.tensors import OPTIONAL, REPEATED, SCALES, check_repeated, check_tied, format_of
 from hyaena.layers import MIXERS, Mixers
 from hyaena.model import StripedHyena
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
 _SHORT = {
@@ -173,7 +177,8 @@ class _Loading:
         self.model = self._empty_model(mixers)
         self.remaining = self.model.state_dict(keep_vars=True)
         self.expected = dict(self.remaining)
-        for name in OPTIONAL & self.remaining.keys():
+        self.scales = [name for name in self.remaining if part(name) == SCALES]
+        for name in (*(OPTIONAL & self.remaining.keys()), *(self.scales if weights.in_original_names else ())):
             del self.remaining[name]
         self.taken: set[str] = set()
         self.wide = wide_parameters(self.model)
@@ -184,6 +189,7 @@ class _Loading:
             _QUANTIZED: [],
             "not finite": [],
         }
+        self.unreadable: list[str] = []
         self.tied_head: Tensor | None = None
 
     def _empty_model(self, mixers: Mixers) -> StripedHyena:
@@ -212,8 +218,17 @@ class _Loading:
             raise CheckpointError(
                 f"{self.checkpoint.path}: {words}; do the configuration and the weights belong together?"
             )
+        if self.unreadable:
+            raise CheckpointError(f"{self.checkpoint.path}: {self.unreadable[0]}")
         if self.model.rotary.frequencies is not None and "rotary.frequencies" not in self.taken and self.reads:
             self._put("rotary.frequencies", self._placed("rotary.frequencies", self.model.rotary.powers()))
+        if self.reads and (lacking := [name for name in self.scales if name not in self.taken]):
+            logger.warning(
+                "%s: no FP8 scales of %d of %d input projections: they are 1, as in the original",
+                self.checkpoint.path, len(lacking), len(self.scales),
+            )  # fmt: skip
+            for name in lacking:
+                self._put(name, self._placed(name, torch.ones(2)))
         return self.model
 
     def _take(self, item: Item) -> None:
@@ -223,7 +238,8 @@ class _Loading:
         tied = name == "lm_head.weight" and self.config.tie_embeddings
         expected = "embed_tokens.weight" if tied else name
         if expected not in self.expected:
-            self.problems["unexpected"].append(item.key)
+            if part(name) != SCALES or name == item.name:  # others are of a model that runs without FP8
+                self.problems["unexpected"].append(item.key)
             return
         again = name in self.taken
         if again and not tied and name not in REPEATED:
@@ -232,7 +248,8 @@ class _Loading:
         self.taken.add(name)
         if not tied:
             self.remaining.pop(name, None)
-        if item.stored.dtype not in FLOATING:
+        state = part(name) == SCALES and name != item.name
+        if item.stored.dtype not in FLOATING and not (state and item.stored.dtype == torch.uint8):
             kind = str(item.stored.dtype).removeprefix("torch.")
             self.problems[_QUANTIZED].append(f"{item.key} is {kind}")
             return
@@ -241,7 +258,11 @@ class _Loading:
             return
         if not self.reads:
             return
-        ours = self.original.to_ours(item.name, item.read(), self.config)
+        try:
+            ours = self.original.to_ours(item.name, item.read(), self.config)
+        except CheckpointError as error:  # told at the end, unless the configuration is of another model
+            self.unreadable.append(str(error))
+            return
         assert ours is not None
         tensor = ours[1]
         kept = self._placed(name, tensor)

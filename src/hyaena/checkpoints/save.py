@@ -6,6 +6,7 @@ What ``load_model`` would refuse is refused here first, before a byte is written
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import shutil
@@ -77,7 +78,8 @@ def save_model(
         layout: ``"hyaena"`` (``config.json``, our names), ``"original"`` (``config.yml``, the original's names), or
             ``"transformers"`` (what ``hyaena.hf`` reads and writes).
         dtype: cast the weights on the way; poles and residues stay float32.
-        max_shard_size: bytes above which the weights are split over several files.
+        max_shard_size: bytes above which the weights are split over several files. The original layout of
+            StripedHyena 2 is one file of ``torch.save``, whatever its size.
         extra_files: further files that go with the model, name -> content. Where neither these nor a tokenizer are
             given, those of the previous model stay; otherwise they are removed.
         overwrite: whether the folder may hold files already.
@@ -280,10 +282,12 @@ def _write(
     limit: int,
     extra_files: Mapping[str, bytes],
 ) -> None:
+    total, original = 0, format_of(config)
     shards = _split({name: tensor.numel() * dtypes[name].itemsize for name, tensor in state.items()}, limit)
     names = _shard_names(folder, len(shards))
+    if layout == "original" and original.SINGLE_FILE is not None:
+        shards, names = [list(state)], [original.SINGLE_FILE]
     weight_map: dict[str, str] = {}
-    total, original = 0, format_of(config)
     config_file = stage / CONFIG_NAMES[layout]
     _write_bytes(config_file, _config_text(config, layout, dtypes["embed_tokens.weight"]).encode())
     for file, keys in zip(names, shards, strict=True):
@@ -362,6 +366,11 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    if path.suffix == ".pt":
+        extra = {key: io.BytesIO(t.numpy().tobytes()) for key, t in tensors.items() if key.endswith("_extra_state")}
+        torch.save({**tensors, **extra}, path)
+        files.flush(path)
+        return
     save_file(dict(tensors), path, metadata={"format": "pt"})
     with safe_open(path, framework="pt") as file:  # a file that was cut short cannot be opened
         assert set(file.keys()) == set(tensors)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from hyaena.checkpoints.parts import JoinedFile, whole_name
-from hyaena.checkpoints.pickles import read_legacy, read_zip
-from hyaena.checkpoints.stored import StoredTensor, section
 from hyaena.errors import CheckpointError, printable
+from hyaena.tensor_files.pickles import read_legacy, read_zip
+from hyaena.tensor_files.stored import StoredTensor, section
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that a model's weights may have."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from hyaena.checkpoints.files import Checkpoint, listed
 from hyaena.checkpoints.parts import grouped
 from hyaena.checkpoints.shards import FLOATING, Shard, open_shard
-from hyaena.checkpoints.stored import StoredTensor
 from hyaena.errors import CheckpointError
 from hyaena.formats.tensors import format_of, matches_tensors
 from hyaena.formats.transformers import tensors as transformers
+from hyaena.tensor_files.stored import StoredTensor
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 """What wrappers of a model put before every name; taken off where all names have it."""

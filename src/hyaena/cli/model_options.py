@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 
 
 def add_model_options(group: argparse._ActionsContainer) -> None:
-    """Add ``--model``, ``--config``, ``--revision``, ``--device`` and ``--dtype``, the arguments of ``hub.load``."""
+    """Add the arguments of hub.load: --model, --config, --revision, --device, --dtype, --fp8."""
     group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
     group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
     group.add_argument("--revision", help="the revision of a hub id")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
+    group.add_argument(
+        "--fp8",
+        choices=("auto", "exact", "off"),
+        default="auto",
+        help="the FP8 products of Evo 2: auto, on Hopper GPUs; exact, on other devices too, slowly; off (auto)",
+    )
 
 
 @dataclass(frozen=True)
@@ -41,14 +47,13 @@ class PreparedModel:
     device: torch.device
     options: Mapping[str, Any]
     _name: str
-    _origin: Mapping[str, Any]
-    _dtype: str | None
+    _loading: Mapping[str, Any]
 
     def load(self) -> StripedHyena:
         """Load the weights."""
         from hyaena import hub
 
-        return hub.load_model(self._name, device=self.device, dtype=self._dtype, **self._origin)
+        return hub.load_model(self._name, device=self.device, **self._loading)
 
 
 def prepare_model(args: argparse.Namespace) -> PreparedModel:
@@ -63,6 +68,7 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
     import torch
 
     from hyaena import checkpoints, hub
+    from hyaena.fp8 import check_fp8
     from hyaena.model import StripedHyena
 
     device = checkpoints.as_device(
@@ -71,11 +77,15 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
     checkpoints.as_dtype(None if args.dtype == "stored" else args.dtype)
     origin = {"revision": args.revision, "config": args.config}
     config, tokenizer = hub.load_tokenizer_of(args.model, **origin)
+    check_fp8(args.fp8, config.fp8_input_projections)
     with torch.device("meta"):
         shape = StripedHyena(config)
     options = {
         "--model": args.model,
         "the digest of the model's files": checkpoints.fingerprint(hub.locate(args.model, **origin)),
         "--dtype": args.dtype or ("float32" if device.type == "cpu" else "stored"),
+        "--fp8": args.fp8,
     }
-    return PreparedModel(tokenizer, shape, device, options, args.model, origin, args.dtype)
+    return PreparedModel(
+        tokenizer, shape, device, options, args.model, {"dtype": args.dtype, "fp8": args.fp8, **origin}
+    )

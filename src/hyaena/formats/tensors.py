@@ -6,6 +6,7 @@ whole state dicts.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Protocol, cast
 
@@ -16,12 +17,13 @@ from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError
 from hyaena.formats.evo2 import tensors as evo2
 from hyaena.formats.evo2.config import KINDS as EVO2_KINDS
-from hyaena.formats.names import matches_tensors
+from hyaena.formats.names import matches_tensors, part
 from hyaena.formats.stripedhyena import tensors as stripedhyena
 
 __all__ = [
     "OPTIONAL",
     "REPEATED",
+    "SCALES",
     "TensorFormat",
     "check_repeated",
     "check_tied",
@@ -37,9 +39,19 @@ REPEATED = frozenset({evo2.FREQUENCIES})
 OPTIONAL = frozenset({evo2.FREQUENCIES})
 """Our names of tensors that are computed where a file has none."""
 
+_IN_PROJ = "mixer.in_proj.weight"
+SCALES = evo2.SCALES
+"""Our name, within a layer, of a tensor that is 1 where an original's file has none."""
+
 
 class TensorFormat(Protocol):
-    """The module ``tensors`` of a format."""
+    """The module ``tensors`` of a format.
+
+    Attributes:
+        SINGLE_FILE: the name of the file of ``torch.save`` that the original reads; None where it reads safetensors.
+    """
+
+    SINGLE_FILE: str | None
 
     def our_name(self, key: str) -> str | None: ...
 
@@ -55,15 +67,22 @@ def format_of(config: ModelConfig) -> TensorFormat:
     return cast("TensorFormat", evo2 if EVO2_KINDS.keys() & set(config.layer_types) else stripedhyena)
 
 
-def state_to_ours(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Convert an original state dict to our names and layout.
+def state_to_ours(state: Mapping[str, Tensor | io.BytesIO | None], config: ModelConfig) -> dict[str, Tensor]:
+    """Convert an original state dict to our names and layout. Scales of FP8 projections that it lacks are 1.
 
     Raises:
         CheckpointError: the embedding is tied, and the checkpoint holds a head of its own that differs from it; or
-            layers have different rotary frequencies.
+            layers have different rotary frequencies; or an extra state cannot be read.
     """
     form, ours = format_of(config), dict[str, Tensor]()
+    if config.fp8_input_projections:
+        names = (form.our_name(key) for key in state)
+        ours = {name.replace(_IN_PROJ, SCALES): torch.ones(2) for name in names if part(name) == _IN_PROJ and name}
     for key, tensor in state.items():
+        if isinstance(tensor, io.BytesIO):
+            tensor = torch.tensor(list(tensor.getvalue()), dtype=torch.uint8)
+        elif tensor is None:  # the extra state of a layer that has none
+            continue
         item = form.to_ours(key, tensor, config)
         if item is None:
             continue

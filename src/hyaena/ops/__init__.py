@@ -2,18 +2,7 @@
 
 from hyaena.ops.attention import Documents, attention, find_documents
 from hyaena.ops.backend import Backend, resolve_backend
-from hyaena.ops.fp8 import (
-    FP8_LARGEST,
-    FP8_MODES,
-    Quantized,
-    check_fp8_sizes,
-    fp8_linear,
-    fp8_product,
-    fp8_road,
-    is_hopper,
-    quantize_fp8,
-    quantize_weight,
-)
+from hyaena.ops.fp8 import fp8_linear, fp8_road
 from hyaena.ops.gate import ACTIVATIONS, gate
 from hyaena.ops.hyena import HyenaState, capabilities, hyena, hyena_states
 from hyaena.ops.kv import KVState
@@ -37,6 +26,7 @@ from hyaena.ops.long_conv import (
     to_canonical_state,
     to_modal,
     truncate,
+    truncation_window,
 )
 from hyaena.ops.lora import lora_linear
 from hyaena.ops.norm import rms_norm
@@ -48,8 +38,6 @@ from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 
 __all__ = [
     "ACTIVATIONS",
-    "FP8_LARGEST",
-    "FP8_MODES",
     "METHODS",
     "PAGE",
     "TRUNCATION_TOLERANCE",
@@ -69,7 +57,6 @@ __all__ = [
     "PageTable",
     "PagedKVState",
     "PagedRows",
-    "Quantized",
     "RMSNormWeight",
     "RealModalFilter",
     "RowTensors",
@@ -77,25 +64,20 @@ __all__ = [
     "Truncation",
     "attention",
     "capabilities",
-    "check_fp8_sizes",
     "choose_window",
     "decay_lengths",
     "dropped_energy",
     "find_documents",
     "fp8_linear",
-    "fp8_product",
     "fp8_road",
     "gate",
     "hyena",
     "hyena_states",
-    "is_hopper",
     "kinds_of",
     "linear",
     "long_conv",
     "lora_linear",
     "pages_for",
-    "quantize_fp8",
-    "quantize_weight",
     "resolve_backend",
     "rms_norm",
     "rotary_frequencies",
@@ -107,4 +89,5 @@ __all__ = [
     "to_canonical_state",
     "to_modal",
     "truncate",
+    "truncation_window",
 ]

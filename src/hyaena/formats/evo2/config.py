@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hyaena.config import UNSUPPORTED_KEYS, ModelConfig, unknown_keys, unsupported_keys
+from hyaena.config import TOOL_KEYS, UNSUPPORTED_KEYS, ModelConfig, unknown_keys, unsupported_keys
 from hyaena.errors import ConfigError, in_words, joined, shown
 from hyaena.formats.stripedhyena import config as sibling
 from hyaena.formats.stripedhyena.config import (
@@ -118,6 +118,7 @@ SUPPORTED: dict[str, tuple[Any, Any, str]] = {
 """Keys that would change the numbers: the value that is supported, what an absent key means, why no other value is."""
 
 NO_EFFECT: dict[str, str] = {key: reason for key, reason in sibling.NO_EFFECT.items() if key != "column_split"} | {
+    "model_type": TOOL_KEYS["model_type"],
     "hcl_filter_groups": "every channel has a filter of its own",
     "hyena_filter_groups": "is read nowhere in the original",
     "padding_idx": "ids are looked up in the embedding, whatever they stand for",

@@ -9,8 +9,9 @@ What is undone on the way in and redone on the way out, bit for bit:
   on (``config.SWITCH``); ours are ``[F, W]`` and begin with the current step.
 - Short filters are ``[3D, 1, K]``; ours ``[3D, K]``. Logarithms of poles are ``[D, N, 1]``; ours ``[D, N]``.
 - Every attention layer stores the rotary frequencies; ours are stored once, and computed where a file has none.
+- The scales of FP8 input projections are in the extra state of each (``extra_state``); ours are float32 [2].
 
-Buffers of the original's older code and the states of Transformer Engine are dropped by pattern.
+Buffers of the original's older code and other states of Transformer Engine are dropped by pattern.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from hyaena.config import ModelConfig
+from hyaena.errors import CheckpointError
 from hyaena.formats.evo2.config import SWITCH
+from hyaena.formats.evo2.extra_state import read_scales, write_scales
 from hyaena.formats.names import INTERLEAVED, LAYER, Names, part
 
+SINGLE_FILE = "model.pt"
+"""The weights, as the original reads them: one file of ``torch.save``, whatever its size."""
 FREQUENCIES = "rotary.frequencies"
 
 _NAMES = Names(
@@ -32,12 +38,17 @@ _NAMES = Names(
         "filter.h": "mixer.long_filter.taps",
         "filter.log_poles": "mixer.long_filter.log_poles",
         "filter.residues": "mixer.long_filter.residues",
+        "projections._extra_state": "mixer.in_proj.scales",
     },
-    re.compile(r"blocks\.\d+\.(filter|mixer\.mixer\.filter)\.(t|freq)|(.*\.)?_extra_state"),
+    re.compile(
+        r"blocks\.\d+\.(filter|mixer\.mixer\.filter)\.(t|freq)|(?!blocks\.\d+\.projections\.)(.*\.)?_extra_state"
+    ),
 )
 _STORED_FREQUENCIES = re.compile(r"(backbone\.)?blocks\.\d+\.inner_mha_cls\.rotary_emb\.inv_freq")
 _PER_HEAD = ("mixer.qkv_proj.weight", "mixer.qkv_proj.bias")
 _TAPS = "mixer.long_filter.taps"
+SCALES = "mixer.in_proj.scales"
+"""Our name, within a layer, of the scales of an FP8 projection."""
 _EXTRA_AXIS = {"mixer.short_filter.weight": 1, _TAPS: 1, "mixer.long_filter.log_poles": 2}
 """Our name -> the axis of length 1 that the original's tensor has in addition."""
 
@@ -52,11 +63,17 @@ def to_ours(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tensor]
 
     A key that the original does not have is returned with its tensor unchanged, and a tensor of an unexpected shape
     keeps its shape, so that the caller can report both by name. The result may share memory with ``tensor``.
+    The extra state of a projection is given as its bytes, uint8 [n].
+
+    Raises:
+        CheckpointError: an extra state that cannot be read.
     """
     name = our_name(key)
     inner = part(name)
     if name is None or name == key or inner is None:
         return None if name is None else (name, tensor)
+    if inner == SCALES:
+        return (name, _scales(key, tensor)) if config.fp8_input_projections else None
     axis = _EXTRA_AXIS.get(inner)
     if axis is not None and tensor.dim() > axis and tensor.shape[axis] == 1:
         tensor = tensor.squeeze(axis)
@@ -81,6 +98,8 @@ def to_theirs(key: str, tensor: Tensor, config: ModelConfig) -> tuple[str, Tenso
         tensor = _reorder(tensor, (3, config.num_attention_heads, config.head_dim))
     if inner == _TAPS:
         tensor = _lag_order(tensor)
+    if inner == SCALES and not tensor.is_meta:
+        tensor = torch.frombuffer(bytearray(write_scales(*tensor.tolist())), dtype=torch.uint8)
     if inner in _EXTRA_AXIS:
         tensor = tensor.unsqueeze(_EXTRA_AXIS[inner])
     return _NAMES.theirs(key), tensor
@@ -98,6 +117,16 @@ def extra_tensors(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
         if kind == "attention" and frequencies is not None:
             extra[f"blocks.{i}.inner_mha_cls.rotary_emb.inv_freq"] = frequencies.clone()
     return extra
+
+
+def _scales(key: str, state: Tensor) -> Tensor:
+    """The scales of input and weight, float32 [2], in an extra state."""
+    if state.is_meta:
+        return state.new_empty(2, dtype=torch.float32)
+    try:
+        return torch.tensor(read_scales(state.cpu().numpy().tobytes()))
+    except CheckpointError as error:
+        raise CheckpointError(f"{key} {error}") from None
 
 
 def _lag_order(taps: Tensor) -> Tensor:

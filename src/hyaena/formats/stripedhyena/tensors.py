@@ -33,6 +33,9 @@ _NAMES = Names(
 _EXTRA_AXIS = {"mixer.short_filter.weight": 1, "mixer.long_filter.poles": 2, "mixer.long_filter.residues": 2}
 """Our name -> the axis of length 1 that the original's tensor has in addition."""
 
+SINGLE_FILE = None
+"""The original reads safetensors, in as many files as there are."""
+
 
 def our_name(key: str) -> str | None:
     """Our name for an original key; None for what is recomputed. Other keys stay unchanged."""

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 import torch
 
-from hyaena.checkpoints.stored import Storage, StoredTensor, section
 from hyaena.errors import CheckpointError, printable
+from hyaena.tensor_files.stored import Storage, StoredTensor, section
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Names under which training programs put the weights beside an optimiser's state."""

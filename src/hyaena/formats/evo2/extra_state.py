@@ -13,8 +13,8 @@ import io
 
 import torch
 
-from hyaena.checkpoints.pickles import read_small
 from hyaena.errors import CheckpointError, printable
+from hyaena.tensor_files.pickles import read_small
 
 _MAX = 1_000_000
 """Bytes of the largest state that is read; those of Evo 2 have a few kilobytes."""
@@ -65,7 +65,7 @@ def read_scales(content: bytes) -> tuple[float, float]:
     return input_scale, weight_scale
 
 
-def write_scales(input_scale: float, weight_scale: float) -> io.BytesIO:
+def write_scales(input_scale: float, weight_scale: float) -> bytes:
     """A state that Transformer Engine 1.x loads, and :func:`read_scales` reads.
 
     The largest values seen are those that the scales stand for, ``448 / scale``; gradients have the scale 1.
@@ -84,5 +84,4 @@ def write_scales(input_scale: float, weight_scale: float) -> io.BytesIO:
     }
     file = io.BytesIO()
     torch.save(state, file)
-    file.seek(0)
-    return file
+    return file.getvalue()

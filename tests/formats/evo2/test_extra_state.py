@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from hyaena.checkpoints.extra_states import read_scales, write_scales
 from hyaena.errors import CheckpointError
+from hyaena.formats.evo2.extra_state import read_scales, write_scales
 
 
 def saved(state: Any, *, new: bool = True) -> bytes:
@@ -50,10 +50,9 @@ def test_the_scales_of_input_and_weight(new: bool) -> None:
 
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (37.7, 9001.3), (1e-30, 1e30)])
 def test_what_is_written_is_read(scales: tuple[float, float]) -> None:
-    file = write_scales(*scales)
-    assert list(read_scales(file.read())) == torch.tensor(scales).tolist()
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
+    content = write_scales(*scales)
+    assert list(read_scales(content)) == torch.tensor(scales).tolist()
+    state = torch.load(io.BytesIO(content), weights_only=True)
     assert state.keys() == theirs().keys()
     for name, tensor in theirs().items():
         if isinstance(tensor, torch.Tensor):
