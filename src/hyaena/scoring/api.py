@@ -19,11 +19,11 @@ from hyaena.scoring import pooling, token_scores
 from hyaena.scoring.places import HEAD, NORM, Layer, Place, find_place, watching
 from hyaena.scoring.pooling import Collector, Pool, parse_pool
 from hyaena.scoring.reader import Progress, Reader, Span, clip
-from hyaena.scoring.records import Encoder, NonFiniteRecordError, Record, as_texts
+from hyaena.scoring.records import Encoder, Excerpt, NonFiniteRecordError, Record, as_texts
 from hyaena.scoring.token_scores import Score, TokenScorer, Wanted, logits_at_once, make_score
 from hyaena.tokenizers import Tokenizer
 
-Text = str | bytes | bytearray | memoryview | Sequence[int]
+Text = str | bytes | bytearray | memoryview | Sequence[int] | Excerpt
 Output = Literal["numpy", "torch"]
 
 MOST_EXPLAINED = 2**16
@@ -169,7 +169,7 @@ def iter_scores(
     Args:
         model: any StripedHyena, on any device.
         tokenizer: its tokenizer.
-        texts: an iterable of texts: str, bytes or token ids.
+        texts: an iterable of texts: str, bytes or token ids; ``scoring.Excerpt`` is read behind a context.
         entropy, rank: whether to compute these.
         top: how many of the most probable tokens at each position to report.
         bos: whether ``tokenizer.bos_id`` is put in front. None, the default, is what the tokenizer does for a text;
