@@ -271,6 +271,7 @@ def test_a_model_of_other_tokens_is_refused(
 ) -> None:
     from hyaena.tokenizers import CharacterTokenizer
 
+    monkeypatch.setattr(hub, "load_model", lambda *_, **__: pytest.fail("read the weights"))
     monkeypatch.setattr(CharacterTokenizer, "_encode", lambda self, text, *_: list(text.encode())[::2])
     assert variants(model, "-o", "s.csv") == 2
     assert "edits are scored with models that read a letter as a token" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     }
     limit = prepared.shape.config.max_length if args.max_length is None else args.max_length
     windows = windows_within(limit, args.window, args.grid)
-    iter_edit_scores(prepared.shape, prepared.tokenizer, [], **reading)
+    list(iter_edit_scores(prepared.shape, prepared.tokenizer, [("ACGT", [])], **reading))  # reads nothing
     given = _Input(Path(args.vcf), genome, windows, limit, keep)
     total = _check(given, args.on_error)
     first, stop = (total * number // shard.count for number in (shard.number - 1, shard.number))
