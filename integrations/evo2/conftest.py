@@ -1,8 +1,11 @@
-"""One torch thread, fixed seeds, the golden cases, and warnings that can be counted."""
+"""No GPU, one torch thread, fixed seeds, the golden cases, and lines that are logged anew in every test."""
 
 from __future__ import annotations
 
+import os
 import random
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # evo2 on a CPU, wherever the tests run
 
 import numpy as np
 import pytest

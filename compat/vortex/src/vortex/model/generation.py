@@ -87,6 +87,8 @@ class Generator:
         x = x[:, -max_seqlen if max_seqlen else None :]
         if x.shape[1] == 0 or int(num_tokens) < 1:
             raise InputError("generate takes a prompt of at least one token, and num_tokens of at least 1")
+        if force_prompt_threshold is not None and force_prompt_threshold < 1:
+            raise InputError(f"force_prompt_threshold is {force_prompt_threshold}: give at least 1, or None")
         params = inference_params_dict
         if params is not None:
             x = unread(params, x)
