@@ -1,0 +1,258 @@
+"""Launchers of the kernels for explicit taps: tiles, scratch memory, grids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hyaena.ops.triton import interpreted
+from hyaena.ops.triton.common import TYPES
+from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
+from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel, explicit_taps_kernel
+from hyaena.ops.triton.hyena.launch import age, cdiv, power_of_two, window
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of z, weight, bias, taps, skip, short and long."""
+
+
+class Operands(NamedTuple):
+    """The arguments of the operator with explicit taps.
+
+    Attributes:
+        z: [B,T,3D], bfloat16, float16 or float32.
+        weight, bias: of the short filter, [3D,K] and [3D] or None.
+        taps: of the long filter, [F,W], F divides D.
+        skip: [D] or None.
+        short, long: the states before z, [B,3D,K-1] and float32 [B,D,W-1]; None for zeros.
+        mask: bool [B,T], False where a step is padding; None for no padding.
+        reset: bool [B,T], True where a packed document begins; None for none.
+    """
+
+    z: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    taps: Tensor
+    skip: Tensor | None
+    short: Tensor | None
+    long: Tensor | None
+    mask: Tensor | None
+    reset: Tensor | None
+
+    def contiguous(self) -> Operands:
+        """The same operands, each contiguous in memory."""
+        return Operands(*(None if t is None else t.contiguous() for t in self))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernels cut time and channels.
+
+    Attributes:
+        chunk: steps of a chunk, a power of two, at least 16.
+        channels: of a program at most, a power of two, at least 16.
+        run: chunks of a program.
+        warps: of a program.
+        stages: chunks whose inputs are under way together, the one that is computed among them.
+    """
+
+    chunk: int = 64
+    channels: int = 16
+    run: int = 32
+    warps: int = 4
+    stages: int = 1
+
+
+FORWARD = Tiling()
+BACKWARD = Tiling()
+
+
+class _Shape(NamedTuple):
+    """What both kernels are told of a problem and its tiling."""
+
+    blocks: int
+    runs: int
+    keywords: dict[str, Any]
+
+
+def _shape(operands: Operands, tiling: Tiling) -> _Shape:
+    z, weight, bias, taps, skip, short, long, mask, reset = operands
+    channels = z.shape[2] // 3
+    groups, count = taps.shape
+    width = channels // groups
+    block = min(tiling.channels, max(16, power_of_two(width)))
+    narrow = z.dtype == torch.bfloat16 and not interpreted()  # the interpreter has no products of bfloat16
+    keywords = {
+        "D": channels,
+        "K": weight.shape[1],
+        "W": count,
+        "WIDTH": width,
+        "C": tiling.chunk,
+        "BC": block,
+        "BACK": cdiv(count - 1, tiling.chunk),
+        "TERMS": 2 if narrow and taps.dtype != torch.bfloat16 else 1,
+        "TYPE": TYPES[torch.bfloat16 if narrow else torch.float32],
+        "HAS_BIAS": bias is not None,
+        "HAS_SKIP": skip is not None,
+        "HAS_SHORT": short is not None and weight.shape[1] > 1,
+        "HAS_LONG": long is not None and count > 1,
+        "HAS_MASK": mask is not None,
+        "HAS_RESET": reset is not None,
+        "num_warps": tiling.warps,
+    }
+    return _Shape(groups * cdiv(width, block), cdiv(z.shape[1], tiling.chunk * tiling.run), keywords)
+
+
+def _documents(reset: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
+    """``age``, and the number of every step's document in rising order, 0 before the first boundary: int32 [B,T]."""
+    if reset is None:
+        return other, other
+    return age(reset), reset.cumsum(1, dtype=torch.int32)
+
+
+def _rows(short: Tensor | None, z: Tensor) -> Tensor | None:
+    """The state of the short filter as steps of z, [B,K-1,3D]."""
+    return None if short is None else short.to(z.dtype).transpose(1, 2).contiguous()
+
+
+def forward(operands: Operands, tiling: Tiling = FORWARD) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Returns:
+        y [B,T,D] and the state of the short filter in the dtype of z, that of the long filter float32 [B,D,W-1].
+    """
+    operands = operands.contiguous()
+    z, weight, bias, taps, skip, short, long, mask, reset = operands
+    batch, length, width = z.shape
+    y = z.new_empty(batch, length, width // 3)
+    long_out = taps.new_empty(batch, width // 3, taps.shape[1] - 1, dtype=torch.float32)
+    before = _rows(short, z)
+    ages, docs = _documents(reset, z)
+    shape = _shape(operands, tiling)
+    start: Any = explicit_forward_kernel[(shape.blocks, shape.runs + 1, batch)]
+    start(
+        z,
+        weight,
+        z if bias is None else bias,
+        taps,
+        z if skip is None else skip,
+        z if before is None else before,
+        z if long is None else long,
+        z if mask is None else mask.view(torch.uint8),
+        ages,
+        docs,
+        y,
+        long_out,
+        length,
+        tiling.run,
+        STAGES=tiling.stages,
+        **shape.keywords,
+    )
+    taps_before = weight.shape[1] - 1
+    tails = None if reset is None else ages[:, -1].clamp(max=taps_before)
+    return y, window(z, before, mask, tails, taps_before), long_out
+
+
+def backward(
+    dy: Tensor,
+    dshort: Tensor | None,
+    dlong: Tensor | None,
+    operands: Operands,
+    tiling: Tiling = BACKWARD,
+    *,
+    parameters: bool = True,
+) -> Gradients:
+    """Launch the backward kernel.
+
+    Args:
+        dy, dshort, dlong: gradients of the results of ``forward``; None for zero.
+        parameters: whether the gradients of the filters are wanted.
+
+    Returns:
+        The gradients of z (in its dtype), weight, bias, taps, skip, short and long (float32), whether or not the
+        argument was None. Those of the filters are empty tensors without ``parameters``.
+    """
+    operands = operands.contiguous()
+    z, weight, bias, taps, skip, short, long, mask, reset = operands
+    batch, length, width = z.shape
+    channels, count, steps = width // 3, weight.shape[1], weight.shape[1] - 1
+    before = _rows(short, z)
+    ages, docs = _documents(reset, z)
+    blocks, runs, keywords = _shape(operands, tiling)
+    chunk, block, matrices = keywords["C"], keywords["BC"], keywords["BACK"] + 1
+    programs = batch * runs * blocks
+
+    def empty(*size: int) -> Tensor:
+        return z.new_empty(*size, dtype=torch.float32)
+
+    dz = torch.empty_like(z)
+    sums = empty(batch, runs, 3 * count + 4, channels) if parameters else empty(0)
+    dshort_in, dlong_in = empty(batch, width, steps), empty(batch, channels, taps.shape[1] - 1)
+    inputs = (z, dy.contiguous(), weight, z if bias is None else bias)
+    states = (
+        z if before is None else before,
+        z if long is None else long,
+        z if mask is None else mask.view(torch.uint8),
+        ages,
+        docs,
+    )
+    start: Any = explicit_backward_kernel[(blocks, runs, batch)]
+    start(
+        *inputs,
+        taps,
+        z if skip is None else skip,
+        *states,
+        z if dlong is None else dlong.contiguous(),
+        z.new_empty(programs, 3 * chunk, 3, block),
+        dz,
+        sums,
+        dshort_in,
+        dlong_in,
+        length,
+        tiling.run,
+        HAS_DLONG=dlong is not None and taps.shape[1] > 1,
+        PARAMETERS=parameters,
+        **keywords,
+    )
+    if parameters:
+        dtaps = empty(batch, runs, blocks, taps.shape[1])
+        del keywords["HAS_SKIP"], keywords["TERMS"]
+        start = explicit_taps_kernel[(blocks, runs, batch)]
+        start(
+            *inputs,
+            *states,
+            empty(programs, matrices, chunk, chunk),
+            dtaps,
+            length,
+            tiling.run,
+            WP=power_of_two(taps.shape[1]),
+            STAGES=tiling.stages,
+            **keywords,
+        )
+    if dshort is not None and steps:
+        add_window_gradient(dz, dshort_in, dshort, mask, None if reset is None else ages[:, -1])
+    if not parameters:
+        return dz, *(empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
+    total = sums.sum(dim=(0, 1))  # [3K+4,D]
+    dweight = total[: 3 * count].view(3, count, channels).transpose(1, 2).reshape(width, count)
+    dtaps = dtaps.view(batch * runs, taps.shape[0], -1, taps.shape[1]).sum(dim=(0, 2))
+    return dz, dweight, total[3 * count : -1].reshape(width).clone(), dtaps, total[-1].clone(), dshort_in, dlong_in
+
+
+def add_window_gradient(
+    dz: Tensor, dshort_in: Tensor, dshort: Tensor, mask: Tensor | None, last_age: Tensor | None
+) -> None:
+    """Add, in place, the gradient of the short filter's state after z to those of z and of the state before."""
+    steps, length = dshort.shape[-1], dz.shape[1]
+    if last_age is not None:  # steps before the last document are not in the state
+        ago = torch.arange(steps - 1, -1, -1, device=dz.device)
+        dshort = dshort.masked_fill((ago > last_age[:, None])[:, None], 0.0)
+    inside = min(steps, length)
+    recent = dshort[..., steps - inside :].transpose(1, 2)
+    if mask is not None:
+        recent = recent * mask[:, length - inside :, None]
+    dz[:, length - inside :] += recent
+    if length < steps:
+        dshort_in[..., length:] += dshort[..., : steps - length]

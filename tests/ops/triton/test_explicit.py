@@ -1,0 +1,128 @@
+"""The kernels for explicit taps against the plain operator in float64: outputs, states, all gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from device import DEVICE
+from hyaena.ops import ExplicitFilter, HyenaState, hyena
+from hyaena.ops.triton.hyena.explicit_launch import Operands, Tiling, backward, forward
+
+# As in test_kernels; the factors of products are rounded to bfloat16 as well, as those of the plain operator are.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2 ** (-8 if DEVICE == "cuda" else -7)}
+GRADIENT = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2 if DEVICE == "cuda" else 3e-2}
+
+SMALL = Tiling(chunk=16, run=2)
+
+
+def make(
+    length: int,
+    groups: int = 3,
+    width: int = 2,
+    count: int = 7,
+    taps: int = 3,
+    *,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+    padded: bool = False,
+    bare: bool = False,
+    documents: bool = False,
+    taps_dtype: torch.dtype = torch.float32,
+) -> Operands:
+    """A random problem; ``bare`` leaves out all that may be None."""
+    channels = groups * width
+    mask = torch.arange(length) >= torch.randint(0, length, (batch, 1)) if padded else None
+    reset = None
+    if documents:
+        reset = torch.rand(batch, length) < 0.1
+        reset[0, -1] = True
+    problem = Operands(
+        torch.randn(batch, length, 3 * channels).to(dtype),
+        torch.randn(3 * channels, taps),
+        torch.randn(3 * channels),
+        torch.randn(groups, count).to(taps_dtype),
+        torch.randn(channels),
+        torch.randn(batch, 3 * channels, taps - 1).to(dtype),
+        torch.randn(batch, channels, count - 1),
+        mask,
+        reset,
+    )
+    if bare:
+        problem = problem._replace(bias=None, skip=None, short=None, long=None)
+    return Operands(*(None if t is None else t.to(DEVICE) for t in problem))
+
+
+def exact(problem: Operands) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
+    """Leaves in float64 (all but mask and reset), and what the plain operator makes of them."""
+    wide = [None if t is None else t.double().requires_grad_() for t in problem[:7]]
+    z, weight, bias, taps, skip, short, long = wide
+    assert z is not None and weight is not None and taps is not None
+    if short is None:
+        short = z.new_zeros(z.shape[0], z.shape[2], weight.shape[1] - 1)
+    if long is None:
+        long = z.new_zeros(z.shape[0], z.shape[2] // 3, taps.shape[1] - 1)
+    filter = ExplicitFilter(taps, skip)
+    y, state = hyena(
+        z, weight, bias, filter, HyenaState(short, long), mask=problem.mask, reset=problem.reset, method="direct"
+    )
+    return wide, y, state.short, state.long
+
+
+def close(value: Tensor, expected: Tensor, tolerance: float) -> None:
+    expected = expected.detach()
+    assert value.shape == expected.shape
+    assert torch.isfinite(value).all()
+    if expected.numel():
+        error = (value - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        assert float(error) < tolerance
+
+
+def check_forward(problem: Operands, tiling: Tiling) -> None:
+    got = forward(problem, tiling)
+    _, *expected = exact(problem)
+    for value, want in zip(got, expected, strict=True):
+        close(value, want, TOLERANCE[value.dtype])
+
+
+def check_backward(problem: Operands, tiling: Tiling) -> None:
+    leaves, *outputs = exact(problem)
+    slopes = [torch.randn_like(t) for t in outputs]
+    loss = sum((t * slope).sum() for t, slope in zip(outputs, slopes, strict=True))
+    given = [t for t in leaves if t is not None]
+    expected = dict(zip(map(id, given), torch.autograd.grad(loss, given), strict=True))
+    dy, dshort, dlong = slopes[0].to(problem.z.dtype), slopes[1].to(problem.z.dtype), slopes[2].float()
+    got = backward(dy, dshort, dlong, problem, tiling)
+    for leaf, value in zip(leaves, got, strict=True):
+        if leaf is not None:
+            close(value, expected[id(leaf)], GRADIENT[problem.z.dtype])
+
+
+PROBLEMS = {
+    "one step": dict(length=1),
+    "shorter than the windows": dict(length=2, count=20, taps=4),
+    "several runs": dict(length=75),
+    "a multiple of the chunk": dict(length=64),
+    "long taps": dict(length=70, count=33),
+    "longer taps than steps": dict(length=20, count=40),
+    "one tap": dict(length=20, count=1, taps=1),
+    "eight short taps": dict(length=40, taps=8),
+    "padded": dict(length=50, padded=True),
+    "bare": dict(length=40, bare=True),
+    "documents": dict(length=60, count=20, documents=True),
+    "documents and padding": dict(length=40, padded=True, documents=True),
+    "wide groups": dict(length=20, groups=2, width=17),
+    "whole groups": dict(length=20, groups=2, width=16),
+    "bfloat16": dict(length=70, count=20, dtype=torch.bfloat16),
+    "bfloat16 taps": dict(length=40, dtype=torch.bfloat16, taps_dtype=torch.bfloat16),
+    "float16": dict(length=40, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_forward(name: str) -> None:
+    check_forward(make(**PROBLEMS[name]), SMALL)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_backward(name: str) -> None:
+    check_backward(make(**PROBLEMS[name]), SMALL)
