@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from device import DEVICE
-from hyaena.ops import HyenaState, ModalFilter, hyena
+from hyaena.ops import HyenaState, ModalFilter, RealModalFilter, hyena
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 from hyaena.ops.triton.hyena.launch import (
     BackwardTiling,
@@ -41,14 +41,18 @@ def exact(problem: Operands) -> tuple[list[Tensor | None], Tensor, Tensor, Tenso
     wide = [None if t is None else t.double().requires_grad_() for t in problem[:8]]
     z, weight, bias, poles, residues, skip, short, long = wide
     assert z is not None and weight is not None and poles is not None and residues is not None
-    filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
+    if problem.real:
+        filter = RealModalFilter(poles.flatten(1), residues.flatten(1), skip)
+    else:
+        filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
     if short is None:
         short = z.new_zeros(z.shape[0], z.shape[2], weight.shape[1] - 1)
     if long is None:
         long = z.new_zeros(z.shape[0], *poles.shape)
-    state = HyenaState(short, torch.view_as_complex(long))
+    state = HyenaState(short, long.flatten(2) if problem.real else torch.view_as_complex(long))
     y, state = hyena(z, weight, bias, filter, state, mask=problem.mask, reset=problem.reset, method="recurrence")
-    return wide, y, state.short, torch.view_as_real(state.long)
+    after = state.long.unflatten(2, (-1, 2)) if problem.real else torch.view_as_real(state.long)
+    return wide, y, state.short, after
 
 
 def boundaries(length: int, *rows: tuple[int, ...]) -> Tensor:
@@ -70,6 +74,7 @@ def make(
     padded: bool = False,
     bare: bool = False,
     documents: bool = False,
+    real: bool = False,
 ) -> Operands:
     """A random problem, one pole on the unit circle; ``bare`` leaves out all that may be None.
 
@@ -78,6 +83,9 @@ def make(
     size = torch.rand(channels, modes) * 0.5 + 0.5
     size[0, 0] = 1.0
     poles = torch.view_as_real(torch.polar(size, torch.rand(channels, modes) * 3))
+    if real:
+        poles = -torch.rand(channels, modes, 2) ** 3
+        poles[0, 0] = 0.0
     mask = None
     if padded:
         mask = torch.arange(length) >= torch.randint(0, length, (batch, 1))
@@ -99,7 +107,7 @@ def make(
     )
     if bare:
         problem = problem._replace(bias=None, skip=None, short=None, long=None)
-    return Operands(*(None if t is None else t.to(DEVICE) for t in problem))
+    return Operands(*(None if t is None else t.to(DEVICE) for t in problem[:-1]), real=real)
 
 
 # (dtype, padded; None: packed documents) and (modes, channels, parts of time): every type with every number of modes,
@@ -164,6 +172,27 @@ def test_forward_with_any_number_of_modes(modes: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_in_the_tiling_of_its_modes(modes: int, dtype: torch.dtype) -> None:
     check_forward(make(150, channels=2, modes=modes, batch=1, dtype=dtype), None)
+
+
+MATRICES = Tiling(channels=4, segments=4, steps=16, products=True)
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("modes", [1, 3, 8, 16])
+def test_forward_by_products(modes: int, real: bool) -> None:
+    check_forward(make(150, channels=6, modes=modes, dtype=torch.bfloat16, real=real), MATRICES)
+
+
+@pytest.mark.parametrize("problem", [dict(padded=True), dict(documents=True), dict(bare=True), dict(batch=1)], ids=str)
+def test_forward_by_products_of_what_may_be_left_out(problem: dict) -> None:
+    parts = 2 if "batch" in problem else None
+    check_forward(make(140, channels=5, dtype=torch.bfloat16, **problem), replace(MATRICES, parts=parts, packed=False))
+
+
+@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize("documents", [False, True])
+def test_forward_with_real_modes(length: int, documents: bool) -> None:
+    check_forward(make(length, modes=3, real=True, documents=documents), SMALL)
 
 
 def test_forward_where_padding_is_anywhere() -> None:
