@@ -6,7 +6,16 @@ from torch import Tensor
 
 from device import DEVICE
 from hyaena.ops import ExplicitFilter, HyenaState, hyena
-from hyaena.ops.triton.hyena.explicit_launch import Operands, Tiling, backward, forward
+from hyaena.ops.triton.hyena.explicit_launch import (
+    FEW,
+    Operands,
+    Tiling,
+    Walk,
+    backward,
+    backward_direct,
+    forward,
+    forward_direct,
+)
 
 # As in test_kernels; the factors of products are rounded to bfloat16 as well, as those of the plain operator are.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2 ** (-8 if DEVICE == "cuda" else -7)}
@@ -77,21 +86,24 @@ def close(value: Tensor, expected: Tensor, tolerance: float) -> None:
         assert float(error) < tolerance
 
 
-def check_forward(problem: Operands, tiling: Tiling) -> None:
-    got = forward(problem, tiling)
+def check_forward(problem: Operands, tiling: Tiling | Walk) -> None:
+    got = forward(problem, tiling) if isinstance(tiling, Tiling) else forward_direct(problem, tiling)
     _, *expected = exact(problem)
     for value, want in zip(got, expected, strict=True):
         close(value, want, TOLERANCE[value.dtype])
 
 
-def check_backward(problem: Operands, tiling: Tiling) -> None:
+def check_backward(problem: Operands, tiling: Tiling | Walk) -> None:
     leaves, *outputs = exact(problem)
     slopes = [torch.randn_like(t) for t in outputs]
     loss = sum((t * slope).sum() for t, slope in zip(outputs, slopes, strict=True))
     given = [t for t in leaves if t is not None]
     expected = dict(zip(map(id, given), torch.autograd.grad(loss, given), strict=True))
     dy, dshort, dlong = slopes[0].to(problem.z.dtype), slopes[1].to(problem.z.dtype), slopes[2].float()
-    got = backward(dy, dshort, dlong, problem, tiling)
+    if isinstance(tiling, Tiling):
+        got = backward(dy, dshort, dlong, problem, tiling)
+    else:
+        got = backward_direct(dy, dshort, dlong, problem, tiling)
     for leaf, value in zip(leaves, got, strict=True):
         if leaf is not None:
             close(value, expected[id(leaf)], GRADIENT[problem.z.dtype])
@@ -126,3 +138,21 @@ def test_forward(name: str) -> None:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_backward(name: str) -> None:
     check_backward(make(**PROBLEMS[name]), SMALL)
+
+
+FEW_TAPS = {name: size for name, size in PROBLEMS.items() if size.get("count", 7) <= FEW} | {
+    "eight taps": dict(length=40, count=8, taps=2),
+    "documents of few taps": dict(length=60, documents=True, padded=True),
+    "shorter than the windows of few taps": dict(length=2, taps=4),
+}
+SHORT = Walk(words=4, run=16, group=4)
+
+
+@pytest.mark.parametrize("name", FEW_TAPS)
+def test_forward_of_few_taps(name: str) -> None:
+    check_forward(make(**FEW_TAPS[name]), SHORT)
+
+
+@pytest.mark.parametrize("name", FEW_TAPS)
+def test_backward_of_few_taps(name: str) -> None:
+    check_backward(make(**FEW_TAPS[name]), SHORT)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hyaena.ops.triton import interpreted
 from hyaena.ops.triton.common import TYPES
+from hyaena.ops.triton.hyena.direct import direct_backward_kernel, direct_forward_kernel
 from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
 from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel, explicit_taps_kernel
-from hyaena.ops.triton.hyena.launch import age, cdiv, power_of_two, window
+from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, power_of_two, window
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of z, weight, bias, taps, skip, short and long."""
@@ -68,6 +69,26 @@ class Tiling:
 FORWARD = Tiling()
 BACKWARD = Tiling()
 
+FEW = 8
+"""Taps up to which sums in registers beat products of matrices."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the kernels of few taps cut time and channels.
+
+    Attributes:
+        words: of a program, a power of two.
+        run: steps of a program.
+        group: steps whose inputs are loaded together.
+        warps: of a program.
+    """
+
+    words: int = 128
+    run: int = 128
+    group: int = 8
+    warps: int = 4
+
 
 class _Shape(NamedTuple):
     """What both kernels are told of a problem and its tiling."""
@@ -115,6 +136,128 @@ def _documents(reset: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
 def _rows(short: Tensor | None, z: Tensor) -> Tensor | None:
     """The state of the short filter as steps of z, [B,K-1,3D]."""
     return None if short is None else short.to(z.dtype).transpose(1, 2).contiguous()
+
+
+def _walk(operands: Operands, walk: Walk) -> tuple[int, dict[str, Any]]:
+    """Numbers of a word, and what both kernels of few taps are told."""
+    z, weight, bias, taps, skip, short, long, mask, reset = operands
+    channels = z.shape[2] // 3
+    numbers = 2 if z.dtype.itemsize == 2 and channels % 2 == 0 else 1
+    keywords = {
+        "TYPE": TYPES[z.dtype],
+        "D": channels,
+        "K": weight.shape[1],
+        "W": taps.shape[1],
+        "WIDTH": channels // taps.shape[0],
+        "P": numbers,
+        "BW": min(walk.words, power_of_two(cdiv(channels, numbers))),
+        "U": walk.group,
+        "HAS_BIAS": bias is not None,
+        "HAS_SKIP": skip is not None,
+        "HAS_SHORT": short is not None and weight.shape[1] > 1,
+        "HAS_LONG": long is not None and taps.shape[1] > 1,
+        "HAS_MASK": mask is not None,
+        "HAS_RESET": reset is not None,
+        "num_warps": walk.warps,
+    }
+    return numbers, keywords
+
+
+def forward_direct(operands: Operands, walk: Walk | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``forward`` for up to FEW taps."""
+    operands = operands.contiguous()
+    z, weight, bias, taps, skip, short, long, mask, reset = operands
+    batch, length, width = z.shape
+    walk = walk or Walk()
+    y = z.new_empty(batch, length, width // 3)
+    long_out = taps.new_empty(batch, width // 3, taps.shape[1] - 1, dtype=torch.float32)
+    before = _rows(short, z)
+    numbers, keywords = _walk(operands, walk)
+    start: Any = direct_forward_kernel[
+        (cdiv(width // 3, keywords["BW"] * numbers), cdiv(length, walk.run), batch)
+    ]
+    words = as_words(z, numbers)
+    start(
+        words,
+        weight,
+        z if bias is None else bias,
+        taps,
+        z if skip is None else skip,
+        words if before is None else as_words(before, numbers),
+        z if long is None else long,
+        z if mask is None else mask.view(torch.uint8),
+        z if reset is None else reset.view(torch.uint8),
+        y,
+        long_out,
+        length,
+        walk.run,
+        **keywords,
+    )
+    steps = weight.shape[1] - 1
+    tails = None if reset is None else age(reset)[:, -1].clamp(max=steps)
+    return y, window(z, before, mask, tails, steps), long_out
+
+
+def backward_direct(
+    dy: Tensor,
+    dshort: Tensor | None,
+    dlong: Tensor | None,
+    operands: Operands,
+    walk: Walk | None = None,
+    *,
+    parameters: bool = True,
+) -> Gradients:
+    """``backward`` for up to FEW taps."""
+    operands = operands.contiguous()
+    z, weight, bias, taps, skip, short, long, mask, reset = operands
+    batch, length, width = z.shape
+    walk = walk or Walk()
+    channels, steps, count, groups = width // 3, weight.shape[1] - 1, taps.shape[1], taps.shape[0]
+    numbers, keywords = _walk(operands, walk)
+    runs, before = cdiv(length, walk.run), _rows(short, z)
+
+    def empty(*size: int) -> Tensor:
+        return z.new_empty(*size, dtype=torch.float32)
+
+    dz = torch.empty_like(z)
+    sums = empty(batch, runs, 3 * (steps + 1) + 3 + count, channels) if parameters else empty(0)
+    dshort_in, dlong_in = empty(batch, width, steps), empty(batch, channels, count - 1)
+    ages = z if reset is None else age(reset)
+    words = as_words(z, numbers)
+    start: Any = direct_backward_kernel[(cdiv(channels, keywords["BW"] * numbers), runs, batch)]
+    start(
+        words,
+        as_words(dy, numbers),
+        weight,
+        z if bias is None else bias,
+        taps,
+        z if skip is None else skip,
+        words if before is None else as_words(before, numbers),
+        z if long is None else long,
+        z if mask is None else mask.view(torch.uint8),
+        z if reset is None else reset.view(torch.uint8),
+        ages,
+        z if dlong is None else dlong.contiguous(),
+        dz,
+        sums,
+        dshort_in,
+        dlong_in,
+        length,
+        walk.run,
+        HAS_DLONG=dlong is not None and count > 1,
+        PARAMETERS=parameters,
+        **keywords,
+    )
+    if dshort is not None and steps:
+        add_window_gradient(dz, dshort_in, dshort, mask, None if reset is None else ages[:, -1])
+    if not parameters:
+        return dz, *(empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
+    total = sums.sum(dim=(0, 1))  # [3K+3+W,D]
+    split = 3 * (steps + 1)
+    dweight = total[:split].view(3, steps + 1, channels).flip(1).transpose(1, 2).reshape(width, steps + 1)
+    of_taps = total[split + 3 :]
+    dtaps = of_taps.view(count, groups, -1).sum(-1).t().contiguous()
+    return dz, dweight, total[split : split + 3].reshape(width).clone(), dtaps, of_taps[0].clone(), dshort_in, dlong_in
 
 
 def forward(operands: Operands, tiling: Tiling = FORWARD) -> tuple[Tensor, Tensor, Tensor]:
