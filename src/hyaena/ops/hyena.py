@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops.backend import Backend, use_fused_hyena
-from hyaena.ops.long_conv import METHODS, Filter, Method, ModalFilter, check_channels, long_conv, long_conv_states
+from hyaena.ops.long_conv import METHODS, Filter, Method, check_channels, long_conv, long_conv_states
 from hyaena.ops.short_conv import short_conv
 from hyaena.ops.state import RowTensors
 
@@ -88,8 +88,7 @@ def hyena(
     if use_fused_hyena(backend, method, z, short_weight, long_filter, long, reset):
         from hyaena.ops.triton.hyena.register import fused_hyena
 
-        modal = cast("ModalFilter", long_filter)  # the only kind that the kernels take
-        y, short, long = fused_hyena(z, short_weight, short_bias, modal, short, long, mask, reset)
+        y, short, long = fused_hyena(z, short_weight, short_bias, long_filter, short, long, mask, reset)
         return y, HyenaState(short, long)
     if mask is not None:
         z = z * mask.unsqueeze(-1)

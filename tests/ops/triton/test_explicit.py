@@ -6,15 +6,15 @@ from torch import Tensor
 
 from device import DEVICE
 from hyaena.ops import ExplicitFilter, HyenaState, hyena
+from hyaena.ops.triton import FEW_TAPS
 from hyaena.ops.triton.hyena.explicit_launch import (
-    FEW,
     Operands,
     Tiling,
     Walk,
-    backward,
     backward_direct,
-    forward,
+    backward_products,
     forward_direct,
+    forward_products,
 )
 
 # As in test_kernels; the factors of products are rounded to bfloat16 as well, as those of the plain operator are.
@@ -87,7 +87,7 @@ def close(value: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def check_forward(problem: Operands, tiling: Tiling | Walk) -> None:
-    got = forward(problem, tiling) if isinstance(tiling, Tiling) else forward_direct(problem, tiling)
+    got = forward_products(problem, tiling) if isinstance(tiling, Tiling) else forward_direct(problem, tiling)
     _, *expected = exact(problem)
     for value, want in zip(got, expected, strict=True):
         close(value, want, TOLERANCE[value.dtype])
@@ -101,7 +101,7 @@ def check_backward(problem: Operands, tiling: Tiling | Walk) -> None:
     expected = dict(zip(map(id, given), torch.autograd.grad(loss, given), strict=True))
     dy, dshort, dlong = slopes[0].to(problem.z.dtype), slopes[1].to(problem.z.dtype), slopes[2].float()
     if isinstance(tiling, Tiling):
-        got = backward(dy, dshort, dlong, problem, tiling)
+        got = backward_products(dy, dshort, dlong, problem, tiling)
     else:
         got = backward_direct(dy, dshort, dlong, problem, tiling)
     for leaf, value in zip(leaves, got, strict=True):
@@ -140,7 +140,7 @@ def test_backward(name: str) -> None:
     check_backward(make(**PROBLEMS[name]), SMALL)
 
 
-FEW_TAPS = {name: size for name, size in PROBLEMS.items() if size.get("count", 7) <= FEW} | {
+FEW_TAPS = {name: size for name, size in PROBLEMS.items() if size.get("count", 7) <= FEW_TAPS} | {
     "eight taps": dict(length=40, count=8, taps=2),
     "documents of few taps": dict(length=60, documents=True, padded=True),
     "shorter than the windows of few taps": dict(length=2, taps=4),

@@ -50,6 +50,33 @@ def load_modes(pairs, channel, inside, N: tl.constexpr):
 
 
 @triton.jit
+def load_poles(poles, channel, inside, N: tl.constexpr, REAL: tl.constexpr):
+    """The poles, two tuples; with REAL, pairs of real ones, whose logarithms are stored."""
+    re, im = load_modes(poles, channel, inside, N)
+    if REAL:
+        out_re = ()
+        out_im = ()
+        for n in tl.static_range(N):
+            out_re = out_re + (tl.exp(re[n].to(tl.float64)).to(tl.float32),)
+            out_im = out_im + (tl.exp(im[n].to(tl.float64)).to(tl.float32),)
+        re = out_re
+        im = out_im
+    return re, im
+
+
+@triton.jit
+def load_residues(residues, channel, inside, N: tl.constexpr, REAL: tl.constexpr):
+    """The residues, two tuples; with REAL the second is negated, so that ``Σ r_re·s_re - r_im·s_im`` is the output."""
+    re, im = load_modes(residues, channel, inside, N)
+    if REAL:
+        minus = ()
+        for n in tl.static_range(N):
+            minus = minus + (-im[n],)
+        im = minus
+    return re, im
+
+
+@triton.jit
 def store_modes(pairs, channel, inside, re, im, N: tl.constexpr):
     """The inverse of ``load_modes``."""
     for n in tl.static_range(N):

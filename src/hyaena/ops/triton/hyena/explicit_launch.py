@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyaena.ops.triton import interpreted
+from hyaena.ops.triton import FEW_TAPS, interpreted
 from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.hyena.direct import direct_backward_kernel, direct_forward_kernel
 from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
 from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel, explicit_taps_kernel
 from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, power_of_two, window
+from hyaena.ops.triton.hyena.step import explicit_step_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of z, weight, bias, taps, skip, short and long."""
@@ -68,10 +69,6 @@ class Tiling:
 
 FORWARD = Tiling()
 BACKWARD = Tiling()
-
-FEW = 8
-"""Taps up to which sums in registers beat products of matrices."""
-
 
 @dataclass(frozen=True)
 class Walk:
@@ -164,7 +161,7 @@ def _walk(operands: Operands, walk: Walk) -> tuple[int, dict[str, Any]]:
 
 
 def forward_direct(operands: Operands, walk: Walk | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``forward`` for up to FEW taps."""
+    """``forward`` for up to FEW_TAPS taps."""
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
@@ -207,7 +204,7 @@ def backward_direct(
     *,
     parameters: bool = True,
 ) -> Gradients:
-    """``backward`` for up to FEW taps."""
+    """``backward`` for up to FEW_TAPS taps."""
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
@@ -260,12 +257,63 @@ def backward_direct(
     return dz, dweight, total[split : split + 3].reshape(width).clone(), dtaps, of_taps[0].clone(), dshort_in, dlong_in
 
 
-def forward(operands: Operands, tiling: Tiling = FORWARD) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the forward kernel.
+def step(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor,
+    skip: Tensor | None,
+    short: Tensor,
+    long: Tensor,
+    short_out: Tensor,
+    long_out: Tensor,
+    overlap: bool = False,
+) -> Tensor:
+    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read."""
+    channels = z.shape[-1] // 3
+    groups, count = taps.shape
+    columns = power_of_two(count)
+    block = max(1, min(64, 2048 // columns))
+    y = z.new_empty(z.shape[0], 1, channels)
+    start: Any = explicit_step_kernel[(cdiv(channels, block), z.shape[0])]
+    start(
+        z.contiguous(),
+        weight.contiguous(),
+        z if bias is None else bias,
+        taps.contiguous(),
+        z if skip is None else skip,
+        short,
+        long,
+        y,
+        short_out,
+        long_out,
+        D=channels,
+        K=weight.shape[-1],
+        W=count,
+        WP=columns,
+        WIDTH=channels // groups,
+        BD=block,
+        HAS_BIAS=bias is not None,
+        HAS_SKIP=skip is not None,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
+        num_warps=4,
+    )
+    return y
+
+
+def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward kernel for this number of taps.
 
     Returns:
         y [B,T,D] and the state of the short filter in the dtype of z, that of the long filter float32 [B,D,W-1].
     """
+    few = operands.taps.shape[1] <= FEW_TAPS
+    return forward_direct(operands) if few else forward_products(operands)
+
+
+def forward_products(operands: Operands, tiling: Tiling = FORWARD) -> tuple[Tensor, Tensor, Tensor]:
+    """``forward`` by matrix products, for any number of taps."""
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
@@ -303,11 +351,10 @@ def backward(
     dshort: Tensor | None,
     dlong: Tensor | None,
     operands: Operands,
-    tiling: Tiling = BACKWARD,
     *,
     parameters: bool = True,
 ) -> Gradients:
-    """Launch the backward kernel.
+    """Launch the backward kernels for this number of taps.
 
     Args:
         dy, dshort, dlong: gradients of the results of ``forward``; None for zero.
@@ -317,6 +364,21 @@ def backward(
         The gradients of z (in its dtype), weight, bias, taps, skip, short and long (float32), whether or not the
         argument was None. Those of the filters are empty tensors without ``parameters``.
     """
+    few = operands.taps.shape[1] <= FEW_TAPS
+    launch = backward_direct if few else backward_products
+    return launch(dy, dshort, dlong, operands, parameters=parameters)
+
+
+def backward_products(
+    dy: Tensor,
+    dshort: Tensor | None,
+    dlong: Tensor | None,
+    operands: Operands,
+    tiling: Tiling = BACKWARD,
+    *,
+    parameters: bool = True,
+) -> Gradients:
+    """``backward`` by matrix products, for any number of taps."""
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape

@@ -37,6 +37,8 @@ from hyaena.ops.triton.common import (
     forget,
     gather,
     load_modes,
+    load_poles,
+    load_residues,
     load_taps,
     pole,
     pole_ladder,
@@ -107,19 +109,8 @@ def segment_states(past1, words1, past0, words0, bits, bounds, taps1, off1, taps
 @triton.jit
 def load_recurrence(poles, residues, skip, channel, real, N: tl.constexpr, REAL: tl.constexpr, HAS_SKIP: tl.constexpr):
     """Poles and residues, two tuples each, and the skip: what steps of the recurrence need."""
-    p_re, p_im = load_modes(poles, channel, real, N)
-    r_re, r_im = load_modes(residues, channel, real, N)
-    if REAL:
-        re = ()
-        im = ()
-        minus = ()
-        for n in tl.static_range(N):
-            re = re + (tl.exp(p_re[n].to(tl.float64)).to(tl.float32),)
-            im = im + (tl.exp(p_im[n].to(tl.float64)).to(tl.float32),)
-            minus = minus + (-r_im[n],)
-        p_re = re
-        p_im = im
-        r_im = minus
+    p_re, p_im = load_poles(poles, channel, real, N, REAL)
+    r_re, r_im = load_residues(residues, channel, real, N, REAL)
     gain = tl.zeros(channel.shape, tl.float32)
     if HAS_SKIP:
         gain = tl.load(skip + channel, mask=real, other=0.0).to(tl.float32)

@@ -330,8 +330,10 @@ def step(
     short_out: Tensor,
     long_out: Tensor,
     overlap: bool = False,
+    real: bool = False,
 ) -> Tensor:
-    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read."""
+    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read;
+    ``real`` as in ``Operands``."""
     channels, modes = poles.shape[:2]
     y = z.new_empty(z.shape[0], 1, channels)
     start: Any = hyena_step_kernel[(cdiv(channels, STEP_CHANNELS), z.shape[0])]
@@ -354,6 +356,7 @@ def step(
         HAS_BIAS=bias is not None,
         HAS_SKIP=skip is not None,
         OVERLAP=overlap,
+        REAL=real,
         launch_pdl=overlap,
         num_warps=2,
     )
@@ -423,7 +426,7 @@ def backward(
 
     ahead = poles.new_empty(batch, chunks, modes, 2, channels)
     behind = torch.empty_like(ahead)
-    shape: dict[str, Any] = {"D": channels, "N": modes, "C": steps}
+    shape: dict[str, Any] = {"D": channels, "N": modes, "C": steps, "REAL": real}
     start: Any = backward_sums_kernel[(blocks, chunks, batch)]
     start(
         z,
