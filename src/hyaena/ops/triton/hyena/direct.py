@@ -80,7 +80,7 @@ def direct_forward_kernel(z, weight, bias, taps, skip, short, long, keep, reset,
                           HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of BW words, runs of time, rows).
 
-    ``z`` and ``short`` [B,K-1,3D] are in words of P numbers of TYPE; ``long`` float32 [B,D,W-1].
+    ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of P numbers of TYPE; ``long`` float32 [B,D,W-1].
     """
     S: tl.constexpr = K - 1
     ROW: tl.constexpr = 3 * D // P
@@ -95,7 +95,7 @@ def direct_forward_kernel(z, weight, bias, taps, skip, short, long, keep, reset,
     short_2 = short + row * S * ROW + word
     short_1 = short_2 + ROW // 3
     short_0 = short_1 + ROW // 3
-    y += row * T * D + word * P
+    y += row * T * (D // P) + word
     keep += row * T
     reset += row * T
     long += row * D * (W - 1) + channel * (W - 1)
@@ -153,14 +153,14 @@ def direct_forward_kernel(z, weight, bias, taps, skip, short, long, keep, reset,
             out, h2, h1, h0, past = forward_step(taps2, off2, taps1, off1, taps0, off0, kernel, x2s[i], x1s[i], x0s[i],
                                                  h2, h1, h0, past, keep, reset, start + i, T, HAS_MASK,
                                                  HAS_RESET)  # fmt: skip
-            store_numbers(y + (start + i) * D, out, inside, P, TYPE)
+            store_numbers(y + (start + i) * (D // P), out, inside, P, TYPE)
     for late in range(whole, end):
         n2 = load_word(z_2, short_2, keep, late, T, inside, S, ROW, P, TYPE, False, HAS_MASK)
         n1 = load_word(z_1, short_1, keep, late, T, inside, S, ROW, P, TYPE, False, HAS_MASK)
         n0 = load_word(z_0, short_0, keep, late, T, inside, S, ROW, P, TYPE, False, HAS_MASK)
         out, h2, h1, h0, past = forward_step(taps2, off2, taps1, off1, taps0, off0, kernel, n2, n1, n0, h2, h1, h0,
                                              past, keep, reset, late, T, HAS_MASK, HAS_RESET)  # fmt: skip
-        store_numbers(y + late * D, out, inside, P, TYPE)
+        store_numbers(y + late * (D // P), out, inside, P, TYPE)
     if end == T:
         for k in tl.static_range(W - 1):
             tl.store(long_out + row * D * (W - 1) + channel * (W - 1) + k, past[k], mask=real)
@@ -312,7 +312,7 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
     """The gradient of z and partial sums of the parameters'. Grid as forward; a run is walked from its end.
 
     Of the short filter's inputs a thread holds the windows of the step at which w enters, W-1 steps before the current
-    one; ``later`` holds the gradients of u of the steps behind. ``z``, ``dy`` and ``short`` are in words.
+    one; ``later`` holds the gradients of u of the steps behind. ``z``, ``dy``, ``short`` and ``dz`` are in words.
     ``sums`` [B,runs,3K+3+W,D]: the taps of the three blocks, each from the newest, the three biases, the long filter
     from the newest tap.
     """
@@ -330,7 +330,7 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
     short_1 = short_2 + ROW // 3
     short_0 = short_1 + ROW // 3
     dy += row * T * (D // P) + word
-    dz += row * T * 3 * D + word * P
+    dz += row * T * ROW + word
     keep += row * T
     reset += row * T
     ages += row * T
@@ -419,10 +419,10 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
             t, end, T, x2, x1, x0, now1, now0, slope, taps2, off2, taps1, off1, taps0, off0, kernel, v2, v1, v0, u1s,
             u0s, ws, dgs, later2, later1, later0, totals2, totals1, totals0, totals, long, dlong, keep, ages, reset,
             last_age, real, W, True, HAS_LONG, HAS_MASK, HAS_RESET, HAS_DLONG, PARAMETERS)  # fmt: skip
-        out = dz + t * (3 * D)
+        out = dz + t * ROW
         store_numbers(out, dz2, inside & (t < end), P, TYPE)
-        store_numbers(out + D, dz1, inside & (t < end), P, TYPE)
-        store_numbers(out + 2 * D, dz0, inside & (t < end), P, TYPE)
+        store_numbers(out + ROW // 3, dz1, inside & (t < end), P, TYPE)
+        store_numbers(out + 2 * (ROW // 3), dz0, inside & (t < end), P, TYPE)
     for turn in range(0, (aligned - first) // U):
         begin = aligned - 1 - turn * U
         a2 = ()
@@ -454,10 +454,10 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
                 v2, v1, v0, u1s, u0s, ws, dgs, later2, later1, later0, totals2, totals1, totals0, totals, long, dlong,
                 keep, ages, reset, last_age, real, W, False, HAS_LONG, HAS_MASK, HAS_RESET, HAS_DLONG,
                 PARAMETERS)  # fmt: skip
-            out = dz + t * (3 * D)
+            out = dz + t * ROW
             store_numbers(out, dz2, inside, P, TYPE)
-            store_numbers(out + D, dz1, inside, P, TYPE)
-            store_numbers(out + 2 * D, dz0, inside, P, TYPE)
+            store_numbers(out + ROW // 3, dz1, inside, P, TYPE)
+            store_numbers(out + 2 * (ROW // 3), dz0, inside, P, TYPE)
 
     if first == 0:
         for s in tl.static_range(1, S + 1):  # the state of the short filter

@@ -218,10 +218,10 @@ def explicit_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep,
             g = tl.zeros((C, BC), tl.float32)
             dw = tl.zeros((C, BC), tl.float32)
             if start < T:
-                g = convolve_chunks(matrices, ws, docs, start, T, C, HAS_RESET)
+                g = convolve_chunks(matrices, ws, docs, start, T, C, 1, HAS_RESET)
                 dw = spread_chunks(turned, dgs, docs, start, T, C, HAS_RESET)
         else:
-            g = convolve_chunks(matrices, ws, docs, start, T, C, HAS_RESET)
+            g = convolve_chunks(matrices, ws, docs, start, T, C, 1, HAS_RESET)
             dw = spread_chunks(turned, dgs, docs, start, T, C, HAS_RESET)
         w = u1 * u0
         g = tl.fma(gain, w, g)

@@ -58,6 +58,8 @@ class Tiling:
         run: chunks of a program.
         warps: of a program.
         stages: chunks whose inputs are under way together, the one that is computed among them.
+        groups: of a program of the forward kernel, a power of two, where groups are ``channels`` wide.
+        registers: of a thread at most; fewer let more programs run at once.
     """
 
     chunk: int = 64
@@ -65,10 +67,13 @@ class Tiling:
     run: int = 32
     warps: int = 4
     stages: int = 1
+    groups: int = 1
+    registers: int = 128
 
 
 FORWARD = Tiling()
 BACKWARD = Tiling()
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -119,6 +124,7 @@ def _shape(operands: Operands, tiling: Tiling) -> _Shape:
         "HAS_MASK": mask is not None,
         "HAS_RESET": reset is not None,
         "num_warps": tiling.warps,
+        "maxnreg": tiling.registers,
     }
     return _Shape(groups * cdiv(width, block), cdiv(z.shape[1], tiling.chunk * tiling.run), keywords)
 
@@ -170,9 +176,7 @@ def forward_direct(operands: Operands, walk: Walk | None = None) -> tuple[Tensor
     long_out = taps.new_empty(batch, width // 3, taps.shape[1] - 1, dtype=torch.float32)
     before = _rows(short, z)
     numbers, keywords = _walk(operands, walk)
-    start: Any = direct_forward_kernel[
-        (cdiv(width // 3, keywords["BW"] * numbers), cdiv(length, walk.run), batch)
-    ]
+    start: Any = direct_forward_kernel[(cdiv(width // 3, keywords["BW"] * numbers), cdiv(length, walk.run), batch)]
     words = as_words(z, numbers)
     start(
         words,
@@ -184,7 +188,7 @@ def forward_direct(operands: Operands, walk: Walk | None = None) -> tuple[Tensor
         z if long is None else long,
         z if mask is None else mask.view(torch.uint8),
         z if reset is None else reset.view(torch.uint8),
-        y,
+        as_words(y, numbers),
         long_out,
         length,
         walk.run,
@@ -235,7 +239,7 @@ def backward_direct(
         z if reset is None else reset.view(torch.uint8),
         ages,
         z if dlong is None else dlong.contiguous(),
-        dz,
+        as_words(dz, numbers),
         sums,
         dshort_in,
         dlong_in,
@@ -322,7 +326,8 @@ def forward_products(operands: Operands, tiling: Tiling = FORWARD) -> tuple[Tens
     before = _rows(short, z)
     ages, docs = _documents(reset, z)
     shape = _shape(operands, tiling)
-    start: Any = explicit_forward_kernel[(shape.blocks, shape.runs + 1, batch)]
+    together = tiling.groups if shape.keywords["WIDTH"] == shape.keywords["BC"] else 1
+    start: Any = explicit_forward_kernel[(cdiv(shape.blocks, together), shape.runs + 1, batch)]
     start(
         z,
         weight,
@@ -339,6 +344,7 @@ def forward_products(operands: Operands, tiling: Tiling = FORWARD) -> tuple[Tens
         length,
         tiling.run,
         STAGES=tiling.stages,
+        GROUPS=together,
         **shape.keywords,
     )
     taps_before = weight.shape[1] - 1

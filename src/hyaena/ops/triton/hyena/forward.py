@@ -235,6 +235,17 @@ def chain(re, im, carry_re, carry_im, decay, run_decay, rest, begins, HAS_RESET:
 
 
 @triton.jit
+def save_state(saved, re, im, block, N: tl.constexpr, BD: tl.constexpr, D: tl.constexpr):
+    """Store a state [NP·BD] of the chain."""
+    line = tl.arange(0, re.shape[0])
+    channel = block * BD + line % BD
+    to = saved + (channel * N + line // BD) * 2
+    inside = (line // BD < N) & (channel < D)
+    tl.store(to, re, mask=inside)
+    tl.store(to + 1, im, mask=inside)
+
+
+@triton.jit
 def move(q, re, im, x_re, x_im, REAL: tl.constexpr):
     """``q·s + x``, all complex; or, with REAL, of two real modes."""
     if REAL:
@@ -265,7 +276,7 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
                          HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of BD channels, parts of time, rows).
 
-    ``z`` and ``short`` [B,K-1,3D] are in words of P numbers of TYPE. NP is N rounded up to a power of two;
+    ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of P numbers of TYPE. NP is N rounded up to a power of two;
     ``keep`` int32 [B,T/L+1] has a bit for every step from K-1 before a segment to its end, see ``launch.segment_bits``;
     ``bounds``, ``tiles`` and ``cuts`` are the first fields of ``launch.Boundaries``; ``parts`` [B, parts, D, N, 2] is
     what ``STATES_ONLY`` writes and the other mode reads, ``part_steps`` a multiple of S·L.
@@ -288,7 +299,7 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
     short_2 = short + row * W * ROW
     short_1 = short_2 + ROW // 3
     short_0 = short_1 + ROW // 3
-    y += row * T * D + word * P
+    y += row * T * (D // P) + word
     keep += row * (T // L + 1)
     bounds += row * (T // L + 1)
     tiles += row * ((T + TILE - 1) // TILE)
@@ -349,10 +360,10 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
         saved = parts + (row * tl.num_programs(1) + part) * D * N * 2
     else:
         saved = long_out + row * D * N * 2
-    saved_rows = saved + flat + run * 0
     if begin == whole:  # fewer steps than a segment: they go on from the carry
-        tl.store(saved_rows, carry_re, mask=active & (run == 0))
-        tl.store(saved_rows + 1, carry_im, mask=active & (run == 0))
+        saved_re = tl.sum(tl.where(run == 0, carry_re, 0.0), axis=0)
+        saved_im = tl.sum(tl.where(run == 0, carry_im, 0.0), axis=0)
+        save_state(saved, saved_re, saved_im, block, N, BD, D)
     for start in tl.range(begin, whole, TILE, num_stages=STAGES):
         # Threads beyond the whole segments read the last one again and write nothing.
         last = whole - L
@@ -397,11 +408,12 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
         if start + TILE >= whole:  # noqa: SIM102, one condition is a constant
             if STATES_ONLY or end == T:  # the state that this tile leaves is the last
                 count = (whole - start) // L
+                last_re = tl.where(active & (run * RUN + S == count), carry_re, 0.0)
+                last_im = tl.where(active & (run * RUN + S == count), carry_im, 0.0)
                 for i in tl.static_range(RUN):
-                    tl.store(saved_rows, row_re[i], mask=active & (run * RUN + i == count))
-                    tl.store(saved_rows + 1, row_im[i], mask=active & (run * RUN + i == count))
-                tl.store(saved_rows, carry_re, mask=active & (run * RUN + S == count))
-                tl.store(saved_rows + 1, carry_im, mask=active & (run * RUN + S == count))
+                    last_re += tl.where(active & (run * RUN + i == count), row_re[i], 0.0)
+                    last_im += tl.where(active & (run * RUN + i == count), row_im[i], 0.0)
+                save_state(saved, tl.sum(last_re, axis=0), tl.sum(last_im, axis=0), block, N, BD, D)
         if not STATES_ONLY:
             history = unpack_all(past2, P, TYPE)
             written = inside & (start + seg * L < whole)
@@ -425,7 +437,7 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
                                                        p_re, p_im, r_re, r_im, gain, re, im, REAL)  # fmt: skip
                 if HAS_MASK:
                     out = tl.where(has(bits, W + i)[:, :, None], out, 0.0)
-                store_numbers(y + (a.to(tl.int64) + i) * D, out, written, P, TYPE)
+                store_numbers(y + (a.to(tl.int64) + i) * (D // P), out, written, P, TYPE)
     if not STATES_ONLY:  # noqa: SIM102, one condition is a constant
         if whole < end:  # the steps of no whole segment: the last of all
             tl.debug_barrier()
@@ -467,5 +479,5 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
                 w = tl.where(now[:, :, None], u1 * u0, 0.0)
                 out, h2, re, im = output_step(h2, x2, w, taps2, off2, p_re, p_im, r_re, r_im, gain, re, im,
                                              REAL)  # fmt: skip
-                store_numbers(y + t * D, tl.where(now[:, :, None], out, 0.0), inside, P, TYPE)
+                store_numbers(y + t * (D // P), tl.where(now[:, :, None], out, 0.0), inside, P, TYPE)
             store_modes(saved, channel, real, re, im, N)

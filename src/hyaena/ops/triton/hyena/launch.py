@@ -177,7 +177,7 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
             words if bounds is None else bounds.parts,
             *tables,
             sums,
-            y,
+            as_words(y, numbers),
             long_out,
             length,
             part_tiles * tile,

@@ -38,7 +38,7 @@ def multiply(x, y, total, OPERAND: tl.constexpr):
     for i in tl.static_range(len(x)):
         for j in tl.static_range(len(y)):
             if i + j < 2:
-                if OPERAND == tl.float32:  # the interpreter, which has no products of bfloat16
+                if tl.float32 == OPERAND:  # the interpreter, which has no products of bfloat16
                     total = tl.dot(x[i].to(tl.float32), y[j].to(tl.float32), total, input_precision="ieee")
                 else:
                     total = tl.dot(x[i], y[j], total)

@@ -64,9 +64,7 @@ def fused_hyena(
     return y, window, pairs.flatten(2)[..., :size] if real else torch.view_as_complex(pairs)
 
 
-def real_pairs(
-    filter: ModalFilter | RealModalFilter, long: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def real_pairs(filter: ModalFilter | RealModalFilter, long: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Poles (of real modes: their logarithms), residues and state as pairs, float32 [D,N,2] and [B,D,N,2].
 
     An odd number of real modes gets another, whose residue is zero.
