@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import hyaena
-from hyaena.model import MIXERS, record
+from hyaena.layers import MIXERS, record
 from hyaena.ops import RowTensors
 from hyaena.tokenizers import ByteTokenizer
 

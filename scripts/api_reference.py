@@ -34,6 +34,7 @@ MODULES = (
     "hyaena.formats",
     "hyaena.sizes",
     "hyaena.model",
+    "hyaena.layers",
     "hyaena.cache",
     "hyaena.context",
     "hyaena.packing",

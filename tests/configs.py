@@ -33,6 +33,23 @@ TINY_EVO = replace(
 )
 """The shape of Evo 1: as many key/value heads as heads, biases, gelu, eps outside the root, a tied head."""
 
+TINY_EVO2 = replace(
+    TINY_EVO,
+    layer_types=("hyena_se", "attention", "hyena_mr", "hyena_li"),
+    se_filter_groups=4,
+    mr_filter_groups=8,
+    state_size=3,
+    hyena_in_bias=False,
+    short_filter_bias=False,
+    activation="identity",
+    first_activation="gelu",
+    attention_qkv_bias=False,
+    rope_frequencies_stored=True,
+    rope_tables_rounded=True,
+    name="tiny-evo2",
+)
+"""The shape of Evo 2: every kind of layer, few biases, gelu in layer 0 alone, rotary frequencies of the checkpoint."""
+
 TINY_BYTES = ModelConfig(
     vocab_size=259,
     hidden_size=16,

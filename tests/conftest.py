@@ -54,7 +54,7 @@ def golden() -> Path:
     return GOLDEN
 
 
-@pytest.fixture(scope="session", params=["sh-tiny", "evo-tiny", "evo8k-tiny"])
+@pytest.fixture(scope="session", params=["sh-tiny", "evo-tiny", "evo8k-tiny", "evo2-tiny", "evo2-tiny/hcm128"])
 def golden_case(request: pytest.FixtureRequest) -> Path:
     """The folder of one golden case; a test that asks for it runs once per case."""
     return GOLDEN / request.param

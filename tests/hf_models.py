@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena import StripedHyena
 from hyaena.config import ModelConfig
 
@@ -18,7 +18,7 @@ ALL_KINDS = replace(
     mr_filter_groups=8,
     name="tiny-kinds",
 )
-CONFIGS = {"sh": TINY, "evo": TINY_EVO, "kinds": ALL_KINDS}
+CONFIGS = {"sh": TINY, "evo": TINY_EVO, "evo2": TINY_EVO2, "kinds": ALL_KINDS}
 
 
 def build(config: ModelConfig) -> StripedHyena:

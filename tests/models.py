@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from hyaena.config import ModelConfig
-from hyaena.model import MIXERS, Mixers, StripedHyena
+from hyaena.layers import MIXERS, Mixers
+from hyaena.model import StripedHyena
 
 
 @torch.no_grad()

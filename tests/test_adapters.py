@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import hyaena
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena import adapters
 from hyaena.adapters import (
     CONFIG,
@@ -34,7 +34,7 @@ from hyaena.model import StripedHyena
 from hyaena.tokenizers import load_tokenizer
 
 IDS = torch.arange(18).reshape(2, 9)
-CONFIGS = pytest.mark.parametrize("config", [TINY, TINY_EVO], ids=["untied", "tied"])
+CONFIGS = pytest.mark.parametrize("config", [TINY, TINY_EVO, TINY_EVO2], ids=["untied", "tied", "evo2"])
 
 
 def adapted(config: ModelConfig = TINY, **options: Any) -> StripedHyena:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from configs import TINY_EVO2
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import CapacityError, InputError
@@ -26,10 +27,10 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def model() -> StripedHyena:
+@pytest.fixture(scope="module", params=[CONFIG, TINY_EVO2], ids=["sh", "evo2"])
+def model(request: pytest.FixtureRequest) -> StripedHyena:
     torch.manual_seed(1)
-    return StripedHyena(CONFIG).double()
+    return StripedHyena(request.param).double()
 
 
 def read(model: StripedHyena, ids: torch.Tensor, **options: object) -> Cache:

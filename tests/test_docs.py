@@ -17,6 +17,7 @@ from hyaena import evals, hf, ops
 RUN_ELSEWHERE = {
     "evaluation.md": "integrations/eval",
     "evo.md": "integrations/evo",
+    "vortex.md": "integrations/evo2",
     "serving.md": "integrations/serve",
 }
 """Pages that need packages of an environment of their own, and the tests that run them there."""

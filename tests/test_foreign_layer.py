@@ -20,7 +20,8 @@ from hyaena.context import ForwardContext
 from hyaena.decoding import Decoder
 from hyaena.errors import ConfigError
 from hyaena.generation.chunks import choose_chunk, measured_size
-from hyaena.model import MIXERS, Hyena, StripedHyena, record
+from hyaena.layers import MIXERS, Hyena, record
+from hyaena.model import StripedHyena
 from hyaena.ops import RowTensors, StepContext
 from hyaena.sampling import SamplingParams
 from hyaena.sizes import LAYER_SIZES, LayerSize, ModelSizes

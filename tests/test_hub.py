@@ -371,3 +371,32 @@ def test_the_vocab_file_of_a_configuration_is_used_or_named(tmp_path: Path) -> N
         (tmp_path / "config.yml").write_text(text.replace("tokenizer/tokenizer.json", str(elsewhere)))
         with pytest.raises(CheckpointError, match=r"outside-tokenizer\.json"):
             hyaena.load(tmp_path)
+
+
+@pytest.mark.parametrize("hub_id", [hub_id for hub_id, known in hub.PUBLISHED.items() if known.preset is not None])
+def test_models_that_are_published_without_a_configuration_have_a_preset(
+    hub_id: str, remote: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub folder of Evo 2: one ``.pt`` file in parts. Its tiny stand-in is of no preset."""
+    for file in list(remote.folder.iterdir()):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    tiny = read_config(GOLDEN / "evo2-tiny" / "config.yml")
+    preset = ModelConfig.from_name(hub.PUBLISHED[hub_id].preset or "")
+    assert hub.describe(hub_id)[0] == preset
+    torch.save(load_file(GOLDEN / "evo2-tiny" / "model.safetensors"), remote.folder / "whole.pt")
+    content = (remote.folder / "whole.pt").read_bytes()
+    (remote.folder / "whole.pt").unlink()
+    for number, start in enumerate((0, 400_000, 800_000)):
+        (remote.folder / f"{hub_id.split('/')[1]}.pt.part{number}").write_bytes(content[start : start + 400_000])
+    (remote.folder / "README.md").write_text("# Evo 2")
+    config, tokenizer = hub.load_tokenizer_of(hub_id)
+    assert config == preset and isinstance(tokenizer, CharacterTokenizer)
+    checkpoint = hub.locate(hub_id)
+    assert checkpoint.config == preset and len(checkpoint.shards) == 3
+    assert "do the configuration and the weights belong together" in refusal(hub_id)
+    monkeypatch.setattr(ModelConfig, "from_name", lambda _: tiny)
+    model, _ = hub.load(hub_id)
+    expected = load_file(GOLDEN / "evo2-tiny" / "expected.safetensors")
+    with torch.no_grad():
+        logits = model(expected["input_ids"])
+    assert (logits - expected["logits"]).abs().max() <= 1e-5 * expected["logits"].abs().max()

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.formats.stripedhyena import tensors as original
-from hyaena.model import LongFilter, StripedHyena
+from hyaena.filters import LongFilter
+from hyaena.formats import tensors as original
+from hyaena.model import StripedHyena
 from hyaena.ops import METHODS, HyenaState, ModalFilter
 
 CONFIG = ModelConfig(

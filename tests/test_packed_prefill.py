@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.cache import Cache
 from hyaena.errors import CapacityError, InputError, UnsupportedError
-from hyaena.model import MIXERS, Attention, StripedHyena
+from hyaena.layers import MIXERS, Attention
+from hyaena.model import StripedHyena
 from hyaena.ops import pages_for
 
 KINDS = dataclasses.replace(
@@ -51,7 +52,7 @@ def together(parts: list[Cache]) -> Cache:
 
 
 @pytest.mark.parametrize("paged", [True, False], ids=["pages", "rows"])
-@pytest.mark.parametrize("config", [TINY, TINY_EVO, KINDS], ids=["sh", "evo", "sh2"])
+@pytest.mark.parametrize("config", [TINY, TINY_EVO, TINY_EVO2, KINDS], ids=["sh", "evo", "evo2", "kinds"])
 @pytest.mark.parametrize("past", [[0] * 7, [0, 3, 0, 64, 100, 0, 1]], ids=["first", "some have a past"])
 def test_packed_rows_are_the_rows_alone(config: Any, past: list[int], paged: bool) -> None:
     """Logits of every token, and all that is remembered."""

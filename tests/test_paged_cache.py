@@ -12,18 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.decoding import Decoder
 from hyaena.errors import CapacityError, InputError
-from hyaena.model import MIXERS, Attention, StripedHyena
+from hyaena.layers import MIXERS, Attention
+from hyaena.model import StripedHyena
 from hyaena.ops import PAGE, PagedKVState, PagePool, PageTable, pages_for
 from hyaena.sampling import SamplingParams
 from hyaena.sizes import ModelSizes
 
 
-@pytest.fixture(scope="module", params=[TINY, TINY_EVO], ids=["sh", "evo"])
+@pytest.fixture(scope="module", params=[TINY, TINY_EVO, TINY_EVO2], ids=["sh", "evo", "evo2"])
 def model(request: pytest.FixtureRequest) -> StripedHyena:
     torch.manual_seed(1)
     return StripedHyena(request.param)

@@ -14,7 +14,8 @@ from hyaena.bench.run import SH_7B
 from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError
 from hyaena.formats import read_config
-from hyaena.model import MIXERS, StripedHyena
+from hyaena.layers import MIXERS
+from hyaena.model import StripedHyena
 from hyaena.sizes import LAYER_SIZES, LayerSize, ModelSizes
 
 BFLOAT16 = 2

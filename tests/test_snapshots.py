@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
@@ -22,7 +22,7 @@ MULTI = replace(
 )
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_EVO, MULTI], ids=["sh", "evo", "multi"])
+@pytest.mark.parametrize("config", [TINY, TINY_EVO, TINY_EVO2, MULTI], ids=["sh", "evo", "evo2", "multi"])
 @pytest.mark.parametrize("past", [0, 5])
 def test_a_snapshot_is_the_cache_of_a_shorter_pass(config: ModelConfig, past: int) -> None:
     model = StripedHyena(config)

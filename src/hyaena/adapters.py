@@ -31,9 +31,11 @@ from hyaena import files, ops
 from hyaena.checkpoints.files import has_weights, listed
 from hyaena.checkpoints.shards import FLOATING, open_shard
 from hyaena.errors import CheckpointError, ConfigError, InputError, UnsupportedError, printable, shown
-from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats.tensors import format_of
+from hyaena.fp8 import FP8Linear
+from hyaena.layers import record
 from hyaena.mappings import read_mapping
-from hyaena.model import StripedHyena, record
+from hyaena.model import StripedHyena
 
 TARGETS = ("qkv_proj", "o_proj", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 """The linear layers of a model by the last part of their names: what LoRA is usually put on."""
@@ -103,7 +105,7 @@ def merge_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -
     """Add an adapter to the weights of a model, in place: ``W += scale·B·A``, computed in float32 and then rounded.
 
     A model whose head is tied to its embedding gets a head of its own if the adapter changes the head: the embedding
-    stays as it is.
+    stays as it is. An FP8 layer whose largest weight grows gets a smaller scale.
 
     Raises:
         CheckpointError: the adapter does not fit the model, or a weight would leave the range of its dtype; the model
@@ -134,6 +136,8 @@ def merge_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -
         else:
             with torch.no_grad():
                 weight.copy_(merged)
+            if name != "lm_head" and isinstance(layer := model.get_submodule(name), FP8Linear):
+                layer.fit_scale()
 
 
 def with_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -> StripedHyena:
@@ -280,6 +284,7 @@ def _fitting(model: StripedHyena, adapter: Adapter) -> dict[str, Update]:
     """
     _check_free(model)
     shapes, unknown, misshapen, updates = _linears(model), [], [], {}
+    original = format_of(model.config)
     for theirs, update in adapter.updates.items():
         key = f"{theirs}.weight"
         name = (original.our_name(key) or key).removesuffix(".weight")

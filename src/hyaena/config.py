@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from hyaena.errors import ConfigError, joined, nearest, printable, shown
 from hyaena.mappings import read_mapping
 
-Activation = Literal["silu", "gelu"]
+Activation = Literal["silu", "gelu", "identity"]
 TokenizerType = Literal["hf", "characters", "bytes"]
 
 FORMAT = "hyaena"
@@ -162,9 +162,24 @@ MAX_NAME = 200
 """Characters of ``name`` and of ``vocab_file``."""
 
 _OPTIONAL = ("se_filter_groups", "mr_filter_groups")
-_FLAGS = ("norm_eps_inside_root", "tie_embeddings", "attention_qkv_bias", "attention_out_bias", "column_split_hyena")
+_FLAGS = (
+    "norm_eps_inside_root",
+    "tie_embeddings",
+    "attention_qkv_bias",
+    "attention_out_bias",
+    "hyena_in_bias",
+    "short_filter_bias",
+    "hyena_out_bias",
+    "se_filter_skip",
+    "mr_filter_skip",
+    "rope_frequencies_stored",
+    "rope_tables_rounded",
+    "fp8_input_projections",
+    "column_split_hyena",
+)
 _CHOICES = {
     "activation": get_args(Activation),
+    "first_activation": (None, *get_args(Activation)),
     "tokenizer": get_args(TokenizerType),
     "prefill_style": tuple(PREFILL_STYLES),
 }
@@ -194,7 +209,14 @@ class ModelConfig:
             for one per channel.
         mr_filter_length: W, taps of the explicit filters of ``hyena_mr`` layers.
         mr_filter_groups: the same number of filters for ``hyena_mr`` layers.
-        activation: the MLP's gate activation; ``"gelu"`` is the exact (erf) form.
+        se_filter_skip, mr_filter_skip: the explicit filters of these layers have a skip: ``y = h * u + skip·u``.
+        hyena_in_bias: the input projections of Hyena layers have a bias.
+        short_filter_bias: their short filters have a bias.
+        hyena_out_bias: their output projections have a bias.
+        fp8_input_projections: the input projections of Hyena layers were trained and are run by their authors as FP8
+            products.
+        activation: the MLPs' gate activation; ``"gelu"`` is the exact (erf) form, ``"identity"`` none.
+        first_activation: that of layer 0, where it differs from the others.
         norm_eps: the epsilon of every RMSNorm.
         norm_eps_inside_root: True for ``x / sqrt(mean(x^2) + eps)`` (SH-7B), False for
             ``x / (sqrt(mean(x^2)) + eps)`` (Evo).
@@ -203,6 +225,8 @@ class ModelConfig:
         attention_out_bias: the attention output projection has a bias.
         rope_theta: base of the rotary frequencies.
         rope_scaling_factor: positions are divided by this (linear interpolation); 1 leaves them unchanged.
+        rope_frequencies_stored: checkpoints hold the rotary frequencies, which need not be those of ``rope_theta``.
+        rope_tables_rounded: cos and sin of the rotary angles are rounded to the dtype of the model.
         max_length: the longest sequence that the model is meant for, in tokens.
         column_split_hyena: how the *original* checkpoint layout stores this model's Hyena projections: interleaved
             per head (True) or as three blocks. Read only when original files are loaded or written.
@@ -228,7 +252,14 @@ class ModelConfig:
     se_filter_groups: int | None = None
     mr_filter_length: int = 128
     mr_filter_groups: int | None = None
+    se_filter_skip: bool = False
+    mr_filter_skip: bool = True
+    hyena_in_bias: bool = True
+    short_filter_bias: bool = True
+    hyena_out_bias: bool = True
+    fp8_input_projections: bool = False
     activation: Activation = "silu"
+    first_activation: Activation | None = None
     norm_eps: float = 1e-5
     norm_eps_inside_root: bool = True
     tie_embeddings: bool = False
@@ -236,6 +267,8 @@ class ModelConfig:
     attention_out_bias: bool = False
     rope_theta: float = 10_000.0
     rope_scaling_factor: float = 1.0
+    rope_frequencies_stored: bool = False
+    rope_tables_rounded: bool = False
     max_length: int = 8192
     column_split_hyena: bool = True
     prefill_style: str = "auto"
@@ -259,6 +292,10 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def activation_of(self, layer: int) -> Activation:
+        """The gate activation of a layer's MLP."""
+        return self.first_activation or self.activation if layer == 0 else self.activation
 
     @property
     def prefill_method(self) -> str:
@@ -371,8 +408,8 @@ def _problems(config: ModelConfig) -> list[str]:
             problems.append(f"{name} is {shown(value)}: write true or false, without quotes")
     for name, choices in _CHOICES.items():
         value = getattr(config, name)
-        if not isinstance(value, str) or value not in choices:
-            problems.append(f"{name} is {shown(value)}: choose one of {', '.join(choices)}")
+        if not (isinstance(value, str) or value is None) or value not in choices:
+            problems.append(f"{name} is {shown(value)}: choose one of {', '.join(filter(None, choices))}")
     problems += _text_problem("name", config.name)
     if config.vocab_file is not None:
         problems += _text_problem("vocab_file", config.vocab_file)
@@ -400,6 +437,8 @@ def _problems(config: ModelConfig) -> list[str]:
         )
     if heads % groups:
         problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}: change one")
+    if config.fp8_input_projections and config.hyena_in_bias:
+        problems.append("fp8_input_projections go without a bias: set hyena_in_bias to false")
     for name in _OPTIONAL:
         filters = getattr(config, name)
         if filters is not None and d % filters:

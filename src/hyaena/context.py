@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from hyaena import ops
 from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
-from hyaena.config import ModelConfig
 from hyaena.errors import InputError
 from hyaena.packing import Packing, Recurrence, Snapshots, StatesAt, evaluate
 
@@ -56,7 +55,7 @@ class ForwardContext:
     @classmethod
     def of(
         cls,
-        config: ModelConfig,
+        rotary: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]],
         ids: Tensor,
         *,
         cache: Cache | None,
@@ -69,6 +68,11 @@ class ForwardContext:
         snapshots: Snapshots | None = None,
     ) -> ForwardContext:
         """Check the arguments of a forward pass and compute what its layers share.
+
+        Args:
+            rotary: the model's rotary tables by position and dtype, see ``layers.Rotary``.
+
+        The others are those of ``StripedHyena.forward``.
 
         Raises:
             InputError: shapes, ids or masks that do not fit.
@@ -109,9 +113,7 @@ class ForwardContext:
             counts=_counts(lengths, length, padding) if counts is None else counts,
             packing=packing,
             pages=None if cache is None or cache.pool is None else ops.PageTable.of(cache.pages, cache.pool.device),
-            rotary=ops.rotary_table(
-                positions, config.head_dim, config.rope_theta, config.rope_scaling_factor, dtype=dtype
-            ),
+            rotary=rotary(positions, dtype),
             padding=padding,
             mask=mask,
             reset=reset,

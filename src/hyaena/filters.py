@@ -37,7 +37,7 @@ class ShortFilter(nn.Module):
 
 
 class Float32Parameters(nn.Module):
-    """A module most of whose parameters are never narrower than float32.
+    """A module most of whose parameters and buffers are never narrower than float32.
 
     They ignore ``.to(bfloat16)``, ``.half()`` and whatever else casts a model, because a pole of 0.999 has no neighbour
     in bfloat16 below 1. The declaration goes by exclusion, so that parameters under which training stores the same
@@ -50,7 +50,7 @@ class Float32Parameters(nn.Module):
     narrow: ClassVar[frozenset[str]] = frozenset({"skip"})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Parameters:
-        wide = [p for name, p in self.named_parameters() if name not in self.narrow]
+        wide = self.wide_tensors().values()
         precise = {id(t) for p in wide for t in (p, p.grad) if t is not None}
 
         def apply(t: Tensor) -> Tensor:
@@ -60,6 +60,11 @@ class Float32Parameters(nn.Module):
             return out
 
         return super()._apply(apply, recurse)
+
+    def wide_tensors(self) -> dict[str, Tensor]:
+        """The parameters and buffers that are never narrower, by name."""
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        return {name: tensor for name, tensor in tensors if name not in self.narrow}
 
     def _float32(self, *names: str) -> tuple[Tensor, ...]:
         """These parameters; refuses them where something that is no cast of the module has narrowed them."""

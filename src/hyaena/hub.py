@@ -25,7 +25,9 @@ from hyaena.checkpoints import Checkpoint
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
 from hyaena.formats import read_config
-from hyaena.model import MIXERS, Mixers, StripedHyena
+from hyaena.fp8 import check_fp8, set_fp8
+from hyaena.layers import MIXERS, Mixers
+from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 
 BUNDLED = ("cub",)
@@ -34,7 +36,7 @@ BUNDLED = ("cub",)
 _FILES = ("config.json", *checkpoints.COMPANIONS)
 _WEIGHTS = (
     ("*.safetensors", "*.safetensors.index.json"),
-    ("*.bin", "*.bin.index.json", "*.pt"),
+    ("*.bin", "*.bin.index.json", "*.pt", "*.pt.part*"),
 )
 """Patterns of weights files; the second kind is fetched only where there is none of the first."""
 
@@ -45,10 +47,12 @@ class Published:
 
     Attributes:
         revision: the branch, tag or commit to take unless the user names one.
+        preset: the name of its configuration, where the hub has weights alone.
         corrections: fields of the configuration that the hub's ``config.json`` does not get right.
     """
 
     revision: str | None = None
+    preset: str | None = None
     corrections: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -57,14 +61,22 @@ PUBLISHED: dict[str, Published] = {
     "togethercomputer/StripedHyena-Hessian-7B": Published(),
     "togethercomputer/StripedHyena-Nous-7B": Published(),
     # The revision that Evo's own loader takes for these two.
-    "togethercomputer/evo-1-8k-base": Published("1.1_fix", _EVO),
+    "togethercomputer/evo-1-8k-base": Published("1.1_fix", corrections=_EVO),
     # The context was extended by dividing positions by 16; Evo's own loader has it from its YAML, not from the hub.
     "togethercomputer/evo-1-131k-base": Published(
-        "1.1_fix", _EVO | {"rope_scaling_factor": 16.0, "max_length": 131_072}
+        "1.1_fix", corrections=_EVO | {"rope_scaling_factor": 16.0, "max_length": 131_072}
     ),
     "LongSafari/evo-1-8k-crispr": Published(corrections=_EVO),
     "LongSafari/evo-1-8k-transposon": Published(corrections=_EVO),
     "evo-design/evo-1.5-8k-base": Published(corrections=_EVO),
+    "arcinstitute/evo2_1b_base": Published(preset="evo2-1b-base"),
+    "arcinstitute/evo2_7b_base": Published(preset="evo2-7b-base"),
+    "arcinstitute/evo2_7b_262k": Published(preset="evo2-7b-262k"),
+    "arcinstitute/evo2_7b": Published(preset="evo2-7b"),
+    "arcinstitute/evo2_20b": Published(preset="evo2-20b"),
+    "arcinstitute/evo2_40b_base": Published(preset="evo2-40b-base"),
+    "arcinstitute/evo2_40b": Published(preset="evo2-40b"),
+    "evo-design/evo-2-7b-8k-microviridae": Published(preset="evo2-7b-microviridae"),
 }
 
 
@@ -77,6 +89,7 @@ def load(
     config: ModelConfig | str | PathLike[str] | None = None,
     adapter: str | PathLike[str] | None = None,
     mixers: Mixers = MIXERS,
+    fp8: str = "auto",
 ) -> tuple[StripedHyena, Tokenizer]:
     """A model, in evaluation mode, and its tokenizer.
 
@@ -89,6 +102,9 @@ def load(
         config: a configuration or its path, where it does not lie beside the weights.
         adapter: the folder of a LoRA adapter, which is merged into the weights; see ``adapters``.
         mixers: what makes the mixer of each kind of layer, for models with layers of your own; see ``StripedHyena``.
+        fp8: how FP8 input projections are computed, which most Evo 2 models have: ``"auto"``, by the tensor cores of a
+            Hopper GPU, and elsewhere as plain products; ``"exact"``, the same numbers on every device, slowly where
+            there is no Hopper GPU; ``"off"``, as plain products. See docs/numerics.md.
 
     Raises:
         HyaenaError: in one line, what is wrong and how to put it right.
@@ -96,8 +112,9 @@ def load(
     _check_options(dtype, device)
     update = None if adapter is None else read_adapter(adapter)
     checkpoint = locate(source, revision=revision, config=config)
+    check_fp8(fp8, checkpoint.config.fp8_input_projections)
     tokenizer = load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)  # before the large files
-    return _load(checkpoint, dtype, device, mixers, update), tokenizer
+    return _load(checkpoint, dtype, device, mixers, update, fp8), tokenizer
 
 
 def load_model(
@@ -109,11 +126,14 @@ def load_model(
     config: ModelConfig | str | PathLike[str] | None = None,
     adapter: str | PathLike[str] | None = None,
     mixers: Mixers = MIXERS,
+    fp8: str = "auto",
 ) -> StripedHyena:
     """The model alone; the arguments are those of :func:`load`."""
     _check_options(dtype, device)
     update = None if adapter is None else read_adapter(adapter)
-    return _load(locate(source, revision=revision, config=config), dtype, device, mixers, update)
+    checkpoint = locate(source, revision=revision, config=config)
+    check_fp8(fp8, checkpoint.config.fp8_input_projections)
+    return _load(checkpoint, dtype, device, mixers, update, fp8)
 
 
 def load_tokenizer_of(
@@ -137,14 +157,27 @@ def load_tokenizer_of(
     if name in BUNDLED or not is_hub_id(name) or _is_there(Path(name)):
         checkpoint = locate(source, revision=revision, config=config)
         return checkpoint.config, load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)
-    folder = download(name, revision=revision, weights=False)
-    if isinstance(config, ModelConfig):
-        found = config
-    elif config is not None:
-        found = read_config(config)
-    else:
-        found = corrected(name, read_config(checkpoints.find_config(folder)))
+    found, folder = describe(name, revision=revision, config=config)
     return found, load_tokenizer(folder, found)
+
+
+def describe(
+    hub_id: str, *, revision: str | None = None, config: ModelConfig | str | PathLike[str] | None = None
+) -> tuple[ModelConfig, Path]:
+    """The configuration of a hub model, and the folder of its tokenizer: no weights are downloaded.
+
+    Args:
+        hub_id: of the model.
+        revision: branch, tag or commit.
+        config: a configuration or its path, where it should be another.
+
+    Raises:
+        HyaenaError: the errors of :func:`load`.
+    """
+    folder = download(hub_id, revision=revision, weights=False)
+    if config is not None:
+        return config if isinstance(config, ModelConfig) else read_config(config), folder
+    return _preset(hub_id) or corrected(hub_id, read_config(checkpoints.find_config(folder))), folder
 
 
 def locate(
@@ -180,9 +213,9 @@ def locate(
         return checkpoints.find(path, given)
     if not is_hub_id(name) or _is_there(Path(name.split("/")[0])):
         raise CheckpointError(f"{name}: {_unknown(name, path)}")
-    weights = _weights_of(download(name, revision=revision))
-    checkpoint = checkpoints.find(weights, given)
-    return checkpoint if config is not None else replace(checkpoint, config=corrected(name, checkpoint.config))
+    given = given or _preset(name)
+    checkpoint = checkpoints.find(_weights_of(download(name, revision=revision)), given)
+    return checkpoint if given is not None else replace(checkpoint, config=corrected(name, checkpoint.config))
 
 
 def bundled(name: str) -> Path:
@@ -215,6 +248,12 @@ def download(hub_id: str, *, revision: str | None = None, weights: bool = True) 
     return folder
 
 
+def _preset(hub_id: str) -> ModelConfig | None:
+    """The configuration of a hub model that is published without one."""
+    preset = PUBLISHED.get(hub_id, Published()).preset
+    return None if preset is None else ModelConfig.from_name(preset)
+
+
 def corrected(hub_id: str, config: ModelConfig) -> ModelConfig:
     """A hub model's configuration with its name, and with what is known to be missing from the hub's file."""
     return replace(config, **{"name": hub_id.split("/")[1], **PUBLISHED.get(hub_id, Published()).corrections})
@@ -226,12 +265,14 @@ def _load(
     device: str | torch.device | None,
     mixers: Mixers,
     adapter: Adapter | None,
+    fp8: str,
 ) -> StripedHyena:
     if dtype is None and checkpoints.as_device(device).type == "cpu":
         dtype = torch.float32
     model = checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers)
     if adapter is not None:
         merge_adapter(model, adapter)
+    set_fp8(model, fp8)
     return model
 
 

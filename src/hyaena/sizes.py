@@ -76,17 +76,19 @@ def hyena_li_size(config: ModelConfig) -> LayerSize:
 
 
 def hyena_se_size(config: ModelConfig) -> LayerSize:
-    """A Hyena block with short explicit filters: taps [F,W], no skip (hcs of StripedHyena 2)."""
-    groups = config.se_filter_groups or config.hidden_size
-    window = config.hidden_size * (config.se_filter_length - 1)
-    return _hyena_block(config, filter=groups * config.se_filter_length, float32_state=window)
+    """A Hyena block with short explicit filters: taps [F,W], a skip [D] or none (hcs of StripedHyena 2)."""
+    return _explicit_block(config, config.se_filter_length, config.se_filter_groups, config.se_filter_skip)
 
 
 def hyena_mr_size(config: ModelConfig) -> LayerSize:
-    """A Hyena block with medium explicit filters: taps [F,W], skip [D] (hcm of StripedHyena 2)."""
-    groups = config.mr_filter_groups or config.hidden_size
-    window = config.hidden_size * (config.mr_filter_length - 1)
-    return _hyena_block(config, filter=groups * config.mr_filter_length + config.hidden_size, float32_state=window)
+    """A Hyena block with medium explicit filters: taps [F,W], a skip [D] or none (hcm of StripedHyena 2)."""
+    return _explicit_block(config, config.mr_filter_length, config.mr_filter_groups, config.mr_filter_skip)
+
+
+def _explicit_block(config: ModelConfig, taps: int, groups: int | None, skip: bool) -> LayerSize:
+    """A Hyena block with explicit filters, whose state is a window of W-1 inputs."""
+    d = config.hidden_size
+    return _hyena_block(config, filter=(groups or d) * taps + d * skip, float32_state=d * (taps - 1))
 
 
 def _hyena_block(config: ModelConfig, *, filter: int, float32_state: int, float32_filter: int = 0) -> LayerSize:
@@ -97,8 +99,8 @@ def _hyena_block(config: ModelConfig, *, filter: int, float32_state: int, float3
     Activations: the projection (three widths) and the output of the fused operator.
     """
     d, taps = config.hidden_size, config.short_filter_length
-    input_projection, output_projection = 3 * d * d + 3 * d, d * d + d
-    short_filter = 3 * d * taps + 3 * d
+    input_projection, output_projection = 3 * d * (d + config.hyena_in_bias), d * (d + config.hyena_out_bias)
+    short_filter = 3 * d * (taps + config.short_filter_bias)
     return LayerSize(
         parameters=input_projection + short_filter + filter + output_projection,
         float32_parameters=float32_filter,

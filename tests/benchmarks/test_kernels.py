@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from benchmarks.kernels import decode, hyena, pages
+from benchmarks.kernels import decode, fp8, hyena, pages
 
 from hyaena.bench import rates
 from hyaena.bench.rates import Sizes
@@ -72,3 +72,14 @@ def test_rows_of_a_benchmark_share_what_they_should() -> None:
     count, rows = pages.random_pages(3, 5 * 64 - 1, shared=2)
     assert count == 2 + 3 * 3 and [row[:2] for row in rows] == [rows[0][:2]] * 3
     assert sorted({page for row in rows for page in row}) == list(range(count))
+
+
+def test_fp8_layers_beside_bfloat16_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "EMULATED", (1, 3))
+    fp8.main(["--quick", "--output", str(tmp_path)])
+    found = figures(tmp_path / "fp8.json")
+    assert [(f["what"], f["rows"]) for f in found[:2]] == [("emulation", 1), ("emulation", 3)]
+    assert [(f["what"], f["name"], f["rows"]) for f in found[2:]] == [
+        ("projection", name, rows) for rows in (1, 20) for name in ("FP8", "bfloat16")
+    ]
+    assert all(f["bound"] > 0 and min(f["seconds"]) > 0 for f in found)

@@ -15,7 +15,7 @@ from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ["sh-tiny", "evo-tiny", "evo8k-tiny"]
+CASES = ["sh-tiny", "evo-tiny", "evo8k-tiny", "evo2-tiny", "evo2-tiny/hcm128"]
 
 
 @pytest.fixture(params=CASES)
@@ -101,6 +101,16 @@ def _with_extra_state(case: str, folder: Path) -> None:
     torch.save(golden_state(case) | extra, folder / "pytorch_model.bin")
 
 
+def _pt_in_parts(case: str, folder: Path) -> None:
+    """As the largest models are published; the eleventh part has a name that sorts before the third."""
+    torch.save(golden_state(case), folder / "whole.pt")
+    content = (folder / "whole.pt").read_bytes()
+    (folder / "whole.pt").unlink()
+    size = len(content) // 11 + 1
+    for number in range(11):
+        (folder / f"evo2_40b.pt.part{number}").write_bytes(content[number * size : (number + 1) * size])
+
+
 FORMS: dict[str, Callable[[str, Path], None]] = {
     "model.safetensors": _single_safetensors,
     "backbone.": _prefixed_safetensors,
@@ -110,6 +120,7 @@ FORMS: dict[str, Callable[[str, Path], None]] = {
     "state_dict beside an optimizer": _pt_with_optimizer,
     "torch before zip files": _pt_before_zip,
     "recomputed entries": _with_extra_state,
+    "a pt in parts": _pt_in_parts,
 }
 
 

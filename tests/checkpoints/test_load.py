@@ -18,7 +18,7 @@ from hyaena.checkpoints import find, load, load_model, read_tensors
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError
 from hyaena.formats import read_config
-from hyaena.formats.stripedhyena.tensors import state_to_ours
+from hyaena.formats.tensors import state_to_ours
 from hyaena.sizes import ModelSizes
 
 GOLDEN = Path(__file__).parents[1] / "golden"

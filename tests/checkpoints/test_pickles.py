@@ -162,10 +162,26 @@ def test_whatever_is_not_a_tensor_or_plain_is_refused(tmp_path: Path, new: bool,
     refusal(tmp_path / "x.pt")
 
 
-def test_bytes_of_extra_states_do_not_matter(tmp_path: Path) -> None:
-    extra = {"b._extra_state": io.BytesIO(b"abc"), "_extra_state": bytearray(b"x"), "c._extra_state": b"y"}
-    torch.save({"a": TENSORS["a"]} | extra, tmp_path / "x.pt")
-    assert read(tmp_path / "x.pt").keys() == {"a"}
+@pytest.mark.parametrize("new", [True, False])
+def test_extra_states_are_read_as_their_bytes(tmp_path: Path, new: bool) -> None:
+    content = bytes(range(256)) * 40
+    extra = {"a._extra_state": io.BytesIO(content), "b._extra_state": b"y", "c._extra_state": io.BytesIO()}
+    other = {"_extra_state": bytearray(b"x"), "d._extra_state": None}  # of no use to anybody
+    torch.save(TENSORS | extra | other, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+    found = read(tmp_path / "x.pt")
+    assert found.keys() == TENSORS.keys() | extra.keys()
+    for name, want in (("a", content), ("b", b"y"), ("c", b"")):
+        assert found[f"{name}._extra_state"].dtype == torch.uint8
+        assert bytes(found[f"{name}._extra_state"].tolist()) == want
+
+
+def test_many_extra_states_are_read_and_too_many_are_refused(tmp_path: Path) -> None:
+    """The 40B has 350, of some kilobytes each; a pickle may not ask for any amount of memory by them."""
+    extra = {f"blocks.{i}._extra_state": io.BytesIO(random.Random(i).randbytes(6000)) for i in range(350)}
+    torch.save(extra, tmp_path / "x.pt")
+    assert bytes(read(tmp_path / "x.pt")["blocks.7._extra_state"].tolist()) == extra["blocks.7._extra_state"].getvalue()
+    torch.save({"a._extra_state": io.BytesIO(b"x" * 17_000_000)}, tmp_path / "x.pt")
+    assert "larger than that of any model" in refusal(tmp_path / "x.pt")
 
 
 def rewritten(path: Path, change: Callable[[str, bytes], bytes | None], method: int = zipfile.ZIP_STORED) -> None:
@@ -193,7 +209,7 @@ def shared_tuple(count: int) -> bytes:
         (b"\x80\x02}0}.", "truncated or corrupt"),  # an instruction that torch does not know either
         (b"\x80\x02" + b"(" * 50_000 + b".", "truncated or corrupt"),
         (b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".", "holds a list"),
-        (b"\x80\x02" + b"(" * 1_000_000 + b".", "larger than that of any model"),
+        (b"\x80\x02" + b"]" * 1_000_000 + b".", "larger than that of any model"),
         (b"\x80\x02\x8b\xff\xff\xff\x7f.", "larger than that of any model"),
         (b"\x80\x02X\xff\xff\xff\x7f.", "larger than that of any model"),
         (b"\x80\x02Nr\xff\xff\xff\xff.", "holds a NoneType"),  # a memo of four thousand million entries
@@ -202,6 +218,15 @@ def shared_tuple(count: int) -> bytes:
         (b"c\x1b[31mos\n\x1b[2Jsystem\n.", "wants to run code (\\x1b[31mos"),
         (b"(S'id'\nios\nsystem\n.", "truncated or corrupt"),
         (pickle.dumps({"step": 5, "name": "x"}, 2), "not tensors: "),
+        (
+            b"\x80\x02X\x00\x09\x3d\x00"
+            + b"x" * 4_000_000
+            + b"q\x00c_codecs\nencode\nq\x01]"
+            + b"h\x01h\x00X\x06\x00\x00\x00latin1\x86Ra" * 1000
+            + b".",
+            "larger than that of any model",
+        ),
+        (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00xX\x05\x00\x00\x00rot13\x86R.", "truncated or corrupt"),
     ],
 )
 def test_hostile_pickles_are_one_line(tmp_path: Path, pickled: bytes, words: str) -> None:

@@ -67,8 +67,8 @@ def test_cache_bytes_are_those_of_the_models_cache(golden_case: Path, capsys: py
 
 def test_parts_are_those_of_the_model(golden_case: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = as_json(capsys, golden_case)["parameters"]
-    counted = dict.fromkeys(("embeddings", "mlp", "hyena", "attention", "norms"), 0)
     model = load_model(golden_case)
+    counted = dict.fromkeys(("embeddings", "mlp", "norms", *model.config.layer_types), 0)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             part = "norms"
@@ -174,6 +174,16 @@ def test_many_layers_are_drawn_narrow_and_wrapped() -> None:
     lines = page(replace(SMALL, layer_types=("hyena",) * 100))
     assert lines[2] == "  " + "░" * 96 and lines[5] == "  " + "░" * 4
     assert lines[4].split() == [str(i) for i in range(0, 96, 8)] and lines[7].strip() == "96"
+
+
+def test_evo2_is_drawn_in_four_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = page(ModelConfig.from_name("evo2-7b"))
+    assert lines[2] == "  " + "▓▓▒▒░░██" + "▓▓▒▒░░▓▓▒▒░░██" * 4
+    assert lines[5] == "  ░░ hyena_li 9   ▒▒ hyena_mr 9   ▓▓ hyena_se 9   ██ attention 5"
+    text = "\n".join(lines)
+    assert "MLP 11,264 identity (gelu in layer 0)" in text and "positions / 128" in text
+    cache = as_json(capsys, "evo2-7b")["cache"]
+    assert (cache["bytes_per_token"], cache["bytes_per_sequence"]) == (81_920, 24_625_152 - 2 * 663_552)
 
 
 def test_every_kind_of_layer_has_a_sign_and_a_row() -> None:

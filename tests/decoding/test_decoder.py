@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs import TINY_EVO2
 from device import DEVICE
 from hyaena.config import ModelConfig
 from hyaena.decoding import Decoder, PipelinedDecoder, StepOutput, resolve_decoding
@@ -96,7 +97,7 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize("config", [SH, EVO], ids=["sh", "evo"])
+@pytest.mark.parametrize("config", [SH, EVO, TINY_EVO2], ids=["sh", "evo", "evo2"])
 @pytest.mark.parametrize("kind", PARAMS)
 def test_a_decoder_says_what_forward_and_sample_say(config: ModelConfig, kind: str) -> None:
     model, params = make(config), PARAMS[kind]
@@ -145,7 +146,7 @@ def test_the_memory_is_what_the_cache_would_hold() -> None:
         torch.testing.assert_close(model(ids[:, None], cache=held), model(ids[:, None], cache=cache))
 
 
-@pytest.mark.parametrize("config", [SH, EVO], ids=["sh", "evo"])
+@pytest.mark.parametrize("config", [SH, EVO, TINY_EVO2], ids=["sh", "evo", "evo2"])
 def test_the_kernels_say_the_same(config: ModelConfig) -> None:
     """From three rows down to one."""
     pytest.importorskip("triton", reason="the kernels need triton, which is made for Linux")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.cache import Cache
 from hyaena.decoding import Decoder, EagerDecoder, PipelinedDecoder
 from hyaena.errors import CapacityError, InputError
@@ -122,7 +122,9 @@ def life(model: StripedHyena, make_decoder: Callable[[StripedHyena], AnyDecoder]
 
 
 @pytest.mark.parametrize(
-    ("config", "make_decoder"), [(TINY, static), (TINY_EVO, static), (TINY_EVO, eager)], ids=["sh", "evo", "evo-eager"]
+    ("config", "make_decoder"),
+    [(TINY, static), (TINY_EVO, static), (TINY_EVO2, static), (TINY_EVO, eager)],
+    ids=["sh", "evo", "evo2", "evo-eager"],
 )
 def test_a_life_on_pages_is_that_of_ordinary_rows(config: Any, make_decoder: Any) -> None:
     """Bit for bit, with pages that pass from row to row at once."""

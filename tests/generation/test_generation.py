@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs import TINY_EVO2
 from hyaena.config import ModelConfig
 from hyaena.decoding import Decoder, Decoding
 from hyaena.errors import InputError, NonFiniteError, UnsupportedError
 from hyaena.formats import read_config
 from hyaena.generation import Event, Options, generate, stream
 from hyaena.model import StripedHyena
-from hyaena.ops import ModalFilter
+from hyaena.ops import ExplicitFilter, ModalFilter
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
 
 CONFIG = ModelConfig(
@@ -31,14 +33,25 @@ CONFIG = ModelConfig(
     max_length=512,
     tokenizer="bytes",
 )
+EVO2 = replace(TINY_EVO2, vocab_size=259, hidden_size=32, max_length=512, tokenizer="bytes")
 PROMPTS = ["a", "def main(", "The four species of hyenas are", "import os\n" * 5]
 
 
+@pytest.fixture(scope="module", params=[CONFIG, EVO2], ids=["sh", "evo2"])
+def model(request: pytest.FixtureRequest) -> StripedHyena:
+    return make(request.param)
+
+
 @pytest.fixture(scope="module")
-def model() -> StripedHyena:
+def sh() -> StripedHyena:
+    """The first of both, for tests that depend on what it says."""
+    return make(CONFIG)
+
+
+def make(config: ModelConfig) -> StripedHyena:
     """Random weights in float64, large enough that the choices are not a tie and depend on the whole prompt."""
     torch.manual_seed(1)
-    model = StripedHyena(CONFIG).double()
+    model = StripedHyena(config).double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -99,6 +112,10 @@ def test_greedy_is_what_reading_everything_again_gives(model: StripedHyena, prom
 
 @pytest.mark.parametrize("method", ModalFilter.methods)
 def test_every_method_gives_the_same(model: StripedHyena, method: str) -> None:
+    if model.config.layer_types == EVO2.layer_types and method not in ExplicitFilter.methods:
+        with pytest.raises(UnsupportedError, match=f"method '{method}' takes no ExplicitFilter: choose auto"):
+            generate(model, TOKENIZER, PROMPTS[2], max_new_tokens=12, method=method)
+        return
     completion = generate(model, TOKENIZER, PROMPTS[2], max_new_tokens=12, method=method, prefill_chunk=11)
     assert completion.tokens == naive(model, PROMPTS[2], 12)
 
@@ -175,7 +192,8 @@ def test_a_stop_string_ends_the_text_before_it(model: StripedHyena) -> None:
 
 
 @pytest.mark.parametrize("decoding", ["eager", "static"])
-def test_the_repetition_penalty_counts_prompt_and_completion(model: StripedHyena, decoding: Decoding) -> None:
+def test_the_repetition_penalty_counts_prompt_and_completion(sh: StripedHyena, decoding: Decoding) -> None:
+    model = sh
     prompt = list(range(200))  # most of the vocabulary, so that the model would choose from it
     free = generate(model, TOKENIZER, prompt, max_new_tokens=9, decoding=decoding).tokens
     assert free[0] in prompt
@@ -387,7 +405,8 @@ def test_steps_on_fixed_memory_say_what_calls_of_the_model_say(model: StripedHye
             assert [token for token, _ in one] == [token for token, _ in other]
 
 
-def test_the_rows_of_that_test_do_end_at_different_times(model: StripedHyena) -> None:
+def test_the_rows_of_that_test_do_end_at_different_times(sh: StripedHyena) -> None:
+    model = sh
     for eos, options in ((204, Options(temperature=1.0, seed=3)), (197, Options())):
         lengths = {len(row.tokens) for row in generate(model, Bytes(eos), PROMPTS, max_new_tokens=40, **options)}
         assert len(lengths) == len(PROMPTS)
@@ -482,10 +501,11 @@ def test_non_finite_logits_stop_and_say_where(
 
 
 @pytest.mark.parametrize("decoding", ["eager", "static"])
-def test_what_was_said_before_the_numbers_went_wrong_is_kept(model: StripedHyena, decoding: Decoding) -> None:
+def test_what_was_said_before_the_numbers_went_wrong_is_kept(sh: StripedHyena, decoding: Decoding) -> None:
+    model = sh
     tokens = naive(model, PROMPTS[1], 6)
     fatal = next(i for i in range(2, 6) if tokens[i] not in tokens[:i] + TOKENIZER.encode(PROMPTS[1]))
-    broken = StripedHyena(CONFIG).double()
+    broken = StripedHyena(model.config).double()
     broken.load_state_dict(model.state_dict())
     with torch.no_grad():
         broken.embed_tokens.weight[tokens[fatal]] = math.nan

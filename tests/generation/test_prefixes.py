@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hyaena
-from configs import TINY, TINY_BYTES, TINY_EVO
+from configs import TINY, TINY_BYTES, TINY_EVO, TINY_EVO2
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError, OutputError
@@ -113,7 +113,7 @@ def test_samples_after_a_prefix(model: StripedHyena) -> None:
 # --- rolling back and reading on
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_EVO], ids=["sh", "evo"])
+@pytest.mark.parametrize("config", [TINY, TINY_EVO, TINY_EVO2], ids=["sh", "evo", "evo2"])
 def test_rolled_back_by_any_number_it_is_as_if_read_anew(config: ModelConfig) -> None:
     model, ids = make(config=config), torch.randint(50, (40,)).tolist()
     for count in (0, 1, 2, 7, 8, 9, 15, 22, 23, 24, 25, 38, 39):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,8 +31,7 @@ from hyaena import StripedHyena
 from hyaena.checkpoints import load_model, save_model
 from hyaena.cli import main
 from hyaena.errors import CheckpointError, ConfigError, UnsupportedError
-from hyaena.formats import read_config
-from hyaena.formats.stripedhyena.config import write_config
+from hyaena.formats import read_config, write_original
 from hyaena.hf import (
     StripedHyenaConfig,
     StripedHyenaForCausalLM,
@@ -131,6 +131,8 @@ def test_weights_that_accelerate_keeps_elsewhere(native: StripedHyena, tmp_path:
     StripedHyenaForCausalLM.from_native(native).save_pretrained(tmp_path / "model")
     places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "disk"}
     places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(native.config.num_layers)}
+    if native.rotary.frequencies is not None:
+        places["model.rotary"] = "disk"
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
     )
@@ -158,7 +160,7 @@ def test_our_own_layout(native: StripedHyena, tmp_path: Path) -> None:
 def test_hub_checkpoints_of_the_original(golden_case: Path, tmp_path: Path, weights: str) -> None:
     """As the hub has them: ``config.json`` with code of its own beside it, ``backbone.`` before the names."""
     native = load_model(golden_case)
-    values = write_config(native.config) | {
+    values = write_original(native.config) | {
         "model_type": "stripedhyena",
         "architectures": ["StripedHyenaModelForCausalLM"],
         "auto_map": {"AutoModelForCausalLM": "modeling_hyena.StripedHyenaModelForCausalLM"},
@@ -182,7 +184,7 @@ def test_hub_checkpoints_of_the_original(golden_case: Path, tmp_path: Path, weig
 
 
 def test_published_configurations_are_completed() -> None:
-    values = write_config(hyaena.ModelConfig.from_name("evo-1-131k")) | {"model_type": "stripedhyena"}
+    values = write_original(hyaena.ModelConfig.from_name("evo-1-131k")) | {"model_type": "stripedhyena"}
     del values["use_interpolated_rotary_pos_emb"], values["rotary_emb_scaling_factor"]
     config = StripedHyenaConfig.from_dict(values, name_or_path="togethercomputer/evo-1-131k-base")
     assert config.rope_parameters == {"rope_type": "linear", "factor": 16.0, "rope_theta": 10_000.0}
@@ -326,3 +328,14 @@ def run_program(folder: Path, before: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, check=False, timeout=120
     )
+
+
+def test_hub_models_without_a_configuration(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evo 2's authors publish weights alone."""
+    case = golden / "evo2-tiny"
+    torch.save(load_file(case / "model.safetensors"), tmp_path / "evo2_7b.pt")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(hyaena.ModelConfig, "from_name", lambda _: read_config(case / "config.yml"))
+    model = StripedHyenaForCausalLM.from_pretrained("arcinstitute/evo2_7b")
+    assert same(model.to_native(), load_model(case))
+    assert model.config.pad_token_id == 1

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import hyaena
 import hyaena.hf
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.adapters import read_adapter, with_adapter
 from hyaena.cli import main
 from hyaena.config import ModelConfig
@@ -24,7 +24,7 @@ from hyaena.hf import LORA_TARGETS, StripedHyenaForCausalLM, StripedHyenaForSequ
 from hyaena.model import StripedHyena
 
 IDS = torch.arange(18).reshape(2, 9)
-CONFIGS = pytest.mark.parametrize("config", [TINY, TINY_EVO], ids=["untied", "tied"])
+CONFIGS = pytest.mark.parametrize("config", [TINY, TINY_EVO, TINY_EVO2], ids=["untied", "tied", "evo2"])
 
 
 def plain(config: ModelConfig) -> StripedHyena:

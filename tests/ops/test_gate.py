@@ -10,6 +10,7 @@ from hyaena.ops import ACTIVATIONS, gate
 WRITTEN_OUT = {
     "silu": lambda x: x / (1 + math.exp(-x)),
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+    "identity": lambda x: x,
 }
 
 

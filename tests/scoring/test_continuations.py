@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError, NonFiniteError
 from hyaena.model import StripedHyena
@@ -36,7 +36,7 @@ def some(*counts: int) -> list[list[int]]:
     return [torch.randint(50, (count,)).tolist() for count in counts]
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_EVO], ids=["sh", "evo"])
+@pytest.mark.parametrize("config", [TINY, TINY_EVO, TINY_EVO2], ids=["sh", "evo", "evo2"])
 @pytest.mark.parametrize("tokens_per_pass", [1, 7, 40, 1000])
 def test_continuations_score_as_whole_texts(config: ModelConfig, tokens_per_pass: int) -> None:
     model = make(config)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import hyaena
 import models
 import test_foreign_layer as foreign
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.errors import InputError, NonFiniteError
 from hyaena.formats import read_config
 from hyaena.model import StripedHyena
@@ -22,6 +22,7 @@ from hyaena.scoring import RecordError, find_place
 from hyaena.tokenizers import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(260)
+EVO2 = replace(TINY_EVO2, layer_types=("hyena_mr", "attention", "hyena_li"))
 TEXTS = ["a hyena laughs at", "x", "the moon, " * 6]
 PLACES = {
     0: "layers.0",
@@ -67,7 +68,7 @@ def captured(model: StripedHyena, text: str) -> dict[Any, torch.Tensor]:
     return {place: seen[name][0, 1:].float() for place, name in PLACES.items()}
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_EVO], ids=["sh", "evo"])
+@pytest.mark.parametrize("config", [TINY, TINY_EVO, EVO2], ids=["sh", "evo", "evo2"])
 @pytest.mark.parametrize("tokens_per_pass", [None, 25, 4])
 def test_vectors_are_those_of_a_forward_pass(config: hyaena.ModelConfig, tokens_per_pass: int | None) -> None:
     model = make(config)
@@ -160,7 +161,7 @@ def test_a_foreign_layer_has_its_modules() -> None:
 # --- places
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_EVO], ids=["sh", "evo"])
+@pytest.mark.parametrize("config", [TINY, TINY_EVO, EVO2], ids=["sh", "evo", "evo2"])
 def test_every_module_of_a_model_can_be_named(config: hyaena.ModelConfig) -> None:
     model = make(config)
     for name, _ in model.named_modules():

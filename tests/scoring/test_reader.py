@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import hyaena
 import models
 import test_foreign_layer as foreign
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
 from hyaena.scoring import reader
@@ -34,7 +34,7 @@ KINDS = replace(
     se_filter_groups=4,
     mr_filter_groups=4,
 )
-CONFIGS = {"sh": TINY, "evo": TINY_EVO, "kinds": KINDS}
+CONFIGS = {"sh": TINY, "evo": TINY_EVO, "evo2": TINY_EVO2, "kinds": KINDS}
 # float64: both sides differ by rounding only, so that no error can hide
 EXACT: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9}
 

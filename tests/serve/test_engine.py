@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hyaena
-from configs import TINY, TINY_EVO
+from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
@@ -24,7 +24,10 @@ from hyaena.tokenizers import ByteTokenizer
 MULTI = replace(
     TINY, layer_types=("hyena_se", "attention", "hyena_mr", "hyena_li"), se_filter_groups=4, mr_filter_groups=4
 )
-CONFIGS = {name: replace(c, vocab_size=256) for name, c in {"sh": TINY, "evo": TINY_EVO, "multi": MULTI}.items()}
+CONFIGS = {
+    name: replace(c, vocab_size=256)
+    for name, c in {"sh": TINY, "evo": TINY_EVO, "evo2": TINY_EVO2, "multi": MULTI}.items()
+}
 
 
 @contextmanager

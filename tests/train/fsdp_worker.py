@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Mix
 from hyaena.config import ModelConfig
 from hyaena.errors import UnsupportedError
 from hyaena.filters import LongFilter
-from hyaena.model import Layer, StripedHyena
+from hyaena.layers import Layer
+from hyaena.model import StripedHyena
 from hyaena.train.filters import parametrize_filters
 
 CONFIG = ModelConfig(

@@ -41,6 +41,16 @@ MODEL: dict[str, Any] = {
     "tokenizer": "bytes",
 }
 
+EVO2 = MODEL | {
+    "layer_types": ["hyena_se", "attention", "hyena_mr", "hyena_li"],
+    "num_key_value_heads": 2,
+    "activation": "identity",
+    "first_activation": "gelu",
+    "hyena_in_bias": False,
+    "short_filter_bias": False,
+    "rope_frequencies_stored": True,
+}
+
 
 @pytest.fixture
 def make(tmp_path: Path) -> Any:
@@ -114,7 +124,11 @@ def metrics(config: TrainConfig) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"micro_batch_size": 2, "activation_checkpointing": True, "optim": {"lr": 1e-2, "filter_lr_ratio": 0.5}}],
+    [
+        {},
+        {"model": EVO2},
+        {"micro_batch_size": 2, "activation_checkpointing": True, "optim": {"lr": 1e-2, "filter_lr_ratio": 0.5}},
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(make: Any, changes: dict[str, Any]) -> None:
     whole, parts = make("whole", **changes), make("parts", **changes)

@@ -6,14 +6,16 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
 from hyaena import files
 from hyaena.arguments import as_path
-from hyaena.checkpoints.shards import open_regular, unique_keys
+from hyaena.checkpoints.known import recognise
+from hyaena.checkpoints.parts import grouped, parts_of, whole_name
+from hyaena.checkpoints.shards import open_parts, open_regular, unique_keys
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, printable
 from hyaena.formats import read_config
@@ -28,6 +30,7 @@ WEIGHTS = (
     "pytorch-model.bin.index.json",
     "pytorch-model.bin",
     "pytorch_model.bin",
+    "model.pt",
 )
 """Names under which programs write the weights of a model; a folder may have one of them."""
 
@@ -54,7 +57,7 @@ class Checkpoint:
     Attributes:
         path: what the user named; it begins every message.
         config: the architecture.
-        shards: the weights files, read one after another.
+        shards: the weights files, read one after another; where one lies in parts, these.
         weight_map: where the files have an index: tensor -> file name, as it says.
     """
 
@@ -83,7 +86,8 @@ def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | 
     """The checkpoint in a folder, or the one that a weights file (or the index of a sharded one) belongs to.
 
     Args:
-        path: a folder, a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file, or a ``….index.json``.
+        path: a folder, a ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file, a part of one (``….pt.part0``), or a
+            ``….index.json``.
         config: a configuration or the path of one; by default, the configuration that lies beside the weights.
 
     Raises:
@@ -94,9 +98,9 @@ def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | 
     is_folder = _is_folder(path)
     folder = path if is_folder else path.parent
     files.finish_update(folder)
-    weights = _weights_in(path) if is_folder else path
+    weights = _weights_in(path) if is_folder else path.with_name(whole_name(path.name))
     weight_map = None
-    shards: tuple[Path, ...] = (weights,)
+    shards = _files_of(weights)
     if weights.name.endswith(INDEX_SUFFIX):
         weight_map = read_index(weights)
         shards = _shards_of(weights, weight_map)
@@ -106,8 +110,21 @@ def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | 
         raise CheckpointError(_run_message(folder))
     state = _state(folder, shards)
     if not isinstance(config, ModelConfig):
-        config = read_config(config if config is not None else find_config(folder))
+        config = read_config(config) if config is not None else _config_beside(folder, shards)
     return Checkpoint(path, config, shards, weight_map, state)
+
+
+def _files_of(weights: Path) -> tuple[Path, ...]:
+    """A weights file, or its parts where it lies in parts."""
+    names = _names(weights.parent)
+    return (weights,) if weights.name in names else parts_of(weights, names) or (weights,)
+
+
+def _config_beside(folder: Path, shards: Sequence[Path]) -> ModelConfig:
+    """The configuration in a folder, or, where there is none, that of the published model that the weights are of."""
+    if len(grouped(shards)) == 1 and not _configs(folder):
+        return recognise(shards)
+    return read_config(find_config(folder))
 
 
 def find_config(folder: Path) -> Path:
@@ -117,10 +134,7 @@ def find_config(folder: Path) -> Path:
         ConfigError: there is none, or there are several that differ.
     """
     files.finish_update(folder)
-    names = _names(folder)
-    found = [name for name in CONFIGS if name in names]
-    if not found:
-        found = [name for name in names if name.endswith((".yml", ".yaml")) and (folder / name).is_file()]
+    found = _configs(folder)
     if not found:
         raise ConfigError(f"{folder}: no config.json and no config.yml beside the weights: name one with config=")
     if len(found) > 1:
@@ -134,10 +148,17 @@ def find_config(folder: Path) -> Path:
     return folder / found[0]
 
 
+def _configs(folder: Path) -> list[str]:
+    """Names of configurations in a folder: those that have a usual name, or else all YAML files."""
+    names = _names(folder)
+    found = [name for name in CONFIGS if name in names]
+    return found or [name for name in names if name.endswith((".yml", ".yaml")) and (folder / name).is_file()]
+
+
 def has_weights(folder: Path) -> bool:
     """Whether anything in a folder looks like weights, or like the index of some."""
     suffixes = (".safetensors", *TORCH_SUFFIXES, INDEX_SUFFIX)
-    return any(name.endswith(suffixes) for name in _names(folder))
+    return any(whole_name(name).endswith(suffixes) for name in _names(folder))
 
 
 def files_of_checkpoint(folder: Path) -> set[str]:
@@ -193,16 +214,22 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _weights_files(folder: Path) -> list[str]:
-    """Names of weights files that are no parts of sharded checkpoints: without an index, a part is of no use."""
+    """Names of weights files that are no parts of sharded checkpoints: without an index, a part is of no use.
+
+    A file that was cut into parts has one name, without a number.
+    """
     suffixes = (".safetensors", *TORCH_SUFFIXES)
     found = [name for name in _names(folder) if name.endswith(suffixes) and not _PART.fullmatch(name)]
-    return [name for name in found if not (folder / name).is_dir()]
+    parts = {whole_name(name) for name in _names(folder)} - {*_names(folder)}
+    return [name for name in found if not (folder / name).is_dir()] + sorted(
+        name for name in parts if name.endswith(suffixes)
+    )
 
 
 def _is_model(path: Path) -> bool:
     """Whether a weights file has the embedding of a StripedHyena model in its table of contents."""
     try:
-        with open_regular(path) as file:
+        with open_parts(*_files_of(path)) as file:
             head = file.read(1_000_000)
             if head.startswith(b"PK"):
                 with zipfile.ZipFile(file) as archive:

@@ -6,6 +6,7 @@ host memory is the model's size and one tensor.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
@@ -20,8 +21,12 @@ from hyaena.checkpoints.weights import Item, Weights, open_weights
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, InputError, printable
 from hyaena.filters import Float32Parameters
-from hyaena.formats.stripedhyena import tensors as original
-from hyaena.model import MIXERS, Mixers, StripedHyena
+from hyaena.formats.names import part
+from hyaena.formats.tensors import OPTIONAL, REPEATED, SCALES, check_repeated, check_tied, format_of
+from hyaena.layers import MIXERS, Mixers
+from hyaena.model import StripedHyena
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
 _SHORT = {
@@ -95,7 +100,7 @@ def read_tensors(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[
     Raises:
         CheckpointError: a file is damaged.
     """
-    found = {}
+    found, original = {}, format_of(checkpoint.config)
     with open_weights(checkpoint) as weights:
         for item in weights.items:
             name = original.our_name(item.name)
@@ -136,13 +141,12 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def wide_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that are float32 at least in a model of any dtype: poles and residues."""
+    """Names of the tensors that are float32 at least in a model of any dtype: poles, residues, rotary frequencies."""
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()
         if isinstance(module, Float32Parameters)
-        for name, _ in module.named_parameters()
-        if name not in module.narrow
+        for name in module.wide_tensors()
     }
 
 
@@ -169,10 +173,14 @@ class _Loading:
     ) -> None:
         self.checkpoint, self.weights, self.device, self.dtype = checkpoint, weights, device, dtype
         self.reads = reads
-        self.config = checkpoint.config
+        self.config, self.original = checkpoint.config, format_of(checkpoint.config)
         self.model = self._empty_model(mixers)
-        self.remaining = dict(self.model.named_parameters())
+        self.remaining = self.model.state_dict(keep_vars=True)
         self.expected = dict(self.remaining)
+        self.scales = [name for name in self.remaining if part(name) == SCALES]
+        for name in (*(OPTIONAL & self.remaining.keys()), *(self.scales if weights.in_original_names else ())):
+            del self.remaining[name]
+        self.taken: set[str] = set()
         self.wide = wide_parameters(self.model)
         self.problems: dict[str, list[str]] = {
             "unexpected": [],
@@ -181,6 +189,7 @@ class _Loading:
             _QUANTIZED: [],
             "not finite": [],
         }
+        self.unreadable: list[str] = []
         self.tied_head: Tensor | None = None
 
     def _empty_model(self, mixers: Mixers) -> StripedHyena:
@@ -201,7 +210,7 @@ class _Loading:
         for item in _with_progress(self.weights.items) if self.reads else self.weights.items:
             self._take(item)
         if self.tied_head is not None and not self.remaining:
-            original.check_tied(self.model.embed_tokens.weight.detach(), self.tied_head)
+            check_tied(self.model.embed_tokens.weight.detach(), self.tied_head)
         missing = [self._shown(name) for name in self.remaining]
         told = {"missing": missing, **self.problems}
         if any(told.values()):
@@ -209,23 +218,38 @@ class _Loading:
             raise CheckpointError(
                 f"{self.checkpoint.path}: {words}; do the configuration and the weights belong together?"
             )
+        if self.unreadable:
+            raise CheckpointError(f"{self.checkpoint.path}: {self.unreadable[0]}")
+        if self.model.rotary.frequencies is not None and "rotary.frequencies" not in self.taken and self.reads:
+            self._put("rotary.frequencies", self._placed("rotary.frequencies", self.model.rotary.powers()))
+        if self.reads and (lacking := [name for name in self.scales if name not in self.taken]):
+            logger.warning(
+                "%s: no FP8 scales of %d of %d input projections: they are 1, as in the original",
+                self.checkpoint.path, len(lacking), len(self.scales),
+            )  # fmt: skip
+            for name in lacking:
+                self._put(name, self._placed(name, torch.ones(2)))
         return self.model
 
     def _take(self, item: Item) -> None:
-        name = original.our_name(item.name)
+        name = self.original.our_name(item.name)
         if name is None:  # what the original recomputes
             return
         tied = name == "lm_head.weight" and self.config.tie_embeddings
         expected = "embed_tokens.weight" if tied else name
         if expected not in self.expected:
-            self.problems["unexpected"].append(item.key)
+            if part(name) != SCALES or name == item.name:  # others are of a model that runs without FP8
+                self.problems["unexpected"].append(item.key)
             return
-        if not tied and name not in self.remaining:
+        again = name in self.taken
+        if again and not tied and name not in REPEATED:
             self.problems["twice"].append(item.key)
             return
+        self.taken.add(name)
         if not tied:
-            del self.remaining[name]
-        if item.stored.dtype not in FLOATING:
+            self.remaining.pop(name, None)
+        state = part(name) == SCALES and name != item.name
+        if item.stored.dtype not in FLOATING and not (state and item.stored.dtype == torch.uint8):
             kind = str(item.stored.dtype).removeprefix("torch.")
             self.problems[_QUANTIZED].append(f"{item.key} is {kind}")
             return
@@ -234,12 +258,19 @@ class _Loading:
             return
         if not self.reads:
             return
-        ours = original.to_ours(item.name, item.read(), self.config)
+        try:
+            ours = self.original.to_ours(item.name, item.read(), self.config)
+        except CheckpointError as error:  # told at the end, unless the configuration is of another model
+            self.unreadable.append(str(error))
+            return
         assert ours is not None
         tensor = ours[1]
         kept = self._placed(name, tensor)
         if tied:
             self.tied_head = kept
+            return
+        if again:
+            check_repeated(item.key, self.model.get_buffer(name), kept)
             return
         if not _all_finite(kept):
             lost = _all_finite(tensor)
@@ -247,9 +278,15 @@ class _Loading:
                 f"{item.key} (as {kept.dtype}: choose a wider dtype)" if lost else item.key
             )
             return
+        self._put(name, kept)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """Make a tensor the parameter or buffer of a name."""
         owner, _, leaf = name.rpartition(".")
-        requires_grad = self.expected[name].requires_grad
-        setattr(self.model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=requires_grad))
+        expected = self.expected[name]
+        if isinstance(expected, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=expected.requires_grad)
+        setattr(self.model.get_submodule(owner), leaf, tensor)
 
     def _placed(self, name: str, tensor: Tensor) -> Tensor:
         try:
@@ -263,7 +300,7 @@ class _Loading:
     def _fits(self, item: Item, shape: torch.Size) -> bool:
         """Whether a stored tensor has a parameter's shape, in our layout; decided without reading it."""
         try:
-            ours = original.to_ours(item.name, torch.empty(item.stored.shape, device="meta"), self.config)
+            ours = self.original.to_ours(item.name, torch.empty(item.stored.shape, device="meta"), self.config)
         except (RuntimeError, OverflowError):  # sizes that no tensor can have
             return False
         return ours is not None and ours[1].shape == shape
@@ -272,12 +309,14 @@ class _Loading:
         """A parameter in the words of the file: the original's name where the file is the original's."""
         if not self.weights.in_original_names:
             return name
-        return original.to_theirs(name, self.expected[name], self.config)[0]
+        theirs = self.original.to_theirs(name, self.expected[name], self.config)
+        return name if theirs is None else theirs[0]
 
     def _shapes(self, item: Item, name: str) -> str:
         expected = self.expected[name]
         if self.weights.in_original_names:
-            expected = original.to_theirs(name, expected, self.config)[1]
+            theirs = self.original.to_theirs(name, expected, self.config)
+            expected = expected if theirs is None else theirs[1]
         return f"{item.key} is {printable(str(list(item.stored.shape)))}, expected {list(expected.shape)}"
 
 

@@ -6,6 +6,7 @@ What ``load_model`` would refuse is refused here first, before a byte is written
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import shutil
@@ -37,12 +38,13 @@ from hyaena.checkpoints.shards import FLOATING
 from hyaena.checkpoints.weights import plain_names
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError, printable, shown
-from hyaena.formats.stripedhyena import config as original_config
-from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats import write_original
+from hyaena.formats.tensors import format_of
 from hyaena.formats.transformers import code as transformers_code
 from hyaena.formats.transformers import config as transformers_config
 from hyaena.formats.transformers import tensors as transformers_tensors
-from hyaena.model import MIXERS, StripedHyena
+from hyaena.layers import MIXERS
+from hyaena.model import StripedHyena
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer, Tokenizer, transformers_files
 
 Layout = Literal["hyaena", "original", "transformers"]
@@ -76,7 +78,8 @@ def save_model(
         layout: ``"hyaena"`` (``config.json``, our names), ``"original"`` (``config.yml``, the original's names), or
             ``"transformers"`` (what ``hyaena.hf`` reads and writes).
         dtype: cast the weights on the way; poles and residues stay float32.
-        max_shard_size: bytes above which the weights are split over several files.
+        max_shard_size: bytes above which the weights are split over several files. The original layout of
+            StripedHyena 2 is one file of ``torch.save``, whatever its size.
         extra_files: further files that go with the model, name -> content. Where neither these nor a tokenizer are
             given, those of the previous model stay; otherwise they are removed.
         overwrite: whether the folder may hold files already.
@@ -279,18 +282,23 @@ def _write(
     limit: int,
     extra_files: Mapping[str, bytes],
 ) -> None:
+    total, original = 0, format_of(config)
     shards = _split({name: tensor.numel() * dtypes[name].itemsize for name, tensor in state.items()}, limit)
     names = _shard_names(folder, len(shards))
+    if layout == "original" and original.SINGLE_FILE is not None:
+        shards, names = [list(state)], [original.SINGLE_FILE]
     weight_map: dict[str, str] = {}
-    total = 0
     config_file = stage / CONFIG_NAMES[layout]
     _write_bytes(config_file, _config_text(config, layout, dtypes["embed_tokens.weight"]).encode())
     for file, keys in zip(names, shards, strict=True):
         tensors = {key: state[key].to("cpu", dtypes[key]) for key in keys}
         if layout == "original":
-            tensors = dict(original.to_theirs(key, tensor, config) for key, tensor in tensors.items())
-            if file == names[-1]:
-                tensors |= original.extra_tensors({}, config)
+            items = (original.to_theirs(key, tensor, config) for key, tensor in tensors.items())
+            tensors = dict(item for item in items if item is not None)
+            if file == names[-1]:  # its head was written with the others
+                tensors |= original.extra_tensors(
+                    {k: t for k, t in state.items() if k != "embed_tokens.weight"}, config
+                )
         elif layout == "transformers":
             tensors = {transformers_tensors.their_name(key): tensor for key, tensor in tensors.items()}
         tensors = _apart(tensors)
@@ -336,7 +344,7 @@ def _config_text(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> str
     if layout == "original":
         import yaml
 
-        return yaml.safe_dump(original_config.write_config(config), sort_keys=False, default_flow_style=None, width=120)
+        return yaml.safe_dump(write_original(config), sort_keys=False, default_flow_style=None, width=120)
     values = config.to_dict()
     if layout == "transformers":
         head = {"architectures": [transformers_config.ARCHITECTURE], "dtype": str(dtype).removeprefix("torch.")}
@@ -358,6 +366,11 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    if path.suffix == ".pt":
+        extra = {key: io.BytesIO(t.numpy().tobytes()) for key, t in tensors.items() if key.endswith("_extra_state")}
+        torch.save({**tensors, **extra}, path)
+        files.flush(path)
+        return
     save_file(dict(tensors), path, metadata={"format": "pt"})
     with safe_open(path, framework="pt") as file:  # a file that was cut short cannot be opened
         assert set(file.keys()) == set(tensors)

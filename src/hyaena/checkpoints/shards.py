@@ -5,22 +5,24 @@ Opening a file reads its table of contents only.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from hyaena.checkpoints.pickles import read_legacy, read_zip
-from hyaena.checkpoints.stored import StoredTensor, section
+from hyaena.checkpoints.parts import JoinedFile, whole_name
 from hyaena.errors import CheckpointError, printable
+from hyaena.tensor_files.pickles import read_legacy, read_zip
+from hyaena.tensor_files.stored import StoredTensor, section
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that a model's weights may have."""
@@ -49,7 +51,7 @@ class Shard:
     """An open weights file.
 
     Attributes:
-        path: of the file.
+        path: of the file; where it lies in parts, as it would be called in one.
         tensors: name -> what the file says about the tensor, in the file's order.
     """
 
@@ -67,13 +69,18 @@ class Shard:
 
 
 @contextmanager
-def open_shard(path: Path) -> Iterator[Shard]:
+def open_shard(path: Path, *parts: Path) -> Iterator[Shard]:
     """Open a ``.safetensors`` file or one written by ``torch.save``; no code in it is ever run.
+
+    Args:
+        path: of the file, or of its first part.
+        parts: the paths of its other parts, in order.
 
     Raises:
         CheckpointError: the file is not a regular one, is truncated or corrupt, would run code, or has no tensors.
     """
-    with open_regular(path) as file:
+    with open_parts(path, *parts) as file:
+        path = path.with_name(whole_name(path.name))
         with _reading(path):
             if path.suffix == ".safetensors":
                 tensors = _read_safetensors(file)
@@ -83,6 +90,14 @@ def open_shard(path: Path) -> Iterator[Shard]:
                 file.seek(0)
                 tensors = read_legacy(file)
         yield Shard(path, tensors)
+
+
+def open_parts(path: Path, *parts: Path) -> IO[bytes]:
+    """Open a regular file for reading, or several as one; see ``open_regular``."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_regular(part)) for part in (path, *parts)]
+        stack.pop_all()
+    return files[0] if len(files) == 1 else io.BufferedReader(JoinedFile(files))
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -109,12 +124,17 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle or archive may raise anything
+        why = " ".join(str(error).split()) or type(error).__name__
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: its parts are cut short, damaged, or not all there: download them again "
+                f"({printable(why, limit=200)})"
+            ) from error
         with path.open("rb") as file:
             if file.read(64).startswith(b"version https://git-lfs"):
                 raise CheckpointError(
                     f"{path}: is a pointer of git-lfs, not the weights themselves: run `git lfs pull` there"
                 ) from None
-        why = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
             f"{path}: truncated or corrupt: download or write it again ({printable(why, limit=200)})"
         ) from error
@@ -128,7 +148,8 @@ def _read_safetensors(file: IO[bytes]) -> dict[str, StoredTensor]:
 
     Source: https://github.com/huggingface/safetensors, "Format".
     """
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= size - 8:
         raise EOFError(f"its header would have {length:,} bytes, and the file has {size:,}")

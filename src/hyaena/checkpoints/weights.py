@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from hyaena.checkpoints.files import Checkpoint, listed
+from hyaena.checkpoints.parts import grouped
 from hyaena.checkpoints.shards import FLOATING, Shard, open_shard
-from hyaena.checkpoints.stored import StoredTensor
 from hyaena.errors import CheckpointError
-from hyaena.formats.stripedhyena import tensors as original
+from hyaena.formats.tensors import format_of, matches_tensors
 from hyaena.formats.transformers import tensors as transformers
+from hyaena.tensor_files.stored import StoredTensor
 
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 """What wrappers of a model put before every name; taken off where all names have it."""
@@ -72,16 +73,17 @@ def open_weights(checkpoint: Checkpoint) -> Iterator[Weights]:
             StripedHyena model.
     """
     with ExitStack() as stack:
-        shards = [stack.enter_context(open_shard(path)) for path in checkpoint.shards]
+        shards = [stack.enter_context(open_shard(*paths)) for paths in grouped(checkpoint.shards)]
         keys = [(key, shard) for shard in shards for key in shard.tensors]
         names = plain_names([key for key, _ in keys])
         items = [Item(name, key, shard) for name, (key, shard) in zip(names, keys, strict=True)]
         _check_index(checkpoint, items)
-        dtypes = {original.our_name(item.name): item.stored.dtype for item in items}
+        our_name = format_of(checkpoint.config).our_name
+        dtypes = {our_name(item.name): item.stored.dtype for item in items}
         if "embed_tokens.weight" not in dtypes and not any(name and _OURS.match(name) for name in dtypes):
             raise CheckpointError(f"{checkpoint.path}: holds no tensor of a StripedHyena model: check the path")
         dtype = dtypes.get("embed_tokens.weight")
-        yield Weights(items, original.matches_tensors(names), dtype if dtype in FLOATING else torch.float32)  # type: ignore[arg-type]
+        yield Weights(items, matches_tensors(names), dtype if dtype in FLOATING else torch.float32)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,11 @@ def _check_index(checkpoint: Checkpoint, items: Sequence[Item]) -> None:
     """Refuse an index that names other tensors than its files have, or has them in other files."""
     if checkpoint.weight_map is None:
         return
+    our_name = format_of(checkpoint.config).our_name
     keys = list(checkpoint.weight_map)
-    places = zip(map(original.our_name, plain_names(keys)), checkpoint.weight_map.values(), strict=True)
+    places = zip(map(our_name, plain_names(keys)), checkpoint.weight_map.values(), strict=True)
     stated = {(name, file) for name, file in places if name is not None}
-    found = {(original.our_name(item.name), item.shard.path.name) for item in items}
+    found = {(our_name(item.name), item.shard.path.name) for item in items}
     found = {(name, file) for name, file in found if name is not None}
     if different := sorted({str(name) for name, _ in stated ^ found}):
         names = listed(different, most=6)

@@ -146,6 +146,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
     import torch
 
     from hyaena import checkpoints, hub
+    from hyaena.fp8 import check_fp8
     from hyaena.jobs import Column, open_job
     from hyaena.model import StripedHyena
     from hyaena.records.contents import read_contents, read_part
@@ -165,6 +166,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         "tokens_per_pass": args.batch_tokens,
     }
     config, tokenizer = hub.load_tokenizer_of(args.model, **origin)
+    check_fp8(args.fp8, config.fp8_input_projections)
     with torch.device("meta"):
         shape = StripedHyena(config)  # without weights: enough to check options and texts
     task.read(shape, tokenizer, [], **reading)
@@ -174,6 +176,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         "--model": args.model,
         "the digest of the model's files": checkpoints.fingerprint(hub.locate(args.model, **origin)),
         "--dtype": args.dtype or ("float32" if device.type == "cpu" else "stored"),
+        "--fp8": args.fp8,
         "--shard": str(files.shard),
         "--save-every": args.save_every,
         "--batch-tokens": args.batch_tokens,
@@ -195,7 +198,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         with _Progress(part.size, show=not args.quiet and sys.stderr.isatty()) as progress:
 
             def start() -> Compute:
-                model = hub.load_model(args.model, device=device, dtype=args.dtype, **origin)
+                model = hub.load_model(args.model, device=device, dtype=args.dtype, fp8=args.fp8, **origin)
                 progress.begin()
                 return _compute(model, tokenizer, source, task, reading, progress)
 

@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = hub.load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
+    model, tokenizer = hub.load(
+        args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config, fp8=args.fp8
+    )
     began = time.perf_counter()
     results = evals.evaluate(
         model,

@@ -121,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
     from hyaena import hub
     from hyaena.checkpoints.load import as_device, as_dtype
+    from hyaena.fp8 import check_fp8
     from hyaena.generation import Settings, encode_prompts, generate, load_prefix, parse_prompts, prefix, stream
 
     bar = PrefillBar()
@@ -156,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
     config, tokenizer = hub.load_tokenizer_of(args.model, **source)
     if args.prefix_file is None:
         encode_prompts(tokenizer, config, prompts, settings)  # before the weights are downloaded and read
-    model = hub.load_model(args.model, device=device, dtype=args.dtype, adapter=args.adapter, **source)
+    check_fp8(args.fp8, config.fp8_input_projections)
+    model = hub.load_model(args.model, device=device, dtype=args.dtype, adapter=args.adapter, fp8=args.fp8, **source)
     load_seconds = time.perf_counter() - began
     if args.method == "truncated" and (windows := model.truncation_windows()):
         print(describe_cut(windows), file=sys.stderr)

@@ -106,9 +106,7 @@ def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelC
             raise InputError(f"--revision is for hub ids, and {source} is on this machine: leave it out")
         return read_config(config or checkpoints.find_config(path)), None
     if source not in hub.BUNDLED and not os.path.lexists(source) and hub.is_hub_id(source):
-        folder = hub.download(source, revision=revision, weights=False)
-        found = read_config(config or checkpoints.find_config(folder))
-        return (found if config else hub.corrected(source, found)), None
+        return hub.describe(source, revision=revision, config=config)[0], None
     checkpoint = hub.locate(source, revision=revision, config=config)
     return checkpoint.config, checkpoint
 
@@ -362,8 +360,10 @@ def _shape(config: ModelConfig, width: int, plain: bool) -> Iterator[str]:
         "attention": f"{heads} {dot} rotary base {config.rope_theta:,.0f}{scaling}",
     }
     tied = "tied" if config.tie_embeddings else "untied"
+    first = config.activation_of(0)
+    activation = config.activation if first == config.activation else f"{config.activation} ({first} in layer 0)"
     rows = [
-        ("shape", f"width {config.hidden_size:,} {dot} MLP {config.intermediate_size:,} {config.activation}"),
+        ("shape", f"width {config.hidden_size:,} {dot} MLP {config.intermediate_size:,} {activation}"),
         ("", f"RMSNorm eps {config.norm_eps:g} {inside} the root"),
         *((kind, texts[kind]) for kind in sorted(set(config.layer_types), key=_order) if kind in texts),
         ("tokens", f"{config.vocab_size:,} ({config.tokenizer}), {tied} {dot} up to {config.max_length:,}"),

@@ -106,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     template = find_template(args.chat_template, folder, args.model)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened = listen(args.host, args.port)  # before gigabytes are loaded
-    model, tokenizer = hub.load(args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config)
+    model, tokenizer = hub.load(
+        args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config, fp8=args.fp8
+    )
     metrics = Metrics()
     engine = Engine(model, tokenizer, settings, metrics)
     name = args.name or args.model

@@ -20,7 +20,7 @@ from hyaena.cache import Cache
 from hyaena.decoding.sampler import move_rows
 from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
-from hyaena.ops import PAGE, PagePool, pages_for, rotary_table
+from hyaena.ops import PAGE, PagePool, pages_for
 
 
 class StaticCache:
@@ -53,10 +53,7 @@ class StaticCache:
         self._changes: dict[tuple[int, int], int] = {}  # (row, place in it) -> page, unknown to the device
 
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
-        config, device = self.model.config, self.model.device
-        steps = torch.arange(positions, device=device)
-        theta, factor = config.rope_theta, config.rope_scaling_factor
-        return rotary_table(steps, config.head_dim, theta, factor, dtype=self.model.dtype)
+        return self.model.rotary(torch.arange(positions, device=self.model.device), self.model.dtype)
 
     @property
     def rows(self) -> int:

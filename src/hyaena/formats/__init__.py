@@ -1,8 +1,8 @@
 """Foreign formats: the configuration keys and the tensor layouts of other implementations, in both directions.
 
 Each format is a package with two modules: ``config`` (``matches_config``, ``read_config``, ``write_config``; without
-torch) and ``tensors`` (``matches_tensors``, ``to_ours``, ``to_theirs``, ``extra_tensors``). The functions below read
-any format.
+torch) and ``tensors`` (``our_name``, ``to_ours``, ``to_theirs``, ``extra_tensors``; ``formats.tensors`` chooses
+between them). The functions below read any format.
 """
 
 from __future__ import annotations
@@ -12,27 +12,32 @@ from os import PathLike
 from typing import Any
 
 from hyaena.arguments import as_path
-from hyaena.config import ModelConfig
+from hyaena.config import ModelConfig, preset_names
 from hyaena.errors import ConfigError, printable
+from hyaena.formats.evo2 import config as evo2_config
 from hyaena.formats.stripedhyena import config as stripedhyena_config
 from hyaena.formats.transformers import config as transformers_config
 from hyaena.mappings import read_mapping
 
-__all__ = ["config_from_dict", "read_config"]
+__all__ = ["config_from_dict", "is_original", "read_config", "write_original"]
 
-_FORMATS = (transformers_config, stripedhyena_config)
+_ORIGINALS = (evo2_config, stripedhyena_config)
+_FORMATS = (transformers_config, *_ORIGINALS)
 
 
 def read_config(path: str | PathLike[str]) -> ModelConfig:
     """Read a configuration file, known by its keys: our ``config.json``, that of ``hyaena.hf``, or an original one.
 
-    An original configuration is a YAML file or the ``config.json`` of a hub checkpoint.
+    An original configuration is a YAML file or the ``config.json`` of a hub checkpoint. The name of a preset, where no
+    file has it, stands for that preset.
 
     Raises:
         ConfigError: the file is missing or is not a configuration; the message begins with its path.
         InputError: this is no path.
     """
     path = as_path("the configuration", path)
+    if str(path) in preset_names() and not path.exists():
+        return ModelConfig.from_name(str(path))
     try:
         return config_from_dict(read_mapping(path))
     except ConfigError as error:
@@ -49,3 +54,22 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
         if form.matches_config(values):
             return form.read_config(values)
     return ModelConfig.from_dict(values)
+
+
+def is_original(values: Mapping[str, Any]) -> bool:
+    """Whether a mapping is written in the keys of an original implementation, of StripedHyena 1 or 2.
+
+    Raises:
+        ConfigError: it has keys of both an original and this package.
+    """
+    return any(form.matches_config(values) for form in _ORIGINALS)
+
+
+def write_original(config: ModelConfig) -> dict[str, Any]:
+    """A configuration in the keys of the original that has such models, StripedHyena 1 or 2.
+
+    Raises:
+        ConfigError: neither has them.
+    """
+    second = evo2_config.KINDS.keys() & set(config.layer_types)
+    return (evo2_config if second else stripedhyena_config).write_config(config)

@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 
 from hyaena import formats, hub
 from hyaena.config import MODEL_TYPE, ModelConfig
-from hyaena.formats.stripedhyena import config as original
 from hyaena.formats.transformers import config as keys
 from hyaena.formats.transformers.code import AUTO_MAP
 
@@ -24,7 +23,8 @@ class StripedHyenaConfig(PreTrainedConfig):
     """The architecture of a StripedHyena model.
 
     The defaults are those of StripedHyena-Hessian-7B. What the fields mean is told by ``hyaena.ModelConfig``, under
-    these names there: ``layer_kinds`` is ``layer_types``, ``hidden_act`` ``activation``, ``rms_norm_eps`` ``norm_eps``,
+    these names there: ``layer_kinds`` is ``layer_types``, ``hidden_act`` ``activation``, ``first_hidden_act``
+    ``first_activation``, ``rms_norm_eps`` ``norm_eps``,
     ``rms_norm_eps_inside_root`` ``norm_eps_inside_root``, ``tie_word_embeddings`` ``tie_embeddings``,
     ``max_position_embeddings`` ``max_length``, and ``rope_parameters`` holds ``rope_theta`` and, as ``factor``,
     ``rope_scaling_factor``. Without ``layer_kinds``, ``num_hidden_layers`` layers alternate, a Hyena block first.
@@ -50,13 +50,22 @@ class StripedHyenaConfig(PreTrainedConfig):
     se_filter_groups: int | None = None
     mr_filter_length: int = 128
     mr_filter_groups: int | None = None
+    se_filter_skip: bool = False
+    mr_filter_skip: bool = True
+    hyena_in_bias: bool = True
+    short_filter_bias: bool = True
+    hyena_out_bias: bool = True
+    fp8_input_projections: bool = False
     hidden_act: str = "silu"
+    first_hidden_act: str | None = None
     rms_norm_eps: float = 1e-5
     rms_norm_eps_inside_root: bool = True
     tie_word_embeddings: bool = False
     attention_qkv_bias: bool = False
     attention_out_bias: bool = False
     rope_parameters: dict | None = None
+    rope_frequencies_stored: bool = False
+    rope_tables_rounded: bool = False
     max_position_embeddings: int = 32_768
     column_split_hyena: bool = True
     prefill_style: str = "auto"
@@ -129,4 +138,4 @@ class StripedHyenaConfig(PreTrainedConfig):
 
 def is_foreign(values: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is in the keys of another layout: this package's own, or the original's."""
-    return "format" in values or (not keys.matches_config(values) and original.matches_config(values))
+    return "format" in values or (not keys.matches_config(values) and formats.is_original(values))

@@ -65,6 +65,8 @@ def check_complete(model: PreTrainedModel, info: Any, source: Any) -> None:
 def _is_foreign(source: Any, options: dict[str, Any]) -> bool:
     """Whether a folder or hub id is in this package's own layout, or the original's."""
     path = Path(source)
+    if hub.PUBLISHED.get(str(source), hub.Published()).preset is not None:  # without a configuration
+        return True
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         return True
     where = {name: options[name] for name in _HUB_OPTIONS if name in options}

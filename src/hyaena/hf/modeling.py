@@ -26,10 +26,10 @@ from hyaena.hf import loading
 from hyaena.hf.cache import FIELD, StripedHyenaCache, as_cache
 from hyaena.hf.configuration import StripedHyenaConfig
 from hyaena.hf.inputs import Layout, read_continuation, read_layout
-from hyaena.model import (
+from hyaena.layers import (
     Layer,
     RMSNorm,
-    StripedHyena,
+    Rotary,
     call,
     embed,
     init_module,
@@ -37,6 +37,7 @@ from hyaena.model import (
     norm_record,
     step_unsupported_reason,
 )
+from hyaena.model import StripedHyena
 from hyaena.ops.step import CompilableOperators, StepContext
 
 logger = logging.get_logger(__name__)
@@ -71,6 +72,7 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
             made = cls(StripedHyenaConfig.from_native(model.config, dtype=model.dtype, **options))
         base: Any = made.base_model
         base.embed_tokens, base.layers, base.norm = model.embed_tokens, model.layers, model.norm
+        base.rotary = model.rotary
         if model.lm_head is not None and made.get_output_embeddings() is not None:
             made.set_output_embeddings(model.lm_head)
         made.tie_weights()
@@ -96,6 +98,7 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             model = StripedHyena(config)
         model.embed_tokens, model.layers, model.norm = base.embed_tokens, base.layers, base.norm
+        model.rotary = base.rotary
         model.lm_head = None if config.tie_embeddings else head  # type: ignore[assignment]
         return model.train(self.training)
 
@@ -153,6 +156,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         self.embed_tokens = nn.Embedding(native.vocab_size, native.hidden_size)
         self.layers = make_layers(native)
         self.norm = RMSNorm(native)
+        self.rotary = Rotary(native)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -245,7 +249,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
     def _context(self, x: Tensor, cache: Cache | None, layout: Layout) -> ForwardContext:
         backend = ops.resolve_backend("auto", device=x.device, dtype=x.dtype, gradients=torch.is_grad_enabled())
         return ForwardContext.of(
-            self.architecture,
+            self.rotary,
             x.new_empty(x.shape[:2], dtype=torch.long),  # of the shape of ids: nothing else of them is looked at
             cache=cache,
             mask=layout.mask,
@@ -291,18 +295,12 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **{FIELD: cache})  # type: ignore[arg-type]
 
     def _step_context(self, cache: Cache, max_length: int) -> StepContext:
-        native, device = self.architecture, self.embed_tokens.weight.device
+        device = self.embed_tokens.weight.device
         return StepContext(
             operators=CompilableOperators(),
             lengths=torch.tensor(cache.lengths, dtype=torch.int32, device=device),
             limits=torch.full((cache.batch_size,), max_length, dtype=torch.int32, device=device),
-            rotary=ops.rotary_table(
-                torch.arange(max_length, device=device),
-                native.head_dim,
-                native.rope_theta,
-                native.rope_scaling_factor,
-                dtype=self.embed_tokens.weight.dtype,
-            ),
+            rotary=self.rotary(torch.arange(max_length, device=device), self.embed_tokens.weight.dtype),
         )
 
     def _step_unsupported_reason(self) -> str | None:

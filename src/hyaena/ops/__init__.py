@@ -2,6 +2,7 @@
 
 from hyaena.ops.attention import Documents, attention, find_documents
 from hyaena.ops.backend import Backend, resolve_backend
+from hyaena.ops.fp8 import fp8_linear, fp8_road
 from hyaena.ops.gate import ACTIVATIONS, gate
 from hyaena.ops.hyena import HyenaState, capabilities, hyena, hyena_states
 from hyaena.ops.kv import KVState
@@ -25,11 +26,12 @@ from hyaena.ops.long_conv import (
     to_canonical_state,
     to_modal,
     truncate,
+    truncation_window,
 )
 from hyaena.ops.lora import lora_linear
 from hyaena.ops.norm import rms_norm
 from hyaena.ops.pages import PAGE, PagedKVState, PagedRows, PagePool, PageTable, pages_for
-from hyaena.ops.rope import rotary_table, rotate
+from hyaena.ops.rope import rotary_frequencies, rotary_table, rotate
 from hyaena.ops.short_conv import short_conv
 from hyaena.ops.state import RowTensors
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
@@ -66,6 +68,8 @@ __all__ = [
     "decay_lengths",
     "dropped_energy",
     "find_documents",
+    "fp8_linear",
+    "fp8_road",
     "gate",
     "hyena",
     "hyena_states",
@@ -76,6 +80,7 @@ __all__ = [
     "pages_for",
     "resolve_backend",
     "rms_norm",
+    "rotary_frequencies",
     "rotary_table",
     "rotate",
     "short_conv",
@@ -84,4 +89,5 @@ __all__ = [
     "to_canonical_state",
     "to_modal",
     "truncate",
+    "truncation_window",
 ]

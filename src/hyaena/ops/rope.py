@@ -8,12 +8,20 @@ from torch import Tensor
 from hyaena.ops.backend import Backend, use_pointwise
 
 
+def rotary_frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Compute the frequencies ``theta^(-2i/head_dim)``, [head_dim/2]."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim
+    return 1.0 / theta**exponents
+
+
 def rotary_table(
     positions: Tensor,
     head_dim: int,
     theta: float,
     scaling_factor: float = 1.0,
     *,
+    frequencies: Tensor | None = None,
+    rounds: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Compute cos and sin of the angles ``position / scaling_factor · theta^(-2i/head_dim)``.
@@ -23,6 +31,8 @@ def rotary_table(
         head_dim: channels of a head, even.
         theta: base of the frequencies.
         scaling_factor: linear interpolation of positions; 1 leaves them alone.
+        frequencies: [head_dim/2], in place of the powers of theta.
+        rounds: cos and sin are rounded to numbers of ``dtype``.
         dtype: that of the model. Angles and tables are float64 for float64, and float32 for any other.
 
     Returns:
@@ -31,9 +41,11 @@ def rotary_table(
     Source: Su et al. 2021, "RoFormer"; interpolation: Chen et al. 2023, "Extending Context Window … by Interpolation".
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
-    angles = (positions.to(wide) / scaling_factor).unsqueeze(-1) * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
+    if frequencies is None:
+        frequencies = rotary_frequencies(head_dim, theta, wide, positions.device)
+    angles = (positions.to(wide) / scaling_factor).unsqueeze(-1) * frequencies.to(positions.device, wide)
+    cos, sin = angles.cos(), angles.sin()
+    return (cos.to(dtype).to(wide), sin.to(dtype).to(wide)) if rounds else (cos, sin)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor], *, backend: Backend | str = "auto") -> Tensor:

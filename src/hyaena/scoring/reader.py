@@ -19,7 +19,8 @@ from hyaena.cache import Cache
 from hyaena.context import ForwardContext
 from hyaena.errors import HyaenaError
 from hyaena.generation.chunks import choose_chunk
-from hyaena.model import StripedHyena, call
+from hyaena.layers import call
+from hyaena.model import StripedHyena
 from hyaena.scoring.records import Record
 
 Progress = Callable[[int], None]
@@ -149,7 +150,7 @@ class Reader:
     def _context(self, ids: Tensor, segments: Tensor | None, past: int | None) -> ForwardContext:
         model = self.model
         return ForwardContext.of(
-            model.config,
+            model.rotary,
             ids,
             cache=None if past is None else Cache([], [past], [None]),
             mask=None,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyaena import checkpoints, hub
+from hyaena import hub
 from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError
-from hyaena.formats import read_config
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 from hyaena.train.config import TrainConfig
@@ -63,8 +62,7 @@ def find_start(config: TrainConfig) -> Start:
 def _described(source: str) -> tuple[ModelConfig, Path]:
     """Return the architecture of a model, and the folder of its tokenizer."""
     if source not in hub.BUNDLED and not Path(source).expanduser().exists() and hub.is_hub_id(source):
-        folder = hub.download(source, weights=False)
-        return hub.corrected(source, read_config(checkpoints.find_config(folder))), folder
+        return hub.describe(source)
     checkpoint = hub.locate(source)
     return checkpoint.config, checkpoint.folder
 

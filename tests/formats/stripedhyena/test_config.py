@@ -13,7 +13,7 @@ import yaml
 from configs import TINY, TINY_EVO
 from hyaena.config import ModelConfig, preset_names
 from hyaena.errors import ConfigError
-from hyaena.formats import config_from_dict, read_config
+from hyaena.formats import config_from_dict, read_config, write_original
 from hyaena.formats.stripedhyena.config import NO_EFFECT, write_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -116,7 +116,7 @@ def test_an_export_states_what_the_original_needs_to_open_it() -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_survive_the_originals_format(name: str) -> None:
     config = ModelConfig.from_name(name)
-    assert config_from_dict(yaml.safe_load(yaml.safe_dump(write_config(config)))) == config
+    assert config_from_dict(yaml.safe_load(yaml.safe_dump(write_original(config)))) == config
 
 
 def test_formats_are_distinguished_by_their_keys(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 from configs import TINY, TINY_EVO
 from hyaena.config import ModelConfig
 from hyaena.formats.stripedhyena.modules import INPUT, original_module, our_module
-from hyaena.formats.stripedhyena.tensors import our_name, state_to_theirs
+from hyaena.formats.stripedhyena.tensors import our_name
+from hyaena.formats.tensors import state_to_theirs
 from hyaena.model import StripedHyena
 
 
@@ -41,8 +42,8 @@ def test_every_module_that_the_original_has_comes_back(config: ModelConfig) -> N
             missing.add(name.removeprefix("layers.").lstrip("0123456789.") or name)
         elif not name.endswith("mixer"):
             assert our_module(theirs) == name
-    # lists, and what the original keeps inside its filter
-    assert missing == {"layers", "mixer.short_filter", "mixer.long_filter"}
+    # lists, and what the original keeps inside its filter and its attention
+    assert missing == {"layers", "rotary", "mixer.short_filter", "mixer.long_filter"}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError
 from hyaena.formats import read_config
-from hyaena.formats.stripedhyena.tensors import matches_tensors, state_to_ours, state_to_theirs, to_ours
+from hyaena.formats.stripedhyena.tensors import to_ours
+from hyaena.formats.tensors import matches_tensors, state_to_ours, state_to_theirs
 from hyaena.sizes import ModelSizes
 
 GOLDEN = Path(__file__).parents[2] / "golden"

@@ -150,7 +150,7 @@ def test_products(dtype: torch.dtype, inside: bool | None, batch: int, rows: int
     got = fused.linear(x, Dense(a, bias), norm=norm, residual=residual)
     want = PLAIN.linear(exact[0], Dense(exact[1], exact[3]), norm=exact_norm, residual=exact[4])
     close(got, want, dtype)
-    for activation in ("silu", "gelu"):
+    for activation in ("silu", "gelu", "identity"):
         got = fused.gate(x, Dense(a), Dense(b), norm=norm, activation=activation)
         want = PLAIN.gate(exact[0], Dense(exact[1]), Dense(exact[2]), norm=exact_norm, activation=activation)
         # one row: one rounding of the result; several: the norm, both products, the activation and the gate round

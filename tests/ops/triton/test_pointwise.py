@@ -72,7 +72,7 @@ def test_rms_norm_does_not_overflow(dtype: torch.dtype, inside: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "identity"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 33), (1, 1, 4100)])
 def test_gate(dtype: torch.dtype, activation: str, shape: tuple[int, ...]) -> None:
     a, b = 3 * randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
@@ -81,7 +81,7 @@ def test_gate(dtype: torch.dtype, activation: str, shape: tuple[int, ...]) -> No
     assert torch.equal(a, before)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "identity"])
 def test_gate_of_large_numbers(activation: str) -> None:
     a = torch.tensor([-1e4, -88.0, 0.0, 88.0, 1e4], device=DEVICE)
     close(pointwise.gate(a, torch.ones_like(a), activation), gate(a.double(), torch.ones(5).to(a), activation), a.dtype)

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from hyaena import ModelConfig, ops
 from hyaena.cache import Cache
+from hyaena.compat import leading_mask, with_room
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError
+from hyaena.layers import Rotary
 
 if TYPE_CHECKING:
     from stripedhyena.model import StripedHyena
-
-INITIAL_CAPACITY = 256
-"""Tokens for which keys and values have room at first; the room then doubles."""
 
 
 @dataclass
@@ -150,20 +149,6 @@ class Memory:
         self.mha.lengths = list(self.cache.lengths)
 
 
-def with_room(stored: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Keys and values of at least this shape [B,capacity,2,G,head_dim], with what was stored in the first slots."""
-    rows, needed, _, groups, width = shape
-    with torch.inference_mode(False):  # storage that is made in inference mode could not be written outside of it
-        if stored is not None and stored.shape[1] >= needed:
-            return stored.clone() if stored.is_inference() else stored
-        capacity = max(needed, INITIAL_CAPACITY if stored is None else 2 * stored.shape[1])
-        storage = torch.zeros(2, rows, groups, capacity, width, dtype=dtype, device=device)  # each head in one piece
-        new = storage.permute(1, 3, 0, 2, 4)
-        if stored is not None:
-            new[:, : stored.shape[1]] = stored
-        return new
-
-
 def make_context(
     config: ModelConfig,
     ids: Tensor,
@@ -177,9 +162,9 @@ def make_context(
         InputError: ids or a mask that cannot be used.
     """
     if padding_mask is not None:
-        padding_mask = _leading(padding_mask, ids, cached=memory is not None)
+        padding_mask = leading_mask(padding_mask, tuple(ids.shape), cached=memory is not None)
     return ForwardContext.of(
-        config,
+        Rotary(config),
         ids,
         cache=None if memory is None else memory.cache,
         mask=padding_mask,
@@ -188,17 +173,3 @@ def make_context(
         backend=ops.resolve_backend("auto", device=ids.device, dtype=dtype, gradients=torch.is_grad_enabled()),
         dtype=dtype,
     )
-
-
-def _leading(padding_mask: Tensor, ids: Tensor, *, cached: bool) -> Tensor:
-    """The mask of the padding on the left alone: in a causal model, nothing sees what stands on the right."""
-    if not isinstance(padding_mask, Tensor) or padding_mask.shape != ids.shape:
-        shape = tuple(padding_mask.shape) if isinstance(padding_mask, Tensor) else type(padding_mask).__name__
-        raise InputError(f"padding_mask must be a tensor of the shape of the ids, {tuple(ids.shape)}, and is {shape}")
-    mask = padding_mask.to(torch.bool)
-    begun, ended = mask.cumsum(1) > 0, mask.flip(1).cumsum(1).flip(1) == 0
-    if bool((begun & ~ended & ~mask).any()):
-        raise InputError("padding_mask hides tokens between others: padding stands on the left or on the right")
-    if cached and bool((begun & ended).any()):
-        raise InputError("with inference_params_dict padding stands on the left: tokens on the right would be stored")
-    return begun

@@ -7,39 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hyaena import ModelConfig, model, ops
+from hyaena import ModelConfig, layers, ops
+from hyaena.compat import ParallelGatedMLP, Renamed, RMSNorm
 from hyaena.errors import InputError
 
 if TYPE_CHECKING:
     from stripedhyena.cache import Pass
 
-
-class Renamed(nn.Module):
-    """Mixin for a module of hyaena whose parts are stored under other names, from its birth on.
-
-    Attributes:
-        names: hyaena's name of a part → the one that it is stored under.
-    """
-
-    names: ClassVar[dict[str, str]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(self.names.get(name, name))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(self.names.get(name, name), value)
-
-
-class RMSNorm(Renamed, model.RMSNorm):
-    """hyaena's RMSNorm with the parameter ``scale``."""
-
-    names: ClassVar = {"weight": "scale"}
-
-
-class ParallelGatedMLP(Renamed, model.GatedMLP):
-    """hyaena's gated MLP, ``l3(act(l1(x)) · l2(x))``."""
-
-    names: ClassVar = {"gate_proj": "l1", "up_proj": "l2", "down_proj": "l3"}
+__all__ = ["MHA", "ParallelGatedMLP", "RMSNorm", "Unembedding", "VocabParallelEmbedding"]
 
 
 class RotaryEmbedding(nn.Module):
@@ -67,7 +42,7 @@ class RotaryEmbedding(nn.Module):
         return
 
 
-class MHA(Renamed, model.Attention):
+class MHA(Renamed, layers.Attention):
     """hyaena's attention: ``Wqkv``, rotary positions, causal softmax, ``out_proj``."""
 
     names: ClassVar = {"qkv_proj": "Wqkv", "o_proj": "out_proj"}

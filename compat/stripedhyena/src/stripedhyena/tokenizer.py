@@ -10,41 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from hyaena.compat import CharLevelTokenizer
 from hyaena.errors import InputError, printable
 
-
-class CharLevelTokenizer:
-    """Bytes as ids: text is UTF-8, 0 ends a document, 1 pads.
-
-    ``detokenize(tokenize(text)) == text`` for every text without the bytes 0 and 1. The original wrote control
-    characters as spaces, and every byte of a character beyond ASCII as a character of its own.
-    """
-
-    def __init__(self, vocab_size: int = 512) -> None:
-        self.name = "CharLevelTokenizer"
-        self.vocab_size = vocab_size
-        self.eod_id = self.eos_id = self.eod = self.eos = 0
-        self.pad_id = 1
-
-    def tokenize(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def tokenize_batch(self, text_batch: Sequence[str] | str) -> list[list[int]] | list[int]:
-        if isinstance(text_batch, str):
-            return self.tokenize(text_batch)
-        return [self.tokenize(text) for text in text_batch]
-
-    def decode_token(self, token: int) -> str:
-        return self.detokenize([token])
-
-    def detokenize(self, token_ids: Iterable[int] | Tensor) -> str:
-        """The text of ids; 0, 1 and ids from 256 on stand for none, and bytes that are no UTF-8 become U+FFFD."""
-        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
-        return bytes(int(token) for token in ids if 1 < token < 256).decode(errors="replace")
-
-    def detokenize_batch(self, token_ids: Iterable[Iterable[int]] | Tensor) -> list[str]:
-        rows = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
-        return [self.detokenize(row) for row in rows]
+__all__ = ["CharLevelTokenizer", "HFAutoTokenizer"]
 
 
 class HFAutoTokenizer:

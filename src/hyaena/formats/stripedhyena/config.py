@@ -7,7 +7,8 @@ nearest known key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from hyaena.config import MAX_LAYERS, TOOL_KEYS, UNSUPPORTED_KEYS, ModelConfig, unknown_keys, unsupported_keys
@@ -85,7 +86,7 @@ SUPPORTED: dict[str, tuple[Any, str]] = {
 }
 """Keys that would change the numbers, with the one value that is supported and why no other is."""
 
-_SPEED = "chooses a kernel of the original; here `method` and the backend do"
+SPEED = "chooses a kernel of the original; here `method` and the backend do"
 _PARALLEL = "concerns parallel training only"
 _INIT = "concerns initialisation in the original's training code only"
 _DTYPE = "the dtype is chosen when a model is loaded"
@@ -103,13 +104,13 @@ NO_EFFECT: dict[str, str] = {
     "mlp_init_method": _INIT,
     "mlp_output_init_method": _INIT,
     "inference_mode": _UNREAD,
-    "use_flash_attn": _SPEED,
-    "use_flash_attention_2": _SPEED,
-    "use_flash_depthwise": _SPEED,
-    "use_flashfft": _SPEED,
-    "use_laughing_hyena": _SPEED,
-    "compile": _SPEED,
-    "low_mem_mode": _SPEED,
+    "use_flash_attn": SPEED,
+    "use_flash_attention_2": SPEED,
+    "use_flash_depthwise": SPEED,
+    "use_flashfft": SPEED,
+    "use_laughing_hyena": SPEED,
+    "compile": SPEED,
+    "low_mem_mode": SPEED,
     "seqlen": "sizes a kernel of the original",
     "max_batch_size": "caches are made for the batch at hand",
     "attn_block_dtype": _DTYPE,
@@ -127,10 +128,15 @@ TOKENIZERS = {"HFAutoTokenizer": "hf", "CharLevelTokenizer": "characters", "hyae
 EVO_VOCABULARY = 512
 """Hub configurations name no tokenizer; a vocabulary of exactly this size is Evo's characters."""
 
-STRIPEDHYENA_2 = ("hcl_layer_idxs", "hcm_layer_idxs", "hcs_layer_idxs")
+_LISTS = {"attention": "attn_layer_idxs", "hyena": "hyena_layer_idxs"}
+_UNREAD_FIELDS = (
+    *("se_filter_length", "se_filter_groups", "se_filter_skip", "mr_filter_length", "mr_filter_groups"),
+    "mr_filter_skip",
+)
+"""Fields that mean nothing in models with layers of kinds ``attention`` and ``hyena``."""
 
 _OUR_KEYS = {"layer_types", "intermediate_size", "num_key_value_heads", "norm_eps"}
-_THEIR_KEYS = {"attn_layer_idxs", "hyena_layer_idxs", "num_layers", "num_filters", "proj_groups", *STRIPEDHYENA_2}
+_THEIR_KEYS = {"attn_layer_idxs", "hyena_layer_idxs", "num_layers", "num_filters", "proj_groups"}
 
 
 def matches_config(values: Mapping[str, Any]) -> bool:
@@ -197,13 +203,33 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         del values["prefill_style"]  # a word of ours
     if config.vocab_file is None:
         del values["vocab_file"]
+    check_written(config, read_config(values), unread=_UNREAD_FIELDS)
     return values
+
+
+def check_written(config: ModelConfig, again: ModelConfig, *, unread: Iterable[str]) -> None:
+    """Refuse to write a configuration that a format cannot say.
+
+    Args:
+        config: what is to be written.
+        again: what would be read.
+        unread: fields that mean nothing in models of this format.
+
+    Raises:
+        ConfigError: a field that would be lost.
+    """
+    lost = [
+        name
+        for name in (field.name for field in fields(ModelConfig))
+        if name not in unread and getattr(again, name) != getattr(config, name)
+    ]
+    if lost:
+        values = ", ".join(f"{name}: {shown(getattr(config, name))}" for name in lost[:3])
+        raise ConfigError(f"the original's configuration has no keys for {values}: save it in our layout")
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """The original's keys -> the fields of ``ModelConfig``."""
-    if any(key in values for key in STRIPEDHYENA_2):
-        raise ConfigError("this is a StripedHyena 2 (Evo 2) configuration: only StripedHyena 1 models can be read")
     if values.get("model_type", "stripedhyena") != "stripedhyena":
         raise ConfigError(f"model_type is {shown(values['model_type'])}: only 'stripedhyena' is supported")
     known = {*RENAMED, *COMPUTED, *SUPPORTED, *NO_EFFECT, *UNSUPPORTED_KEYS}
@@ -211,19 +237,19 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     problems += [f"{key} is missing: add it" for key in REQUIRED if values.get(key) is None]
     problems += unsupported_keys(values)
     for key, (wanted, reason) in SUPPORTED.items():
-        if key in values and not _same(values[key], wanted):
+        if key in values and not same(values[key], wanted):
             problems.append(f"{key} is {shown(values[key])}, only {wanted!r} is supported: {reason}")
     if problems:
         raise ConfigError(joined(problems))
 
-    fields = {name: values.get(key, DEFAULTS.get(key)) for key, name in RENAMED.items() if key != "model_name"}
+    read = {name: values.get(key, DEFAULTS.get(key)) for key, name in RENAMED.items() if key != "model_name"}
     if values.get("model_name") is not None:
-        fields["name"] = values["model_name"]
+        read["name"] = values["model_name"]
     width, heads = values["hidden_size"], values["num_attention_heads"]
     filters, groups = values.get("num_filters", width), values.get("proj_groups", 1)
     for key, value in (("hidden_size", width), ("num_attention_heads", heads), ("proj_groups", groups)):
-        _check_whole(key, value)
-    if not _same(filters, width):
+        check_whole(key, value)
+    if not same(filters, width):
         raise ConfigError(
             f"num_filters {shown(filters)} differs from hidden_size {shown(width)}: shared filters are not supported"
         )
@@ -231,13 +257,14 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"num_attention_heads {shown(heads)} is not a multiple of proj_groups {shown(groups)}: change one of them"
         )
-    fields["num_key_value_heads"] = heads // groups
-    fields["layer_types"] = _layer_types(values)
-    fields["intermediate_size"] = _intermediate_size(values)
-    fields["rope_scaling_factor"] = _rope_scaling(values)
-    fields["max_length"] = values.get("max_seqlen", values.get("max_sequence_len", 8192))
-    fields["tokenizer"] = _tokenizer(values)
-    return fields
+    read["num_key_value_heads"] = heads // groups
+    # The published 7B configuration has a Hyena layer past the last one.
+    read["layer_types"] = layer_types(values, _LISTS, open_ended=("hyena_layer_idxs",))
+    read["intermediate_size"] = intermediate_size(values)
+    read["rope_scaling_factor"] = rope_scaling(values)
+    read["max_length"] = values.get("max_seqlen", values.get("max_sequence_len", 8192))
+    read["tokenizer"] = _tokenizer(values)
+    return read
 
 
 def _in_original_words(message: str) -> str:
@@ -252,64 +279,68 @@ def _in_original_words(message: str) -> str:
     return in_words(message, words)
 
 
-def _same(value: Any, wanted: Any) -> bool:
+def same(value: Any, wanted: Any) -> bool:
     """Equality that does not take 1 for True, nor the string "True" for anything but a string."""
     return type(value) is type(wanted) and value == wanted
 
 
-def _check_whole(key: str, value: Any) -> None:
+def check_whole(key: str, value: Any) -> None:
+    """Refuse a value that is not a whole number of at least 1."""
     if type(value) is not int or value < 1:
         raise ConfigError(f"{key} is {shown(value)}: write a whole number of at least 1")
 
 
-def _flag(values: Mapping[str, Any], key: str) -> bool:
-    value = values.get(key, False)
+def flag(values: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """The value of a key that is true or false."""
+    value = values.get(key, default)
     if not isinstance(value, bool):
         raise ConfigError(f"{key} is {shown(value)}: write true or false, without quotes")
     return value
 
 
-def _layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Two index lists -> one list of kinds.
+def layer_types(
+    values: Mapping[str, Any], lists: Mapping[str, str], *, open_ended: Container[str] = ()
+) -> tuple[str, ...]:
+    """The kinds of all layers, from lists of their numbers.
 
-    A Hyena index past the last layer is ignored: the published 7B configuration has one.
+    Args:
+        values: a configuration.
+        lists: our kind of layer -> the key of its list.
+        open_ended: keys whose lists may go past the last layer.
     """
     count = values["num_layers"]
-    _check_whole("num_layers", count)
+    check_whole("num_layers", count)
     if count > MAX_LAYERS:
         raise ConfigError(f"num_layers is {shown(count)}: write at most {MAX_LAYERS:,}")
-    listed = {}
-    for key in ("attn_layer_idxs", "hyena_layer_idxs"):
+    kinds: dict[int, str] = {}
+    for kind, key in lists.items():
         indices = values[key]
         if not isinstance(indices, (list, tuple)) or any(type(i) is not int or i < 0 for i in indices):
             raise ConfigError(f"{key} is {shown(indices)}: list the layers' numbers, from 0")
-        listed[key] = set(indices)
-    attention, hyena = listed["attn_layer_idxs"], listed["hyena_layer_idxs"]
-    if both := sorted(attention & hyena):
-        raise ConfigError(f"layers {shown(both)} are in attn_layer_idxs and in hyena_layer_idxs: remove them from one")
-    if beyond := sorted(i for i in attention if i >= count):
-        raise ConfigError(
-            f"attn_layer_idxs lists {shown(beyond)}, but num_layers is {count}: remove them or add layers"
-        )
-    if neither := sorted(set(range(count)) - attention - hyena):
-        raise ConfigError(
-            f"layers {shown(neither)} are in neither attn_layer_idxs nor hyena_layer_idxs: add them to one"
-        )
-    return tuple("attention" if i in attention else "hyena" for i in range(count))
+        if both := sorted(set(indices) & kinds.keys()):
+            other = lists[kinds[both[0]]]
+            raise ConfigError(f"layers {shown(both)} are in {other} and in {key}: remove them from one")
+        if key not in open_ended and (beyond := sorted({i for i in indices if i >= count})):
+            raise ConfigError(f"{key} lists {shown(beyond)}, but num_layers is {count}: remove them or add layers")
+        kinds |= dict.fromkeys(indices, kind)
+    if missing := sorted(set(range(count)) - kinds.keys()):
+        names = " nor ".join([", ".join([*lists.values()][:-1]), [*lists.values()][-1]])
+        raise ConfigError(f"layers {shown(missing)} are in neither {names}: add them to one")
+    return tuple(kinds[i] for i in range(count))
 
 
-def _intermediate_size(values: Mapping[str, Any]) -> Any:
+def intermediate_size(values: Mapping[str, Any]) -> Any:
     """The MLP's width: ``inner_mlp_size``, or int(2·D·4/3) rounded up to a multiple of ``inner_size_multiple_of``."""
     if values.get("inner_mlp_size") is not None:
         return values["inner_mlp_size"]
     multiple = values.get("inner_size_multiple_of", 64)
-    _check_whole("inner_size_multiple_of", multiple)
+    check_whole("inner_size_multiple_of", multiple)
     return -(-(8 * values["hidden_size"] // 3) // multiple) * multiple
 
 
-def _rope_scaling(values: Mapping[str, Any]) -> Any:
+def rope_scaling(values: Mapping[str, Any]) -> Any:
     """The factor by which positions are divided. Without the flag the original ignores the factor, so this does."""
-    if not _flag(values, "use_interpolated_rotary_pos_emb"):
+    if not flag(values, "use_interpolated_rotary_pos_emb"):
         return 1.0
     return values.get("rotary_emb_scaling_factor", 1.0)
 

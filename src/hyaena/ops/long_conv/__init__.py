@@ -35,7 +35,7 @@ from hyaena.ops.long_conv.filters import (
     ungroup_rows,
     ungroup_state,
 )
-from hyaena.ops.long_conv.modal import ModalFilter, RealModalFilter, taps
+from hyaena.ops.long_conv.modal import ModalFilter, RealModalFilter, taps, truncation_window
 from hyaena.ops.long_conv.modes import decay_lengths
 from hyaena.ops.long_conv.truncated import TRUNCATION_TOLERANCE, Truncation, choose_window, dropped_energy, truncate
 
@@ -64,6 +64,7 @@ __all__ = [
     "to_canonical_state",
     "to_modal",
     "truncate",
+    "truncation_window",
 ]
 
 KINDS = (ModalFilter, RealModalFilter, CanonicalFilter, ExplicitFilter)

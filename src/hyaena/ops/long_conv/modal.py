@@ -22,7 +22,7 @@ from hyaena.ops.long_conv.modes import Modes, widen
 from hyaena.ops.long_conv.recurrence import long_conv_recurrence
 from hyaena.ops.long_conv.reference import long_conv_reference
 from hyaena.ops.long_conv.scan import long_conv_scan
-from hyaena.ops.long_conv.truncated import choose_window, cut
+from hyaena.ops.long_conv.truncated import TRUNCATION_TOLERANCE, choose_window, cut
 
 
 def _blocked(filter: Any, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def _automatic(length: int) -> str:
 def _zero_state(filter: Any, batch: int, channels: int, method: str) -> Tensor:
     modes = filter.modes()
     if method == "truncated":
-        size, dtype = choose_window(filter) - 1, filter.dtype
+        size, dtype = truncation_window(filter) - 1, filter.dtype
     else:
         size, dtype = modes.poles.shape[1], modes.residues.dtype
     return torch.zeros(batch, channels, size, dtype=dtype, device=modes.poles.device)
@@ -135,6 +135,9 @@ class ModalFilter(NamedTuple):
 class RealModalFilter(NamedTuple):
     """F long filters of N real modes each, ``h[t] = Σ_n R_n exp(λ_n t)``; the state is real [B,D,N].
 
+    The method ``"truncated"`` alone has another state, a window of inputs, real [B,D,W-1] with W-1 other than N:
+    ``"auto"`` continues with it from such a state.
+
     The poles are given by their logarithms, because float32 cannot hold a slow one: near 1 it rounds to 6e-8, which is
     a share of 6e-8/r of the rate of a pole 1 - r. Powers are formed of the logarithms in float64, and the recurrence
     adds ``expm1(λ)·s``, which keeps the digits of λ.
@@ -169,9 +172,16 @@ class RealModalFilter(NamedTuple):
     def check_state(self, state: Tensor, batch: int, channels: int, method: str = "auto") -> None:
         if state.is_complex():
             raise InputError("a filter of real modes has a real state, and was given a complex one: start without it")
+        if method == "truncated" and state.shape[-1] == self.log_poles.shape[1]:
+            raise InputError(
+                "long_conv method 'truncated' keeps a window of inputs, and was given a state of modes: start without "
+                "a state, or with a cache that was made for it (make_cache(method='truncated'))"
+            )
         check_shape(state, (batch, channels, state.shape[-1] if method == "truncated" else self.log_poles.shape[1]))
 
     def choose_method(self, length: int, state: Tensor | None = None) -> str:
+        if state is not None and state.shape[-1] != self.log_poles.shape[1]:
+            return "truncated"
         return _automatic(length)
 
     def states(self, x: Tensor, state: Tensor, stops: Sequence[int]) -> list[Tensor] | None:
@@ -195,6 +205,16 @@ class RealModalFilter(NamedTuple):
         "canonical-fft": by_document(_canonical_fft),
         "truncated": _truncated,
     }
+
+
+def truncation_window(filter: ModalFilter | RealModalFilter, tolerance: float = TRUNCATION_TOLERANCE) -> int:
+    """How many taps the method ``"truncated"`` keeps of a filter; raises as ``truncate`` does.
+
+    A window of real modes is told from their state by its length, so it is made one tap longer where both agree.
+    """
+    window = choose_window(filter, tolerance)
+    ambiguous = isinstance(filter, RealModalFilter) and window - 1 == filter.log_poles.shape[1]
+    return window + ambiguous
 
 
 def taps(filter: ModalFilter | RealModalFilter, length: int) -> Tensor:

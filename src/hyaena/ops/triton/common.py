@@ -242,3 +242,13 @@ def rms_scale(squares, eps, K: tl.constexpr, EPS_INSIDE: tl.constexpr):
     if EPS_INSIDE:
         return 1.0 / tl.sqrt(mean + eps)
     return 1.0 / (tl.sqrt(mean) + eps)
+
+
+@triton.jit
+def activate(v, ACTIVATION: tl.constexpr):
+    """An activation of ``ops.ACTIVATIONS``, by its name."""
+    if ACTIVATION == "gelu":
+        return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    if ACTIVATION == "silu":
+        return v / (1.0 + tl.exp(-v))
+    return v

@@ -1,7 +1,8 @@
-"""Fused RMSNorm, gated activation and RoPE for prefill, one read and one write each.
+"""Fused RMSNorm, gated activation, RoPE and rounding to e4m3 for prefill, one read and one write each.
 
 For inference: no kernel here has a gradient. Arithmetic is float32, and the result is rounded once. The references are
-the functions of the same names in ``ops.norm``, ``ops.gate`` and ``ops.rope``, which also choose between the two.
+the functions of the same names in ``ops.norm``, ``ops.gate``, ``ops.rope`` and ``ops.fp8``, which also choose between
+the two.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.norm import BOUND
-from hyaena.ops.triton.common import rms_scale
+from hyaena.ops.triton.common import activate, rms_scale
 
 GATE_BLOCK = 2048
 """Numbers of a program of the gate: 16 bytes of bfloat16 from each operand, twice, for each of 128 threads."""
 ROTATE_HEADS = 16
 """Heads of a program of the rotation: with heads of 128 channels, 16 bytes of each half for each of 128 threads."""
+
+QUANTIZE_BLOCK = 2048
+"""Numbers of a program of the rounding to e4m3: 16 bytes of bfloat16, twice, for each of 128 threads."""
 
 
 @triton.jit
@@ -37,16 +41,12 @@ def _rms_norm_kernel(x, weight, y, eps, WIDTH: tl.constexpr, PAD: tl.constexpr, 
 
 
 @triton.jit
-def _gate_kernel(a, b, y, count, BLOCK: tl.constexpr, GELU: tl.constexpr):
+def _gate_kernel(a, b, y, count, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     v = tl.load(a + i, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(b + i, mask=inside, other=0.0).to(tl.float32)
-    if GELU:  # noqa: SIM108, one branch is compiled
-        v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
-    else:
-        v = v / (1.0 + tl.exp(-v))
-    tl.store(y + i, (v * w).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + i, (activate(v, ACTIVATION) * w).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["length"])  # one compilation for prompts of every length
@@ -68,6 +68,14 @@ def _rotate_kernel(x, cos, sin, y, length, x_row, x_head, x_time, table_row,
     target = y + ((row * length + time) * HEADS + head) * (2 * HALF) + i[None, :]
     tl.store(target, (first * c - second * s).to(y.dtype.element_ty), mask=inside)
     tl.store(target + HALF, (second * c + first * s).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantize_kernel(x, scale, y, count, size, BLOCK: tl.constexpr, LARGEST: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32) * tl.load(scale)
+    v = tl.clamp(v, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y + i, v.to(tl.float8e4nv), mask=i < size)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = True) -> Tensor:
@@ -92,7 +100,7 @@ def gate(a: Tensor, b: Tensor, activation: str) -> Tensor:
     if a.numel():
         with _device(a):
             _gate_kernel[(triton.cdiv(a.numel(), GATE_BLOCK),)](
-                a, b, y, a.numel(), BLOCK=GATE_BLOCK, GELU=activation == "gelu", num_warps=4
+                a, b, y, a.numel(), BLOCK=GATE_BLOCK, ACTIVATION=activation, num_warps=4
             )
     return y
 
@@ -117,6 +125,16 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
                 HEADS=heads, BLOCK=block, HALF=half, HALF_PAD=triton.next_power_of_2(half), num_warps=4,
             )  # fmt: skip
     return y.transpose(1, 2)
+
+
+def quantize_fp8(x: Tensor, scale: Tensor, rows: int) -> Tensor:
+    """``ops.quantize_fp8`` of x [T,K], with rows of zeros up to ``rows``."""
+    y = torch.empty(rows, x.shape[1], dtype=torch.float8_e4m3fn, device=x.device)
+    with _device(x):
+        _quantize_kernel[(triton.cdiv(y.numel(), QUANTIZE_BLOCK),)](
+            x.contiguous(), scale, y, x.numel(), y.numel(), BLOCK=QUANTIZE_BLOCK, LARGEST=448.0, num_warps=4
+        )
+    return y
 
 
 def _device(x: Tensor) -> AbstractContextManager[Any]:

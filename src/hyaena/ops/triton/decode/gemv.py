@@ -24,7 +24,7 @@ from torch import Tensor
 from hyaena.ops.linear import Dense
 from hyaena.ops.norm import BOUND
 from hyaena.ops.step import RMSNormWeight
-from hyaena.ops.triton.common import rms_scale
+from hyaena.ops.triton.common import activate, rms_scale
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 SHRINK = tl.constexpr(BOUND * 2.0**-128)
@@ -176,15 +176,11 @@ def _linear_kernel(x, g, w, bias, residual, out, eps,
 @triton.jit
 def _gate_kernel(x, g, gate, up, out, eps,
                  N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_NORM: tl.constexpr,
-                 EPS_INSIDE: tl.constexpr, GELU: tl.constexpr, AHEAD: tl.constexpr,
+                 EPS_INSIDE: tl.constexpr, ACTIVATION: tl.constexpr, AHEAD: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
     a, b = products(x, g, (gate, up), eps, N, K, BN, BK, HAS_NORM, EPS_INSIDE, AHEAD, OVERLAP)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    if GELU:  # noqa: SIM108, one branch is compiled
-        a = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
-    else:
-        a = a / (1.0 + tl.exp(-a))
-    tl.store(out + rows, (a * b).to(out.dtype.element_ty), mask=rows < N)
+    tl.store(out + rows, (activate(a, ACTIVATION) * b).to(out.dtype.element_ty), mask=rows < N)
 
 
 def linear(
@@ -229,7 +225,7 @@ def gate(
     _gate_kernel[(triton.cdiv(rows, tile.rows),)](
         x, x if norm is None else norm.weight, gate, up, out, 0.0 if norm is None else norm.eps,
         N=rows, K=width, BN=tile.rows, BK=tile.width, HAS_NORM=norm is not None,
-        EPS_INSIDE=norm is None or norm.eps_inside_root, GELU=activation == "gelu",
+        EPS_INSIDE=norm is None or norm.eps_inside_root, ACTIVATION=activation,
         AHEAD=min(tile.ahead, triton.cdiv(width, tile.width)), OVERLAP=overlap, launch_pdl=overlap,
         num_warps=tile.warps,
     )  # fmt: skip

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 import torch
 
-from hyaena.checkpoints.stored import Storage, StoredTensor, section
 from hyaena.errors import CheckpointError, printable
+from hyaena.tensor_files.stored import Storage, StoredTensor, section
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 """Names under which training programs put the weights beside an optimiser's state."""
@@ -31,7 +31,9 @@ _RUN = {"model", "optimizer", "rng", "step"}
 """Names of the state of a training run of ours (``train/storage.py``)."""
 
 _MAX_PICKLE = 1_000_000
-"""Bytes of the largest pickle that is read; a tensor takes about 150."""
+"""Bytes of the largest pickle that is read, but for long texts; a tensor takes about 150."""
+_LONG, _MAX_LONG = 1_000, 16_000_000
+"""Bytes of a text that is long, and of all long ones of a pickle: extra states, of a few kilobytes each."""
 _MAX_NESTING = 100
 _MAX_VERSION = 10
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -75,16 +77,38 @@ class _TensorOf:
 
 @dataclass(frozen=True)
 class _Opaque:
-    """A value that is no tensor and is not needed, such as the bytes of an ``_extra_state``."""
+    """A value that is no tensor and is not needed."""
 
     kind: str
 
 
+@dataclass
+class _Bytes:
+    """An ``io.BytesIO``."""
+
+    content: bytes = b""
+
+
 def read_zip(file: IO[bytes]) -> dict[str, StoredTensor]:
     """The tensors of an archive that ``torch.save`` wrote since PyTorch 1.6."""
+    return _tensors(*_open_zip(file))
+
+
+def read_small(content: bytes) -> dict[str, StoredTensor]:
+    """The tensors in a dictionary that ``torch.save`` wrote into memory; what else is in it is ignored."""
+    file = io.BytesIO(content)
+    loaded, storage = _open_zip(file) if zipfile.is_zipfile(file) else _open_legacy(io.BytesIO(content))
+    if not isinstance(loaded, dict):
+        raise ValueError(f"it holds a {_kind(loaded)}, not a dictionary")
+    found = {str(key): value for key, value in loaded.items() if isinstance(value, _TensorOf)}
+    return {name: _placed(tensor, storage(tensor.storage)) for name, tensor in found.items()}
+
+
+def _open_zip(file: IO[bytes]) -> tuple[Any, Callable[[_StorageOf], Storage]]:
+    """What an archive holds, and where the numbers of its storages are."""
     archive = zipfile.ZipFile(file)
     entries: dict[str, zipfile.ZipInfo] = {}
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
     for info in archive.infolist():
         name = info.filename.partition("/")[2]
         if name in entries:
@@ -104,7 +128,7 @@ def read_zip(file: IO[bytes]) -> dict[str, StoredTensor]:
     if "data.pkl" not in entries:
         raise CheckpointError("is an archive without weights: save model.state_dict() with torch.save")
     small = {name: info for name, info in entries.items() if not name.startswith("data/")}
-    if sum(info.file_size for info in small.values()) > _MAX_PICKLE:
+    if sum(info.file_size for info in small.values()) > _MAX_PICKLE + _MAX_LONG:
         raise _too_large()
     content = {name: archive.read(info) for name, info in small.items()}  # each against its checksum
     if content.get("byteorder", b"little") != b"little" or int(content.get("version", b"3")) > _MAX_VERSION:
@@ -119,7 +143,7 @@ def read_zip(file: IO[bytes]) -> dict[str, StoredTensor]:
             raise EOFError(f"the numbers {named.key} are missing")
         return Storage(info.file_size, lambda: archive.open(info))
 
-    return _tensors(loaded, storage)
+    return loaded, storage
 
 
 def _check_end(file: IO[bytes], count: int) -> None:
@@ -140,6 +164,10 @@ def _check_end(file: IO[bytes], count: int) -> None:
 
 def read_legacy(file: IO[bytes]) -> dict[str, StoredTensor]:
     """The tensors of a file that ``torch.save`` wrote before PyTorch 1.6; it has no checksums."""
+    return _tensors(*_open_legacy(file))
+
+
+def _open_legacy(file: IO[bytes]) -> tuple[Any, Callable[[_StorageOf], Storage]]:
     if _load(file) != _LEGACY_MAGIC:
         raise ValueError("it does not begin as a file of torch.save does")
     _load(file)  # the version of the format: there is one only
@@ -159,13 +187,13 @@ def read_legacy(file: IO[bytes]) -> dict[str, StoredTensor]:
         nbytes = count * (named[key].dtype or torch.uint8).itemsize
         sections[key] = section(file, file.tell(), nbytes)
         file.seek(nbytes, os.SEEK_CUR)
-    if file.tell() > os.fstat(file.fileno()).st_size:
+    if file.tell() > file.seek(0, os.SEEK_END):
         raise EOFError("it is shorter than its table of contents says")
-    return _tensors(loaded, lambda named: sections[named.key])
+    return loaded, lambda named: sections[named.key]
 
 
 def _tensors(loaded: Any, storage: Callable[[_StorageOf], Storage]) -> dict[str, StoredTensor]:
-    """The state dict in what a file holds, each tensor with its place."""
+    """The state dict in what a file holds, each tensor with its place; the bytes of an extra state are uint8 [n]."""
     for _ in range(4):
         if isinstance(loaded, dict) and loaded.keys() >= _RUN:
             raise CheckpointError(
@@ -186,12 +214,19 @@ def _tensors(loaded: Any, storage: Callable[[_StorageOf], Storage]) -> dict[str,
             if name in state:
                 raise CheckpointError(f"has two tensors named {printable(name)}: save model.state_dict()")
             state[name] = _placed(value, storage(value.storage))
-        elif not name.endswith("_extra_state"):
+        elif name.endswith("_extra_state"):
+            if isinstance(value, bytes | _Bytes):
+                state[name] = _in_memory(value if isinstance(value, bytes) else value.content)
+        else:
             strange.append(f"{printable(name)} ({_kind(value)})")
     if strange:
         rest = f", and {len(strange) - 6} more" if len(strange) > 6 else ""
         raise CheckpointError(f"not tensors: {', '.join(strange[:6])}{rest}: save model.state_dict() alone")
     return state
+
+
+def _in_memory(content: bytes) -> StoredTensor:
+    return StoredTensor(torch.uint8, (len(content),), (1,), 0, Storage(len(content), lambda: io.BytesIO(content)))
 
 
 def _placed(tensor: _TensorOf, storage: Storage) -> StoredTensor:
@@ -206,7 +241,7 @@ def _placed(tensor: _TensorOf, storage: Storage) -> StoredTensor:
 
 
 def _kind(value: object) -> str:
-    names = {_TensorOf: "tensor", _StorageOf: "storage"}
+    names = {_TensorOf: "tensor", _StorageOf: "storage", _Bytes: "BytesIO"}
     return value.kind if isinstance(value, _Opaque) else names.get(type(value), type(value).__name__)
 
 
@@ -221,7 +256,7 @@ class _Bounded:
     """A file of which a pickle may read so many bytes and no more."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._left = file, _MAX_PICKLE
+        self._file, self._left, self._left_long = file, _MAX_PICKLE, _MAX_LONG
 
     def read(self, count: int) -> bytes:
         self._spend(count)
@@ -239,8 +274,11 @@ class _Bounded:
         return self._file.readinto(buffer)  # type: ignore[attr-defined]
 
     def _spend(self, count: int) -> None:
-        self._left -= count
-        if count < 0 or self._left < 0:
+        if count > _LONG:
+            self._left_long -= count
+        else:
+            self._left -= count
+        if count < 0 or min(self._left, self._left_long) < 0:
             raise _too_large()
 
 
@@ -288,6 +326,11 @@ def _plain(key: Any) -> str | int:
     return key
 
 
+def _bytes_io(content: Any = b"") -> _Bytes:
+    """``io.BytesIO``."""
+    return _Bytes(content if type(content) is bytes else b"")
+
+
 def _opaque(kind: str) -> Callable[..., _Opaque]:
     return lambda *_: _Opaque(kind)
 
@@ -300,8 +343,8 @@ _FUNCTIONS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): lambda data, _grad, _hooks: data,
     ("torch", "Size"): lambda sizes=(): tuple(sizes),
     ("torch", "device"): _opaque("device"),
-    ("_codecs", "encode"): _opaque("bytes"),
-    ("_io", "BytesIO"): _opaque("BytesIO"),
+    ("_io", "BytesIO"): _bytes_io,
+    ("__builtin__", "bytes"): lambda: b"",
     ("__builtin__", "bytearray"): _opaque("bytearray"),
     ("builtins", "bytearray"): _opaque("bytearray"),
 }
@@ -331,6 +374,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     def __init__(self, file: _Bounded, storages: dict[str, _StorageOf]) -> None:
         super().__init__(file, encoding="latin-1")
         self.storages = storages
+        self.left = _MAX_LONG
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
@@ -339,6 +383,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             return None
         if module == "torch" and name in _NAMED_DTYPES:
             return _NAMED_DTYPES[name]
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
         if (module, name) in _FUNCTIONS:
             return _FUNCTIONS[module, name]
         called = printable(f"{module}.{name}")
@@ -357,6 +403,15 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         if not sound or not (dtype is None or isinstance(dtype, torch.dtype)):
             raise ValueError("a storage is not described as one")
         return self.storages.setdefault(key, _StorageOf(key, dtype, count))
+
+    def _encode(self, text: Any, encoding: Any) -> bytes:
+        """``_codecs.encode``, by which pickles of protocol 2 hold bytes; one text may be encoded again and again."""
+        if type(text) is not str or encoding != "latin1":
+            raise ValueError("bytes are not written as bytes are")
+        self.left -= len(text)
+        if self.left < 0:
+            raise _too_large()
+        return text.encode("latin-1")
 
     def load_mark(self) -> None:
         if len(self.metastack) > _MAX_NESTING:
@@ -385,7 +440,10 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self.append(function(*arguments))
 
     def load_build(self) -> None:
-        self.stack.pop()  # attributes, such as the versions in a state dict's `_metadata`, are of no use here
+        attributes, built = self.stack.pop(), self.stack[-1]
+        if isinstance(built, _Bytes):  # its content, its position and attributes
+            built.content = _bytes_io(attributes[0]).content
+        # Others, such as the versions in a state dict's `_metadata`, are of no use here.
 
     dispatch: Mapping[int, Callable[[Any], None]] = {}
 
