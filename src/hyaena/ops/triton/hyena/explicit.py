@@ -5,8 +5,8 @@ time in chunks of C steps. With w = u1·u0 of chunk c as a matrix [C,BC], the fi
 
     g[c] = Σ_d A_d w[c-d]        A_d[i,j] = h[C·d + i - j], zero where that is no tap        d = 0 … (W-2+C) // C
 
-so every product of a chunk is formed once and stays in registers for the chunks that follow. Runs exchange nothing: each
-forms the products of the W-1 steps before it again.
+so every product of a chunk is formed once and stays in registers for the chunks that follow. Runs exchange nothing:
+each forms the products of the W-1 steps before it again.
 
 Factors of bfloat16 products are w rounded to bfloat16, as the plain operator rounds it, and taps in as many bfloat16
 terms as their dtype needs, one for bfloat16 and two for others; sums are float32. For other dtypes of z the factors are
@@ -117,9 +117,8 @@ def add_product(total, terms, x):
 def split_groups(w, GROUPS: tl.constexpr):
     """The channels of each group, a tuple of GROUPS tensors [C,BC]."""
     C: tl.constexpr = w.shape[0]
-    if GROUPS == 1:
-        out = (w,)
-    else:
+    out = (w,)
+    if GROUPS > 1:
         out = unstack(tl.permute(tl.reshape(w, (C, GROUPS, w.shape[1] // GROUPS)), (0, 2, 1)))
     return out
 
@@ -169,14 +168,15 @@ def convolve_chunks(matrices, ws, docs, start, T, C: tl.constexpr, GROUPS: tl.co
 @triton.jit(do_not_specialize=["T", "run"])
 def explicit_forward_kernel(z, weight, bias, taps, skip, short, long, keep, ages, docs, y, long_out, T, run,
                             D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
-                            BC: tl.constexpr, GROUPS: tl.constexpr, BACK: tl.constexpr, TERMS: tl.constexpr, TYPE: tl.constexpr,
-                            STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
+                            BC: tl.constexpr, GROUPS: tl.constexpr, BACK: tl.constexpr, TERMS: tl.constexpr,
+                            TYPE: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
                             HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr,
                             HAS_RESET: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of channels, runs of time and one more, rows).
 
-    WIDTH channels share a filter; a program has up to BC of them, or GROUPS groups of just BC; ``run`` chunks make a run, BACK is the largest d. ``short`` [B,K-1,3D] in the dtype of
-    z, ``long`` [B,D,W-1] float32. The last program along time writes the state of the long filter.
+    WIDTH channels share a filter; a program has up to BC of them, or GROUPS groups of just BC. ``run`` chunks make a
+    run, BACK is the largest d. ``short`` [B,K-1,3D] in the dtype of z, ``long`` [B,D,W-1] float32. The last program
+    along time writes the state of the long filter.
     """
     if GROUPS > 1:
         WHOLE: tl.constexpr = D % (GROUPS * BC) == 0

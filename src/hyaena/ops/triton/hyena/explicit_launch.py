@@ -87,7 +87,7 @@ class Walk:
     """
 
     words: int = 128
-    run: int = 128
+    run: int = 256
     group: int = 8
     warps: int = 4
 

@@ -199,7 +199,7 @@ def explicit_operator(
     mask: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Evaluate the operator with explicit taps: shapes in ``explicit_launch.Operands``, results as in its ``forward``."""
+    """Evaluate the operator with taps: shapes in ``explicit_launch.Operands``, results as in its ``forward``."""
     with _device(z):
         if z.shape[1] > 1 or mask is not None or reset is not None:
             operands = explicit_launch.Operands(z, weight, bias, taps, skip, short, long, mask, reset)
