@@ -167,6 +167,78 @@ def direct_forward_kernel(z, weight, bias, taps, skip, short, long, keep, reset,
 
 
 @triton.jit
+def gate_step(taps, offset, history, x, keep, reset, t, T, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):
+    """The short filter of one block at a step, zero at padding, and the history after it."""
+    if HAS_RESET:
+        history = forget(history, is_set(reset, t, T))
+    u, history = convolve(taps, offset, history, x)
+    if HAS_MASK:
+        u = tl.where(is_set(keep, t, T), u, 0.0)
+    return u, history
+
+
+@triton.jit(do_not_specialize=["T", "run"])
+def gate_kernel(z, dy, weight, bias, short, keep, reset, w, dg, T, run,
+                TYPE: tl.constexpr, D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BW: tl.constexpr,
+                U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr,
+                HAS_RESET: tl.constexpr):  # fmt: skip
+    """``w = u1·u0`` and ``dg = dy·u2`` [B,T,D], all in words. Grid as ``direct_forward_kernel``."""
+    S: tl.constexpr = K - 1
+    ROW: tl.constexpr = 3 * D // P
+    row = tl.program_id(2).to(tl.int64)
+    word = tl.program_id(0) * BW + tl.arange(0, BW)[:, None]
+    inside = word * P < D
+    channel = word[:, :, None] * P + tl.arange(0, P)[None, None, :]
+    real = channel < D
+    z_2 = z + row * T * ROW + word
+    z_1 = z_2 + ROW // 3
+    z_0 = z_1 + ROW // 3
+    short_2 = short + row * S * ROW + word
+    short_1 = short_2 + ROW // 3
+    short_0 = short_1 + ROW // 3
+    dy += row * T * (D // P) + word
+    w += row * T * (D // P) + word
+    dg += row * T * (D // P) + word
+    keep += row * T
+    reset += row * T
+    taps2, off2 = load_taps(weight, bias, channel, real, K, HAS_BIAS)
+    taps1, off1 = load_taps(weight, bias, D + channel, real, K, HAS_BIAS)
+    taps0, off0 = load_taps(weight, bias, 2 * D + channel, real, K, HAS_BIAS)
+    first = tl.program_id(1).to(tl.int64) * run
+    h2 = ()
+    h1 = ()
+    h0 = ()
+    for k in tl.static_range(S):
+        at = first - S + k
+        if HAS_RESET and k > 0:
+            begins = is_set(reset, at, T)
+            h2 = forget(h2, begins)
+            h1 = forget(h1, begins)
+            h0 = forget(h0, begins)
+        h2 = h2 + (load_word(z_2, short_2, keep, at, T, inside, S, ROW, P, TYPE, HAS_SHORT, HAS_MASK),)
+        h1 = h1 + (load_word(z_1, short_1, keep, at, T, inside, S, ROW, P, TYPE, HAS_SHORT, HAS_MASK),)
+        h0 = h0 + (load_word(z_0, short_0, keep, at, T, inside, S, ROW, P, TYPE, HAS_SHORT, HAS_MASK),)
+    for start in range(first, tl.minimum(first + run, T), U):
+        x2 = ()
+        x1 = ()
+        x0 = ()
+        slopes = ()
+        for i in tl.static_range(U):
+            t = start + i
+            x2 = x2 + (load_word(z_2, short_2, keep, t, T, inside, S, ROW, P, TYPE, False, HAS_MASK),)
+            x1 = x1 + (load_word(z_1, short_1, keep, t, T, inside, S, ROW, P, TYPE, False, HAS_MASK),)
+            x0 = x0 + (load_word(z_0, short_0, keep, t, T, inside, S, ROW, P, TYPE, False, HAS_MASK),)
+            slopes = slopes + (unpack(tl.load(dy + t * (D // P), mask=inside & (t < T), other=0), P, TYPE),)
+        for i in tl.static_range(U):
+            t = start + i
+            u2, h2 = gate_step(taps2, off2, h2, x2[i], keep, reset, t, T, HAS_MASK, HAS_RESET)
+            u1, h1 = gate_step(taps1, off1, h1, x1[i], keep, reset, t, T, HAS_MASK, HAS_RESET)
+            u0, h0 = gate_step(taps0, off0, h0, x0[i], keep, reset, t, T, HAS_MASK, HAS_RESET)
+            store_numbers(w + t * (D // P), u1 * u0, inside & (t < T), P, TYPE)
+            store_numbers(dg + t * (D // P), slopes[i] * u2, inside & (t < T), P, TYPE)
+
+
+@triton.jit
 def reaches(age, k, x, HAS_RESET: tl.constexpr):
     """x, or zero where the document of a step began less than k steps ago."""
     if HAS_RESET:
@@ -228,13 +300,14 @@ def add_products(totals, x, du, later, own):
 @triton.jit
 def backward_step(t, end, T, x2, x1, x0, now1, now0, slope, taps2, off2, taps1, off1, taps0, off0, kernel, v2, v1, v0,
                   u1s, u0s, ws, dgs, later2, later1, later0, totals2, totals1, totals0, totals, long, dlong, keep, ages,
-                  reset, last_age, real, W: tl.constexpr, LEAD: tl.constexpr, HAS_LONG: tl.constexpr,
+                  reset, last_age, real, given_g, given_dw, W: tl.constexpr, LEAD: tl.constexpr,
+                  GIVEN: tl.constexpr, HAS_LONG: tl.constexpr,
                   HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr, HAS_DLONG: tl.constexpr,
                   PARAMETERS: tl.constexpr):  # fmt: skip
     """One step of the walk: the gradients of its inputs, and what the step before it needs.
 
     x2, x1, x0 are the inputs that enter the windows, now1 and now0 those of step t. In the steps that LEAD to a run,
-    parameters have no part.
+    parameters have no part. With GIVEN, the long filter's output and the gradient of w are arguments.
     """
     age = load_age(ages, t, T, HAS_RESET)
     v2 = v2 + (x2,)
@@ -247,11 +320,15 @@ def backward_step(t, end, T, x2, x1, x0, now1, now0, slope, taps2, off2, taps1, 
     u0s = u0s + (u0,)
     ws = ws + (w,)
     dg = slope * u2
-    g = kernel[W - 1] * ws[0]
-    dw = kernel[W - 1] * dg
-    for k in tl.static_range(1, W):
-        g = tl.fma(kernel[W - 1 - k], reaches(age, k, ws[k], HAS_RESET), g)
-        dw = tl.fma(kernel[W - 1 - k], dgs[k - 1], dw)
+    if GIVEN:
+        g = given_g
+        dw = given_dw
+    else:
+        g = kernel[W - 1] * ws[0]
+        dw = kernel[W - 1] * dg
+        for k in tl.static_range(1, W):
+            g = tl.fma(kernel[W - 1 - k], reaches(age, k, ws[k], HAS_RESET), g)
+            dw = tl.fma(kernel[W - 1 - k], dgs[k - 1], dw)
     if HAS_DLONG:
         dw += window_gradient(dlong, t, T, last_age, real, W, HAS_RESET)
     du2 = slope * g
@@ -294,6 +371,18 @@ def backward_step(t, end, T, x2, x1, x0, now1, now0, slope, taps2, off2, taps1, 
 
 
 @triton.jit
+def load_given(gs, dws, t, T, inside, nothing, D: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
+               GIVEN: tl.constexpr):  # fmt: skip
+    """The long filter's output and the gradient of w at step t, where they are given."""
+    g = nothing
+    dw = nothing
+    if GIVEN:
+        g = unpack(tl.load(gs + t * (D // P), mask=inside & (t < T), other=0), P, TYPE)
+        dw = unpack(tl.load(dws + t * (D // P), mask=inside & (t < T), other=0), P, TYPE)
+    return g, dw
+
+
+@triton.jit
 def window_gradient(dlong, t, T, last_age, real, W: tl.constexpr, HAS_RESET: tl.constexpr):
     """The gradient of w at step t by the state after z; it may lie before step 0."""
     kept = (t < T) & (t > T - W)
@@ -303,16 +392,17 @@ def window_gradient(dlong, t, T, last_age, real, W: tl.constexpr, HAS_RESET: tl.
 
 
 @triton.jit(do_not_specialize=["T", "run"])
-def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, reset, ages, dlong, dz, sums, dshort_in,
-                           dlong_in, T, run, TYPE: tl.constexpr, D: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, reset, ages, dlong, gs, dws, dz, sums,
+                           dshort_in, dlong_in, T, run, TYPE: tl.constexpr, D: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
                            WIDTH: tl.constexpr, P: tl.constexpr, BW: tl.constexpr, U: tl.constexpr,
                            HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_SHORT: tl.constexpr,
                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr,
-                           HAS_DLONG: tl.constexpr, PARAMETERS: tl.constexpr):  # fmt: skip
+                           HAS_DLONG: tl.constexpr, PARAMETERS: tl.constexpr, GIVEN: tl.constexpr):  # fmt: skip
     """The gradient of z and partial sums of the parameters'. Grid as forward; a run is walked from its end.
 
     Of the short filter's inputs a thread holds the windows of the step at which w enters, W-1 steps before the current
     one; ``later`` holds the gradients of u of the steps behind. ``z``, ``dy``, ``short`` and ``dz`` are in words.
+    With GIVEN, ``gs`` and ``dws`` [B,T,D], in words, are what ``explicit_backward`` made of a long filter, and W is 1.
     ``sums`` [B,runs,3K+3+W,D]: the taps of the three blocks, each from the newest, the three biases, the long filter
     from the newest tap.
     """
@@ -339,7 +429,11 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
     taps2, off2 = load_taps(weight, bias, channel, real, K, HAS_BIAS)
     taps1, off1 = load_taps(weight, bias, D + channel, real, K, HAS_BIAS)
     taps0, off0 = load_taps(weight, bias, 2 * D + channel, real, K, HAS_BIAS)
-    kernel = load_kernel(taps, skip, channel, real, W, WIDTH, HAS_SKIP)
+    gs += row * T * (D // P) + word
+    dws += row * T * (D // P) + word
+    kernel = ()
+    if not GIVEN:
+        kernel = load_kernel(taps, skip, channel, real, W, WIDTH, HAS_SKIP)
     nothing = tl.zeros(channel.shape, tl.float32)
     last_age = load_age(ages, T - 1, T, HAS_RESET)
 
@@ -414,11 +508,12 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
         slope = unpack(tl.load(dy + t * (D // P), mask=inside & (t < T), other=0), P, TYPE)
         if HAS_MASK:
             slope = tl.where(is_set(keep, t, T), slope, 0.0)
+        given_g, given_dw = load_given(gs, dws, t, T, inside, nothing, D, P, TYPE, GIVEN)
         (dz2, dz1, dz0, v2, v1, v0, u1s, u0s, ws, dgs, later2, later1, later0, totals2, totals1, totals0,
          totals) = backward_step(
             t, end, T, x2, x1, x0, now1, now0, slope, taps2, off2, taps1, off1, taps0, off0, kernel, v2, v1, v0, u1s,
             u0s, ws, dgs, later2, later1, later0, totals2, totals1, totals0, totals, long, dlong, keep, ages, reset,
-            last_age, real, W, True, HAS_LONG, HAS_MASK, HAS_RESET, HAS_DLONG, PARAMETERS)  # fmt: skip
+            last_age, real, given_g, given_dw, W, True, GIVEN, HAS_LONG, HAS_MASK, HAS_RESET, HAS_DLONG, PARAMETERS)  # fmt: skip
         out = dz + t * ROW
         store_numbers(out, dz2, inside & (t < end), P, TYPE)
         store_numbers(out + ROW // 3, dz1, inside & (t < end), P, TYPE)
@@ -431,8 +526,13 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
         b1 = ()
         b0 = ()
         slopes = ()
+        given_gs = ()
+        given_dws = ()
         for i in tl.static_range(U):
             t = begin - i
+            given_g, given_dw = load_given(gs, dws, t, T, inside, nothing, D, P, TYPE, GIVEN)
+            given_gs = given_gs + (given_g,)
+            given_dws = given_dws + (given_dw,)
             a2 = a2 + (load_word(z_2, short_2, keep, t - S, T, inside, S, ROW, P, TYPE, HAS_SHORT, HAS_MASK),)
             a1 = a1 + (load_word(z_1, short_1, keep, t - S - W + 1, T, inside, S, ROW, P, TYPE, HAS_SHORT, HAS_MASK),)
             a0 = a0 + (load_word(z_0, short_0, keep, t - S - W + 1, T, inside, S, ROW, P, TYPE, HAS_SHORT, HAS_MASK),)
@@ -452,7 +552,7 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
              totals) = backward_step(
                 t, end, T, a2[i], a1[i], a0[i], b1[i], b0[i], slopes[i], taps2, off2, taps1, off1, taps0, off0, kernel,
                 v2, v1, v0, u1s, u0s, ws, dgs, later2, later1, later0, totals2, totals1, totals0, totals, long, dlong,
-                keep, ages, reset, last_age, real, W, False, HAS_LONG, HAS_MASK, HAS_RESET, HAS_DLONG,
+                keep, ages, reset, last_age, real, given_gs[i], given_dws[i], W, False, GIVEN, HAS_LONG, HAS_MASK, HAS_RESET, HAS_DLONG,
                 PARAMETERS)  # fmt: skip
             out = dz + t * ROW
             store_numbers(out, dz2, inside, P, TYPE)

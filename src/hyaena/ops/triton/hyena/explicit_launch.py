@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hyaena.ops.triton import FEW_TAPS, interpreted
 from hyaena.ops.triton.common import TYPES
-from hyaena.ops.triton.hyena.direct import direct_backward_kernel, direct_forward_kernel
+from hyaena.ops.triton.hyena.direct import direct_backward_kernel, direct_forward_kernel, gate_kernel
 from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
-from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel, explicit_taps_kernel
+from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel
 from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, power_of_two, window
 from hyaena.ops.triton.hyena.step import explicit_step_kernel
 
@@ -72,7 +72,7 @@ class Tiling:
 
 
 FORWARD = Tiling()
-BACKWARD = Tiling()
+BACKWARD = Tiling(registers=255)
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,36 @@ def backward_direct(
     """``backward`` for up to FEW_TAPS taps."""
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
+    count, groups = taps.shape[1], taps.shape[0]
+    dlong = dlong if count > 1 else None
+    dz, sums, dshort_in, dlong_in = _walk_back(dy, dshort, dlong, operands, walk or Walk(), None, parameters)
+    if not parameters:
+        return dz, *(sums.new_empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
+    dweight, dbias, of_taps = _of_short_filter(sums, weight)
+    dtaps = of_taps.view(count, groups, -1).sum(-1).t().contiguous()
+    return dz, dweight, dbias, dtaps, of_taps[0].clone(), dshort_in, dlong_in
+
+
+def _walk_back(
+    dy: Tensor,
+    dshort: Tensor | None,
+    dlong: Tensor | None,
+    operands: Operands,
+    walk: Walk,
+    given: tuple[Tensor, Tensor] | None,
+    parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of z, of the parameters (``sums`` of the kernel) and of both states.
+
+    ``given`` are the long filter's output and the gradient of its input, where those are known.
+    """
+    z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
-    walk = walk or Walk()
-    channels, steps, count, groups = width // 3, weight.shape[1] - 1, taps.shape[1], taps.shape[0]
+    channels, steps = width // 3, weight.shape[1] - 1
     numbers, keywords = _walk(operands, walk)
-    runs, before = cdiv(length, walk.run), _rows(short, z)
+    if given is not None:
+        keywords |= {"W": 1, "HAS_SKIP": False, "HAS_LONG": False}
+    runs, count, before = cdiv(length, walk.run), keywords["W"], _rows(short, z)
 
     def empty(*size: int) -> Tensor:
         return z.new_empty(*size, dtype=torch.float32)
@@ -239,26 +264,29 @@ def backward_direct(
         z if reset is None else reset.view(torch.uint8),
         ages,
         z if dlong is None else dlong.contiguous(),
+        *((words, words) if given is None else (as_words(t, numbers) for t in given)),
         as_words(dz, numbers),
         sums,
         dshort_in,
         dlong_in,
         length,
         walk.run,
-        HAS_DLONG=dlong is not None and count > 1,
+        HAS_DLONG=dlong is not None,
         PARAMETERS=parameters,
+        GIVEN=given is not None,
         **keywords,
     )
     if dshort is not None and steps:
         add_window_gradient(dz, dshort_in, dshort, mask, None if reset is None else ages[:, -1])
-    if not parameters:
-        return dz, *(empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
+    return dz, sums, dshort_in, dlong_in
+
+
+def _of_short_filter(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of weight and bias, and what ``sums`` has of the long filter: [3D,K], [3D], [W,D]."""
+    width, taps = weight.shape
     total = sums.sum(dim=(0, 1))  # [3K+3+W,D]
-    split = 3 * (steps + 1)
-    dweight = total[:split].view(3, steps + 1, channels).flip(1).transpose(1, 2).reshape(width, steps + 1)
-    of_taps = total[split + 3 :]
-    dtaps = of_taps.view(count, groups, -1).sum(-1).t().contiguous()
-    return dz, dweight, total[split : split + 3].reshape(width).clone(), dtaps, of_taps[0].clone(), dshort_in, dlong_in
+    dweight = total[: 3 * taps].view(3, taps, width // 3).flip(1).transpose(1, 2).reshape(width, taps)
+    return dweight, total[3 * taps : 3 * taps + 3].reshape(width).clone(), total[3 * taps + 3 :]
 
 
 def step(
@@ -381,6 +409,7 @@ def backward_products(
     dlong: Tensor | None,
     operands: Operands,
     tiling: Tiling = BACKWARD,
+    walk: Walk | None = None,
     *,
     parameters: bool = True,
 ) -> Gradients:
@@ -388,68 +417,67 @@ def backward_products(
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
-    channels, count, steps = width // 3, weight.shape[1], weight.shape[1] - 1
+    walk = walk or Walk()
+    channels, count = width // 3, taps.shape[1]
     before = _rows(short, z)
-    ages, docs = _documents(reset, z)
+    numbers, keywords = _walk(operands, walk)
+    w, dg, g, dw = (z.new_empty(batch, length, channels) for _ in range(4))
+    words = as_words(z, numbers)
+    for name in ("W", "WIDTH", "HAS_SKIP", "HAS_LONG"):
+        del keywords[name]
+    start: Any = gate_kernel[(cdiv(channels, keywords["BW"] * numbers), cdiv(length, walk.run), batch)]
+    start(
+        words,
+        as_words(dy, numbers),
+        weight,
+        z if bias is None else bias,
+        words if before is None else as_words(before, numbers),
+        z if mask is None else mask.view(torch.uint8),
+        z if reset is None else reset.view(torch.uint8),
+        as_words(w, numbers),
+        as_words(dg, numbers),
+        length,
+        walk.run,
+        **keywords,
+    )
     blocks, runs, keywords = _shape(operands, tiling)
-    chunk, block, matrices = keywords["C"], keywords["BC"], keywords["BACK"] + 1
     programs = batch * runs * blocks
 
     def empty(*size: int) -> Tensor:
         return z.new_empty(*size, dtype=torch.float32)
 
-    dz = torch.empty_like(z)
-    sums = empty(batch, runs, 3 * count + 4, channels) if parameters else empty(0)
-    dshort_in, dlong_in = empty(batch, width, steps), empty(batch, channels, taps.shape[1] - 1)
-    inputs = (z, dy.contiguous(), weight, z if bias is None else bias)
-    states = (
-        z if before is None else before,
-        z if long is None else long,
-        z if mask is None else mask.view(torch.uint8),
-        ages,
-        docs,
-    )
-    start: Any = explicit_backward_kernel[(blocks, runs, batch)]
+    dtaps = empty(batch, runs, blocks, count) if parameters else empty(0)
+    dlong_in = empty(batch, channels, count - 1)
+    for name in ("K", "HAS_BIAS", "HAS_SHORT", "HAS_MASK"):
+        del keywords[name]
+    start = explicit_backward_kernel[(blocks, runs, batch)]
     start(
-        *inputs,
+        w,
+        dg,
         taps,
         z if skip is None else skip,
-        *states,
+        z if long is None else long,
+        _documents(reset, z)[1],
         z if dlong is None else dlong.contiguous(),
-        z.new_empty(programs, 3 * chunk, 3, block),
-        dz,
-        sums,
-        dshort_in,
+        empty(programs, keywords["BACK"] + 1, tiling.chunk, tiling.chunk) if parameters else empty(0),
+        g,
+        dw,
+        dtaps,
         dlong_in,
         length,
         tiling.run,
-        HAS_DLONG=dlong is not None and taps.shape[1] > 1,
+        WP=power_of_two(count),
+        STAGES=tiling.stages,
+        HAS_DLONG=dlong is not None and count > 1,
         PARAMETERS=parameters,
         **keywords,
     )
-    if parameters:
-        dtaps = empty(batch, runs, blocks, taps.shape[1])
-        del keywords["HAS_SKIP"], keywords["TERMS"]
-        start = explicit_taps_kernel[(blocks, runs, batch)]
-        start(
-            *inputs,
-            *states,
-            empty(programs, matrices, chunk, chunk),
-            dtaps,
-            length,
-            tiling.run,
-            WP=power_of_two(taps.shape[1]),
-            STAGES=tiling.stages,
-            **keywords,
-        )
-    if dshort is not None and steps:
-        add_window_gradient(dz, dshort_in, dshort, mask, None if reset is None else ages[:, -1])
+    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk, (g, dw), parameters)
     if not parameters:
         return dz, *(empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
-    total = sums.sum(dim=(0, 1))  # [3K+4,D]
-    dweight = total[: 3 * count].view(3, count, channels).transpose(1, 2).reshape(width, count)
-    dtaps = dtaps.view(batch * runs, taps.shape[0], -1, taps.shape[1]).sum(dim=(0, 2))
-    return dz, dweight, total[3 * count : -1].reshape(width).clone(), dtaps, total[-1].clone(), dshort_in, dlong_in
+    dweight, dbias, of_skip = _of_short_filter(sums, weight)
+    dtaps = dtaps.view(batch * runs, taps.shape[0], -1, count).sum(dim=(0, 2))
+    return dz, dweight, dbias, dtaps, of_skip[0].clone(), dshort_in, dlong_in
 
 
 def add_window_gradient(
