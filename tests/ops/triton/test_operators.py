@@ -186,7 +186,7 @@ def test_filters_that_the_kernels_do_not_take_have_a_reason() -> None:
         (OtherFilter(), "filters of modes and of taps, not a OtherFilter"),
         (ModalFilter(poles.real, residues.real), "complex64 poles"),
         (RealModalFilter(poles.real.double(), residues.real), "float32 poles"),
-        (ExplicitFilter(torch.ones(3, 300)), "1 to 256 taps, not 300"),
+        (ExplicitFilter(torch.ones(3, 300)), "1 to 128 taps, not 300"),
         (ExplicitFilter(torch.ones(3, 9)), "groups of at least 8, not 1"),
         (ExplicitFilter(torch.ones(3, 4, dtype=torch.float64)), "not torch.float64"),
         (ModalFilter(poles[:1], residues[:1]), "not 1 filters for 3 channels"),

@@ -16,7 +16,7 @@ from hyaena.ops.long_conv import ExplicitFilter, ModalFilter, RealModalFilter
 MOST_MODES = 16
 """Complex modes; of real ones twice as many."""
 MOST_SHORT_TAPS = 8
-MOST_TAPS = 256
+MOST_TAPS = 128
 FEW_TAPS = 8
 """Taps of a long filter that are summed in registers."""
 NARROWEST_GROUP = 8

@@ -189,7 +189,8 @@ def explicit_backward_kernel(w, dg, taps, skip, long, docs, dlong, outers, g, dw
             before = tl.arange(0, C)[:, None] - n * C
             if HAS_DLONG:
                 back += window_gradient(dlong, docs, before, T, channel, inside, W, HAS_RESET)
-            tl.store(dlong_in + row * D * (W - 1) + channel * (W - 1) + before + W - 1, back, mask=inside & (before > -W))
+            to = dlong_in + row * D * (W - 1) + channel * (W - 1) + before + W - 1
+            tl.store(to, back, mask=inside & (before > -W))
 
     if PARAMETERS:
         i = tl.arange(0, C)[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hyaena.ops.triton import FEW_TAPS, interpreted
 from hyaena.ops.triton.common import TYPES
-from hyaena.ops.triton.hyena.direct import direct_backward_kernel, direct_forward_kernel, gate_kernel
+from hyaena.ops.triton.hyena.direct import direct_forward_kernel, gate_kernel
+from hyaena.ops.triton.hyena.direct_backward import direct_backward_kernel
 from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
 from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel
 from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, power_of_two, window
@@ -73,6 +74,11 @@ class Tiling:
 
 FORWARD = Tiling()
 BACKWARD = Tiling(registers=255)
+
+
+def choose_tiling(tiling: Tiling, dtype: torch.dtype) -> Tiling:
+    """Numbers of four bytes, in two terms, take chunks half as long: shared memory holds the matrices."""
+    return tiling if dtype == torch.bfloat16 else replace(tiling, chunk=32, run=2 * tiling.run, registers=255)
 
 
 @dataclass(frozen=True)
@@ -210,13 +216,12 @@ def backward_direct(
 ) -> Gradients:
     """``backward`` for up to FEW_TAPS taps."""
     operands = operands.contiguous()
-    z, weight, bias, taps, skip, short, long, mask, reset = operands
-    count, groups = taps.shape[1], taps.shape[0]
+    groups, count = operands.taps.shape
     dlong = dlong if count > 1 else None
     dz, sums, dshort_in, dlong_in = _walk_back(dy, dshort, dlong, operands, walk or Walk(), None, parameters)
     if not parameters:
         return dz, *(sums.new_empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
-    dweight, dbias, of_taps = _of_short_filter(sums, weight)
+    dweight, dbias, of_taps = _of_short_filter(sums, operands.weight)
     dtaps = of_taps.view(count, groups, -1).sum(-1).t().contiguous()
     return dz, dweight, dbias, dtaps, of_taps[0].clone(), dshort_in, dlong_in
 
@@ -344,8 +349,9 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return forward_direct(operands) if few else forward_products(operands)
 
 
-def forward_products(operands: Operands, tiling: Tiling = FORWARD) -> tuple[Tensor, Tensor, Tensor]:
-    """``forward`` by matrix products, for any number of taps."""
+def forward_products(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``forward`` by matrix products, for any number of taps; ``tiling`` None to choose."""
+    tiling = tiling or choose_tiling(FORWARD, operands.z.dtype)
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
@@ -408,12 +414,13 @@ def backward_products(
     dshort: Tensor | None,
     dlong: Tensor | None,
     operands: Operands,
-    tiling: Tiling = BACKWARD,
+    tiling: Tiling | None = None,
     walk: Walk | None = None,
     *,
     parameters: bool = True,
 ) -> Gradients:
-    """``backward`` by matrix products, for any number of taps."""
+    """``backward`` by matrix products, for any number of taps; ``tiling`` and ``walk`` None to choose."""
+    tiling = tiling or choose_tiling(BACKWARD, operands.z.dtype)
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
