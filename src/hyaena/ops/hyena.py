@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from hyaena.ops.long_conv import (
     METHODS,
     Filter,
     Method,
-    ModalFilter,
     check_channels,
     long_conv,
     long_conv_states,
@@ -97,8 +96,7 @@ def hyena(
     if use_fused_hyena(backend, method, z, short_weight, long_filter, long, reset):
         from hyaena.ops.triton.hyena.register import fused_hyena
 
-        modal = cast("ModalFilter", long_filter)  # the only kind that the kernels take
-        y, short, long = fused_hyena(z, short_weight, short_bias, modal, short, long, mask, reset)
+        y, short, long = fused_hyena(z, short_weight, short_bias, long_filter, short, long, mask, reset)
         return y, HyenaState(short, long)
     if mask is not None:
         z = z * mask.unsqueeze(-1)
