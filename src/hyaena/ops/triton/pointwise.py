@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hyaena.ops.norm import BOUND
 from hyaena.ops.triton.common import rms_scale
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 GATE_BLOCK = 2048
 """Numbers of a program of the gate: 16 bytes of bfloat16 from each operand, twice, for each of 128 threads."""
@@ -25,7 +26,9 @@ ROTATE_HEADS = 16
 
 @triton.jit
 def _rms_norm_kernel(x, weight, y, eps, WIDTH: tl.constexpr, PAD: tl.constexpr, EPS_INSIDE: tl.constexpr,
-                     BOUND: tl.constexpr):  # fmt: skip
+                     BOUND: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     start = tl.program_id(0).to(tl.int64) * WIDTH
     i = tl.arange(0, PAD)
     inside = i < WIDTH
@@ -70,8 +73,8 @@ def _rotate_kernel(x, cos, sin, y, length, x_row, x_head, x_time, table_row,
     tl.store(target + HALF, (second * c + first * s).to(y.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = True) -> Tensor:
-    """Equals ``ops.rms_norm``: x [..., D], weight [D]."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = True, overlap: bool = False) -> Tensor:
+    """Equals ``ops.rms_norm``: x [..., D], weight [D]. With ``overlap`` as a kernel of a step, see ``decode.pdl``."""
     x = x.contiguous()
     width = x.shape[-1]
     y = torch.empty_like(x)
@@ -80,7 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = T
         with _device(x):
             _rms_norm_kernel[(x.numel() // width,)](
                 x, weight.contiguous(), y, eps, WIDTH=width, PAD=padded, EPS_INSIDE=eps_inside_root, BOUND=BOUND,
-                num_warps=min(16, max(1, padded // 1024)),
+                OVERLAP=overlap, launch_pdl=overlap, num_warps=min(16, max(1, padded // 1024)),
             )  # fmt: skip
     return y
 
