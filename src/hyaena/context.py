@@ -14,7 +14,7 @@ from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.config import ModelConfig
 from hyaena.errors import InputError
-from hyaena.packing import Packing, Recurrence, Snapshots, StatesAt, evaluate
+from hyaena.packing import Packing, Recurrence, Snapshots, StatesAt, Together, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,12 @@ class ForwardContext:
         )
 
     def evaluate(
-        self, operator: Recurrence, z: Tensor, state: Any, states_at: StatesAt | None = None
+        self,
+        operator: Recurrence,
+        z: Tensor,
+        state: Any,
+        states_at: StatesAt | None = None,
+        together: Together | None = None,
     ) -> tuple[Tensor, Any]:
         """Evaluate an operator whose state sums up all tokens before, over this pass.
 
@@ -135,11 +140,14 @@ class ForwardContext:
             z: its inputs [B,T,E], or [1,T,E] of a packed pass.
             state: of all rows, or None.
             states_at: see ``StatesAt``.
+            together: evaluates all rows of a packed pass in one call, where that is possible.
 
         Returns:
             y [B,T,D] and the state after the pass.
         """
         padding = None if self.padding is None else self.padding[1]
+        if self.packing is not None and together is not None:
+            return self.packing.apply_together(together, z, state, self.snapshots)
         if self.packing is not None:
             return self.packing.apply(operator, z, state, self.snapshots, states_at)
         if self.by_document is not None and state is None:

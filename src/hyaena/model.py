@@ -30,6 +30,7 @@ from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
 from hyaena.formats.stripedhyena import tensors as original
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, PagePool, StepContext
+from hyaena.ops.hyena import RowTables, hyena_packed, packs_in_one_kernel
 from hyaena.packing import Snapshots
 
 
@@ -40,7 +41,8 @@ class Mixer(Protocol):
     its state is a ``PagedKVState`` then; a mixer without that method has the state that ``make_state`` makes.
 
     A mixer whose forward keeps packed documents (``context.reset``) and packed rows (``context.packing``) apart says so
-    by ``packs = True``.
+    by ``packs = True``; one whose step leaves all that depends on other tokens of its row to ``context.operators``, so
+    that they can read several tokens of a row together, by ``packs_steps = True``.
     """
 
     def make_state(self, batch: int, *, max_length: int | None, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -106,6 +108,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions and one fused projection ``[q | k | v]``."""
 
     packs = True
+    packs_steps = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -192,6 +195,7 @@ class Hyena(nn.Module):
     """
 
     packs = True
+    packs_steps = True
 
     def __init__(self, config: ModelConfig, long_filter: nn.Module) -> None:
         super().__init__()
@@ -241,7 +245,18 @@ class Hyena(nn.Module):
         ) -> list[HyenaState]:
             return ops.hyena_states(z, weight, bias, long_filter, state, stops, mask=mask)
 
-        y, after = context.evaluate(operator, self.in_proj(x), state, states_at)
+        def together(
+            z: Tensor, state: HyenaState, rows: RowTables, stops: int
+        ) -> tuple[Tensor, HyenaState, HyenaState | None]:
+            return hyena_packed(z, weight, bias, long_filter, state, rows, stops)
+
+        z, longest = self.in_proj(x), max(context.counts or [0])
+        packs = (
+            context.packing is not None
+            and context.method == "auto"
+            and packs_in_one_kernel(z, weight, long_filter, state, longest, context.backend)
+        )
+        y, after = context.evaluate(operator, z, state, states_at, together if packs else None)
         return self.out_proj(y[:, -keep:]), after
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
@@ -300,14 +315,22 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, context: ForwardContext, state: Any, keep: int) -> tuple[Tensor, Any]:
+    def forward(
+        self, x: Tensor, context: ForwardContext, state: Any, keep: int, places: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Read x [B,T,D] after ``state``: the output at the last ``keep`` positions, or those ``places`` of them."""
         y, state = self.mixer(call(self.mixer_norm, x, context), context, state, keep)
         x = x[:, -keep:] + y
+        x = x if places is None else x[:, places]
         return x + call(self.mlp, call(self.mlp_norm, x, context), context), state
 
-    def step(self, x: Tensor, state: Any, context: StepContext) -> Tensor:
-        """The layer for one token per row, x [B,D]; the state is updated in place."""
+    def step(self, x: Tensor, state: Any, context: StepContext, last: bool = False) -> Tensor:
+        """The layer for one token per row, x [B,D]; the state is updated in place.
+
+        The last layer computes its output for those tokens only whose successors are chosen.
+        """
         x = self.mixer.step(x, norm_record(self.mixer_norm), state, context)  # type: ignore[operator]
+        x = context.operators.last_tokens(x) if last else x
         return self.mlp.step(x, norm_record(self.mlp_norm), context)
 
 
@@ -646,10 +669,14 @@ class StripedHyena(nn.Module):
         for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             if context.snapshots is not None:
                 context.snapshots.layer = i
-            x, state = layer(x, context, state, keep if i == last else length)  # nothing else of the last layer is read
+            if i < last:
+                x, state = layer(x, context, state, length)
+            elif context.packing is None or logits_to_keep is None:
+                x, state = layer(x, context, state, keep)  # nothing else of the last layer is read
+            else:
+                x, state = layer(x, context, state, keep, context.packing.last)
+                x = x.transpose(0, 1)  # [B,1,D]
             new.append(state)
-        if context.packing is not None and logits_to_keep is not None:
-            x = x[0, context.packing.last, None]  # [B,1,D]
         return self.logits(call(self.norm, x, context)), new
 
     def logits(self, x: Tensor) -> Tensor:
@@ -670,8 +697,8 @@ class StripedHyena(nn.Module):
         """Read one token per row, ids [B]; logits [B,V] of the next. States and lengths are updated in place."""
         plain = type(self.embed_tokens) is nn.Embedding and not _has_hooks(self.embed_tokens)
         x = context.operators.embed(ids, self.embed_tokens.weight if plain else self.embed_tokens, context)  # [B,D]
-        for layer, state in zip(self.layers, states, strict=True):
-            x = layer.step(x, state, context)  # type: ignore[operator]
+        for i, (layer, state) in enumerate(zip(self.layers, states, strict=True), 1):
+            x = layer.step(x, state, context, last=i == len(self.layers))  # type: ignore[operator]
         head = ops.Dense(self.embed_tokens.weight) if self.lm_head is None else record(self.lm_head)
         return context.operators.linear(x, head, norm=norm_record(self.norm))
 
