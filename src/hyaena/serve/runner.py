@@ -17,15 +17,17 @@ from hyaena.decoding import (
     EagerDecoder,
     IsolatedDecoder,
     PipelinedDecoder,
+    ShortPasses,
     StepOutput,
     sample_outputs,
 )
+from hyaena.decoding.short_passes import Answers
 from hyaena.errors import UnsupportedError
 from hyaena.generation.loop import Row, seen_tokens
 from hyaena.model import StripedHyena
 from hyaena.ops import PAGE
 from hyaena.packing import Snapshots
-from hyaena.sampling import draw
+from hyaena.sampling import SamplingFeatures, draw
 from hyaena.serve.scheduler import Plan, Read
 
 Key = int
@@ -68,6 +70,8 @@ class Runner:
         self.max_rows = max_rows
         self.max_length = max_length
         self.pool = model.make_page_pool(pages)
+        self._empty = model.make_paged_cache(self.pool, [[]], max_length=max_length)
+        self._spare: Cache | None = None  # for the next row
         self.decoding: Decoding = decoding
         self.isolated = isolated
         self._reading: dict[Key, Cache] = {}
@@ -75,6 +79,10 @@ class Runner:
         self._count = itertools.count()
         self._snapshots: dict[int, StateSnapshot] = {}
         self._decoder = self._make_decoder()
+        self._short: ShortPasses | None = None
+        if decoding == "cuda_graph" and not isolated and ShortPasses.unsupported_reason(model) is None:
+            self._short = ShortPasses(model, self.pool, cuda_graph=True)
+        self._packed = all(getattr(layer.mixer, "packs", False) for layer in model.layers)
 
     def page_ends(self) -> dict[Key, int]:
         """Decoding rows whose states are those at the end of a page, and their number of tokens."""
@@ -96,7 +104,8 @@ class Runner:
             self._snapshots[number] = self._decoder.snapshot_states(self._lives[key])
         self._drop(plan.drop)
         for start in plan.start:
-            cache = self.model.make_paged_cache(self.pool, [start.pages], max_length=self.max_length)
+            cache, self._spare = self._spare or self._empty.with_pages([]), None
+            cache.set_pages(0, start.pages)
             if start.snapshot is not None:
                 cache.restore_states(0, self._snapshots[start.snapshot])
             self._reading[start.key] = cache
@@ -110,6 +119,8 @@ class Runner:
             lives, output = self._decoder.next()
             tokens = zip(lives, _unpack(output), strict=True)
             chosen += [(life[0], token) for life, token in tokens if self._lives.get(life[0]) == life]
+        if self._spare is None and not plan.reads:  # no first token waits for it
+            self._spare = self._empty.with_pages([])
         return chosen
 
     def close(self) -> None:
@@ -129,34 +140,39 @@ class Runner:
         cache = self._reading[reads[0].key]
         if len(reads) > 1:  # the last of their rows, which go on to the decoder together
             cache.extend([self._reading[read.key] for read in reads[1:]])
-        logits = self._pass(cache, reads)
+        answers = self._pass(cache, reads)
         for token in reads[0].replay:  # of one row alone
             ids = torch.tensor([[token]], device=self.model.device)
-            logits = self.model(ids, cache=cache, logits_to_keep=1)[:, -1]
+            answers = self.model(ids, cache=cache, logits_to_keep=1)[:, -1]
         if not reads[0].last:
             return []
         keys = [read.key for read in reads]
         for key in keys:
             del self._reading[key]
-        return list(zip(keys, _unpack(self._begin(keys, [rows[key] for key in keys], cache, logits, top)), strict=True))
+        output = self._begin(keys, [rows[key] for key in keys], cache, answers, top)
+        return list(zip(keys, _unpack(output), strict=True))
 
-    def _pass(self, cache: Cache, reads: Sequence[Read]) -> Tensor:
-        """Read the tokens of all rows of a cache; the logits [B,V] behind them."""
+    def _pass(self, cache: Cache, reads: Sequence[Read]) -> Tensor | Answers:
+        """Read the tokens of all rows of a cache; the logits [B,V] behind them, or what a short pass answers."""
         stops = {
             row: [length - read.start for length in read.snapshots] for row, read in enumerate(reads) if read.snapshots
         }
         snapshots = Snapshots(stops) if stops else None
-        ids = torch.tensor([[token for read in reads for token in read.tokens]], device=self.model.device)
-        counts = [len(read.tokens) for read in reads] if len(reads) > 1 else None
-        logits = self.model(ids, cache=cache, counts=counts, logits_to_keep=1, snapshots=snapshots)
+        counts = [len(read.tokens) for read in reads]
+        if self._short is not None and self._short.takes(cache, counts, snapshots):
+            answers = self._short.read([read.tokens for read in reads], cache, snapshots)
+        else:
+            ids = torch.tensor([[token for read in reads for token in read.tokens]], device=self.model.device)
+            packed = counts if self._packed and (len(reads) > 1 or stops) else None
+            answers = self.model(ids, cache=cache, counts=packed, logits_to_keep=1, snapshots=snapshots)[:, -1]
         for row, read in enumerate(reads):
             for length, number in read.snapshots.items():
                 assert snapshots is not None
                 saved = snapshots.states(row, length - read.start)
                 self._snapshots[number] = _state_snapshot(cache, saved, length)
-        return logits[:, -1]
+        return answers
 
-    def _begin(self, keys: list[Key], rows: list[Row], cache: Cache, logits: Tensor, top: int) -> StepOutput:
+    def _begin(self, keys: list[Key], rows: list[Row], cache: Cache, answers: Tensor | Answers, top: int) -> StepOutput:
         """Choose the first tokens of rows, and hand the rows to the decoder."""
         params, generators = [row.params for row in rows], []
         for row in rows:
@@ -164,11 +180,17 @@ class Runner:
             if row.tokens:  # it was pre-empted: its next number is the one that it would have drawn
                 draw(row.params, generator, len(row.tokens))
             generators.append(generator)
-        seen = seen_tokens(rows, logits)
-        ids, output = sample_outputs(logits, params, generators, seen, top)
         steps = [row.max_new_tokens - len(row.tokens) - 1 for row in rows]
         self._lives |= {key: (key, next(self._count)) for key in keys}
         lives = [self._lives[key] for key in keys]
+        greedy = not top and SamplingFeatures.of(params) == SamplingFeatures()
+        if isinstance(answers, Answers) and greedy:  # the host works while the device does
+            wait = answers.fetch()
+            self._decoder.add(lives, steps, cache, answers.ids, params, generators)
+            return wait()
+        logits = answers.logits if isinstance(answers, Answers) else answers
+        seen = seen_tokens(rows, logits)
+        ids, output = sample_outputs(logits, params, generators, seen, top)
         self._decoder.add(lives, steps, cache, ids, params, generators, seen=seen)
         return output
 
