@@ -25,7 +25,8 @@ BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, see ``decode.attention``."""
 
 
-@triton.jit
+# tables are parts of one tensor: no compilation for each of their alignments
+@triton.jit(do_not_specialize_on_alignment=["pages", "blocks", "lengths"])
 def _packed_attention_kernel(q, keys, values, capacities, pages, blocks, lengths, out, scale,
                              HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SHARE_PAD: tl.constexpr,
                              TOKENS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, BLOCK: tl.constexpr,

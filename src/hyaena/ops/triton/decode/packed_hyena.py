@@ -106,7 +106,8 @@ def load_inputs(z, t, end, channel, inside, D: tl.constexpr, TOGETHER: tl.conste
     return numbers
 
 
-@triton.jit
+# tables are parts of one tensor: no compilation for each of their alignments
+@triton.jit(do_not_specialize_on_alignment=["begins", "counts", "stop_begins", "stops"])
 def _packed_hyena_kernel(z, weight, bias, poles, residues, skip, short, long, short_copies, long_copies,
                          begins, counts, stop_begins, stops, y,
                          D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,

@@ -21,7 +21,8 @@ HEADS_TOGETHER = 16
 """Heads of a program: with heads of 128 channels, 16 bytes of each half for each of 128 threads."""
 
 
-@triton.jit
+# tables are parts of one tensor: no compilation for each of their alignments
+@triton.jit(do_not_specialize_on_alignment=["pages", "owners", "lengths"])
 def _rotate_and_cache_kernel(qkv, keys, values, capacities, pages, owners, q, lengths, cos, sin,
                              HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HALF_PAD: tl.constexpr,
                              BLOCK: tl.constexpr, TYPE: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
