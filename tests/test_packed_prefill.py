@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from configs import TINY, TINY_EVO, TINY_EVO2
+from device import DEVICE
 from hyaena.cache import Cache
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.layers import MIXERS, Attention
 from hyaena.model import StripedHyena
 from hyaena.ops import pages_for
+from hyaena.packing import Snapshots
 
 KINDS = dataclasses.replace(
     TINY, layer_types=("hyena_se", "attention", "hyena_mr", "hyena_li"), se_filter_length=4, mr_filter_length=9
@@ -151,3 +153,25 @@ def test_a_mixer_that_reads_no_packed_rows_is_named() -> None:
     model = StripedHyena(TINY, mixers={**MIXERS, "attention": Own})
     with pytest.raises(UnsupportedError, match="the mixer of layer 1, a Own, reads no packed rows"):
         model(torch.randint(50, (1, 8)), cache=model.make_cache(2), counts=[4, 4])
+
+
+@pytest.mark.parametrize("past", [[0] * 3, [0, 3, 70]], ids=["first", "some have a past"])
+def test_packed_rows_in_one_kernel(past: list[int]) -> None:
+    """The kernels read packed rows, and copy states on the way, as plain torch does."""
+    torch.manual_seed(1)
+    model, counts, stops = StripedHyena(TINY).to(DEVICE), [9, 70, 3], {0: [9], 1: [1, 64]}
+    before, now = prompts([max(n, 1) for n in past]), prompts(counts)
+    found = []
+    for backend in ("plain", "triton"):
+        parts = caches(model, 3, True)
+        for part, ids, n in zip(parts, before, past, strict=True):
+            if n:
+                read(model, part, ids.to(DEVICE), backend="plain")
+        cache, snapshots = together(parts), Snapshots(stops)
+        ids = torch.cat(now, dim=1).to(DEVICE)
+        logits = read(model, cache, ids, counts=counts, backend=backend, snapshots=snapshots)
+        states = [snapshots.states(row, n) for row, numbers in stops.items() for n in numbers]
+        found.append([logits, *cache.tensors(), *(t for one in states for s in one.values() for t in s.tensors())])
+    assert len(found[0]) == 1 + 4 + 3 * 4
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # float32, another order of sums

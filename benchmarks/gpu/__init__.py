@@ -40,6 +40,7 @@ SUITE = Suite(
         Benchmark("choices", "choices:gpu", "the 7B's shape, multiple choice against HFLM; needs lm_eval", 0.8),
         Benchmark("lora", "gpu.lora:lora", "a LoRA step against a pass without gradients of weights", 0.5),
         Benchmark("engine", "gpu.engine:engine", "the serving engine: first tokens, many requests", 1.5),
+        Benchmark("continuous", "gpu.continuous:compare", "many requests, against transformers' generate_batch", 2.0),
         Benchmark("prefill", "gpu.model:prefill", "the 7B's shape, prefill against its bound", 0.5),
         Benchmark("baseline", "gpu.baseline:compare", "prefill and decoding against Mistral's shape", 1.8),
     ),

@@ -209,9 +209,9 @@ def row(
     )
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    """Start this file as a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.gpu.baseline", *arguments]
+def start(*arguments: str, module: str = "benchmarks.gpu.baseline") -> subprocess.Popen[str]:
+    """Start this file, or another that prints lines of JSON, as a process of its own."""
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -13,7 +13,12 @@ from benchmarks.gpu.session import GpuSession
 from benchmarks.machine import ROOT
 from benchmarks.registry import IncorrectError, Row, Step, Summary, Target
 
-PATHS = ("tests/ops/triton", "tests/test_cuda.py")
+PATHS = (
+    "tests/ops/triton",
+    "tests/decoding/test_short_passes.py",
+    "tests/test_packed_prefill.py",
+    "tests/test_cuda.py",
+)
 WORKERS = 12
 """Processes that run tests side by side, since most of the time is compilation."""
 LIMIT = 200.0

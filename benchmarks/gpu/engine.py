@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from benchmarks.gpu.session import GpuSession
+from benchmarks.gpu.sizes import Sizes
 from benchmarks.registry import IncorrectError, Row, Step, Summary, Target
 from hyaena.sampling import SamplingParams
 from hyaena.serve.engine import Delta, Engine, EngineSettings, Request
@@ -112,23 +113,45 @@ def first_token(session: GpuSession, length: int) -> list[Row]:
     ]
 
 
-def requests(session: GpuSession) -> list[Row]:
-    """Many requests, all submitted at the start: total time, and the bounds of their prefill and decoding."""
-    count, prompt_range, answer_range = session.sizes.requests
+def request_shapes(sizes: Sizes) -> list[tuple[int, int]]:
+    """Tokens of the prompt and of the answer of every request, log-uniform."""
+    count, prompt_range, answer_range = sizes.requests
     rng = random.Random(1)
-    sizes, itemsize = ModelSizes(session.sizes.config), session.dtype.itemsize
-    shapes = [(_log_uniform(rng, *prompt_range), _log_uniform(rng, *answer_range)) for _ in range(count)]
-    with running(session, max_rows=session.sizes.rows, max_waiting=count) as made:
-        warm = shapes[: count // 4]  # compiles the kernels and captures the graphs that such requests need
-        for tokens in [submit(made, [rng.randrange(256) for _ in range(n)], new) for n, new in warm]:
+    return [(_log_uniform(rng, *prompt_range), _log_uniform(rng, *answer_range)) for _ in range(count)]
+
+
+def prompt_of(rng: random.Random, length: int) -> list[int]:
+    """Random tokens."""
+    return [rng.randrange(256) for _ in range(length)]
+
+
+def time_requests(session: GpuSession, shapes: list[tuple[int, int]]) -> tuple[float, int]:
+    """Seconds from the first request to the end of the last, all submitted at once; and pre-emptions.
+
+    Raises:
+        IncorrectError: a request did not get its tokens.
+    """
+    rng, warm = random.Random(2), shapes[: session.sizes.rows + session.sizes.rows // 4]
+    with running(session, max_rows=session.sizes.rows, max_waiting=len(shapes)) as made:
+        # a round that compiles the kernels and captures the graphs of every number of rows: they end one by one
+        for tokens in [submit(made, prompt_of(rng, n), 2 + i % 32) for i, (n, _) in enumerate(warm)]:
             collect(tokens)
         began = time.perf_counter()
-        waiting = [submit(made, [rng.randrange(256) for _ in range(n)], new) for n, new in shapes]
+        waiting = [submit(made, prompt_of(rng, n), new) for n, new in shapes]
         deltas = [collect(tokens) for tokens in waiting]
         seconds = time.perf_counter() - began
         preemptions = made.scheduler.preemptions
     if [len(row) for row in deltas] != [new for _, new in shapes]:
         raise IncorrectError("a request did not get its tokens")
+    return seconds, preemptions
+
+
+def requests(session: GpuSession) -> list[Row]:
+    """Many requests, all submitted at the start: total time, and the bounds of their prefill and decoding."""
+    count, prompt_range, answer_range = session.sizes.requests
+    sizes, itemsize = ModelSizes(session.sizes.config), session.dtype.itemsize
+    shapes = request_shapes(session.sizes)
+    seconds, preemptions = time_requests(session, shapes)
     prefill = sum(sizes.prefill_flops(n) for n, _ in shapes) / session.flops.median
     written = sum(new for _, new in shapes)
     steps = written / session.sizes.rows

@@ -32,6 +32,7 @@ class Sizes:
         lora_rounds: steps of each side.
         first_tokens: lengths of prompts whose first token is timed.
         requests: how many at once, least and most tokens of their prompts, and of their answers.
+        compared_requests: how many of them the baseline is given too.
         rows: that the engine decodes together.
         most_memory: GB that a prefill of the longest prompt may allocate beside weights, keys and values.
     """
@@ -53,6 +54,7 @@ class Sizes:
     lora_rounds: int
     first_tokens: tuple[int, ...]
     requests: tuple[int, tuple[int, int], tuple[int, int]]
+    compared_requests: int
     rows: int
     most_memory: float = 8.0
 
@@ -71,7 +73,7 @@ FULL = Sizes(
     operator_kinds=(8192, 32_768),
     prompts=(8192, 32_768, 131_072),
     long=32_768,
-    decodes=((1, 2048, 0.92), (1, 32_768, 0.92), (16, 2048, None), (64, 8192, None)),
+    decodes=((1, 2048, 0.92), (1, 32_768, 0.92), (2, 2048, 0.92), (16, 2048, 0.92), (64, 2048, 0.92), (64, 8192, None)),
     baseline_decodes=((1, 32_768, Target(">", 1)), (64, 8192, Target(">=", 1.5))),
     steps=24,
     repeats=30,
@@ -82,6 +84,7 @@ FULL = Sizes(
     lora_rounds=10,
     first_tokens=(16, 128, 512),
     requests=(512, (64, 4096), (16, 512)),
+    compared_requests=128,
     rows=128,
 )
 
@@ -114,6 +117,7 @@ QUICK = Sizes(
     lora_rounds=2,
     first_tokens=(4, 9),
     requests=(6, (4, 30), (2, 8)),
+    compared_requests=3,
     rows=2,
 )
 """For ``--quick``: shows that everything runs, and nothing about speed."""

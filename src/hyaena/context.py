@@ -13,7 +13,7 @@ from hyaena import ops
 from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.errors import InputError
-from hyaena.packing import Packing, Recurrence, Snapshots, WithStates, evaluate
+from hyaena.packing import Packing, Recurrence, Snapshots, Together, WithStates, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,12 @@ class ForwardContext:
         )
 
     def evaluate(
-        self, operator: Recurrence, z: Tensor, state: Any, with_states: WithStates | None = None
+        self,
+        operator: Recurrence,
+        z: Tensor,
+        state: Any,
+        with_states: WithStates | None = None,
+        together: Together | None = None,
     ) -> tuple[Tensor, Any]:
         """Evaluate an operator whose state sums up all tokens before, over this pass.
 
@@ -137,11 +142,14 @@ class ForwardContext:
             z: its inputs [B,T,E], or [1,T,E] of a packed pass.
             state: of all rows, or None.
             with_states: see ``WithStates``.
+            together: evaluates all rows of a packed pass in one call, where that is possible.
 
         Returns:
             y [B,T,D] and the state after the pass.
         """
         padding = None if self.padding is None else self.padding[1]
+        if self.packing is not None and together is not None:
+            return self.packing.apply_together(together, z, state, self.snapshots)
         if self.packing is not None:
             return self.packing.apply(operator, z, state, self.snapshots, with_states)
         if self.by_document is not None and state is None:

@@ -26,6 +26,7 @@ from hyaena.errors import InputError
 from hyaena.filters import ExplicitLongFilter, Float32Parameters, LongFilter, RealLongFilter, ShortFilter
 from hyaena.fp8 import FP8Linear
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, StepContext
+from hyaena.ops.hyena import RowTables, hyena_packed, packs_in_one_kernel
 
 
 class Mixer(Protocol):
@@ -35,7 +36,8 @@ class Mixer(Protocol):
     its state is a ``PagedKVState`` then; a mixer without that method has the state that ``make_state`` makes.
 
     A mixer whose forward keeps packed documents (``context.reset``) and packed rows (``context.packing``) apart says so
-    by ``packs = True``.
+    by ``packs = True``; one whose step leaves all that depends on other tokens of its row to ``context.operators``, so
+    that they can read several tokens of a row together, by ``packs_steps = True``.
     """
 
     def make_state(self, batch: int, *, max_length: int | None, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -131,6 +133,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions and one fused projection ``[q | k | v]``."""
 
     packs = True
+    packs_steps = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -217,6 +220,7 @@ class Hyena(nn.Module):
     """
 
     packs = True
+    packs_steps = True
 
     def __init__(self, config: ModelConfig, long_filter: nn.Module) -> None:
         super().__init__()
@@ -269,7 +273,18 @@ class Hyena(nn.Module):
         ) -> tuple[Tensor, HyenaState, list[HyenaState]]:
             return ops.hyena_states(z, weight, bias, long_filter, state, stops, mask=mask, **options)
 
-        y, after = context.evaluate(operator, self.in_proj(x), state, with_states)
+        def together(
+            z: Tensor, state: HyenaState, rows: RowTables, stops: int
+        ) -> tuple[Tensor, HyenaState, HyenaState | None]:
+            return hyena_packed(z, weight, bias, long_filter, state, rows, stops)
+
+        z, longest = self.in_proj(x), max(context.counts or [0])
+        packs = (
+            context.packing is not None
+            and context.method == "auto"
+            and packs_in_one_kernel(z, weight, long_filter, state, longest, context.backend)
+        )
+        y, after = context.evaluate(operator, z, state, with_states, together if packs else None)
         return self.out_proj(y[:, -keep:]), after
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
@@ -328,14 +343,22 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = GatedMLP(config, config.activation_of(index))
 
-    def forward(self, x: Tensor, context: ForwardContext, state: Any, keep: int) -> tuple[Tensor, Any]:
+    def forward(
+        self, x: Tensor, context: ForwardContext, state: Any, keep: int, places: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Read x [B,T,D] after ``state``: the output at the last ``keep`` positions, or those ``places`` of them."""
         y, state = self.mixer(call(self.mixer_norm, x, context), context, state, keep)
         x = x[:, -keep:] + y
+        x = x if places is None else x[:, places]
         return x + call(self.mlp, call(self.mlp_norm, x, context), context), state
 
-    def step(self, x: Tensor, state: Any, context: StepContext) -> Tensor:
-        """The layer for one token per row, x [B,D]; the state is updated in place."""
+    def step(self, x: Tensor, state: Any, context: StepContext, last: bool = False) -> Tensor:
+        """The layer for one token per row, x [B,D]; the state is updated in place.
+
+        The last layer computes its output for those tokens only whose successors are chosen.
+        """
         x = self.mixer.step(x, norm_record(self.mixer_norm), state, context)  # type: ignore[operator]
+        x = context.operators.last_tokens(x) if last else x
         return self.mlp.step(x, norm_record(self.mlp_norm), context)
 
 

@@ -293,10 +293,14 @@ class StripedHyena(nn.Module):
         for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
             if context.snapshots is not None:
                 context.snapshots.layer = i
-            x, state = layer(x, context, state, keep if i == last else length)  # nothing else of the last layer is read
+            if i < last:
+                x, state = layer(x, context, state, length)
+            elif context.packing is None or logits_to_keep is None:
+                x, state = layer(x, context, state, keep)  # nothing else of the last layer is read
+            else:
+                x, state = layer(x, context, state, keep, context.packing.last)
+                x = x.transpose(0, 1)  # [B,1,D]
             new.append(state)
-        if context.packing is not None and logits_to_keep is not None:
-            x = x[0, context.packing.last, None]  # [B,1,D]
         return self.logits(call(self.norm, x, context)), new
 
     def logits(self, x: Tensor) -> Tensor:
@@ -317,8 +321,8 @@ class StripedHyena(nn.Module):
         """Read one token per row, ids [B]; logits [B,V] of the next. States and lengths are updated in place."""
         plain = type(self.embed_tokens) is nn.Embedding and not has_hooks(self.embed_tokens)
         x = context.operators.embed(ids, self.embed_tokens.weight if plain else self.embed_tokens, context)  # [B,D]
-        for layer, state in zip(self.layers, states, strict=True):
-            x = layer.step(x, state, context)  # type: ignore[operator]
+        for i, (layer, state) in enumerate(zip(self.layers, states, strict=True), 1):
+            x = layer.step(x, state, context, last=i == len(self.layers))  # type: ignore[operator]
         head = ops.Dense(self.embed_tokens.weight) if self.lm_head is None else record(self.lm_head)
         return context.operators.linear(x, head, norm=norm_record(self.norm))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyaena.errors import InputError
+from hyaena.ops.hyena import RowTables
 
 Recurrence = Callable[[Tensor, Any, Tensor | None, Tensor | None], tuple[Tensor, Any]]
 """``(z [b,T,E], state, mask bool [b,T] or None, reset bool [b,T] or None) -> (y [b,T,D], state)``, for any T."""
@@ -45,11 +47,23 @@ class Snapshots:
                 ends.add(pad + stop)
         return sorted(ends)
 
+    def places(self, counts: Sequence[int]) -> list[tuple[int, int]]:
+        """Row and number of tokens of every stop, rising, for rows of so many tokens."""
+        found = sorted((row, stop) for row, numbers in self.stops.items() for stop in numbers)
+        for row, stop in found:
+            if not 1 <= stop <= counts[row]:
+                raise InputError(f"a snapshot after {stop} tokens is not part of a pass of {counts[row]} tokens")
+        return found
+
     def save(self, column: int, state: Any, rows: Sequence[int], padding: Sequence[int]) -> None:
         """Copy the states of the rows that have a stop at a column."""
         for place, (row, pad) in enumerate(zip(rows, padding, strict=True)):
             if column - pad in self.stops.get(row, ()):
                 self._saved[self.layer, row, column - pad] = state.select([place]).detach()
+
+    def put(self, layer: int, row: int, stop: int, state: Any) -> None:
+        """Keep a state that was copied elsewhere."""
+        self._saved[layer, row, stop] = state
 
     def states(self, row: int, stop: int) -> dict[int, Any]:
         """Layer -> state of a row at a stop, of the layers whose mixers have states that sum up all tokens."""
@@ -94,6 +108,10 @@ def evaluate(
     return torch.cat(parts, dim=1), state
 
 
+Together = Callable[[Tensor, Any, RowTables, int], tuple[Tensor, Any, Any]]
+"""``(z [1,T,E], state of all rows, rows, stops) -> (y [1,T,D], state, states at the stops)``, all rows in one call."""
+
+
 class Group(NamedTuple):
     """Rows of a packed pass that a sequential operator reads together, padded on the left to the longest.
 
@@ -130,15 +148,26 @@ class Packing:
 
     def __init__(self, lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
         self.spans = list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
-        sizes: dict[object, list[int]] = {}
-        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-            sizes.setdefault((row, "past") if length else count.bit_length(), []).append(row)
-        self.groups = [self._group(rows, device) for rows in sizes.values()]
-        rows = [row for group in self.groups for row in group.rows]
-        self.row_places = sorted(range(len(rows)), key=rows.__getitem__)
-        positions = torch.cat([torch.arange(*self.spans[row]) for row in rows])
-        self.places = positions.argsort().to(device)
         self.last = torch.tensor([stop - 1 for _, stop in self.spans]).to(device)
+        self._lengths, self._device = lengths, device
+        self._tables: tuple[RowTables, list[tuple[int, int]]] | None = None
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        sizes: dict[object, list[int]] = {}
+        for row, (length, (start, stop)) in enumerate(zip(self._lengths, self.spans, strict=True)):
+            sizes.setdefault((row, "past") if length else (stop - start).bit_length(), []).append(row)
+        return [self._group(rows, self._device) for rows in sizes.values()]
+
+    @cached_property
+    def places(self) -> Tensor:
+        rows = [row for group in self.groups for row in group.rows]
+        return torch.cat([torch.arange(*self.spans[row]) for row in rows]).argsort().to(self._device)
+
+    @cached_property
+    def row_places(self) -> list[int]:
+        rows = [row for group in self.groups for row in group.rows]
+        return sorted(range(len(rows)), key=rows.__getitem__)
 
     def _group(self, rows: list[int], device: torch.device) -> Group:
         counts = torch.tensor([self.spans[row][1] - self.spans[row][0] for row in rows])
@@ -172,3 +201,25 @@ class Packing:
             states.append(new)
         y = torch.cat(parts)[self.places].unsqueeze(0)
         return y, None if state is None else states[0].join(states[1:]).select(self.row_places)
+
+    def apply_together(
+        self, together: Together, z: Tensor, state: Any, snapshots: Snapshots | None
+    ) -> tuple[Tensor, Any]:
+        """``apply`` by a function that evaluates all rows in one call, and copies their states on the way."""
+        rows, stops = self._row_tables(snapshots, z.device)
+        y, state, copies = together(z, state, rows, len(stops))
+        for place, (row, stop) in enumerate(stops):
+            assert snapshots is not None
+            snapshots.put(snapshots.layer, row, stop, copies.select([place]).detach())
+        return y, state
+
+    def _row_tables(self, snapshots: Snapshots | None, device: torch.device) -> tuple[RowTables, list[tuple[int, int]]]:
+        """The tables of a pass, the same for all its layers, and row and number of tokens of every stop."""
+        if self._tables is None:
+            counts = [stop - start for start, stop in self.spans]
+            stops = [] if snapshots is None else snapshots.places(counts)
+            ends = [sum(row < end for row, _ in stops) for end in range(len(counts) + 1)]
+            parts = [[start for start, _ in self.spans], counts, ends, [stop for _, stop in stops] or [0]]
+            numbers = torch.tensor([n for part in parts for n in part], dtype=torch.int32).to(device)
+            self._tables = RowTables(*numbers.split([len(part) for part in parts])), stops
+        return self._tables

@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from benchmarks.gpu import SUITE, baseline, correctness, model, train
+from benchmarks.gpu import SUITE, baseline, continuous, correctness, model, train
+from benchmarks.gpu.engine import request_shapes
 from benchmarks.gpu.session import GpuSession
 from benchmarks.gpu.sizes import FULL, QUICK
 from benchmarks.registry import IncorrectError
@@ -199,3 +200,26 @@ def test_the_baselines_static_steps_and_chunks_are_its_one_pass() -> None:
         written = torch.cat([written, token], dim=1)
         token = step(token)
         assert torch.equal(token, mistral.prefill(written).argmax(-1, keepdim=True))
+
+
+# --- continuous batching
+
+
+def test_the_baseline_of_many_requests_writes_every_token() -> None:
+    pytest.importorskip("transformers", minversion="5.17")
+    found = continuous.measure(QUICK, num_blocks=64, max_batch_tokens=64)
+    assert found["tokens"] == sum(new for _, new in request_shapes(QUICK)[:3]) and found["seconds"] > 0
+
+
+def test_many_requests_are_held_against_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = request_shapes(QUICK)[: QUICK.compared_requests]
+    tokens = sum(new for _, new in shapes)
+    theirs = {"seconds": 8.0, "tokens": tokens, "start": 1.0, "note": "attention sdpa"}
+    monkeypatch.setattr(continuous, "time_requests", lambda session, given: (2.0, 0) if given == shapes else None)
+    monkeypatch.setattr(continuous.baseline, "start", lambda *arguments, module: None)
+    monkeypatch.setattr(continuous.baseline, "finish", lambda child, seconds: ([theirs], ""))
+    row = continuous.beside(GpuSession(quick=True))
+    assert row.met and row.ratio is not None and row.ratio.median == 4.0 and row.ours.median == tokens / 2
+    theirs["tokens"] -= 1
+    with pytest.raises(IncorrectError, match="asked for"):
+        continuous.beside(GpuSession(quick=True))

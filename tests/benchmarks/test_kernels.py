@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from benchmarks.kernels import decode, fp8, hyena, pages
+from benchmarks.kernels import decode, few_rows, fp8, hyena, pages
 
 from hyaena.bench import rates
 from hyaena.bench.rates import Sizes
@@ -50,6 +50,19 @@ def test_the_products_of_a_decoding_step_and_the_step_itself(tmp_path: Path, mon
     assert [(p["kind"], p["shape"], len(p["tiles"])) for p in products] == [("gate", [192, 64], 1)]
     assert step["what"] == "products by torch" and step["context"] == 60 and len(step["seconds"]) == 4
     assert known["tuned_tiles"] == {"('gate', 96, 64)": [8, 64, 1, 1]}
+
+
+def test_the_products_of_several_rows_and_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "shapes", lambda config: [("gate", config.intermediate_size, config.hidden_size)])
+    monkeypatch.setattr(few_rows, "CUDA", False)
+    few_rows.main(["--quick", "--output", str(tmp_path)])
+    known = json.loads((tmp_path / "few_rows.json").read_text(encoding="utf-8"))
+    assert [(f["what"], f.get("tile", f.get("name"))) for f in known["figures"]] == [
+        ("gate 96x64", "torch"), ("gate 96x64", "(64, 128, 1, 3, 4)"), ("gate 96x64", "(16, 64, 1, 2, 4)"),
+        ("step", "tiles by rule"),
+    ]  # fmt: skip
+    assert list(known["fastest"]) == ["('gate', 16, 96, 64)"]
+    few_rows.main(["--quick", "--compile", "1/1", "--vectors", "3"])
 
 
 def test_pages_and_storage_of_rows_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from hyaena.decoding import ShortPasses
 from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
@@ -179,3 +181,36 @@ def test_a_failure_of_the_runner_ends_all_requests(monkeypatch: pytest.MonkeyPat
         assert not engine.alive
         with pytest.raises(EngineDeadError):
             submit(engine, [1])
+
+
+class Watched(ShortPasses):
+    """Counts its passes."""
+
+    passes = 0
+
+    def read(self, *arguments: Any) -> Any:
+        self.passes += 1
+        return super().read(*arguments)
+
+
+def test_short_passes_say_what_the_plain_pass_says() -> None:
+    """Prompts that share passes, a row that samples, and a second turn that begins at a snapshot of a short pass."""
+    torch.manual_seed(0)
+    model = StripedHyena(replace(CONFIGS["sh"], layer_types=("hyena", "attention")))
+    prompts = [[(7 * j + i) % 256 for j in range(n)] for i, n in enumerate((5, 66, 9))]
+    found = []
+    for short in (False, True):
+        with running(model, kv_bytes=2**22, decoding="static", max_rows=4) as engine:
+            passes = Watched(model, engine.runner.pool, cuda_graph=False)
+            engine.runner._lanes[""]._short = passes if short else None
+            clients = [
+                submit(engine, prompt, 3, temperature=0.5 * (i == 2), seed=1) for i, prompt in enumerate(prompts)
+            ]
+            clients = [client.wait() for client in clients]
+            clients.append(submit(engine, prompts[1] + [1, 2], 2).wait())
+        assert bool(passes.passes) == short
+        assert clients[3].deltas[-1].cached_tokens == 64
+        found.append(clients)
+    for one, other in zip(*found, strict=True):
+        assert one.tokens == other.tokens and one.reason == other.reason
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)  # float32, another order of sums

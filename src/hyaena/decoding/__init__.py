@@ -5,6 +5,7 @@ from hyaena.decoding.eager import EagerDecoder, sample_outputs
 from hyaena.decoding.isolated import IsolatedDecoder
 from hyaena.decoding.pipeline import PipelinedDecoder
 from hyaena.decoding.sampler import StepOutput, pack_outputs
+from hyaena.decoding.short_passes import ShortPasses
 from hyaena.decoding.static_cache import StaticCache
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "EagerDecoder",
     "IsolatedDecoder",
     "PipelinedDecoder",
+    "ShortPasses",
     "StaticCache",
     "StepOutput",
     "pack_outputs",

@@ -99,9 +99,9 @@ class GraphSampler:
         self.generators += generators
         self.features = SamplingFeatures.of(self.params)
         here = slice(start, len(self.params))
-        self.knobs[here] = params_tensor(params).to(self.knobs.device)
+        self.knobs[here] = upload(params_tensor(params), self.knobs.device)
         if self.features.draw and self.left:  # the rest of the block, so that all rows exhaust it together
-            self.uniform[here, BLOCK - self.left :] = self._draw(here, self.left).to(self.uniform.device)
+            self.uniform[here, BLOCK - self.left :] = upload(self._draw(here, self.left), self.uniform.device)
         if self.features.penalty and self.seen is None:
             self.seen = torch.zeros(self.knobs.shape[0], self.vocab_size, dtype=torch.bool, device=self.knobs.device)
         if self.seen is not None:
@@ -127,9 +127,7 @@ class GraphSampler:
             return
         if self.left == 0:
             block = self._draw(slice(0, len(self.params)), BLOCK)
-            if self.uniform.is_cuda:
-                block = block.pin_memory()  # a copy from pageable memory would wait
-            self.uniform[: len(self.params)].copy_(block, non_blocking=True)
+            self.uniform[: len(self.params)] = upload(block, self.uniform.device)
             self.counter.zero_()
             self.left = BLOCK
         self.left -= 1
@@ -168,3 +166,8 @@ def move_rows(tensor: Tensor, rows: Sequence[int]) -> None:
     for place, row in enumerate(rows):
         if place != row:
             tensor[place].copy_(tensor[row])
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, which is not waited for: a copy from pageable memory would wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from hyaena.cache import Cache
-from hyaena.decoding.sampler import move_rows
+from hyaena.decoding.sampler import move_rows, upload
 from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
-from hyaena.ops import PAGE, PagePool, pages_for
+from hyaena.ops import PAGE, PagePool, RowTensors, pages_for
+from hyaena.ops.state import copy_all
 
 
 class StaticCache:
@@ -87,9 +88,14 @@ class StaticCache:
         self._cover(cache.max_length)
         lengths, limits, start = list(cache.lengths), [limit or 0 for limit in cache.limits], self.rows
         try:
+            pairs = []
             for mine, theirs in zip(self.states, cache.states, strict=True):
-                for i in range(len(lengths)):
-                    mine.put(start + i, theirs, i)
+                if isinstance(mine, RowTensors):
+                    pairs += mine.pairs(start, theirs)
+                else:
+                    for i in range(len(lengths)):
+                        mine.put(start + i, theirs, i)
+            copy_all(pairs)
         except InputError:
             self._vacate(start, start + len(lengths))
             raise
@@ -141,9 +147,7 @@ class StaticCache:
         """Bring the table on the device up to date, without waiting for the device."""
         if self._changes and self.device_pages is not None:
             changes = torch.tensor([(*place, page) for place, page in self._changes.items()])
-            if self.device_pages.is_cuda:
-                changes = changes.pin_memory()  # a copy from pageable memory would wait
-            rows, places, pages = changes.to(self.device_pages.device, non_blocking=True).unbind(1)
+            rows, places, pages = upload(changes, self.device_pages.device).unbind(1)
             self.device_pages[rows, places] = pages.int()
             self._changes = {}
 
@@ -153,10 +157,17 @@ class StaticCache:
         if self.device_pages is not None:
             self.upload_pages()
             move_rows(self.device_pages, rows)
-        for state in self.states:
-            for place, row in enumerate(rows):
-                if place != row:
-                    state.put(place, state, row)
+        if rows != list(range(len(rows))):
+            index = upload(torch.tensor(rows), self.device_lengths.device)
+            tensors = []
+            for state in self.states:
+                if isinstance(state, RowTensors):
+                    tensors += state.tensors()
+                else:
+                    for place, row in enumerate(rows):
+                        if place != row:
+                            state.put(place, state, row)
+            copy_all([(t[: len(rows)], t.index_select(0, index)) for t in tensors])
         self._vacate(len(rows), before)
         self.lengths = [self.lengths[row] for row in rows]
         self.limits = [self.limits[row] for row in rows]
@@ -168,15 +179,19 @@ class StaticCache:
     def _vacate(self, start: int, stop: int) -> None:
         """Let places use scratch storage, so that steps of larger buckets write nowhere else."""
         for state, scratch in zip(self.states, self.scratch, strict=True):
-            for place in range(start, stop):
-                state.put(place, scratch, 0)
+            if isinstance(state, RowTensors):
+                for tensor in state.tensors():
+                    tensor[start:stop] = 0
+            else:
+                for place in range(start, stop):
+                    state.put(place, scratch, 0)
         if self.device_pages is not None and self.pool is not None:
             self.device_pages[start:stop, 0] = self.pool.scratch
 
     def _count(self, start: int) -> None:
-        device = self.device_lengths.device
-        self.device_lengths[start : self.rows] = torch.tensor(self.lengths[start:], dtype=torch.int32, device=device)
-        self.device_limits[start : self.rows] = torch.tensor(self.limits[start:], dtype=torch.int32, device=device)
+        counts = torch.tensor([self.lengths[start:], self.limits[start:]], dtype=torch.int32)
+        counts = upload(counts, self.device_lengths.device)
+        self.device_lengths[start : self.rows], self.device_limits[start : self.rows] = counts[0], counts[1]
 
     def cache(self) -> Cache:
         """An ordinary cache of the rows in use, over the same storage: valid until the next step."""

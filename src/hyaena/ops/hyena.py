@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.ops.backend import Backend, use_fused_hyena
+from hyaena.ops.backend import Backend, use_fused_hyena, wants_gradients
 from hyaena.ops.long_conv import (
     METHODS,
     Filter,
     Method,
+    ModalFilter,
     check_channels,
     long_conv,
     long_conv_states,
@@ -48,6 +49,25 @@ class HyenaState(RowTensors, _Fields):
     """
 
     __slots__ = ()
+
+
+LONGEST_PACKED = 32_768
+"""Tokens of a row that one thread walks through; the kernel of prefills divides longer ones."""
+
+
+class RowTables(NamedTuple):
+    """Which tokens of a packed pass are whose, int32 on the device.
+
+    Attributes:
+        begins, counts: [R], the first place of each row, and its tokens.
+        stop_begins: [R+1], where the stops of each row begin and end.
+        stops: [S], numbers of tokens after which the state of a row is copied, rising in each row.
+    """
+
+    begins: Tensor
+    counts: Tensor
+    stop_begins: Tensor
+    stops: Tensor
 
 
 def hyena(
@@ -151,3 +171,52 @@ def hyena_states(
         last,
         [HyenaState(past[..., n : n + window].contiguous(), one) for n, one in zip(stops, longs, strict=True)],
     )
+
+
+def packs_in_one_kernel(
+    z: Tensor, short_weight: Tensor, long_filter: Filter, state: HyenaState | None, longest: int, backend: Backend
+) -> bool:
+    """Whether ``hyena_packed`` evaluates a pass: in inference, over complex modes, if its longest row is not too long.
+
+    Args:
+        z, short_weight, long_filter, state: see ``hyena``.
+        longest: tokens of the longest row.
+        backend: of the pass.
+    """
+    return (
+        state is not None
+        and isinstance(long_filter, ModalFilter)
+        and longest <= LONGEST_PACKED
+        and state.short.dtype == z.dtype
+        and not wants_gradients(z, short_weight)
+        and use_fused_hyena(backend, "auto", z, short_weight, long_filter, state.long, None)
+    )
+
+
+def hyena_packed(
+    z: Tensor,
+    short_weight: Tensor,
+    short_bias: Tensor | None,
+    long_filter: Filter,
+    state: HyenaState,
+    rows: RowTables,
+    stops: int,
+) -> tuple[Tensor, HyenaState, HyenaState | None]:
+    """``hyena`` of several rows in one pass without padding, in one kernel; see ``packs_in_one_kernel``.
+
+    Args:
+        z: [1,T,3D], the tokens of R rows, one row after another.
+        short_weight, short_bias, long_filter: see ``hyena``.
+        state: of R rows.
+        rows: which tokens are whose.
+        stops: how many stops they name.
+
+    Returns:
+        y [1,T,D], the state of R rows after their tokens, and the states at the stops, or None without any.
+    """
+    from hyaena.ops.triton.decode.packed_hyena import packed_hyena
+
+    after = HyenaState(*(t.clone(memory_format=torch.contiguous_format) for t in state.tensors()))
+    copies = after.blank(stops) if stops else None
+    y = packed_hyena(z[0].contiguous(), short_weight, short_bias, cast("ModalFilter", long_filter), after, rows, copies)
+    return y.unsqueeze(0), after, copies

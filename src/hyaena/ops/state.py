@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,12 +71,8 @@ class RowTensors:
 
     def put(self: S, row: int, source: S, source_row: int) -> None:
         """Overwrite a row, in place, by a row of another state."""
-        for mine, theirs in zip(self.tensors(), source.tensors(), strict=True):
-            if mine.shape[1:] != theirs.shape[1:] or mine.dtype != theirs.dtype:
-                raise InputError(
-                    "rows of one decoder must have states of one size: make their caches with the same method and dtype"
-                )
-            mine[row].copy_(theirs[source_row])
+        for mine, theirs in self.pairs(row, source._map(lambda t: t[source_row : source_row + 1])):
+            mine.copy_(theirs)
 
     def mutated(self) -> list[Tensor]:
         """Everything: a step that ran twice would move the state on twice."""
@@ -88,3 +84,24 @@ class RowTensors:
 
     def _map(self: S, function) -> S:  # type: ignore[no-untyped-def]
         return type(self)(*(function(t) for t in self.tensors()))
+
+    def pairs(self: S, start: int, source: S) -> list[tuple[Tensor, Tensor]]:
+        """What ``copy_all`` copies to overwrite the rows from ``start`` on by all rows of another state.
+
+        Raises:
+            InputError: the states are of different sizes.
+        """
+        pairs = list(zip(self.tensors(), source.tensors(), strict=True))
+        if any(mine.shape[1:] != theirs.shape[1:] or mine.dtype != theirs.dtype for mine, theirs in pairs):
+            raise InputError(
+                "rows of one decoder must have states of one size: make their caches with the same method and dtype"
+            )
+        return [(mine[start : start + len(theirs)], theirs) for mine, theirs in pairs]
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair to the first, those of one dtype in one launch."""
+    together: Any = torch
+    for dtype in {target.dtype for target, _ in pairs}:
+        alike = [pair for pair in pairs if pair[0].dtype == dtype]
+        together._foreach_copy_([target for target, _ in alike], [source for _, source in alike], non_blocking=True)

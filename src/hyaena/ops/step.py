@@ -73,6 +73,10 @@ class DecodeOperators:
         torch.minimum(context.lengths + 1, context.limits, out=context.lengths)
         return torch.nn.functional.embedding(ids, table) if isinstance(table, Tensor) else table(ids)
 
+    def last_tokens(self, x: Tensor) -> Tensor:
+        """The tokens [R,D] of x [B,D] whose successors are chosen: all of them, where each is of a row of its own."""
+        return x
+
     def argmax(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Write the most probable token of each row of logits [B,V] into ids [B]; 0 where they are not finite.
 

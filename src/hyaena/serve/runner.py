@@ -17,15 +17,17 @@ from hyaena.decoding import (
     EagerDecoder,
     IsolatedDecoder,
     PipelinedDecoder,
+    ShortPasses,
     StepOutput,
     sample_outputs,
 )
+from hyaena.decoding.short_passes import Answers
 from hyaena.errors import UnsupportedError
 from hyaena.generation.loop import Row, seen_tokens
 from hyaena.model import StripedHyena
 from hyaena.ops import PAGE, PagePool
 from hyaena.packing import Snapshots
-from hyaena.sampling import draw
+from hyaena.sampling import SamplingFeatures, draw
 from hyaena.serve.scheduler import Plan, Read, Start
 
 Key = int
@@ -75,10 +77,9 @@ class Runner:
         isolated: bool,
     ) -> None:
         self.pool = models[""].make_page_pool(pages)
-        self.max_length = max_length
         self._snapshots: dict[int, StateSnapshot] = {}
         self._lanes = {
-            name: Lane(model, _make_rows(model, max_rows, decoding, isolated), self._snapshots)
+            name: Lane(model, self.pool, max_length, _make_rows(model, max_rows, decoding, isolated), self._snapshots)
             for name, model in models.items()
         }
         self._lane_of: dict[Key, Lane] = {}
@@ -109,7 +110,7 @@ class Runner:
             del lane_of[key]
         for start in plan.start:
             lane_of[start.key] = self._lanes[start.adapter]
-            lane_of[start.key].start(start, self.pool, self.max_length)
+            lane_of[start.key].start(start)
         for number in plan.forget:
             self._snapshots.pop(number, None)
         chosen = []
@@ -120,6 +121,9 @@ class Runner:
             lane_of[key].extend(key, pages)
         for adapter in plan.decode:
             chosen += self._lanes[adapter].decode(top)
+        if not plan.reads:  # no first token waits for it
+            for lane in self._lanes.values():
+                lane.prepare_row()
         return chosen
 
     def close(self) -> None:
@@ -133,21 +137,37 @@ class Lane:
 
     Args:
         model: of these requests.
+        pool: of the pages of all lanes.
+        max_length: the most tokens of a row.
         rows: decodes them.
         snapshots: of all lanes, by number.
     """
 
-    def __init__(self, model: StripedHyena, rows: Rows, snapshots: dict[int, StateSnapshot]) -> None:
+    def __init__(
+        self, model: StripedHyena, pool: PagePool, max_length: int, rows: Rows, snapshots: dict[int, StateSnapshot]
+    ) -> None:
         self.model = model
         self.rows = rows
+        self._empty = model.make_paged_cache(pool, [[]], max_length=max_length)
+        self._spare: Cache | None = None  # for the next row
+        self._short: ShortPasses | None = None
+        if isinstance(rows, PipelinedDecoder) and rows.decoder.cuda_graph and not ShortPasses.unsupported_reason(model):
+            self._short = ShortPasses(model, pool, cuda_graph=True)
+        self._packed = all(getattr(layer.mixer, "packs", False) for layer in model.layers)
         self._snapshots = snapshots
         self._reading: dict[Key, Cache] = {}
         self._lives: dict[Key, Life] = {}  # the decoder's key of a row; a row that comes back has another
         self._count = itertools.count()
 
-    def start(self, start: Start, pool: PagePool, max_length: int) -> None:
+    def prepare_row(self) -> None:
+        """Make the cache of the next row, which takes some milliseconds on a GPU."""
+        if self._spare is None:
+            self._spare = self._empty.with_pages([])
+
+    def start(self, start: Start) -> None:
         """Set up a row."""
-        cache = self.model.make_paged_cache(pool, [start.pages], max_length=max_length)
+        cache, self._spare = self._spare or self._empty.with_pages([]), None
+        cache.set_pages(0, start.pages)
         if start.snapshot is not None:
             cache.restore_states(0, self._snapshots[start.snapshot])
         self._reading[start.key] = cache
@@ -181,34 +201,39 @@ class Lane:
         cache = self._reading[reads[0].key]
         if len(reads) > 1:  # the last of their rows, which go on to the decoder together
             cache.extend([self._reading[read.key] for read in reads[1:]])
-        logits = self._pass(cache, reads)
+        answers = self._pass(cache, reads)
         for token in reads[0].replay:  # of one row alone
             ids = torch.tensor([[token]], device=self.model.device)
-            logits = self.model(ids, cache=cache, logits_to_keep=1)[:, -1]
+            answers = self.model(ids, cache=cache, logits_to_keep=1)[:, -1]
         if not reads[0].last:
             return []
         keys = [read.key for read in reads]
         for key in keys:
             del self._reading[key]
-        return list(zip(keys, _unpack(self._begin(keys, [rows[key] for key in keys], cache, logits, top)), strict=True))
+        output = self._begin(keys, [rows[key] for key in keys], cache, answers, top)
+        return list(zip(keys, _unpack(output), strict=True))
 
-    def _pass(self, cache: Cache, reads: Sequence[Read]) -> Tensor:
-        """Read the tokens of all rows of a cache; the logits [B,V] behind them."""
+    def _pass(self, cache: Cache, reads: Sequence[Read]) -> Tensor | Answers:
+        """Read the tokens of all rows of a cache; the logits [B,V] behind them, or what a short pass answers."""
         stops = {
             row: [length - read.start for length in read.snapshots] for row, read in enumerate(reads) if read.snapshots
         }
         snapshots = Snapshots(stops) if stops else None
-        ids = torch.tensor([[token for read in reads for token in read.tokens]], device=self.model.device)
-        counts = [len(read.tokens) for read in reads] if len(reads) > 1 else None
-        logits = self.model(ids, cache=cache, counts=counts, logits_to_keep=1, snapshots=snapshots)
+        counts = [len(read.tokens) for read in reads]
+        if self._short is not None and self._short.takes(cache, counts, snapshots):
+            answers = self._short.read([read.tokens for read in reads], cache, snapshots)
+        else:
+            ids = torch.tensor([[token for read in reads for token in read.tokens]], device=self.model.device)
+            packed = counts if self._packed and (len(reads) > 1 or stops) else None
+            answers = self.model(ids, cache=cache, counts=packed, logits_to_keep=1, snapshots=snapshots)[:, -1]
         for row, read in enumerate(reads):
             for length, number in read.snapshots.items():
                 assert snapshots is not None
                 saved = snapshots.states(row, length - read.start)
                 self._snapshots[number] = _state_snapshot(cache, saved, length)
-        return logits[:, -1]
+        return answers
 
-    def _begin(self, keys: list[Key], rows: list[Row], cache: Cache, logits: Tensor, top: int) -> StepOutput:
+    def _begin(self, keys: list[Key], rows: list[Row], cache: Cache, answers: Tensor | Answers, top: int) -> StepOutput:
         """Choose the first tokens of rows, and have the rows decoded."""
         params, generators = [row.params for row in rows], []
         for row in rows:
@@ -216,11 +241,17 @@ class Lane:
             if row.tokens:  # it was pre-empted: its next number is the one that it would have drawn
                 draw(row.params, generator, len(row.tokens))
             generators.append(generator)
-        seen = seen_tokens(rows, logits)
-        ids, output = sample_outputs(logits, params, generators, seen, top)
         steps = [row.max_new_tokens - len(row.tokens) - 1 for row in rows]
         self._lives |= {key: (key, next(self._count)) for key in keys}
         lives = [self._lives[key] for key in keys]
+        greedy = not top and SamplingFeatures.of(params) == SamplingFeatures()
+        if isinstance(answers, Answers) and greedy:  # the host works while the device does
+            wait = answers.fetch()
+            self.rows.add(lives, steps, cache, answers.ids, params, generators)
+            return wait()
+        logits = answers.logits if isinstance(answers, Answers) else answers
+        seen = seen_tokens(rows, logits)
+        ids, output = sample_outputs(logits, params, generators, seen, top)
         self.rows.add(lives, steps, cache, ids, params, generators, seen=seen)
         return output
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hyaena.ops.norm import BOUND
 from hyaena.ops.triton.common import activate, rms_scale
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 GATE_BLOCK = 2048
 """Numbers of a program of the gate: 16 bytes of bfloat16 from each operand, twice, for each of 128 threads."""
@@ -29,7 +30,9 @@ QUANTIZE_BLOCK = 2048
 
 @triton.jit
 def _rms_norm_kernel(x, weight, y, eps, WIDTH: tl.constexpr, PAD: tl.constexpr, EPS_INSIDE: tl.constexpr,
-                     BOUND: tl.constexpr):  # fmt: skip
+                     BOUND: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     start = tl.program_id(0).to(tl.int64) * WIDTH
     i = tl.arange(0, PAD)
     inside = i < WIDTH
@@ -78,8 +81,8 @@ def _quantize_kernel(x, scale, y, count, size, BLOCK: tl.constexpr, LARGEST: tl.
     tl.store(y + i, v.to(tl.float8e4nv), mask=i < size)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = True) -> Tensor:
-    """Equals ``ops.rms_norm``: x [..., D], weight [D]."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = True, overlap: bool = False) -> Tensor:
+    """Equals ``ops.rms_norm``: x [..., D], weight [D]. With ``overlap`` as a kernel of a step, see ``decode.pdl``."""
     x = x.contiguous()
     width = x.shape[-1]
     y = torch.empty_like(x)
@@ -88,7 +91,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = T
         with _device(x):
             _rms_norm_kernel[(x.numel() // width,)](
                 x, weight.contiguous(), y, eps, WIDTH=width, PAD=padded, EPS_INSIDE=eps_inside_root, BOUND=BOUND,
-                num_warps=min(16, max(1, padded // 1024)),
+                OVERLAP=overlap, launch_pdl=overlap, num_warps=min(16, max(1, padded // 1024)),
             )  # fmt: skip
     return y
 

@@ -148,7 +148,7 @@ def decode_attention(
     _split_kernel[(batch * groups, splits)](
         q, keys, values, capacities, pages, lengths, partial, weights, scale,
         HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=max(16, triton.next_power_of_2(share)),
-        WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, BLOCK=block, OPERAND=_operand(q.dtype), TYPE=TYPES[rows.dtype],
+        WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, BLOCK=block, OPERAND=operand(q.dtype), TYPE=TYPES[rows.dtype],
         STAGES=3, TABLE=table, PAGE=page, OVERLAP=overlap,
         launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
@@ -160,7 +160,7 @@ def decode_attention(
     return out
 
 
-def _operand(dtype: torch.dtype) -> tl.dtype:
+def operand(dtype: torch.dtype) -> tl.dtype:
     """What the products multiply: the numbers as they are; under the interpreter, which cannot, bfloat16 as float32."""
     if dtype == torch.bfloat16:
         return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16

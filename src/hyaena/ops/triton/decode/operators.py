@@ -14,8 +14,10 @@ from hyaena.ops.linear import Dense, Linear
 from hyaena.ops.long_conv import ExplicitFilter, Filter, ModalFilter, RealModalFilter
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
+from hyaena.ops.triton import pointwise
 from hyaena.ops.triton.decode import embed_argmax, gemv, rope_kv
 from hyaena.ops.triton.decode.attention import decode_attention
+from hyaena.ops.triton.decode.few_rows import Products
 from hyaena.ops.triton.hyena import explicit_launch, launch
 from hyaena.ops.triton.hyena.register import real_pairs
 
@@ -23,11 +25,12 @@ from hyaena.ops.triton.hyena.register import real_pairs
 class FusedDecodeOperators(DecodeOperators):
     """Kernels that read every weight and every valid slot once, and never wait for the device.
 
-    Products of several rows, layers that are not plain weights, and filters that the kernels do not support are
-    computed by the plain operators, which a graph captures as well.
+    Products that neither ``gemv`` nor ``few_rows`` takes, layers that are not plain weights, and filters that the
+    kernels do not support are computed by the plain operators, which a graph captures as well.
 
     Args:
-        tiles: measured tiles by operator and shape of the matrix, in place of the rule's.
+        tiles: measured tiles of one row by operator and shape of the matrix, in place of the rule's.
+        products: of several rows; made unless given.
         overlap: kernels start before their predecessors end, see ``ops.triton.decode.pdl``; only where the device
             supports it, see ``ops.triton.can_overlap``.
         longest: the most tokens of any row, which bounds the splits of attention; the largest capacity unless given.
@@ -37,10 +40,12 @@ class FusedDecodeOperators(DecodeOperators):
         self,
         tiles: dict[tuple[str, int, int], gemv.Tile] | None = None,
         *,
+        products: Products | None = None,
         overlap: bool = False,
         longest: int | None = None,
     ) -> None:
         self.tiles = tiles or {}
+        self.products = products or Products(overlap=overlap)
         self.backend = Backend(hyena=False, pointwise=True)
         self.overlap = overlap
         self.longest = longest
@@ -54,16 +59,24 @@ class FusedDecodeOperators(DecodeOperators):
         return embed_argmax.argmax(logits, ids, overlap=self.overlap)
 
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
-        if x.shape[0] > 1 or not isinstance(layer, Dense) or not isinstance(norm, RMSNormWeight | None):
+        if not isinstance(layer, Dense) or not isinstance(norm, RMSNormWeight | None):
             return super().linear(x, layer, norm=norm, residual=residual)
+        if x.shape[0] > 1:
+            if not self.products.takes(x, layer.weight):
+                return super().linear(x, layer, norm=norm, residual=residual)
+            return self.products.linear(self.normalise(x, norm), layer, residual=residual)
         rows, width = layer.weight.shape
         tile = self.tiles.get(("linear", rows, width))
         return gemv.linear(x, layer, norm=norm, residual=residual, tile=tile, overlap=self.overlap)
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
         plain = isinstance(gate, Dense) and isinstance(up, Dense) and gate.bias is None and up.bias is None
-        if x.shape[0] > 1 or not plain or not isinstance(norm, RMSNormWeight | None):
+        if not plain or not isinstance(norm, RMSNormWeight | None):
             return super().gate(x, gate, up, norm=norm, activation=activation)
+        if x.shape[0] > 1:
+            if not self.products.takes(x, gate.weight, up.weight):
+                return super().gate(x, gate, up, norm=norm, activation=activation)
+            return self.products.gate(self.normalise(x, norm), gate.weight, up.weight, activation=activation)
         rows, width = gate.weight.shape
         return gemv.gate(
             x,
@@ -74,6 +87,11 @@ class FusedDecodeOperators(DecodeOperators):
             tile=self.tiles.get(("gate", rows, width)),
             overlap=self.overlap,
         )
+
+    def normalise(self, x: Tensor, norm: Norm | None) -> Tensor:
+        if not isinstance(norm, RMSNormWeight):
+            return super().normalise(x, norm)
+        return pointwise.rms_norm(x, norm.weight, norm.eps, eps_inside_root=norm.eps_inside_root, overlap=self.overlap)
 
     def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         return rope_kv.rotate_and_cache(qkv, state.through(context.pages), context, overlap=self.overlap)

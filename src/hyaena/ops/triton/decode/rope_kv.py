@@ -17,48 +17,68 @@ from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.decode.rows import first_slot, page_operands, row_capacity, row_storage
 
+HEADS_TOGETHER = 16
+"""Heads of a program: with heads of 128 channels, 16 bytes of each half for each of 128 threads."""
 
-@triton.jit
-def _rotate_and_cache_kernel(qkv, keys, values, capacities, pages, q, lengths, cos, sin,
+
+# tables are parts of one tensor: no compilation for each of their alignments
+@triton.jit(do_not_specialize_on_alignment=["pages", "owners", "lengths"])
+def _rotate_and_cache_kernel(qkv, keys, values, capacities, pages, owners, q, lengths, cos, sin,
                              HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HALF_PAD: tl.constexpr,
-                             TYPE: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
-                             OVERLAP: tl.constexpr):  # fmt: skip
-    """One head of one row. Heads: queries, keys, values, in the order of the projection."""
+                             BLOCK: tl.constexpr, TYPE: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
+                             OWNERS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Some heads of one token. Heads: queries, keys, values, in the order of the projection."""
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
     HALF: tl.constexpr = WIDTH // 2
     i = tl.arange(0, HALF_PAD)
-    inside = i < HALF
+    here = (i < HALF)[None, :]
     position = tl.load(lengths + row).to(tl.int64) - 1
-    slot = first_slot(pages, row, position, TABLE, PAGE)
-    capacity = row_capacity(capacities, row, PAGE).to(tl.int64)
-    start = qkv + (row * (HEADS + 2 * GROUPS) + head) * WIDTH
-    a = tl.load(start + i, mask=inside, other=0.0)
-    b = tl.load(start + HALF + i, mask=inside, other=0.0)
-    if head >= HEADS + GROUPS:
-        target = row_storage(values, row, TYPE, PAGE) + ((head - HEADS - GROUPS) * capacity + slot) * WIDTH
-        tl.store(target + i, a.to(TYPE), mask=inside)
-        tl.store(target + HALF + i, b.to(TYPE), mask=inside)
-    else:
-        angle = position * HALF + i
-        c = tl.load(cos + angle, mask=inside, other=0.0)
-        s = tl.load(sin + angle, mask=inside, other=0.0)
-        first = a.to(tl.float32)
-        second = b.to(tl.float32)
-        if head < HEADS:
-            target = q + (row * HEADS + head) * WIDTH
-            tl.store(target + i, (first * c - second * s).to(q.dtype.element_ty), mask=inside)
-            tl.store(target + HALF + i, (second * c + first * s).to(q.dtype.element_ty), mask=inside)
-        else:
-            target = row_storage(keys, row, TYPE, PAGE) + ((head - HEADS) * capacity + slot) * WIDTH
-            tl.store(target + i, (first * c - second * s).to(TYPE), mask=inside)
-            tl.store(target + HALF + i, (second * c + first * s).to(TYPE), mask=inside)
+    owner = row
+    if OWNERS:
+        owner = tl.load(owners + row).to(tl.int64)
+    slot = first_slot(pages, owner, position, TABLE, PAGE)
+    capacity = row_capacity(capacities, owner, PAGE).to(tl.int64)
+    inside = (head < HEADS + 2 * GROUPS) & here
+    start = qkv + (row * (HEADS + 2 * GROUPS) + head) * WIDTH + i[None, :]
+    a = tl.load(start, mask=inside, other=0.0)
+    b = tl.load(start + HALF, mask=inside, other=0.0)
+    angle = position * HALF + i
+    c = tl.load(cos + angle, mask=i < HALF, other=0.0)[None, :]
+    s = tl.load(sin + angle, mask=i < HALF, other=0.0)[None, :]
+    first = a.to(tl.float32) * c - b.to(tl.float32) * s
+    second = b.to(tl.float32) * c + a.to(tl.float32) * s
+
+    query = q + (row * HEADS + head) * WIDTH + i[None, :]
+    is_query = (head < HEADS) & here
+    tl.store(query, first.to(q.dtype.element_ty), mask=is_query)
+    tl.store(query + HALF, second.to(q.dtype.element_ty), mask=is_query)
+    group = head - HEADS
+    is_key = (group >= 0) & (group < GROUPS) & here
+    key = row_storage(keys, owner, TYPE, PAGE) + (group * capacity + slot) * WIDTH + i[None, :]
+    tl.store(key, first.to(TYPE), mask=is_key)
+    tl.store(key + HALF, second.to(TYPE), mask=is_key)
+    group -= GROUPS
+    is_value = (group >= 0) & (group < GROUPS) & here
+    value = row_storage(values, owner, TYPE, PAGE) + (group * capacity + slot) * WIDTH + i[None, :]
+    tl.store(value, a.to(TYPE), mask=is_value)
+    tl.store(value + HALF, b.to(TYPE), mask=is_value)
 
 
-def rotate_and_cache(qkv: Tensor, rows: KVState | PagedRows, context: StepContext, *, overlap: bool = False) -> Tensor:
+def rotate_and_cache(
+    qkv: Tensor,
+    rows: KVState | PagedRows,
+    context: StepContext,
+    *,
+    owners: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
     """Rotate queries and keys of qkv [B,(H+2G)·head_dim], store keys and values at slot ``lengths - 1`` of their rows.
+
+    Args:
+        owners: int32 [B], the row of each of several tokens; None where each is the newest of its own row.
 
     Returns:
         The queries [B,H,head_dim].
@@ -68,10 +88,11 @@ def rotate_and_cache(qkv: Tensor, rows: KVState | PagedRows, context: StepContex
     q = torch.empty(batch, heads, width, dtype=qkv.dtype, device=qkv.device)
     keys, values, capacities = rows.pointers()
     pages, table, page = page_operands(rows)
-    _rotate_and_cache_kernel[(batch, heads + 2 * groups)](
-        qkv, keys, values, capacities, pages, q, context.lengths, *context.rotary,
-        HEADS=heads, GROUPS=groups, WIDTH=width, HALF_PAD=triton.next_power_of_2(width // 2),
-        TYPE=TYPES[rows.dtype], TABLE=table, PAGE=page, OVERLAP=overlap,
-        launch_pdl=overlap, num_warps=1,
+    block = min(HEADS_TOGETHER, triton.next_power_of_2(heads + 2 * groups))
+    _rotate_and_cache_kernel[(batch, triton.cdiv(heads + 2 * groups, block))](
+        qkv, keys, values, capacities, pages, owners, q, context.lengths, *context.rotary,
+        HEADS=heads, GROUPS=groups, WIDTH=width, HALF_PAD=triton.next_power_of_2(width // 2), BLOCK=block,
+        TYPE=TYPES[rows.dtype], TABLE=table, PAGE=page, OWNERS=owners is not None, OVERLAP=overlap,
+        launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     return q

@@ -1,0 +1,220 @@
+"""Products of a weight matrix and 2 to 128 vectors, bound by the speed at which memory streams the matrix.
+
+A program multiplies BN rows of the matrix with all vectors: ``W [BN,K] · x^T [K,M]``, so that the matrix is the operand
+that tensor cores take 64 rows of, and M is padded to 16 only. Pieces of the matrix are on their way to shared memory
+while earlier ones are multiplied. Where a matrix has too few rows to occupy the device, K is divided among SPLITS
+programs; the last of them to finish adds their sums, always in the same order. What stands after the product costs no
+pass of its own: bias and residual, or a second matrix on the same x with ``act(a)·b`` (gate and up of an MLP). Sums are
+float32, and a result is rounded once. A norm before it is a kernel of its own: x would have to pass through registers
+on its way to the tensor cores, and pieces would wait for one another (``docs/log/serving-gpu.md``).
+
+For one vector ``gemv`` is faster, for many a library's product. The references are ``DecodeOperators.linear`` and
+``.gate``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hyaena.ops.linear import Dense
+from hyaena.ops.triton.decode.attention import operand
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+
+MOST_ROWS = 128
+"""Vectors that one program multiplies at the most."""
+DTYPES = (torch.bfloat16, torch.float16)
+"""Of matrices and vectors."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut.
+
+    Attributes:
+        rows: of the matrix, in a program: a power of two, at least 16.
+        width: of K in a piece, a power of two, at least 64.
+        splits: programs that share a row.
+        stages: pieces in flight, the one that is multiplied among them.
+        warps: of a program.
+    """
+
+    rows: int = 64
+    width: int = 128
+    splits: int = 1
+    stages: int = 4
+    warps: int = 4
+
+
+def choose_tile(vectors: int, matrices: int, rows: int, width: int) -> Tile:
+    """For so many vectors, and matrices of ``rows`` rows and ``width`` columns each.
+
+    As many programs as run at once, two on each of 132 processors; one, with more in flight, where the vectors take
+    half of the traffic.
+    """
+    if matrices == 2:
+        if vectors > 64:
+            return Tile(rows=128, width=64, stages=3, warps=8)
+        return Tile(stages=3) if vectors <= 32 else Tile(width=64, stages=4)
+    blocks = triton.cdiv(rows, 64)
+    if vectors > 64 and blocks > 64:
+        return Tile(rows=128, width=64, splits=2 if blocks <= 96 else 1, stages=4, warps=8)
+    if vectors > 32 and blocks > 400:
+        return Tile(rows=128, width=64, stages=4)
+    tile = Tile(stages=4)
+    if vectors > 64 and width < 8192:
+        tile = Tile(width=64, stages=6)
+    splits, most = 1, 264 if vectors <= 32 else 200
+    while splits < 8 and 2 * splits * blocks <= most and width // (2 * splits) >= 512:
+        splits *= 2
+    if 32 < vectors <= 64 and splits * blocks > 132:
+        tile = Tile(stages=3)
+    return replace(tile, splits=splits)
+
+
+@triton.jit
+def read_piece(w, at, k, inside, K, WHOLE: tl.constexpr):
+    """A piece [BN,BK] of a matrix; WHOLE where nothing of it lies outside, so that no read is guarded."""
+    if WHOLE:
+        return tl.load(w + at + k[None, :], eviction_policy="evict_first")
+    else:
+        return tl.load(w + at + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0,
+                       eviction_policy="evict_first")  # fmt: skip
+
+
+@triton.jit
+def read_vectors(x, row, k, K, WHOLE: tl.constexpr):
+    """A piece [BM,BK] of the vectors."""
+    if WHOLE:
+        return tl.load(x + row + k[None, :])
+    else:
+        return tl.load(x + row + k[None, :], mask=(k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def finish(y, bias, residual, out, n, m, M, N, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+    """Add bias and residual to y [BN,BM] and store it as [M,N]."""
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    place = m[None, :].to(tl.int64) * N + n[:, None]
+    if HAS_BIAS:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if HAS_RESIDUAL:
+        y += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rows_kernel(x, w, v, bias, residual, out, partial, tickets, M, N, K,
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
+                 GATE: tl.constexpr, GELU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+                 OPERAND: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """Rows BN of ``w·x``, or of ``act(w·x)·(v·x)`` with GATE. Grid: (rows of the matrix / BN, SPLITS)."""
+    gdc_wait(OVERLAP)
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    n = block * BN + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    inside = n < N
+    at = tl.where(inside, n, 0).to(tl.int64)[:, None] * K
+    row = tl.where(m < M, m, 0).to(tl.int64)[:, None] * K
+    width = tl.cdiv(tl.cdiv(K, SPLITS), BK) * BK
+    begin = part * width
+    sums = tl.zeros((BN, BM), tl.float32)
+    others = tl.zeros((BN, BM), tl.float32)
+    for start in tl.range(begin, tl.minimum(begin + width, K), BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        ws = read_piece(w, at, k, inside, K, WHOLE)
+        xs = tl.trans(read_vectors(x, row, k, K, WHOLE)).to(OPERAND)
+        sums = tl.dot(ws.to(OPERAND), xs, sums)
+        if GATE:
+            vs = read_piece(v, at, k, inside, K, WHOLE)
+            others = tl.dot(vs.to(OPERAND), xs, others)
+    gdc_launch_dependents(OVERLAP)
+    last = True
+    if SPLITS > 1:
+        place = n[:, None].to(tl.int64) * BM + m[None, :]
+        size = tl.num_programs(0).to(tl.int64) * BN * BM
+        tl.store(partial + part * size + place, sums)
+        tl.debug_barrier()
+        last = tl.atomic_add(tickets + block, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            tl.store(tickets + block, 0)
+            sums = tl.zeros((BN, BM), tl.float32)
+            for other in tl.static_range(SPLITS):
+                sums += tl.load(partial + other * size + place, cache_modifier=".cg")
+    if last:
+        if GATE:
+            if GELU:  # noqa: SIM108, one branch is compiled
+                sums = 0.5 * sums * (1.0 + tl.erf(sums * 0.7071067811865476))
+            else:
+                sums = sums / (1.0 + tl.exp(-sums))
+            sums *= others
+        finish(sums, bias, residual, out, n, m, M, N, HAS_BIAS, HAS_RESIDUAL)
+
+
+class Products:
+    """Launches the kernel, and owns what programs of one product tell one another.
+
+    Args:
+        overlap: kernels start before their predecessors end, see ``pdl``.
+        tiles: measured tiles by kind (``linear`` or ``gate``), padded vectors, rows and columns of the matrix, in place
+            of the rule's.
+    """
+
+    def __init__(self, *, overlap: bool = False, tiles: dict[tuple[str, int, int, int], Tile] | None = None) -> None:
+        self.overlap = overlap
+        self.tiles = tiles or {}
+        self._tickets: Tensor | None = None
+
+    def takes(self, x: Tensor, *weights: Tensor) -> bool:
+        """Whether the kernel multiplies these vectors [M,K] and matrices [N,K]."""
+        return x.shape[0] <= MOST_ROWS and x.dtype in DTYPES and all(w.dtype == x.dtype for w in weights)
+
+    def linear(self, x: Tensor, layer: Dense, *, residual: Tensor | None = None) -> Tensor:
+        """``residual + weight·x + bias``: x [M,K], weight [N,K] -> [M,N]."""
+        return self._launch(x, layer.weight, None, layer.bias, residual, "")
+
+    def gate(self, x: Tensor, gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
+        """``act(gate·x) · (up·x)``: x [M,K], weights [N,K] -> [M,N]."""
+        return self._launch(x, gate, up, None, None, activation)
+
+    def _launch(
+        self,
+        x: Tensor,
+        w: Tensor,
+        v: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        vectors, (rows, width) = x.shape[0], w.shape
+        padded = max(16, triton.next_power_of_2(vectors))
+        tile = self.tiles.get(("linear" if v is None else "gate", padded, rows, width))
+        tile = tile or choose_tile(padded, 1 if v is None else 2, rows, width)
+        assert tile.splits == 1 or v is None, "the sums of a gate are not divided"
+        blocks = triton.cdiv(rows, tile.rows)
+        out = x.new_empty(vectors, rows)
+        partial = tickets = out
+        if tile.splits > 1:
+            partial = x.new_empty(tile.splits * blocks * tile.rows * padded, dtype=torch.float32)
+            tickets = self._counters(blocks, x.device)
+        _rows_kernel[(blocks, tile.splits)](
+            x, w, w if v is None else v, w if bias is None else bias, x if residual is None else residual, out,
+            partial, tickets, vectors, rows, width,
+            BM=padded, BN=tile.rows, BK=tile.width, SPLITS=tile.splits,
+            WHOLE=rows % tile.rows == 0 and width % (tile.width * tile.splits) == 0,
+            GATE=v is not None, GELU=activation == "gelu", HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None, OPERAND=operand(x.dtype), STAGES=tile.stages,
+            OVERLAP=self.overlap, launch_pdl=self.overlap, num_warps=tile.warps,
+        )  # fmt: skip
+        return out
+
+    def _counters(self, count: int, device: torch.device) -> Tensor:
+        """Zeros, one for each block of rows: programs count there, and the last one puts the zero back."""
+        if self._tickets is None or self._tickets.numel() < count:
+            self._tickets = torch.zeros(max(1024, count), dtype=torch.int32, device=device)
+        return self._tickets
