@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 import hyaena
 from hyaena.cli import main
+from hyaena.scoring.reader import Reader
 
 COMMANDS = {"score": "hyaena.cli.score", "embed": "hyaena.cli.embed"}
 DRAW = random.Random(7)
@@ -159,3 +160,26 @@ def test_options_of_windows_need_windows(model: Path, genome: str, capsys: pytes
         words = ["score", genome, "-o", "s.jsonl", "--model", str(model), *options]
         assert main(words, commands=COMMANDS) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_track_goes_on_to_the_same_bytes(
+    model: Path, genome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--save-every", 2 * WINDOW, "--both-strands", "--batch-tokens", 100]
+    assert command("score", genome, "whole.bedgraph", model, *options) == 0
+    read, made = Reader._read_packed, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made % 5 == 0:
+            raise KeyboardInterrupt
+        return read(*args)
+
+    monkeypatch.setattr(Reader, "_read_packed", interrupted)
+    statuses = []
+    while not statuses or statuses[-1]:
+        assert len(statuses) < 20
+        statuses.append(command("score", genome, "s.bedgraph", model, *options))
+    assert len(statuses) > 1 and set(statuses[:-1]) == {130}
+    assert Path("s.bedgraph").read_bytes() == Path("whole.bedgraph").read_bytes()

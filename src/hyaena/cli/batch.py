@@ -289,14 +289,18 @@ def _text(record: Record) -> str | Excerpt:
     """What is read of a record."""
     from hyaena.scoring import Excerpt
 
-    return Excerpt(record.text, record.before, record.after) if record.contig else record.text
+    if not record.contig:
+        return record.text
+    text, end = record.text, len(record.text) - record.after
+    return Excerpt(text[record.before : end], text[: record.before], text[end:])
 
 
 def _labels(record: Record, step: int) -> Row:
     """The first columns of its row."""
     if not record.contig:
         return {"name": record.name}
-    place = {"contig": record.contig, "start": record.start, "end": record.start + len(record.text)}
+    end = record.start + len(record.text) - record.before - record.after
+    place = {"contig": record.contig, "start": record.start, "end": end}
     return {"name": record.name, **place, **({"step": step} if step else {})}
 
 

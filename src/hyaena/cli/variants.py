@@ -98,13 +98,23 @@ class _Input:
 
 def run(args: argparse.Namespace) -> int:
     """Check the files and every variant, load the model, and make the rows that are not there yet."""
-    from hyaena.jobs import Column, check_output, open_job
+    from hyaena.jobs import Column, check_columns, check_output, open_job
     from hyaena.records.contents import Shard
 
     output, shard = Path(args.output), Shard.parse(args.shard)
     check_output(output)
     if args.save_every < 1:
         raise InputError(f"--save-every must be at least 1, not {args.save_every}")
+    keep = args.on_error == "keep"
+    columns = [
+        Column("contig", "text"),
+        Column("position", "integer"),
+        *(Column(name, "text") for name in ("id", "ref", "alt")),
+        *(Column(name, "real") for name in ("ref_loglik", "alt_loglik", "difference")),
+        *(Column(name, "integer") for name in ("window_start", "window_end", "unknown")),
+    ]
+    columns += [Column("note", "text")] if keep else []
+    check_columns(output, columns)
     Windows.of(args.window, args.grid)
     next(read_variants(args.vcf), None)
     genome = FastaGenome(args.reference)
@@ -125,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
     }
     limit = prepared.shape.config.max_length if args.max_length is None else args.max_length
     windows = windows_within(limit, args.window, args.grid)
-    iter_edit_scores(prepared.shape, prepared.tokenizer, [], **reading)
-    given = _Input(Path(args.vcf), genome, windows, limit, args.on_error == "keep")
+    list(iter_edit_scores(prepared.shape, prepared.tokenizer, [("ACGT", [])], **reading))  # reads nothing
+    given = _Input(Path(args.vcf), genome, windows, limit, keep)
     total = _check(given, args.on_error)
     first, stop = (total * number // shard.count for number in (shard.number - 1, shard.number))
 
@@ -144,14 +154,6 @@ def run(args: argparse.Namespace) -> int:
         "--both-strands": args.both_strands,
         "--no-bos": args.no_bos,
     }
-    columns = [
-        Column("contig", "text"),
-        Column("position", "integer"),
-        *(Column(name, "text") for name in ("id", "ref", "alt")),
-        *(Column(name, "real") for name in ("ref_loglik", "alt_loglik", "difference")),
-        *(Column(name, "integer") for name in ("window_start", "window_end", "unknown")),
-    ]
-    columns += [Column("note", "text")] if given.keep else []
     with (
         open_job(output, columns, options, restart=args.restart) as job,
         Progress(stop - first, unit="variants", show=not args.quiet and sys.stderr.isatty()) as progress,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +81,7 @@ class FastaGenome:
                 f"{self.label} is compressed by gzip, of which no part can be read alone: decompress it (gunzip), or "
                 "compress it again with bgzip"
             )
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, quiet():
             self._file = self._open(Path(folder))
         self.lengths = dict(zip(self._file.references, self._file.lengths, strict=True))
         if not self.lengths:
@@ -93,7 +94,8 @@ class FastaGenome:
             InputError: the file is not what its index says, or something stands there that is no letter of DNA.
         """
         try:
-            text = self._file.fetch(contig, start, stop)
+            with quiet():
+                text = self._file.fetch(contig, start, stop)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {self.label}: {error}; {self._again}") from error
         if len(text) != stop - start:
@@ -160,6 +162,18 @@ class FastaGenome:
                         twice = shown(name[0].decode(errors="replace"))
                         raise InputError(f"{self.label}, line {number}: a second contig is named {twice}; rename one")
                     seen.add(name[0])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, pysam's library prints nothing: what it would print is an exception as well."""
+    import pysam
+
+    before = pysam.set_verbosity(0)
+    try:
+        yield
+    finally:
+        pysam.set_verbosity(before)
 
 
 def missing_contig(genome: Genome, contig: str) -> str:

@@ -29,8 +29,8 @@ class Record(NamedTuple):
         text: at least one character.
         place: where it begins, for messages: ``line 7``.
         lowered: letters of a FASTA or FASTQ sequence that are lower case in the file. ``text`` has them in upper case.
-        contig, start: of a window, the record that it is cut from, and its first letter there, from 0.
-        before, after: of a window, the letters that overlap with its neighbours.
+        contig, start: of a window, the record that it is cut from, and its own first letter there, from 0.
+        before, after: of a window, how many letters of ``text`` at both ends are its neighbours' own.
     """
 
     index: int
@@ -40,8 +40,8 @@ class Record(NamedTuple):
     lowered: int = 0
     contig: str = ""
     start: int = 0
-    before: str = ""
-    after: str = ""
+    before: int = 0
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,22 +136,25 @@ def read_records(source: Source) -> Iterator[Record]:
 
 
 def cut(record: Record, window: int, overlap: int) -> Iterator[Record]:
-    """Cut a record into windows: every letter belongs to one, and stands behind ``overlap`` letters of context.
+    """Cut a record into windows: every letter is one window's own, and stands behind ``overlap`` letters of context.
 
-    Window i has the letters ``i·step`` to ``(i+1)·step - 1``, where ``step = window - overlap``, and the ``overlap``
-    letters before them, fewer where the record begins. Its name is ``NAME:START-END``, from 0, END exclusive.
+    The letters of window i are ``i·step`` to ``(i+1)·step - 1``, where ``step = window - overlap``; ``overlap`` letters
+    on both sides are with them, fewer at the ends of the record: the other strand has its context behind. The name is
+    ``NAME:START-END``, from 0, END exclusive.
     """
     text, step = record.text, window - overlap
     for start in range(0, len(text), step):
         end = min(start + step, len(text))
+        before = min(start, overlap)
+        around = text[start - before : end + overlap]
         yield record._replace(
             name=f"{record.name}:{start}-{end}",
-            text=text[start:end],
+            text=around,
             lowered=0 if start else record.lowered,
             contig=record.name,
             start=start,
-            before=text[max(0, start - overlap) : start],
-            after=text[end : end + overlap],
+            before=before,
+            after=len(around) - before - (end - start),
         )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from hyaena import extras
 from hyaena.arguments import whole
 from hyaena.errors import InputError, printable, shown
-from hyaena.records.genome import Genome, missing_contig
+from hyaena.records.genome import Genome, missing_contig, quiet
 from hyaena.records.source import open_source
 
 _CURE = "check its name and permissions"
@@ -166,7 +166,7 @@ def _read_bcf(path: Path, label: str) -> _Rows:
 
     number = 0
     try:
-        with pysam.VariantFile(str(path), drop_samples=True) as file:
+        with quiet(), pysam.VariantFile(str(path), drop_samples=True) as file:
             for number, record in enumerate(file, start=1):
                 place = f"record {number}"
                 yield record.contig, record.pos, record.id or "", record.ref or "", record.alts or (".",), place

@@ -33,7 +33,7 @@ FORK_STEP = 16
 ALIKE = 256
 """Windows are read together whose first copies are at most so many tokens apart."""
 MAX_STATES = 128
-"""Copies of states that are kept; then the rows that go on from them are read. One of Evo 2 7B has about 20 MB."""
+"""Copies of states that are kept; then the rows that go on from them are read. One of Evo 2 7B has 23 MB."""
 MAX_COPIES = 2
 """Tokens whose keys and values are copied at a time, in passes, or one row where it is longer."""
 WANTED = Wanted(entropy=False, rank=False)
