@@ -1,7 +1,5 @@
 """The kernels for explicit taps against the plain operator in float64: outputs, states, all gradients."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -134,13 +132,6 @@ PROBLEMS = {
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_forward(name: str) -> None:
     check_forward(make(**PROBLEMS[name]), SMALL)
-
-
-@pytest.mark.parametrize("groups", [2, 4])
-@pytest.mark.parametrize("documents", [False, True])
-def test_forward_of_several_groups_together(groups: int, documents: bool) -> None:
-    problem = make(length=40, groups=5, width=16, count=20, batch=1, documents=documents)
-    check_forward(problem, replace(SMALL, groups=groups))
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 
 from hyaena.ops.triton.common import load_taps
-from hyaena.ops.triton.hyena.words import stack, unstack
 
 
 @triton.jit
@@ -114,82 +113,46 @@ def add_product(total, terms, x):
 
 
 @triton.jit
-def split_groups(w, GROUPS: tl.constexpr):
-    """The channels of each group, a tuple of GROUPS tensors [C,BC]."""
-    C: tl.constexpr = w.shape[0]
-    out = (w,)
-    if GROUPS > 1:
-        out = unstack(tl.permute(tl.reshape(w, (C, GROUPS, w.shape[1] // GROUPS)), (0, 2, 1)))
-    return out
-
-
-@triton.jit
-def join_groups(ws, GROUPS: tl.constexpr):
-    """The inverse of ``split_groups``."""
-    C: tl.constexpr = ws[0].shape[0]
-    BC: tl.constexpr = ws[0].shape[1]
-    out = ws[0]
-    if GROUPS > 1:
-        out = tl.permute(tl.reshape(stack(ws, GROUPS), (C, BC, GROUPS)), (0, 2, 1))
-        out = tl.reshape(out, (C, BC * GROUPS))
-    return out
-
-
-@triton.jit
-def convolve_chunks(matrices, ws, docs, start, T, C: tl.constexpr, GROUPS: tl.constexpr, HAS_RESET: tl.constexpr):
-    """``Σ_d A_d w[d]`` of every group, float32 [C,GROUPS·BC].
-
-    ws are the groups of the chunk at ``start``, then those of the chunk before it, …; the matrices have their order.
-    """
-    BACK: tl.constexpr = len(ws) // GROUPS - 1
-    outs = ()
-    for g in tl.static_range(GROUPS):
-        total = tl.zeros((C, ws[0].shape[1]), tl.float32)
-        if HAS_RESET:
-            i = start + tl.arange(0, C)[:, None].to(tl.int64)
-            to = tl.load(docs + i, mask=i < T, other=-1)
-            first = tl.load(docs + start)
-            last = tl.load(docs + tl.minimum(start + C, T) - 1)
-            for doc in range(first, last + 1):
-                part = tl.zeros_like(total)
-                for d in tl.static_range(BACK + 1):
-                    j = i - d * C
-                    origin = tl.load(docs + j, mask=(j >= 0) & (j < T), other=0)
-                    w = tl.where(origin == doc, ws[d * GROUPS + g], 0.0).to(ws[0].dtype)
-                    part = add_product(part, matrices[d * GROUPS + g], w)
-                total = tl.where(to == doc, part, total)
-        else:
-            for d in tl.static_range(BACK + 1):
-                total = add_product(total, matrices[d * GROUPS + g], ws[d * GROUPS + g])
-        outs = outs + (total,)
-    return join_groups(outs, GROUPS)
+def convolve_chunks(matrices, ws, docs, start, T, C: tl.constexpr, HAS_RESET: tl.constexpr):
+    """``Σ_d A_d ws[d]``, float32: ws are chunks at start, start - C, … in the order of the matrices."""
+    total = tl.zeros((C, ws[0].shape[1]), tl.float32)
+    if HAS_RESET:
+        i = start + tl.arange(0, C)[:, None].to(tl.int64)
+        to = tl.load(docs + i, mask=i < T, other=-1)
+        first = tl.load(docs + start)
+        last = tl.load(docs + tl.minimum(start + C, T) - 1)
+        for doc in range(first, last + 1):
+            part = tl.zeros_like(total)
+            for d in tl.static_range(len(ws)):
+                j = i - d * C
+                origin = tl.load(docs + j, mask=(j >= 0) & (j < T), other=0)
+                part = add_product(part, matrices[d], tl.where(origin == doc, ws[d], 0.0).to(ws[d].dtype))
+            total = tl.where(to == doc, part, total)
+    else:
+        for d in tl.static_range(len(ws)):
+            total = add_product(total, matrices[d], ws[d])
+    return total
 
 
 @triton.jit(do_not_specialize=["T", "run"])
 def explicit_forward_kernel(z, weight, bias, taps, skip, short, long, keep, ages, docs, y, long_out, T, run,
                             D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
-                            BC: tl.constexpr, GROUPS: tl.constexpr, BACK: tl.constexpr, TERMS: tl.constexpr,
+                            BC: tl.constexpr, BACK: tl.constexpr, TERMS: tl.constexpr,
                             TYPE: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
                             HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr,
                             HAS_RESET: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of channels, runs of time and one more, rows).
 
-    WIDTH channels share a filter; a program has up to BC of them, or GROUPS groups of just BC. ``run`` chunks make a
-    run, BACK is the largest d. ``short`` [B,K-1,3D] in the dtype of z, ``long`` [B,D,W-1] float32. The last program
-    along time writes the state of the long filter.
+    WIDTH channels share a filter; a program has up to BC of them. ``run`` chunks make a run, BACK is the largest d.
+    ``short`` [B,K-1,3D] in the dtype of z, ``long`` [B,D,W-1] float32. The last program along time writes the state of
+    the long filter.
     """
-    if GROUPS > 1:
-        WHOLE: tl.constexpr = D % (GROUPS * BC) == 0
-        group = tl.program_id(0) * GROUPS
-        channel = group * BC + tl.arange(0, GROUPS * BC)[None, :]
-        inside = channel < D
-    else:
-        BLOCKS: tl.constexpr = (WIDTH + BC - 1) // BC  # of a group
-        WHOLE: tl.constexpr = WIDTH % BC == 0
-        group = tl.program_id(0) // BLOCKS
-        place = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)[None, :]
-        channel = group * WIDTH + place
-        inside = place < WIDTH
+    BLOCKS: tl.constexpr = (WIDTH + BC - 1) // BC  # of a group
+    WHOLE: tl.constexpr = WIDTH % BC == 0
+    group = tl.program_id(0) // BLOCKS
+    place = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)[None, :]
+    channel = group * WIDTH + place
+    inside = place < WIDTH
     row = tl.program_id(2).to(tl.int64)
     z += row * T * 3 * D
     y += row * T * D
@@ -220,15 +183,13 @@ def explicit_forward_kernel(z, weight, bias, taps, skip, short, long, keep, ages
             gain = tl.load(skip + channel, mask=inside, other=0.0).to(tl.float32)
         matrices = ()
         for d in tl.static_range(BACK + 1):
-            for g in tl.static_range(GROUPS):
-                own = taps + tl.minimum(group + g, D // WIDTH - 1) * W
-                matrices = matrices + (load_toeplitz(own, d, W, C, TERMS, TYPE, False),)
+            matrices = matrices + (load_toeplitz(taps + group * W, d, W, C, TERMS, TYPE, False),)
         first = tl.program_id(1).to(tl.int64) * run * C
         past = ()
         for d in tl.static_range(1, BACK + 1):
             w = gated(z, short, long, keep, ages, taps1, off1, taps0, off0, first - d * C, T, channel, inside, D, W, C,
                       TYPE, WHOLE, HAS_SHORT, HAS_LONG, HAS_MASK, HAS_RESET)  # fmt: skip
-            past = past + split_groups(w.to(TYPE), GROUPS)
+            past = past + (w.to(TYPE),)
         for start in tl.range(first, tl.minimum(first + run * C, T), C, num_stages=STAGES):
             t = start + tl.arange(0, C)[:, None].to(tl.int64)
             u2, _ = filter_inputs(z, short, keep, ages, taps2, off2, t, T, channel, inside, D, WHOLE, HAS_SHORT,
@@ -238,10 +199,10 @@ def explicit_forward_kernel(z, weight, bias, taps, skip, short, long, keep, ages
             u0, _ = filter_inputs(z + 2 * D, short + 2 * D, keep, ages, taps0, off0, t, T, channel, inside, D, WHOLE,
                                   HAS_SHORT, HAS_MASK, HAS_RESET)  # fmt: skip
             w = tl.where(t < T, u1 * u0, 0.0)
-            ws = split_groups(w.to(TYPE), GROUPS) + past
-            out = tl.fma(gain, w, convolve_chunks(matrices, ws, docs, start, T, C, GROUPS, HAS_RESET)) * u2
+            ws = (w.to(TYPE),) + past
+            out = tl.fma(gain, w, convolve_chunks(matrices, ws, docs, start, T, C, HAS_RESET)) * u2
             written = t < T
             if not WHOLE:
                 written = written & inside
             tl.store(y + t * D + channel, out.to(y.dtype.element_ty), mask=written)
-            past = ws[: BACK * GROUPS]
+            past = ws[:BACK]

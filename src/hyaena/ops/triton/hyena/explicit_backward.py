@@ -164,7 +164,7 @@ def explicit_backward_kernel(w, dg, taps, skip, long, docs, dlong, outers, g, dw
         written = t < T
         if not WHOLE:
             written = written & inside
-        out = convolve_chunks(matrices, ws, docs, start, T, C, 1, HAS_RESET)
+        out = convolve_chunks(matrices, ws, docs, start, T, C, HAS_RESET)
         out = tl.fma(gain, now.to(tl.float32), out)
         tl.store(g + t * D + channel, out.to(g.dtype.element_ty), mask=written)
         out = spread_chunks(turned, dgs, docs, start, T, C, HAS_RESET)

@@ -59,7 +59,6 @@ class Tiling:
         run: chunks of a program.
         warps: of a program.
         stages: chunks whose inputs are under way together, the one that is computed among them.
-        groups: of a program of the forward kernel, a power of two, where groups are ``channels`` wide.
         registers: of a thread at most; fewer let more programs run at once.
     """
 
@@ -68,7 +67,6 @@ class Tiling:
     run: int = 32
     warps: int = 4
     stages: int = 1
-    groups: int = 1
     registers: int = 128
 
 
@@ -177,7 +175,7 @@ def forward_direct(operands: Operands, walk: Walk | None = None) -> tuple[Tensor
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
-    walk = walk or Walk()
+    walk = walk or Walk(words=64, warps=2)
     y = z.new_empty(batch, length, width // 3)
     long_out = taps.new_empty(batch, width // 3, taps.shape[1] - 1, dtype=torch.float32)
     before = _rows(short, z)
@@ -360,8 +358,7 @@ def forward_products(operands: Operands, tiling: Tiling | None = None) -> tuple[
     before = _rows(short, z)
     ages, docs = _documents(reset, z)
     shape = _shape(operands, tiling)
-    together = tiling.groups if shape.keywords["WIDTH"] == shape.keywords["BC"] else 1
-    start: Any = explicit_forward_kernel[(cdiv(shape.blocks, together), shape.runs + 1, batch)]
+    start: Any = explicit_forward_kernel[(shape.blocks, shape.runs + 1, batch)]
     start(
         z,
         weight,
@@ -378,7 +375,6 @@ def forward_products(operands: Operands, tiling: Tiling | None = None) -> tuple[
         length,
         tiling.run,
         STAGES=tiling.stages,
-        GROUPS=together,
         **shape.keywords,
     )
     taps_before = weight.shape[1] - 1

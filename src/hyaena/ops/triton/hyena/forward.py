@@ -45,18 +45,6 @@ from hyaena.ops.triton.common import (
     power,
     store_modes,
 )
-from hyaena.ops.triton.hyena.products import (
-    as_matrices,
-    as_steps,
-    document_numbers,
-    ends_to_rows,
-    in_two,
-    load_tables,
-    multiply,
-    only,
-    outputs,
-    rows_to_states,
-)
 from hyaena.ops.triton.hyena.words import (
     forget_before,
     has,
@@ -115,28 +103,6 @@ def load_recurrence(poles, residues, skip, channel, real, N: tl.constexpr, REAL:
     if HAS_SKIP:
         gain = tl.load(skip + channel, mask=real, other=0.0).to(tl.float32)
     return p_re, p_im, r_re, r_im, gain
-
-
-@triton.jit
-def segment_products(past1, words1, past0, words0, bits, bounds, taps1, off1, taps0, off0,
-                     P: tl.constexpr, TYPE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
-    """``w`` of all steps, a tuple. Blocks: 1 is x1, 0 is v."""
-    W: tl.constexpr = len(past1)
-    h1 = unpack_all(past1, P, TYPE)
-    h0 = unpack_all(past0, P, TYPE)
-    ws = ()
-    for i in tl.static_range(len(words1)):
-        if HAS_RESET:
-            begins = has(bounds, W + i)[:, :, None]
-            h1 = forget(h1, begins)
-            h0 = forget(h0, begins)
-        u1, h1 = convolve(taps1, off1, h1, unpack(words1[i], P, TYPE))
-        u0, h0 = convolve(taps0, off0, h0, unpack(words0[i], P, TYPE))
-        w = u1 * u0
-        if HAS_MASK:
-            w = tl.where(has(bits, W + i)[:, :, None], w, 0.0)
-        ws = ws + (w,)
-    return ws
 
 
 @triton.jit
@@ -266,9 +232,8 @@ def chain_decays(p_re, p_im, L: tl.constexpr, RUN: tl.constexpr, RUNS: tl.conste
 
 
 @triton.jit(do_not_specialize=["T", "part_steps"])
-def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, keep, bounds, tiles, cuts, response,
-                         gathers, readouts, parts, y, long_out, T, part_steps, TYPE: tl.constexpr,
-                         PRODUCTS: tl.constexpr, OPERAND: tl.constexpr, REAL: tl.constexpr, M: tl.constexpr,
+def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, keep, bounds, tiles, cuts, parts, y,
+                         long_out, T, part_steps, TYPE: tl.constexpr, REAL: tl.constexpr,
                          D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
                          S: tl.constexpr, L: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
                          STATES_ONLY: tl.constexpr, PARTS: tl.constexpr,
@@ -308,12 +273,8 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
     taps2, off2 = load_taps(weight, bias, channel, real, K, HAS_BIAS)
     taps1, off1 = load_taps(weight, bias, D + channel, real, K, HAS_BIAS)
     taps0, off0 = load_taps(weight, bias, 2 * D + channel, real, K, HAS_BIAS)
-    if PRODUCTS:
-        every = block * BD + tl.arange(0, BD)[:, None, None]
-        toeplitz, to_modes, of_modes = load_tables(response, gathers, readouts, every, D, L, M)
-    else:
-        p_re, p_im, r_re, r_im, gain = load_recurrence(poles, residues, skip, channel, real, N, REAL, HAS_SKIP)
-        ladder = pole_ladder(p_re, p_im, G, REAL)
+    p_re, p_im, r_re, r_im, gain = load_recurrence(poles, residues, skip, channel, real, N, REAL, HAS_SKIP)
+    ladder = pole_ladder(p_re, p_im, G, REAL)
 
     RUN: tl.constexpr = S if S < 4 else 4
     RUNS: tl.constexpr = S // RUN
@@ -388,21 +349,9 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
             words2 = load_words(z_2, short_2, word, start, last, bits, 0, L, S, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
             if HAS_RESET:
                 past2 = forget_before(past2, bound)
-        if PRODUCTS:
-            ws = segment_products(past1, words1, past0, words0, bits, bound, taps1, off1, taps0, off0,
-                                  P, TYPE, HAS_MASK, HAS_RESET)  # fmt: skip
-            w = in_two(as_matrices(ws))
-            seen = w
-            numbers = seg
-            if HAS_RESET:  # what a segment adds comes of its last document
-                numbers = document_numbers(bound, W, L)
-                seen = only(w, numbers == tl.max(numbers, axis=2)[:, :, None])
-            ends = multiply(seen, to_modes, tl.zeros((BD, S, M), tl.float32), OPERAND)
-            row_re, row_im = ends_to_rows(ends, NP, P, RUN)
-        else:
-            ws, re, im = segment_states(past1, words1, past0, words0, bits, bound, taps1, off1, taps0, off0, ladder,
-                                        P, TYPE, HAS_MASK, HAS_RESET, REAL)  # fmt: skip
-            row_re, row_im = to_rows(re, im, NP, RUN)
+        ws, re, im = segment_states(past1, words1, past0, words0, bits, bound, taps1, off1, taps0, off0, ladder,
+                                    P, TYPE, HAS_MASK, HAS_RESET, REAL)  # fmt: skip
+        row_re, row_im = to_rows(re, im, NP, RUN)
         row_re, row_im, carry_re, carry_im = chain(row_re, row_im, carry_re, carry_im, decay, run_decay, rest,
                                                    begins, HAS_RESET, REAL)  # fmt: skip
         if start + TILE >= whole:  # noqa: SIM102, one condition is a constant
@@ -417,24 +366,15 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
         if not STATES_ONLY:
             history = unpack_all(past2, P, TYPE)
             written = inside & (start + seg * L < whole)
-            if PRODUCTS:
-                outs = as_steps(outputs(w, in_two(rows_to_states(row_re, row_im, NP, M)), numbers, toeplitz, of_modes,
-                                        OPERAND, HAS_RESET), P)  # fmt: skip
-            else:
-                re, im = from_rows(row_re, row_im, N, NP, P)
+            re, im = from_rows(row_re, row_im, N, NP, P)
             for i in tl.static_range(L):
                 if HAS_RESET:
                     first = has(bound, W + i)[:, :, None]
                     history = forget(history, first)
-                if PRODUCTS:
-                    u2, history = convolve(taps2, off2, history, unpack(words2[i], P, TYPE))
-                    out = outs[i] * u2
-                else:
-                    if HAS_RESET:
-                        re = forget(re, first)
-                        im = forget(im, first)
-                    out, history, re, im = output_step(history, unpack(words2[i], P, TYPE), ws[i], taps2, off2,
-                                                       p_re, p_im, r_re, r_im, gain, re, im, REAL)  # fmt: skip
+                    re = forget(re, first)
+                    im = forget(im, first)
+                out, history, re, im = output_step(history, unpack(words2[i], P, TYPE), ws[i], taps2, off2,
+                                                   p_re, p_im, r_re, r_im, gain, re, im, REAL)  # fmt: skip
                 if HAS_MASK:
                     out = tl.where(has(bits, W + i)[:, :, None], out, 0.0)
                 store_numbers(y + (a.to(tl.int64) + i) * (D // P), out, written, P, TYPE)
@@ -456,8 +396,6 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
             h2 = unpack_all(past2, P, TYPE)
             h1 = unpack_all(past1, P, TYPE)
             h0 = unpack_all(past0, P, TYPE)
-            if PRODUCTS:
-                p_re, p_im, r_re, r_im, gain = load_recurrence(poles, residues, skip, channel, real, N, REAL, HAS_SKIP)
             re, im = load_modes(saved, channel, real, N)
             for step in range(whole, end):
                 t = step + tl.zeros((), tl.int64)

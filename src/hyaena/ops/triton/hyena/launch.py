@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyaena.ops.triton import interpreted
 from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.hyena.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
 from hyaena.ops.triton.hyena.boundaries import boundaries_kernel
 from hyaena.ops.triton.hyena.forward import hyena_forward_kernel
-from hyaena.ops.triton.hyena.products import tables_kernel
 from hyaena.ops.triton.hyena.step import hyena_step_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -80,7 +78,6 @@ class Tiling:
         warps: of a program.
         stages: tiles in flight, the one that is computed among them.
         parts: parts of time, each a program of its own; None for as many as fill the device.
-        products: segments are matrix products, see ``products``; for bfloat16, in segments of 16 steps.
     """
 
     channels: int = 32
@@ -91,7 +88,6 @@ class Tiling:
     warps: int = 8
     stages: int = 3
     parts: int | None = None
-    products: bool = False
 
 
 def choose_tiling(modes: int, dtype: torch.dtype) -> Tiling:
@@ -158,8 +154,6 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
     if reset is not None:
         bounds = find_boundaries(reset, tiling.steps, taps - 1, tiling.segments, part_tiles)
 
-    tables = make_tables(operands, tiling.steps) if tiling.products else (poles, poles, poles)
-
     def launch(count: int, states_only: bool) -> None:
         start: Any = hyena_forward_kernel[(blocks, count, batch)]
         start(
@@ -175,17 +169,13 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
             words if bounds is None else bounds.segments,
             words if bounds is None else bounds.tiles,
             words if bounds is None else bounds.parts,
-            *tables,
             sums,
             as_words(y, numbers),
             long_out,
             length,
             part_tiles * tile,
             TYPE=TYPES[z.dtype],
-            PRODUCTS=tiling.products,
-            OPERAND=TYPES[torch.float32 if interpreted() else torch.bfloat16],
             REAL=real,
-            M=max(16, 2 * power_of_two(modes)),
             D=channels,
             N=modes,
             NP=power_of_two(modes),
@@ -211,34 +201,6 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
         launch(parts - 1, True)
     launch(parts, False)
     return y, window(z, before, mask, None if bounds is None else bounds.tails, taps - 1), long_out
-
-
-def make_tables(operands: Operands, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``products.load_tables`` reads, for segments of so many steps."""
-    channels, modes = operands.poles.shape[:2]
-    columns = max(16, 2 * power_of_two(modes))
-    response = operands.poles.new_empty(channels, steps)
-    make = operands.poles.new_empty if columns == 2 * modes else operands.poles.new_zeros
-    gathers, readouts = make(channels, steps, columns), make(channels, columns, steps)
-    start: Any = tables_kernel[(cdiv(channels, 32),)]
-    start(
-        operands.poles,
-        operands.residues,
-        operands.poles if operands.skip is None else operands.skip,
-        response,
-        gathers,
-        readouts,
-        D=channels,
-        N=modes,
-        NP=power_of_two(modes),
-        L=steps,
-        M=columns,
-        BD=32,
-        REAL=operands.real,
-        HAS_SKIP=operands.skip is not None,
-        num_warps=1,
-    )
-    return response, gathers, readouts
 
 
 def segment_bits(mask: Tensor, steps: int, before: int) -> Tensor:
