@@ -14,8 +14,22 @@ from functools import lru_cache
 
 import numpy as np
 
-from hyaena.ops.cpu.memory import FLOAT32, STAMP, exp, function, kernel, load, real, short_word, size, store, take, word
-from hyaena.ops.cpu.products import four, one
+from hyaena.ops.cpu.memory import (
+    FLOAT32,
+    STAMP,
+    exp,
+    function,
+    hold,
+    kernel,
+    load,
+    real,
+    short_word,
+    size,
+    store,
+    take,
+    word,
+)
+from hyaena.ops.cpu.vectors import dot
 from hyaena.ops.pages import PAGE
 
 SPLIT = 256
@@ -82,17 +96,8 @@ def rotate_rows(p, token, kv_token):
 @function
 def score(kv_token, keys, head_dim, q, count, out):
     """Products of one query with ``count`` neighbouring keys."""
-    t = 0
-    while t + 4 <= count:
-        a, b, c, d = four(kv_token, keys + t * head_dim * size(kv_token), head_dim, q)
-        store(FLOAT32, out, t, a)
-        store(FLOAT32, out, t + 1, b)
-        store(FLOAT32, out, t + 2, c)
-        store(FLOAT32, out, t + 3, d)
-        t += 4
-    while t < count:
-        store(FLOAT32, out, t, one(kv_token, keys + t * head_dim * size(kv_token), head_dim, q))
-        t += 1
+    for t in range(count):
+        store(FLOAT32, out, t, dot(kv_token, keys + t * head_dim * size(kv_token), head_dim, q))
 
 
 @function
@@ -208,6 +213,8 @@ def attend_pieces(p, token, kv_token):
         if take(p, 1) == pieces - 1:
             add_pieces(p, token)
         piece = take(p, 0)
+    hold(wide)
+    hold(room)
 
 
 @lru_cache(maxsize=None, typed=True)  # tokens are told apart by their types

@@ -154,6 +154,11 @@ def power_of_two(context, exponent):
 
 
 @function
+def hold(array):
+    """Keep an array that was used by its address until here: numba frees it after its last mention."""
+
+
+@function
 def exp(x):
     """e^x for x <= 0, to 2 units in the last place, and 0 below -87; loops over it become vectors.
 

@@ -19,17 +19,22 @@ from hyaena.ops.long_conv import ExplicitFilter, Filter, ModalFilter, RealModalF
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 
+MOST_ROWS = 16
+"""Rows up to which products are computed here; above, a matrix product of torch reuses what it reads more often."""
+
 
 class CompiledOperators(DecodeOperators):
     """Every weight and every valid slot is read once, at the bandwidth of memory, by torch's own threads.
 
     The numbers of a row do not depend on other rows, nor on the number of threads. Layers that are not plain weights,
-    other dtypes and other kinds of filters are computed by the plain operators.
+    other dtypes, other kinds of filters, and products of more than ``MOST_ROWS`` rows, are computed by the plain
+    operators.
     """
 
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         if (
-            not isinstance(layer, Dense)
+            len(x) > MOST_ROWS
+            or not isinstance(layer, Dense)
             or not isinstance(norm, RMSNormWeight | None)
             or not _alike(x, layer.weight, layer.bias, residual, None if norm is None else norm.weight)
         ):
@@ -43,7 +48,8 @@ class CompiledOperators(DecodeOperators):
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
         if (
-            not (isinstance(gate, Dense) and isinstance(up, Dense))
+            len(x) > MOST_ROWS
+            or not (isinstance(gate, Dense) and isinstance(up, Dense))
             or not (gate.bias is None and up.bias is None and isinstance(norm, RMSNormWeight | None))
             or not _alike(x, gate.weight, up.weight, None if norm is None else norm.weight)
         ):
@@ -134,7 +140,7 @@ def _bits(value: float) -> int:
 def _product(x: Tensor, weight: Tensor, norm: RMSNormWeight | None) -> tuple[int, ...]:
     """The arguments of a product before its result."""
     outputs, width = weight.shape
-    block = max(4, products.BLOCK_BYTES // (width * weight.element_size()) // 4 * 4)
+    block = max(1, products.BLOCK_BYTES // (width * weight.element_size()))
     if norm is None:
         return x.data_ptr(), x.shape[0], width, outputs, block, 0, 0, 0
     numbers = norm.weight.data_ptr(), _bits(norm.eps), int(norm.eps_inside_root)

@@ -3,7 +3,7 @@
 Threads take blocks of neighbouring outputs until none are left. Every block computes its outputs for all rows of x, so
 a weight comes from memory once. An output's sum has one order, whatever the number of rows and threads.
 
-A format of weights is a function ``four(token, weights, width, x) -> 4 sums`` and its tail for single outputs.
+The sum itself is ``vectors.dot``, for weights of every dtype.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from hyaena.ops.cpu.memory import FLOAT32, STAMP, function, kernel, load, real, size, store, take, word
+from hyaena.ops.cpu.memory import STAMP, function, hold, kernel, load, real, size, store, take, word
+from hyaena.ops.cpu.vectors import dot
 
 BLOCK_BYTES = 1 << 16
 """Weights of a block, about: long enough for a processor to read ahead, short enough to share out evenly."""
@@ -24,28 +25,6 @@ ACTIVATION = {"silu": SILU, "gelu": GELU, "identity": IDENTITY}
 # Places of the arguments; 0 counts blocks.
 X, ROWS, WIDTH, OUTPUTS, BLOCK, NORM, EPS, INSIDE, Y, WEIGHT, BIAS, RESIDUAL = range(1, 13)
 UP, ACT = BIAS, RESIDUAL  # of a gate, which has neither
-
-
-@function
-def one(token, weights, width, x):
-    """The sum of products of one row of weights with x, float32."""
-    total = np.float32(0)
-    for k in range(width):
-        total += load(token, weights, k) * load(FLOAT32, x, k)
-    return total
-
-
-@function
-def four(token, weights, width, x):
-    """The same of four neighbouring rows: x is loaded once, and four sums hide the latency of an addition."""
-    a = b = c = d = np.float32(0)
-    for k in range(width):
-        value = load(FLOAT32, x, k)
-        a += load(token, weights, k) * value
-        b += load(token, weights, k + width) * value
-        c += load(token, weights, k + 2 * width) * value
-        d += load(token, weights, k + 3 * width) * value
-    return a, b, c, d
 
 
 @function
@@ -95,22 +74,12 @@ def linear_blocks(p, token, weight_token):
     widen(p, token, wide)
     bytes_of_row = width * size(weight_token)
     while first < outputs:
-        last = min(first + block, outputs)
-        output = first
-        while output + 4 <= last:
+        for output in range(first, min(first + block, outputs)):
             for row in range(rows):
-                a, b, c, d = four(weight_token, weight + output * bytes_of_row, width, x + row * width * 4)
-                finish(p, token, row, output, a)
-                finish(p, token, row, output + 1, b)
-                finish(p, token, row, output + 2, c)
-                finish(p, token, row, output + 3, d)
-            output += 4
-        while output < last:
-            for row in range(rows):
-                value = one(weight_token, weight + output * bytes_of_row, width, x + row * width * 4)
+                value = dot(weight_token, weight + output * bytes_of_row, width, x + row * width * 4)
                 finish(p, token, row, output, value)
-            output += 1
         first = take(p, 0) * block
+    hold(wide)
 
 
 @function
@@ -137,27 +106,20 @@ def gate_blocks(p, token, weight_token):
     x = wide.ctypes.data
     widen(p, token, wide)
     bytes_of_row = width * size(weight_token)
+    products = np.empty(rows * block, np.float32)  # of the gate: each matrix is read in one piece
     while first < outputs:
-        last = min(first + block, outputs)
-        output = first
-        while output < last:
-            count = 4 if output + 4 <= last else 1
+        count = min(block, outputs - first)
+        for i in range(count):
             for row in range(rows):
-                vector, place = x + row * width * 4, row * outputs + output
-                here = output * bytes_of_row
-                if count == 4:
-                    a, b, c, d = four(weight_token, gates + here, width, vector)
-                    e, f, g, h = four(weight_token, ups + here, width, vector)
-                    store(token, y, place, np.float32(activate(a, activation) * e))
-                    store(token, y, place + 1, np.float32(activate(b, activation) * f))
-                    store(token, y, place + 2, np.float32(activate(c, activation) * g))
-                    store(token, y, place + 3, np.float32(activate(d, activation) * h))
-                else:
-                    a = one(weight_token, gates + here, width, vector)
-                    e = one(weight_token, ups + here, width, vector)
-                    store(token, y, place, np.float32(activate(a, activation) * e))
-            output += count
+                here = gates + (first + i) * bytes_of_row
+                products[row * block + i] = dot(weight_token, here, width, x + row * width * 4)
+        for i in range(count):
+            for row in range(rows):
+                value = dot(weight_token, ups + (first + i) * bytes_of_row, width, x + row * width * 4)
+                value = np.float32(activate(products[row * block + i], activation) * value)
+                store(token, y, row * outputs + first + i, value)
         first = take(p, 0) * block
+    hold(wide)
 
 
 @lru_cache(maxsize=None, typed=True)  # tokens are told apart by their types
