@@ -155,7 +155,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
     device = checkpoints.as_device(
         ("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device
     )
-    checkpoints.as_dtype(None if args.dtype == "stored" else args.dtype)
+    dtype = hub.choose_dtype(args.dtype, device)
     origin = {"revision": args.revision, "config": args.config}
     reading = {
         "bos": False if args.no_bos else None,
@@ -175,7 +175,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         "the command": args.command,
         "--model": args.model,
         "the digest of the model's files": checkpoints.fingerprint(hub.locate(args.model, **origin)),
-        "--dtype": args.dtype or ("float32" if device.type == "cpu" else "stored"),
+        "--dtype": str(dtype or "stored").removeprefix("torch."),
         "--fp8": args.fp8,
         "--shard": str(files.shard),
         "--save-every": args.save_every,

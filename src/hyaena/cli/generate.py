@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from hyaena import hub
-    from hyaena.checkpoints.load import as_device, as_dtype
+    from hyaena.checkpoints.load import as_device
     from hyaena.fp8 import check_fp8
     from hyaena.generation import Settings, encode_prompts, generate, load_prefix, parse_prompts, prefix, stream
 
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(**options)
     prompts = parse_prompts(prompt, allow_empty=args.prefix_file is not None)[0]
     device = as_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
-    as_dtype(None if args.dtype == "stored" else args.dtype)
+    hub.choose_dtype(args.dtype, device)
     if args.decoding == "cuda_graph" and device.type != "cuda":
         raise UnsupportedError(f"graphs are captured on CUDA devices, not on {device}: choose another --decoding")
     began = time.perf_counter()

@@ -11,7 +11,7 @@ def add_model_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
     group.add_argument("--revision", help="the revision of a hub id")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
+    group.add_argument("--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere as stored)")
     group.add_argument(
         "--fp8",
         choices=("auto", "exact", "off"),

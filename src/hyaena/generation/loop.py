@@ -244,7 +244,8 @@ class GenerationLoop:
     def _make_decoder(self) -> EagerDecoder[int] | PipelinedDecoder[int]:
         if self.decoding == "eager":
             return EagerDecoder(self.model, top=self.top)
-        return PipelinedDecoder(make_decoder(self.model, len(self.rows), self.decoding, top=self.top))
+        decoder = make_decoder(self.model, len(self.rows), self.decoding, top=self.top)
+        return PipelinedDecoder(decoder, under_way=1 if self.decoding == "compiled" else 2)
 
     def _take(self, keys: list[int], output: StepOutput, began: float) -> list[Event]:
         """Add the tokens of one step to their rows; rows that finish leave."""

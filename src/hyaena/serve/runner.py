@@ -177,7 +177,8 @@ class Runner:
             return IsolatedDecoder(self.model)
         if self.decoding == "eager":
             return EagerDecoder(self.model)
-        return PipelinedDecoder(make_decoder(self.model, self.max_rows, self.decoding))
+        decoder = make_decoder(self.model, self.max_rows, self.decoding)
+        return PipelinedDecoder(decoder, under_way=1 if self.decoding == "compiled" else 2)
 
 
 def _unpack(output: StepOutput) -> list[Chosen]:

@@ -27,6 +27,7 @@ from hyaena.ops.step import DecodeOperators
 pytest.importorskip("numba", reason="the kernels are compiled by numba")
 
 from hyaena.ops.cpu.operators import CompiledOperators
+from hyaena.ops.cpu.reading import BLOCK, sums_of_squares
 
 PLAIN, COMPILED = DecodeOperators(), CompiledOperators()
 # One rounding of the result to its own dtype, and sums in another order: as for the operators of GPUs.
@@ -281,3 +282,8 @@ def test_what_the_kernels_do_not_take_is_computed_by_the_plain_operators(monkeyp
     mixed = Dense(torch.randn(5, 8))
     call = lambda x: mixed.weight @ x[0]  # noqa: E731
     assert torch.equal(COMPILED.linear(single, call), PLAIN.linear(single, call))
+
+
+def test_reading_reads_every_block() -> None:
+    x = torch.randn(5 * BLOCK)
+    torch.testing.assert_close(sums_of_squares(x), x.square().view(5, BLOCK).sum(1))

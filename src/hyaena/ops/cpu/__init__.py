@@ -20,6 +20,14 @@ def unsupported_reason(dtype: torch.dtype) -> str | None:
     return None
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16 numbers, which torch uses: AMX, AVX-512 BF16,
+    or those of ARM. Others widen every number first, which makes prefill slower than in float32.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+
+
 @functools.cache
 def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
