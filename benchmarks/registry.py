@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-Unit = Literal["s", "MB", "GB", "tokens/s", "TB/s", "TFLOP/s", "modules", "tests", "passes"]
+Unit = Literal["s", "MB", "GB", "tokens/s", "variants/s", "TB/s", "TFLOP/s", "modules", "tests", "passes"]
 
 
 class IncorrectError(Exception):

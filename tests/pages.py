@@ -3,7 +3,7 @@
 Blocks marked ``bash`` and ``python`` run; ``console`` marks what needs a download, a GPU or minutes. Shell lines are of
 one form, ``[echo TEXT |] PROGRAM ARGUMENT…``, and a page that uses another form fails: each process would import torch
 again, which takes most of the time of such a test. ``hyaena serve … &`` runs until the end of the page, on a free port,
-for which the page's 8000 stands.
+for which the port in the page stands, 8000 or that of ``--port``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -35,23 +36,26 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the blocks of a page from top to bottom, in the working directory. Each Python block is its own program."""
     with contextlib.ExitStack() as stack:
-        server = None
+        servers: dict[str, ServerProcess] = {}
         for number, (kind, text) in enumerate(blocks(page), start=1):
             if kind == "bash":
                 for line in text.replace("\\\n", " ").splitlines():
                     if line.startswith("hyaena serve") and line.endswith("&"):
-                        server = stack.enter_context(serving(*shlex.split(line[:-1])[2:]))
+                        options = shlex.split(line[:-1])[2:]
+                        port = options.pop(options.index("--port") + 1) if "--port" in options else "8000"
+                        options = [option for option in options if option != "--port"]
+                        servers[port] = stack.enter_context(serving(*options))
                     else:
-                        _run_line(_with_port(line, server), monkeypatch)
+                        _run_line(_with_ports(line, servers), monkeypatch)
             elif kind == "python":
-                code = compile(_with_port(text, server), f"{page.name}, block {number}", "exec")
+                code = compile(_with_ports(text, servers), f"{page.name}, block {number}", "exec")
                 exec(code, {"__name__": "__main__"})
-        if server is not None:
+        for server in servers.values():
             assert server.end() == 0
 
 
-def _with_port(text: str, server: ServerProcess | None) -> str:
-    return text if server is None else text.replace(":8000", f":{server.port}")
+def _with_ports(text: str, servers: Mapping[str, ServerProcess]) -> str:
+    return re.sub(r":(\d+)\b", lambda found: f":{servers[found[1]].port}" if found[1] in servers else found[0], text)
 
 
 def _run_line(line: str, monkeypatch: pytest.MonkeyPatch) -> None:

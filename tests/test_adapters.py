@@ -29,6 +29,7 @@ from hyaena.adapters import (
 )
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, HyaenaError, InputError, UnsupportedError
+from hyaena.filters import LongFilter
 from hyaena.formats.stripedhyena import tensors as original
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import load_tokenizer
@@ -124,11 +125,14 @@ def test_one_model_serves_several_adapters(tmp_path: Path) -> None:
         save_adapter(trained, tmp_path / str(seed))
         expected.append(trained(IDS))
     views = [with_adapter(base, tmp_path / str(seed)) for seed in range(2)]
+    base_tables = [m._tables for m in base.modules() if isinstance(m, LongFilter)]
     for view, want in zip(views, expected, strict=True):
         assert torch.equal(view(IDS), want)
         own = [p for name, p in view.named_parameters() if "lora" not in name]
         known = {p.data_ptr() for p in base.parameters()}
         assert all(p.data_ptr() in known for p in own)
+        tables = [m._tables for m in view.modules() if isinstance(m, LongFilter)]
+        assert tables and all(a is b for a, b in zip(tables, base_tables, strict=True))
     assert not torch.equal(expected[0], expected[1])
     with pytest.raises(InputError, match="another model"):
         views[0](IDS[:1], cache=views[1].make_cache())

@@ -1,7 +1,7 @@
 """The short programs in ``examples/`` run from any folder, and print what they promise.
 
 ``examples/finetune.py`` and ``examples/finetune_lora.py`` train, and have tests of their own in ``tests/train`` and
-``tests/hf``.
+``tests/hf``. ``examples/serve_ray.py`` needs Ray: ``integrations/ray-serve``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ PRINTED = {
 
 
 def test_every_example_is_run() -> None:
-    assert {path.name for path in FOLDER.glob("*.py")} == {*PRINTED, "finetune.py", "finetune_lora.py"}
+    assert {path.name for path in FOLDER.glob("*.py")} == {
+        *PRINTED,
+        "finetune.py",
+        "finetune_lora.py",
+        "serve_ray.py",
+    }
 
 
 @pytest.mark.parametrize("name", PRINTED)

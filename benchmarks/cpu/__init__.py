@@ -28,6 +28,7 @@ SUITE = Suite(
         ),
         Benchmark("scoring", "cpu.scoring:unequal", "cub, 256 texts of unequal length, packed and one by one", 1),
         Benchmark("embedding", "cpu.scoring:long_embedding", "memory of embedding 100,000 characters", 1),
+        Benchmark("variants", "scoring.variants:on_cpu", "11M model, SNVs in shared windows against full ones", 2),
         Benchmark("mixed_batch", "cpu.memory:mixed_batch", "cub, short prompts and a long one in one batch", 1),
         Benchmark("choices", "choices:cpu", "multiple choice in lm-evaluation-harness against HFLM; needs lm_eval", 3),
         Benchmark("cub_memory", "cpu.memory:cub_memory", "cub, memory of 262,144 bytes against 16,384", 9.5),

@@ -75,7 +75,7 @@ def cub_memory(session: Session) -> list[Row]:
     small = [prefill("cub", short) for _ in range(1 if session.quick else 3)]
     large = prefill("cub", long)
     return [
-        _growth_row(
+        growth_row(
             large,
             small,
             long,
@@ -85,7 +85,7 @@ def cub_memory(session: Session) -> list[Row]:
             f"The prefill took {large['seconds']:.0f} s. On its way: {_course(large, long)}. The target allows "
             f"10 % for the allocator's free lists. The prompt's own {long:,} ids are in the long figure.",
         ),
-        _growth_row(
+        growth_row(
             prefill("cub", many, allocator=FIXED_THRESHOLD),
             [prefill("cub", few, allocator=FIXED_THRESHOLD)],
             many,
@@ -137,15 +137,22 @@ def _beyond(p: dict[str, Any]) -> float:
     return (p["growth"] - p["cache"]) / 1e6
 
 
-def _growth_row(
-    large: dict[str, Any], small: list[dict[str, Any]], long: int, short: int, target: Target | None, note: str
+def growth_row(
+    large: dict[str, Any],
+    small: list[dict[str, Any]],
+    long: int,
+    short: int,
+    target: Target | None,
+    note: str,
+    unit: str = "bytes",
 ) -> Row:
+    """The memory of two prompts beyond weights and cache, the long one against the short."""
     return Row(
-        what=f"memory of a prompt of {long:,} bytes beyond weights and cache, {large['model']}"
+        what=f"memory of a prompt of {long:,} {unit} beyond weights and cache, {large['model']}"
         + ("" if target else ", fixed mmap threshold"),
         unit="MB",
         ours=Summary.of([_beyond(large)]),
-        baseline_name=f"a prompt of {short:,} bytes",
+        baseline_name=f"a prompt of {short:,} {unit}",
         baseline=Summary.of(map(_beyond, small)),
         ratio=Summary.of(_beyond(large) / _beyond(p) for p in small),
         ratio_name="long / short",

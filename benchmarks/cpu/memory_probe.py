@@ -55,7 +55,7 @@ def prefill(name: str, tokens: int, threads: int, chunk: int = CHUNK) -> None:
             with torch.inference_mode():
                 baseline.prefill(ids)
     else:
-        model = models.cub()[0] if name == "cub" else models.striped(quick=name == "tiny")
+        model = _model(name)
         ids = prompt(model.config, tokens) if name != "cub" else _text(tokens)
         cache = _cache_bytes(model, tokens + 1)
 
@@ -110,6 +110,12 @@ def measure(run: Callable[[], None]) -> tuple[int, float, int]:
     before = resident("VmRSS")
     seconds = wall_seconds(run)
     return resident("VmHWM") - before, seconds, before
+
+
+def _model(name: str) -> StripedHyena:
+    if name == "cub":
+        return models.cub()[0]
+    return (models.evo2 if name.endswith("evo2") else models.striped)(quick=name.startswith("tiny"))
 
 
 def _cache_bytes(model: StripedHyena, length: int) -> int:

@@ -58,6 +58,28 @@ EVO = ModelConfig(
 """Evo's kind of model, small: attention in one layer of four, eight modes, characters."""
 
 
+def evo2(quick: bool) -> StripedHyena:
+    """The shape of Evo 2's 1B, in float32, with fresh weights; the same ones each time."""
+    import torch
+
+    from hyaena.model import StripedHyena
+
+    config = ModelConfig.from_name("evo2-1b-base")
+    if quick:
+        sizes = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 128}
+        groups = {"se_filter_groups": 8, "mr_filter_groups": 8}
+        config = replace(config, layer_types=config.layer_types[:4], **sizes, **groups)
+    torch.manual_seed(0)
+    return StripedHyena(config).eval()
+
+
+def size_of(model: StripedHyena) -> str:
+    """The number of a model's parameters, for the name of a row."""
+    from hyaena.sizes import ModelSizes
+
+    return f"{ModelSizes(model.config).parameters / 1e6:.1f}M parameters"
+
+
 def small_evo() -> StripedHyena:
     """The model of ``EVO`` with fresh weights."""
     from hyaena.model import StripedHyena

@@ -17,6 +17,7 @@ class Sizes:
         config: our model; the baseline has its widths, and attention in every layer.
         operator: lengths of the fused operator, forward.
         operator_gradients: its length, forward and backward.
+        operator_kinds: lengths at which it is measured with every kind of filter.
         prompts: lengths of prefills; the baseline reads those from ``long`` on.
         long: where the baseline begins.
         decodes: batch and context of decoding, each with the target of its memory-bandwidth utilisation, or None.
@@ -38,6 +39,7 @@ class Sizes:
     config: ModelConfig
     operator: tuple[int, ...]
     operator_gradients: int
+    operator_kinds: tuple[int, ...]
     prompts: tuple[int, ...]
     long: int
     decodes: tuple[tuple[int, int, float | None], ...]
@@ -66,6 +68,7 @@ FULL = Sizes(
     config=SH_7B,
     operator=(32_768, 131_072),
     operator_gradients=32_768,
+    operator_kinds=(8192, 32_768),
     prompts=(8192, 32_768, 131_072),
     long=32_768,
     decodes=((1, 2048, 0.92), (1, 32_768, 0.92), (16, 2048, None), (64, 8192, None)),
@@ -97,6 +100,7 @@ QUICK = Sizes(
     config=TINY,
     operator=(20, 40),
     operator_gradients=20,
+    operator_kinds=(20,),
     prompts=(24, 48, 96),
     long=48,
     decodes=((1, 16, 0.92), (1, 48, 0.92), (3, 24, None)),

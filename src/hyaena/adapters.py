@@ -150,8 +150,8 @@ def with_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) ->
         CheckpointError: the adapter does not fit the model.
     """
     updates = _fitting(model, _read(adapter))
-    kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    view = copy.deepcopy(model, kept)
+    tables = (v for module in model.modules() for v in vars(module).values() if isinstance(v, ops.TableStore))
+    view = copy.deepcopy(model, {id(shared): shared for shared in (*model.parameters(), *model.buffers(), *tables)})
     dtype, device = model.dtype, model.device
     _attach(view, {n: Update(a.to(device, dtype), b.to(device, dtype), scale) for n, (a, b, scale) in updates.items()})
     return view

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,17 @@ def real(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -> 
     if not math.isfinite(number) or not holds(number):
         raise InputError(f"{name} must be {wanted}, not {shown(value)}")
     return number
+
+
+def require_ids(ids: Iterable[int], size: int, where: str = "") -> None:
+    """Check that token ids are those of a vocabulary of ``size`` tokens.
+
+    Raises:
+        InputError: one of them is not; ``where`` is in front of the message.
+    """
+    outside = next((token for token in ids if not 0 <= token < size), None)
+    if outside is not None:
+        raise InputError(f"{where}token id {shown(outside)} is outside the vocabulary 0..{size - 1} of the model")
 
 
 def switch(name: str, value: Any) -> bool:

@@ -13,7 +13,7 @@ from hyaena import ops
 from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache
 from hyaena.errors import InputError
-from hyaena.packing import Packing, Recurrence, Snapshots, StatesAt, evaluate
+from hyaena.packing import Packing, Recurrence, Snapshots, WithStates, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,29 +125,29 @@ class ForwardContext:
         )
 
     def evaluate(
-        self, operator: Recurrence, z: Tensor, state: Any, states_at: StatesAt | None = None
+        self, operator: Recurrence, z: Tensor, state: Any, with_states: WithStates | None = None
     ) -> tuple[Tensor, Any]:
         """Evaluate an operator whose state sums up all tokens before, over this pass.
 
-        A packed pass is cut into its rows. Where snapshots are wanted ``states_at`` computes the states, or without it
+        A packed pass is cut into its rows. Where snapshots are wanted ``with_states`` is called, or without it
         the rows are cut there, each piece from the state that the one before left.
 
         Args:
             operator: see ``Recurrence``.
             z: its inputs [B,T,E], or [1,T,E] of a packed pass.
             state: of all rows, or None.
-            states_at: see ``StatesAt``.
+            with_states: see ``WithStates``.
 
         Returns:
             y [B,T,D] and the state after the pass.
         """
         padding = None if self.padding is None else self.padding[1]
         if self.packing is not None:
-            return self.packing.apply(operator, z, state, self.snapshots, states_at)
+            return self.packing.apply(operator, z, state, self.snapshots, with_states)
         if self.by_document is not None and state is None:
             return self.by_document.apply(operator, z, None)
         rows = range(z.shape[0])
-        return evaluate(operator, z, state, self.mask, self.reset, rows, padding, self.snapshots, states_at)
+        return evaluate(operator, z, state, self.mask, self.reset, rows, padding, self.snapshots, with_states)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ForwardContext:
         """The same pass for layers on another device."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hyaena.errors import UnsupportedError
-from hyaena.ops import ExplicitFilter, ModalFilter, RealModalFilter
+from hyaena.ops import ExplicitFilter, ModalFilter, RealModalFilter, TableStore
 
 
 class ShortFilter(nn.Module):
@@ -91,11 +91,12 @@ class LongFilter(Float32Parameters):
         self.poles = nn.Parameter(torch.empty(filters, modes, 2, dtype=torch.float32))
         self.residues = nn.Parameter(torch.empty(filters, modes, 2, dtype=torch.float32))
         self.skip = nn.Parameter(torch.empty(channels))
+        self._tables = TableStore()
 
     def forward(self) -> ModalFilter:
         """The filter in tensors that own their memory: FSDP frees the storage of parameters before backward."""
         poles, residues = (torch.complex(*pair.unbind(-1)) for pair in self._float32("poles", "residues"))
-        return ModalFilter(poles, residues, self.skip.clone())
+        return self._tables.attach(ModalFilter(poles, residues, self.skip.clone()))
 
     def view(self) -> ModalFilter:
         """The filter over the storage of the parameters, for inference: nothing is copied."""
@@ -128,10 +129,11 @@ class RealLongFilter(Float32Parameters):
         self.log_poles = nn.Parameter(torch.empty(filters, modes, dtype=torch.float32))
         self.residues = nn.Parameter(torch.empty(filters, modes, dtype=torch.float32))
         self.skip = nn.Parameter(torch.empty(channels))
+        self._tables = TableStore()
 
     def forward(self) -> RealModalFilter:
         log_poles, residues = self._float32("log_poles", "residues")
-        return RealModalFilter(log_poles.clone(), residues.clone(), self.skip.clone())
+        return self._tables.attach(RealModalFilter(log_poles.clone(), residues.clone(), self.skip.clone()))
 
     def view(self) -> RealModalFilter:
         log_poles, residues = self._float32("log_poles", "residues")

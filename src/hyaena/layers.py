@@ -257,18 +257,19 @@ class Hyena(nn.Module):
     ) -> tuple[Tensor, HyenaState]:
         (weight, bias), long_filter = self.short_filter(), self.long_filter()
 
+        options: dict[str, Any] = {"method": context.method, "backend": context.backend}
+
         def operator(
             z: Tensor, state: HyenaState | None, mask: Tensor | None, reset: Tensor | None
         ) -> tuple[Tensor, HyenaState]:
-            options: dict[str, Any] = {"method": context.method, "backend": context.backend}
             return ops.hyena(z, weight, bias, long_filter, state, mask=mask, reset=reset, **options)
 
-        def states_at(
+        def with_states(
             z: Tensor, state: HyenaState | None, mask: Tensor | None, stops: Sequence[int]
-        ) -> list[HyenaState]:
-            return ops.hyena_states(z, weight, bias, long_filter, state, stops, mask=mask)
+        ) -> tuple[Tensor, HyenaState, list[HyenaState]]:
+            return ops.hyena_states(z, weight, bias, long_filter, state, stops, mask=mask, **options)
 
-        y, after = context.evaluate(operator, self.in_proj(x), state, states_at)
+        y, after = context.evaluate(operator, self.in_proj(x), state, with_states)
         return self.out_proj(y[:, -keep:]), after
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:

@@ -14,8 +14,8 @@ from hyaena.errors import InputError
 Recurrence = Callable[[Tensor, Any, Tensor | None, Tensor | None], tuple[Tensor, Any]]
 """``(z [b,T,E], state, mask bool [b,T] or None, reset bool [b,T] or None) -> (y [b,T,D], state)``, for any T."""
 
-StatesAt = Callable[[Tensor, Any, Tensor | None, Sequence[int]], Sequence[Any]]
-"""``(z, state, mask, stops) -> states``: those that a recurrence would have after so many steps of z."""
+WithStates = Callable[[Tensor, Any, Tensor | None, Sequence[int]], tuple[Tensor, Any, Sequence[Any]]]
+"""``(z, state, mask, stops) -> (y, state, states)``: a recurrence, and the states after so many steps of z."""
 
 
 class Snapshots:
@@ -65,11 +65,11 @@ def evaluate(
     rows: Sequence[int],
     padding: Sequence[int] | None,
     snapshots: Snapshots | None,
-    states_at: StatesAt | None,
+    with_states: WithStates | None,
 ) -> tuple[Tensor, Any]:
     """Evaluate a recurrence over rows, and save its states where snapshots are wanted.
 
-    Without ``states_at`` the rows are cut there, which costs more.
+    Without ``with_states`` the rows are cut there, which costs more.
     """
     stops: list[int] = []
     if snapshots is not None:
@@ -77,11 +77,11 @@ def evaluate(
         stops = snapshots.columns(z.shape[1], rows, padding)
     if snapshots is None or padding is None or not stops:
         return operator(z, state, mask, reset)
-    if states_at is not None:
+    if with_states is not None:
         inner = [stop for stop in stops if stop < z.shape[1]]
-        for stop, saved in zip(inner, states_at(z, state, mask, inner) if inner else (), strict=True):
+        y, state, states = with_states(z, state, mask, inner) if inner else (*operator(z, state, mask, reset), ())
+        for stop, saved in zip(inner, states, strict=True):
             snapshots.save(stop, saved, rows, padding)
-        y, state = operator(z, state, mask, reset)
         snapshots.save(z.shape[1], state, rows, padding)  # to the bit what the rows go on from
         return y, state
     parts = []
@@ -156,7 +156,7 @@ class Packing:
         z: Tensor,
         state: Any,
         snapshots: Snapshots | None = None,
-        states_at: StatesAt | None = None,
+        with_states: WithStates | None = None,
     ) -> tuple[Tensor, Any]:
         """Evaluate a recurrence of every row: z [1,T,E] and the state of all rows -> y [1,T,D], and the state after.
 
@@ -166,7 +166,7 @@ class Packing:
         for group in self.groups:
             inputs, before = z[0, group.source], None if state is None else state.select(group.rows)
             y, new = evaluate(
-                operator, inputs, before, group.mask, None, group.rows, group.padding, snapshots, states_at
+                operator, inputs, before, group.mask, None, group.rows, group.padding, snapshots, with_states
             )
             parts.append(y.flatten(0, 1)[group.steps])
             states.append(new)

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyaena.arguments import as_whole, kind_of, real, whole
+from hyaena.arguments import as_whole, kind_of, real, require_ids, whole
 from hyaena.errors import InputError, NonFiniteError, shown
 
 MAX_SEED = 2**63 - 1
@@ -106,14 +106,13 @@ class SamplingParams:
         pairs: Sequence[tuple[int, float]] = self.logit_bias  # type: ignore[assignment]  pairs since they were checked
         allowed: Sequence[int] | None = self.allowed_tokens  # type: ignore[assignment]
         for name, ids in (("logit_bias", [token for token, _ in pairs]), ("allowed_tokens", allowed or ())):
-            outside = next((token for token in ids if token >= vocab_size), None)
-            if outside is not None:
-                raise InputError(f"{name}: token id {shown(outside)} is outside the vocabulary 0..{vocab_size - 1}")
+            require_ids(ids, vocab_size, f"{name}: ")
         row = torch.full((vocab_size,), 0.0 if allowed is None else -math.inf, dtype=torch.float32, device="cpu")
         if allowed is not None:
             row[list(allowed)] = 0.0
-        for token, value in pairs:
-            row[token] += value
+        if pairs:
+            tokens, values = zip(*pairs, strict=True)
+            row.index_add_(0, torch.tensor(tokens, device="cpu"), torch.tensor(values, dtype=row.dtype, device="cpu"))
         if bool((row == -math.inf).all()):
             raise InputError("logit_bias and allowed_tokens together forbid every token: allow at least one")
         return row
@@ -159,12 +158,12 @@ def _allowed_ids(ids: Any) -> tuple[int, ...] | None:
         return None
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         raise InputError(f"allowed_tokens must be a list of ids, not {kind_of(ids)}")
-    numbers = []
+    numbers: dict[int, None] = {}  # each once, in order
     for token in ids:
         number = as_whole(token)
         if number is None or number < 0:
             raise InputError(f"allowed_tokens: a token id is a whole number, 0 or more, not {shown(token)}")
-        numbers.append(number)
+        numbers[number] = None
     if not numbers:
         raise InputError("allowed_tokens is empty, so that no token could be chosen: name some, or None for all")
     return tuple(numbers)

@@ -49,15 +49,15 @@ def row(ratio: float | None = 2.5, target: Target | None = None) -> Row:
 # --- the registry
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "scoring", "serve"])
+@pytest.mark.parametrize("name", ["cpu", "evo2", "gpu", "scoring", "serve"])
 def test_names_are_unique_and_what_they_name_exists(name: str) -> None:
-    if name != "cpu":
+    if name not in ("cpu", "evo2"):
         pytest.importorskip("triton", reason="triton is made for Linux only")
     suite: Suite = registry.load(f"{name}:SUITE")
     assert suite.name == name and len({b.name for b in suite.benchmarks}) == len(suite.benchmarks)
     assert all(callable(b.load()) for b in suite.benchmarks)
     assert isinstance(registry.load(suite.session)(quick=True, deadline=1.0), Session)
-    most = {"cpu": 25, "gpu": 10, "scoring": 10, "serve": 10}[name]
+    most = {"cpu": 27, "evo2": 15, "gpu": 10, "scoring": 10, "serve": 11}[name]
     assert sum(b.minutes for b in suite.benchmarks) <= most
 
 
@@ -315,3 +315,11 @@ def test_the_memory_of_an_embedding_is_measured_in_a_process_of_its_own() -> Non
 
     (line,) = long_embedding(Session(quick=True))
     assert line.met and line.ours.median > 0
+
+
+def test_evo2_is_measured_against_its_matrices() -> None:
+    from benchmarks.evo2.cpu import decode, prefill
+
+    rows = [*prefill(Session(quick=True)), *decode(Session(quick=True))]
+    assert [row.ratio_name for row in rows] == ["bound / ours", "ours / bound", "ours / bound"]
+    assert all(row.ratio is not None and 0 < row.ratio.median < 1.5 for row in rows)

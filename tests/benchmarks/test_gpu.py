@@ -51,7 +51,7 @@ def test_a_quick_run_measures_everything_but_the_baseline(tmp_path: Path) -> Non
     count = {name: len(found) for name, found in rows.items()}
     targets = [(r.ratio_name, r.target.relation, r.target.value) for found in rows.values() for r in found if r.target]
     assert {name: count[name] for name in ("rates", "operator", "decode", "train", "lora")} == {
-        "rates": 2, "operator": 5, "decode": 3, "train": 6, "lora": 2,
+        "rates": 2, "operator": 19, "decode": 3, "train": 6, "lora": 2,
     }  # fmt: skip
     for expected in (
         ("ours / bound", "<=", 1.5),

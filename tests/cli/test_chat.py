@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hyaena
+from hyaena.adapters import LoRALinear, add_adapter, save_adapter
 from hyaena.cli import main
 from hyaena.cli.chat import Chat, converse, read_message
 from hyaena.sampling import SamplingParams
@@ -111,3 +114,20 @@ def test_models_without_dialogue_are_refused(capsys: pytest.CaptureFixture[str],
     assert "there is no chat template none" in capsys.readouterr().err
     assert main(["chat", "--model", str(tmp_path)]) == 2
     assert "--chat-template" in capsys.readouterr().err
+
+
+def test_an_adapter_is_talked_to_with_its_own_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = hyaena.load("cub", dtype="float32")[0]
+    add_adapter(model, rank=2, targets=("down_proj",))
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_B, std=0.2)
+    save_adapter(model, tmp_path, base="cub")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("import \n"))
+    options = ["--device", "cpu", "--temperature", "0", "--max-new-tokens", "8"]
+    assert main(["chat", "--model", "cub", "--adapter", str(tmp_path), *options]) == 0
+    want = hyaena.generate(*hyaena.load("cub", dtype="float32", adapter=tmp_path), "import ", max_new_tokens=8)
+    assert want.text.strip() and want.text in capsys.readouterr().out

@@ -182,6 +182,7 @@ def test_evo2_is_drawn_in_four_kinds(capsys: pytest.CaptureFixture[str]) -> None
     assert lines[5] == "  ░░ hyena_li 9   ▒▒ hyena_mr 9   ▓▓ hyena_se 9   ██ attention 5"
     text = "\n".join(lines)
     assert "MLP 11,264 identity (gelu in layer 0)" in text and "positions / 128" in text
+    assert "FP8           input projections of Hyena layers" in text
     cache = as_json(capsys, "evo2-7b")["cache"]
     assert (cache["bytes_per_token"], cache["bytes_per_sequence"]) == (81_920, 24_625_152 - 2 * 663_552)
 

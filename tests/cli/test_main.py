@@ -51,6 +51,7 @@ def test_the_commands_are_the_promised_ones() -> None:
         "info",
         "score",
         "embed",
+        "variants",
         "train",
         "eval",
         "bench",

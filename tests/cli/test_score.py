@@ -22,7 +22,7 @@ from pyarrow import parquet
 import hyaena
 from hyaena import hub
 from hyaena.cli import main
-from hyaena.cli.batch import _Progress
+from hyaena.cli.progress import Progress
 
 SRC = Path(__file__).parents[2] / "src"
 COMMANDS = {"score": "hyaena.cli.score"}
@@ -260,7 +260,7 @@ def test_a_process_killed_at_random_loses_nothing(model: Path, tmp_path: Path, s
         ("x.fa", ">a\nAC\n", ["--method", "magic"], "magic"),
         ("x.fa", ">a\nAC\n", ["--dtype", "int8"], "dtype int8 cannot hold a model"),
         ("x.fa", ">a\nAC\n", ["--text-key", "seq"], "read as fasta, which has no keys"),
-        ("x.fa", ">a\nAC\n", ["-o", "s.csv"], "must end in one of .parquet"),
+        ("x.fa", ">a\nAC\n", ["-o", "s.xls"], "must end in one of .parquet"),
         ("x.jsonl", '{"text": "AC"}', ["-o", "x.jsonl", "--restart"], "x.jsonl is the input and the output"),
     ],
 )
@@ -340,7 +340,7 @@ def test_the_progress_bar_counts_tokens(
 
 def test_the_rate_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with _Progress(100, show=True) as progress:
+    with Progress(100, unit="tokens", show=True) as progress:
         progress.skip(60)
         progress.begin()
         for counts in ((4, 5), (20, 25), (10,)):

@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_what_was_there(
 
     path = tmp_path / f"x{suffix}"
     path.write_text("before")
-    writer = results.OUTPUT_FORMATS[suffix]
+    writer = results.OUTPUT_FORMATS[suffix].write
 
     class Full:
         def __init__(self, file: Any) -> None:
@@ -135,7 +135,7 @@ def test_a_full_disk_leaves_what_was_there(
                 raise OSError(errno.ENOSPC, "No space left on device")
             return self.file.write(data)
 
-    monkeypatch.setitem(results.OUTPUT_FORMATS, suffix, lambda file, *rest: writer(Full(file), *rest))
+    monkeypatch.setitem(results.OUTPUT_FORMATS, suffix, results._Format(lambda file, *rest: writer(Full(file), *rest)))
     with pytest.raises(OutputError, match="No space left on device; free some space"):
         write(path, ROWS)
     assert path.read_text() == "before" and [one.name for one in tmp_path.iterdir()] == [path.name]
@@ -143,8 +143,10 @@ def test_a_full_disk_leaves_what_was_there(
 
 def test_outputs_have_a_known_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_output(tmp_path / "x.NPZ")
-    with pytest.raises(InputError, match=r"must end in one of \.parquet, \.jsonl, \.ndjson, \.npz"):
-        check_output(tmp_path / "x.csv")
+    with pytest.raises(
+        InputError, match=r"must end in one of \.parquet, \.jsonl, \.ndjson, \.csv, \.tsv, \.bedgraph, \.npz"
+    ):
+        check_output(tmp_path / "x.xls")
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"writing Parquet needs pyarrow: pip install 'hyaena\[parquet\]'"):
         check_output(tmp_path / "x.parquet")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyaena import ops
-from hyaena.ops.long_conv import long_conv, long_conv_states
+from hyaena.ops.long_conv import long_conv, long_conv_states, long_conv_with_states
 
 FILTERS = {
     "complex": lambda n: ops.ModalFilter(
@@ -36,6 +36,22 @@ def test_states_of_a_filter(kind: str, groups: int, stops: list[int], past: bool
         torch.testing.assert_close(found, want, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize(
+    ("length", "stops"), [(200, [64, 128, 192]), (200, [3, 64, 65, 199, 200]), (20, [7]), (5, [2])]
+)
+def test_states_beside_the_outputs(kind: str, groups: int, length: int, stops: list[int]) -> None:
+    made, x = FILTERS[kind](groups), torch.randn(2, length, 6)
+    _, state = long_conv(torch.randn(2, 9, 6), made, None)
+    y, after, found = long_conv_with_states(x, made, state, stops)
+    want = long_conv(x, made, state)
+    assert torch.equal(y, want[0]) and torch.equal(after, want[1])
+    for one, other in zip(found, long_conv_states(x, made, state, stops), strict=True):
+        assert one.dtype == other.dtype and one.is_contiguous()
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4)
+
+
 def test_the_window_of_a_cut_filter_has_states_too() -> None:
     made = FILTERS["complex"](6)
     x = torch.randn(1, 90, 6)
@@ -54,7 +70,10 @@ def test_states_of_the_operator(masked: bool) -> None:
         mask = torch.ones(2, 100, dtype=torch.bool)
         mask[1, :10] = False
     stops = [1, 2, 64, 99]
-    for stop, found in zip(stops, ops.hyena_states(z, weight, bias, made, None, stops, mask=mask), strict=True):
+    y, last, states = ops.hyena_states(z, weight, bias, made, None, stops, mask=mask, backend="plain")
+    whole = ops.hyena(z, weight, bias, made, mask=mask, backend="plain")
+    assert torch.equal(y, whole[0]) and all(map(torch.equal, last, whole[1]))
+    for stop, found in zip(stops, states, strict=True):
         cut = None if mask is None else mask[:, :stop]
         _, want = ops.hyena(z[:, :stop], weight, bias, made, mask=cut, backend="plain")
         for mine, theirs in zip(found, want, strict=True):

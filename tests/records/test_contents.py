@@ -17,7 +17,7 @@ from hyaena.tokenizers import CharacterTokenizer
 
 def contents(path: Path, text: str) -> Contents:
     path.write_text(text)
-    return read_contents(find_source(path), lambda text: len(CharacterTokenizer().encode(text)))
+    return read_contents(find_source(path), lambda record: len(CharacterTokenizer().encode(record.text)))
 
 
 def test_sizes(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pyarrow import parquet
 from hyaena import extras
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.records import FORMATS, Record, check_readable, find_source, read_records
+from hyaena.records.readers import cut
 
 
 def read(path: Path, **options: str) -> list[Record]:
@@ -183,3 +184,31 @@ def test_files_are_read_in_bounded_memory(tmp_path: Path, format: str) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 9_000_000
+
+
+def test_windows_of_a_record() -> None:
+    """Every letter is one window's own, and windows that overlap have the letters of their neighbours on both sides."""
+    record = Record(4, "chr1", "ABCDEFGHIJK", "line 3", 2)
+    found = list(cut(record, 5, 2))
+    assert [(w.name, w.text, w.before, w.after, w.start, w.lowered) for w in found] == [
+        ("chr1:0-3", "ABCDE", 0, 2, 0, 2),
+        ("chr1:3-6", "BCDEFGH", 2, 2, 3, 0),
+        ("chr1:6-9", "EFGHIJK", 2, 2, 6, 0),
+        ("chr1:9-11", "HIJK", 2, 0, 9, 0),
+    ]
+    assert [w.text for w in cut(record, 11, 0)] == [record.text]
+    for window, overlap in ((3, 0), (4, 3), (20, 5)):
+        own = [w.text[w.before : len(w.text) - w.after] for w in cut(record, window, overlap)]
+        assert "".join(own) == record.text
+
+
+def test_windows_are_records_with_numbers_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "x.fa"
+    path.write_text(">a\nACGTA\n>b\nAC\n")
+    found = list(read_records(find_source(path, window=4, overlap=2)))
+    assert [(w.index, w.name, w.contig, w.place) for w in found] == [
+        (0, "a:0-2", "a", "line 1"),
+        (1, "a:2-4", "a", "line 1"),
+        (2, "a:4-5", "a", "line 1"),
+        (3, "b:0-2", "b", "line 3"),
+    ]

@@ -27,6 +27,7 @@ from hyaena.serve.playground import FILES
 from hyaena.serve.service import Limits, Served
 from hyaena.serve.writing import _event
 from hyaena.tokenizers.chat import TEMPLATES
+from serve.clients import once
 
 KEY = "a-key"
 
@@ -203,6 +204,9 @@ def test_embeddings_and_scores(client: TestClient, cub: tuple[Any, Any]) -> None
     assert scored[0]["sum"] == pytest.approx(float(scores[0].sum), rel=1e-4)
     assert scored[0]["logprobs"][0] == pytest.approx(-1.3572, abs=1e-3)  # after the token that begins a text
     assert len(scored[0]["ranks"]) == len("import os")
+    both = client.post("/score", json={"input": "ACGTAC", "per_token": True, "both_strands": True}).json()["data"][0]
+    assert both["ranks"] is None and len(both["logprobs"]) == 6
+    assert both["sum"] == pytest.approx(hyaena.score(*cub, "ACGTAC", both_strands=True).sum, rel=1e-4)
 
 
 def test_information(client: TestClient) -> None:
@@ -342,7 +346,7 @@ def test_a_full_queue_says_when_to_come_back(cub: tuple[Any, Any]) -> None:
     app = make_app(Server([Served(name="cub", engine=engine, tokenizer=tokenizer)], Metrics()))
     held = threading.Event()
     with TestClient(app) as test:
-        engine.call(held.wait)  # the engine does nothing meanwhile
+        engine.call(once(held.wait))  # the engine does nothing meanwhile
         for _ in range(2):
             engine.submit(EngineRequest(prompt=[5], params=SamplingParams(), max_new_tokens=1), lambda delta: None)
         response = test.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
@@ -357,6 +361,20 @@ def test_every_event_is_one_line_for_every_client() -> None:
     text = "".join(map(chr, range(0x3000)))
     (line, end) = _event({"text": text}).splitlines()
     assert not end and json.loads(line.removeprefix("data: ")) == {"text": text}
+
+
+def test_no_page_loads_anything_from_elsewhere(client: TestClient) -> None:
+    for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
+        assert client.get(path).status_code == 404
+    pages = []
+    for route in client.app.routes:  # type: ignore[attr-defined]
+        if "GET" in (getattr(route, "methods", None) or ()) and "{" not in route.path:
+            answer = client.get(route.path)
+            if "html" in answer.headers.get("content-type", ""):
+                pages.append(route.path)
+                assert "//" not in answer.text and "default-src 'none'" in answer.headers["content-security-policy"]
+    assert pages == ["/"]
+    assert "/v1/completions" in client.get("/openapi.json").json()["paths"]
 
 
 def test_keys(cub: tuple[Any, Any]) -> None:

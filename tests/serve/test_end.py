@@ -14,6 +14,7 @@ import torch
 
 from configs import TINY
 from hyaena.model import StripedHyena
+from serve.clients import once
 from serve.live import Live, live
 
 MODEL = StripedHyena(replace(TINY, vocab_size=259, max_length=100_000))
@@ -112,7 +113,7 @@ def test_nan_ends_one_request_only_and_leaves_nothing_behind() -> None:
             model.embed_tokens.weight[250] = float("nan")
         for _ in range(3):
             prompts = [*good[:3], [3, 250] * 50, *good[3:], [250]]
-            server.engine.call(lambda: time.sleep(0.2))  # so that they are read in one pass
+            server.engine.call(once(lambda: time.sleep(0.2)))  # so that they are read in one pass
             with ThreadPoolExecutor(len(prompts)) as threads:
                 answers = list(threads.map(ask, prompts))
             rest = [answer for i, answer in enumerate(answers) if i not in {3, 7}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,8 +14,10 @@ import pytest
 
 from configs import TINY
 from hyaena.model import StripedHyena
+from hyaena.sampling import SamplingParams
 from hyaena.serve.protocol import GenerationBody
 from hyaena.serve.service import Limits
+from serve.clients import once
 from serve.live import Live, live
 
 KEY = "a-key"
@@ -267,3 +270,80 @@ def test_bodies_and_headers_that_do_not_come_end(server: Live, monkeypatch: pyte
         with server.connect(5) as connection:
             connection.sendall(part)
             assert connection.recv(10) == b"", "a connection without a request stays open"
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/embeddings"])
+def test_reading_for_clients_that_left_is_given_up(server: Live, path: str) -> None:
+    begun, release = threading.Event(), threading.Event()
+    held = server.engine.call(once(lambda: (begun.set(), release.wait(30))))
+    try:
+        assert begun.wait(10)
+        data = b'{"input": "abc"}'
+        with server.connect() as connection:
+            line = b"POST " + path.encode() + b" HTTP/1.1"
+            connection.sendall(request(JSON + b"Content-Length: %d\r\n" % len(data), data, line))
+            end = time.monotonic() + 10
+            while len(server.engine._work) < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+            waiting = server.engine._work[1].future
+        while not waiting.cancelled() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert waiting.cancelled()
+    finally:
+        release.set()
+    held.result(10)
+    server.wait_idle()
+
+
+def test_bodies_that_trickle_end(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyaena.serve.guards.WHOLE_BODY_SECONDS", 0.5)
+    with server.connect() as connection:
+        connection.sendall(request(JSON + b"Content-Length: 5000\r\n"))
+        connection.settimeout(0.05)
+        got = b""
+        for _ in range(400):
+            try:
+                connection.sendall(b" ")
+                got = connection.recv(100)
+                break
+            except TimeoutError:
+                continue
+    assert got.startswith(b"HTTP/1.1 408")
+
+
+def test_what_choices_share_is_checked_once(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks, bias = [], SamplingParams.bias
+    monkeypatch.setattr(
+        SamplingParams, "bias", lambda self, size: checks.append(self.allowed_tokens) or bias(self, size)
+    )
+    with server.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
+        many = body(n=8, max_tokens=1, allowed_token_ids=[5] * 50_000 + [7])
+        answer = client.post("/v1/completions", content=many, headers=TYPE)
+    assert answer.status_code == 200 and len(answer.json()["choices"]) == 8
+    assert checks[0] == (5, 7)
+    in_engine = 2 * 8  # at most: the rows that start, and those that are there, whenever one joins
+    assert len(checks) <= 1 + in_engine
+
+
+def test_answers_of_millions_of_numbers_are_refused(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyaena.serve.reading.MOST_LOGPROBS", 100)
+    with server.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
+        for length, logprobs, status in ((10, 8, 200), (100, 1, 400), (10, 20, 400)):
+            data = body(prompt="x" * length, echo=True, logprobs=logprobs)
+            answer = client.post("/v1/completions", content=data, headers=TYPE)
+            assert answer.status_code == status, answer.text
+            if status == 400:
+                assert "log-probabilities" in error_of(answer)["message"]
+
+
+def test_clients_that_do_not_read_are_left(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyaena.serve.run.READ_SECONDS", 0.3)
+    data = json.dumps({"prompt": "x" * 150_000}).encode()
+    ask = request(JSON + b"Content-Length: %d\r\n" % len(data), data, b"POST /tokenize HTTP/1.1")
+    with server.connect(20) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with pytest.raises(ConnectionError):  # not a TimeoutError, as if the server waited for the client to read
+            for _ in range(1000):  # hundreds of megabytes of answers
+                connection.sendall(ask)
+    with server.client() as client:
+        assert client.get("/health").status_code == 200

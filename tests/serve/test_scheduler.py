@@ -1,4 +1,7 @@
-"""The scheduler against a runner without tensors: pages hold tokens, and a state is the list of tokens before it."""
+"""The scheduler against a runner without tensors: pages hold tokens, and a state is the list of tokens before it.
+
+A token that was read with an adapter is another one than the same token that was read without.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,26 @@ from hyaena.serve.prefix_cache import PrefixCache, Rank
 from hyaena.serve.scheduler import Plan, Scheduler
 
 PAGE = 4
+ALONE = ("", "")
+"""The tree of requests without adapter and salt."""
 
 
-def next_token(tokens: list[int], vocabulary: int = 3) -> int:
+Kept = tuple[str, int]
+
+
+def next_token(tokens: list[int], adapter: str = "", vocabulary: int = 3) -> int:
     """What the fake model says: a function of everything before, so that a wrong state or page shows."""
     value = 7
-    for token in tokens:
+    for token in (*adapter.encode(), *tokens):
         value = (value * 31 + token + 1) % 1_000_003
     return value % vocabulary
 
 
 @dataclass
 class Row:
+    adapter: str
     pages: list[int]
-    state: list[int]  # what a Hyena layer remembers
+    state: list[Kept]  # what a Hyena layer remembers
 
 
 @dataclass
@@ -37,8 +46,8 @@ class FakeRunner:
 
     scheduler: Scheduler
     limits: dict[int, int]
-    memory: dict[int, list[int | None]] = field(default_factory=dict)
-    snapshots: dict[int, list[int]] = field(default_factory=dict)
+    memory: dict[int, list[Kept | None]] = field(default_factory=dict)
+    snapshots: dict[int, list[Kept]] = field(default_factory=dict)
     rows: dict[int, Row] = field(default_factory=dict)
     decoding: list[int] = field(default_factory=list)
     results: dict[int, list[int]] = field(default_factory=dict)
@@ -47,18 +56,18 @@ class FakeRunner:
     def store(self, row: Row, tokens: list[int]) -> None:
         for token in tokens:
             place = len(row.state)
-            self.memory.setdefault(row.pages[place // PAGE], [None] * PAGE)[place % PAGE] = token
-            row.state.append(token)
+            self.memory.setdefault(row.pages[place // PAGE], [None] * PAGE)[place % PAGE] = (row.adapter, token)
+            row.state.append((row.adapter, token))
 
-    def attended(self, row: Row) -> list[int | None]:
+    def attended(self, row: Row) -> list[Kept | None]:
         return [self.memory[row.pages[i // PAGE]][i % PAGE] for i in range(len(row.state))]
 
     def choose(self, key: int) -> None:
         row = self.rows[key]
         assert self.attended(row) == row.state
         job = self.scheduler.jobs[key]
-        assert row.state == job.tokens, "the row has read something else than the scheduler thinks"
-        token = next_token(row.state)
+        assert row.state == [(job.adapter, token) for token in job.tokens], "the row has read something else"
+        token = next_token(job.tokens, job.adapter)
         self.results.setdefault(key, []).append(token)
         self.scheduler.append(key, token)
         if len(self.results[key]) == self.limits[key]:
@@ -86,7 +95,7 @@ class FakeRunner:
         for start in plan.start:
             state = [] if start.snapshot is None else list(self.snapshots[start.snapshot])
             assert len(state) == start.length
-            self.rows[start.key] = Row(list(start.pages), state)
+            self.rows[start.key] = Row(start.adapter, list(start.pages), state)
         for number in plan.forget:
             self.snapshots.pop(number, None)
         for read in plan.reads:
@@ -101,8 +110,9 @@ class FakeRunner:
         assert len(plan.reads) < 2 or all(read.last for read in plan.reads)
         for key, pages in plan.grow.items():
             self.rows[key].pages += pages
-        if plan.decode:
-            for key in list(self.decoding):
+        assert sorted(plan.decode) == sorted({self.rows[key].adapter for key in self.decoding})
+        for adapter in plan.decode:
+            for key in [key for key in self.decoding if self.rows[key].adapter == adapter]:
                 self.store(self.rows[key], self.scheduler.jobs[key].tokens[-1:])
                 self.choose(key)
         self.scheduler.done(plan)
@@ -112,10 +122,10 @@ class FakeRunner:
                 self.choose(read.key)
 
 
-def expected(prompt: list[int], count: int) -> list[int]:
+def expected(prompt: list[int], count: int, adapter: str = "") -> list[int]:
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens, adapter))
     return tokens[len(prompt) :]
 
 
@@ -125,6 +135,7 @@ requests = st.lists(
         st.integers(1, 20),
         st.integers(0, 12),  # the turn in which it arrives
         st.one_of(st.none(), st.integers(0, 15)),  # the turn in which it is cancelled
+        st.sampled_from(["", "", "a", "b"]),
     ),
     min_size=1,
     max_size=12,
@@ -150,12 +161,12 @@ def test_any_requests_get_what_they_get_alone(
         max_snapshots=max_snapshots,
         fixed_passes=fixed_passes,
     )
-    runner = FakeRunner(scheduler, {key: count for key, (_, count, _, _) in enumerate(requests)})
+    runner = FakeRunner(scheduler, {key: count for key, (_, count, *_) in enumerate(requests)})
     cancelled: set[int] = set()
     for turn in range(10_000):
-        for key, (prompt, count, arrives, cancels) in enumerate(requests):
+        for key, (prompt, count, arrives, cancels, adapter) in enumerate(requests):
             if arrives == turn:
-                scheduler.add(key, prompt, count)
+                scheduler.add(key, prompt, count, adapter=adapter)
             if cancels == turn and key in scheduler.jobs:
                 runner.finish(key)
                 cancelled.add(key)
@@ -169,9 +180,9 @@ def test_any_requests_get_what_they_get_alone(
         assert scheduler.prefix.snapshots <= max_snapshots
     else:
         pytest.fail("the requests never ended")
-    for key, (prompt, count, _, _) in enumerate(requests):
+    for key, (prompt, count, _, _, adapter) in enumerate(requests):
         result = runner.results.get(key, [])
-        want = expected(prompt, count)
+        want = expected(prompt, count, adapter)
         assert result == (want[: len(result)] if key in cancelled else want)
     assert scheduler.pages.free == pages - scheduler.prefix.cached_pages, "a page was lost"
     scheduler.prefix.clear()
@@ -249,7 +260,7 @@ def test_every_page_of_a_prefix_is_a_place_to_start_from() -> None:
     prompt = [i % 3 for i in range(50)]
     drive(scheduler, {0: (prompt, 1)})
     for length in range(1, 50):
-        found = scheduler.prefix.match([*prompt[:length], 9, 9, 9, 9])
+        found = scheduler.prefix.match([*prompt[:length], 9, 9, 9, 9], ALONE)
         assert found.length == length // PAGE * PAGE
 
 
@@ -257,27 +268,28 @@ def test_with_few_snapshots_the_grid_and_the_ends_remain() -> None:
     scheduler = Scheduler(pages=200, page_size=PAGE, max_rows=4, chunk=32, max_snapshots=8)
     prompt = [i % 3 for i in range(98)]
     drive(scheduler, {0: (prompt, 1)})
-    assert scheduler.prefix.match(prompt).length == 96  # the end
+    assert scheduler.prefix.match(prompt, ALONE).length == 96  # the end
     for length in range(20, 98):
-        found = scheduler.prefix.match([*prompt[:length], 9])
+        found = scheduler.prefix.match([*prompt[:length], 9], ALONE)
         assert length - found.length < PAGE + 4 * PAGE
 
 
-def test_prefixes_with_another_salt_are_not_seen() -> None:
+def test_prefixes_with_another_salt_or_adapter_are_not_seen() -> None:
     scheduler = Scheduler(pages=100, page_size=PAGE, max_rows=4, chunk=32, max_snapshots=100)
     runner = FakeRunner(scheduler, {0: 1})
-    scheduler.add(0, [1] * 20, 1, salt="a")
+    scheduler.add(0, [1] * 20, 1, salt="a", adapter="x")
     while not scheduler.idle:
         runner.turn()
-    assert scheduler.prefix.match([1] * 20, "a").length == 16
-    assert scheduler.prefix.match([1] * 20, "b").length == scheduler.prefix.match([1] * 20).length == 0
+    assert scheduler.prefix.match([1] * 20, ("x", "a")).length == 16
+    for other in (("x", "b"), ("", "a"), ("a", "x"), ("xa", ""), ("", "")):
+        assert scheduler.prefix.match([1] * 20, other).length == 0
 
 
 def test_a_second_turn_goes_on_from_the_end_of_the_first() -> None:
     scheduler = Scheduler(pages=100, page_size=PAGE, max_rows=4, chunk=32, max_snapshots=10)
     runner = drive(scheduler, {0: ([1, 2, 0], 10)})
     history = [1, 2, 0, *runner.results[0]]
-    assert scheduler.prefix.match([*history, 1]).length == 12  # 13 tokens, of which the last was never read
+    assert scheduler.prefix.match([*history, 1], ALONE).length == 12  # 13 tokens, of which the last was never read
 
 
 def test_what_can_never_fit_is_refused() -> None:

@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, str] = {
     "info": "hyaena.cli.info",
     "score": "hyaena.cli.score",
     "embed": "hyaena.cli.embed",
+    "variants": "hyaena.cli.variants",
     "train": "hyaena.cli.train",
     "eval": "hyaena.cli.eval",
     "bench": "hyaena.cli.bench",

@@ -5,24 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyaena.cli.model_options import add_model_options
+from hyaena.cli.model_options import add_model_options, prepare_model
+from hyaena.cli.progress import Progress
 from hyaena.errors import InputError, NonFiniteError, shown
 from hyaena.records import FORMATS, Record, Source, check_readable, find_source
 from hyaena.records.source import open_source
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
-    from hyaena.jobs import Column, Row
+    from hyaena.jobs import Column, Job, Row
     from hyaena.jobs.job import Compute
     from hyaena.model import StripedHyena
     from hyaena.records.contents import Shard
-    from hyaena.scoring import Encoder
+    from hyaena.scoring import Encoder, Excerpt
     from hyaena.tokenizers import Tokenizer
 
 STANDARD_INPUT = "-"
@@ -38,12 +38,15 @@ class Task:
         read: ``read(model, tokenizer, texts, **options)`` gives pairs of a text's number and its result, lazily, and
             checks its options at the call.
         row: the columns of a result.
+        step: letters of a window that a number of the row stands for, where rows are of windows; 0 leaves the column
+            out.
     """
 
     columns: Sequence[Column]
     options: Mapping[str, Any]
     read: Callable[..., Iterator[tuple[int, Any]]]
     row: Callable[[Any], Row]
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
     """
     parser.add_argument("input", help="a file of records; - is standard input, with --format")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help=f"{rows}; FILE ends in .parquet, .jsonl or .npz"
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help=f"{rows}; FILE ends in .parquet, .jsonl, .csv, .tsv or .npz",
     )
 
     group = parser.add_argument_group("input")
@@ -87,9 +94,31 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
     )
     group.add_argument("--max-length", type=int, metavar="N", help="allow N tokens in a text (the model's maximum)")
 
+    group = parser.add_argument_group("windows")
+    group.add_argument("--window", type=int, metavar="W", help="cut records into windows of W letters, such as 8192")
+    group.add_argument(
+        "--overlap", type=int, metavar="O", help="of which O are read as context only, such as 4096 (half of W)"
+    )
+
+    add_job_arguments(parser, records="records")
+
+    group = parser.add_argument_group("model")
+    add_model_options(group)
+    group.add_argument("--method", default="auto", help="how long convolutions are evaluated: fft, blocked, … (auto)")
+    group.add_argument(
+        "--batch-tokens", type=int, metavar="N", help="tokens per pass (2048 on a CPU; on a GPU as memory allows)"
+    )
+
+
+def add_job_arguments(parser: argparse.ArgumentParser, *, records: str) -> None:
+    """Add the options of a job that can be interrupted.
+
+    Args:
+        records: what it works through, for help.
+    """
     group = parser.add_argument_group("job")
     group.add_argument(
-        "--shard", default="1/1", metavar="I/N", help="only part I of N, from 1: a run of neighbouring records"
+        "--shard", default="1/1", metavar="I/N", help=f"only part I of N, from 1: a run of neighbouring {records}"
     )
     group.add_argument(
         "--restart", action="store_true", help="begin again: discard finished rows, and replace the output"
@@ -102,13 +131,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
         help="keep finished rows after every N characters of input, however the job ends (1,048,576)",
     )
     group.add_argument("--quiet", action="store_true", help="no progress bar (there is none where no terminal is)")
-
-    group = parser.add_argument_group("model")
-    add_model_options(group)
-    group.add_argument("--method", default="auto", help="how long convolutions are evaluated: fft, blocked, … (auto)")
-    group.add_argument(
-        "--batch-tokens", type=int, metavar="N", help="tokens per pass (2048 on a CPU; on a GPU as memory allows)"
-    )
 
 
 def find_files(args: argparse.Namespace) -> Files:
@@ -124,9 +146,9 @@ def find_files(args: argparse.Namespace) -> Files:
     check_output(output)
     if args.save_every < 1:
         raise InputError(f"--save-every must be at least 1, not {args.save_every}")
-    if args.device == "":
-        raise InputError("--device is empty: name one, such as cpu")
+    window, overlap = parse_windows(args)
     keys = {"format": args.format, "text_key": args.text_key, "name_key": args.name_key}
+    keys |= {"window": window, "overlap": overlap}
     if args.input == STANDARD_INPUT:
         if args.format is None:
             raise InputError(f"the format of standard input is not known: add --format {'|'.join(FORMATS)}")
@@ -141,22 +163,33 @@ def find_files(args: argparse.Namespace) -> Files:
     return Files(source, output, shard)
 
 
+def parse_windows(args: argparse.Namespace) -> tuple[int | None, int]:
+    """The letters of a window and of its overlap.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    window, overlap = args.window, args.overlap
+    if window is None:
+        if overlap is not None:
+            raise InputError("--overlap is of windows: add --window")
+        return None, 0
+    if window < 1:
+        raise InputError(f"--window must be at least 1, not {window}")
+    overlap = window // 2 if overlap is None else overlap
+    if not 0 <= overlap < window:
+        raise InputError(f"--overlap must be between 0 and less than the window of {window:,}, not {overlap}")
+    return window, overlap
+
+
 def run(args: argparse.Namespace, files: Files, task: Task) -> int:
     """Check every record, load the model, and make the rows that are not there yet."""
-    import torch
-
-    from hyaena import checkpoints, hub
-    from hyaena.fp8 import check_fp8
     from hyaena.jobs import Column, open_job
-    from hyaena.model import StripedHyena
     from hyaena.records.contents import read_contents, read_part
     from hyaena.scoring import ReadOptions
 
-    device = checkpoints.as_device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device
-    )
-    dtype = hub.choose_dtype(args.dtype, device)
-    origin = {"revision": args.revision, "config": args.config}
+    prepared = prepare_model(args)
+    tokenizer = prepared.tokenizer
     reading = {
         "bos": False if args.no_bos else None,
         "special": args.special,
@@ -165,18 +198,13 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         "max_length": args.max_length,
         "tokens_per_pass": args.batch_tokens,
     }
-    config, tokenizer = hub.load_tokenizer_of(args.model, **origin)
-    check_fp8(args.fp8, config.fp8_input_projections)
-    with torch.device("meta"):
-        shape = StripedHyena(config)  # without weights: enough to check options and texts
-    task.read(shape, tokenizer, [], **reading)
-    encoder = ReadOptions(**reading).encoder(shape, tokenizer)
+    task.read(prepared.shape, tokenizer, [], **reading)
+    encoder = ReadOptions(**reading).encoder(prepared.shape, tokenizer)
     options = {
         "the command": args.command,
-        "--model": args.model,
-        "the digest of the model's files": checkpoints.fingerprint(hub.locate(args.model, **origin)),
-        "--dtype": str(dtype or "stored").removeprefix("torch."),
-        "--fp8": args.fp8,
+        **prepared.options,
+        "--window": files.source.window,
+        "--overlap": files.source.overlap,
         "--shard": str(files.shard),
         "--save-every": args.save_every,
         "--batch-tokens": args.batch_tokens,
@@ -185,7 +213,16 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         **{f"--{name}": getattr(args, name.replace("-", "_")) for name in ("both-strands", "no-bos", "special")},
         **task.options,
     }
-    columns = [Column("name", "text"), *task.columns]
+    columns = [Column("name", "text")]
+    if files.source.window is not None:
+        columns += [Column("contig", "text"), Column("start", "integer"), Column("end", "integer")]
+        columns += [Column("step", "integer")] if task.step else []
+        if files.source.window > encoder.max_length:
+            raise InputError(
+                f"a window of {files.source.window:,} letters is longer than the {encoder.max_length:,} tokens of the "
+                "model's context: take a smaller --window, or a larger --max-length"
+            )
+    columns += task.columns
     with open_job(files.output, columns, options, restart=args.restart) as job:
         source = files.source
         if args.input == STANDARD_INPUT:
@@ -195,27 +232,34 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
                 source = replace(source, path=job.keep_input(stream))
         contents = read_contents(source, partial(_tokens, encoder))
         part = contents.part(files.shard)
-        with _Progress(part.size, show=not args.quiet and sys.stderr.isatty()) as progress:
+        with Progress(part.size, unit="tokens", show=not args.quiet and sys.stderr.isatty()) as progress:
 
             def start() -> Compute:
-                model = hub.load_model(args.model, device=device, dtype=args.dtype, fp8=args.fp8, **origin)
+                model = prepared.load()
                 progress.begin()
                 return _compute(model, tokenizer, source, task, reading, progress)
 
-            try:
+            with telling_what_is_kept(job, progress):
                 rows = job.run(
                     read_part(source, part),
                     start,
                     window=args.save_every,
                     skip=lambda record: progress.skip(int(contents.sizes[record.index])),
                 )
-            except (KeyboardInterrupt, SystemExit):
-                progress.close()
-                if job.is_begun:
-                    print(f"hyaena: finished rows are kept in {job.folder}: the same command goes on", file=sys.stderr)
-                raise
     print(f"{files.output}: {rows:,} records, {part.size:,} tokens")
     return 0
+
+
+@contextmanager
+def telling_what_is_kept(job: Job, progress: Progress) -> Iterator[None]:
+    """Within it, an interruption ends the progress bar, and says where finished rows are."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        progress.close()
+        if job.is_begun:
+            print(f"hyaena: finished rows are kept in {job.folder}: the same command goes on", file=sys.stderr)
+        raise
 
 
 def _compute(
@@ -224,15 +268,15 @@ def _compute(
     source: Source,
     task: Task,
     reading: Mapping[str, Any],
-    progress: _Progress,
+    progress: Progress,
 ) -> Compute:
     from hyaena.scoring import NonFiniteRecordError, RecordError
 
     def compute(window: Sequence[Record]) -> Iterable[tuple[int, Row]]:
-        texts = (record.text for record in window)
+        texts = map(_text, window)
         try:
             for index, result in task.read(model, tokenizer, texts, **reading, progress=progress.window()):
-                yield index, {"name": window[index].name, **task.row(result)}
+                yield index, {**_labels(window[index], task.step), **task.row(result)}
         except (RecordError, NonFiniteRecordError) as error:
             record = window[error.index]
             kind = NonFiniteError if isinstance(error, NonFiniteError) else InputError
@@ -241,12 +285,31 @@ def _compute(
     return compute
 
 
-def _tokens(encoder: Encoder, text: str) -> int:
-    """The tokens that are read of a text: start tokens and other strands count."""
+def _text(record: Record) -> str | Excerpt:
+    """What is read of a record."""
+    from hyaena.scoring import Excerpt
+
+    if not record.contig:
+        return record.text
+    text, end = record.text, len(record.text) - record.after
+    return Excerpt(text[record.before : end], text[: record.before], text[end:])
+
+
+def _labels(record: Record, step: int) -> Row:
+    """The first columns of its row."""
+    if not record.contig:
+        return {"name": record.name}
+    end = record.start + len(record.text) - record.before - record.after
+    place = {"contig": record.contig, "start": record.start, "end": end}
+    return {"name": record.name, **place, **({"step": step} if step else {})}
+
+
+def _tokens(encoder: Encoder, record: Record) -> int:
+    """The tokens that are read of a record: start tokens, overlaps and other strands count."""
     from hyaena.scoring import RecordError
 
     try:
-        return sum(map(len, encoder.records([text])))
+        return sum(map(len, encoder.records([_text(record)])))
     except RecordError as error:
         raise InputError(error.reason) from error
 
@@ -254,47 +317,3 @@ def _tokens(encoder: Encoder, text: str) -> int:
 def _is_stream(path: Path) -> bool:
     """Whether a path can be read once only: a pipe, such as a shell's ``<(…)``, or a device."""
     return path.exists() and not path.is_file() and not path.is_dir()
-
-
-class _Progress:
-    """A progress bar over tokens, with the time that is left."""
-
-    def __init__(self, tokens: int, *, show: bool) -> None:
-        self._bar: tqdm[Any] | None = None
-        if show:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=tokens, unit=" tokens", unit_scale=True, file=sys.stderr)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def begin(self) -> None:
-        """Measure the rate from now on: the model is loaded."""
-        if self._bar is not None:
-            self._bar.unpause()
-
-    def skip(self, tokens: int) -> None:
-        """Count what an earlier process read, which says nothing of the rate."""
-        if self._bar is not None:
-            self._bar.initial += tokens
-            self._bar.update(tokens)
-
-    def window(self) -> Callable[[int], None]:
-        """Return what counts the tokens of one window: it is called with how many have been read."""
-        before = 0
-
-        def tell(tokens: int) -> None:
-            nonlocal before
-            if self._bar is not None:
-                self._bar.update(tokens - before)
-            before = tokens
-
-        return tell

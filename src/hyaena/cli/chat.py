@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder or a hub id of a model that learned dialogue (togethercomputer/StripedHyena-Nous-7B)",
     )
     group.add_argument("--revision", help="the revision of a hub id")
+    group.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter of the model, from PEFT or hyaena")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere as stored)")
     group.add_argument("--chat-template", metavar="NAME", help="nous, or a file with a Jinja template")
@@ -66,15 +67,15 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
-    if args.model == "cub":
+    if args.model == "cub" and args.adapter is None:
         raise InputError(
-            "cub learned Python source and no dialogue: chat with togethercomputer/StripedHyena-Nous-7B, or continue "
-            "text with `hyaena generate`"
+            "cub learned Python source and no dialogue: chat with togethercomputer/StripedHyena-Nous-7B, name an "
+            "adapter that learned it with --adapter, or continue text with `hyaena generate`"
         )
     from hyaena.serve.conversation import find_template
 
-    folder = Path(args.model) if Path(args.model).is_dir() else None
-    template = find_template(args.chat_template, folder, args.model)
+    folders = [Path(folder) for folder in (args.adapter, args.model) if folder is not None]
+    template = find_template(args.chat_template, folders, args.model)
     if template is None:
         raise InputError(f"{args.model} has no chat template: name one with --chat-template, such as nous")
 
@@ -84,7 +85,9 @@ def run(args: argparse.Namespace) -> int:
     from hyaena.serve.engine import Engine, EngineSettings
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = hub.load(args.model, device=device, dtype=args.dtype, revision=args.revision)
+    model, tokenizer = hub.load(
+        args.model, device=device, dtype=args.dtype, revision=args.revision, adapter=args.adapter
+    )
     engine = Engine(model, tokenizer, EngineSettings(max_rows=1, max_waiting=1))
     engine.start()
     try:

@@ -9,6 +9,7 @@ import sys
 import time
 from typing import IO, TYPE_CHECKING, Any
 
+from hyaena.cli import sequences
 from hyaena.cli.formatting import json_text
 from hyaena.cli.model_options import add_model_options
 from hyaena.errors import InputError, UnsupportedError, shown
@@ -29,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="the text to continue; standard input when there is none")
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file, byte for byte")
     parser.add_argument(
+        "--prompts", metavar="FILE", help="with --output: a file of prompts, such as a line each of a .txt file"
+    )
+    parser.add_argument(
         "--prefix-file", metavar="FILE", help="continue what --save-prefix saved; the prompt, if any, follows it"
     )
     parser.add_argument(
@@ -46,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="end at this token; may be repeated",
     )
+    parser.add_argument("--ignore-eos", action="store_true", help="do not end at the token that ends a document")
     parser.add_argument(
         "--special", action="store_true", help="read names of special tokens in the prompt, such as </s>, as the tokens"
     )
@@ -84,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add B to the logit of a token, up to 100; -100 forbids it; may be repeated",
     )
     group.add_argument(
-        "--allowed-tokens", metavar="TEXT", help="only tokens made of these characters, such as ACGT, and the end"
+        "--allowed", metavar="TEXT", help="only tokens made of these characters, such as ACGT, and the end"
     )
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens")
@@ -94,11 +99,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("output")
     group.add_argument(
+        "-o", "--output", metavar="FILE", help="write FASTA (.fa, .fasta, …), a record per sample; needs --allowed"
+    )
+    group.add_argument(
         "--json", action="store_true", help="print one JSON document instead of text; null for infinities"
     )
     group.add_argument("--logprobs", type=int, default=0, metavar="N", help="with --json: N alternatives per token")
     group.add_argument(
-        "--samples", type=int, metavar="N", help="with --json: N samples of the prompt, as the list completions"
+        "-n",
+        "--samples",
+        type=int,
+        metavar="N",
+        help="N samples of the prompt: with --json the list completions, with --output a record each",
+    )
+    group.add_argument(
+        "--batch-rows", type=int, default=64, metavar="N", help="with --output: so many samples at a time (64)"
     )
     group.add_argument("--echo", action="store_true", help="begin with the prompt")
     group.add_argument("--stats", action="store_true", help="end with times and memory on standard error")
@@ -106,12 +121,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read the prompt, check everything that needs no weights, load the model, write the completion."""
-    prompt = read_prompt(args)
+    sequences.check_arguments(args)
+    named = sequences.read_prompts(args.prompts) if args.prompts is not None else []
+    prompt = b"" if named else read_prompt(args)
     bias = parse_bias(args.logit_bias)
     if args.logprobs and not args.json:
         raise InputError("--logprobs needs --json: streamed text has no place for them")
-    if args.samples is not None and not args.json:
-        raise InputError("--samples needs --json: streamed text has one completion")
+    if args.samples is not None and not args.json and args.output is None:
+        raise InputError("--samples needs --json or --output: streamed text has one completion")
     if args.device == "":
         raise InputError("--device is empty: name one, such as cpu")
     if args.echo and args.json:
@@ -133,10 +150,11 @@ def run(args: argparse.Namespace) -> int:
         "min_p": args.min_p,
         "repetition_penalty": args.repetition_penalty,
         "logit_bias": bias,
-        "allowed_tokens": args.allowed_tokens,
+        "allowed_tokens": args.allowed,
         "seed": args.seed,
         "stop": args.stop,
         "stop_token_ids": args.stop_token_id,
+        "stop_at_eos": not args.ignore_eos,
         "special": args.special,
         "logprobs": args.logprobs,
         "method": args.method,
@@ -147,7 +165,8 @@ def run(args: argparse.Namespace) -> int:
         "n": args.samples,
     }
     settings = Settings(**options)
-    prompts = parse_prompts(prompt, allow_empty=args.prefix_file is not None)[0]
+    named = named or [sequences.Prompt("prompt", prompt)]
+    prompts = parse_prompts([one.text for one in named], allow_empty=args.prefix_file is not None)[0]
     device = as_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
     hub.choose_dtype(args.dtype, device)
     if args.decoding == "cuda_graph" and device.type != "cuda":
@@ -171,9 +190,12 @@ def run(args: argparse.Namespace) -> int:
         elif prompt:
             beginning.extend(prompt, special=args.special)
         beginning.save(args.save_prefix)
-        given = b""
+        given, named = b"", [named[0]._replace(text=b"")]
     options["prefix"] = beginning
-    if args.json:
+    if args.output is not None:
+        count = sequences.write_fasta(args, model, tokenizer, named, options)
+        print(f"{args.output}: {count:,} sequences")
+    elif args.json:
         completions: Any = generate(model, tokenizer, given, **options)
         rows = [completions] if args.samples is None else completions
         written = [dataclasses.asdict(row) for row in rows]

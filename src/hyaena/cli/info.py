@@ -366,6 +366,7 @@ def _shape(config: ModelConfig, width: int, plain: bool) -> Iterator[str]:
         ("shape", f"width {config.hidden_size:,} {dot} MLP {config.intermediate_size:,} {activation}"),
         ("", f"RMSNorm eps {config.norm_eps:g} {inside} the root"),
         *((kind, texts[kind]) for kind in sorted(set(config.layer_types), key=_order) if kind in texts),
+        *([("FP8", "input projections of Hyena layers")] if config.fp8_input_projections else []),
         ("tokens", f"{config.vocab_size:,} ({config.tokenizer}), {tied} {dot} up to {config.max_length:,}"),
     ]
     for name, text in rows:

@@ -1,8 +1,19 @@
-"""The options by which commands choose a model."""
+"""The options by which commands choose a model, and what jobs know of it before its weights are loaded."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hyaena.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hyaena.model import StripedHyena
+    from hyaena.tokenizers import Tokenizer
 
 
 def add_model_options(group: argparse._ActionsContainer) -> None:
@@ -17,4 +28,64 @@ def add_model_options(group: argparse._ActionsContainer) -> None:
         choices=("auto", "exact", "off"),
         default="auto",
         help="the FP8 products of Evo 2: auto, on Hopper GPUs; exact, on other devices too, slowly; off (auto)",
+    )
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model without its weights: enough to check options and texts.
+
+    Attributes:
+        tokenizer: of the model.
+        shape: the model on the meta device.
+        device: where ``load`` puts it.
+        options: all that results depend on, by the names of the command's options; see ``jobs.open_job``.
+    """
+
+    tokenizer: Tokenizer
+    shape: StripedHyena
+    device: torch.device
+    options: Mapping[str, Any]
+    _name: str
+    _loading: Mapping[str, Any]
+
+    def load(self) -> StripedHyena:
+        """Load the weights."""
+        from hyaena import hub
+
+        return hub.load_model(self._name, device=self.device, **self._loading)
+
+
+def prepare_model(args: argparse.Namespace) -> PreparedModel:
+    """Find the model that ``add_model_options`` chose, and read its configuration and tokenizer.
+
+    Raises:
+        HyaenaError: there is no such model, device or dtype.
+    """
+    if args.device == "":
+        raise InputError("--device is empty: name one, such as cpu")
+
+    import torch
+
+    from hyaena import checkpoints, hub
+    from hyaena.fp8 import check_fp8
+    from hyaena.model import StripedHyena
+
+    device = checkpoints.as_device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device
+    )
+    dtype = hub.choose_dtype(args.dtype, device)
+    origin = {"revision": args.revision, "config": args.config}
+    config, tokenizer = hub.load_tokenizer_of(args.model, **origin)
+    check_fp8(args.fp8, config.fp8_input_projections)
+    with torch.device("meta"):
+        shape = StripedHyena(config)
+    options = {
+        "--model": args.model,
+        "the digest of the model's files": checkpoints.fingerprint(hub.locate(args.model, **origin)),
+        "--dtype": str(dtype or "stored").removeprefix("torch."),
+        "--fp8": args.fp8,
+    }
+    return PreparedModel(
+        tokenizer, shape, device, options, args.model, {"dtype": args.dtype, "fp8": args.fp8, **origin}
     )

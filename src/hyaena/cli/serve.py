@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 from hyaena.cli.model_options import add_model_options
-from hyaena.errors import InputError
+from hyaena.errors import InputError, shown
 from hyaena.extras import require
 
 HELP = "serve a model over HTTP, with OpenAI's API and a playground"
@@ -22,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add_model_options(group)
     group.add_argument("--name", help="the name by which clients ask for the model (what --model says)")
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="also serve the model with this LoRA adapter, under this name; may be repeated",
+    )
     group.add_argument("--chat-template", metavar="NAME", help="nous, or a file with a Jinja template")
 
     group = parser.add_argument_group("address and access")
@@ -84,48 +90,65 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if not 0 <= args.port < 65536:
         raise InputError(f"--port must be a number from 0 to 65535, not {args.port}")
-    keys = [key for key in [*args.api_key, os.environ.get(KEY_VARIABLE, "")] if key]
+    adapters = parse_adapters(args.adapter)
 
-    import torch
+    from hyaena.serve.app import make_app
+    from hyaena.serve.engine import EngineSettings
+    from hyaena.serve.loading import ServerOptions, load_server
+    from hyaena.serve.run import listen, log_requests, serve
+    from hyaena.serve.service import Limits
 
-    from hyaena import hub
-    from hyaena.serve.app import Server, make_app
-    from hyaena.serve.conversation import find_template
-    from hyaena.serve.engine import Engine, EngineSettings
-    from hyaena.serve.metrics import Metrics
-    from hyaena.serve.run import listen, serve
-    from hyaena.serve.service import Limits, Served
-
-    settings = EngineSettings(
-        kv_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
-        snapshot_bytes=int(args.prefix_memory * 1e9),
-        max_rows=args.max_rows,
-        max_waiting=args.max_waiting,
-        chunk=args.chunk,
-        decoding=args.decoding,
-        deterministic=args.deterministic,
+    options = ServerOptions(
+        model=args.model,
+        revision=args.revision,
+        config=args.config,
+        device=args.device,
+        dtype=args.dtype,
+        fp8=args.fp8,
+        name=args.name,
+        adapters=adapters,
+        chat_template=args.chat_template,
+        engine=EngineSettings(
+            kv_bytes=None if args.kv_memory is None else int(args.kv_memory * 1e9),
+            snapshot_bytes=int(args.prefix_memory * 1e9),
+            max_rows=args.max_rows,
+            max_waiting=args.max_waiting,
+            chunk=args.chunk,
+            decoding=args.decoding,
+            deterministic=args.deterministic,
+        ),
+        limits=Limits(body_bytes=int(args.max_body * 1e6), new_tokens=args.max_new_tokens, seconds=args.timeout),
+        keys=[key for key in [*args.api_key, os.environ.get(KEY_VARIABLE, "")] if key],
+        allow_origins=args.allow_origin,
+        log_prompts=args.log_prompts,
     )
-    folder = Path(args.model) if Path(args.model).is_dir() else None
-    template = find_template(args.chat_template, folder, args.model)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened = listen(args.host, args.port)  # before gigabytes are loaded
-    model, tokenizer = hub.load(
-        args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config, fp8=args.fp8
-    )
-    metrics = Metrics()
-    engine = Engine(model, tokenizer, settings, metrics)
-    name = args.name or args.model
-    served = Served(name=name, engine=engine, tokenizer=tokenizer, template=template)
-    limits = Limits(body_bytes=int(args.max_body * 1e6), new_tokens=args.max_new_tokens, seconds=args.timeout)
-    app = make_app(
-        Server([served], metrics, limits), keys=keys, allow_origins=args.allow_origin, log_prompts=args.log_prompts
-    )
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level="WARNING")
-    logging.getLogger("hyaena.access").setLevel("WARNING" if args.quiet else "INFO")
-    logging.getLogger("hyaena.serve").setLevel("INFO")
+    server = load_server(options)
+    app = make_app(server, keys=options.keys, allow_origins=options.allow_origins, log_prompts=options.log_prompts)
+    engine = server.default.engine
+    log_requests(quiet=args.quiet)
     engine.start()
     host, port = opened.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
-    print(f"hyaena serves {name} at http://{place}:{port} (OpenAI's API under /v1, a playground at /)", file=sys.stderr)
+    names = ", ".join(server.models)
+    print(
+        f"hyaena serves {names} at http://{place}:{port} (OpenAI's API under /v1, a playground at /)", file=sys.stderr
+    )
     serve(app, opened, [engine], drain=args.drain)
-    return 0
+
+
+def parse_adapters(words: Sequence[str]) -> dict[str, str]:
+    """The names and folders of ``--adapter NAME=FOLDER``.
+
+    Raises:
+        InputError: a word of another form, or a name that is given twice.
+    """
+    folders: dict[str, str] = {}
+    for word in words:
+        name, sign, folder = word.partition("=")
+        if not (name and sign and folder):
+            raise InputError(f"--adapter {shown(word)} is not understood: write NAME=FOLDER")
+        if name in folders:
+            raise InputError(f"--adapter {shown(name)} is given twice: give every adapter a name of its own")
+        folders[name] = folder
+    return folders

@@ -71,5 +71,4 @@ def write_original(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: neither has them.
     """
-    second = evo2_config.KINDS.keys() & set(config.layer_types)
-    return (evo2_config if second else stripedhyena_config).write_config(config)
+    return (evo2_config if evo2_config.is_of(config) else stripedhyena_config).write_config(config)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError
 from hyaena.formats.evo2 import tensors as evo2
-from hyaena.formats.evo2.config import KINDS as EVO2_KINDS
+from hyaena.formats.evo2.config import is_of as is_evo2
 from hyaena.formats.names import matches_tensors, part
 from hyaena.formats.stripedhyena import tensors as stripedhyena
 
@@ -64,7 +64,7 @@ class TensorFormat(Protocol):
 
 def format_of(config: ModelConfig) -> TensorFormat:
     """The format in which the original stores a model of a configuration: StripedHyena 2 or 1."""
-    return cast("TensorFormat", evo2 if EVO2_KINDS.keys() & set(config.layer_types) else stripedhyena)
+    return cast("TensorFormat", evo2 if is_evo2(config) else stripedhyena)
 
 
 def state_to_ours(state: Mapping[str, Tensor | io.BytesIO | None], config: ModelConfig) -> dict[str, Tensor]:

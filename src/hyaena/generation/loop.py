@@ -1,7 +1,7 @@
 """The generation loop: rows whose prompts are read, and rows that are decoded, at the same time.
 
 Prompts are read shortest first, and equal ones once: their rows get copies of the cache. Short ones are read together,
-padded on the left, long ones by themselves and in chunks, and no pass through the model carries more than a chunk's
+without padding, long ones by themselves and in chunks, and no pass through the model carries more than a chunk's
 tokens, so the memory of a prefill does not grow with the prompt (the cache does). A row is decoded as soon as its
 prompt is read: between two passes over longer prompts, all rows that were read take one step. Rows that finish leave
 the batch.
@@ -31,8 +31,7 @@ FinishReason = Literal["eos", "stop", "length"]
 Progress = Callable[[int, int], None]
 
 MAX_PREFILL_BATCH_TOKENS = 2048
-"""The most tokens, padding included, of prompts that share a pass: they keep a device busy, and padding, for which
-attention needs a mask of the pass's length squared, stays cheap."""
+"""The most tokens of prompts that share a pass: so many keep a device busy, and all of them wait for its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +185,9 @@ class GenerationLoop:
         prompts = _by_prompt(rows)
         start = 0 if prefix is None else prefix.length
         most = min(chunk, MAX_PREFILL_BATCH_TOKENS)
-        self.waiting = deque(Prefill(model, group, prefix, method, chunk) for group in _groups(prompts, start, most))
+        packs = start == 0 and all(getattr(layer.mixer, "packs", False) for layer in model.layers)
+        groups = _groups(prompts, start, most, packs=packs)
+        self.waiting = deque(Prefill(model, group, prefix, method, chunk) for group in groups)
         self.total, self.read = sum(len(equal[0].prompt) - start for equal in prompts), 0
         self.decoder: EagerDecoder[int] | PipelinedDecoder[int] | None = None
         self.decoding_rows: set[int] = set()
@@ -314,9 +315,8 @@ class Prefill:
         self.last_count = 0
         start = 0 if prefix is None else prefix.length
         prompts = [equal[0].prompt[start:] for equal in group]
-        width = max(map(len, prompts))
-        self._passes = _passes(prompts, width, chunk)
-        self._left = 1 if len(prompts) > 1 else -(-width // chunk)
+        self._passes = _passes(prompts, chunk)
+        self._left = 1 if len(prompts) > 1 else -(-len(prompts[0]) // chunk)
         self._cache: Cache | None = None
 
     @property
@@ -331,16 +331,11 @@ class Prefill:
 
     def run_pass(self) -> Tensor | None:
         """Read the next pass; after the last one the logits [B,V] that follow the prompts, before it None."""
-        ids, mask = next(self._passes)
-        device = self.model.device
+        ids, counts = next(self._passes)
         logits = self.model(
-            ids.to(device),
-            cache=self.cache,
-            mask=None if mask is None else mask.to(device),
-            logits_to_keep=1,
-            method=self.method,
+            ids.to(self.model.device), cache=self.cache, counts=counts, logits_to_keep=1, method=self.method
         )
-        self.last_count = int(ids.numel() if mask is None else mask.sum())
+        self.last_count = ids.numel()
         self._left -= 1
         return None if self._left else logits[:, -1]
 
@@ -353,32 +348,37 @@ def _by_prompt(rows: list[Row]) -> list[list[Row]]:
     return sorted(equal.values(), key=lambda rows: len(rows[0].prompt))
 
 
-def _groups(prompts: list[list[Row]], start: int, most: int) -> list[list[list[Row]]]:
-    """Prompts to read together: as many as have ``most`` tokens when padded to the longest, at least one.
+def _groups(prompts: list[list[Row]], start: int, most: int, *, packs: bool) -> list[list[list[Row]]]:
+    """Prompts to read together: as many as have ``most`` tokens behind the prefix of ``start`` tokens, at least one.
 
-    After a prefix of ``start`` tokens, where a cache takes no padding, prompts of one length are read together.
+    Prompts of several lengths are read together where the model takes them packed. After a prefix they are not: packed
+    rows that have a past pass through a recurrence one by one, and rows of one length together.
     """
     groups: list[list[list[Row]]] = []
+    total = 0
     for equal in prompts:
         length = len(equal[0].prompt)
-        fits = bool(groups) and (len(groups[-1]) + 1) * (length - start) <= most
-        if fits and (start == 0 or len(groups[-1][0][0].prompt) == length):
+        total += length - start
+        if groups and total <= most and (packs or len(groups[-1][0][0].prompt) == length):
             groups[-1].append(equal)
         else:
             groups.append([equal])
+            total = length - start
     return groups
 
 
-def _passes(prompts: list[list[int]], width: int, chunk: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The ids [B,T] and mask of each pass over prompts: one pass for several, chunks for a long one."""
-    if len(prompts) > 1:
-        padding = torch.tensor([[width - len(prompt)] for prompt in prompts])
-        mask = torch.arange(width) >= padding
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        yield ids, mask
-        return
-    for start in range(0, width, chunk):
-        yield torch.tensor([prompts[0][start : start + chunk]]), None
+def _passes(prompts: list[list[int]], chunk: int) -> Iterator[tuple[Tensor, list[int] | None]]:
+    """The ids of each pass over prompts: chunks of a long one, [1,T]; several in one pass, [B,T] where they are of one
+    length, else [1,ΣT] and the counts of tokens of each.
+    """
+    counts = [len(prompt) for prompt in prompts]
+    if len(set(counts)) > 1:
+        yield torch.tensor([[token for prompt in prompts for token in prompt]]), counts
+    elif len(prompts) > 1:
+        yield torch.tensor(prompts), None
+    else:
+        for start in range(0, counts[0], chunk):
+            yield torch.tensor([prompts[0][start : start + chunk]]), None
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
-from hyaena.arguments import as_whole, kind_of, switch, whole
+from hyaena.arguments import as_whole, kind_of, require_ids, switch, whole
 from hyaena.decoding import Decoding
 from hyaena.errors import InputError, shown
 from hyaena.generation.loop import Progress
@@ -230,14 +230,14 @@ def encode_prompts(
         )
     if settings.logprobs > size:
         raise InputError(f"logprobs must be between 0 and the vocabulary size {size}, not {shown(settings.logprobs)}")
-    _require_ids(settings.stop_token_ids or (), size, "stop_token_ids: ")
+    require_ids(settings.stop_token_ids or (), size, "stop_token_ids: ")
     limit = config.max_length if settings.max_length is None else settings.max_length
     before = [] if settings.prefix is None else settings.prefix.ids
     encoded = []
     for prompt in prompts:
         if isinstance(prompt, str | bytes):
             prompt = tokenizer.encode(prompt, special=settings.special, add_special_tokens=settings.prefix is None)
-        _require_ids(prompt, size)
+        require_ids(prompt, size)
         ids = [*before, *prompt]
         _require_content(ids)
         if len(ids) + settings.max_new_tokens > limit:
@@ -302,9 +302,3 @@ def _is_list(item: Any) -> bool:
 def _require_content(prompt: Sequence[Any]) -> None:
     if not len(prompt):
         raise InputError("the prompt is empty: give it some text (or [tokenizer.bos_id], to begin from nothing)")
-
-
-def _require_ids(ids: Sequence[int], size: int, where: str = "") -> None:
-    outside = next((token for token in ids if not 0 <= token < size), None)
-    if outside is not None:
-        raise InputError(f"{where}token id {shown(outside)} is outside the vocabulary 0..{size - 1} of the model")

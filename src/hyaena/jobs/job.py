@@ -17,13 +17,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from shutil import copyfileobj
-from typing import IO, Any
+from typing import IO, Any, Protocol, TypeVar
 
 from hyaena.errors import InputError, OutputError, joined, printable, shown
 from hyaena.files import cure, flush, locked, reason, write_atomically
 from hyaena.jobs.journal import Journal, Mark, Row
-from hyaena.jobs.results import Column, check_output, write_results
-from hyaena.records import Record
+from hyaena.jobs.results import Column, check_columns, check_output, write_results
 
 SUFFIX = ".unfinished"
 WINDOW = 1 << 20
@@ -31,7 +30,29 @@ WINDOW = 1 << 20
 
 _MANIFEST, _ROWS, _INPUT = "job.json", "rows", "input"
 
-Compute = Callable[[Sequence[Record]], Iterable[tuple[int, Row]]]
+
+class Record(Protocol):
+    """What a job makes a row of; see ``hyaena.records``.
+
+    Attributes:
+        name: for messages.
+        text: all that its row depends on beside the name and the job's options.
+        place: where it stands, for messages.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def place(self) -> str: ...
+
+
+R = TypeVar("R", bound=Record)
+
+Compute = Callable[[Sequence[R]], Iterable[tuple[int, Row]]]
 """Makes the rows of a window: pairs of a record's position in the window and its row, in any order."""
 
 
@@ -64,11 +85,11 @@ class Job:
 
     def run(
         self,
-        records: Iterable[Record],
-        start: Callable[[], Compute],
+        records: Iterable[R],
+        start: Callable[[], Compute[R]],
         *,
         window: int = WINDOW,
-        skip: Callable[[Record], object] = lambda record: None,
+        skip: Callable[[R], object] = lambda record: None,
     ) -> int:
         """Make the rows that are not finished, then write the output; return the number of rows.
 
@@ -109,12 +130,12 @@ class Job:
     def _work(
         self,
         journal: Journal,
-        records: Iterable[Record],
-        start: Callable[[], Compute],
+        records: Iterable[R],
+        start: Callable[[], Compute[R]],
         window: int,
-        skip: Callable[[Record], object],
+        skip: Callable[[R], object],
     ) -> None:
-        compute: Compute | None = None
+        compute: Compute[R] | None = None
         finished = iter(list(journal.marks))
         for batch in _windows(records, window):
             digest = _digest(batch)
@@ -168,10 +189,12 @@ def open_job(
         restart: discard finished rows, and replace the output if it is there.
 
     Raises:
-        InputError: the output is there, or the folder holds rows that other options gave.
+        InputError: the output is there, its format has no place for a column, or the folder holds rows that other
+            options gave.
         OutputError: another process runs this job, or the folder cannot be written.
     """
     check_output(output)
+    check_columns(output, columns)
     if output.is_dir():
         raise InputError(f"the output {printable(str(output))} is a folder: name a file")
     job = Job(output, columns, options)
@@ -220,8 +243,9 @@ def _value(value: Any) -> str:
     return "not given" if value is None else value if isinstance(value, str) else shown(value)
 
 
-def _windows(records: Iterable[Record], characters: int) -> Iterator[list[Record]]:
-    window, size = [], 0
+def _windows(records: Iterable[R], characters: int) -> Iterator[list[R]]:
+    window: list[R] = []
+    size = 0
     for record in records:
         window.append(record)
         size += len(record.text)

@@ -1,12 +1,14 @@
-"""Writes rows of results as Parquet, JSON lines or an npz archive."""
+"""Writes rows of results as Parquet, JSON lines, tables of text, bedGraph or an npz archive."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -56,18 +58,32 @@ def check_output(path: Path) -> None:
         extras.require("pyarrow", extra="parquet", purpose="writing Parquet")
 
 
+def check_columns(path: Path, columns: Sequence[Column]) -> None:
+    """Check that the format of an output has a place for all columns.
+
+    Raises:
+        InputError: it has not.
+    """
+    problem = OUTPUT_FORMATS[path.suffix.lower()].problem(columns)
+    if problem is not None:
+        raise InputError(f"the output {printable(str(path))}: {problem}")
+
+
 def write_results(path: Path, columns: Sequence[Column], rows: Rows) -> None:
     """Write all rows into one file, in the format of its suffix; equal rows give equal bytes.
 
     - ``.jsonl``, ``.ndjson``: an object per row; arrays are lists; NaN and infinities are null.
     - ``.parquet``: a column per column; arrays are lists.
+    - ``.csv``, ``.tsv``: a line per row and a header; NaN and infinities are empty.
+    - ``.bedgraph``: a line per number of the column of reals, with the place that ``contig``, ``start``, ``end`` and
+      ``step`` give; NaN is left out.
     - ``.npz``: an array per column, ``NAME`` [rows] or [rows,D]. Arrays whose length differs from row to row are
       members of their own, ``COLUMN/NAME`` with the row's name, which is its first column.
 
     Raises:
         OutputError: the file cannot be written; what stood at ``path`` is untouched.
     """
-    write = OUTPUT_FORMATS[path.suffix.lower()]
+    write = OUTPUT_FORMATS[path.suffix.lower()].write
     write_atomically(path, lambda file: write(file, columns, rows))
 
 
@@ -196,10 +212,62 @@ def _add_matrix(archive: zipfile.ZipFile, name: str, rows: Rows) -> None:
             member.write(np.ascontiguousarray(row[name], "<f4").data)
 
 
-OUTPUT_FORMATS: dict[str, Callable[[IO[bytes], Sequence[Column], Rows], None]] = {
-    ".parquet": _write_parquet,
-    ".jsonl": _write_json_lines,
-    ".ndjson": _write_json_lines,
-    ".npz": _write_npz,
+def _write_table(file: IO[bytes], columns: Sequence[Column], rows: Rows, *, delimiter: str) -> None:
+    names = [column.name for column in columns]
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+
+    def write(values: Iterable[Any]) -> None:
+        writer.writerow(values)
+        file.write(text.getvalue().encode())
+        text.seek(0)
+        text.truncate()
+
+    write(names)
+    for row in rows(None):
+        write(_jsonable(row[name]) for name in names)
+
+
+def _scalars_only(columns: Sequence[Column]) -> str | None:
+    arrays = [column.name for column in columns if column.kind not in ("text", "integer", "real")]
+    if not arrays:
+        return None
+    return f"a table of text has no place for the column {arrays[0]}, which is a list: end it in .parquet or .jsonl"
+
+
+_TRACK = ("contig", "start", "end", "step")
+
+
+def _write_bedgraph(file: IO[bytes], columns: Sequence[Column], rows: Rows) -> None:
+    values = next(column.name for column in columns if column.kind == "reals")
+    for row in rows((*_TRACK, values)):
+        contig, start, end, step = (row[name] for name in _TRACK)
+        places = zip(range(start, end, step), row[values].tolist(), strict=True)
+        lines = (f"{contig}\t{a}\t{min(a + step, end)}\t{x:.6g}\n" for a, x in places if math.isfinite(x))
+        file.write("".join(lines).encode())
+
+
+def _track_only(columns: Sequence[Column]) -> str | None:
+    kinds = {column.name: column.kind for column in columns}
+    if kinds.keys() >= set(_TRACK) and [*kinds.values()].count("reals") == 1:
+        return None
+    return "bedGraph has one number per position of a contig: it comes from `hyaena score --window`"
+
+
+class _Format(NamedTuple):
+    """A format: its writer, and what says why it cannot hold some columns."""
+
+    write: Callable[[IO[bytes], Sequence[Column], Rows], None]
+    problem: Callable[[Sequence[Column]], str | None] = lambda columns: None
+
+
+OUTPUT_FORMATS: dict[str, _Format] = {
+    ".parquet": _Format(_write_parquet),
+    ".jsonl": _Format(_write_json_lines),
+    ".ndjson": _Format(_write_json_lines),
+    ".csv": _Format(partial(_write_table, delimiter=","), _scalars_only),
+    ".tsv": _Format(partial(_write_table, delimiter="\t"), _scalars_only),
+    ".bedgraph": _Format(_write_bedgraph, _track_only),
+    ".npz": _Format(_write_npz),
 }
-"""Suffixes of outputs, and the writer of each."""
+"""Suffixes of outputs, and what writes each."""

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.ops.backend import Backend, use_fused_hyena
-from hyaena.ops.long_conv import METHODS, Filter, Method, ModalFilter, check_channels, long_conv, long_conv_states
+from hyaena.ops.long_conv import (
+    METHODS,
+    Filter,
+    Method,
+    check_channels,
+    long_conv,
+    long_conv_states,
+    long_conv_with_states,
+)
 from hyaena.ops.short_conv import short_conv
 from hyaena.ops.state import RowTensors
 
@@ -88,8 +96,7 @@ def hyena(
     if use_fused_hyena(backend, method, z, short_weight, long_filter, long, reset):
         from hyaena.ops.triton.hyena.register import fused_hyena
 
-        modal = cast("ModalFilter", long_filter)  # the only kind that the kernels take
-        y, short, long = fused_hyena(z, short_weight, short_bias, modal, short, long, mask, reset)
+        y, short, long = fused_hyena(z, short_weight, short_bias, long_filter, short, long, mask, reset)
         return y, HyenaState(short, long)
     if mask is not None:
         z = z * mask.unsqueeze(-1)
@@ -110,22 +117,37 @@ def hyena_states(
     stops: Sequence[int],
     *,
     mask: Tensor | None = None,
-) -> list[HyenaState]:
-    """The states of ``hyena`` after the first steps of z, without the outputs.
+    method: str = "auto",
+    backend: Backend | str = "auto",
+) -> tuple[Tensor, HyenaState, list[HyenaState]]:
+    """``hyena``, and the states that the first steps of z leave.
 
     Args:
-        z, short_weight, short_bias, long_filter, state, mask: see ``hyena``.
+        z, short_weight, short_bias, long_filter, state, mask, method, backend: see ``hyena``.
         stops: numbers of steps, 1 … T, in rising order.
+
+    Returns:
+        y [B,T,D] and the state after z, as of ``hyena``, and the state after each stop.
     """
-    if mask is not None:
-        z = z * mask.unsqueeze(-1)
+    check_channels(long_filter, z.shape[-1] // 3)
     short, long = (None, None) if state is None else state
-    u, after = short_conv(z, short_weight, short_bias, short)
+    fused = use_fused_hyena(backend, method, z, short_weight, long_filter, long, None)
+    shown = z if mask is None else z * mask.unsqueeze(-1)
+    u, after = short_conv(shown, short_weight, short_bias, short)
     if mask is not None:
         u = u * mask.unsqueeze(-1)
-    _, x1, v = u.chunk(3, dim=-1)
+    x2, x1, v = u.chunk(3, dim=-1)
+    if fused:
+        y, last = hyena(z, short_weight, short_bias, long_filter, state, mask=mask, method=method, backend=backend)
+        longs = long_conv_states(x1 * v, long_filter, long, stops)
+    else:
+        y, newest, longs = long_conv_with_states(x1 * v, long_filter, long, stops, method=method)
+        y, last = y * x2, HyenaState(after, newest)
     window = after.shape[-1]
     before = torch.zeros_like(after) if short is None else short
-    past = torch.cat([before, z.transpose(1, 2).to(after.dtype)], dim=-1)  # [B,3D,K-1+T]
-    longs = long_conv_states(x1 * v, long_filter, long, stops)
-    return [HyenaState(past[..., n : n + window].contiguous(), one) for n, one in zip(stops, longs, strict=True)]
+    past = torch.cat([before, shown.transpose(1, 2).to(after.dtype)], dim=-1)  # [B,3D,K-1+T]
+    return (
+        y,
+        last,
+        [HyenaState(past[..., n : n + window].contiguous(), one) for n, one in zip(stops, longs, strict=True)],
+    )

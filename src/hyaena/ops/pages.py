@@ -202,12 +202,10 @@ class PagedRows(NamedTuple):
         """A row that holds so many tokens, as a batch of one: a copy, or a view where its pages follow one another."""
         count = pages_for(length)
         first = self.table.first_of_consecutive(row, count)
-        if first is None:
-            numbers = self.table.numbers[row, :count]
-            parts = (t.index_select(1, numbers) for t in (self.keys, self.values))
-        else:
-            parts = (t[:, first : first + count] for t in (self.keys, self.values))
-        return Run(slice(0, 1), *(t.flatten(1, 2)[None, :, :length] for t in parts))
+        if first is not None:
+            return Run(slice(0, 1), *(t.flatten(1, 2)[None].narrow(2, first * PAGE, length) for t in self[:2]))
+        numbers = self.table.numbers[row, :count]
+        return Run(slice(0, 1), *(t.index_select(1, numbers).flatten(1, 2)[None, :, :length] for t in self[:2]))
 
     def runs(self, lengths: Sequence[int], extra: int = 0) -> Iterator[Run]:
         """The rows, see ``KVState.runs``.

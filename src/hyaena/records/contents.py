@@ -82,13 +82,13 @@ class Contents:
         return Part(first, stop, int(self.sizes[first:stop].sum()))
 
 
-def read_contents(source: Source, measure: Callable[[str], int] = len) -> Contents:
+def read_contents(source: Source, measure: Callable[[Record], int] = lambda record: len(record.text)) -> Contents:
     """Read a file from end to end and check every record; memory for two whole numbers per record is taken.
 
     Args:
         source: the file.
-        measure: gives the size of a text, by which shards are cut, such as the number of its tokens; raises
-            ``InputError`` for a text that cannot be used.
+        measure: gives the size of a record, by which shards are cut, such as the number of its tokens; raises
+            ``InputError`` for one that cannot be used.
 
     Raises:
         InputError: as ``read_records``; or two records have one name, or a text cannot be used. The message names the
@@ -110,7 +110,7 @@ def read_part(source: Source, part: Part) -> Iterator[Record]:
     return islice(read_records(source), part.first, part.stop)
 
 
-def _check(record: Record, source: Source, measure: Callable[[str], int]) -> int:
+def _check(record: Record, source: Source, measure: Callable[[Record], int]) -> int:
     where = f"{source.label}, {record.place}, record {shown(record.name)}"
     for what, text in (("name", record.name), ("text", record.text)):
         try:
@@ -122,7 +122,7 @@ def _check(record: Record, source: Source, measure: Callable[[str], int]) -> int
     if len(record.name) > MAX_NAME or "\0" in record.name:
         raise InputError(f"{where}: a name has at most {MAX_NAME:,} characters and no NUL; give it another")
     try:
-        return measure(record.text)
+        return measure(record)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 

@@ -29,6 +29,8 @@ class Record(NamedTuple):
         text: at least one character.
         place: where it begins, for messages: ``line 7``.
         lowered: letters of a FASTA or FASTQ sequence that are lower case in the file. ``text`` has them in upper case.
+        contig, start: of a window, the record that it is cut from, and its own first letter there, from 0.
+        before, after: of a window, how many letters of ``text`` at both ends are its neighbours' own.
     """
 
     index: int
@@ -36,6 +38,10 @@ class Record(NamedTuple):
     text: str
     place: str
     lowered: int = 0
+    contig: str = ""
+    start: int = 0
+    before: int = 0
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Source:
         label: what messages call the file.
         text_key: the key or column of the text, in JSON lines and Parquet.
         name_key: the key or column of the name; None takes ``name``, else ``id``, where there is one.
+        window: letters of the windows that records are cut into; None for whole records.
+        overlap: how many of them belong to the window before.
     """
 
     path: Path
@@ -55,6 +63,8 @@ class Source:
     label: str
     text_key: str = "text"
     name_key: str | None = None
+    window: int | None = None
+    overlap: int = 0
 
 
 def find_source(
@@ -64,6 +74,8 @@ def find_source(
     text_key: str | None = None,
     name_key: str | None = None,
     label: str | None = None,
+    window: int | None = None,
+    overlap: int = 0,
 ) -> Source:
     """Decide how a file is read: as ``format``, or as the end of its name says.
 
@@ -73,6 +85,7 @@ def find_source(
         text_key: the key (JSON lines) or column (Parquet) of the text, ``text`` by default.
         name_key: that of the name; by default ``name``, or else ``id``.
         label: what messages call the file; by default its path.
+        window, overlap: letters of the windows that records are cut into, and how many belong to the window before.
 
     Raises:
         InputError: the name says no format, or keys are given for a format without keys.
@@ -91,7 +104,7 @@ def find_source(
         raise InputError(f"{label} is read as {format}, which has no keys: leave --text-key and --name-key out")
     if format == "parquet":
         extras.require("pyarrow", extra="parquet", purpose="reading Parquet")
-    return Source(path, format, label, "text" if text_key is None else text_key, name_key)
+    return Source(path, format, label, "text" if text_key is None else text_key, name_key, window, overlap)
 
 
 def check_readable(source: Source) -> None:
@@ -107,11 +120,45 @@ def check_readable(source: Source) -> None:
 
 
 def read_records(source: Source) -> Iterator[Record]:
-    """Read the records of a file in their order.
+    """Read the records of a file in their order, or their windows.
 
     Raises:
         InputError: the file is not what its format says, or a record is empty; the message names the place.
     """
+    if source.window is None:
+        yield from _read_whole(source)
+        return
+    index = 0
+    for record in _read_whole(source):
+        for window in cut(record, source.window, source.overlap):
+            yield window._replace(index=index)
+            index += 1
+
+
+def cut(record: Record, window: int, overlap: int) -> Iterator[Record]:
+    """Cut a record into windows: every letter is one window's own, and stands behind ``overlap`` letters of context.
+
+    The letters of window i are ``i·step`` to ``(i+1)·step - 1``, where ``step = window - overlap``; ``overlap`` letters
+    on both sides are with them, fewer at the ends of the record: the other strand has its context behind. The name is
+    ``NAME:START-END``, from 0, END exclusive.
+    """
+    text, step = record.text, window - overlap
+    for start in range(0, len(text), step):
+        end = min(start + step, len(text))
+        before = min(start, overlap)
+        around = text[start - before : end + overlap]
+        yield record._replace(
+            name=f"{record.name}:{start}-{end}",
+            text=around,
+            lowered=0 if start else record.lowered,
+            contig=record.name,
+            start=start,
+            before=before,
+            after=len(around) - before - (end - start),
+        )
+
+
+def _read_whole(source: Source) -> Iterator[Record]:
     index = 0
     for index, (name, text, place, lowered) in enumerate(FORMATS[source.format].read(source), start=1):
         name = str(index) if name is None else name

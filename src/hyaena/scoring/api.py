@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, overload
 
@@ -19,11 +19,11 @@ from hyaena.scoring import pooling, token_scores
 from hyaena.scoring.places import HEAD, NORM, Layer, Place, find_place, watching
 from hyaena.scoring.pooling import Collector, Pool, parse_pool
 from hyaena.scoring.reader import Progress, Reader, Span, clip
-from hyaena.scoring.records import Encoder, NonFiniteRecordError, Record, as_texts
+from hyaena.scoring.records import Encoder, Excerpt, NonFiniteRecordError, Record, as_texts
 from hyaena.scoring.token_scores import Score, TokenScorer, Wanted, logits_at_once, make_score
 from hyaena.tokenizers import Tokenizer
 
-Text = str | bytes | bytearray | memoryview | Sequence[int]
+Text = str | bytes | bytearray | memoryview | Sequence[int] | Excerpt
 Output = Literal["numpy", "torch"]
 
 MOST_EXPLAINED = 2**16
@@ -124,10 +124,30 @@ def score(
     Raises:
         The errors of ``iter_scores``.
     """
+    return _result(score_steps(model, tokenizer, texts, entropy=entropy, rank=rank, top=top, **options))
+
+
+def score_steps(
+    model: StripedHyena, tokenizer: Tokenizer, texts: Any, **options: Any
+) -> Generator[float, None, Score | list[Score]]:
+    """``score`` in steps, between which other work may use the model.
+
+    Yields:
+        How many tokens were read since the step before; a pass through one layer counts as its share.
+
+    Returns:
+        What ``score`` returns.
+
+    Raises:
+        The errors of ``iter_scores``, at the first step or later.
+    """
     items, single = as_texts(texts)
-    scores = [
-        found for _, found in iter_scores(model, tokenizer, items, entropy=entropy, rank=rank, top=top, **options)
-    ]
+    scores = []
+    for found in _scores(model, items, *_score_settings(model, tokenizer, **options)):
+        if isinstance(found, tuple):
+            scores.append(found[1])
+        else:
+            yield found
     return scores[0] if single else scores
 
 
@@ -149,7 +169,7 @@ def iter_scores(
     Args:
         model: any StripedHyena, on any device.
         tokenizer: its tokenizer.
-        texts: an iterable of texts: str, bytes or token ids.
+        texts: an iterable of texts: str, bytes or token ids; ``scoring.Excerpt`` is read behind a context.
         entropy, rank: whether to compute these.
         top: how many of the most probable tokens at each position to report.
         bos: whether ``tokenizer.bos_id`` is put in front. None, the default, is what the tokenizer does for a text;
@@ -172,6 +192,19 @@ def iter_scores(
         UnsupportedError: an unknown method.
         NonFiniteRecordError: the model produced NaN or infinity; the message names the text, and the layer.
     """
+    made = _score_settings(model, tokenizer, entropy=entropy, rank=rank, top=top, **options)
+    return (found for found in _scores(model, texts, *made) if isinstance(found, tuple))
+
+
+def _score_settings(
+    model: StripedHyena,
+    tokenizer: Tokenizer,
+    *,
+    entropy: bool = True,
+    rank: bool = True,
+    top: int = 0,
+    **options: Any,
+) -> tuple[Encoder, ReadOptions, Wanted]:
     settings = _settings(model, options)
     size = model.config.vocab_size
     wanted = Wanted(
@@ -179,29 +212,27 @@ def iter_scores(
         rank=switch("rank", rank),
         top=whole("top", top, f"between 0 and the vocabulary size {size}", 0, size),
     )
-    return _scores(model, settings.encoder(model, tokenizer), texts, settings, wanted)
+    return settings.encoder(model, tokenizer), settings, wanted
 
 
 def _scores(
-    model: StripedHyena,
-    encoder: Encoder,
-    texts: Iterable[Text],
-    settings: ReadOptions,
-    wanted: Wanted,
-) -> Iterator[tuple[int, Score]]:
+    model: StripedHyena, texts: Iterable[Text], encoder: Encoder, settings: ReadOptions, wanted: Wanted
+) -> Iterator[tuple[int, Score] | float]:
+    """The scores, and after every step the tokens that were read."""
     reader = settings.reader(model, len(model.layers) + 1)
     scorer = TokenScorer(model, wanted)
     first: Score | None = None
-    with watching(reader, [NORM], scorer.observe):
-        for group in reader.read(encoder.records(texts)):
-            for record in group:
-                values = scorer.take(record)
-                _require_finite(model, record, values[0], settings.method)
-                found = make_score(record, values, wanted, as_torch=settings.output == "torch")
-                if settings.both_strands and not record.reverse:
-                    first = found
-                    continue
-                yield record.index, found if first is None else token_scores.mean_of_strands(first, found)
+    reader.watch = lambda: watching(reader, [NORM], scorer.observe)
+    for count, group in reader.read(encoder.records(texts)):
+        for record in group:
+            values = scorer.take(record)
+            _require_finite(model, record, values[0], settings.method)
+            found = make_score(record, values, wanted, as_torch=settings.output == "torch")
+            if settings.both_strands and not record.reverse:
+                first = found
+                continue
+            yield record.index, found if first is None else token_scores.mean_of_strands(first, found)
+        yield count
 
 
 def embed(
@@ -228,8 +259,26 @@ def embed(
     Raises:
         The errors of ``iter_embeddings``.
     """
+    return _result(embed_steps(model, tokenizer, texts, layers, pool=pool, **options))
+
+
+def embed_steps(
+    model: StripedHyena,
+    tokenizer: Tokenizer,
+    texts: Text | Sequence[Text],
+    layers: Layer | Sequence[Layer] = "norm",
+    *,
+    pool: Pool | Sequence[int] = "mean",
+    **options: Any,
+) -> Generator[float, None, Any]:
+    """``embed`` in steps, between which other work may use the model; see ``score_steps``."""
     items, single = as_texts(texts)
-    found = [vectors for _, vectors in iter_embeddings(model, tokenizer, items, layers, pool=pool, **options)]
+    found = []
+    for vectors in _embeddings(model, items, *_embedding_settings(model, tokenizer, layers, pool, options)):
+        if isinstance(vectors, tuple):
+            found.append(vectors[1])
+        else:
+            yield vectors
     if single:
         return found[0]
     if isinstance(found[0], dict):
@@ -270,6 +319,18 @@ def iter_embeddings(
         InputError: at the call, an unknown place (the message names the nearest) or option.
         The errors of ``iter_scores``, while iterating.
     """
+    made = _embedding_settings(model, tokenizer, layers, pool, options)
+    return (found for found in _embeddings(model, texts, *made) if isinstance(found, tuple))
+
+
+def _embedding_settings(
+    model: StripedHyena,
+    tokenizer: Tokenizer,
+    layers: Layer | Sequence[Layer],
+    pool: Pool | Sequence[int],
+    options: Mapping[str, Any],
+) -> tuple[Encoder, ReadOptions, Mapping[Layer, Place], str | tuple[int, ...], bool]:
+    """What ``_embeddings`` takes; at last whether several places were named."""
     settings = _settings(model, options)
     parsed = parse_pool(pool)
     several = not isinstance(layers, int | str)
@@ -277,20 +338,19 @@ def iter_embeddings(
     if not named:
         raise InputError("layers is empty: name at least one place")
     places = {layer: find_place(model, layer) for layer in named}  # type: ignore[arg-type]
-    encoder = settings.encoder(model, tokenizer)
-    return _embeddings(model, encoder, texts, settings, places, parsed, several=several)  # type: ignore[arg-type]
+    return settings.encoder(model, tokenizer), settings, places, parsed, several  # type: ignore[return-value]
 
 
 def _embeddings(
     model: StripedHyena,
-    encoder: Encoder,
     texts: Iterable[Text],
+    encoder: Encoder,
     settings: ReadOptions,
     places: Mapping[Layer, Place],
     pool: str | tuple[int, ...],
-    *,
     several: bool,
-) -> Iterator[tuple[int, Any]]:
+) -> Iterator[tuple[int, Any] | float]:
+    """The vectors, and after every step the tokens that were read."""
     names = list(dict.fromkeys(place.name for place in places.values()))
     reader = settings.reader(model, max(place.depth for place in places.values()))
     collector = Collector(names, pool)
@@ -312,20 +372,21 @@ def _embeddings(
 
     watched = {NORM if name == HEAD else name for name in names}
     first: list[Tensor] | None = None
-    with watching(reader, watched, observe):
-        for group in reader.read(records()):
-            for record in group:
-                vectors = collector.take(record)
-                if settings.both_strands:
-                    if first is None:
-                        first = vectors
-                        continue
-                    vectors = [pooling.mean_of_strands(*pair, pool) for pair in zip(first, vectors, strict=True)]
-                    first = None
-                by_name = dict(zip(names, vectors, strict=True))
-                made = {layer: by_name[place.name] for layer, place in places.items()}
-                made = {layer: x.numpy() if settings.output == "numpy" else x.clone() for layer, x in made.items()}
-                yield record.index, made if several else next(iter(made.values()))
+    reader.watch = lambda: watching(reader, watched, observe)
+    for count, group in reader.read(records()):
+        for record in group:
+            vectors = collector.take(record)
+            if settings.both_strands:
+                if first is None:
+                    first = vectors
+                    continue
+                vectors = [pooling.mean_of_strands(*pair, pool) for pair in zip(first, vectors, strict=True)]
+                first = None
+            by_name = dict(zip(names, vectors, strict=True))
+            made = {layer: by_name[place.name] for layer, place in places.items()}
+            made = {layer: x.numpy() if settings.output == "numpy" else x.clone() for layer, x in made.items()}
+            yield record.index, made if several else next(iter(made.values()))
+        yield count
 
 
 def _settings(model: Any, options: Mapping[str, Any]) -> ReadOptions:
@@ -342,6 +403,15 @@ def _settings(model: Any, options: Mapping[str, Any]) -> ReadOptions:
             near = nearest(name, known)
             raise InputError(f"unknown option {shown(name)}: {f'did you mean {near}?' if near else ', '.join(known)}")
     return ReadOptions(**options)
+
+
+def _result(steps: Generator[float, None, Any]) -> Any:
+    """Go through all steps; what the generator returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def _stacked(vectors: list[Any], pool: Pool | Sequence[int]) -> Any:

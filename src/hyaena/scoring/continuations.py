@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyaena.arguments import whole
+from hyaena.arguments import require_ids, whole
 from hyaena.cache import Cache
 from hyaena.errors import InputError, NonFiniteError, shown
 from hyaena.model import StripedHyena
@@ -112,11 +112,7 @@ def _parse(model: StripedHyena, number: int, group: Group, limit: int) -> tuple[
     rest = [token_ids(one, f"a continuation of group {number}") for one in continuations]
     if not ids:
         raise InputError(f"the context of group {number} is empty: give it [tokenizer.bos_id], to begin from nothing")
-    for token in (token for one in (ids, *rest) for token in one):
-        if not 0 <= token < model.config.vocab_size:
-            raise InputError(
-                f"group {number}: token id {shown(token)} is outside the vocabulary 0..{model.config.vocab_size - 1}"
-            )
+    require_ids((token for one in (ids, *rest) for token in one), model.config.vocab_size, f"group {number}: ")
     longest = len(ids) + max(map(len, rest), default=0)
     if longest > limit:
         raise InputError(

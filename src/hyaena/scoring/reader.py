@@ -9,6 +9,7 @@ time, and of the activations one copy, which every layer overwrites. Results do 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,8 @@ class Reader:
     """Reads records with a model.
 
     Attributes:
-        spans: the tokens that the module call in progress reads; hooks look here. Empty while nothing is read.
+        spans: the tokens that the module call in progress reads; hooks look here.
+        watch: entered while the model reads, and left whenever ``read`` yields: somebody else may use the model then.
 
     Args:
         model: on its device.
@@ -80,24 +82,32 @@ class Reader:
         self.method = method
         self.progress = progress
         self.spans: Sequence[Span] = ()
+        self.watch: Callable[[], AbstractContextManager[None]] = nullcontext
         self.tokens_per_pass = tokens_per_pass or choose_pass(model)
         most = MOST_CHUNK.get(model.device.type, self.tokens_per_pass)
         self.chunk = tokens_per_pass or min(self.tokens_per_pass, most)
         self._read = 0
 
-    def read(self, records: Iterable[Record]) -> Iterator[list[Record]]:
-        """Read records in order; the records of a pass when it is done."""
+    def read(self, records: Iterable[Record]) -> Iterator[tuple[float, list[Record]]]:
+        """Read records in order, a pass at a time, or a chunk of a long record through one layer.
+
+        Yields:
+            How many tokens were read (a pass through one layer counts as its share), and the records that are done.
+        """
         packs = all(getattr(layer.mixer, "packs", False) for layer in self.model.layers[: self.depth])
         for group in pack(records, self.tokens_per_pass) if packs else ([record] for record in records):
+            total, share = sum(map(len, group)), 0.0
             if len(group[0]) > self.tokens_per_pass:
-                self._read_by_layer(group[0])
+                for share in self._read_by_layer(group[0]):
+                    yield share, []
+                share = 0.0
             else:
                 self._read_packed(group)
-            self.spans = ()
-            self._read += sum(map(len, group))
+                share = float(total)
+            self._read += total
             if self.progress is not None:
                 self.progress(self._read)
-            yield group
+            yield share, group
 
     @torch.inference_mode()
     def _read_packed(self, group: list[Record]) -> None:
@@ -113,39 +123,47 @@ class Reader:
             segments = torch.arange(len(group), device=device).repeat_interleave(lengths, output_size=start)[None]
         context = self._context(ids, segments, None)
         self.spans = spans
-        x = model.embed_tokens(ids)
-        for layer in model.layers[: self.depth]:
-            x, _ = layer(x, context, None, start)
-        if self.depth > len(model.layers):
-            call(model.norm, x, context)
+        with self.watch():
+            x = model.embed_tokens(ids)
+            for layer in model.layers[: self.depth]:
+                x, _ = layer(x, context, None, start)
+            if self.depth > len(model.layers):
+                call(model.norm, x, context)
 
     @torch.inference_mode()
-    def _read_by_layer(self, record: Record) -> None:
+    def _read_by_layer(self, record: Record) -> Iterator[float]:
+        """Read a record; after each chunk of a layer the tokens that this was worth."""
         model, length = self.model, len(record)
         ids = record.ids[None].to(model.device)
         layers = model.layers[: self.depth]
         parts = [slice(i, min(i + self.chunk, length)) for i in range(0, length, self.chunk)]
 
-        def chunks() -> Iterator[tuple[slice, int]]:
-            for part in parts:
-                count = part.stop - part.start
-                self.spans = [Span(record, part.start, slice(0, count))]
-                yield part, count
-
         x = torch.empty(1, length, model.config.hidden_size, dtype=model.dtype, device=model.device)
-        for part, _ in chunks():
-            x[:, part] = model.embed_tokens(ids[:, part])
+
+        @contextmanager
+        def reading(part: slice) -> Iterator[Tensor]:
+            self.spans = [Span(record, part.start, slice(0, part.stop - part.start))]
+            with self.watch():
+                yield x[:, part]
+
+        for part in parts:
+            with reading(part) as values:
+                values[:] = model.embed_tokens(ids[:, part])
         for i, layer in enumerate(layers):
             state = model.make_state(i, max_length=length, method=self.method)
-            for part, count in chunks():
-                context = self._context(ids[:, part], None, part.start)
-                x[:, part], state = layer(x[:, part], context, state, count)
+            for part in parts:
+                count = part.stop - part.start
+                with reading(part) as values:
+                    values[:], state = layer(values, self._context(ids[:, part], None, part.start), state, count)
                 if self.progress is not None:
                     self.progress(self._read + (length * i + part.stop) // len(layers))
+                yield count / len(layers)
             del state
         if self.depth > len(model.layers):
-            for part, _ in chunks():
-                call(model.norm, x[:, part], self._context(ids[:, part], None, part.start))
+            for part in parts:
+                with reading(part) as values:
+                    call(model.norm, values, self._context(ids[:, part], None, part.start))
+                yield (part.stop - part.start) / len(layers)
 
     def _context(self, ids: Tensor, segments: Tensor | None, past: int | None) -> ForwardContext:
         model = self.model

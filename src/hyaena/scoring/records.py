@@ -46,7 +46,7 @@ def as_texts(texts: Any) -> tuple[list[Any], bool]:
     Raises:
         InputError: there are none.
     """
-    if isinstance(texts, str | bytes | bytearray | memoryview):
+    if isinstance(texts, str | bytes | bytearray | memoryview | Excerpt):
         return [texts], True
     items = as_list(texts, "texts are text, bytes, a list of token ids, or a list of such, not ")
     if not items:
@@ -70,6 +70,21 @@ def _parse(text: Any) -> str | bytes | list[int]:
     return parsed[0]
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """A part of a longer text, which is read behind what stands before it, and scored and pooled alone.
+
+    Attributes:
+        text: the part.
+        before: read first, as context.
+        after: what stands behind; the other strand reads it first.
+    """
+
+    text: str
+    before: str = ""
+    after: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """The token ids of one text, or of its other strand.
@@ -77,7 +92,7 @@ class Record:
     Attributes:
         index: the number of the text.
         ids: int64 [T], on the host.
-        context: leading ids that are not the text's: 1 where BOS was put in front, else 0.
+        context: leading ids that are not the text's: BOS where it was put in front, and the context of an excerpt.
         reverse: whether this is the other strand.
     """
 
@@ -158,6 +173,9 @@ class Encoder:
         """
         for index, text in enumerate(texts):
             try:
+                if isinstance(text, Excerpt):
+                    yield from self._excerpt(index, text)
+                    continue
                 text = _parse(text)
                 yield self._record(index, text, False)
                 if self.both_strands:
@@ -168,6 +186,19 @@ class Encoder:
                 raise
             except HyaenaError as error:
                 raise RecordError(index, str(error)) from None
+
+    def _excerpt(self, index: int, excerpt: Excerpt) -> Iterator[Record]:
+        sides = [(excerpt.before, excerpt.text, False)]
+        if self.both_strands:
+            sides.append((reverse_complement(excerpt.after), reverse_complement(excerpt.text), True))
+        for before, text, reverse in sides:
+            record = self._record(index, _parse(before + text), reverse)
+            if len(record.tokens) != len(before) + len(text) or not text:
+                raise InputError(
+                    f"{len(record.tokens):,} tokens stand for {len(before) + len(text):,} letters: an excerpt takes a "
+                    "tokenizer that reads a letter as a token, and a text"
+                )
+            yield Record(index, record.ids, record.context + len(before), reverse)
 
     def _record(self, index: int, text: str | bytes | list[int], reverse: bool) -> Record:
         bos, given = self.tokenizer.bos_id, isinstance(text, list)

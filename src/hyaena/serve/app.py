@@ -8,13 +8,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import hyaena
 from hyaena.errors import printable
 from hyaena.serve.guards import AccessLog, Authentication, BodyLimit
-from hyaena.serve.metrics import Metrics
+from hyaena.serve.metrics import MEDIA_TYPE, Metrics
 from hyaena.serve.playground import add_playground
 from hyaena.serve.protocol import ApiError
 from hyaena.serve.reading import add_reading
@@ -63,8 +64,15 @@ def make_app(
         allow_origins: origins of web pages that may call the server (CORS).
         log_prompts: whether the log holds the bodies of requests.
     """
-    app = FastAPI(title="hyaena", version=hyaena.__version__, summary="StripedHyena models, served")
-    _add_errors(app)
+    # The pages that FastAPI would show the description on load scripts from elsewhere.
+    app = FastAPI(
+        title="hyaena",
+        version=hyaena.__version__,
+        summary="StripedHyena models, served",
+        docs_url=None,
+        redoc_url=None,
+    )
+    add_errors(app)
     add_writing(app, server)
     add_reading(app, server)
     _add_information(app, server)
@@ -78,7 +86,7 @@ def make_app(
     return app
 
 
-def _add_errors(app: FastAPI) -> None:
+def add_errors(app: Starlette) -> None:
     """Answer every error in the form of the API."""
 
     async def api_error(request: Request, error: Exception) -> Response:
@@ -115,8 +123,8 @@ def _add_information(app: FastAPI, server: Server) -> None:
             "object": "model",
             "created": served.created,
             "owned_by": "hyaena",
-            "root": served.name,
-            "parent": None,
+            "root": served.parent or served.name,
+            "parent": served.parent,
             "max_model_len": served.engine.max_length,
             "takes_chats": served.template is not None,
         }
@@ -147,4 +155,4 @@ def _add_information(app: FastAPI, server: Server) -> None:
     @app.get("/metrics", tags=["information"])
     async def metrics() -> Response:
         """All metrics in Prometheus's text format."""
-        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(server.metrics.text(), media_type=MEDIA_TYPE)

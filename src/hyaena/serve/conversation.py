@@ -121,12 +121,13 @@ def _unused_character(messages: Sequence[Mapping[str, str]]) -> str:
     return next(chr(code) for code in itertools.count(0xE000) if chr(code) not in used)
 
 
-def find_template(name: str | None, folder: Path | None, model_name: str) -> ChatTemplate | None:
-    """The template of a model: one that is named, that of the model's folder, or what is known of the model.
+def find_template(name: str | None, folders: Sequence[Path], model_name: str) -> ChatTemplate | None:
+    """The template of a model: one that is named, that of a folder, or what is known of the model.
 
     Args:
         name: a name in ``tokenizers.TEMPLATES``, or a file.
-        folder: of the model; ``chat_template.jinja`` or ``tokenizer_config.json`` in it.
+        folders: of its adapter and of the model: the first with a template in ``chat_template.jinja`` or in
+            ``tokenizer_config.json``.
         model_name: StripedHyena-Nous-7B has the format of its card.
 
     Raises:
@@ -138,10 +139,11 @@ def find_template(name: str | None, folder: Path | None, model_name: str) -> Cha
         if not Path(name).is_file():
             raise InputError(f"there is no chat template {printable(name)}: name {', '.join(TEMPLATES)}, or a file")
         return ChatTemplate(read_text(Path(name)))
-    if folder is not None and (folder / "chat_template.jinja").is_file():
-        return ChatTemplate(read_text(folder / "chat_template.jinja"))
-    if folder is not None and (folder / "tokenizer_config.json").is_file():
-        found = read_mapping(folder / "tokenizer_config.json").get("chat_template")
-        if isinstance(found, str):
-            return ChatTemplate(found)
+    for folder in folders:
+        if (folder / "chat_template.jinja").is_file():
+            return ChatTemplate(read_text(folder / "chat_template.jinja"))
+        if (folder / "tokenizer_config.json").is_file():
+            found = read_mapping(folder / "tokenizer_config.json").get("chat_template")
+            if isinstance(found, str):
+                return ChatTemplate(found)
     return ChatTemplate(TEMPLATES["nous"]) if "nous" in model_name.lower() else None

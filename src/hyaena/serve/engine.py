@@ -7,13 +7,17 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
 
+from hyaena.adapters import Adapter, with_adapter
+from hyaena.arguments import require_ids
 from hyaena.decoding import Decoding, resolve_decoding
-from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError
+from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError, printable
 from hyaena.generation.chunks import choose_chunk
 from hyaena.generation.loop import FinishReason, Row
 from hyaena.generation.stop_strings import StopStringFilter
@@ -28,6 +32,8 @@ from hyaena.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Steps = Generator[float, None, T]
+"""Work in steps, each of which yields what it was worth in tokens of a pass over prompts."""
 
 
 class QueueFullError(HyaenaError, RuntimeError):
@@ -76,6 +82,7 @@ class Request:
         top: how many of the most probable tokens to report.
         repeat: how many requests of the same call have the same prompt and come before it.
         salt: requests with other salts share no prefixes.
+        adapter: the name of the adapter that it is computed with; "" for the model alone.
     """
 
     prompt: Sequence[int]
@@ -87,6 +94,7 @@ class Request:
     top: int = 0
     repeat: int = 0
     salt: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +123,14 @@ Sink = Callable[[Delta], None]
 
 
 @dataclass(eq=False)
+class _Work:
+    """Something other than a request that needs the model."""
+
+    steps: Steps[Any]
+    future: Future[Any]
+
+
+@dataclass(eq=False)
 class _Active:
     """A request in the engine."""
 
@@ -134,9 +150,12 @@ class Engine:
         tokenizer: of the model.
         settings: how the machine is used.
         metrics: what is counted.
+        adapters: by the names that requests have for them. All are computed over the weights of the model, and their
+            requests share its pages.
 
     Raises:
         CapacityError: there is no memory for a single page.
+        CheckpointError: an adapter does not fit the model.
     """
 
     def __init__(
@@ -145,9 +164,11 @@ class Engine:
         tokenizer: Tokenizer,
         settings: EngineSettings | None = None,
         metrics: Metrics | None = None,
+        adapters: Mapping[str, Adapter] = MappingProxyType({}),
     ) -> None:
         settings = settings or EngineSettings()
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.tokenizer, self.settings = tokenizer, settings
+        self.models = {"": model} | {name: with_adapter(model, adapter) for name, adapter in adapters.items()}
         self.metrics = metrics or Metrics()
         sizes, itemsize = ModelSizes(model.config), model.dtype.itemsize
         self.state_bytes = sizes.state_bytes(itemsize)
@@ -165,7 +186,7 @@ class Engine:
             packed=all(getattr(layer.mixer, "packs", False) for layer in model.layers),
         )
         self.runner = Runner(
-            model,
+            self.models,
             pages=pages,
             max_rows=settings.max_rows,
             max_length=self.max_length,
@@ -178,7 +199,8 @@ class Engine:
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._waiting = 0  # submitted and not yet taken by the thread
-        self._calls = 0
+        self._work: deque[_Work] = deque()  # the first one is under way
+        self._worked = False  # whether a step of it came last
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="hyaena-engine", daemon=True)
 
@@ -187,6 +209,16 @@ class Engine:
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+
+    @property
+    def model(self) -> StripedHyena:
+        """The model without an adapter."""
+        return self.models[""]
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens of one pass over prompts."""
+        return self.scheduler.chunk
 
     @property
     def alive(self) -> bool:
@@ -198,37 +230,47 @@ class Engine:
         """Whether nothing is computed any more."""
         return not self._thread.is_alive()
 
-    def check(self, request: Request) -> None:
-        """Refuse a request that could never be served.
+    def check(self, *requests: Request) -> None:
+        """Refuse requests that could never be served. Prompts and parameters that they share are looked at once.
 
         Raises:
-            InputError: no prompt, ids outside the vocabulary, or biases that leave no token.
+            InputError: no prompt, ids outside the vocabulary, biases that leave no token, or an unknown adapter.
             CapacityError: more tokens than the model or the memory takes.
         """
-        size = self.model.config.vocab_size
-        if not request.prompt:
-            raise InputError("the prompt is empty: give it at least one token")
-        if len(request.prompt) + request.max_new_tokens > self.max_length:
-            raise CapacityError(
-                f"{len(request.prompt)} tokens of prompt and {request.max_new_tokens} new ones are more than the "
-                f"{self.max_length} that a request may have: shorten the prompt, or ask for fewer new tokens"
-            )
-        outside = next((token for token in request.prompt if not 0 <= token < size), None)
-        if outside is not None:
-            raise InputError(f"token id {outside} is outside the vocabulary 0..{size - 1} of the model")
-        if request.params.biased:
-            request.params.bias(size)
-        self.scheduler.check(len(request.prompt), request.max_new_tokens)
+        size, seen = self.model.config.vocab_size, set()
+        for request in requests:
+            prompt, params = request.prompt, request.params
+            if request.adapter not in self.models:
+                raise InputError(f"the engine has no adapter {printable(request.adapter)}: give it to the engine")
+            if not prompt:
+                raise InputError("the prompt is empty: give it at least one token")
+            if len(prompt) + request.max_new_tokens > self.max_length:
+                raise CapacityError(
+                    f"{len(prompt)} tokens of prompt and {request.max_new_tokens} new ones are more than the "
+                    f"{self.max_length} that a request may have: shorten the prompt, or ask for fewer new tokens"
+                )
+            if id(prompt) not in seen:
+                require_ids(prompt, size)
+            if params.biased and id(params) not in seen:
+                params.bias(size)
+            seen |= {id(prompt), id(params)}
+            self.scheduler.check(len(prompt), request.max_new_tokens)
 
-    def submit(self, request: Request, sink: Sink) -> int:
+    def submit(self, request: Request, sink: Sink, *, checked: bool = False) -> int:
         """Queue a request; its key. The sink is called in the engine's thread and must not wait.
+
+        Args:
+            request: to be queued.
+            sink: called with every token.
+            checked: ``check`` has seen it.
 
         Raises:
             InputError, CapacityError: see ``check``.
             QueueFullError: too many requests are waiting.
             EngineDeadError: the engine has stopped.
         """
-        self.check(request)
+        if not checked:
+            self.check(request)
         row = Row(
             index=0,
             prompt=list(request.prompt),
@@ -253,32 +295,24 @@ class Engine:
         """End a request whose tokens nobody wants any more."""
         self._commands.put(lambda: self._cancel(key))
 
-    def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function in the engine's thread, between two turns: nothing else uses the model meanwhile.
+    def call(self, steps: Steps[T]) -> Future[T]:
+        """Do something else with the model, in the engine's thread: so many steps at a time as read a chunk of tokens.
+
+        Between them streams go on. A future that is cancelled ends the work at its next step.
 
         Raises:
-            QueueFullError: too many functions are waiting.
+            QueueFullError: too much is waiting.
             EngineDeadError: the engine has stopped.
         """
-        future: Future[T] = Future()
-
-        def run() -> None:
-            with self._lock:
-                self._calls -= 1
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:
-                    future.set_exception(error)
-
+        work = _Work(steps, Future())
         with self._lock:
             if not self.alive:
                 raise EngineDeadError("the engine has stopped: restart the server")
-            if self._calls >= self.settings.max_waiting:
-                raise QueueFullError(f"{self._calls} requests are waiting already: try again later")
-            self._calls += 1
-            self._commands.put(run)
-        return future
+            if len(self._work) >= self.settings.max_waiting:
+                raise QueueFullError(f"{len(self._work)} requests are waiting already: try again later")
+            self._work.append(work)
+            self._commands.put(lambda: None)  # wakes the thread
+        return work.future
 
     def stop(self, timeout: float | None = None, abandon: float | None = None) -> bool:
         """Take no more requests, finish those that are here, and stop.
@@ -307,11 +341,16 @@ class Engine:
         try:
             while True:
                 self._take_commands()
-                if self.scheduler.idle:
+                if self._idle:
                     if self._stopping.is_set():
                         break
                     continue
-                self._turn()
+                # Other work and prompts are read in turns, so that streams wait for one chunk of either.
+                self._worked = bool(self._work) and (self.scheduler.idle or not self._worked)
+                if self._worked:
+                    self._do_work()
+                if not self.scheduler.idle:
+                    self._turn(read=not self._worked)
         except BaseException as error:
             self._failure = error
             log.exception("the engine has failed")
@@ -322,11 +361,16 @@ class Engine:
             message = "the engine has failed" if self._failure else "the server is stopping"
             for active in list(self._requests.values()):
                 self._end(active, Delta(token=None, finish_reason="error", error=message))
+            self._give_up_work(message)
             self.runner.close()
+
+    @property
+    def _idle(self) -> bool:
+        return self.scheduler.idle and not self._work
 
     def _take_commands(self, wait: bool = True) -> None:
         """Carry out the commands of other threads; where there is nothing else to do, wait for one."""
-        if wait and self.scheduler.idle and not self._stopping.is_set():
+        if wait and self._idle and not self._stopping.is_set():
             self.metrics.observe_load(self)
             self._commands.get()()
         while True:
@@ -340,7 +384,8 @@ class Engine:
         with self._lock:
             self._waiting -= 1
         self._requests[active.key] = active
-        self.scheduler.add(active.key, active.row.prompt, active.row.max_new_tokens, active.request.salt)
+        row, request = active.row, active.request
+        self.scheduler.add(active.key, row.prompt, row.max_new_tokens, request.salt, request.adapter)
 
     def _cancel(self, key: int) -> None:
         active = self._requests.get(key)
@@ -351,10 +396,34 @@ class Engine:
     def _abandon(self) -> None:
         for active in list(self._requests.values()):
             self._fail(active, "the server is stopping")
+        self._give_up_work("the server is stopping")
 
-    def _turn(self) -> None:
+    def _give_up_work(self, message: str) -> None:
+        for work in self._work:
+            if not work.future.done():
+                work.future.set_exception(EngineDeadError(message))
+        self._work.clear()
+
+    def _do_work(self) -> None:
+        """Steps of the oldest work that are worth a chunk of a prompt."""
+        work, worth = self._work[0], 0.0
+        try:
+            while worth < self.scheduler.chunk and not work.future.cancelled():
+                worth += next(work.steps)
+            if not work.future.cancelled():
+                return
+            work.steps.close()
+        except StopIteration as end:
+            if work.future.set_running_or_notify_cancel():
+                work.future.set_result(end.value)
+        except BaseException as error:
+            if work.future.set_running_or_notify_cancel():
+                work.future.set_exception(error)
+        self._work.popleft()
+
+    def _turn(self, read: bool) -> None:
         scheduler, requests = self.scheduler, self._requests
-        plan = scheduler.plan(self.runner.page_ends())
+        plan = scheduler.plan(self.runner.page_ends(), read=read)
         top = max((active.request.top for active in requests.values()), default=0)
         rows = {key: active.row for key, active in requests.items()}
         chosen = self.runner.run(plan, rows, top)
@@ -384,7 +453,8 @@ class Engine:
             finish_reason=reason,
             cached_tokens=job.cached or 0,
         )
-        self.metrics.token(now - (active.last_token or active.arrived), first=not active.last_token)
+        seconds = now - (active.last_token or active.arrived)
+        self.metrics.token(seconds, first=not active.last_token, adapter=active.request.adapter)
         active.last_token = now
         if reason is None:
             _call(active.sink, delta)
@@ -403,7 +473,9 @@ class Engine:
             prompt=len(active.row.prompt),
             cached=delta.cached_tokens,
             seconds=time.monotonic() - active.arrived,
+            adapter=active.request.adapter,
         )
+        self.metrics.observe_load(self)  # a client that has its answer sees it
         _call(active.sink, delta)
 
 

@@ -31,6 +31,9 @@ OPEN_PATHS = frozenset({"/health", "/version", *FILES})
 BODY_SECONDS = 30.0
 """The longest pause in the body of a request."""
 
+WHOLE_BODY_SECONDS = 300.0
+"""The longest time that a body takes."""
+
 
 class BodyLimit:
     """Refuses bodies that are too large or do not come.
@@ -51,14 +54,14 @@ class BodyLimit:
         if len(length) > 18 or (length.isascii() and length.isdigit() and int(length) > self.most):
             await _answer(self._too_large(), scope, receive, send)
             return
-        size, complete = 0, False
+        size, complete, end = 0, False, time.monotonic() + WHOLE_BODY_SECONDS
 
         async def limited() -> Message:
             nonlocal size, complete
             if complete:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), BODY_SECONDS)
+                message = await asyncio.wait_for(receive(), max(0.0, min(BODY_SECONDS, end - time.monotonic())))
             except TimeoutError:
                 raise HTTPException(408, "the body of the request did not come") from None
             if message["type"] == "http.request":

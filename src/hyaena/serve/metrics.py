@@ -2,67 +2,79 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from hyaena.serve.engine import Engine
+
+MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+T = TypeVar("T", Counter, Gauge, Histogram)
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0)
 _LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own. Times are in seconds."""
+    """Counters of one server, in a registry of its own. Times are in seconds.
 
-    def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
-        self.running = Gauge("hyaena:num_requests_running", "Requests that are read or decoded.", registry=registry)
-        self.waiting = Gauge("hyaena:num_requests_waiting", "Requests that wait.", registry=registry)
-        self.kv_usage = Gauge(
-            "hyaena:kv_cache_usage_perc", "Share of the pages of keys and values in use; 1 is all.", registry=registry
+    All have the label ``model_name``. Tokens, times and ends of a request count for the adapter that it asked for; what
+    the models of an engine share counts for the model itself.
+
+    Args:
+        name: of the model.
+    """
+
+    def __init__(self, name: str = "model") -> None:
+        self.name = name
+        self.registry = CollectorRegistry()
+
+        def make(kind: type[T], name: str, text: str, *labels: str, **options: Any) -> T:
+            return kind("hyaena:" + name, text, ("model_name", *labels), registry=self.registry, **options)
+
+        self.running = make(Gauge, "num_requests_running", "Requests that are read or decoded.").labels(name)
+        self.waiting = make(Gauge, "num_requests_waiting", "Requests that wait.").labels(name)
+        self.kv_usage = make(
+            Gauge, "kv_cache_usage_perc", "Share of the pages of keys and values in use; 1 is all."
+        ).labels(name)
+        self.kv_bytes = make(Gauge, "kv_cache_bytes", "Bytes of the pages in use.").labels(name)
+        self.state_bytes = make(Gauge, "state_bytes", "Bytes of the Hyena states of rows.").labels(name)
+        self.snapshot_bytes = make(
+            Gauge, "prefix_cache_state_bytes", "Bytes of the Hyena states in the prefix cache."
+        ).labels(name)
+        self.preemptions = make(Counter, "num_preemptions", "Requests that gave way to older ones.").labels(name)
+        self.prompt_tokens = make(Counter, "prompt_tokens", "Tokens of prompts.")
+        self.generated_tokens = make(Counter, "generation_tokens", "Tokens that were generated.")
+        self.prefix_queries = make(Counter, "prefix_cache_queries", "Tokens of prompts that were looked up.")
+        self.prefix_hits = make(Counter, "prefix_cache_hits", "Tokens of prompts that the prefix cache spared.")
+        self.finished_requests = make(Counter, "request_success", "Requests that ended, by reason.", "finished_reason")
+        self.first_token = make(
+            Histogram, "time_to_first_token_seconds", "From arrival to the first token.", buckets=_LONG
         )
-        self.kv_bytes = Gauge("hyaena:kv_cache_bytes", "Bytes of the pages in use.", registry=registry)
-        self.state_bytes = Gauge("hyaena:state_bytes", "Bytes of the Hyena states of rows.", registry=registry)
-        self.snapshot_bytes = Gauge(
-            "hyaena:prefix_cache_state_bytes", "Bytes of the Hyena states in the prefix cache.", registry=registry
-        )
-        self.preemptions = Counter("hyaena:num_preemptions", "Requests that gave way to older ones.", registry=registry)
-        self.prompt_tokens = Counter("hyaena:prompt_tokens", "Tokens of prompts.", registry=registry)
-        self.generated_tokens = Counter("hyaena:generation_tokens", "Tokens that were generated.", registry=registry)
-        self.prefix_queries = Counter(
-            "hyaena:prefix_cache_queries", "Tokens of prompts that were looked up.", registry=registry
-        )
-        self.prefix_hits = Counter(
-            "hyaena:prefix_cache_hits", "Tokens of prompts that the prefix cache spared.", registry=registry
-        )
-        self.finished_requests = Counter(
-            "hyaena:request_success", "Requests that ended, by reason.", ["finished_reason"], registry=registry
-        )
-        self.first_token = Histogram(
-            "hyaena:time_to_first_token_seconds", "From arrival to the first token.", buckets=_LONG, registry=registry
-        )
-        self.next_token = Histogram(
-            "hyaena:inter_token_latency_seconds", "From a token to the next.", buckets=_SHORT, registry=registry
-        )
-        self.latency = Histogram(
-            "hyaena:e2e_request_latency_seconds", "From arrival to the end.", buckets=_LONG, registry=registry
-        )
+        self.next_token = make(Histogram, "inter_token_latency_seconds", "From a token to the next.", buckets=_SHORT)
+        self.latency = make(Histogram, "e2e_request_latency_seconds", "From arrival to the end.", buckets=_LONG)
         self._seen_preemptions = 0
 
-    def token(self, seconds: float, *, first: bool) -> None:
+    def token(self, seconds: float, *, first: bool, adapter: str = "") -> None:
         """Count a token that came so long after the request, or after the token before it."""
-        self.generated_tokens.inc()
-        (self.first_token if first else self.next_token).observe(seconds)
+        model = adapter or self.name
+        self.generated_tokens.labels(model).inc()
+        (self.first_token if first else self.next_token).labels(model).observe(seconds)
 
-    def finished(self, reason: str, *, prompt: int, cached: int, seconds: float) -> None:
+    def finished(self, reason: str, *, prompt: int, cached: int, seconds: float, adapter: str = "") -> None:
         """Count a request that ended."""
-        self.finished_requests.labels(reason).inc()
-        self.prompt_tokens.inc(prompt)
-        self.prefix_queries.inc(prompt)
-        self.prefix_hits.inc(cached)
-        self.latency.observe(seconds)
+        model = adapter or self.name
+        self.finished_requests.labels(model, reason).inc()
+        self.prompt_tokens.labels(model).inc(prompt)
+        self.prefix_queries.labels(model).inc(prompt)
+        self.prefix_hits.labels(model).inc(cached)
+        self.latency.labels(model).observe(seconds)
 
     def observe_load(self, engine: Engine) -> None:
         """Record what the engine holds at this moment."""
@@ -80,3 +92,28 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+def merged(texts: Mapping[str, str]) -> bytes:
+    """The metrics of several servers as one text.
+
+    Args:
+        texts: names of servers -> their metrics as text. The names become the label ``replica``.
+    """
+    families: dict[str, Metric] = {}
+    for replica, text in texts.items():
+        for family in text_string_to_metric_families(text):
+            mine = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                mine.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+    registry = CollectorRegistry()
+    registry.register(_Families(families.values()))
+    return generate_latest(registry)
+
+
+class _Families(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self.families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families

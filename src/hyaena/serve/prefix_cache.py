@@ -1,8 +1,9 @@
 """Which pages and states of earlier requests a new prompt can start from. Numbers only: the tensors are the runner's.
 
-A tree over tokens, one page of tokens per node. The keys and values of a page are shared by all prompts whose path
-leads through its node. Attention could start behind any page; Hyena layers need their state at that place, so some
-nodes also have a *snapshot* of the states. A prompt starts from the deepest node on its path that has one.
+For each adapter and salt a tree over tokens, one page of tokens per node. The keys and values of a page are shared by
+all prompts whose path leads through its node. Attention could start behind any page; Hyena layers need their state at
+that place, so some nodes also have a *snapshot* of the states. A prompt starts from the deepest node on its path that
+has one.
 
 Snapshots have a budget. Those that lie at the end of a prompt or a turn are the likeliest to be used again, those on a
 coarse grid bound what any prompt has to read again, and the rest are a luxury: they are taken while there is room, and
@@ -13,7 +14,7 @@ leaves on.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -80,7 +81,7 @@ class PrefixCache:
         self.pages = pages
         self.page_size = page_size
         self.max_snapshots = max_snapshots
-        self._roots: dict[str, Node] = {}
+        self._roots: dict[Hashable, Node] = {}
         self._recent: OrderedDict[Node, None] = OrderedDict()  # least recently used first; children before parents
         self._snapshots: dict[Rank, OrderedDict[Node, None]] = {rank: OrderedDict() for rank in Rank}
         self._free = list(range(max_snapshots - 1, -1, -1))
@@ -96,9 +97,9 @@ class PrefixCache:
         """Pages in the tree."""
         return len(self._recent)
 
-    def match(self, tokens: Sequence[int], salt: str = "") -> Match:
+    def match(self, tokens: Sequence[int], tree: Hashable = "") -> Match:
         """The longest prefix of the tokens, less than all of them, that ends behind a page with a snapshot."""
-        path = self._path(tokens, salt, (len(tokens) - 1) // self.page_size)
+        path = self._path(tokens, tree, (len(tokens) - 1) // self.page_size)
         while path and path[-1].snapshot is None:
             path.pop()
         if not path:
@@ -118,7 +119,7 @@ class PrefixCache:
         tokens: Sequence[int],
         pages: Sequence[int],
         snapshots: Mapping[int, tuple[int, Rank]],
-        salt: str = "",
+        tree: Hashable = "",
     ) -> None:
         """Add the full pages of a sequence, and snapshots of its states.
 
@@ -126,10 +127,10 @@ class PrefixCache:
             tokens: whose keys and values the pages hold.
             pages: of the sequence, in order; the tree becomes one more user of those that it did not have.
             snapshots: number of tokens before the snapshot, a multiple of the page -> its number and rank.
-            salt: isolates trees from one another.
+            tree: which of the trees; prompts find nothing in another one.
         """
         deepest = max((length // self.page_size for length in snapshots), default=0)
-        node = self._roots.setdefault(salt, Node((), -1, None, 0))
+        node = self._roots.setdefault(tree, Node((), -1, None, 0))
         path = []
         for depth in range(deepest):  # pages behind the last snapshot could not be used
             key = tuple(tokens[depth * self.page_size : (depth + 1) * self.page_size])
@@ -143,7 +144,7 @@ class PrefixCache:
                 self._attach(node, *given)
         self._touch(path)
         if not node.children and node.parent is None:
-            del self._roots[salt]
+            del self._roots[tree]
 
     def drop_numbers(self, numbers: Sequence[int]) -> None:
         """Give back numbers of snapshots that were taken and not inserted."""
@@ -171,8 +172,8 @@ class PrefixCache:
         """Drop everything that no request uses."""
         self.free_pages(self.pages.count + 1)
 
-    def _path(self, tokens: Sequence[int], salt: str, depth: int) -> list[Node]:
-        node, path = self._roots.get(salt), []
+    def _path(self, tokens: Sequence[int], tree: Hashable, depth: int) -> list[Node]:
+        node, path = self._roots.get(tree), []
         while node is not None and len(path) < depth:
             start = len(path) * self.page_size
             node = node.children.get(tuple(tokens[start : start + self.page_size]))
@@ -235,5 +236,5 @@ class PrefixCache:
         del self._recent[leaf]
         self.pages.release([leaf.page])
         if parent.parent is None and not parent.children:
-            self._roots = {salt: root for salt, root in self._roots.items() if root is not parent}
+            self._roots = {tree: root for tree, root in self._roots.items() if root is not parent}
         return parent

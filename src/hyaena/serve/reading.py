@@ -11,7 +11,8 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-import hyaena
+from hyaena.scoring import embed_steps, score_steps
+from hyaena.serve.engine import Steps
 from hyaena.serve.guards import while_connected
 from hyaena.serve.protocol import (
     ApiError,
@@ -23,12 +24,15 @@ from hyaena.serve.protocol import (
     TokenizeBody,
     as_prompts,
 )
-from hyaena.serve.service import Served, TokenInfo, chat_prompt, errors_of_clients
+from hyaena.serve.service import Served, TokenInfo, chat_prompt, errors_of_clients, too_late
 
 if TYPE_CHECKING:
     from hyaena.serve.app import Server
 
 T = TypeVar("T")
+
+MOST_LOGPROBS = 2**17
+"""Log-probabilities of prompts in one answer: a JSON text of about 10 MB."""
 
 
 async def read_prefixes(
@@ -37,15 +41,22 @@ async def read_prefixes(
     """What ``echo`` puts in front of every completion: the prompt, and its log-probabilities where they are wanted."""
     if not body.echo:
         return []
-    texts = [served.tokenizer.decode(prompt) for prompt in prompts]
+    with errors_of_clients():
+        texts = [served.tokenizer.decode(prompt) for prompt in prompts]
     if body.logprobs is None:
         return [(text, []) for text in texts]
     top = body.logprobs
-
-    def work() -> list[Any]:
-        return _scores(served, prompts, rank=False, entropy=False, top=top)
-
-    scores = await _read(server, served, request, prompts, work)
+    count = sum(map(len, prompts)) * (1 + top)
+    if count > MOST_LOGPROBS:
+        raise ApiError(
+            400,
+            f"the answer would have {count} log-probabilities, and may have {MOST_LOGPROBS}: ask for fewer logprobs or "
+            "send shorter prompts",
+            param="logprobs",
+        )
+    ids = [list(prompt) for prompt in prompts]
+    options = {"rank": False, "entropy": False, "top": top, "tokens_per_pass": served.engine.chunk}
+    scores: Any = await _read(server, served, request, ids, score_steps(served.model, served.tokenizer, ids, **options))
     found = []
     for text, prompt, score in zip(texts, prompts, scores, strict=True):
         values = score.logprobs.tolist()
@@ -63,17 +74,13 @@ def _pairs(score: Any) -> list[tuple[tuple[int, float], ...]]:
     return [tuple(zip(ids, values, strict=True)) for ids, values in rows]
 
 
-def _scores(served: Served, prompts: Sequence[Sequence[int]], **options: Any) -> list[Any]:
-    return hyaena.score(served.engine.model, served.tokenizer, [list(prompt) for prompt in prompts], **options)
-
-
 async def _read(
-    server: Server, served: Served, request: Request, prompts: Sequence[Sequence[int]], work: Callable[[], T]
+    server: Server, served: Served, request: Request, prompts: Sequence[Sequence[int]], steps: Steps[T]
 ) -> T:
-    """Read texts in the engine's thread, between two turns.
+    """Read texts in the engine's thread, between the turns of streams.
 
     Raises:
-        ApiError: too many tokens for one request.
+        ApiError: too many tokens for one request, or too much time.
     """
     total, most = sum(map(len, prompts)), server.limits.score_tokens
     if total > most:
@@ -84,11 +91,28 @@ async def _read(
             code="too_many_tokens",
         )
     with errors_of_clients():
-        size = served.engine.model.config.vocab_size
-        outside = next((token for prompt in prompts for token in prompt if not 0 <= token < size), None)
-        if outside is not None:
-            raise ApiError(400, f"token id {outside} is outside the vocabulary 0..{size - 1} of the model")
-        return await while_connected(request, asyncio.wrap_future(served.engine.call(work)))
+        work = asyncio.wrap_future(served.engine.call(steps))
+        try:
+            return await while_connected(request, asyncio.wait_for(work, server.limits.seconds))
+        except TimeoutError:
+            raise too_late() from None
+
+
+async def _listed(
+    served: Served, texts: Sequence[Sequence[int]], found: Sequence[Any], entry: Callable[[Any], dict[str, Any]]
+) -> Response:
+    """The answer of a route that reads: an entry for every text, and how many tokens they have.
+
+    It may be long, so it is written in another thread than that of all streams.
+    """
+    count = sum(map(len, texts))
+    used = {"prompt_tokens": count, "total_tokens": count}
+
+    def make() -> Response:
+        data = [{"index": index} | entry(one) for index, one in enumerate(found)]
+        return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": used})
+
+    return await asyncio.to_thread(make)
 
 
 def _texts(given: Prompts) -> list[Any]:
@@ -117,52 +141,28 @@ def add_reading(app: FastAPI, server: Server) -> None:
         served = server.find(body.model)
         texts = _texts(body.input)
         ids = _encode(served, texts)
-        model, tokenizer = served.engine.model, served.tokenizer
-
-        def work() -> Any:
-            return hyaena.embed(model, tokenizer, texts, body.layer, pool=body.pool)
-
-        vectors = await _read(server, served, request, ids, work)
-        data = []
-        for index, vector in enumerate(vectors):
-            packed = np.asarray(vector, dtype="<f4")
-            value = packed.tolist() if body.encoding_format == "float" else base64.b64encode(packed.tobytes()).decode()
-            data.append({"object": "embedding", "index": index, "embedding": value})
-        count = sum(map(len, ids))
-        used = {"prompt_tokens": count, "total_tokens": count}
-        return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": used})
+        steps = embed_steps(
+            served.model,
+            served.tokenizer,
+            texts,
+            body.layer,
+            pool=body.pool,
+            tokens_per_pass=served.engine.chunk,
+        )
+        vectors: Any = await _read(server, served, request, ids, steps)
+        as_text = body.encoding_format == "base64"
+        return await _listed(served, ids, vectors, lambda vector: _embedding_entry(vector, as_text))
 
     @app.post("/score", tags=["reading"])
     async def score(body: ScoreBody, request: Request) -> Response:
         """Score texts: sum and mean of log-probabilities, perplexity, and with ``per_token`` every token."""
         served = server.find(body.model)
-        model, tokenizer = served.engine.model, served.tokenizer
         texts = _texts(body.input)
         ids = _encode(served, texts)
-
-        def work() -> Any:
-            return hyaena.score(model, tokenizer, texts, both_strands=body.both_strands)
-
-        data = []
-        for index, found in enumerate(await _read(server, served, request, ids, work)):
-            entry = {
-                "index": index,
-                "tokens": len(found.tokens),
-                "sum": _number(found.sum),
-                "mean": _number(found.mean),
-            }
-            entry["perplexity"] = _number(found.perplexity)
-            if body.per_token:
-                entry |= {
-                    "ids": np.asarray(found.tokens).tolist(),
-                    "logprobs": [_number(value) for value in found.logprobs.tolist()],
-                    "entropies": [_number(value) for value in found.entropies.tolist()],
-                    "ranks": found.ranks.tolist(),
-                }
-            data.append(entry)
-        count = sum(map(len, ids))
-        used = {"prompt_tokens": count, "total_tokens": count}
-        return JSONResponse({"object": "list", "model": served.name, "data": data, "usage": used})
+        options = {"both_strands": body.both_strands, "tokens_per_pass": served.engine.chunk}
+        steps = score_steps(served.model, served.tokenizer, texts, **options)
+        found: Any = await _read(server, served, request, ids, steps)
+        return await _listed(served, ids, found, lambda score: _score_entry(score, body.per_token))
 
     @app.post("/tokenize", tags=["reading"])
     async def tokenize(body: TokenizeBody) -> Response:
@@ -177,10 +177,14 @@ def add_reading(app: FastAPI, server: Server) -> None:
                 ids = served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
         if body.return_token_strs and len(ids) > served.engine.max_length:
             raise ApiError(400, f"{len(ids)} tokens are more than the model takes: ask for fewer token_strs")
-        names = [served.tokenizer.decode([token]) for token in ids] if body.return_token_strs else None
-        return JSONResponse(
-            {"count": len(ids), "max_model_len": served.engine.max_length, "tokens": ids, "token_strs": names}
-        )
+
+        def make() -> Response:
+            names = [served.tokenizer.decode([token]) for token in ids] if body.return_token_strs else None
+            return JSONResponse(
+                {"count": len(ids), "max_model_len": served.engine.max_length, "tokens": ids, "token_strs": names}
+            )
+
+        return await asyncio.to_thread(make)
 
     @app.post("/detokenize", tags=["reading"])
     async def detokenize(body: DetokenizeBody) -> Response:
@@ -188,6 +192,25 @@ def add_reading(app: FastAPI, server: Server) -> None:
         served = server.find(body.model)
         with errors_of_clients():
             return JSONResponse({"prompt": served.tokenizer.decode(body.tokens)})
+
+
+def _embedding_entry(vector: Any, as_text: bool) -> dict[str, Any]:
+    packed = np.asarray(vector, dtype="<f4")
+    value = base64.b64encode(packed.tobytes()).decode() if as_text else packed.tolist()
+    return {"object": "embedding", "embedding": value}
+
+
+def _score_entry(score: Any, per_token: bool) -> dict[str, Any]:
+    entry = {"tokens": len(score.tokens)}
+    entry |= {name: _number(getattr(score, name)) for name in ("sum", "mean", "perplexity")}
+    if not per_token:
+        return entry
+    return entry | {
+        "ids": np.asarray(score.tokens).tolist(),
+        "logprobs": [_number(value) for value in score.logprobs.tolist()],
+        "entropies": [_number(value) for value in score.entropies.tolist()],
+        "ranks": None if score.ranks is None else score.ranks.tolist(),  # they belong to one strand
+    }
 
 
 def _number(value: float) -> float | None:

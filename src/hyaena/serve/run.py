@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -26,6 +29,9 @@ LAST_SECONDS = 1.0
 
 HEADER_SECONDS = 30.0
 """The longest time that a connection is kept open without a whole request."""
+
+READ_SECONDS = 60.0
+"""The longest time in which a client reads nothing of what waits for it."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -47,6 +53,13 @@ def listen(host: str, port: int) -> socket.socket:
         opened.close()
         raise InputError(f"cannot listen at {printable(host)}, port {port}: {error.strerror}; choose another") from None
     return opened
+
+
+def log_requests(*, quiet: bool = False) -> None:
+    """Write the log to standard error; ``quiet`` leaves out requests that were answered."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level="WARNING")
+    logging.getLogger("hyaena.access").setLevel("WARNING" if quiet else "INFO")
+    logging.getLogger("hyaena.serve").setLevel("INFO")
 
 
 class HttpServer(uvicorn.Server):
@@ -112,7 +125,9 @@ class HttpServer(uvicorn.Server):
 
 
 class _HttpConnection(AutoHTTPProtocol):
-    """A connection that is closed when its client does not send a whole request."""
+    """A connection that is closed when its client does not send a whole request, or does not read the answer."""
+
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -120,7 +135,20 @@ class _HttpConnection(AutoHTTPProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._watching.cancel()
+        if self._stalled is not None:
+            self._stalled.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client has not read what was sent."""
+        super().pause_writing()
+        abort = self.transport.abort  # type: ignore[attr-defined]
+        self._stalled = asyncio.get_running_loop().call_later(READ_SECONDS, abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     def _watch(self, before: object) -> None:
         self._watching = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._check, before)
@@ -133,11 +161,13 @@ class _HttpConnection(AutoHTTPProtocol):
             self._watch(cycle)
 
 
-def serve(app: ASGIApp, opened: socket.socket, engines: Sequence[Engine], *, drain: float) -> None:
-    """Serve until SIGTERM or SIGINT; see ``HttpServer``.
+def serve(app: ASGIApp, opened: socket.socket, engines: Sequence[Engine], *, drain: float) -> NoReturn:
+    """Serve until SIGTERM or SIGINT, see ``HttpServer``, and end the process.
 
-    Where an engine does not end after the second signal, since it is in the middle of a long pass, the process ends
-    with status 1.
+    Its status is 0, or 1 where an engine did not end after the second signal: it was in the middle of a long pass.
+    The interpreter is not asked to free all that was loaded: on a busy machine it takes seconds for that.
     """
-    if not HttpServer(app, engines, drain=drain).serve_on(opened):
-        os._exit(1)
+    ended = HttpServer(app, engines, drain=drain).serve_on(opened)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(0 if ended else 1)

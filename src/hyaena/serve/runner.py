@@ -23,13 +23,14 @@ from hyaena.decoding import (
 from hyaena.errors import UnsupportedError
 from hyaena.generation.loop import Row, seen_tokens
 from hyaena.model import StripedHyena
-from hyaena.ops import PAGE
+from hyaena.ops import PAGE, PagePool
 from hyaena.packing import Snapshots
 from hyaena.sampling import draw
-from hyaena.serve.scheduler import Plan, Read
+from hyaena.serve.scheduler import Plan, Read, Start
 
 Key = int
 Life = tuple[Key, int]
+Rows = EagerDecoder[Life] | PipelinedDecoder[Life] | IsolatedDecoder[Life]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ class Chosen:
 class Runner:
     """See the module.
 
+    Requests of different adapters share the pages; they are read and decoded one adapter after the other.
+
     Args:
-        model: of all requests.
+        models: name of an adapter -> the model with it, and "" -> the model alone; all of one shape.
         pages: pages of keys and values.
         max_rows: rows that are decoded together.
         max_length: the most tokens of a row.
@@ -62,23 +65,28 @@ class Runner:
     """
 
     def __init__(
-        self, model: StripedHyena, *, pages: int, max_rows: int, max_length: int, decoding: Decoding, isolated: bool
+        self,
+        models: Mapping[str, StripedHyena],
+        *,
+        pages: int,
+        max_rows: int,
+        max_length: int,
+        decoding: Decoding,
+        isolated: bool,
     ) -> None:
-        self.model = model
-        self.max_rows = max_rows
+        self.pool = models[""].make_page_pool(pages)
         self.max_length = max_length
-        self.pool = model.make_page_pool(pages)
-        self.decoding: Decoding = decoding
-        self.isolated = isolated
-        self._reading: dict[Key, Cache] = {}
-        self._lives: dict[Key, Life] = {}  # the decoder's key of a row; a row that comes back has another
-        self._count = itertools.count()
         self._snapshots: dict[int, StateSnapshot] = {}
-        self._decoder = self._make_decoder()
+        self._lanes = {
+            name: Lane(model, _make_rows(model, max_rows, decoding, isolated), self._snapshots)
+            for name, model in models.items()
+        }
+        self._lane_of: dict[Key, Lane] = {}
 
     def page_ends(self) -> dict[Key, int]:
         """Decoding rows whose states are those at the end of a page, and their number of tokens."""
-        return {key: length for (key, _), length in self._decoder.lengths.items() if length % PAGE == 0}
+        lengths = [item for lane in self._lanes.values() for item in lane.rows.lengths.items()]
+        return {key: length for (key, _), length in lengths if length % PAGE == 0}
 
     @torch.inference_mode()
     def run(self, plan: Plan, rows: Mapping[Key, Row], top: int) -> list[tuple[Key, Chosen]]:
@@ -86,45 +94,89 @@ class Runner:
 
         Args:
             plan: of the scheduler.
-            rows: of all requests in the plan and in the decoder.
+            rows: of all requests in the plan and among those that are decoded.
             top: how many of the most probable tokens to report.
 
         Returns:
             The tokens that were chosen, those of the requests that were read first.
         """
+        lane_of = self._lane_of
         for key, number in plan.copy.items():
-            self._snapshots[number] = self._decoder.snapshot_states(self._lives[key])
-        self._drop(plan.drop)
+            self._snapshots[number] = lane_of[key].snapshot_states(key)
+        for lane in self._lanes.values():
+            lane.drop([key for key in plan.drop if lane_of[key] is lane])
+        for key in plan.drop:
+            del lane_of[key]
         for start in plan.start:
-            cache = self.model.make_paged_cache(self.pool, [start.pages], max_length=self.max_length)
-            if start.snapshot is not None:
-                cache.restore_states(0, self._snapshots[start.snapshot])
-            self._reading[start.key] = cache
+            lane_of[start.key] = self._lanes[start.adapter]
+            lane_of[start.key].start(start, self.pool, self.max_length)
         for number in plan.forget:
             self._snapshots.pop(number, None)
-        chosen = self._read(plan.reads, rows, top) if plan.reads else []
+        chosen = []
+        for lane in self._lanes.values():
+            if reads := [read for read in plan.reads if lane_of[read.key] is lane]:
+                chosen += lane.read(reads, rows, top)
         for key, pages in plan.grow.items():
-            self._decoder.extend(self._lives[key], pages)
-        if plan.decode:
-            self._decoder.top = top
-            lives, output = self._decoder.next()
-            tokens = zip(lives, _unpack(output), strict=True)
-            chosen += [(life[0], token) for life, token in tokens if self._lives.get(life[0]) == life]
+            lane_of[key].extend(key, pages)
+        for adapter in plan.decode:
+            chosen += self._lanes[adapter].decode(top)
         return chosen
 
     def close(self) -> None:
         """Wait for the device."""
-        self._decoder.wait()
+        for lane in self._lanes.values():
+            lane.rows.wait()
 
-    def _drop(self, keys: Sequence[Key]) -> None:
+
+class Lane:
+    """The requests of one model: those that are being read, and the rows that are decoded.
+
+    Args:
+        model: of these requests.
+        rows: decodes them.
+        snapshots: of all lanes, by number.
+    """
+
+    def __init__(self, model: StripedHyena, rows: Rows, snapshots: dict[int, StateSnapshot]) -> None:
+        self.model = model
+        self.rows = rows
+        self._snapshots = snapshots
+        self._reading: dict[Key, Cache] = {}
+        self._lives: dict[Key, Life] = {}  # the decoder's key of a row; a row that comes back has another
+        self._count = itertools.count()
+
+    def start(self, start: Start, pool: PagePool, max_length: int) -> None:
+        """Set up a row."""
+        cache = self.model.make_paged_cache(pool, [start.pages], max_length=max_length)
+        if start.snapshot is not None:
+            cache.restore_states(0, self._snapshots[start.snapshot])
+        self._reading[start.key] = cache
+
+    def drop(self, keys: Sequence[Key]) -> None:
+        """Drop rows."""
         decoding = []
         for key in keys:
             if self._reading.pop(key, None) is None:
                 decoding.append(self._lives.pop(key))
         if decoding:
-            self._decoder.remove(decoding)
+            self.rows.remove(decoding)
 
-    def _read(self, reads: Sequence[Read], rows: Mapping[Key, Row], top: int) -> list[tuple[Key, Chosen]]:
+    def extend(self, key: Key, pages: Sequence[int]) -> None:
+        """Append pages to a row that is decoded."""
+        self.rows.extend(self._lives[key], pages)
+
+    def snapshot_states(self, key: Key) -> StateSnapshot:
+        """Copy the states of a row that is decoded."""
+        return self.rows.snapshot_states(self._lives[key])
+
+    def decode(self, top: int) -> list[tuple[Key, Chosen]]:
+        """A step of all rows; their tokens."""
+        self.rows.top = top
+        lives, output = self.rows.next()
+        tokens = zip(lives, _unpack(output), strict=True)
+        return [(life[0], token) for life, token in tokens if self._lives.get(life[0]) == life]
+
+    def read(self, reads: Sequence[Read], rows: Mapping[Key, Row], top: int) -> list[tuple[Key, Chosen]]:
         """One pass over prompts; the first tokens of those that were read to their end."""
         cache = self._reading[reads[0].key]
         if len(reads) > 1:  # the last of their rows, which go on to the decoder together
@@ -157,7 +209,7 @@ class Runner:
         return logits[:, -1]
 
     def _begin(self, keys: list[Key], rows: list[Row], cache: Cache, logits: Tensor, top: int) -> StepOutput:
-        """Choose the first tokens of rows, and hand the rows to the decoder."""
+        """Choose the first tokens of rows, and have the rows decoded."""
         params, generators = [row.params for row in rows], []
         for row in rows:
             generator = row.params.generator(row.prompt, row.repeat)
@@ -169,16 +221,17 @@ class Runner:
         steps = [row.max_new_tokens - len(row.tokens) - 1 for row in rows]
         self._lives |= {key: (key, next(self._count)) for key in keys}
         lives = [self._lives[key] for key in keys]
-        self._decoder.add(lives, steps, cache, ids, params, generators, seen=seen)
+        self.rows.add(lives, steps, cache, ids, params, generators, seen=seen)
         return output
 
-    def _make_decoder(self) -> EagerDecoder[Life] | PipelinedDecoder[Life] | IsolatedDecoder[Life]:
-        if self.isolated:
-            return IsolatedDecoder(self.model)
-        if self.decoding == "eager":
-            return EagerDecoder(self.model)
-        decoder = make_decoder(self.model, self.max_rows, self.decoding)
-        return PipelinedDecoder(decoder, under_way=1 if self.decoding == "compiled" else 2)
+
+def _make_rows(model: StripedHyena, max_rows: int, decoding: Decoding, isolated: bool) -> Rows:
+    if isolated:
+        return IsolatedDecoder(model)
+    if decoding == "eager":
+        return EagerDecoder(model)
+    under_way = 1 if decoding == "compiled" else 2
+    return PipelinedDecoder(make_decoder(model, max_rows, decoding), under_way=under_way)
 
 
 def _unpack(output: StepOutput) -> list[Chosen]:

@@ -52,7 +52,8 @@ class Job:
         arrival: its place in the order of arrival.
         tokens: prompt and completion.
         most: the most tokens that it may come to have.
-        salt: isolates its prefixes.
+        adapter: the name of the adapter that it is computed with; "" for the model alone.
+        salt: isolates its prefixes from those of requests with other salts.
         prompt_length: tokens of the prompt among them.
         phase: where it stands.
         read: tokens whose keys, values and states are stored.
@@ -65,6 +66,7 @@ class Job:
     arrival: int
     tokens: list[int]
     most: int
+    adapter: str
     salt: str
     prompt_length: int
     phase: Phase = Phase.WAITING
@@ -72,6 +74,11 @@ class Job:
     pages: list[int] = field(default_factory=list)
     cached: int | None = None
     turn: tuple[int, int] | None = None
+
+    @property
+    def tree(self) -> tuple[str, str]:
+        """The tree of the prefix cache that it uses: an adapter has keys, values and states of its own."""
+        return self.adapter, self.salt
 
     @property
     def left(self) -> int:
@@ -84,6 +91,7 @@ class Start:
     """A row to be set up: its first pages, how many tokens they hold, and the snapshot of the states behind them."""
 
     key: Key
+    adapter: str
     pages: tuple[int, ...]
     length: int
     snapshot: int | None
@@ -124,9 +132,9 @@ class Plan:
         drop: rows to be dropped: pre-empted, finished or cancelled.
         start: rows to be set up.
         forget: snapshots that are no longer needed.
-        reads: of one pass; where there are several, all are the last of their rows.
+        reads: of one pass per adapter; where there are several, all are the last of their rows.
         grow: pages to be appended to decoding rows.
-        decode: whether the decoding rows take a step.
+        decode: adapters whose decoding rows take a step; "" is the model alone.
     """
 
     copy: dict[Key, int] = field(default_factory=dict)
@@ -135,7 +143,7 @@ class Plan:
     forget: list[int] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     grow: dict[Key, list[int]] = field(default_factory=dict)
-    decode: bool = False
+    decode: list[str] = field(default_factory=list)
 
 
 class Scheduler:
@@ -191,14 +199,15 @@ class Scheduler:
                 f"and values, {most} tokens: shorten the prompt, or ask for fewer new tokens"
             )
 
-    def add(self, key: Key, prompt: Sequence[int], max_new_tokens: int, salt: str = "") -> None:
+    def add(self, key: Key, prompt: Sequence[int], max_new_tokens: int, salt: str = "", adapter: str = "") -> None:
         """Queue a request.
 
         Raises:
             CapacityError: it would not fit even alone.
         """
         self.check(len(prompt), max_new_tokens)
-        job = Job(key, self._arrivals, list(prompt), len(prompt) + max_new_tokens, salt, prompt_length=len(prompt))
+        most = len(prompt) + max_new_tokens
+        job = Job(key, self._arrivals, list(prompt), most, adapter, salt, prompt_length=len(prompt))
         self._arrivals += 1
         self.jobs[key] = job
         self._waiting.append(job)
@@ -237,11 +246,12 @@ class Scheduler:
 
     # --- one turn ------------------------------------------------------------------------------------------------
 
-    def plan(self, at_page_ends: Mapping[Key, int] = MappingProxyType({})) -> Plan:
+    def plan(self, at_page_ends: Mapping[Key, int] = MappingProxyType({}), *, read: bool = True) -> Plan:
         """What to do next. The caller carries it out, then calls ``done``, and ``append`` and ``finish`` for what came.
 
         Args:
             at_page_ends: decoding rows whose states are those at the end of a page, and their number of tokens.
+            read: whether prompts are read in this turn.
         """
         for key, length in at_page_ends.items():
             if key in self.jobs:
@@ -249,12 +259,13 @@ class Scheduler:
         plan = Plan()
         self._grow(plan)
         self._admit(plan)
-        self._choose_reads(plan)
-        plan.decode = any(job.phase is Phase.DECODING for job in self._active)
+        if read:
+            self._choose_reads(plan)
+        plan.decode = list(dict.fromkeys(job.adapter for job in self._active if job.phase is Phase.DECODING))
         plan.copy, self._copy = self._copy, {}
         plan.drop, self._drop = self._drop, []
         plan.forget = self.prefix.forget()
-        self._turn += 1
+        self._turn += read
         return plan
 
     def done(self, plan: Plan) -> None:
@@ -340,7 +351,7 @@ class Scheduler:
             job = self._waiting[0]
             if job.key in self._drop:  # its old row must go first
                 return
-            match = self.prefix.match(job.tokens, job.salt)
+            match = self.prefix.match(job.tokens, job.tree)
             self.pages.share(match.pages)
             need = self._pages_for(min(len(job.tokens) + STEPS_AHEAD, job.most)) - len(match.pages)
             reserve = sum(min(GROWTH_PAGES, self._pages_for(other.most) - len(other.pages)) for other in self._active)
@@ -354,7 +365,7 @@ class Scheduler:
             if job.cached is None:
                 job.cached = match.length
             insort(self._active, job, key=lambda other: other.arrival)
-            plan.start.append(Start(job.key, tuple(job.pages), match.length, match.snapshot))
+            plan.start.append(Start(job.key, job.adapter, tuple(job.pages), match.length, match.snapshot))
 
     def _choose_reads(self, plan: Plan) -> None:
         reading = [job for job in self._active if job.phase is Phase.READING]
@@ -411,7 +422,7 @@ class Scheduler:
 
     def _insert(self, job: Job, snapshots: dict[int, tuple[int, Rank]]) -> None:
         if snapshots:
-            self.prefix.insert(job.tokens, job.pages, snapshots, job.salt)
+            self.prefix.insert(job.tokens, job.pages, snapshots, job.tree)
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

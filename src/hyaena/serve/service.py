@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hyaena.errors import CapacityError, HyaenaError, InputError
+from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Delta, Engine, EngineDeadError, QueueFullError, Request
@@ -30,7 +31,7 @@ class Limits:
         body_bytes: size of a request's body.
         new_tokens: tokens of a completion.
         seconds: from a request's arrival to its end.
-        score_tokens: tokens of one request for scores or embeddings; meanwhile no stream goes on.
+        score_tokens: tokens of one request for scores or embeddings.
     """
 
     body_bytes: int = 4 * 2**20
@@ -41,13 +42,29 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """A model under the name by which clients ask for it."""
+    """A model under the name by which clients ask for it.
+
+    Attributes:
+        name: of the model.
+        engine: that runs it.
+        tokenizer: of the model.
+        template: of its conversations; None where it takes none.
+        adapter: the name of its adapter in the engine; "" for the model alone.
+        parent: the name of the model that the adapter belongs to.
+        created: time in seconds.
+    """
 
     name: str
     engine: Engine
     tokenizer: Tokenizer
     template: ChatTemplate | None = None
+    adapter: str = ""
+    parent: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model(self) -> StripedHyena:
+        return self.engine.models[self.adapter]
 
 
 @dataclass
@@ -61,10 +78,6 @@ class Choice:
     @property
     def text(self) -> str:
         return "".join(delta.text for delta in self.deltas)
-
-    @property
-    def tokens(self) -> list[int]:
-        return [delta.token for delta in self.deltas if delta.token is not None]
 
     @property
     def finish_reason(self) -> str | None:
@@ -102,11 +115,14 @@ class Generation:
         max_new_tokens: int,
     ) -> None:
         self.served = served
-        self.deadline = time.monotonic() + limits.seconds
         count = body.n or 1
         self.choices = [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
-        self._queue: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()  # None: the time is over
         self._loop = asyncio.get_running_loop()
+        self._written = 0  # tokens
+        firsts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()  # of every prompt
+        self._firsts = frozenset(choice.index for choice in firsts)
+        self._cached, self._read = 0, sum(len(choice.prompt) for choice in firsts)
         self._keys: dict[int, int] = {}  # of choices that have not ended
         tokenizer = served.tokenizer
         special = tokenizer.special_tokens
@@ -129,17 +145,18 @@ class Generation:
                     top=top,
                     repeat=choice.index % count,
                     salt=body.cache_salt or "",
+                    adapter=served.adapter,
                 )
                 for choice in self.choices
             ]
-            for request in requests:
-                served.engine.check(request)
+            served.engine.check(*requests)
             try:
                 for choice, request in zip(self.choices, requests, strict=True):
-                    self._keys[choice.index] = served.engine.submit(request, self._sink(choice.index))
+                    self._keys[choice.index] = served.engine.submit(request, self._sink(choice.index), checked=True)
             except BaseException:
-                self.close()
+                self._cancel()
                 raise
+        self._timer = self._loop.call_later(limits.seconds, self._queue.put_nowait, None)
 
     def _sink(self, index: int) -> Callable[[Delta], None]:
         def sink(delta: Delta) -> None:
@@ -155,12 +172,14 @@ class Generation:
         """
         try:
             while self._keys:
-                left = self.deadline - time.monotonic()
-                try:
-                    index, delta = await asyncio.wait_for(self._queue.get(), max(0.0, left))
-                except TimeoutError:
-                    raise ApiError(408, "the request took longer than the server allows", code="timeout") from None
+                taken = await self._queue.get()
+                if taken is None:
+                    raise too_late()
+                index, delta = taken
                 choice = self.choices[index]
+                if index in self._firsts and not choice.deltas:
+                    self._cached += delta.cached_tokens
+                self._written += delta.token is not None
                 choice.deltas.append(delta)
                 if delta.finish_reason is not None:
                     del self._keys[index]
@@ -172,16 +191,17 @@ class Generation:
 
     def close(self) -> None:
         """Cancel what has not ended."""
+        self._timer.cancel()
+        self._cancel()
+
+    def _cancel(self) -> None:
         for key in self._keys.values():
             self.served.engine.cancel(key)
         self._keys = {}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens of all choices; a prompt counts once, however often it was sampled."""
-        firsts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()  # of every prompt
-        cached = sum(choice.deltas[0].cached_tokens for choice in firsts if choice.deltas)
-        total = sum(len(choice.prompt) for choice in firsts)
-        return usage(total, sum(len(choice.tokens) for choice in self.choices), cached)
+        """Tokens of all choices so far; a prompt counts once, however often it was sampled."""
+        return usage(self._read, self._written, self._cached)
 
 
 @contextlib.contextmanager
@@ -197,6 +217,11 @@ def errors_of_clients() -> Iterator[None]:
         raise ApiError(400, str(error), code="context_length_exceeded") from None
     except (HyaenaError, RecursionError, UnicodeError) as error:
         raise ApiError(400, str(error)) from None
+
+
+def too_late() -> ApiError:
+    """The answer to a request that has taken longer than ``Limits.seconds``."""
+    return ApiError(408, "the request took longer than the server allows", code="timeout")
 
 
 def sampling_params(body: GenerationBody) -> SamplingParams:

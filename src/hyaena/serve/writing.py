@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from hyaena.serve.answers import ChatAnswer, CompletionAnswer
 from hyaena.serve.guards import while_connected
@@ -42,7 +44,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
         if body.stream and generation is not None:
             return _stream(answer, generation, body)
         choices = await _collect(generation, request) if generation else _unwritten(prompts, body)
-        return JSONResponse(answer.whole(choices, generation))
+        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(choices, generation)))
 
     @app.post("/v1/chat/completions", tags=["generation"])
     async def chats(body: ChatBody, request: Request) -> Response:
@@ -58,7 +60,8 @@ def add_writing(app: FastAPI, server: Server) -> None:
         answer = ChatAnswer(served, body)
         if body.stream:
             return _stream(answer, generation, body)
-        return JSONResponse(answer.whole(await _collect(generation, request), generation))
+        choices = await _collect(generation, request)
+        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(choices, generation)))
 
 
 def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body: GenerationBody) -> Response:
@@ -77,16 +80,31 @@ def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body:
                 yield _event(answer.frame | {"choices": [], "usage": generation.usage()})
         except ApiError as error:
             yield _event(error.body)
-        finally:
-            generation.close()
         yield "data: [DONE]\n\n"
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return _EventStream(generation, events())
+
+
+class _EventStream(StreamingResponse):
+    """Sends events of a generation, which ends with it: also where a client left before the first could be sent."""
+
+    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.generation.close()
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def _event(data: Mapping[str, Any]) -> str:
     # All in ASCII: many clients take U+2028, U+2029 or U+0085 in a text for the end of the line.
-    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+    return f"data: {_ENCODER.encode(data)}\n\n"
 
 
 async def _collect(generation: Generation, request: Request) -> list[Choice]:

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from device import DEVICE
 from hyaena import ops
-from hyaena.ops import Dense, HyenaState, KVState, ModalFilter, RMSNormWeight, StepContext, rotary_table
+from hyaena.ops import (
+    Dense,
+    ExplicitFilter,
+    HyenaState,
+    KVState,
+    ModalFilter,
+    RealModalFilter,
+    RMSNormWeight,
+    StepContext,
+    rotary_table,
+)
 from hyaena.ops.step import DecodeOperators
 from hyaena.ops.triton import decode_unsupported_reason
 from hyaena.ops.triton.decode import embed_argmax, gemv
@@ -216,6 +226,34 @@ def test_the_hyena_step_moves_both_states(dtype: torch.dtype, modes: int, taps: 
         assert torch.equal(state.short, reference.short)
         close(torch.view_as_real(state.long), torch.view_as_real(reference.long), torch.float32)
         z = z.roll(1, dims=1)
+
+
+FILTERS = {
+    "7 taps": lambda: ExplicitFilter(randn(5, 7)),
+    "128 taps": lambda: ExplicitFilter(randn(5, 128), randn(40)),
+    "1 tap": lambda: ExplicitFilter(randn(40, 1)),
+    "16 real modes": lambda: RealModalFilter(-randn(40, 16).abs(), randn(40, 16), randn(40)),
+    "3 real modes": lambda: RealModalFilter(-randn(40, 3).abs(), randn(40, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", FILTERS)
+def test_the_hyena_step_with_other_filters(dtype: torch.dtype, kind: str) -> None:
+    long_filter = FILTERS[kind]()
+    z, weight = randn(2, 120, dtype=dtype), randn(120, 3).to(dtype)
+    state = HyenaState(randn(2, 120, 2, dtype=dtype), torch.randn_like(long_filter.initial_state(2, 40)))
+    reference = HyenaState(state.short.float().clone(), state.long.clone())
+    fused, place = FusedDecodeOperators(), state.long.data_ptr()
+    for _ in range(3):
+        got = fused.hyena(z, weight, None, long_filter, state)
+        want = PLAIN.hyena(z.float(), weight.float(), None, long_filter, reference)
+        close(got, want, dtype)
+        assert torch.equal(state.short.float(), reference.short)
+        if state.long.numel():
+            close(state.long, reference.long, torch.float32)
+        z = z.roll(1, dims=1)
+    assert state.long.data_ptr() == place
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from device import DEVICE
-from hyaena.ops import HyenaState, ModalFilter, hyena
+from hyaena.ops import HyenaState, ModalFilter, RealModalFilter, hyena
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 from hyaena.ops.triton.hyena.launch import (
     BackwardTiling,
@@ -27,6 +27,8 @@ from hyaena.ops.triton.hyena.launch import (
 # float32 sums of up to a thousand terms, and the rounding of the output's own type: half an ulp of float16's 11 bits,
 # and of bfloat16's 8; the interpreter cuts bfloat16 off where the device rounds, which is up to a whole ulp
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2 ** (-8 if DEVICE == "cuda" else -7)}
+# the modes by matrix products: w and the powers are sums of two bfloat16 each, cut off or rounded as above
+PRODUCTS = 2 ** (-16 if DEVICE == "cuda" else -14)
 # a gradient sums over T steps once more, and the derivative of p^t carries a factor t
 GRADIENT = 1e-5
 
@@ -41,14 +43,18 @@ def exact(problem: Operands) -> tuple[list[Tensor | None], Tensor, Tensor, Tenso
     wide = [None if t is None else t.double().requires_grad_() for t in problem[:8]]
     z, weight, bias, poles, residues, skip, short, long = wide
     assert z is not None and weight is not None and poles is not None and residues is not None
-    filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
+    if problem.real:
+        filter = RealModalFilter(poles.flatten(1), residues.flatten(1), skip)
+    else:
+        filter = ModalFilter(torch.view_as_complex(poles), torch.view_as_complex(residues), skip)
     if short is None:
         short = z.new_zeros(z.shape[0], z.shape[2], weight.shape[1] - 1)
     if long is None:
         long = z.new_zeros(z.shape[0], *poles.shape)
-    state = HyenaState(short, torch.view_as_complex(long))
+    state = HyenaState(short, long.flatten(2) if problem.real else torch.view_as_complex(long))
     y, state = hyena(z, weight, bias, filter, state, mask=problem.mask, reset=problem.reset, method="recurrence")
-    return wide, y, state.short, torch.view_as_real(state.long)
+    after = state.long.unflatten(2, (-1, 2)) if problem.real else torch.view_as_real(state.long)
+    return wide, y, state.short, after
 
 
 def boundaries(length: int, *rows: tuple[int, ...]) -> Tensor:
@@ -70,6 +76,7 @@ def make(
     padded: bool = False,
     bare: bool = False,
     documents: bool = False,
+    real: bool = False,
 ) -> Operands:
     """A random problem, one pole on the unit circle; ``bare`` leaves out all that may be None.
 
@@ -78,6 +85,9 @@ def make(
     size = torch.rand(channels, modes) * 0.5 + 0.5
     size[0, 0] = 1.0
     poles = torch.view_as_real(torch.polar(size, torch.rand(channels, modes) * 3))
+    if real:
+        poles = -(torch.rand(channels, modes, 2) ** 3)
+        poles[0, 0] = 0.0
     mask = None
     if padded:
         mask = torch.arange(length) >= torch.randint(0, length, (batch, 1))
@@ -99,7 +109,7 @@ def make(
     )
     if bare:
         problem = problem._replace(bias=None, skip=None, short=None, long=None)
-    return Operands(*(None if t is None else t.to(DEVICE) for t in problem))
+    return Operands(*(None if t is None else t.to(DEVICE) for t in problem[:-1]), real=real)
 
 
 # (dtype, padded; None: packed documents) and (modes, channels, parts of time): every type with every number of modes,
@@ -132,7 +142,7 @@ def check_forward(problem: Operands, tiling: Tiling | None) -> None:
     got = forward(problem, tiling)
     _, *expected = exact(problem)
     for value, want in zip(got, expected, strict=True):
-        close(value, want, TOLERANCE[value.dtype])
+        close(value, want, PRODUCTS if value is got[2] and tiling and tiling.products else TOLERANCE[value.dtype])
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 130])
@@ -164,6 +174,27 @@ def test_forward_with_any_number_of_modes(modes: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_in_the_tiling_of_its_modes(modes: int, dtype: torch.dtype) -> None:
     check_forward(make(150, channels=2, modes=modes, batch=1, dtype=dtype), None)
+
+
+MATRICES = Tiling(channels=4, segments=4, steps=16, products=True)
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("modes", [1, 3, 8, 16])
+def test_forward_by_products(modes: int, real: bool) -> None:
+    check_forward(make(150, channels=6, modes=modes, dtype=torch.bfloat16, real=real), MATRICES)
+
+
+@pytest.mark.parametrize("problem", [dict(padded=True), dict(documents=True), dict(bare=True), dict(batch=1)], ids=str)
+def test_forward_by_products_of_what_may_be_left_out(problem: dict) -> None:
+    parts = 2 if "batch" in problem else None
+    check_forward(make(140, channels=5, dtype=torch.bfloat16, **problem), replace(MATRICES, parts=parts, packed=False))
+
+
+@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize("documents", [False, True])
+def test_forward_with_real_modes(length: int, documents: bool) -> None:
+    check_forward(make(length, modes=3, real=True, documents=documents), SMALL)
 
 
 def test_forward_where_padding_is_anywhere() -> None:
@@ -304,6 +335,12 @@ def test_backward_over_several_chunks(length: int) -> None:
 @pytest.mark.parametrize(("modes", "taps"), [(1, 1), (16, 3), (3, 8)])
 def test_backward_with_any_filter(modes: int, taps: int) -> None:
     check_backward(make(9, channels=2, modes=modes, taps=taps, batch=1), BackwardTiling(8, 1, 2))
+
+
+@pytest.mark.parametrize(("modes", "documents"), [(1, False), (3, True), (8, False)])
+def test_backward_with_real_modes(modes: int, documents: bool) -> None:
+    problem = make(13, channels=2, modes=modes, real=True, documents=documents)
+    check_backward(problem, BackwardTiling(chunk=4, batch=2, channels=2, run=2))
 
 
 def test_backward_over_blocks_of_channels() -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from device import DEVICE
 from hyaena.errors import InputError, UnsupportedError
-from hyaena.ops import HyenaState, ModalFilter, hyena
+from hyaena.ops import ExplicitFilter, HyenaState, ModalFilter, RealModalFilter, hyena
 from hyaena.ops.triton import unsupported_reason
 from hyaena.ops.triton.hyena import launch
-from hyaena.ops.triton.hyena.register import hyena_operator
+from hyaena.ops.triton.hyena.register import explicit_operator, hyena_operator
 
 FUSED, BLOCKED = {"backend": "triton"}, {"method": "blocked"}
 
@@ -131,6 +131,50 @@ def test_shapes_that_do_not_fit(what: str) -> None:
         hyena(z, weight, bias, filter, HyenaState(short, long), mask=mask, reset=reset, backend="triton")
 
 
+def of_taps(taps: Tensor, other: Tensor, skip: Tensor) -> ExplicitFilter:
+    return ExplicitFilter(taps, skip)
+
+
+def other_kinds(length: int) -> dict[str, tuple[Any, list[Tensor]]]:
+    """How a filter of each other kind is made of two tensors and a skip, and all inputs: z … states."""
+    out: dict[str, tuple[Any, list[Tensor]]] = {}
+    for name, make, channels, size, other, state in (
+        ("few taps", of_taps, 6, (3, 7), (1,), (2, 6, 6)),
+        ("taps", of_taps, 16, (2, 12), (1,), (2, 16, 11)),
+        ("real modes", RealModalFilter, 3, (3, 4), (3, 4), (2, 3, 4)),
+        ("an odd number of real modes", RealModalFilter, 3, (3, 3), (3, 3), (2, 3, 3)),
+    ):
+        numbers = torch.randn(size) / size[1] if make is of_taps else -torch.rand(size)
+        z, weight, bias = torch.randn(2, length, 3 * channels), torch.randn(3 * channels, 3), torch.randn(3 * channels)
+        inputs = [z, weight, bias, numbers, torch.randn(other), torch.randn(channels)]
+        inputs += [torch.randn(2, 3 * channels, 2), torch.randn(state)]
+        out[name] = (make, [t.to(DEVICE) for t in inputs])
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("kind", other_kinds(1))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autograd_of_other_kinds(kind: str, length: int, compiled: bool) -> None:
+    make, inputs = other_kinds(length)[kind]
+    reset = torch.zeros(2, length, dtype=torch.bool, device=DEVICE)
+    reset[0, length // 2] = True
+
+    def loss(options: dict[str, str], z, weight, bias, numbers, other, skip, short, long) -> Tensor:
+        filter = make(numbers, other, skip)
+        y, state = hyena(z, weight, bias, filter, HyenaState(short, long), reset=reset, **options)
+        return y.sin().sum() + state.short.sin().sum() + state.long.sin().sum() + 0 * other.sum()
+
+    fused = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    agree(gradients(FUSED, inputs, fused), gradients({"backend": "plain"}, inputs, loss))
+
+
+def test_torch_accepts_the_operators_of_taps() -> None:
+    _, inputs = other_kinds(2)["few taps"]
+    z, weight, bias, taps, _, skip, short, long = (t.requires_grad_() for t in inputs)
+    torch.library.opcheck(explicit_operator, (z, weight, bias, taps, skip, short, long, None, None))
+
+
 class OtherFilter:
     """A filter of a kind that the kernels have never met."""
 
@@ -139,8 +183,12 @@ def test_filters_that_the_kernels_do_not_take_have_a_reason() -> None:
     z, weight, _, poles, residues, skip, _, _ = arguments()
     assert unsupported_reason(z, weight, ModalFilter(poles, residues, skip), None, None) is None
     for foreign, message in (
-        (OtherFilter(), "complex modes, one per channel, not a OtherFilter"),
-        (ModalFilter(poles.real, residues.real), "complex modes"),
+        (OtherFilter(), "filters of modes and of taps, not a OtherFilter"),
+        (ModalFilter(poles.real, residues.real), "complex64 poles"),
+        (RealModalFilter(poles.real.double(), residues.real), "float32 poles"),
+        (ExplicitFilter(torch.ones(3, 300)), "1 to 128 taps, not 300"),
+        (ExplicitFilter(torch.ones(3, 9)), "groups of at least 8, not 1"),
+        (ExplicitFilter(torch.ones(3, 4, dtype=torch.float64)), "not torch.float64"),
         (ModalFilter(poles[:1], residues[:1]), "not 1 filters for 3 channels"),
         (ModalFilter(poles.to(torch.complex128), residues.to(torch.complex128)), "complex64"),
     ):

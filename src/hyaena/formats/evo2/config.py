@@ -129,6 +129,11 @@ NO_EFFECT: dict[str, str] = {key: reason for key, reason in sibling.NO_EFFECT.it
 """Keys of the original that change no number, each with the reason why it may be ignored."""
 
 
+def is_of(config: ModelConfig) -> bool:
+    """Whether a model is of this format: it has layers of its kinds, or attention as it alone has it."""
+    return bool(KINDS.keys() & set(config.layer_types)) or config.rope_frequencies_stored
+
+
 def matches_config(values: Mapping[str, Any]) -> bool:
     """Whether a mapping is written in the keys of StripedHyena 2: it lists layers of its kinds."""
     return "format" not in values and any(key in values for key in KINDS.values())

@@ -35,6 +35,7 @@ from hyaena.ops.long_conv.filters import (
     ungroup_rows,
     ungroup_state,
 )
+from hyaena.ops.long_conv.kept import TableStore
 from hyaena.ops.long_conv.modal import ModalFilter, RealModalFilter, taps, truncation_window
 from hyaena.ops.long_conv.modes import decay_lengths
 from hyaena.ops.long_conv.truncated import TRUNCATION_TOLERANCE, Truncation, choose_window, dropped_energy, truncate
@@ -50,6 +51,7 @@ __all__ = [
     "Method",
     "ModalFilter",
     "RealModalFilter",
+    "TableStore",
     "Truncation",
     "by_document",
     "check_channels",
@@ -59,6 +61,7 @@ __all__ = [
     "kinds_of",
     "long_conv",
     "long_conv_states",
+    "long_conv_with_states",
     "taps",
     "to_canonical",
     "to_canonical_state",
@@ -214,6 +217,31 @@ def long_conv(
     Source: Massaroli et al. 2023, "Laughing Hyena Distillery" (modal filters, recurrent and convolutional modes);
     Ku et al. 2025, "Systems and Algorithms for Convolutional Multi-Hybrid Language Models at Scale" (groups).
     """
+    return _apply(x, filter, state, method, reset, ())[:2]
+
+
+def long_conv_with_states(
+    x: Tensor, filter: Filter, state: Tensor | None, stops: Sequence[int], *, method: str = "auto"
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``long_conv`` and ``long_conv_states``.
+
+    They share their work in the method ``blocked`` of a kind of filter with ``blocked_with_states(x, state, stops)``.
+
+    Args:
+        x, filter, state, method: see ``long_conv``.
+        stops: see ``long_conv_states``.
+
+    Returns:
+        y, the state after x, and the states at the stops.
+    """
+    y, after, states = _apply(x, filter, state, method, None, stops)
+    return y, after, states or long_conv_states(x, filter, state, stops)
+
+
+def _apply(
+    x: Tensor, filter: Filter, state: Tensor | None, method: str, reset: Tensor | None, stops: Sequence[int]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """See ``long_conv``; the states at the stops where the method computes them by the way, else none."""
     if x.ndim != 3 or x.shape[1] == 0:
         raise InputError(f"long_conv takes x of shape [B, T>=1, D], and was given {tuple(x.shape)}")
     batch, length, channels = x.shape
@@ -232,11 +260,17 @@ def long_conv(
         if reset is not None and groups != channels:
             reset = reset.repeat_interleave(channels // groups, dim=0)
         rows = group_rows(wide, groups), group_state(state.to(dtype), groups)
-        y, state = filter.methods[name](filter, *rows, reset)
-        y, state = ungroup_rows(y, batch), ungroup_state(state, batch)
+        together = getattr(filter, "blocked_with_states", None) if stops and name == "blocked" else None
+        if together is None:
+            y, *after = filter.methods[name](filter, *rows, reset)
+        else:
+            y, last, states = together(*rows, stops)
+            after = [last, *states]
+        y, after = ungroup_rows(y, batch), [ungroup_state(one, batch) for one in after]
         if filter.skip is not None:
             y = torch.addcmul(y, filter.skip.to(y.dtype), wide.to(y.dtype))
-    return y.to(x.dtype), state.to(dtype).contiguous()  # the steps that follow read the state again and again
+    last, *states = (one.to(dtype).contiguous() for one in after)  # the steps that follow read it again and again
+    return y.to(x.dtype), last, states
 
 
 def long_conv_states(x: Tensor, filter: Filter, state: Tensor | None, stops: Sequence[int]) -> list[Tensor]:

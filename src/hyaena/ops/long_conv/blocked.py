@@ -12,7 +12,6 @@ attention and state-space models share (Dao & Gu 2024, "Transformers are SSMs", 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -23,69 +22,107 @@ from hyaena.ops.long_conv.modes import Modes, as_real_pairs, from_real_pairs, li
 CHUNK = 32
 
 
+class BlockTables:
+    """What the convolution needs of a filter, for chunks of C steps. A chunk of fewer steps uses parts of it.
+
+    Attributes:
+        size: C.
+        decay: p^0 … p^C, [F,N,C+1], in the dtype of states.
+        gather: p^(C-1-j), [F,C,M]: the state that a chunk leaves.
+        spread: R p^(i+1), [F,M,C]: the outputs that a state before a chunk adds.
+        toeplitz: h[i-j], [F,C,C]: the outputs of a chunk by itself.
+    """
+
+    def __init__(self, modes: Modes, size: int = CHUNK) -> None:
+        p, residues = modes
+        dtype = residues.dtype
+        ladder = powers(p, size + 1)
+        self.size = size
+        self.decay = narrow(ladder, dtype)
+        self.gather = as_real_pairs(ladder[..., :size].flip(-1).transpose(1, 2).to(dtype))
+        spread = readout_pairs((residues.to(p.dtype).unsqueeze(-1) * ladder[..., 1:]).transpose(1, 2).to(dtype))
+        self.spread = spread.transpose(1, 2)
+        self.toeplitz = toeplitz_matrix(modes.impulse_response(size))
+        self._last = ladder[..., size]  # the highest power so far, in the precision in which powers are formed
+        self._hops = [self.decay[..., size]]
+
+    def hops(self, count: int) -> list[Tensor]:
+        """p^C, p^2C, p^4C, …: the decay over 1, 2, 4, … chunks, [F,N] each, ``count`` of them."""
+        while len(self._hops) < count:
+            self._last = limit(self._last * self._last)
+            self._hops = [*self._hops, narrow(self._last, self.decay.dtype)]
+        return self._hops[:count]
+
+
+class _Chunks:
+    """x cut into chunks, and the state before each.
+
+    Attributes:
+        values: [F,B·c,C], zero behind the last step.
+        starts: [F,B,c,N].
+        segments: int [B·c,C], the number of the document of each step, counted in every chunk from 0; None without
+            resets.
+    """
+
+    def __init__(self, x: Tensor, tables: BlockTables, state: Tensor, reset: Tensor | None) -> None:
+        batch, length, channels = x.shape
+        size = self.size = min(tables.size, length)
+        count = -(-length // size)
+        padding = count * size - length
+        self.shape, self.like, self.decay = (batch, count), state, tables.decay
+        self.gather = tables.gather[:, tables.size - size :]
+        if padding:  # torch copies even when there is nothing to add
+            x = torch.nn.functional.pad(x, (0, 0, 0, padding))
+        self.values = x.reshape(batch * count, size, channels).permute(2, 0, 1).contiguous()
+        self.segments = self._unbroken = None
+        self._seen = self.values  # the steps of a chunk that its final state remembers
+        if reset is not None:
+            self.segments = torch.nn.functional.pad(reset, (0, padding)).view(batch * count, size).cumsum(-1)
+            self._seen = torch.where(self.segments == self.segments[:, -1:], self.values, 0)
+            self._unbroken = (self.segments[:, -1] == 0).view(batch, count)
+        local = from_real_pairs((self._seen @ self.gather).unflatten(1, self.shape), state)  # [F,B,c,N]
+        starts = torch.cat([state.transpose(0, 1).unsqueeze(2), local[:, :, :-1]], dim=2)
+        self.starts = scan_chunks(starts, tables.hops((count - 1).bit_length()), self._unbroken)
+
+    def state(self, stop: int) -> Tensor:
+        """The state [B,F,N] after so many steps; with resets only after all of them."""
+        chunk = min(stop // self.size, self.shape[1] - 1)
+        steps = stop - chunk * self.size
+        found = self.starts[:, :, chunk]
+        if steps:
+            tail = self._seen.unflatten(1, self.shape)[:, :, chunk, :steps] @ self.gather[:, self.size - steps :]
+            carried = found * self.decay[..., steps].unsqueeze(1)
+            if self._unbroken is not None:
+                carried = torch.where(self._unbroken[:, chunk, None], carried, 0)
+            found = carried + from_real_pairs(tail, self.like)
+        return found.transpose(0, 1)
+
+
 def long_conv_blocked(
-    x: Tensor, modes: Modes, state: Tensor, reset: Tensor | None = None, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
-    """x real [B,T,F], state [B,F,N] -> (y real [B,T,F], final state); ``reset`` bool [B,T]."""
+    x: Tensor, tables: BlockTables, state: Tensor, reset: Tensor | None = None, stops: Sequence[int] = ()
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """x real [B,T,F], state [B,F,N] -> y real [B,T,F], the final state, and the states after ``stops`` steps.
+
+    ``reset`` is bool [B,T], and goes without stops.
+    """
     batch, length, channels = x.shape
-    chunk = min(chunk, length)
-    count = -(-length // chunk)
-    last = length - (count - 1) * chunk  # steps in the last chunk, which may be shorter
-    padding = count * chunk - length
-
-    p, residues = modes
-    dtype = residues.dtype
-    ladder = powers(p, chunk + 1)  # p^0 … p^C, [F,N,C+1]
-    gather = as_real_pairs(ladder[..., :chunk].flip(-1).transpose(1, 2).to(dtype))  # p^(C-1-j), [F,C,M]
-    spread = readout_pairs((residues.to(p.dtype).unsqueeze(-1) * ladder[..., 1:]).transpose(1, 2).to(dtype))
-    spread = spread.transpose(1, 2)  # R p^(i+1), [F,M,C]
-    toeplitz = toeplitz_matrix(modes.impulse_response(chunk))  # [F,C,C]
-
-    if padding:  # torch copies even when there is nothing to add
-        x = torch.nn.functional.pad(x, (0, 0, 0, padding))
-    chunks = x.reshape(batch * count, chunk, channels).permute(2, 0, 1).contiguous()  # [F,B·c,C]
-    segments = None
-    seen = chunks  # the steps of a chunk that its final state remembers
-    if reset is not None:
-        segments = torch.nn.functional.pad(reset, (0, padding)).view(batch * count, chunk).cumsum(-1)
-        seen = torch.where(segments == segments[:, -1:], chunks, 0)
-
-    local = from_real_pairs((seen @ gather).unflatten(1, (batch, count)), state)  # [F,B,c,N]
-    starts = torch.cat([state.transpose(0, 1).unsqueeze(2), local[:, :, :-1]], dim=2)
-    unbroken = None if segments is None else (segments[:, -1] == 0).view(batch, count)
-    starts = scan_chunks(starts, ladder[..., chunk], unbroken)  # the state before each chunk
-    response = as_real_pairs(starts).flatten(1, 2)  # [F,B·c,M]
-
-    if segments is None:
-        y = (chunks @ toeplitz).baddbmm_(response, spread)  # in place: a product's gradient needs its factors only
+    chunks = _Chunks(x, tables, state, reset)
+    size = chunks.size
+    toeplitz, spread = tables.toeplitz[:, :size, :size], tables.spread[..., :size]
+    response = as_real_pairs(chunks.starts).flatten(1, 2)  # [F,B·c,M]
+    if chunks.segments is None:
+        # in place: a product's gradient needs its factors only
+        y = (chunks.values @ toeplitz).baddbmm_(response, spread)
     else:
-        y = segmented_product(chunks, toeplitz, segments, segments, response @ spread)
-    y = y.permute(1, 2, 0).reshape(batch, count * chunk, channels)[:, :length]
-
-    tail = seen.unflatten(1, (batch, count))[:, :, -1, :last] @ gather[:, chunk - last :]  # [F,B,M]
-    carried = starts[:, :, -1] * ladder[..., last].to(dtype).unsqueeze(1)
-    if unbroken is not None:
-        carried = torch.where(unbroken[:, -1, None], carried, 0)
-    return y, (carried + from_real_pairs(tail, state)).transpose(0, 1)
+        y = segmented_product(chunks.values, toeplitz, chunks.segments, chunks.segments, response @ spread)
+    y = y.permute(1, 2, 0).reshape(batch, -1, channels)[:, :length]
+    return y, chunks.state(length), [chunks.state(stop) for stop in stops]
 
 
-def states_blocked(x: Tensor, modes: Modes, state: Tensor, stops: Sequence[int]) -> list[Tensor]:
-    """The states [B,F,N] after the first ``stops`` steps of x real [B,T,F]: one product, and a step per stop."""
-    batch, _, channels = x.shape
-    p, residues = modes
-    dtype = residues.dtype
-    edges = list(itertools.pairwise([0, *stops]))
-    longest = max(stop - start for start, stop in edges)
-    ladder = powers(p, longest + 1)
-    gather = as_real_pairs(ladder[..., :longest].flip(-1).transpose(1, 2).to(dtype))  # p^(L-1-j), [F,L,M]
-    pieces = [torch.nn.functional.pad(x[:, a:b], (0, 0, longest - (b - a), 0)) for a, b in edges]
-    rows = torch.stack(pieces, dim=1).permute(3, 0, 1, 2).reshape(channels, batch * len(edges), longest)
-    local = from_real_pairs((rows @ gather).unflatten(1, (batch, len(edges))), state)  # [F,B,J,N]
-    states, now = [], state.transpose(0, 1)
-    for j, (start, stop) in enumerate(edges):
-        now = local[:, :, j] + now * narrow(ladder[..., stop - start], dtype).unsqueeze(1)
-        states.append(now.transpose(0, 1))
-    return states
+def states_blocked(x: Tensor, tables: BlockTables, state: Tensor, stops: Sequence[int]) -> list[Tensor]:
+    """The states alone that ``long_conv_blocked`` returns for ``stops``."""
+    chunks = _Chunks(x, tables, state, None)
+    return [chunks.state(stop) for stop in stops]
 
 
 def toeplitz_matrix(h: Tensor) -> Tensor:
@@ -96,28 +133,24 @@ def toeplitz_matrix(h: Tensor) -> Tensor:
     return torch.where(lag >= 0, h[:, lag.clamp(min=0)], 0.0)
 
 
-def scan_chunks(values: Tensor, decay: Tensor, unbroken: Tensor | None = None) -> Tensor:
-    """``S[c] = values[c] + decay·S[c-1]`` along the chunks, by doubling the reach.
+def scan_chunks(values: Tensor, hops: Sequence[Tensor], unbroken: Tensor | None = None) -> Tensor:
+    """``S[c] = values[c] + hops[0]·S[c-1]`` along the chunks, by doubling the reach.
 
     Args:
         values: [F,B,c,N].
-        decay: [F,N], the decay over a whole chunk, in which precision it is squared.
+        hops: the decay over 1, 2, 4, … chunks, [F,N] each; log2(c) of them, rounded up.
         unbroken: bool [B,c], False where a chunk holds a reset, so that nothing passes through it.
     """
-    count = values.shape[2]
-    decay = decay[:, None, None, :]
     passes = None
     if unbroken is not None:  # passes[c]: nothing was reset in the chunks that the current reach spans before c
         passes = torch.cat([torch.ones_like(unbroken[:, :1]), unbroken[:, :-1]], dim=1)
-    reach = 1
-    while reach < count:
-        moved = values[:, :, :-reach] * narrow(decay, values.dtype)
+    for doubling, decay in enumerate(hops):
+        reach = 1 << doubling
+        moved = values[:, :, :-reach] * decay[:, None, None, :]
         if passes is not None:
             moved = torch.where(passes[:, reach:, None], moved, 0)
             passes = torch.cat([passes[:, :reach], passes[:, reach:] & passes[:, :-reach]], dim=1)
         values = torch.cat([values[:, :, :reach], values[:, :, reach:] + moved], dim=2)
-        decay = limit(decay * decay)
-        reach *= 2
     return values
 
 

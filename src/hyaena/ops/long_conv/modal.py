@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyaena.errors import InputError
-from hyaena.ops.long_conv.blocked import long_conv_blocked, states_blocked
+from hyaena.ops.long_conv.blocked import BlockTables, long_conv_blocked, states_blocked
 from hyaena.ops.long_conv.canonical_fft import long_conv_canonical_fft
 from hyaena.ops.long_conv.exported import long_conv_exported
 from hyaena.ops.long_conv.fft import long_conv_fft
@@ -26,7 +26,7 @@ from hyaena.ops.long_conv.truncated import TRUNCATION_TOLERANCE, choose_window, 
 
 
 def _blocked(filter: Any, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    return long_conv_blocked(x, filter.modes(), state, reset)
+    return long_conv_blocked(x, filter.block_tables(), state, reset)[:2]
 
 
 def _scan(filter: Any, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,16 @@ class ModalFilter(NamedTuple):
         return _automatic(length)
 
     def states(self, x: Tensor, state: Tensor, stops: Sequence[int]) -> list[Tensor] | None:
-        return states_blocked(x, self.modes(), state, stops) if state.is_complex() else None
+        return states_blocked(x, self.block_tables(), state, stops) if state.is_complex() else None
+
+    def blocked_with_states(
+        self, x: Tensor, state: Tensor, stops: Sequence[int]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return long_conv_blocked(x, self.block_tables(), state, None, stops)
+
+    def block_tables(self) -> BlockTables:
+        """What the method ``"blocked"`` computes with."""
+        return BlockTables(self.modes())
 
     def _recurrence(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         poles = self.poles.to(state.dtype)
@@ -185,7 +194,18 @@ class RealModalFilter(NamedTuple):
         return _automatic(length)
 
     def states(self, x: Tensor, state: Tensor, stops: Sequence[int]) -> list[Tensor] | None:
-        return states_blocked(x, self.modes(), state, stops) if state.shape[-1] == self.log_poles.shape[1] else None
+        if state.shape[-1] != self.log_poles.shape[1]:
+            return None
+        return states_blocked(x, self.block_tables(), state, stops)
+
+    def blocked_with_states(
+        self, x: Tensor, state: Tensor, stops: Sequence[int]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return long_conv_blocked(x, self.block_tables(), state, None, stops)
+
+    def block_tables(self) -> BlockTables:
+        """What the method ``"blocked"`` computes with."""
+        return BlockTables(self.modes())
 
     def _recurrence(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         change = torch.expm1(self.log_poles.to(state.dtype))

@@ -11,10 +11,15 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from hyaena.ops.long_conv import ModalFilter
+from hyaena.ops.long_conv import ExplicitFilter, ModalFilter, RealModalFilter
 
 MOST_MODES = 16
-MOST_TAPS = 8
+"""Complex modes; of real ones twice as many."""
+MOST_SHORT_TAPS = 8
+MOST_TAPS = 128
+FEW_TAPS = 8
+"""Taps of a long filter that are summed in registers."""
+NARROWEST_GROUP = 8
 WIDEST_HEAD = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INSTALL = "pip install triton"
@@ -51,23 +56,49 @@ def unsupported_reason(
         z, short_weight, long_filter, reset: as in ``ops.hyena``; a reset is no reason.
         state: of the long filter, or None.
     """
-    if not (isinstance(long_filter, ModalFilter) and long_filter.poles.is_complex()):
-        return f"the kernels take a filter of complex modes, one per channel, not a {type(long_filter).__name__}"
-    if 3 * long_filter.poles.shape[0] != z.shape[-1]:
-        count = long_filter.poles.shape[0]
-        return f"the kernels take one filter per channel, not {count} filters for {z.shape[-1] // 3} channels"
-    modes, taps = long_filter.poles.shape[-1], short_weight.shape[-1]
-    if state is not None and not state.is_complex():
+    if z.dtype not in DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {z.dtype}"
+    taps = short_weight.shape[-1]
+    if not 1 <= taps <= MOST_SHORT_TAPS:
+        return f"the kernels take short filters of 1 to {MOST_SHORT_TAPS} taps, not {taps}"
+    if isinstance(long_filter, ExplicitFilter):
+        reason = _explicit_reason(long_filter, z.shape[-1] // 3)
+    elif isinstance(long_filter, ModalFilter | RealModalFilter):
+        reason = _modal_reason(long_filter, z.shape[-1] // 3, state)
+    else:
+        reason = f"the kernels take filters of modes and of taps, not a {type(long_filter).__name__}"
+    return reason or device_unsupported_reason(z.device.type)
+
+
+def _explicit_reason(filter: ExplicitFilter, channels: int) -> str | None:
+    if filter.taps.dtype not in DTYPES:
+        return f"the kernels take taps of float32, bfloat16 or float16, not {filter.taps.dtype}"
+    groups, count = filter.taps.shape
+    if not 1 <= count <= MOST_TAPS:
+        return f"the kernels take 1 to {MOST_TAPS} taps, not {count}"
+    width = channels // groups
+    if count > FEW_TAPS and width < NARROWEST_GROUP:
+        return (
+            f"more than {FEW_TAPS} taps are matrix products of a group of channels, and the kernels take groups of at "
+            f"least {NARROWEST_GROUP}, not {width}"
+        )
+    return None
+
+
+def _modal_reason(filter: ModalFilter | RealModalFilter, channels: int, state: Tensor | None) -> str | None:
+    poles = filter.poles if isinstance(filter, ModalFilter) else filter.log_poles
+    kind = torch.complex64 if isinstance(filter, ModalFilter) else torch.float32
+    if poles.dtype != kind or filter.residues.dtype != kind:
+        name = str(kind).removeprefix("torch.")
+        return f"the kernels take {name} poles and residues for a {type(filter).__name__}, not {poles.dtype}"
+    if poles.shape[0] != channels:
+        return f"the kernels take one filter of modes per channel, not {poles.shape[0]} filters for {channels} channels"
+    if state is not None and (not state.is_complex() if kind.is_complex else state.shape[-1] != poles.shape[1]):
         return (
             "the state is the window of a truncated filter: continue with truncated or auto, or start without a state"
         )
-    if z.dtype not in DTYPES:
-        return f"the kernels take float32, bfloat16 and float16, not {z.dtype}"
-    if long_filter.poles.dtype != torch.complex64 or long_filter.residues.dtype != torch.complex64:
-        return f"the kernels take complex64 poles and residues, not {long_filter.poles.dtype}"
-    if not 1 <= modes <= MOST_MODES or not 1 <= taps <= MOST_TAPS:
-        return f"the kernels take 1 to {MOST_MODES} modes and 1 to {MOST_TAPS} taps, not {modes} and {taps}"
-    return device_unsupported_reason(z.device.type)
+    modes, most = poles.shape[-1], MOST_MODES if kind.is_complex else 2 * MOST_MODES
+    return None if 1 <= modes <= most else f"the kernels take 1 to {most} modes of this kind, not {modes}"
 
 
 def decode_unsupported_reason(dtype: torch.dtype, head_dim: int, device: str) -> str | None:

@@ -28,6 +28,17 @@ def load_taps(weight, bias, channel, inside, K: tl.constexpr, HAS_BIAS: tl.const
 
 
 @triton.jit
+def pole(poles, at, inside, REAL: tl.constexpr):
+    """The pole at one place, a float64 pair; with REAL, the two real poles whose logarithms stand there."""
+    re = tl.load(poles + at, mask=inside, other=0.0).to(tl.float64)
+    im = tl.load(poles + at + 1, mask=inside, other=0.0).to(tl.float64)
+    if REAL:
+        re = tl.exp(re)
+        im = tl.exp(im)
+    return re, im
+
+
+@triton.jit
 def load_modes(pairs, channel, inside, N: tl.constexpr):
     """Complex [D,N], stored as real pairs, as two tuples of N tensors."""
     re = ()
@@ -35,6 +46,33 @@ def load_modes(pairs, channel, inside, N: tl.constexpr):
     for n in tl.static_range(N):
         re = re + (tl.load(pairs + (channel * N + n) * 2, mask=inside, other=0.0),)
         im = im + (tl.load(pairs + (channel * N + n) * 2 + 1, mask=inside, other=0.0),)
+    return re, im
+
+
+@triton.jit
+def load_poles(poles, channel, inside, N: tl.constexpr, REAL: tl.constexpr):
+    """The poles, two tuples; with REAL, pairs of real ones, whose logarithms are stored."""
+    re, im = load_modes(poles, channel, inside, N)
+    if REAL:
+        out_re = ()
+        out_im = ()
+        for n in tl.static_range(N):
+            out_re = out_re + (tl.exp(re[n].to(tl.float64)).to(tl.float32),)
+            out_im = out_im + (tl.exp(im[n].to(tl.float64)).to(tl.float32),)
+        re = out_re
+        im = out_im
+    return re, im
+
+
+@triton.jit
+def load_residues(residues, channel, inside, N: tl.constexpr, REAL: tl.constexpr):
+    """The residues, two tuples; with REAL the second is negated, so that ``Σ r_re·s_re - r_im·s_im`` is the output."""
+    re, im = load_modes(residues, channel, inside, N)
+    if REAL:
+        minus = ()
+        for n in tl.static_range(N):
+            minus = minus + (-im[n],)
+        im = minus
     return re, im
 
 
@@ -90,18 +128,22 @@ def convolve(taps, offset, history, now):
 
 
 @triton.jit
-def advance(p_re, p_im, s_re, s_im, x):
-    """``p·s + x`` for every mode, x real."""
+def advance(p_re, p_im, s_re, s_im, x, REAL: tl.constexpr = False):
+    """``p·s + x`` for every mode, x real. With REAL a pair is not a complex number but two real ones."""
     re = ()
     im = ()
     for n in tl.static_range(len(p_re)):
-        re = re + (tl.fma(p_re[n], s_re[n], tl.fma(-p_im[n], s_im[n], x)),)
-        im = im + (tl.fma(p_re[n], s_im[n], p_im[n] * s_re[n]),)
+        if REAL:
+            re = re + (tl.fma(p_re[n], s_re[n], x),)
+            im = im + (tl.fma(p_im[n], s_im[n], x),)
+        else:
+            re = re + (tl.fma(p_re[n], s_re[n], tl.fma(-p_im[n], s_im[n], x)),)
+            im = im + (tl.fma(p_re[n], s_im[n], p_im[n] * s_re[n]),)
     return re, im
 
 
 @triton.jit
-def gather(ladder, s_re, s_im, x):
+def gather(ladder, s_re, s_im, x, REAL: tl.constexpr = False):
     """``p^G·s + Σ_g p^(G-1-g) x_g``: G steps of ``advance`` together, for fewer multiplications.
 
     ``ladder`` holds p^1 … p^G, each as two tuples over the modes; ``x`` is a tuple of G real tensors.
@@ -112,8 +154,12 @@ def gather(ladder, s_re, s_im, x):
     for n in tl.static_range(len(s_re)):
         q_re = ladder[G - 1][0][n]
         q_im = ladder[G - 1][1][n]
-        new_re = tl.fma(q_re, s_re[n], tl.fma(-q_im, s_im[n], x[G - 1]))
-        new_im = tl.fma(q_re, s_im[n], q_im * s_re[n])
+        if REAL:
+            new_re = tl.fma(q_re, s_re[n], x[G - 1])
+            new_im = tl.fma(q_im, s_im[n], x[G - 1])
+        else:
+            new_re = tl.fma(q_re, s_re[n], tl.fma(-q_im, s_im[n], x[G - 1]))
+            new_im = tl.fma(q_re, s_im[n], q_im * s_re[n])
         for g in tl.static_range(G - 1):
             new_re = tl.fma(ladder[G - 2 - g][0][n], x[g], new_re)
             new_im = tl.fma(ladder[G - 2 - g][1][n], x[g], new_im)
@@ -123,7 +169,7 @@ def gather(ladder, s_re, s_im, x):
 
 
 @triton.jit
-def pole_ladder(p_re, p_im, G: tl.constexpr):
+def pole_ladder(p_re, p_im, G: tl.constexpr, REAL: tl.constexpr = False):
     """p^1 … p^G of every mode for ``gather``, formed in float64."""
     wide_re = ()
     wide_im = ()
@@ -139,8 +185,12 @@ def pole_ladder(p_re, p_im, G: tl.constexpr):
         narrow_re = ()
         narrow_im = ()
         for n in tl.static_range(len(p_re)):
-            re = re + (at_re[n] * wide_re[n] - at_im[n] * wide_im[n],)
-            im = im + (at_re[n] * wide_im[n] + at_im[n] * wide_re[n],)
+            if REAL:
+                re = re + (at_re[n] * wide_re[n],)
+                im = im + (at_im[n] * wide_im[n],)
+            else:
+                re = re + (at_re[n] * wide_re[n] - at_im[n] * wide_im[n],)
+                im = im + (at_re[n] * wide_im[n] + at_im[n] * wide_re[n],)
             narrow_re = narrow_re + (re[n].to(tl.float32),)
             narrow_im = narrow_im + (im[n].to(tl.float32),)
         at_re = re
@@ -150,17 +200,22 @@ def pole_ladder(p_re, p_im, G: tl.constexpr):
 
 
 @triton.jit
-def power(re, im, exponent, BITS: tl.constexpr = 31):
-    """``p^exponent`` of a float64 complex tensor, by squaring; 0 <= exponent < 2^BITS."""
+def power(re, im, exponent, BITS: tl.constexpr = 31, REAL: tl.constexpr = False):
+    """``p^exponent`` of a float64 complex tensor, by squaring; 0 <= exponent < 2^BITS. With REAL of two real ones."""
     out_re = tl.full(re.shape, 1.0, tl.float64)
-    out_im = tl.full(re.shape, 0.0, tl.float64)
+    out_im = tl.full(re.shape, 1.0 if REAL else 0.0, tl.float64)
     for bit in range(BITS):
         odd = (exponent >> bit) % 2 == 1
-        new_re = out_re * re - out_im * im
-        new_im = out_re * im + out_im * re
-        out_re = tl.where(odd, new_re, out_re)
-        out_im = tl.where(odd, new_im, out_im)
-        re, im = re * re - im * im, 2.0 * re * im
+        if REAL:
+            out_re = tl.where(odd, out_re * re, out_re)
+            out_im = tl.where(odd, out_im * im, out_im)
+            re, im = re * re, im * im
+        else:
+            new_re = out_re * re - out_im * im
+            new_im = out_re * im + out_im * re
+            out_re = tl.where(odd, new_re, out_re)
+            out_im = tl.where(odd, new_im, out_im)
+            re, im = re * re - im * im, 2.0 * re * im
     return out_re, out_im
 
 

@@ -24,8 +24,11 @@ export async function sample() {
   } catch {
     return;
   }
-  const values = new Map(text.split("\n").map((line) => line.split(" ")).filter((pair) => pair.length === 2));
-  history.push(SERIES.map(([, name]) => Number(values.get(name) ?? 0)));
+  const sums = new Map(); // several servers may answer as one
+  for (const [, name, value] of text.matchAll(/^([\w:]+)\{.*\} (\S+)$/gm)) {
+    sums.set(name, (sums.get(name) ?? 0) + Number(value));
+  }
+  history.push(SERIES.map(([, name]) => sums.get(name) ?? 0));
   if (history.length > SAMPLES) history.shift();
   draw();
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from hyaena.ops import triton
@@ -12,12 +11,13 @@ from hyaena.ops.backend import Backend
 from hyaena.ops.hyena import HyenaState
 from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Dense, Linear
-from hyaena.ops.long_conv import Filter, ModalFilter
+from hyaena.ops.long_conv import ExplicitFilter, Filter, ModalFilter, RealModalFilter
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 from hyaena.ops.triton.decode import embed_argmax, gemv, rope_kv
 from hyaena.ops.triton.decode.attention import decode_attention
-from hyaena.ops.triton.hyena import launch
+from hyaena.ops.triton.hyena import explicit_launch, launch
+from hyaena.ops.triton.hyena.register import real_pairs
 
 
 class FusedDecodeOperators(DecodeOperators):
@@ -87,10 +87,16 @@ class FusedDecodeOperators(DecodeOperators):
     ) -> Tensor:
         if triton.unsupported_reason(z, short_weight, long_filter, state.long, None) is not None:
             return super().hyena(z, short_weight, short_bias, long_filter, state)
-        assert isinstance(long_filter, ModalFilter)
-        poles, residues, long = (torch.view_as_real(t) for t in (long_filter.poles, long_filter.residues, state.long))
-        short = state.short
-        y = launch.step(
-            z, short_weight, short_bias, poles, residues, long_filter.skip, short, long, short, long, self.overlap
-        )
+        short, long = state
+        if isinstance(long_filter, ExplicitFilter):
+            given = (long_filter.taps, long_filter.skip, short, long, short, long)
+            return explicit_launch.step(z, short_weight, short_bias, *given, self.overlap).squeeze(1)
+        assert isinstance(long_filter, ModalFilter | RealModalFilter)
+        poles, residues, pairs = real_pairs(long_filter, long)
+        assert pairs is not None
+        filter = (poles, residues, long_filter.skip)
+        real = isinstance(long_filter, RealModalFilter)
+        y = launch.step(z, short_weight, short_bias, *filter, short, pairs, short, pairs, self.overlap, real)
+        if real and long.shape[-1] % 2:  # a copy that one more mode made even
+            long.copy_(pairs.flatten(2)[..., :-1])
         return y.squeeze(1)

@@ -68,14 +68,51 @@ def retreat(p_re, p_im, r_re, r_im, nu_re, nu_im, dg):
 
 
 @triton.jit
-def turn_back(p_re, p_im, re, im):
-    """``conj(p)·λ``."""
+def turn_back(p_re, p_im, re, im, REAL: tl.constexpr):
+    """``conj(p)·λ``; with REAL of two real modes."""
     out_re = ()
     out_im = ()
     for n in tl.static_range(len(p_re)):
-        out_re = out_re + (p_re[n] * re[n] + p_im[n] * im[n],)
-        out_im = out_im + (p_re[n] * im[n] - p_im[n] * re[n],)
+        if REAL:
+            out_re = out_re + (p_re[n] * re[n],)
+            out_im = out_im + (p_im[n] * im[n],)
+        else:
+            out_re = out_re + (p_re[n] * re[n] + p_im[n] * im[n],)
+            out_im = out_im + (p_re[n] * im[n] - p_im[n] * re[n],)
     return out_re, out_im
+
+
+@triton.jit
+def rotate(p_re, p_im, re, im, TURNED: tl.constexpr, REAL: tl.constexpr):
+    """``p·s``, or ``conj(p)·s`` with TURNED, of one mode; with REAL of two real modes."""
+    if REAL:
+        out_re = p_re * re
+        out_im = p_im * im
+    elif TURNED:
+        out_re = p_re * re + p_im * im
+        out_im = p_re * im - p_im * re
+    else:
+        out_re = p_re * re - p_im * im
+        out_im = p_re * im + p_im * re
+    return out_re, out_im
+
+
+@triton.jit
+def scale(numbers, factors):
+    """A tuple times a tuple."""
+    out = ()
+    for n in tl.static_range(len(numbers)):
+        out = out + (numbers[n] * factors[n],)
+    return out
+
+
+@triton.jit
+def negate(numbers):
+    """Minus a tuple."""
+    out = ()
+    for n in tl.static_range(len(numbers)):
+        out = out + (-numbers[n],)
+    return out
 
 
 @triton.jit

@@ -25,14 +25,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.common import advance, forget, load_modes, load_taps, power, split_double
+from hyaena.ops.triton.common import (
+    advance,
+    forget,
+    load_poles,
+    load_residues,
+    load_taps,
+    pole,
+    power,
+    split_double,
+)
 from hyaena.ops.triton.hyena.adjoint import (
     add_taps,
     filter_window,
     load_ages,
     load_rows,
     load_window,
+    negate,
     retreat,
+    rotate,
+    scale,
     spread,
     store_rows,
     turn_back,
@@ -44,7 +56,7 @@ from hyaena.ops.triton.hyena.adjoint import (
 def backward_sums_kernel(z, dy, weight, bias, poles, residues, short, keep, ages, ahead, behind, T,
                          D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
                          BD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHORT: tl.constexpr,
-                         HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
+                         HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     """What every chunk adds to both recurrences. Grid: (channels / BD, chunks, rows); outputs [B,chunks,N,2,D]."""
     W: tl.constexpr = K - 1
     chunk = tl.program_id(1)
@@ -59,7 +71,7 @@ def backward_sums_kernel(z, dy, weight, bias, poles, residues, short, keep, ages
     begin = tl.cast(chunk, tl.int64) * C
     place = (row * tl.num_programs(1) + chunk) * (2 * N * D)
 
-    p_re, p_im = load_modes(poles, channel, inside, N)
+    p_re, p_im = load_poles(poles, channel, inside, N, REAL)
     taps1, off1 = load_taps(weight, bias, D + channel, inside, K, HAS_BIAS)
     taps0, off0 = load_taps(weight, bias, 2 * D + channel, inside, K, HAS_BIAS)
     re = zeros(N, BD)
@@ -78,10 +90,10 @@ def backward_sums_kernel(z, dy, weight, bias, poles, residues, short, keep, ages
             w = u1[j] * u0[j]
             if HAS_RESET:  # no document begins between this step and the end of the chunk
                 w = tl.where(C - 1 - i - j <= reach, w, 0.0)
-            re, im = advance(p_re, p_im, re, im, w)
+            re, im = advance(p_re, p_im, re, im, w, REAL)
     store_rows(ahead + place, channel, inside, re, im, N, D)
 
-    r_re, r_im = load_modes(residues, channel, inside, N)
+    r_re, r_im = load_residues(residues, channel, inside, N, REAL)
     taps2, off2 = load_taps(weight, bias, channel, inside, K, HAS_BIAS)
     nu_re = zeros(N, BD)
     nu_im = zeros(N, BD)
@@ -96,7 +108,7 @@ def backward_sums_kernel(z, dy, weight, bias, poles, residues, short, keep, ages
             if HAS_RESET:  # no document begins from step W of the chunk to this one
                 dg = tl.where(age[j] > C - U - i + j, dg, 0.0)
             lambda_re, lambda_im = retreat(p_re, p_im, r_re, r_im, nu_re, nu_im, dg)
-            nu_re, nu_im = turn_back(p_re, p_im, lambda_re, lambda_im)
+            nu_re, nu_im = turn_back(p_re, p_im, lambda_re, lambda_im, REAL)
     store_rows(behind + place, channel, inside, nu_re, nu_im, N, D)
 
 
@@ -104,7 +116,7 @@ def backward_sums_kernel(z, dy, weight, bias, poles, residues, short, keep, ages
 def backward_chain_kernel(poles, long, dlong, ages, ahead, behind, T, chunks,
                           D: tl.constexpr, N: tl.constexpr, W: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
                           BD: tl.constexpr, HAS_LONG: tl.constexpr, HAS_DLONG: tl.constexpr,
-                          HAS_RESET: tl.constexpr):  # fmt: skip
+                          HAS_RESET: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     """Both recurrences through the chunks, in place. Grid: (channels / BD, N, 2·rows); odd rows run in reverse.
 
     ``ahead`` [B,chunks,N,2,D] becomes s before each chunk, ``behind`` becomes ν behind each chunk's last W steps.
@@ -114,12 +126,11 @@ def backward_chain_kernel(poles, long, dlong, ages, ahead, behind, T, chunks,
     channel = tl.program_id(0) * BD + tl.arange(0, BD)
     inside = channel < D
     flat = (channel * N + mode) * 2
-    p_re = tl.load(poles + flat, mask=inside, other=0.0).to(tl.float64)
-    p_im = tl.load(poles + flat + 1, mask=inside, other=0.0).to(tl.float64)
+    p_re, p_im = pole(poles, flat, inside, REAL)
     start = (row * chunks * N + mode) * 2 * D + channel
     ages += row * T
     STRIDE: tl.constexpr = 2 * N * D
-    q_re, q_im = power(p_re, p_im, C)
+    q_re, q_im = power(p_re, p_im, C, 31, REAL)
     q_re, q_re_low = split_double(q_re)
     q_im, q_im_low = split_double(q_im)
     re = tl.zeros((BD,), tl.float32)
@@ -146,9 +157,10 @@ def backward_chain_kernel(poles, long, dlong, ages, ahead, behind, T, chunks,
                     cut = tl.load(ages + end - 1, mask=end <= T, other=0) < C
                     re = tl.where(cut, 0.0, re)
                     im = tl.where(cut, 0.0, im)
-                low_re = q_re_low * re - q_im_low * im + e_re[u]
-                low_im = q_re_low * im + q_im_low * re + e_im[u]
-                re, im = q_re * re - q_im * im + low_re, q_re * im + q_im * re + low_im
+                low_re, low_im = rotate(q_re_low, q_im_low, re, im, False, REAL)
+                re, im = rotate(q_re, q_im, re, im, False, REAL)
+                re += low_re + e_re[u]
+                im += low_im + e_im[u]
     else:
         if HAS_DLONG:
             re = tl.load(dlong + row * D * N * 2 + flat, mask=inside, other=0.0)
@@ -158,7 +170,7 @@ def backward_chain_kernel(poles, long, dlong, ages, ahead, behind, T, chunks,
             chunk = chunks - 1 - back
             stop = tl.minimum((chunk + 1) * C + W, T)
             span = stop - tl.minimum(chunk * C + W, T)
-            e_re, e_im = power(p_re, p_im, span)
+            e_re, e_im = power(p_re, p_im, span, 31, REAL)
             at = behind + start + tl.cast(chunk, tl.int64) * STRIDE
             sum_re = tl.load(at, mask=inside, other=0.0)
             sum_im = tl.load(at + D, mask=inside, other=0.0)
@@ -168,10 +180,9 @@ def backward_chain_kernel(poles, long, dlong, ages, ahead, behind, T, chunks,
                 cut = tl.load(ages + stop - 1) < span
                 re = tl.where(cut, 0.0, re)
                 im = tl.where(cut, 0.0, im)
-            new_re = e_re * re + e_im * im + sum_re
-            new_im = e_re * im - e_im * re + sum_im
-            re = new_re.to(tl.float32)
-            im = new_im.to(tl.float32)
+            new_re, new_im = rotate(e_re, e_im, re, im, True, REAL)
+            re = (new_re + sum_re).to(tl.float32)
+            im = (new_im + sum_im).to(tl.float32)
         for first in range(2, chunks, U):
             e_re = ()
             e_im = ()
@@ -190,9 +201,10 @@ def backward_chain_kernel(poles, long, dlong, ages, ahead, behind, T, chunks,
                     cut = tl.load(ages + end - 1, mask=first + u < chunks, other=0) < C
                     re = tl.where(cut, 0.0, re)
                     im = tl.where(cut, 0.0, im)
-                low_re = q_re_low * re + q_im_low * im + e_re[u]
-                low_im = q_re_low * im - q_im_low * re + e_im[u]
-                re, im = q_re * re + q_im * im + low_re, q_re * im - q_im * re + low_im
+                low_re, low_im = rotate(q_re_low, q_im_low, re, im, True, REAL)
+                re, im = rotate(q_re, q_im, re, im, True, REAL)
+                re += low_re + e_re[u]
+                im += low_im + e_im[u]
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "run"])
@@ -201,7 +213,7 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                               D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, U: tl.constexpr,
                               BD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
                               HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr,
-                              HAS_DSHORT: tl.constexpr, PARAMETERS: tl.constexpr):  # fmt: skip
+                              HAS_DSHORT: tl.constexpr, PARAMETERS: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     """Gradients, a program for ``run`` chunks of BD channels of a row. Grid: (channels / BD, runs, rows).
 
     sums [B,runs,3(K+1)+4N+1,D]: taps and bias of x2, x1 and v, then poles and residues as [N,2], then skip; written
@@ -225,8 +237,8 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
     dshort += (row * 3 * D + channel) * W
     dshort_in += (row * 3 * D + channel) * W
 
-    p_re, p_im = load_modes(poles, channel, inside, N)
-    r_re, r_im = load_modes(residues, channel, inside, N)
+    p_re, p_im = load_poles(poles, channel, inside, N, REAL)
+    r_re, r_im = load_residues(residues, channel, inside, N, REAL)
     taps2, off2 = load_taps(weight, bias, channel, inside, K, HAS_BIAS)
     taps1, off1 = load_taps(weight, bias, D + channel, inside, K, HAS_BIAS)
     taps0, off0 = load_taps(weight, bias, 2 * D + channel, inside, K, HAS_BIAS)
@@ -269,7 +281,7 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                 if HAS_RESET:
                     re = forget(re, age[j] == 0)
                     im = forget(im, age[j] == 0)
-                re, im = advance(p_re, p_im, re, im, u1[j] * u0[j])
+                re, im = advance(p_re, p_im, re, im, u1[j] * u0[j], REAL)
         tl.debug_barrier()
 
         # Backward, from the step before `stop`.
@@ -300,7 +312,7 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                     im = forget(im, age[j] == 0)
                 before_re = before_re + (re,)
                 before_im = before_im + (im,)
-                re, im = advance(p_re, p_im, re, im, u1[j] * u0[j])
+                re, im = advance(p_re, p_im, re, im, u1[j] * u0[j], REAL)
                 path_re = path_re + (re,)
                 path_im = path_im + (im,)
             for j in tl.static_range(U - 1, -1, -1):
@@ -316,7 +328,7 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                     g += r_re[n] * s_re[n]
                     g -= r_im[n] * s_im[n]
                 lambda_re, lambda_im = retreat(p_re, p_im, r_re, r_im, nu_re, nu_im, dg)
-                new_re, new_im = turn_back(p_re, p_im, lambda_re, lambda_im)
+                new_re, new_im = turn_back(p_re, p_im, lambda_re, lambda_im, REAL)
                 if HAS_RESET:
                     new_re = forget(new_re, age[j] == 0)
                     new_im = forget(new_im, age[j] == 0)
@@ -325,6 +337,8 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                 held_im = ()
                 for n in tl.static_range(N):
                     dw += lambda_re[n]
+                    if REAL:
+                        dw += lambda_im[n]
                     held_re = held_re + (tl.where(live, new_re[n], nu_re[n]),)
                     held_im = held_im + (tl.where(live, new_im[n], nu_im[n]),)
                 nu_re = held_re
@@ -358,8 +372,9 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
                         mine_im = tl.where(mine, lambda_im[n], 0.0)
                         old_re = before_re[j][n]
                         old_im = before_im[j][n]
-                        sum_pre = sum_pre + (dp_re[n] + mine_re * old_re + mine_im * old_im,)
-                        sum_pim = sum_pim + (dp_im[n] - mine_re * old_im + mine_im * old_re,)
+                        turn_re, turn_im = rotate(old_re, old_im, mine_re, mine_im, True, REAL)
+                        sum_pre = sum_pre + (dp_re[n] + turn_re,)
+                        sum_pim = sum_pim + (dp_im[n] + turn_im,)
                         sum_rre = sum_rre + (dr_re[n] + own * s_re[n],)
                         sum_rim = sum_rim + (dr_im[n] - own * s_im[n],)
                     dp_re = sum_pre
@@ -422,6 +437,10 @@ def backward_gradients_kernel(z, dy, weight, bias, poles, residues, skip, short,
         tl.store(sums + K * D, doff2, mask=inside)
         tl.store(sums + (2 * K + 1) * D, doff1, mask=inside)
         tl.store(sums + (3 * K + 2) * D, doff0, mask=inside)
+        if REAL:  # p = exp(λ), and load_residues negated the second of a pair
+            dp_re = scale(dp_re, p_re)
+            dp_im = scale(dp_im, p_im)
+            dr_im = negate(dr_im)
         for n in tl.static_range(N):
             at_n = sums + (3 * (K + 1) + 2 * n) * D
             tl.store(at_n, dp_re[n], mask=inside)

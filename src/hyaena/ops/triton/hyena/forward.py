@@ -37,10 +37,25 @@ from hyaena.ops.triton.common import (
     forget,
     gather,
     load_modes,
+    load_poles,
+    load_residues,
     load_taps,
+    pole,
     pole_ladder,
     power,
     store_modes,
+)
+from hyaena.ops.triton.hyena.products import (
+    as_matrices,
+    as_steps,
+    document_numbers,
+    ends_to_rows,
+    in_two,
+    load_tables,
+    multiply,
+    only,
+    outputs,
+    rows_to_states,
 )
 from hyaena.ops.triton.hyena.words import (
     forget_before,
@@ -57,8 +72,8 @@ from hyaena.ops.triton.hyena.words import (
 
 @triton.jit
 def segment_states(past1, words1, past0, words0, bits, bounds, taps1, off1, taps0, off0, ladder,
-                   P: tl.constexpr, TYPE: tl.constexpr, HAS_MASK: tl.constexpr,
-                   HAS_RESET: tl.constexpr):  # fmt: skip
+                   P: tl.constexpr, TYPE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr,
+                   REAL: tl.constexpr):  # fmt: skip
     """``w`` of all steps, a tuple, and the modes after them from zero, two tuples. Blocks: 1 is x1, 0 is v."""
     W: tl.constexpr = len(past1)
     G: tl.constexpr = len(ladder)
@@ -87,15 +102,48 @@ def segment_states(past1, words1, past0, words0, bits, bounds, taps1, off1, taps
             for _ in tl.static_range(len(ladder[0][0])):
                 re = re + (tl.zeros_like(group[0]),)
                 im = im + (tl.zeros_like(group[0]),)
-        re, im = gather(ladder, re, im, group)
+        re, im = gather(ladder, re, im, group, REAL)
     return ws, re, im
 
 
 @triton.jit
-def output_step(history, x, w, taps, offset, p_re, p_im, r_re, r_im, gain, re, im):
+def load_recurrence(poles, residues, skip, channel, real, N: tl.constexpr, REAL: tl.constexpr, HAS_SKIP: tl.constexpr):
+    """Poles and residues, two tuples each, and the skip: what steps of the recurrence need."""
+    p_re, p_im = load_poles(poles, channel, real, N, REAL)
+    r_re, r_im = load_residues(residues, channel, real, N, REAL)
+    gain = tl.zeros(channel.shape, tl.float32)
+    if HAS_SKIP:
+        gain = tl.load(skip + channel, mask=real, other=0.0).to(tl.float32)
+    return p_re, p_im, r_re, r_im, gain
+
+
+@triton.jit
+def segment_products(past1, words1, past0, words0, bits, bounds, taps1, off1, taps0, off0,
+                     P: tl.constexpr, TYPE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
+    """``w`` of all steps, a tuple. Blocks: 1 is x1, 0 is v."""
+    W: tl.constexpr = len(past1)
+    h1 = unpack_all(past1, P, TYPE)
+    h0 = unpack_all(past0, P, TYPE)
+    ws = ()
+    for i in tl.static_range(len(words1)):
+        if HAS_RESET:
+            begins = has(bounds, W + i)[:, :, None]
+            h1 = forget(h1, begins)
+            h0 = forget(h0, begins)
+        u1, h1 = convolve(taps1, off1, h1, unpack(words1[i], P, TYPE))
+        u0, h0 = convolve(taps0, off0, h0, unpack(words0[i], P, TYPE))
+        w = u1 * u0
+        if HAS_MASK:
+            w = tl.where(has(bits, W + i)[:, :, None], w, 0.0)
+        ws = ws + (w,)
+    return ws
+
+
+@triton.jit
+def output_step(history, x, w, taps, offset, p_re, p_im, r_re, r_im, gain, re, im, REAL: tl.constexpr):
     """One step: y, and the history and the modes after it."""
     u, history = convolve(taps, offset, history, x)
-    re, im = advance(p_re, p_im, re, im, w)
+    re, im = advance(p_re, p_im, re, im, w, REAL)
     out = gain * w
     for n in tl.static_range(len(re)):
         out = tl.fma(r_re[n], re[n], tl.fma(-r_im[n], im[n], out))
@@ -129,7 +177,8 @@ def from_rows(re, im, N: tl.constexpr, NP: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def chain(re, im, carry_re, carry_im, decay, run_decay, rest, begins, HAS_RESET: tl.constexpr):
+def chain(re, im, carry_re, carry_im, decay, run_decay, rest, begins, HAS_RESET: tl.constexpr,
+          REAL: tl.constexpr):  # fmt: skip
     """Carry the state through the segments of a tile, run by run.
 
     Args:
@@ -153,7 +202,7 @@ def chain(re, im, carry_re, carry_im, decay, run_decay, rest, begins, HAS_RESET:
             cut = has(begins, run * RUN + i)
             sum_re = tl.where(cut, 0.0, sum_re)
             sum_im = tl.where(cut, 0.0, sum_im)
-        sum_re, sum_im = move(decay, sum_re, sum_im, re[i], im[i])
+        sum_re, sum_im = move(decay, sum_re, sum_im, re[i], im[i], REAL)
     next_re = carry_re
     next_im = carry_im
     at_re = carry_re  # the state before a run
@@ -164,7 +213,8 @@ def chain(re, im, carry_re, carry_im, decay, run_decay, rest, begins, HAS_RESET:
             cut = (begins >> (i * RUN)) & ((1 << RUN) - 1) != 0
             next_re = tl.where(cut, 0.0, next_re)
             next_im = tl.where(cut, 0.0, next_im)
-        next_re, next_im = move(run_decay, next_re, next_im, tl.gather(sum_re, place, 0), tl.gather(sum_im, place, 0))
+        next_re, next_im = move(run_decay, next_re, next_im, tl.gather(sum_re, place, 0), tl.gather(sum_im, place, 0),
+                                REAL)  # fmt: skip
         at_re = tl.where(run == i + 1, next_re, at_re)
         at_im = tl.where(run == i + 1, next_im, at_im)
     before_re = (at_re,)
@@ -174,37 +224,51 @@ def chain(re, im, carry_re, carry_im, decay, run_decay, rest, begins, HAS_RESET:
             cut = has(begins, run * RUN + i)
             at_re = tl.where(cut, 0.0, at_re)
             at_im = tl.where(cut, 0.0, at_im)
-        at_re, at_im = move(decay, at_re, at_im, re[i], im[i])
+        at_re, at_im = move(decay, at_re, at_im, re[i], im[i], REAL)
         before_re = before_re + (at_re,)
         before_im = before_im + (at_im,)
     if HAS_RESET:
         carry_re = tl.where(begins != 0, 0.0, carry_re)
         carry_im = tl.where(begins != 0, 0.0, carry_im)
-    next_re, next_im = move(rest, carry_re, carry_im, next_re, next_im)
+    next_re, next_im = move(rest, carry_re, carry_im, next_re, next_im, REAL)
     return before_re, before_im, next_re, next_im
 
 
 @triton.jit
-def move(q, re, im, x_re, x_im):
-    """``q·s + x``, all complex."""
+def save_state(saved, re, im, block, N: tl.constexpr, BD: tl.constexpr, D: tl.constexpr):
+    """Store a state [NP·BD] of the chain."""
+    line = tl.arange(0, re.shape[0])
+    channel = block * BD + line % BD
+    to = saved + (channel * N + line // BD) * 2
+    inside = (line // BD < N) & (channel < D)
+    tl.store(to, re, mask=inside)
+    tl.store(to + 1, im, mask=inside)
+
+
+@triton.jit
+def move(q, re, im, x_re, x_im, REAL: tl.constexpr):
+    """``q·s + x``, all complex; or, with REAL, of two real modes."""
+    if REAL:
+        return tl.fma(q[0], re, x_re), tl.fma(q[1], im, x_im)
     return tl.fma(q[0], re, tl.fma(-q[1], im, x_re)), tl.fma(q[0], im, tl.fma(q[1], re, x_im))
 
 
 @triton.jit
-def chain_decays(p_re, p_im, L: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr):
+def chain_decays(p_re, p_im, L: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, REAL: tl.constexpr):
     """``decay``, ``run_decay`` and ``rest`` of ``chain``, of poles in float64."""
-    q_re, q_im = power(p_re, p_im, L, 5)
-    run_re, run_im = power(q_re, q_im, RUN, 3)
+    q_re, q_im = power(p_re, p_im, L, 5, REAL)
+    run_re, run_im = power(q_re, q_im, RUN, 3, REAL)
     decay = (q_re.to(tl.float32), q_im.to(tl.float32))
     run_decay = (run_re.to(tl.float32), run_im.to(tl.float32))
-    all_re, all_im = power(run_re, run_im, RUNS, 5)
-    done_re, done_im = power(run_decay[0].to(tl.float64), run_decay[1].to(tl.float64), RUNS, 5)
+    all_re, all_im = power(run_re, run_im, RUNS, 5, REAL)
+    done_re, done_im = power(run_decay[0].to(tl.float64), run_decay[1].to(tl.float64), RUNS, 5, REAL)
     return decay, run_decay, ((all_re - done_re).to(tl.float32), (all_im - done_im).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["T", "part_steps"])
-def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, keep, bounds, tiles, cuts, parts, y,
-                         long_out, T, part_steps, TYPE: tl.constexpr,
+def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, keep, bounds, tiles, cuts, response,
+                         gathers, readouts, parts, y, long_out, T, part_steps, TYPE: tl.constexpr,
+                         PRODUCTS: tl.constexpr, OPERAND: tl.constexpr, REAL: tl.constexpr, M: tl.constexpr,
                          D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
                          S: tl.constexpr, L: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
                          STATES_ONLY: tl.constexpr, PARTS: tl.constexpr,
@@ -212,7 +276,7 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
                          HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of BD channels, parts of time, rows).
 
-    ``z`` and ``short`` [B,K-1,3D] are in words of P numbers of TYPE. NP is N rounded up to a power of two;
+    ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of P numbers of TYPE. NP is N rounded up to a power of two;
     ``keep`` int32 [B,T/L+1] has a bit for every step from K-1 before a segment to its end, see ``launch.segment_bits``;
     ``bounds``, ``tiles`` and ``cuts`` are the first fields of ``launch.Boundaries``; ``parts`` [B, parts, D, N, 2] is
     what ``STATES_ONLY`` writes and the other mode reads, ``part_steps`` a multiple of S·L.
@@ -235,7 +299,7 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
     short_2 = short + row * W * ROW
     short_1 = short_2 + ROW // 3
     short_0 = short_1 + ROW // 3
-    y += row * T * D + word * P
+    y += row * T * (D // P) + word
     keep += row * (T // L + 1)
     bounds += row * (T // L + 1)
     tiles += row * ((T + TILE - 1) // TILE)
@@ -244,12 +308,12 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
     taps2, off2 = load_taps(weight, bias, channel, real, K, HAS_BIAS)
     taps1, off1 = load_taps(weight, bias, D + channel, real, K, HAS_BIAS)
     taps0, off0 = load_taps(weight, bias, 2 * D + channel, real, K, HAS_BIAS)
-    p_re, p_im = load_modes(poles, channel, real, N)
-    r_re, r_im = load_modes(residues, channel, real, N)
-    gain = tl.zeros_like(off0)
-    if HAS_SKIP:
-        gain = tl.load(skip + channel, mask=real, other=0.0).to(tl.float32)
-    ladder = pole_ladder(p_re, p_im, G)
+    if PRODUCTS:
+        every = block * BD + tl.arange(0, BD)[:, None, None]
+        toeplitz, to_modes, of_modes = load_tables(response, gathers, readouts, every, D, L, M)
+    else:
+        p_re, p_im, r_re, r_im, gain = load_recurrence(poles, residues, skip, channel, real, N, REAL, HAS_SKIP)
+        ladder = pole_ladder(p_re, p_im, G, REAL)
 
     RUN: tl.constexpr = S if S < 4 else 4
     RUNS: tl.constexpr = S // RUN
@@ -257,9 +321,8 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
     line = tl.arange(0, NP * BD)[None, :]  # of the chain: (mode, channel)
     active = (line // BD < N) & (block * BD + line % BD < D)
     flat = ((block * BD + line % BD) * N + line // BD) * 2
-    one_re = tl.load(poles + flat, mask=active, other=0.0).to(tl.float64)
-    one_im = tl.load(poles + flat + 1, mask=active, other=0.0).to(tl.float64)
-    decay, run_decay, rest = chain_decays(one_re, one_im, L, RUN, RUNS)
+    one_re, one_im = pole(poles, flat, active, REAL)
+    decay, run_decay, rest = chain_decays(one_re, one_im, L, RUN, RUNS, REAL)
 
     carry_re = tl.zeros((RUNS, NP * BD), tl.float32)
     carry_im = tl.zeros((RUNS, NP * BD), tl.float32)
@@ -268,7 +331,7 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
             carry_re += tl.load(long + row * D * N * 2 + flat, mask=active, other=0.0)
             carry_im += tl.load(long + row * D * N * 2 + flat + 1, mask=active, other=0.0)
         if PARTS:  # what the parts before this one leave behind
-            wide_re, wide_im = power(one_re, one_im, part_steps)
+            wide_re, wide_im = power(one_re, one_im, part_steps, 31, REAL)
             sum_re = carry_re.to(tl.float64)
             sum_im = carry_im.to(tl.float64)
             for before in range(part):
@@ -279,10 +342,14 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
                 at = parts + (row * (tl.num_programs(1) - 1) + before) * D * N * 2 + flat
                 e_re = tl.load(at, mask=active, other=0.0)
                 e_im = tl.load(at + 1, mask=active, other=0.0)
-                sum_re, sum_im = (
-                    wide_re * sum_re - wide_im * sum_im + e_re,
-                    wide_re * sum_im + wide_im * sum_re + e_im,
-                )
+                if REAL:
+                    sum_re = wide_re * sum_re + e_re
+                    sum_im = wide_im * sum_im + e_im
+                else:
+                    sum_re, sum_im = (
+                        wide_re * sum_re - wide_im * sum_im + e_re,
+                        wide_re * sum_im + wide_im * sum_re + e_im,
+                    )
             carry_re = sum_re.to(tl.float32)
             carry_im = sum_im.to(tl.float32)
 
@@ -293,10 +360,10 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
         saved = parts + (row * tl.num_programs(1) + part) * D * N * 2
     else:
         saved = long_out + row * D * N * 2
-    saved_rows = saved + flat + run * 0
     if begin == whole:  # fewer steps than a segment: they go on from the carry
-        tl.store(saved_rows, carry_re, mask=active & (run == 0))
-        tl.store(saved_rows + 1, carry_im, mask=active & (run == 0))
+        saved_re = tl.sum(tl.where(run == 0, carry_re, 0.0), axis=0)
+        saved_im = tl.sum(tl.where(run == 0, carry_im, 0.0), axis=0)
+        save_state(saved, saved_re, saved_im, block, N, BD, D)
     for start in tl.range(begin, whole, TILE, num_stages=STAGES):
         # Threads beyond the whole segments read the last one again and write nothing.
         last = whole - L
@@ -321,34 +388,56 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
             words2 = load_words(z_2, short_2, word, start, last, bits, 0, L, S, L, W, D, P, WHOLE, HAS_SHORT, HAS_MASK)
             if HAS_RESET:
                 past2 = forget_before(past2, bound)
-        ws, re, im = segment_states(past1, words1, past0, words0, bits, bound, taps1, off1, taps0, off0, ladder,
-                                    P, TYPE, HAS_MASK, HAS_RESET)  # fmt: skip
-        row_re, row_im = to_rows(re, im, NP, RUN)
+        if PRODUCTS:
+            ws = segment_products(past1, words1, past0, words0, bits, bound, taps1, off1, taps0, off0,
+                                  P, TYPE, HAS_MASK, HAS_RESET)  # fmt: skip
+            w = in_two(as_matrices(ws))
+            seen = w
+            numbers = seg
+            if HAS_RESET:  # what a segment adds comes of its last document
+                numbers = document_numbers(bound, W, L)
+                seen = only(w, numbers == tl.max(numbers, axis=2)[:, :, None])
+            ends = multiply(seen, to_modes, tl.zeros((BD, S, M), tl.float32), OPERAND)
+            row_re, row_im = ends_to_rows(ends, NP, P, RUN)
+        else:
+            ws, re, im = segment_states(past1, words1, past0, words0, bits, bound, taps1, off1, taps0, off0, ladder,
+                                        P, TYPE, HAS_MASK, HAS_RESET, REAL)  # fmt: skip
+            row_re, row_im = to_rows(re, im, NP, RUN)
         row_re, row_im, carry_re, carry_im = chain(row_re, row_im, carry_re, carry_im, decay, run_decay, rest,
-                                                   begins, HAS_RESET)  # fmt: skip
+                                                   begins, HAS_RESET, REAL)  # fmt: skip
         if start + TILE >= whole:  # noqa: SIM102, one condition is a constant
             if STATES_ONLY or end == T:  # the state that this tile leaves is the last
                 count = (whole - start) // L
+                last_re = tl.where(active & (run * RUN + S == count), carry_re, 0.0)
+                last_im = tl.where(active & (run * RUN + S == count), carry_im, 0.0)
                 for i in tl.static_range(RUN):
-                    tl.store(saved_rows, row_re[i], mask=active & (run * RUN + i == count))
-                    tl.store(saved_rows + 1, row_im[i], mask=active & (run * RUN + i == count))
-                tl.store(saved_rows, carry_re, mask=active & (run * RUN + S == count))
-                tl.store(saved_rows + 1, carry_im, mask=active & (run * RUN + S == count))
+                    last_re += tl.where(active & (run * RUN + i == count), row_re[i], 0.0)
+                    last_im += tl.where(active & (run * RUN + i == count), row_im[i], 0.0)
+                save_state(saved, tl.sum(last_re, axis=0), tl.sum(last_im, axis=0), block, N, BD, D)
         if not STATES_ONLY:
-            re, im = from_rows(row_re, row_im, N, NP, P)
             history = unpack_all(past2, P, TYPE)
             written = inside & (start + seg * L < whole)
+            if PRODUCTS:
+                outs = as_steps(outputs(w, in_two(rows_to_states(row_re, row_im, NP, M)), numbers, toeplitz, of_modes,
+                                        OPERAND, HAS_RESET), P)  # fmt: skip
+            else:
+                re, im = from_rows(row_re, row_im, N, NP, P)
             for i in tl.static_range(L):
                 if HAS_RESET:
                     first = has(bound, W + i)[:, :, None]
                     history = forget(history, first)
-                    re = forget(re, first)
-                    im = forget(im, first)
-                out, history, re, im = output_step(history, unpack(words2[i], P, TYPE), ws[i], taps2, off2,
-                                                   p_re, p_im, r_re, r_im, gain, re, im)  # fmt: skip
+                if PRODUCTS:
+                    u2, history = convolve(taps2, off2, history, unpack(words2[i], P, TYPE))
+                    out = outs[i] * u2
+                else:
+                    if HAS_RESET:
+                        re = forget(re, first)
+                        im = forget(im, first)
+                    out, history, re, im = output_step(history, unpack(words2[i], P, TYPE), ws[i], taps2, off2,
+                                                       p_re, p_im, r_re, r_im, gain, re, im, REAL)  # fmt: skip
                 if HAS_MASK:
                     out = tl.where(has(bits, W + i)[:, :, None], out, 0.0)
-                store_numbers(y + (a.to(tl.int64) + i) * D, out, written, P, TYPE)
+                store_numbers(y + (a.to(tl.int64) + i) * (D // P), out, written, P, TYPE)
     if not STATES_ONLY:  # noqa: SIM102, one condition is a constant
         if whole < end:  # the steps of no whole segment: the last of all
             tl.debug_barrier()
@@ -367,6 +456,8 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
             h2 = unpack_all(past2, P, TYPE)
             h1 = unpack_all(past1, P, TYPE)
             h0 = unpack_all(past0, P, TYPE)
+            if PRODUCTS:
+                p_re, p_im, r_re, r_im, gain = load_recurrence(poles, residues, skip, channel, real, N, REAL, HAS_SKIP)
             re, im = load_modes(saved, channel, real, N)
             for step in range(whole, end):
                 t = step + tl.zeros((), tl.int64)
@@ -386,6 +477,7 @@ def hyena_forward_kernel(z, weight, bias, poles, residues, skip, short, long, ke
                 u1, h1 = convolve(taps1, off1, h1, x1)
                 u0, h0 = convolve(taps0, off0, h0, x0)
                 w = tl.where(now[:, :, None], u1 * u0, 0.0)
-                out, h2, re, im = output_step(h2, x2, w, taps2, off2, p_re, p_im, r_re, r_im, gain, re, im)
-                store_numbers(y + t * D, tl.where(now[:, :, None], out, 0.0), inside, P, TYPE)
+                out, h2, re, im = output_step(h2, x2, w, taps2, off2, p_re, p_im, r_re, r_im, gain, re, im,
+                                             REAL)  # fmt: skip
+                store_numbers(y + t * (D // P), tl.where(now[:, :, None], out, 0.0), inside, P, TYPE)
             store_modes(saved, channel, real, re, im, N)

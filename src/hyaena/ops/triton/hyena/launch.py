@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hyaena.ops.triton import interpreted
 from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.hyena.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
 from hyaena.ops.triton.hyena.boundaries import boundaries_kernel
 from hyaena.ops.triton.hyena.forward import hyena_forward_kernel
+from hyaena.ops.triton.hyena.products import tables_kernel
 from hyaena.ops.triton.hyena.step import hyena_step_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -29,6 +31,7 @@ class Operands(NamedTuple):
         short, long: the states before z, [B,3D,K-1] and float32 [B,D,N,2]; None for zeros.
         mask: bool [B,T], False where a step is padding; None for no padding.
         reset: bool [B,T], True where a packed document begins; None for none.
+        real: pairs are not complex numbers but two real modes, and ``poles`` holds the logarithms of their poles.
     """
 
     z: Tensor
@@ -41,10 +44,11 @@ class Operands(NamedTuple):
     long: Tensor | None
     mask: Tensor | None
     reset: Tensor | None
+    real: bool = False
 
     def contiguous(self) -> Operands:
         """The same operands, each contiguous in memory."""
-        return Operands(*(None if t is None else t.contiguous() for t in self))  # type: ignore[arg-type]
+        return Operands(*(None if t is None else t.contiguous() for t in self[:-1]), self.real)  # type: ignore[arg-type]
 
 
 STEP_CHANNELS = 64
@@ -76,6 +80,7 @@ class Tiling:
         warps: of a program.
         stages: tiles in flight, the one that is computed among them.
         parts: parts of time, each a program of its own; None for as many as fill the device.
+        products: segments are matrix products, see ``products``; for bfloat16, in segments of 16 steps.
     """
 
     channels: int = 32
@@ -86,6 +91,7 @@ class Tiling:
     warps: int = 8
     stages: int = 3
     parts: int | None = None
+    products: bool = False
 
 
 def choose_tiling(modes: int, dtype: torch.dtype) -> Tiling:
@@ -129,7 +135,7 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
         y [B,T,D] and the state of the short filter in the dtype of z, that of the modes float32 [B,D,N,2].
     """
     operands = operands.contiguous()
-    z, weight, bias, poles, residues, skip, short, long, mask, reset = operands
+    z, weight, bias, poles, residues, skip, short, long, mask, reset, real = operands
     batch, length, _ = z.shape
     channels, modes = poles.shape[:2]
     taps = weight.shape[-1]
@@ -152,6 +158,8 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
     if reset is not None:
         bounds = find_boundaries(reset, tiling.steps, taps - 1, tiling.segments, part_tiles)
 
+    tables = make_tables(operands, tiling.steps) if tiling.products else (poles, poles, poles)
+
     def launch(count: int, states_only: bool) -> None:
         start: Any = hyena_forward_kernel[(blocks, count, batch)]
         start(
@@ -167,12 +175,17 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
             words if bounds is None else bounds.segments,
             words if bounds is None else bounds.tiles,
             words if bounds is None else bounds.parts,
+            *tables,
             sums,
-            y,
+            as_words(y, numbers),
             long_out,
             length,
             part_tiles * tile,
             TYPE=TYPES[z.dtype],
+            PRODUCTS=tiling.products,
+            OPERAND=TYPES[torch.float32 if interpreted() else torch.bfloat16],
+            REAL=real,
+            M=max(16, 2 * power_of_two(modes)),
             D=channels,
             N=modes,
             NP=power_of_two(modes),
@@ -198,6 +211,34 @@ def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, T
         launch(parts - 1, True)
     launch(parts, False)
     return y, window(z, before, mask, None if bounds is None else bounds.tails, taps - 1), long_out
+
+
+def make_tables(operands: Operands, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``products.load_tables`` reads, for segments of so many steps."""
+    channels, modes = operands.poles.shape[:2]
+    columns = max(16, 2 * power_of_two(modes))
+    response = operands.poles.new_empty(channels, steps)
+    make = operands.poles.new_empty if columns == 2 * modes else operands.poles.new_zeros
+    gathers, readouts = make(channels, steps, columns), make(channels, columns, steps)
+    start: Any = tables_kernel[(cdiv(channels, 32),)]
+    start(
+        operands.poles,
+        operands.residues,
+        operands.poles if operands.skip is None else operands.skip,
+        response,
+        gathers,
+        readouts,
+        D=channels,
+        N=modes,
+        NP=power_of_two(modes),
+        L=steps,
+        M=columns,
+        BD=32,
+        REAL=operands.real,
+        HAS_SKIP=operands.skip is not None,
+        num_warps=1,
+    )
+    return response, gathers, readouts
 
 
 def segment_bits(mask: Tensor, steps: int, before: int) -> Tensor:
@@ -289,8 +330,10 @@ def step(
     short_out: Tensor,
     long_out: Tensor,
     overlap: bool = False,
+    real: bool = False,
 ) -> Tensor:
-    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read."""
+    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read;
+    ``real`` as in ``Operands``."""
     channels, modes = poles.shape[:2]
     y = z.new_empty(z.shape[0], 1, channels)
     start: Any = hyena_step_kernel[(cdiv(channels, STEP_CHANNELS), z.shape[0])]
@@ -313,6 +356,7 @@ def step(
         HAS_BIAS=bias is not None,
         HAS_SKIP=skip is not None,
         OVERLAP=overlap,
+        REAL=real,
         launch_pdl=overlap,
         num_warps=2,
     )
@@ -365,7 +409,7 @@ def backward(
         not the argument was None. Those of the filters are empty tensors without ``parameters``.
     """
     operands = operands.contiguous()
-    z, weight, bias, poles, residues, skip, short, long, mask, reset = operands
+    z, weight, bias, poles, residues, skip, short, long, mask, reset, real = operands
     batch, length, width = z.shape
     channels, modes = poles.shape[:2]
     taps = weight.shape[-1]
@@ -382,7 +426,7 @@ def backward(
 
     ahead = poles.new_empty(batch, chunks, modes, 2, channels)
     behind = torch.empty_like(ahead)
-    shape: dict[str, Any] = {"D": channels, "N": modes, "C": steps}
+    shape: dict[str, Any] = {"D": channels, "N": modes, "C": steps, "REAL": real}
     start: Any = backward_sums_kernel[(blocks, chunks, batch)]
     start(
         z,

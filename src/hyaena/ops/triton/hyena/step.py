@@ -1,10 +1,11 @@
-"""The step kernel: T = 1, from z [B,3D] to y [B,D]; both states move in place, in one launch."""
+"""The step kernels: T = 1, from z [B,3D] to y [B,D]; both states move in place, in one launch."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from hyaena.ops.triton.common import load_poles, load_residues
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 
@@ -52,7 +53,8 @@ def write_window(window, short, channel, row, inside, D: tl.constexpr, K: tl.con
 @triton.jit
 def hyena_step_kernel(z, weight, bias, poles, residues, skip, short, long, y, short_out, long_out,
                       D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
-                      HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                      HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, OVERLAP: tl.constexpr,
+                      REAL: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` at T = 1. The outputs may be the very states that are read. Grid: (channels / BD, rows).
 
     Everything is read before anything is written: a read behind a write would wait for what the write waits for.
@@ -65,14 +67,8 @@ def hyena_step_kernel(z, weight, bias, poles, residues, skip, short, long, y, sh
     taps0 = read_filter(weight, bias, 2 * D + channel, inside, K, HAS_BIAS)
     if HAS_SKIP:
         direct = tl.load(skip + channel, mask=inside, other=0.0).to(tl.float32)
-    modes = ()
-    for n in tl.static_range(N):
-        at = (channel * N + n) * 2
-        modes = modes + (tl.load(poles + at, mask=inside, other=0.0), tl.load(poles + at + 1, mask=inside, other=0.0))
-        modes = modes + (
-            tl.load(residues + at, mask=inside, other=0.0),
-            tl.load(residues + at + 1, mask=inside, other=0.0),
-        )
+    p_re, p_im = load_poles(poles, channel, inside, N, REAL)
+    r_re, r_im = load_residues(residues, channel, inside, N, REAL)
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
     window2 = read_window(z, short, channel, row, inside, D, K)
@@ -88,15 +84,57 @@ def hyena_step_kernel(z, weight, bias, poles, residues, skip, short, long, y, sh
     if HAS_SKIP:
         out = direct * w
     for n in tl.static_range(N):
-        p_re, p_im, r_re, r_im = modes[4 * n], modes[4 * n + 1], modes[4 * n + 2], modes[4 * n + 3]
-        new_re = p_re * states[2 * n] - p_im * states[2 * n + 1] + w
-        new_im = p_re * states[2 * n + 1] + p_im * states[2 * n]
+        if REAL:
+            new_re = p_re[n] * states[2 * n] + w
+            new_im = p_im[n] * states[2 * n + 1] + w
+        else:
+            new_re = p_re[n] * states[2 * n] - p_im[n] * states[2 * n + 1] + w
+            new_im = p_re[n] * states[2 * n + 1] + p_im[n] * states[2 * n]
         at = row * D * N * 2 + (channel * N + n) * 2
         tl.store(long_out + at, new_re, mask=inside)
         tl.store(long_out + at + 1, new_im, mask=inside)
-        out += r_re * new_re - r_im * new_im
+        out += r_re[n] * new_re - r_im[n] * new_im
     out *= filter_step(taps2, window2, K)
     tl.store(y + row * D + channel, out.to(y.dtype.element_ty), mask=inside)
+    write_window(window2, short_out, channel, row, inside, D, K)
+    write_window(window1, short_out, D + channel, row, inside, D, K)
+    write_window(window0, short_out, 2 * D + channel, row, inside, D, K)
+
+
+@triton.jit
+def explicit_step_kernel(z, weight, bias, taps, skip, short, long, y, short_out, long_out,
+                         D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, WIDTH: tl.constexpr,
+                         BD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
+                         OVERLAP: tl.constexpr):  # fmt: skip
+    """``hyena_step_kernel`` for W explicit taps; WP is W rounded up to a power of two, WIDTH channels share a filter.
+
+    The window moves by one number: every number of it is read once and written once.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) * BD + tl.arange(0, BD)
+    inside = channel < D
+    taps2 = read_filter(weight, bias, channel, inside, K, HAS_BIAS)
+    taps1 = read_filter(weight, bias, D + channel, inside, K, HAS_BIAS)
+    taps0 = read_filter(weight, bias, 2 * D + channel, inside, K, HAS_BIAS)
+    place = tl.arange(0, WP)[None, :]  # in the window, the oldest input first; the newest is w itself
+    older = inside[:, None] & (place < W - 1)
+    h = tl.load(taps + channel[:, None] // WIDTH * W + (W - 1 - place), mask=older, other=0.0).to(tl.float32)
+    direct = tl.load(taps + channel // WIDTH * W, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SKIP:
+        direct += tl.load(skip + channel, mask=inside, other=0.0).to(tl.float32)
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
+    window2 = read_window(z, short, channel, row, inside, D, K)
+    window1 = read_window(z, short, D + channel, row, inside, D, K)
+    window0 = read_window(z, short, 2 * D + channel, row, inside, D, K)
+    at = (row * D + channel[:, None]) * (W - 1) + place
+    past = tl.load(long + at, mask=older, other=0.0)
+    w = filter_step(taps1, window1, K) * filter_step(taps0, window0, K)
+    out = (direct * w + tl.sum(h * past, axis=1)) * filter_step(taps2, window2, K)
+    tl.store(y + row * D + channel, out.to(y.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # the window may move in place
+    tl.store(long_out + at - 1, past, mask=older & (place > 0))
+    tl.store(long_out + (row * D + channel) * (W - 1) + W - 2, w, mask=inside & (W > 1))
     write_window(window2, short_out, channel, row, inside, D, K)
     write_window(window1, short_out, D + channel, row, inside, D, K)
     write_window(window0, short_out, 2 * D + channel, row, inside, D, K)

@@ -26,11 +26,18 @@ def unpack(word, P: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def store_numbers(y, numbers, inside, P: tl.constexpr, TYPE: tl.constexpr):
-    """Numbers [.,.,P] to the places of their words, y [.,.]."""
+    """Numbers [.,.,P] as words to y [.,.].
+
+    Two numbers are packed before the store: the layout that Triton gives to a store of [.,.,2] has neighbouring words
+    in different warps, and costs a conversion through shared memory.
+    """
     if P == 1:
         tl.store(y, tl.reshape(numbers, numbers.shape[:-1]).to(TYPE), mask=inside)
     else:
-        tl.store(y[:, :, None] + tl.arange(0, P)[None, None, :], numbers.to(TYPE), mask=inside[:, :, None])
+        low, high = tl.split(numbers.to(TYPE))
+        low = low.to(tl.uint16, bitcast=True).to(tl.uint32)
+        high = high.to(tl.uint16, bitcast=True).to(tl.uint32)
+        tl.store(y, (low | (high << 16)).to(tl.int32, bitcast=True), mask=inside)
 
 
 @triton.jit

@@ -1,0 +1,223 @@
+"""Two replicas on one machine: the answers of one server, prefixes that are found again, and a replica that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import hyaena
+
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+ray = pytest.importorskip("ray")
+
+from ray import serve  # noqa: E402
+
+from hyaena.errors import InputError  # noqa: E402
+from hyaena.serve.engine import EngineSettings  # noqa: E402
+from hyaena.serve.loading import ServerOptions  # noqa: E402
+from hyaena.serve.ray import application  # noqa: E402
+from hyaena.serve.service import Limits  # noqa: E402
+
+SOURCE = str(Path(hyaena.__file__).parents[1])
+KEY = "a-key"
+OPTIONS = ServerOptions(
+    chat_template="nous",
+    keys=[KEY],
+    engine=EngineSettings(kv_bytes=2**26, max_rows=4, max_waiting=4),
+    limits=Limits(body_bytes=100_000, new_tokens=2000),
+)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}},
+        log_to_driver=False,
+    )
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(application(OPTIONS, replicas=2, cpus=1, slack=3))
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(
+        base_url=url, timeout=60, trust_env=False, headers={"Authorization": f"Bearer {KEY}"}
+    ) as connected:
+        yield connected
+
+
+def complete(client: httpx.Client, **body: Any) -> httpx.Response:
+    return client.post("/v1/completions", json={"prompt": "import ", "max_tokens": 8, "temperature": 0} | body)
+
+
+def events(lines: Iterator[str]) -> Iterator[Any]:
+    for line in lines:
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+def running(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    found = [line for line in lines if line.startswith("hyaena:num_requests_running{")]
+    return sum(float(line.rpartition(" ")[2]) for line in found)
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not after {seconds} s"
+        time.sleep(0.05)
+
+
+def test_answers_are_those_of_one_server(client: httpx.Client) -> None:
+    want = hyaena.generate(*hyaena.load("cub", dtype="float32"), "import ", max_new_tokens=8)
+    answer = complete(client).json()
+    assert answer["choices"][0]["text"] == want.text and answer["model"] == "cub"
+    sampled = [complete(client, temperature=1, seed=5, n=3).json()["choices"] for _ in range(2)]
+    assert sampled[0] == sampled[1]
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+    assert client.post("/v1/chat/completions", json=chat).json()["usage"]["completion_tokens"] == 3
+    assert client.post("/score", json={"input": "x"}).status_code == 200
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["cub"]
+    assert complete(client, max_tokens="x").status_code == 400 and complete(client, model="y").status_code == 404
+
+
+def test_streams_come_token_by_token(client: httpx.Client) -> None:
+    body = {"prompt": "import ", "max_tokens": 8, "temperature": 0, "stream": True}
+    with client.stream("POST", "/v1/completions", json=body) as stream:
+        parts = [event["choices"][0]["text"] for event in events(stream.iter_lines())]
+    assert len(parts) >= 8 and "".join(parts) == complete(client).json()["choices"][0]["text"]
+
+
+def test_a_second_turn_goes_to_the_replica_of_the_first(client: httpx.Client) -> None:
+    replicas = set()
+    for number in range(4):
+        prompt = f"# module {number}\n" + "import os\n" * 30
+        first = complete(client, prompt=prompt)
+        prompt += first.json()["choices"][0]["text"] + "\nimport sys\n" * 10
+        second = complete(client, prompt=prompt)
+        third = complete(client, prompt=prompt + "\nimport re\n")
+        assert first.headers["x-replica"] == second.headers["x-replica"] == third.headers["x-replica"]
+        hits = [answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second, third)]
+        assert hits[0] == 0 and hits[1] >= 256 and hits[2] >= 384
+        replicas.add(first.headers["x-replica"])
+    assert len(replicas) == 2 or len({complete(client, prompt=f"{n}" * 64).headers["x-replica"] for n in range(8)}) == 2
+
+
+def test_keys_and_limits_hold(url: str, client: httpx.Client) -> None:
+    body = {"prompt": "x", "max_tokens": 2}
+    for headers in ({}, {"Authorization": "Bearer other"}):
+        for path in ("/v1/completions", "/metrics"):
+            refused = httpx.post(url + path, json=body, headers=headers, trust_env=False)
+            assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+    assert complete(client, prompt="x" * 200_000).status_code == 413
+    pieces = (b"x" * 50_000 for _ in range(4))
+    assert client.post("/v1/completions", content=pieces).status_code == 413
+    assert complete(client, max_tokens=2001).status_code == 400
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda n: complete(client, prompt=f"{n:>64}", max_tokens=200), range(40)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert refused and {answer.status_code for answer in refused} == {429}
+    assert all(answer.headers["Retry-After"] for answer in refused)
+    assert len({answer.headers["x-replica"] for answer in answers}) == 2
+
+
+def test_a_client_that_leaves_ends_its_work(client: httpx.Client) -> None:
+    body = {"prompt": "import ", "max_tokens": 2000, "stream": True, "ignore_eos": True}
+    with client.stream("POST", "/v1/completions", json=body) as stream:
+        next(stream.iter_lines())
+        until(lambda: running(client) == 1, 5)
+    until(lambda: running(client) == 0, 5)
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/completions", json=body | {"stream": False}, timeout=1)
+    until(lambda: running(client) == 0, 5)
+
+
+def test_a_replica_that_dies_hangs_nobody(client: httpx.Client) -> None:
+    prompt = "import os\n" * 20
+    name = complete(client, prompt=prompt).headers["x-replica"]
+    ended: list[Any] = []
+
+    def read_stream() -> None:
+        body = {"prompt": prompt, "max_tokens": 2000, "stream": True, "ignore_eos": True}
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            assert stream.headers["x-replica"] == name
+            ended.extend(events(stream.iter_lines()))
+
+    thread = threading.Thread(target=read_stream)
+    thread.start()
+    with ThreadPoolExecutor(4) as pool:
+        until(lambda: running(client) == 1, 20)
+        waiting = [pool.submit(complete, client, prompt=prompt, max_tokens=300) for _ in range(2)]
+        until(lambda: running(client) == 3, 20)
+        ray.kill(ray.get_actor(f"SERVE_REPLICA::default#Replica#{name}", namespace="serve"))
+        began = time.monotonic()
+        assert complete(client, prompt=prompt).status_code == 200, "the other replica answers"
+        answers = [one.result(60) for one in waiting]
+        thread.join(60)
+    assert not thread.is_alive() and time.monotonic() - began < 60
+    assert ended[-1]["error"]["code"] == "generation_failed"
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert name not in {answer.headers["x-replica"] for answer in answers}
+
+
+@pytest.mark.parametrize("options", [{"replicas": 0}, {"ingresses": "2"}, {"slack": -1}, {"slack": 0.5}])
+def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(options))} must be a whole number of at least"):
+        application(OPTIONS, **options)
+
+
+def test_the_example_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    """``docs/serving.md`` refers to it as the whole program."""
+    example = Path(__file__).parents[2] / "examples" / "serve_ray.py"
+    port = free_port()
+    environment = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(100 * 2**20), "PYTHONPATH": SOURCE}
+    process = subprocess.Popen(
+        [sys.executable, example, str(port)], cwd=tmp_path, env=os.environ | environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
+
+            def answers() -> bool:
+                assert process.poll() is None, "the example has ended"
+                try:
+                    return complete(client).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            until(answers, 120)
+            want = hyaena.generate(*hyaena.load("cub", dtype="float32"), "import ", max_new_tokens=8)
+            assert complete(client).json()["choices"][0]["text"] == want.text
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()

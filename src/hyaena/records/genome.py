@@ -1,0 +1,195 @@
+"""Contigs of a genome, read a window at a time: from FASTA with an index, or from memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from hyaena import extras
+from hyaena.errors import InputError, nearest, printable, shown
+from hyaena.records.source import open_source
+
+_CURE = "check its name and permissions"
+_GZIP = b"\x1f\x8b"
+_LETTERS = frozenset("ACGTURYSWKMBDHVN")
+
+
+class Genome(Protocol):
+    """Contigs by name.
+
+    Attributes:
+        lengths: letters of each contig.
+    """
+
+    @property
+    def lengths(self) -> Mapping[str, int]: ...
+
+    def fetch(self, contig: str, start: int, stop: int) -> str:
+        """The letters ``start`` to ``stop`` - 1 of a contig, from 0, in upper case."""
+        ...
+
+
+class MemoryGenome:
+    """Contigs that are there as text.
+
+    Args:
+        sequences: contig -> letters.
+
+    Raises:
+        InputError: something that is no text.
+    """
+
+    def __init__(self, sequences: Mapping[str, str]) -> None:
+        for name, text in sequences.items():
+            if not isinstance(text, str):
+                raise InputError(f"contig {shown(name)} must be text, not {type(text).__name__}")
+        self._sequences = dict(sequences)
+        self.lengths = {name: len(text) for name, text in self._sequences.items()}
+
+    def fetch(self, contig: str, start: int, stop: int) -> str:
+        """See ``Genome``."""
+        return _checked(self._sequences[contig][start:stop], contig, start, stop)
+
+
+class FastaGenome:
+    """Contigs of a FASTA file, plain or compressed by bgzip, through its index (``.fai``, with bgzip ``.gzi`` too).
+
+    An index that is not there is made beside the file, or where that cannot be written, for this process alone.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: the file or its index cannot be used; the message says what to do.
+        UnsupportedError: pysam is not installed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.label = Path(path), printable(str(path))
+        extras.require("pysam", extra="genomics", purpose="reading a genome")
+        if self.path.is_dir():
+            raise InputError(f"{self.label} is a folder: name a FASTA file")
+        with open_source(self.path, self.label, compressed=False, cure=_CURE) as file:
+            head = file.read(18)
+        self._compressed = head[:2] == _GZIP
+        if self._compressed and not (head[3] & 4 and head[12:14] == b"BC"):
+            raise InputError(
+                f"{self.label} is compressed by gzip, of which no part can be read alone: decompress it (gunzip), or "
+                "compress it again with bgzip"
+            )
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            self._file = self._open(Path(folder))
+        self.lengths = dict(zip(self._file.references, self._file.lengths, strict=True))
+        if not self.lengths:
+            raise InputError(f"{self.label} holds no sequence")
+
+    def fetch(self, contig: str, start: int, stop: int) -> str:
+        """See ``Genome``.
+
+        Raises:
+            InputError: the file is not what its index says, or something stands there that is no letter of DNA.
+        """
+        try:
+            with quiet():
+                text = self._file.fetch(contig, start, stop)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {self.label}: {error}; {self._again}") from error
+        if len(text) != stop - start:
+            raise InputError(
+                f"{self.label} ends inside contig {shown(contig)}, other than its index says; {self._again}"
+            )
+        try:
+            return _checked(text, contig, start, stop)
+        except InputError as error:
+            raise InputError(f"{self.label}: {error}") from error
+
+    @property
+    def _again(self) -> str:
+        return f"remove {self.label}.fai, so that it is made again"
+
+    def _open(self, folder: Path) -> Any:
+        import pysam
+
+        indices = [self.path.with_name(self.path.name + suffix) for suffix in (".fai", ".gzi")[: 1 + self._compressed]]
+        if all(index.exists() for index in indices):
+            if any(index.stat().st_mtime < self.path.stat().st_mtime for index in indices):
+                raise InputError(f"{self.label} is newer than its index {printable(str(indices[0]))}; {self._again}")
+        else:
+            indices = self._make(folder, indices)
+        options = dict(zip(("filepath_index", "filepath_index_compressed"), map(str, indices), strict=False))
+        try:
+            return pysam.FastaFile(str(self.path), **options)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {self.label} by its index: {error}; {self._again}") from error
+
+    def _make(self, folder: Path, wanted: list[Path]) -> list[Path]:
+        """Make the index; return where it is."""
+        import pysam
+
+        self._check_names()
+        made = [folder / index.name for index in wanted]
+        options = [word for pair in zip(("--fai-idx", "--gzi-idx"), made, strict=False) for word in map(str, pair)]
+        try:
+            pysam.faidx(str(self.path), *options)  # pyright: ignore[reportAttributeAccessIssue]
+        except pysam.SamtoolsError as error:
+            raise InputError(
+                f"{self.label} cannot be indexed: a contig is a line '>' and its name, and lines of equal length, the "
+                "last one excepted; write it again, with `seqtk seq -l 60` or the like"
+            ) from error
+        try:
+            for index, place in zip(made, wanted, strict=True):
+                beside = place.with_name(f"{place.name}.{os.getpid()}")
+                beside.write_bytes(index.read_bytes())
+                os.replace(beside, place)
+        except OSError:  # a folder of somebody else's
+            return made
+        return wanted
+
+    def _check_names(self) -> None:
+        """Refuse a name that two contigs have: an index would hide the second."""
+        seen = set()
+        with open_source(self.path, self.label, compressed=self._compressed, cure=_CURE) as file:
+            for number, line in enumerate(file, start=1):
+                if line.startswith(b">"):
+                    name = line[1:].split(maxsplit=1)[:1]
+                    if not name:
+                        raise InputError(f"{self.label}, line {number}: the contig has no name; give it one")
+                    if name[0] in seen:
+                        twice = shown(name[0].decode(errors="replace"))
+                        raise InputError(f"{self.label}, line {number}: a second contig is named {twice}; rename one")
+                    seen.add(name[0])
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, pysam's library prints nothing: what it would print is an exception as well."""
+    import pysam
+
+    before = pysam.set_verbosity(0)
+    try:
+        yield
+    finally:
+        pysam.set_verbosity(before)
+
+
+def missing_contig(genome: Genome, contig: str) -> str:
+    """Say that a genome has no such contig, and what it has."""
+    known = list(genome.lengths)
+    near = next((name for name in (f"chr{contig}", contig.removeprefix("chr")) if name in known), None)
+    near = near or nearest(contig, known)
+    has = (
+        f"did you mean {shown(near)}?" if near else f"it has {printable(', '.join(known[:5]))}{' …' * (len(known) > 5)}"
+    )
+    return f"the genome has no contig {shown(contig)}: {has}"
+
+
+def _checked(text: str, contig: str, start: int, stop: int) -> str:
+    text = text.upper()
+    if wrong := set(text) - _LETTERS:
+        place = min(text.index(letter) for letter in wrong)
+        raise InputError(f"{shown(text[place])} at {contig}:{start + place + 1:,} is no letter of DNA")
+    return text

@@ -1,0 +1,117 @@
+"""``hyaena generate --output x.fasta``: samples as the records of a FASTA file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import hyaena
+from hyaena import hub
+from hyaena.cli import main
+from hyaena.records import find_source, read_records
+
+COMMANDS = {"generate": "hyaena.cli.generate"}
+TAGS = ["|d__Bacteria;p__Pseudomonadota|", "|d__Archaea|ACGT"]
+
+
+@pytest.fixture
+def model(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    return str(golden / "evo-tiny")
+
+
+def generate(model: str, *args: object) -> int:
+    options = ["--model", model, "--device", "cpu", "--max-new-tokens", 70, "--temperature", 9, "--allowed", "ACGT"]
+    return main(["generate", *map(str, options), *map(str, args)], commands=COMMANDS)
+
+
+def headers(path: str) -> list[str]:
+    return [line for line in Path(path).read_text().splitlines() if line.startswith(">")]
+
+
+def test_samples_of_a_species_tag(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, TAGS[0], "-n", 3, "--seed", 5, "--ignore-eos", "-o", "x.fasta") == 0
+    assert capsys.readouterr().out == "x.fasta: 3 sequences\n"
+    records = list(read_records(find_source("x.fasta")))
+    assert [record.name for record in records] == ["prompt-1", "prompt-2", "prompt-3"]
+    assert len({record.text for record in records}) == 3
+    network, tokenizer = hyaena.load(model)
+    for number, (record, header) in enumerate(zip(records, headers("x.fasta"), strict=True)):
+        alone = hyaena.generate(
+            network,
+            tokenizer,
+            TAGS[0],
+            max_new_tokens=70,
+            temperature=9.0,
+            allowed_tokens="ACGT",
+            stop_at_eos=False,
+            seed=5 + number,
+        )
+        assert record.text == alone.text and len(alone.text) == 70
+        mean = sum(alone.logprobs) / 70
+        assert header.startswith(f">prompt-{number + 1} prompt={TAGS[0]} seed={5 + number} end=length mean_loglik=")
+        assert float(header.rsplit("=", 1)[1]) == pytest.approx(mean, abs=1e-3)
+    assert max(map(len, Path("x.fasta").read_text().splitlines()[1:3])) == 60
+
+
+def test_many_prompts_in_batches(model: str) -> None:
+    Path("tags.txt").write_text("\n".join(TAGS) + "\n")
+    options = ["--prompts", "tags.txt", "-n", 2, "--seed", 1]
+    assert generate(model, *options, "-o", "x.fa") == 0
+    assert generate(model, *options, "-o", "y.fa", "--batch-rows", 3) == 0
+    assert Path("x.fa").read_bytes() == Path("y.fa").read_bytes()
+    assert [h.split()[0] for h in headers("x.fa")] == [">1-1", ">1-2", ">2-1", ">2-2"]
+    assert [re.findall(r"seed=(\d+)", h)[0] for h in headers("x.fa")] == ["1", "2", "3", "4"]
+
+
+def test_names_of_prompts_name_the_samples(model: str) -> None:
+    Path("genes.fa").write_text(">geneA x\nACGT\n>geneB\nTTGA\n")
+    assert generate(model, "--prompts", "genes.fa", "--seed", 1, "--echo", "--ignore-eos", "-o", "x.fna") == 0
+    records = list(read_records(find_source("x.fna")))
+    assert [(record.name, record.text[:4], len(record.text)) for record in records] == [
+        ("geneA-1", "ACGT", 74),
+        ("geneB-1", "TTGA", 74),
+    ]
+
+
+def test_without_a_seed_headers_say_how_to_repeat_a_sample(model: str) -> None:
+    assert generate(model, "ACGT", "-o", "x.fa", "-n", 2) == 0
+    seed = re.findall(r"seed=(\d+)", headers("x.fa")[1])[0]
+    assert generate(model, "ACGT", "-o", "y.fa", "--seed", seed) == 0
+    sequences = [Path(name).read_text().split(">")[-1].split("\n", 1)[1] for name in ("x.fa", "y.fa")]
+    assert sequences[0] == sequences[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["ACGT", "-o", "x.txt"], "must end in .fa, .faa, .fasta, .ffn, .fna: it is FASTA"),
+        (["ACGT", "-o", "x.fa", "--json"], "no place for JSON"),
+        (["ACGT", "-o", "x.fa", "--allowed", "AC|"], "FASTA holds letters only"),
+        (["ACGT", "-o", "x.fa", "--batch-rows", "0"], "--batch-rows must be at least 1"),
+        (["ACGT", "-o", "x.fa", "-n", "0"], "n must be at least 1"),
+        (["ACGT", "-n", "2"], "--samples needs --json or --output"),
+        (["--prompts", "tags.txt"], "--prompts needs --output"),
+        (["ACGT", "--prompts", "tags.txt", "-o", "x.fa"], "leave the argument"),
+        (["--prompts", "no.txt", "-o", "x.fa"], "cannot read no.txt"),
+        (["--prompts", "tags.txt", "-o", "x.fa", "--max-new-tokens", "1000"], "pass the maximum length"),
+        (["--prompts", "twice.jsonl", "-o", "x.fa"], "two prompts are named 'a_b'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    model: str, args: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "load_model", lambda *_, **__: pytest.fail("read the weights"))
+    Path("tags.txt").write_text("ACGT\n")
+    Path("twice.jsonl").write_text('{"name": "a b", "text": "A"}\n{"name": "a_b", "text": "C"}\n')
+    assert generate(model, *args) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err
+    assert not Path("x.fa").exists()
+
+
+def test_a_tag_has_no_place_in_a_sequence(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, TAGS[0], "-o", "x.fa", "--echo") == 2
+    assert "for which FASTA has no place: leave --echo out" in capsys.readouterr().err

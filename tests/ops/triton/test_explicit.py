@@ -1,0 +1,167 @@
+"""The kernels for explicit taps against the plain operator in float64: outputs, states, all gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from device import DEVICE
+from hyaena.ops import ExplicitFilter, HyenaState, hyena
+from hyaena.ops.triton import FEW_TAPS
+from hyaena.ops.triton.hyena.explicit_launch import (
+    Operands,
+    Tiling,
+    Walk,
+    backward_direct,
+    backward_products,
+    forward_direct,
+    forward_products,
+)
+
+# As in test_kernels; the factors of products are rounded to bfloat16 as well, as those of the plain operator are.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2 ** (-8 if DEVICE == "cuda" else -7)}
+GRADIENT = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2 if DEVICE == "cuda" else 3e-2}
+
+SMALL = Tiling(chunk=16, run=2)
+
+
+def make(
+    length: int,
+    groups: int = 3,
+    width: int = 2,
+    count: int = 7,
+    taps: int = 3,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    padded: bool = False,
+    bare: bool = False,
+    documents: bool = False,
+    taps_dtype: torch.dtype = torch.float32,
+) -> Operands:
+    """A random problem; ``bare`` leaves out all that may be None."""
+    channels = groups * width
+    mask = torch.arange(length) >= torch.randint(0, length, (batch, 1)) if padded else None
+    reset = None
+    if documents:
+        reset = torch.rand(batch, length) < 0.1
+        reset[0, -1] = True
+    problem = Operands(
+        torch.randn(batch, length, 3 * channels).to(dtype),
+        torch.randn(3 * channels, taps),
+        torch.randn(3 * channels),
+        torch.randn(groups, count).to(taps_dtype),
+        torch.randn(channels),
+        torch.randn(batch, 3 * channels, taps - 1).to(dtype),
+        torch.randn(batch, channels, count - 1),
+        mask,
+        reset,
+    )
+    if bare:
+        problem = problem._replace(bias=None, skip=None, short=None, long=None)
+    return Operands(*(None if t is None else t.to(DEVICE) for t in problem))
+
+
+def exact(problem: Operands) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
+    """Leaves in float64 (all but mask and reset), and what the plain operator makes of them."""
+    wide = [None if t is None else t.double().requires_grad_() for t in problem[:7]]
+    z, weight, bias, taps, skip, short, long = wide
+    assert z is not None and weight is not None and taps is not None
+    if short is None:
+        short = z.new_zeros(z.shape[0], z.shape[2], weight.shape[1] - 1)
+    if long is None:
+        long = z.new_zeros(z.shape[0], z.shape[2] // 3, taps.shape[1] - 1)
+    filter = ExplicitFilter(taps, skip)
+    y, state = hyena(
+        z, weight, bias, filter, HyenaState(short, long), mask=problem.mask, reset=problem.reset, method="direct"
+    )
+    return wide, y, state.short, state.long
+
+
+def close(value: Tensor, expected: Tensor, tolerance: float) -> None:
+    expected = expected.detach()
+    assert value.shape == expected.shape
+    assert torch.isfinite(value).all()
+    if expected.numel():
+        error = (value - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        assert float(error) < tolerance
+
+
+def check_forward(problem: Operands, tiling: Tiling | Walk) -> None:
+    got = forward_products(problem, tiling) if isinstance(tiling, Tiling) else forward_direct(problem, tiling)
+    _, *expected = exact(problem)
+    for value, want in zip(got, expected, strict=True):
+        close(value, want, TOLERANCE[value.dtype])
+
+
+def check_backward(problem: Operands, tiling: Tiling | Walk) -> None:
+    leaves, *outputs = exact(problem)
+    slopes = [torch.randn_like(t) for t in outputs]
+    loss = sum((t * slope).sum() for t, slope in zip(outputs, slopes, strict=True))
+    given = [t for t in leaves if t is not None]
+    expected = dict(zip(map(id, given), torch.autograd.grad(loss, given), strict=True))
+    dy, dshort, dlong = slopes[0].to(problem.z.dtype), slopes[1].to(problem.z.dtype), slopes[2].float()
+    if isinstance(tiling, Tiling):
+        got = backward_products(dy, dshort, dlong, problem, tiling)
+    else:
+        got = backward_direct(dy, dshort, dlong, problem, tiling)
+    for leaf, value in zip(leaves, got, strict=True):
+        if leaf is not None:
+            close(value, expected[id(leaf)], GRADIENT[problem.z.dtype])
+
+
+PROBLEMS = {
+    "one step": dict(length=1),
+    "shorter than the windows": dict(length=2, count=20, taps=4),
+    "several runs": dict(length=35),
+    "a multiple of the chunk": dict(length=32),
+    "long taps": dict(length=20, count=33),
+    "one tap": dict(length=10, count=1, taps=1),
+    "eight short taps": dict(length=20, taps=8),
+    "padded": dict(length=20, padded=True, batch=2),
+    "bare": dict(length=20, bare=True),
+    "documents": dict(length=35, count=20, documents=True),
+    "documents and padding": dict(length=20, padded=True, documents=True),
+    "wide groups": dict(length=10, groups=2, width=17),
+    "whole groups": dict(length=10, groups=2, width=16),
+    "bfloat16": dict(length=35, count=20, dtype=torch.bfloat16),
+    "bfloat16 taps": dict(length=20, dtype=torch.bfloat16, taps_dtype=torch.bfloat16),
+    "float16": dict(length=20, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_forward(name: str) -> None:
+    check_forward(make(**PROBLEMS[name]), SMALL)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("documents", [False, True])
+def test_forward_of_several_groups_together(groups: int, documents: bool) -> None:
+    problem = make(length=40, groups=5, width=16, count=20, batch=1, documents=documents)
+    check_forward(problem, replace(SMALL, groups=groups))
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_backward(name: str) -> None:
+    check_backward(make(**PROBLEMS[name]), SMALL)
+
+
+FEW_TAPS = {name: size for name, size in PROBLEMS.items() if size.get("count", 7) <= FEW_TAPS} | {
+    "eight taps": dict(length=20, count=8, taps=2),
+    "documents of few taps": dict(length=35, documents=True, padded=True),
+    "shorter than the windows of few taps": dict(length=2, taps=4),
+}
+SHORT = Walk(words=4, run=16, group=4)
+BACK = ("one step", "several runs", "one tap", "bare", "bfloat16 taps", *list(FEW_TAPS)[-3:])
+
+
+@pytest.mark.parametrize("name", FEW_TAPS)
+def test_forward_of_few_taps(name: str) -> None:
+    check_forward(make(**FEW_TAPS[name]), SHORT)
+
+
+@pytest.mark.parametrize("name", BACK)
+def test_backward_of_few_taps(name: str) -> None:
+    check_backward(make(**FEW_TAPS[name]), SHORT)
