@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hyaena.bench.clock import Samples, call_times
 from hyaena.ops import cpu
@@ -72,16 +73,22 @@ def measure_bandwidth(device: torch.device, working_set: int | None = None) -> R
     target = torch.empty_like(source)
     kernels: dict[str, tuple[Callable[[], object], int]] = {"copy": (lambda: target.copy_(source), 2 * source.nbytes)}
     if device.type == "cpu":
-        kernels["sum"] = source.sum, source.nbytes
-        if cpu.unsupported_reason(source.dtype) is None:
-            from hyaena.ops.cpu.reading import sums_of_squares  # numba takes a second to import
-
-            kernels["compiled sum of squares"] = lambda: sums_of_squares(source), source.nbytes
+        kernels |= {name: (lambda read=read: read(source), source.nbytes) for name, read in reading_kernels().items()}
     rates = [
         Rate(call_times(run, device, sizes.repeats).map(lambda s, n=n: n / s), f"{name} of {_size(source.nbytes)}")
         for name, (run, n) in kernels.items()
     ]
     return max(rates, key=lambda rate: rate.median)
+
+
+def reading_kernels() -> dict[str, Callable[[Tensor], object]]:
+    """What reads float32 numbers in a CPU's memory: torch's sum, and a kernel of ours where numba is installed."""
+    kernels: dict[str, Callable[[Tensor], object]] = {"sum": torch.sum}
+    if cpu.unsupported_reason(torch.float32) is None:
+        from hyaena.ops.cpu.reading import sums_of_squares  # numba takes a second to import
+
+        kernels["compiled sum of squares"] = sums_of_squares
+    return kernels
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ from hyaena.ops.step import DecodeOperators
 
 pytest.importorskip("numba", reason="the kernels are compiled by numba")
 
+from hyaena.ops.cpu import operators
 from hyaena.ops.cpu.operators import CompiledOperators
 from hyaena.ops.cpu.reading import BLOCK, sums_of_squares
 
@@ -56,7 +57,8 @@ def kv_state(capacities: list[int], groups: int, head_dim: int, dtype: torch.dty
 
 
 @pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Any:
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(operators, "GRAIN", 1)  # so that small work is shared out as well
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -92,7 +94,10 @@ def test_products(threads: int, dtype: torch.dtype, inside: bool | None, batch: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_has_the_same_bits_beside_others_and_on_any_threads(dtype: torch.dtype) -> None:
+def test_a_row_has_the_same_bits_beside_others_and_on_any_threads(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "GRAIN", 1)
     width, rows = 530, 301
     x, a, b = (torch.randn(n, width).to(dtype) for n in (8, rows, rows))
     norm = norm_of(width, True, dtype)

@@ -22,6 +22,9 @@ from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 MOST_ROWS = 16
 """Rows up to which products are computed here; above, a matrix product of torch reuses what it reads more often."""
 
+GRAIN = 1 << 14
+"""Numbers for which a thread is worth waking, above all where other processes want the cores."""
+
 
 class CompiledOperators(DecodeOperators):
     """Every weight and every valid slot is read once, at the bandwidth of memory, by torch's own threads.
@@ -43,7 +46,7 @@ class CompiledOperators(DecodeOperators):
         y = x.new_empty(x.shape[0], outputs)
         bias, residual_ = (0 if t is None else t.data_ptr() for t in (layer.bias, residual))
         words = (*_product(x, layer.weight, norm), y.data_ptr(), layer.weight.data_ptr(), bias, residual_)
-        _run(products.linear(token, token), words)
+        _run(products.linear(token, token), words, layer.weight.numel())
         return y
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
@@ -64,7 +67,7 @@ class CompiledOperators(DecodeOperators):
             up.weight.data_ptr(),
             kind,
         )
-        _run(products.gate(token, token), words)
+        _run(products.gate(token, token), words, 2 * gate.weight.numel())
         return y
 
     def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
@@ -76,7 +79,7 @@ class CompiledOperators(DecodeOperators):
         heads = qkv.shape[1] // head_dim - 2 * groups
         q = qkv.new_empty(qkv.shape[0], heads, head_dim)
         words = (*_attention(qkv, heads, rows, context), q.data_ptr(), cos.data_ptr(), sin.data_ptr())
-        _run(attention.rotate_and_cache(TOKENS[qkv.dtype], TOKENS[rows.dtype]), words)
+        _run(attention.rotate_and_cache(TOKENS[qkv.dtype], TOKENS[rows.dtype]), words, qkv.numel())
         return q
 
     def attend(self, q: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
@@ -84,12 +87,13 @@ class CompiledOperators(DecodeOperators):
         if not _alike(q) or rows.dtype not in TOKENS:
             return super().attend(q, state, context)
         batch, heads, head_dim = q.shape
-        splits = -(-max(context.lengths.tolist()) // attention.SPLIT)
+        lengths = context.lengths.tolist()
+        splits = -(-max(lengths) // attention.SPLIT)
         y = torch.empty_like(q)
         parts = torch.empty(batch * heads * splits * (head_dim + 2), dtype=torch.float32)
         tail = (y.data_ptr(), splits, parts.data_ptr(), _bits(head_dim**-0.5))
         words = (*_attention(q, heads, rows, context), *tail)
-        _run(attention.attend(TOKENS[q.dtype], TOKENS[rows.dtype]), words)
+        _run(attention.attend(TOKENS[q.dtype], TOKENS[rows.dtype]), words, 2 * sum(lengths) * rows.groups * head_dim)
         return y
 
     def hyena(
@@ -117,12 +121,14 @@ class CompiledOperators(DecodeOperators):
             0 if skip is None else skip.data_ptr(),
             y.data_ptr(),
         )
-        _run(hyena_kernels.step(TOKENS[z.dtype], kind), words)
+        _run(hyena_kernels.step(TOKENS[z.dtype], kind), words, z.numel() * (16 + a.shape[1]))
         return y
 
 
-def _run(kernel, words: tuple[int, ...]) -> None:
-    team.run(kernel.address, array("q", (0, *words)), torch.get_num_threads())
+def _run(kernel, words: tuple[int, ...], work: int) -> None:
+    """Run a kernel that handles so many numbers, on as many threads as have ``GRAIN`` of them, torch's at most."""
+    threads = min(torch.get_num_threads(), max(1, work // GRAIN))
+    team.run(kernel.address, array("q", (0, *words)), threads)
 
 
 def _alike(x: Tensor, *others: Tensor | None) -> bool:
