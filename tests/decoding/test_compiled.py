@@ -84,6 +84,25 @@ def test_a_row_has_the_same_bits_beside_others(name: str) -> None:
         assert outputs.logprobs == [one.logprobs[0] for one in single]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_cache_of_16_bits_is_read_and_written_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a model of float32: the plain operators read the same rounded numbers."""
+    model = spread(CONFIGS[name])
+    plain = decoder_of(model, *prompts(model, dtype=torch.bfloat16), DecodeOperators())
+    for _ in range(6):
+        plain.launch()
+    wanted = [plain.fetch() for _ in range(6)]
+    compiled = decoder_of(model, *prompts(model, dtype=torch.bfloat16), choose_operators(model, compiled=True))
+    for operator in ("linear", "attend", "rotate_and_cache", "hyena"):
+        monkeypatch.setattr(DecodeOperators, operator, lambda *_, **__: pytest.fail("a plain operator ran"))
+    for want in wanted:
+        compiled.launch()
+        got = compiled.fetch()
+        assert got.tokens == want.tokens
+        # a difference in the last bit of float32 may fall on either side of a number of bfloat16
+        assert got.logprobs == pytest.approx(want.logprobs, abs=2e-2)
+
+
 def generate(model: StripedHyena, **options) -> list[int]:
     return hyaena.generate(model, ByteTokenizer(259), "ab", max_new_tokens=12, stop_at_eos=False, **options).tokens
 

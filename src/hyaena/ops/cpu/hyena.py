@@ -22,20 +22,20 @@ Z, ROWS, CHANNELS, SHORT_TAPS, SHORT_WEIGHT, SHORT_BIAS, SHORT, LONG, FILTERS, M
 
 
 @function
-def short_filter(p, token, row, channel):
+def short_filter(p, token, short_token, row, channel):
     """The short filter of one of the 3D channels, and its window moved on."""
     taps, width = word(p, SHORT_TAPS), 3 * word(p, CHANNELS)
     now = load(token, word(p, Z), row * width + channel)
     weight, bias = channel * taps, word(p, SHORT_BIAS)
-    window = word(p, SHORT) + (row * width + channel) * (taps - 1) * size(token)
+    window = word(p, SHORT) + (row * width + channel) * (taps - 1) * size(short_token)
     total = load(token, bias, channel) if bias else np.float32(0)
     total += load(token, word(p, SHORT_WEIGHT), weight + taps - 1) * now
     for k in range(taps - 1):
-        total += load(token, word(p, SHORT_WEIGHT), weight + k) * load(token, window, k)
+        total += load(token, word(p, SHORT_WEIGHT), weight + k) * load(short_token, window, k)
     for k in range(taps - 2):
-        store(token, window, k, load(token, window, k + 1))
+        store(short_token, window, k, load(short_token, window, k + 1))
     if taps > 1:
-        store(token, window, taps - 2, now)
+        store(short_token, window, taps - 2, now)
     return total
 
 
@@ -81,7 +81,7 @@ def explicit_taps(p, token, state, numbers, x):
 
 
 @function
-def step_blocks(p, token, kind):
+def step_blocks(p, token, short_token, kind):
     """The step for the blocks of channels that this thread takes."""
     channels, modes, skip = word(p, CHANNELS), word(p, MODES), word(p, SKIP)
     shared = channels // word(p, FILTERS)
@@ -94,8 +94,9 @@ def step_blocks(p, token, kind):
             return
         row, first = item // blocks, item % blocks * BLOCK
         for channel in range(first, min(first + BLOCK, channels)):
-            gate = short_filter(p, token, row, channel)
-            x = short_filter(p, token, row, channels + channel) * short_filter(p, token, row, 2 * channels + channel)
+            gate = short_filter(p, token, short_token, row, channel)
+            x = short_filter(p, token, short_token, row, channels + channel)
+            x *= short_filter(p, token, short_token, row, 2 * channels + channel)
             state = word(p, LONG) + (row * channels + channel) * width * 4
             numbers = channel // shared * modes
             if kind == COMPLEX:
@@ -110,14 +111,14 @@ def step_blocks(p, token, kind):
 
 
 @lru_cache(maxsize=None, typed=True)  # tokens are told apart by their types
-def step(token, kind):
-    """The kernel of a step for activations of this dtype and this kind of long filter."""
+def step(token, short_token, kind):
+    """The kernel of a step for activations, and windows of the short filter, of these dtypes, and a kind of filter."""
 
     stamp = STAMP
 
     @kernel
     def entry(p):
         _ = stamp
-        step_blocks(p, token, kind)
+        step_blocks(p, token, short_token, kind)
 
     return entry

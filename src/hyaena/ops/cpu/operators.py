@@ -100,7 +100,9 @@ class CompiledOperators(DecodeOperators):
         self, z: Tensor, short_weight: Tensor, short_bias: Tensor | None, long_filter: Filter, state: HyenaState
     ) -> Tensor:
         numbers = _filter(long_filter, state.long, z.dtype)
-        if numbers is None or not _alike(z, short_weight, short_bias, state.short, long_filter.skip):
+        short = state.short
+        windows = short.dtype in TOKENS and short.is_contiguous()
+        if numbers is None or not windows or not _alike(z, short_weight, short_bias, long_filter.skip):
             return super().hyena(z, short_weight, short_bias, long_filter, state)
         kind, a, b = numbers
         channels, skip = z.shape[1] // 3, long_filter.skip
@@ -112,7 +114,7 @@ class CompiledOperators(DecodeOperators):
             short_weight.shape[1],
             short_weight.data_ptr(),
             0 if short_bias is None else short_bias.data_ptr(),
-            state.short.data_ptr(),
+            short.data_ptr(),
             state.long.data_ptr(),
             a.shape[0],
             a.shape[1],
@@ -121,7 +123,7 @@ class CompiledOperators(DecodeOperators):
             0 if skip is None else skip.data_ptr(),
             y.data_ptr(),
         )
-        _run(hyena_kernels.step(TOKENS[z.dtype], kind), words, z.numel() * (16 + a.shape[1]))
+        _run(hyena_kernels.step(TOKENS[z.dtype], TOKENS[short.dtype], kind), words, z.numel() * (16 + a.shape[1]))
         return y
 
 
