@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ from hyaena.ops.step import DecodeOperators
 
 pytest.importorskip("numba", reason="the kernels are compiled by numba")
 
-from hyaena.ops.cpu import operators
+from hyaena.ops.cpu import memory, operators, team
+from hyaena.ops.cpu.memory import take as memory_take
 from hyaena.ops.cpu.operators import CompiledOperators
 from hyaena.ops.cpu.reading import BLOCK, sums_of_squares
 
@@ -292,3 +294,22 @@ def test_what_the_kernels_do_not_take_is_computed_by_the_plain_operators(monkeyp
 def test_reading_reads_every_block() -> None:
     x = torch.randn(5 * BLOCK)
     torch.testing.assert_close(sums_of_squares(x), x.square().view(5, BLOCK).sum(1))
+
+
+def test_kernels_are_compiled_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba refuses ``cache=True`` with a RuntimeError in an installation and a home that are read-only."""
+    compile_ = memory.cfunc
+
+    def refusing(signature: Any, **options: Any) -> Any:
+        if options.pop("cache", False):
+            raise RuntimeError("cannot cache function: no locator available")
+        return compile_(signature, **options)
+
+    monkeypatch.setattr(memory, "cfunc", refusing)
+    counter = array("q", [41])
+    team.run(memory.kernel(count).address, counter, 1)
+    assert counter[0] == 42
+
+
+def count(p):  # what numba compiles
+    memory_take(p, 0)
