@@ -400,3 +400,10 @@ def test_models_that_are_published_without_a_configuration_have_a_preset(
     with torch.no_grad():
         logits = model(expected["input_ids"])
     assert (logits - expected["logits"]).abs().max() <= 1e-5 * expected["logits"].abs().max()
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_dtype_auto_asks_the_processor(native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyaena.ops.cpu.multiplies_bfloat16", lambda: native)
+    assert hyaena.load_model("cub", dtype="auto").dtype == dtype
+    assert hyaena.load_model("cub").dtype == torch.float32

@@ -23,8 +23,8 @@ SUITE = Suite(
         Benchmark(
             "decode_512",
             "cpu.prefill_decode:decode_short",
-            "129M model, decoding at 512 against its weights",
-            0.5,
+            "129M model, decoding at 512 in float32 and bfloat16 against reading its weights",
+            1,
         ),
         Benchmark("scoring", "cpu.scoring:unequal", "cub, 256 texts of unequal length, packed and one by one", 1),
         Benchmark("embedding", "cpu.scoring:long_embedding", "memory of embedding 100,000 characters", 1),

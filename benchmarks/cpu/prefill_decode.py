@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,22 @@ from torch import Tensor, nn
 import hyaena
 from benchmarks.cpu import models
 from benchmarks.mistral import Mistral
-from benchmarks.registry import IncorrectError, Row, Session, Summary, Target, pairwise, require_equal
+from benchmarks.registry import IncorrectError, Row, Session, Step, Summary, Target, pairwise, require_equal
 from hyaena.bench.clock import Side, take_turns
+from hyaena.bench.measure import filled_cache, stepper
+from hyaena.bench.rates import reading_kernels
 from hyaena.cache import Cache
+from hyaena.decoding import Decoding, make_decoder, resolve_decoding
 from hyaena.generation import PREFILL_CHUNK
 from hyaena.model import StripedHyena
+from hyaena.sampling import SamplingParams
 from hyaena.tokenizers import ByteTokenizer
 
 CHUNK = PREFILL_CHUNK["cpu"]
 # Of the largest logit: two float32 evaluations of 12 layers in different orders of summation.
 SAME = 1e-4
+# The same of two evaluations that round every activation to 8 bits.
+SAME_NARROW = 5e-2
 
 
 def prompt(config: hyaena.ModelConfig, length: int) -> Tensor:
@@ -71,14 +77,14 @@ def check_prefill(model: StripedHyena, ids: Tensor, chunk: int) -> None:
 
 
 @torch.inference_mode()
-def check_decoding(model: StripedHyena, ids: Tensor, steps: int = 4) -> None:
+def check_decoding(model: StripedHyena, ids: Tensor, steps: int = 4, *, same: float = SAME) -> None:
     """The last tokens, read one by one, give the logits of one pass."""
     whole = model(ids, logits_to_keep=1)[:, -1]
     cache = model.make_cache(max_length=ids.shape[1])
     read(model, ids[:, :-steps], cache)
     for token in ids[:, -steps:].split(1, dim=1):
         logits = model(token, cache=cache, logits_to_keep=1)[:, -1]
-    require_equal("logits after decoding and of one pass", logits, whole, SAME)
+    require_equal("logits after decoding and of one pass", logits, whole, same)
 
 
 @torch.inference_mode()
@@ -211,51 +217,80 @@ def decode_long(session: Session) -> list[Row]:
     ]
 
 
-def decode_short(session: Session) -> list[Row]:
-    """Single steps at a short context, against reading every weight matrix of a step once."""
+def decode_short(session: Session) -> Iterator[Step]:
+    """Single steps at a short context, in two dtypes."""
     context, steps, rounds = (64, 4, 3) if session.quick else (512, 16, 15)
-    return decode_against_weights(models.striped(session.quick), context, steps, rounds, Target(">=", 0.65))
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def run(dtype: torch.dtype = dtype) -> list[Row]:
+            model = models.striped(session.quick).to(dtype)
+            return decode_against_weights(model, context, steps, rounds, Target(">=", 0.85))
+
+        yield Step(str(dtype).removeprefix("torch."), run)
 
 
 def decode_against_weights(
     model: StripedHyena, context: int, steps: int, rounds: int, target: Target | None = None
 ) -> list[Row]:
-    """Single steps against products of every matrix with one vector, by two functions; the target is for the faster."""
-    ids = prompt(model.config, context)
-    check_decoding(model, ids)
-    ours, rewind = _ours_at(model, ids, steps)
-    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    bytes_read = sum(w.numel() * w.element_size() for w in matrices)
-    vectors = {width: torch.randn(width) for width in {w.shape[1] for w in matrices}}
+    """Single steps as ``generate`` takes them: against reading every matrix once, and against calls of the model."""
+    way = resolve_decoding(model, "auto", "auto")
+    check_way(model, prompt(model.config, context), way)
+    # what float32 kernels read: the bytes of every matrix of a step, whatever they stand for
+    matrices = [m.weight.detach().view(torch.float32) for m in model.modules() if isinstance(m, nn.Linear)]
+    bytes_read = sum(w.nbytes for w in matrices)
+    kernels = reading_kernels()
 
     @torch.inference_mode()
-    def stream(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def stream(read: Callable[[Tensor], object]) -> None:
         for _ in range(steps):
             for w in matrices:
-                product(w, vectors[w.shape[1]])
+                read(w)
 
-    bounds = {
-        "torch.mv": Side(lambda: stream(torch.mv)),
-        "F.linear": Side(lambda: stream(lambda w, v: nn.functional.linear(v[None], w))),
-    }
-    ours.run(1)
-    for bound in bounds.values():
-        bound.run()
-    seconds = take_turns({"ours": Side(lambda: ours.run(steps), prepare=rewind), **bounds}, rounds)
-    fastest = min(bounds, key=lambda name: seconds[name].median)
-    return [
-        Row(
-            what=f"decoding at context {context:,} against reading its weights by {name}, {models.size_of(model)}",
+    room = 1 + (rounds + 1) * steps
+    ours = {name: stepper(model, filled_cache(model, 1, context, room=room), name) for name in {way, "eager"}}
+    sides = {name: Side(lambda step=step: step(steps)) for name, step in ours.items()}
+    sides |= {f"by {name}": Side(lambda read=read: stream(read)) for name, read in kernels.items()}
+    for side in sides.values():
+        side.run()
+    seconds = take_turns(sides, rounds)
+    bound = min((f"by {name}" for name in kernels), key=lambda name: seconds[name].median)
+    rate = bytes_read * steps / seconds[bound].median / 1e9
+
+    def row(against: str, other: str, name: str, ratio: str, target: Target | None = None, note: str = "") -> Row:
+        dtype = str(model.dtype).removeprefix("torch.")
+        return Row(
+            what=f"decoding at context {context:,} in {dtype} ({way}) against {against}, {models.size_of(model)}",
             unit="tokens/s",
-            ours=Summary.of(steps / s for s in seconds["ours"].values),
-            baseline_name=f"{len(matrices)} matrices by {name}",
-            baseline=Summary.of(steps / s for s in seconds[name].values),
-            ratio=pairwise(seconds[name].values, seconds["ours"].values),
-            ratio_name="ours / bound",
-            target=target if name == fastest else None,
-            note=f"The bound reads {bytes_read / 1e6:.0f} MB a step: "
-            f"{bytes_read * steps / seconds[name].median / 1e9:.1f} GB/s."
-            + (" The target holds for the faster of the two." if target is not None and name == fastest else ""),
+            ours=Summary.of(steps / s for s in seconds[way].values),
+            baseline_name=name,
+            baseline=Summary.of(steps / s for s in seconds[other].values),
+            ratio=pairwise(seconds[other].values, seconds[way].values),
+            ratio_name=ratio,
+            target=target,
+            note=note,
         )
-        for name in bounds
-    ]
+
+    note = f"The bound reads {bytes_read / 1e6:.0f} MB a step, {rate:.1f} GB/s, {bound}, the fastest of {len(kernels)}."
+    rows = [row("reading its weights", bound, f"{len(matrices)} matrices {bound}", "ours / bound", target, note)]
+    if way != "eager":
+        rows.append(row("calls of the model", "eager", "decoding='eager'", "ours / calls"))
+    return rows
+
+
+@torch.inference_mode()
+def check_way(model: StripedHyena, ids: Tensor, way: Decoding) -> None:
+    """Tokens read one by one give the logits of one pass, and a step of this way gives those of a call."""
+    check_decoding(model, ids, same=SAME if model.dtype == torch.float32 else SAME_NARROW)
+    if way == "eager":
+        return
+    cache = model.make_cache(max_length=ids.shape[1] + 1)
+    read(model, ids, cache)
+    decoder = make_decoder(model, 1, way, top=8)
+    decoder.add(cache.snapshot(), ids[:, 0], [SamplingParams()], [SamplingParams().generator()])
+    decoder.launch()
+    (pairs,) = decoder.fetch().top
+    logprobs = model(ids[:, :1], cache=cache, logits_to_keep=1)[0, -1].float().log_softmax(-1)
+    want = logprobs[[token for token, _ in pairs]]
+    got = torch.tensor([logprob for _, logprob in pairs])
+    same = SAME if model.dtype == torch.float32 else SAME_NARROW
+    require_equal(f"log-probabilities of {way} decoding and of a call", got, want, same)

@@ -37,6 +37,7 @@ from hyaena.layers import (
     step_unsupported_reason,
 )
 from hyaena.ops import PagedKVState, PagePool, StepContext
+from hyaena.ops.onednn import onednn_products
 from hyaena.packing import Snapshots
 
 
@@ -274,10 +275,13 @@ class StripedHyena(nn.Module):
             dtype=self.dtype,
             snapshots=snapshots,
         )
+        products = onednn_products(self.device, self.dtype, ids.numel())
         if cache is None or context.counts is None:
-            return self._layers(ids, context, [None] * len(self.layers), logits_to_keep)[0]
+            with products:
+                return self._layers(ids, context, [None] * len(self.layers), logits_to_keep)[0]
         assert context.lengths is not None
-        with cache.reading(self, len(ids) if counts is None else len(context.counts), context.lengths, context.counts):
+        rows = len(ids) if counts is None else len(context.counts)
+        with products, cache.reading(self, rows, context.lengths, context.counts):
             logits, states = self._layers(ids, context, cache.states, logits_to_keep)
             cache.commit([state.detach() for state in states], context.counts)
         return logits
@@ -330,6 +334,8 @@ class StripedHyena(nn.Module):
         """Why ``step`` cannot compute what ``forward`` does, or None. Parts that ``step`` does not call are named."""
         if has_hooks(self):
             return "the model has forward hooks, which static decoding would not call"
+        if type(self).forward is not StripedHyena.forward or "forward" in vars(self):
+            return "the model has a forward of its own, which static decoding would not call"
         return step_unsupported_reason(self.layers, self.device)
 
     @torch.no_grad()

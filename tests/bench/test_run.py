@@ -174,7 +174,7 @@ def test_the_bandwidth_is_that_of_the_faster_kernel_at_the_size_of_the_work() ->
     rates.SIZES["cpu"] = Sizes(4 * 2**20, 32, 3)
     small, large = (rates.measure_bandwidth(CPU, n) for n in (2 * 2**20, 2**40))
     assert small.kernel.endswith(" of 2 MiB") and large.kernel.endswith(" of 4 MiB")
-    assert small.kernel.split()[0] in ("copy", "sum") and small.median > 0
+    assert small.kernel.split()[0] in ("copy", "sum", "compiled") and small.median > 0
 
 
 def test_a_prefill_reads_in_chunks_and_keeps_the_last_logits(monkeypatch: pytest.MonkeyPatch) -> None:

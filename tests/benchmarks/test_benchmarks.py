@@ -57,7 +57,7 @@ def test_names_are_unique_and_what_they_name_exists(name: str) -> None:
     assert suite.name == name and len({b.name for b in suite.benchmarks}) == len(suite.benchmarks)
     assert all(callable(b.load()) for b in suite.benchmarks)
     assert isinstance(registry.load(suite.session)(quick=True, deadline=1.0), Session)
-    most = {"cpu": 27, "evo2": 15, "gpu": 10, "scoring": 10, "serve": 11}[name]
+    most = {"cpu": 28, "evo2": 15, "gpu": 10, "scoring": 10, "serve": 11}[name]
     assert sum(b.minutes for b in suite.benchmarks) <= most
 
 
@@ -321,5 +321,6 @@ def test_evo2_is_measured_against_its_matrices() -> None:
     from benchmarks.evo2.cpu import decode, prefill
 
     rows = [*prefill(Session(quick=True)), *decode(Session(quick=True))]
-    assert [row.ratio_name for row in rows] == ["bound / ours", "ours / bound", "ours / bound"]
-    assert all(row.ratio is not None and 0 < row.ratio.median < 1.5 for row in rows)
+    names = [row.ratio_name for row in rows]
+    assert names[:2] == ["bound / ours", "ours / bound"] and names[2:] in ([], ["ours / calls"])  # with numba
+    assert all(row.ratio is not None and 0 < row.ratio.median < 1.5 for row in rows[:2])

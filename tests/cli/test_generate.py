@@ -161,7 +161,24 @@ def test_json_has_no_infinities(
         return logits
 
     monkeypatch.setattr(StripedHyena, "forward", forbidding)
-    assert main(["generate", "--model", folder, "--json", "--logprobs", "3", "--max-new-tokens", "2", "abc"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                folder,
+                "--json",
+                "--logprobs",
+                "3",
+                "--max-new-tokens",
+                "2",
+                "--decoding",
+                "eager",
+                "abc",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [[value is None for _, value in pairs] for pairs in document["top_logprobs"]] == [[False, False, True]] * 2

@@ -442,7 +442,7 @@ def test_an_abandoned_stream_leaves_nothing_running(model: StripedHyena, monkeyp
 
 
 def test_ways_of_decoding_that_cannot_be_are_refused_at_the_call(model: StripedHyena) -> None:
-    with pytest.raises(InputError, match="unknown decoding 'fast': choose auto, eager, static, cuda_graph"):
+    with pytest.raises(InputError, match="unknown decoding 'fast': choose auto, eager, static, compiled, cuda_graph"):
         stream(model, TOKENIZER, "a", decoding="fast")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UnsupportedError, match="graphs are captured on CUDA devices, and the model is on cpu"):
         stream(model, TOKENIZER, "a", decoding="cuda_graph")

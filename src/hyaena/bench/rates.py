@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hyaena.bench.clock import Samples, call_times
+from hyaena.ops import cpu
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,13 @@ LEAST = 2**20
 
 @torch.inference_mode()
 def measure_bandwidth(device: torch.device, working_set: int | None = None) -> Rate:
-    """Bytes per second of the fastest plain kernel: a copy (read and written bytes count), on a CPU a sum as well.
+    """Bytes per second of the fastest plain kernel: a copy (read and written bytes count), on a CPU sums as well.
 
-    A processor that copies reads what it overwrites, so that on a CPU a step that only reads may be faster than a copy:
-    there the faster of both counts. And a step whose data stays in the processor's caches is faster than main memory:
-    ``working_set``, the bytes of a step, limits the size of the copy there. On a CUDA device the size is fixed.
+    A processor that copies reads what it overwrites, so that on a CPU a step that only reads may be faster than a copy.
+    There the fastest of several counts: a copy, torch's sum, and, where numba is installed, a sum of squares by the
+    kernels of decoding, which wait for nothing but memory. And a step whose data stays in the processor's caches is
+    faster than main memory: ``working_set``, the bytes of a step, limits the sizes there. On a CUDA device the size is
+    fixed.
     """
     sizes = SIZES[device.type]
     count = sizes.moved
@@ -69,12 +73,22 @@ def measure_bandwidth(device: torch.device, working_set: int | None = None) -> R
     target = torch.empty_like(source)
     kernels: dict[str, tuple[Callable[[], object], int]] = {"copy": (lambda: target.copy_(source), 2 * source.nbytes)}
     if device.type == "cpu":
-        kernels["sum"] = source.sum, source.nbytes
+        kernels |= {name: (lambda read=read: read(source), source.nbytes) for name, read in reading_kernels().items()}
     rates = [
         Rate(call_times(run, device, sizes.repeats).map(lambda s, n=n: n / s), f"{name} of {_size(source.nbytes)}")
         for name, (run, n) in kernels.items()
     ]
     return max(rates, key=lambda rate: rate.median)
+
+
+def reading_kernels() -> dict[str, Callable[[Tensor], object]]:
+    """What reads float32 numbers in a CPU's memory: torch's sum, and a kernel of ours where numba is installed."""
+    kernels: dict[str, Callable[[Tensor], object]] = {"sum": torch.sum}
+    if cpu.unsupported_reason(torch.float32) is None:
+        from hyaena.ops.cpu.reading import sums_of_squares  # numba takes a second to import
+
+        kernels["compiled sum of squares"] = sums_of_squares
+    return kernels
 
 
 @torch.inference_mode()

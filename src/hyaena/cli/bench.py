@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1 … (a GPU if there is one)")
     group.add_argument(
-        "--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere bfloat16 or as stored)"
+        "--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere bfloat16 or as stored)"
     )
 
     group = parser.add_argument_group("what to measure")
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--decoding",
         default="auto",
-        choices=("auto", "eager", "static", "cuda_graph"),
+        choices=("auto", "eager", "static", "compiled", "cuda_graph"),
         help="how steps are evaluated (auto)",
     )
 
@@ -153,10 +153,12 @@ def _model(
 
     from hyaena import checkpoints, hub
     from hyaena.bench.run import SH_7B, random_model
-    from hyaena.checkpoints.load import as_dtype
     from hyaena.formats import read_config
+    from hyaena.hub import choose_dtype
 
-    dtype = as_dtype(args.dtype) or (torch.float32 if device.type == "cpu" else None)
+    dtype = choose_dtype(args.dtype, device)
+    if dtype == "stored":
+        raise InputError("bench computes in one dtype: name it, or leave --dtype out for that of the embedding")
     if args.model in (None, PRESET):
         if args.model == PRESET and args.config is not None:
             raise InputError("--model 7b has its own configuration: leave --config out, or --model")

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--decoding",
         default="auto",
-        choices=("auto", "eager", "static", "cuda_graph"),
+        choices=("auto", "eager", "static", "compiled", "cuda_graph"),
         help="how tokens are decoded: calls of the model, steps on fixed memory, or those as a CUDA graph (auto)",
     )
     group.add_argument(
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from hyaena import hub
-    from hyaena.checkpoints.load import as_device, as_dtype
+    from hyaena.checkpoints.load import as_device
     from hyaena.fp8 import check_fp8
     from hyaena.generation import Settings, encode_prompts, generate, load_prefix, parse_prompts, prefix, stream
 
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
     named = named or [sequences.Prompt("prompt", prompt)]
     prompts = parse_prompts([one.text for one in named], allow_empty=args.prefix_file is not None)[0]
     device = as_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
-    as_dtype(None if args.dtype == "stored" else args.dtype)
+    hub.choose_dtype(args.dtype, device)
     if args.decoding == "cuda_graph" and device.type != "cuda":
         raise UnsupportedError(f"graphs are captured on CUDA devices, not on {device}: choose another --decoding")
     began = time.perf_counter()

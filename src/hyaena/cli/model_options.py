@@ -22,7 +22,7 @@ def add_model_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
     group.add_argument("--revision", help="the revision of a hub id")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16 or float16 (on a CPU float32, elsewhere as stored)")
+    group.add_argument("--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere as stored)")
     group.add_argument(
         "--fp8",
         choices=("auto", "exact", "off"),
@@ -74,7 +74,7 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
     device = checkpoints.as_device(
         ("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device
     )
-    checkpoints.as_dtype(None if args.dtype == "stored" else args.dtype)
+    dtype = hub.choose_dtype(args.dtype, device)
     origin = {"revision": args.revision, "config": args.config}
     config, tokenizer = hub.load_tokenizer_of(args.model, **origin)
     check_fp8(args.fp8, config.fp8_input_projections)
@@ -83,7 +83,7 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
     options = {
         "--model": args.model,
         "the digest of the model's files": checkpoints.fingerprint(hub.locate(args.model, **origin)),
-        "--dtype": args.dtype or ("float32" if device.type == "cpu" else "stored"),
+        "--dtype": str(dtype or "stored").removeprefix("torch."),
         "--fp8": args.fp8,
     }
     return PreparedModel(

@@ -29,10 +29,13 @@ class PipelinedDecoder(Generic[K]):
 
     Args:
         decoder: whose rows are read; nobody else may launch or fetch.
+        under_way: steps that have been launched when one is looked at: the one, and those that run meanwhile. Where a
+            launch is the work itself, as in compiled decoding, 1 shows each token as soon as it is there.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, *, under_way: int = 2) -> None:
         self.decoder = decoder
+        self.under_way = under_way
         self.keys: list[K] = []  # of the decoder's rows, in order
         self.left: dict[K, int] = {}  # steps that a row still needs, of rows that have not left
         self.fetched: deque[tuple[list[K], StepOutput]] = deque()
@@ -74,8 +77,8 @@ class PipelinedDecoder(Generic[K]):
         return self.fetched.popleft() if self.fetched else self._fetch()
 
     def _steps_ahead(self) -> int:
-        """How many steps ``next`` will launch: two are to be under way while one is looked at."""
-        missing = 2 - len(self.fetched) - len(self.decoder.pending)
+        """How many steps ``next`` will launch, so that enough are under way while one is looked at."""
+        missing = self.under_way - len(self.fetched) - len(self.decoder.pending)
         return min(max(0, missing), max(self.left.values(), default=0))
 
     def missing_pages(self) -> dict[K, int]:

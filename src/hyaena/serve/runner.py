@@ -12,13 +12,13 @@ from torch import Tensor
 
 from hyaena.cache import Cache, StateSnapshot
 from hyaena.decoding import (
-    Decoder,
     Decoding,
     EagerDecoder,
     IsolatedDecoder,
     PipelinedDecoder,
     ShortPasses,
     StepOutput,
+    make_decoder,
     sample_outputs,
 )
 from hyaena.decoding.short_passes import Answers
@@ -261,7 +261,8 @@ def _make_rows(model: StripedHyena, max_rows: int, decoding: Decoding, isolated:
         return IsolatedDecoder(model)
     if decoding == "eager":
         return EagerDecoder(model)
-    return PipelinedDecoder(Decoder(model, max_rows, cuda_graph=decoding == "cuda_graph"))
+    under_way = 1 if decoding == "compiled" else 2
+    return PipelinedDecoder(make_decoder(model, max_rows, decoding), under_way=under_way)
 
 
 def _unpack(output: StepOutput) -> list[Chosen]:
