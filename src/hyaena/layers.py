@@ -26,6 +26,7 @@ from hyaena.errors import InputError
 from hyaena.filters import ExplicitLongFilter, Float32Parameters, LongFilter, RealLongFilter, ShortFilter
 from hyaena.fp8 import FP8Linear
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, StepContext
+from hyaena.quant import QuantizedLinear
 
 
 class Mixer(Protocol):
@@ -344,7 +345,9 @@ def call(module: nn.Module, x: Tensor, context: ForwardContext) -> Tensor:
 
 
 def record(module: nn.Module) -> ops.Linear:
-    """The weights of a plain linear layer, which kernels may read; any other module itself, to be called."""
+    """The weights of a linear layer of ours, which kernels may read; any other module itself, to be called."""
+    if type(module) is QuantizedLinear and not has_hooks(module):
+        return module.record()
     plain = type(module) is nn.Linear or (type(module) is FP8Linear and module.is_plain())
     if plain and not has_hooks(module):
         return ops.Dense(module.weight, module.bias)  # type: ignore[arg-type]

@@ -198,7 +198,9 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         with _Progress(part.size, show=not args.quiet and sys.stderr.isatty()) as progress:
 
             def start() -> Compute:
-                model = hub.load_model(args.model, device=device, dtype=args.dtype, fp8=args.fp8, **origin)
+                model = hub.load_model(
+                    args.model, device=device, dtype=args.dtype, fp8=args.fp8, weights=args.weights, **origin
+                )
                 progress.begin()
                 return _compute(model, tokenizer, source, task, reading, progress)
 
