@@ -349,7 +349,7 @@ def record(module: nn.Module) -> ops.Linear:
     if type(module) is QuantizedLinear and not has_hooks(module):
         return module.record()
     plain = type(module) is nn.Linear or (type(module) is FP8Linear and module.is_plain())
-    if plain and not has_hooks(module):
+    if plain and type(module.weight) in (nn.Parameter, Tensor) and not has_hooks(module):  # torchao puts others there
         return ops.Dense(module.weight, module.bias)  # type: ignore[arg-type]
     return module
 

@@ -46,13 +46,16 @@ from hyaena.formats.transformers import tensors as transformers_tensors
 from hyaena.layers import MIXERS
 from hyaena.model import StripedHyena
 from hyaena.quant import fixed_tensors
+from hyaena.tensor_files.gguf_file import BLOCKS, write_gguf
+from hyaena.tensor_files.gguf_file import SUFFIX as GGUF
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer, Tokenizer, transformers_files
 
-Layout = Literal["hyaena", "original", "transformers"]
-CONFIG_NAMES: dict[Layout, str] = {
+Layout = Literal["hyaena", "original", "transformers", "gguf"]
+CONFIG_NAMES: dict[Layout, str | None] = {
     "hyaena": "config.json",
     "original": "config.yml",
     "transformers": "config.json",
+    "gguf": None,  # inside the file
 }
 WAIT = 60.0
 """Seconds that a save waits for another one in the same folder."""
@@ -77,7 +80,7 @@ def save_model(
         folder: made if it is not there; files that belong to no checkpoint are left alone.
         tokenizer: the model's; its files are written beside the weights, in the form that the layout has.
         layout: ``"hyaena"`` (``config.json``, our names), ``"original"`` (``config.yml``, the original's names), or
-            ``"transformers"`` (what ``hyaena.hf`` reads and writes).
+            ``"transformers"`` (what ``hyaena.hf`` reads and writes), or ``"gguf"`` (``model.gguf``, our names).
         dtype: cast the weights on the way; poles and residues stay float32.
         max_shard_size: bytes above which the weights are split over several files. The original layout of
             StripedHyena 2 is one file of ``torch.save``, whatever its size.
@@ -111,6 +114,8 @@ def save_model(
         # The original's head is a module of its own, and its state dict has the shared matrix twice.
         state["lm_head.weight"] = state["embed_tokens.weight"].clone()
 
+    if layout == "gguf" and config.weights not in (None, *BLOCKS):
+        raise CheckpointError(f"GGUF has no blocks of {config.weights} weights: quantize the model to q8_0 or q4_0")
     dtypes = {
         name: t.dtype if narrow is None or name in fixed else dtype_in(narrow, wide=name in wide)
         for name, t in state.items()
@@ -307,11 +312,14 @@ def _write(
     total, original = 0, format_of(config)
     shards = _split({name: tensor.numel() * dtypes[name].itemsize for name, tensor in state.items()}, limit)
     names = shard_names(folder, len(shards))
-    if layout == "original" and original.SINGLE_FILE is not None:
-        shards, names = [list(state)], [original.SINGLE_FILE]
+    single = {"original": original.SINGLE_FILE, "gguf": f"model{GGUF}"}.get(layout)
+    if single is not None:
+        shards, names = [list(state)], [single]
     weight_map: dict[str, str] = {}
-    config_file = stage / CONFIG_NAMES[layout]
-    write_bytes(config_file, config_text(config, layout, dtypes["embed_tokens.weight"]).encode())
+    text = config_text(config, layout, dtypes["embed_tokens.weight"])
+    config_name = CONFIG_NAMES[layout]
+    if config_name is not None:
+        write_bytes(stage / config_name, text.encode())
     for file, keys in zip(names, shards, strict=True):
         tensors = {key: state[key].to("cpu", dtypes[key]) for key in keys}
         if layout == "original":
@@ -326,8 +334,13 @@ def _write(
         tensors = apart(tensors)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
+        if layout == "gguf":
+            write_gguf(stage / file, tensors, text)
+            files.flush(stage / file)
+            continue
+        assert config_name is not None
         write_tensors(stage / file, tensors)
-        shutil.copymode(config_file, stage / file)  # safetensors makes its files private
+        shutil.copymode(stage / config_name, stage / file)  # safetensors makes its files private
     for name, content in extra_files.items():
         write_bytes(stage / name, content)
     if layout == "transformers":
