@@ -84,7 +84,7 @@ def read_gguf_config(path: Path) -> str:
 def write_gguf(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
     """Write tensors under our names; those of narrow weights of a scheme of ``BLOCKS`` as blocks."""
     require("gguf", extra="gguf", purpose="a GGUF file")
-    import gguf
+    import gguf  # pyright: ignore[reportMissingImports]
 
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_string(CONFIG_KEY, config)
@@ -136,7 +136,7 @@ class _BlockPart(StoredTensor):
 
 def _reader(path: Path) -> Any:
     require("gguf", extra="gguf", purpose="a GGUF file")
-    import gguf
+    import gguf  # pyright: ignore[reportMissingImports]
 
     return gguf.GGUFReader(path)
 
