@@ -565,7 +565,7 @@ def test_ways_of_decoding() -> None:
     model = make()
     assert resolve_decoding(model, "auto", "auto") == "eager"
     assert resolve_decoding(model, "static", "truncated") == "static"  # the plain operators take any state
-    with pytest.raises(InputError, match="unknown decoding 'quick': choose auto, eager, static, cuda_graph"):
+    with pytest.raises(InputError, match="unknown decoding 'quick': choose auto, eager, static, compiled, cuda_graph"):
         resolve_decoding(model, "quick", "auto")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="graphs are captured on CUDA devices"):
         resolve_decoding(model, "cuda_graph", "auto")

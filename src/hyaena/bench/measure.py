@@ -12,7 +12,7 @@ from torch import Tensor
 from hyaena.bench.clock import Samples, call_times, wall_seconds
 from hyaena.bench.rates import Rate, measure_bandwidth, measure_flops
 from hyaena.cache import Cache
-from hyaena.decoding import Decoder, Decoding, StepOutput, pack_outputs, resolve_decoding
+from hyaena.decoding import Decoding, StepOutput, make_decoder, pack_outputs, resolve_decoding
 from hyaena.errors import NonFiniteError
 from hyaena.generation import choose_chunk
 from hyaena.model import StripedHyena
@@ -275,7 +275,7 @@ def stepper(
                 _require_finite(StepOutput.unpack(pack_outputs(logits, ids, finite_rows(logits), 0)))
 
         return forward
-    decoder = Decoder(model, cache.batch_size, cuda_graph=decoding == "cuda_graph", operators=operators)
+    decoder = make_decoder(model, cache.batch_size, decoding, operators=operators)
     decoder.add(cache, ids, rows, generators)
 
     def ahead(count: int) -> None:

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--decoding",
         default="auto",
-        choices=("auto", "eager", "static", "cuda_graph"),
+        choices=("auto", "eager", "static", "compiled", "cuda_graph"),
         help="how steps are evaluated (auto)",
     )
 

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--decoding",
         default="auto",
-        choices=("auto", "eager", "static", "cuda_graph"),
+        choices=("auto", "eager", "static", "compiled", "cuda_graph"),
         help="how tokens are decoded: calls of the model, steps on fixed memory, or those as a CUDA graph (auto)",
     )
     group.add_argument(

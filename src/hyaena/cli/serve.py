@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
     group.add_argument("--chunk", type=int, metavar="N", help="tokens of prompts per pass (512 on a CPU)")
     group.add_argument(
-        "--decoding", default="auto", choices=("auto", "eager", "static", "cuda_graph"), help="as in generate (auto)"
+        "--decoding",
+        default="auto",
+        choices=("auto", "eager", "static", "compiled", "cuda_graph"),
+        help="as in generate (auto)",
     )
     group.add_argument(
         "--deterministic",

@@ -1,6 +1,6 @@
 """From the last token of every row to the next: by calls of the model, or by steps on static memory and CUDA graphs."""
 
-from hyaena.decoding.decoder import Decoder, Decoding, resolve_decoding
+from hyaena.decoding.decoder import Decoder, Decoding, make_decoder, resolve_decoding
 from hyaena.decoding.eager import EagerDecoder, sample_outputs
 from hyaena.decoding.isolated import IsolatedDecoder
 from hyaena.decoding.pipeline import PipelinedDecoder
@@ -15,6 +15,7 @@ __all__ = [
     "PipelinedDecoder",
     "StaticCache",
     "StepOutput",
+    "make_decoder",
     "pack_outputs",
     "resolve_decoding",
     "sample_outputs",

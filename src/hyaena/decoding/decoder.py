@@ -21,12 +21,12 @@ from hyaena.decoding.sampler import GraphSampler, StepOutput, move_rows
 from hyaena.decoding.static_cache import StaticCache
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.model import StripedHyena
-from hyaena.ops import PAGE, PageTable, StepContext, pages_for, triton
+from hyaena.ops import PAGE, PageTable, StepContext, cpu, pages_for, triton
 from hyaena.ops.backend import log_once
 from hyaena.ops.step import DecodeOperators
 from hyaena.sampling import SamplingFeatures, SamplingParams
 
-Decoding = Literal["auto", "eager", "static", "cuda_graph"]
+Decoding = Literal["auto", "eager", "static", "compiled", "cuda_graph"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,12 +324,31 @@ def _bucket(rows: int) -> int:
     return 1 << (max(1, rows) - 1).bit_length()
 
 
-def choose_operators(model: StripedHyena) -> DecodeOperators:
-    """The kernels on a CUDA device, the plain operators elsewhere. Kernels overlap where the device supports it.
+def make_decoder(
+    model: StripedHyena,
+    max_rows: int,
+    decoding: Decoding,
+    *,
+    top: int = 0,
+    operators: DecodeOperators | None = None,
+) -> Decoder:
+    """The decoder of a way of decoding that ``resolve_decoding`` returned, other than ``"eager"``; see ``Decoder``."""
+    operators = operators or choose_operators(model, compiled=decoding == "compiled")
+    return Decoder(model, max_rows, top=top, cuda_graph=decoding == "cuda_graph", operators=operators)
+
+
+def choose_operators(model: StripedHyena, *, compiled: bool = False) -> DecodeOperators:
+    """The kernels on a CUDA device, elsewhere those that are ``compiled`` for the CPU, or the plain operators.
+
+    Kernels overlap where the device supports it.
 
     Raises:
         UnsupportedError: the kernels cannot run there, or not on this model.
     """
+    if compiled:
+        from hyaena.ops.cpu.operators import CompiledOperators  # numba takes a second to import
+
+        return CompiledOperators()
     if model.device.type != "cuda":
         return DecodeOperators()
     reason = _unsupported_by_kernels(model)
@@ -348,6 +367,12 @@ def _no_graphs(model: StripedHyena) -> str | None:
     return None
 
 
+def _not_compiled(model: StripedHyena) -> str | None:
+    if model.device.type != "cpu":
+        return f"kernels are compiled for the CPU, and the model is on {model.device}"
+    return cpu.unsupported_reason(model.dtype)
+
+
 def _unsupported_by_kernels(model: StripedHyena) -> str | None:
     return triton.decode_unsupported_reason(model.dtype, model.config.head_dim, model.device.type)
 
@@ -357,9 +382,9 @@ def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decodi
 
     Args:
         model: whose tokens.
-        wish: ``"eager"`` calls the model for each token; ``"static"`` steps on fixed memory; ``"cuda_graph"`` does
-            so as a graph, on CUDA devices; ``"auto"`` is ``"cuda_graph"`` where that can be done, and ``"eager"``
-            elsewhere.
+        wish: ``"eager"`` calls the model for each token; ``"static"`` steps on fixed memory; ``"compiled"`` does so
+            with kernels compiled for the CPU; ``"cuda_graph"`` does so as a graph, on CUDA devices; ``"auto"`` is
+            one of the last two where that can be done, and ``"eager"`` elsewhere.
         method: by which prompts are read.
 
     Raises:
@@ -368,17 +393,27 @@ def resolve_decoding(model: StripedHyena, wish: Decoding, method: str) -> Decodi
     """
     if wish not in get_args(Decoding):
         raise InputError(f"unknown decoding {wish!r}: choose {', '.join(get_args(Decoding))}")
-    if wish == "eager" or (wish == "auto" and model.device.type != "cuda"):
+    if wish == "eager":
         return "eager"
-    reason = model.unsupported_reason() or (_no_graphs(model) if wish != "static" else None)
-    if reason is None and model.device.type == "cuda":
+    on_cuda = model.device.type == "cuda"
+    best: Decoding = "cuda_graph" if on_cuda else "compiled"
+    way = best if wish == "auto" else wish
+    reason = model.unsupported_reason()
+    if reason is None and way == "cuda_graph":
+        reason = _no_graphs(model)
+    if reason is None and way == "compiled":
+        reason = _not_compiled(model)
+    if reason is None and on_cuda:
         reason = _unsupported_by_kernels(model)
         if reason is None and ops.capabilities(method).state == "window":
             reason = f"the kernels step modes, and {method!r} leaves the windows of cut filters"
     if wish == "auto":
-        choice = "CUDA graphs" if reason is None else f"calls of the model, not CUDA graphs: {reason}"
-        log_once("tokens are decoded by", choice)
-        return "cuda_graph" if reason is None else "eager"
+        name = "CUDA graphs" if best == "cuda_graph" else "kernels compiled for the CPU"
+        log_once("tokens are decoded by", name if reason is None else f"calls of the model, not {name}: {reason}")
+        return best if reason is None else "eager"
     if reason is not None:
-        raise UnsupportedError(f"static decoding is not possible: {reason}; decode with decoding='eager'")
+        raise UnsupportedError(f"{_NAMES[wish]} is not possible: {reason}; decode with decoding='eager'")
     return wish
+
+
+_NAMES = {"static": "static decoding", "compiled": "compiled decoding", "cuda_graph": "static decoding"}

@@ -74,8 +74,12 @@ class PipelinedDecoder(Generic[K]):
         return self.fetched.popleft() if self.fetched else self._fetch()
 
     def _steps_ahead(self) -> int:
-        """How many steps ``next`` will launch: two are to be under way while one is looked at."""
-        missing = 2 - len(self.fetched) - len(self.decoder.pending)
+        """How many steps ``next`` will launch: two are to be under way while one is looked at.
+
+        On a CPU, where a launch is the work itself, one is.
+        """
+        wanted = 1 if self.decoder.model.device.type == "cpu" else 2
+        missing = wanted - len(self.fetched) - len(self.decoder.pending)
         return min(max(0, missing), max(self.left.values(), default=0))
 
     def missing_pages(self) -> dict[K, int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hyaena.cache import Cache
-from hyaena.decoding import Decoder, Decoding, EagerDecoder, PipelinedDecoder, StepOutput, sample_outputs
+from hyaena.decoding import Decoding, EagerDecoder, PipelinedDecoder, StepOutput, make_decoder, sample_outputs
 from hyaena.errors import NonFiniteError
 from hyaena.generation.nonfinite import first_non_finite
 from hyaena.generation.stop_strings import StopStringFilter
@@ -178,7 +178,7 @@ class GenerationLoop:
         self.model = model
         self.rows = {row.index: row for row in rows}  # not finished
         self.method = method
-        self.decoding = decoding
+        self.decoding: Decoding = decoding
         self.chunk = chunk
         self.top = top
         self.progress = progress
@@ -244,8 +244,7 @@ class GenerationLoop:
     def _make_decoder(self) -> EagerDecoder[int] | PipelinedDecoder[int]:
         if self.decoding == "eager":
             return EagerDecoder(self.model, top=self.top)
-        decoder = Decoder(self.model, len(self.rows), top=self.top, cuda_graph=self.decoding == "cuda_graph")
-        return PipelinedDecoder(decoder)
+        return PipelinedDecoder(make_decoder(self.model, len(self.rows), self.decoding, top=self.top))
 
     def _take(self, keys: list[int], output: StepOutput, began: float) -> list[Event]:
         """Add the tokens of one step to their rows; rows that finish leave."""

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hyaena.cache import Cache, StateSnapshot
 from hyaena.decoding import (
-    Decoder,
     Decoding,
     EagerDecoder,
     IsolatedDecoder,
     PipelinedDecoder,
     StepOutput,
+    make_decoder,
     sample_outputs,
 )
 from hyaena.errors import UnsupportedError
@@ -177,7 +177,7 @@ class Runner:
             return IsolatedDecoder(self.model)
         if self.decoding == "eager":
             return EagerDecoder(self.model)
-        return PipelinedDecoder(Decoder(self.model, self.max_rows, cuda_graph=self.decoding == "cuda_graph"))
+        return PipelinedDecoder(make_decoder(self.model, self.max_rows, self.decoding))
 
 
 def _unpack(output: StepOutput) -> list[Chosen]:

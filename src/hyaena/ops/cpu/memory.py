@@ -1,0 +1,180 @@
+"""Reading and writing memory in compiled kernels: numbers of every dtype become float32, and are rounded once.
+
+A kernel is given addresses. The dtype of what lies there is a token, a number of a type that stands for it, so that one
+function serves all dtypes and is compiled for those in use: ``FLOAT32``, ``BFLOAT16``, ``FLOAT16``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
+
+FLOAT32, BFLOAT16, FLOAT16 = np.float32(0), np.uint16(0), np.int16(0)
+TOKENS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+
+STAMP = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+"""Of the source of all kernels. numba looks at the file of a kernel, not at those of the functions that it calls."""
+
+# Sums may be formed in any order and products contracted; which order is fixed when a kernel is compiled, so that a row
+# has the same bits on any number of threads and beside any number of other rows. NaN and infinity keep their meaning.
+_OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+
+function = njit(**_OPTIONS)
+"""Compiled where a kernel calls it."""
+
+
+def kernel(body: Callable[[int], None]) -> Any:
+    """Compile ``body(arguments)``, and keep the result on disk where a user can write; ``address`` is that of the code.
+
+    A body is a closure over tokens and ``STAMP``. What it calls it finds among the globals of its module: functions in
+    a closure would count as new ones in every process, and nothing would be found on disk.
+    """
+    signature = types.void(types.int64)
+    try:
+        return cfunc(signature, cache=True, **_OPTIONS)(body)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return cfunc(signature, **_OPTIONS)(body)
+
+
+_INT16, _INT32, _INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_FLOAT, _HALF = ir.FloatType(), ir.HalfType()
+
+
+def _place(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
+    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index], inbounds=True)
+
+
+@intrinsic
+def load(context, token, address, index):
+    """The number at ``address[index]``, as float32."""
+
+    def generate(_, builder, signature, arguments):
+        _, address, index = arguments
+        if token == types.float32:
+            return builder.load(_place(builder, address, index, _FLOAT), align=4)
+        if token == types.uint16:  # the upper half of a float32
+            bits = builder.zext(builder.load(_place(builder, address, index, _INT16), align=2), _INT32)
+            return builder.bitcast(builder.shl(bits, ir.Constant(_INT32, 16)), _FLOAT)
+        return builder.fpext(builder.load(_place(builder, address, index, _HALF), align=2), _FLOAT)
+
+    return types.float32(token, types.int64, types.int64), generate
+
+
+@intrinsic
+def store(context, token, address, index, value):
+    """Write a float32 to ``address[index]``, rounded to the nearest number, to the even one of two."""
+
+    def generate(generator, builder, signature, arguments):
+        _, address, index, value = arguments
+        if token == types.float32:
+            builder.store(value, _place(builder, address, index, _FLOAT), align=4)
+        elif token == types.uint16:
+            bits = builder.bitcast(value, _INT32)
+            half = builder.and_(builder.lshr(bits, ir.Constant(_INT32, 16)), ir.Constant(_INT32, 1))
+            rounded = builder.add(bits, builder.add(half, ir.Constant(_INT32, 0x7FFF)))
+            # a NaN keeps its sign and becomes quiet: adding could carry it to infinity
+            nan = builder.or_(bits, ir.Constant(_INT32, 0x400000))
+            bits = builder.select(builder.fcmp_unordered("uno", value, value), nan, rounded)
+            upper = builder.trunc(builder.lshr(bits, ir.Constant(_INT32, 16)), _INT16)
+            builder.store(upper, _place(builder, address, index, _INT16), align=2)
+        else:
+            builder.store(builder.fptrunc(value, _HALF), _place(builder, address, index, _HALF), align=2)
+        return generator.get_dummy_value()
+
+    return types.void(token, types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def size(context, token):
+    """Bytes of a number."""
+
+    def generate(_, builder, signature, arguments):
+        return ir.Constant(_INT64, token.bitwidth // 8)
+
+    return types.int64(token), generate
+
+
+@intrinsic
+def word(context, address, index):
+    """The int64 at ``address[index]``."""
+
+    def generate(_, builder, signature, arguments):
+        return builder.load(_place(builder, *arguments, _INT64), align=8)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def short_word(context, address, index):
+    """The int32 at ``address[index]``, as int64."""
+
+    def generate(_, builder, signature, arguments):
+        return builder.sext(builder.load(_place(builder, *arguments, _INT32), align=4), _INT64)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def real(context, address, index):
+    """The float64 at ``address[index]``."""
+
+    def generate(_, builder, signature, arguments):
+        return builder.load(_place(builder, *arguments, ir.DoubleType()), align=8)
+
+    return types.float64(types.int64, types.int64), generate
+
+
+@intrinsic
+def take(context, address, index):
+    """Add 1 to the int64 at ``address[index]`` and return what it was: to each thread another number."""
+
+    def generate(_, builder, signature, arguments):
+        return builder.atomic_rmw("add", _place(builder, *arguments, _INT64), ir.Constant(_INT64, 1), "acq_rel")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def power_of_two(context, exponent):
+    """2^exponent as float32, for exponents of normal numbers."""
+
+    def generate(_, builder, signature, arguments):
+        biased = builder.add(arguments[0], ir.Constant(_INT32, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(_INT32, 23)), _FLOAT)
+
+    return types.float32(types.int32), generate
+
+
+@function
+def hold(array):
+    """Keep an array that was used by its address until here: numba frees it after its last mention."""
+
+
+@function
+def exp(x):
+    """e^x for x <= 0, to 2 units in the last place, and 0 below -87; loops over it become vectors.
+
+    ``e^x = 2^n·e^r`` with ``|r| <= ln(2)/2``, and a polynomial for ``e^r``.
+
+    Source: Cephes mathematical library (Moshier 1989), coefficients of expf.
+    """
+    low = np.float32(-87)
+    y = low if x < low else x  # NaN stays
+    n = np.floor(y * np.float32(1.44269504088896341) + np.float32(0.5))
+    r = (y - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    value = ((p * r) * r + r + np.float32(1)) * power_of_two(np.int32(n))
+    return np.float32(0) if x < low else value

@@ -1,0 +1,177 @@
+"""The operators of a decoding step compiled for the processor: they equal ``ops.step.DecodeOperators``."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hyaena.ops.cpu import attention, products, team
+from hyaena.ops.cpu import hyena as hyena_kernels
+from hyaena.ops.cpu.memory import TOKENS
+from hyaena.ops.hyena import HyenaState
+from hyaena.ops.kv import KVState
+from hyaena.ops.linear import Dense, Linear
+from hyaena.ops.long_conv import ExplicitFilter, Filter, ModalFilter, RealModalFilter
+from hyaena.ops.pages import PagedKVState
+from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
+
+MOST_ROWS = 16
+"""Rows up to which products are computed here; above, a matrix product of torch reuses what it reads more often."""
+
+
+class CompiledOperators(DecodeOperators):
+    """Every weight and every valid slot is read once, at the bandwidth of memory, by torch's own threads.
+
+    The numbers of a row do not depend on other rows, nor on the number of threads. Layers that are not plain weights,
+    other dtypes, other kinds of filters, and products of more than ``MOST_ROWS`` rows, are computed by the plain
+    operators.
+    """
+
+    def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        if (
+            len(x) > MOST_ROWS
+            or not isinstance(layer, Dense)
+            or not isinstance(norm, RMSNormWeight | None)
+            or not _alike(x, layer.weight, layer.bias, residual, None if norm is None else norm.weight)
+        ):
+            return super().linear(x, layer, norm=norm, residual=residual)
+        token, outputs = TOKENS[x.dtype], layer.weight.shape[0]
+        y = x.new_empty(x.shape[0], outputs)
+        bias, residual_ = (0 if t is None else t.data_ptr() for t in (layer.bias, residual))
+        words = (*_product(x, layer.weight, norm), y.data_ptr(), layer.weight.data_ptr(), bias, residual_)
+        _run(products.linear(token, token), words)
+        return y
+
+    def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
+        if (
+            len(x) > MOST_ROWS
+            or not (isinstance(gate, Dense) and isinstance(up, Dense))
+            or not (gate.bias is None and up.bias is None and isinstance(norm, RMSNormWeight | None))
+            or not _alike(x, gate.weight, up.weight, None if norm is None else norm.weight)
+        ):
+            return super().gate(x, gate, up, norm=norm, activation=activation)
+        token = TOKENS[x.dtype]
+        y = x.new_empty(x.shape[0], gate.weight.shape[0])
+        kind = products.ACTIVATION[activation]
+        words = (
+            *_product(x, gate.weight, norm),
+            y.data_ptr(),
+            gate.weight.data_ptr(),
+            up.weight.data_ptr(),
+            kind,
+        )
+        _run(products.gate(token, token), words)
+        return y
+
+    def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
+        rows = state.through(context.pages)
+        cos, sin = context.rotary
+        if not _alike(qkv) or rows.dtype not in TOKENS or cos.dtype != torch.float32:
+            return super().rotate_and_cache(qkv, state, context)
+        groups, head_dim = rows.groups, rows.head_dim
+        heads = qkv.shape[1] // head_dim - 2 * groups
+        q = qkv.new_empty(qkv.shape[0], heads, head_dim)
+        words = (*_attention(qkv, heads, rows, context), q.data_ptr(), cos.data_ptr(), sin.data_ptr())
+        _run(attention.rotate_and_cache(TOKENS[qkv.dtype], TOKENS[rows.dtype]), words)
+        return q
+
+    def attend(self, q: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
+        rows = state.through(context.pages)
+        if not _alike(q) or rows.dtype not in TOKENS:
+            return super().attend(q, state, context)
+        batch, heads, head_dim = q.shape
+        splits = -(-max(context.lengths.tolist()) // attention.SPLIT)
+        y = torch.empty_like(q)
+        parts = torch.empty(batch * heads * splits * (head_dim + 2), dtype=torch.float32)
+        tail = (y.data_ptr(), splits, parts.data_ptr(), _bits(head_dim**-0.5))
+        words = (*_attention(q, heads, rows, context), *tail)
+        _run(attention.attend(TOKENS[q.dtype], TOKENS[rows.dtype]), words)
+        return y
+
+    def hyena(
+        self, z: Tensor, short_weight: Tensor, short_bias: Tensor | None, long_filter: Filter, state: HyenaState
+    ) -> Tensor:
+        numbers = _filter(long_filter, state.long, z.dtype)
+        if numbers is None or not _alike(z, short_weight, short_bias, state.short, long_filter.skip):
+            return super().hyena(z, short_weight, short_bias, long_filter, state)
+        kind, a, b = numbers
+        channels, skip = z.shape[1] // 3, long_filter.skip
+        y = z.new_empty(z.shape[0], channels)
+        words = (
+            z.data_ptr(),
+            z.shape[0],
+            channels,
+            short_weight.shape[1],
+            short_weight.data_ptr(),
+            0 if short_bias is None else short_bias.data_ptr(),
+            state.short.data_ptr(),
+            state.long.data_ptr(),
+            a.shape[0],
+            a.shape[1],
+            a.data_ptr(),
+            b.data_ptr(),
+            0 if skip is None else skip.data_ptr(),
+            y.data_ptr(),
+        )
+        _run(hyena_kernels.step(TOKENS[z.dtype], kind), words)
+        return y
+
+
+def _run(kernel, words: tuple[int, ...]) -> None:
+    team.run(kernel.address, array("q", (0, *words)), torch.get_num_threads())
+
+
+def _alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether tensors have one dtype that kernels take, on the CPU, each without gaps."""
+    if x.dtype not in TOKENS or x.device.type != "cpu" or not x.is_contiguous():
+        return False
+    return all(t is None or (t.dtype == x.dtype and t.is_contiguous()) for t in others)
+
+
+@lru_cache
+def _bits(value: float) -> int:
+    return struct.unpack("q", struct.pack("d", value))[0]
+
+
+def _product(x: Tensor, weight: Tensor, norm: RMSNormWeight | None) -> tuple[int, ...]:
+    """The arguments of a product before its result."""
+    outputs, width = weight.shape
+    block = max(1, products.BLOCK_BYTES // (width * weight.element_size()))
+    if norm is None:
+        return x.data_ptr(), x.shape[0], width, outputs, block, 0, 0, 0
+    numbers = norm.weight.data_ptr(), _bits(norm.eps), int(norm.eps_inside_root)
+    return x.data_ptr(), x.shape[0], width, outputs, block, *numbers
+
+
+def _attention(q: Tensor, heads: int, rows, context: StepContext) -> tuple[int, ...]:
+    """The arguments of both kernels of attention, up to the result."""
+    keys, values, slots = rows.pointers()
+    sizes = q.shape[0], heads, rows.groups, rows.head_dim
+    tables = 0, q.data_ptr(), *sizes, context.lengths.data_ptr(), keys.data_ptr(), values.data_ptr()
+    if context.pages is None or isinstance(rows, KVState):
+        return *tables, slots.data_ptr(), 0, 0
+    numbers = context.pages.numbers
+    return *tables, slots, numbers.data_ptr(), numbers.stride(0)
+
+
+def _filter(long_filter: Filter, state: Tensor, dtype: torch.dtype) -> tuple[int, Tensor, Tensor] | None:
+    """The kind of a long filter and its numbers, [F,N] each; None where the kernels do not take it or its state."""
+    if not state.is_contiguous():
+        return None
+    if isinstance(long_filter, ModalFilter):
+        kind, a, b = hyena_kernels.COMPLEX, long_filter.poles, long_filter.residues
+        known = state.dtype == a.dtype == b.dtype == torch.complex64
+    elif isinstance(long_filter, RealModalFilter):
+        kind, b = hyena_kernels.REAL, long_filter.residues
+        known = state.dtype == b.dtype == torch.float32 and state.shape[-1] == b.shape[1]
+        a = torch.expm1(long_filter.log_poles.to(state.dtype))
+    elif isinstance(long_filter, ExplicitFilter):
+        kind, a, b = hyena_kernels.TAPS, long_filter.taps, long_filter.taps
+        known = state.dtype == torch.float32 and a.dtype == dtype and state.shape[-1] == a.shape[1] - 1
+    else:
+        return None
+    return (kind, a, b) if known and a.is_contiguous() and b.is_contiguous() else None

@@ -1,0 +1,53 @@
+"""The threads that compute a decoding step: those that torch computes with.
+
+torch and its parallel operators run on the threads of an OpenMP library. A second pool beside it would wait for the
+cores that the first one still spins on. So kernels are handed to that library itself, through the entry point that
+compilers call for a parallel region: ``GOMP_parallel(function, data, threads, flags)``, which GNU's library defines and
+LLVM's and Intel's define as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+@functools.cache
+def _fork() -> Callable[..., None] | None:
+    """``GOMP_parallel`` of the library that torch was linked with; None where there is none."""
+    folder = Path(torch.__file__).parent / "lib"
+    for path in (folder / "libtorch_cpu.so", folder / "libtorch_cpu.dylib"):
+        try:
+            function = ctypes.CDLL(str(path)).GOMP_parallel  # looked up in torch's own libraries, and no other
+        except (OSError, AttributeError):
+            continue
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        function.restype = None
+        return function
+    return None
+
+
+@functools.cache
+def _direct(address: int) -> Callable[..., None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+
+def run(kernel: int, arguments: array[int], threads: int) -> None:
+    """Run a kernel on so many threads; they share its work by counting in the first of its arguments.
+
+    Args:
+        kernel: the address of a function ``void(int64 *arguments)``.
+        arguments: 64-bit numbers, of this call alone.
+        threads: at most; the kernel may end before all of them have begun.
+    """
+    data, _ = arguments.buffer_info()
+    fork = _fork() if threads > 1 else None
+    if fork is None:
+        _direct(kernel)(data)
+    else:
+        fork(kernel, data, threads, 0)

@@ -1,0 +1,149 @@
+"""Compiled decoding on a CPU says what the model's own forward says, for every kind of model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hyaena
+from configs import TINY, TINY_EVO, TINY_EVO2
+from hyaena.decoding import Decoder, resolve_decoding
+from hyaena.decoding.decoder import choose_operators
+from hyaena.errors import UnsupportedError
+from hyaena.model import StripedHyena
+from hyaena.ops import cpu
+from hyaena.ops.step import DecodeOperators
+from hyaena.sampling import SamplingParams
+from hyaena.tokenizers import ByteTokenizer
+from models import spread
+
+pytest.importorskip("numba", reason="the kernels are compiled by numba")
+
+CONFIGS = {"sh": TINY, "evo": TINY_EVO, "evo2": TINY_EVO2}
+# Several layers of large random weights, each rounded to the dtype; relative to the largest logit.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+LENGTHS = [9, 1, 70]
+
+
+def decoder_of(model: StripedHyena, cache, ids: Tensor, operators: DecodeOperators) -> Decoder:
+    decoder, params = Decoder(model, len(ids), operators=operators), [SamplingParams()] * len(ids)
+    decoder.add(cache, ids, params, [p.generator() for p in params])
+    return decoder
+
+
+@torch.inference_mode()
+def prompts(model: StripedHyena, rows: list[int] = LENGTHS, **options):
+    """A cache of rows of unequal lengths, and the token that each goes on from."""
+    caches, ids = [], []
+    for row in rows:
+        torch.manual_seed(row)
+        cache = model.make_cache(1, max_length=100, **options)
+        logits = model(torch.randint(model.config.vocab_size, (1, row)), cache=cache)
+        caches.append(cache)
+        ids.append(logits[0, -1].argmax())
+    merged = caches[0].merge(caches)
+    return merged, torch.stack(ids)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_model(name: str, dtype: torch.dtype) -> None:
+    model = spread(CONFIGS[name]).to(dtype)
+    (cache, ids), (twin, _) = prompts(model), prompts(model)
+    seen: list[Tensor] = []
+
+    class Watched(type(choose_operators(model, compiled=True))):
+        def argmax(self, logits: Tensor, ids: Tensor) -> Tensor:
+            seen.append(logits)
+            return super().argmax(logits, ids)
+
+    decoder = decoder_of(model, twin, ids, Watched())
+    for _ in range(6):
+        with torch.inference_mode():
+            want = model(decoder.ids[: len(ids), None], cache=cache)[:, -1].float()
+        decoder.launch()
+        decoder.fetch()
+        error = float((seen[-1].float() - want).abs().max() / want.abs().max())
+        assert error <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_has_the_same_bits_beside_others(name: str) -> None:
+    model = spread(CONFIGS[name])
+    operators = choose_operators(model, compiled=True)
+    together = decoder_of(model, *prompts(model), operators)
+    alone = [decoder_of(model, *prompts(model, [row]), operators) for row in LENGTHS]
+    for _ in range(8):
+        for decoder in (together, *alone):
+            decoder.launch()
+        outputs, single = together.fetch(), [decoder.fetch() for decoder in alone]
+        assert outputs.tokens == [one.tokens[0] for one in single]
+        assert outputs.logprobs == [one.logprobs[0] for one in single]
+
+
+def generate(model: StripedHyena, **options) -> list[int]:
+    return hyaena.generate(model, ByteTokenizer(259), "ab", max_new_tokens=12, stop_at_eos=False, **options).tokens
+
+
+BYTES = replace(TINY, vocab_size=259)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generate_takes_it_by_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = spread(replace(CONFIGS[name], vocab_size=259))
+    assert resolve_decoding(model, "auto", "auto") == "compiled"
+    want = generate(model, decoding="eager")
+    assert generate(model) == generate(model, decoding="compiled") == want
+    monkeypatch.setattr(DecodeOperators, "linear", lambda *_, **__: pytest.fail("the plain operators ran"))
+    assert generate(model) == want
+
+
+def test_windows_of_cut_filters_are_stepped_by_the_plain_operator() -> None:
+    model = spread(BYTES)
+    assert generate(model, method="truncated") == generate(model, method="truncated", decoding="eager")
+
+
+def test_layers_that_are_no_plain_weights_are_called() -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = spread(BYTES)
+    for parent in (model.layers[1].mixer, model.layers[0].mlp):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                other = Twice(child.in_features, child.out_features, bias=child.bias is not None)
+                other.load_state_dict(child.state_dict())
+                setattr(parent, name, other)
+    called = []
+    model.layers[2].mlp.up_proj.register_forward_hook(lambda *_: called.append(1))
+    assert resolve_decoding(model, "auto", "auto") == "compiled"
+    assert generate(model) == generate(model, decoding="eager")
+    assert len(called) == 2 * 12
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StripedHyena(BYTES)
+    with pytest.raises(UnsupportedError, match="kernels take float32, bfloat16 and float16, not float64"):
+        resolve_decoding(model.double(), "compiled", "auto")
+    assert resolve_decoding(model, "auto", "auto") == "eager"
+    model.float()
+    monkeypatch.setattr(cpu, "_has_numba", lambda: False)
+    with pytest.raises(UnsupportedError, match=r"numba, .* is missing: pip install 'hyaena\[cpu\]'; decode with"):
+        resolve_decoding(model, "compiled", "auto")
+    assert resolve_decoding(model, "auto", "auto") == "eager"
+    monkeypatch.undo()
+    model.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedError, match="the model has forward hooks"):
+        resolve_decoding(model, "compiled", "auto")
+
+
+def test_the_fastest_way_needs_no_numba_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, everything runs as it would if there were no kernels."""
+    model = spread(BYTES)
+    want = generate(model, decoding="eager")
+    monkeypatch.setattr(cpu, "_has_numba", lambda: False)
+    assert generate(model) == want

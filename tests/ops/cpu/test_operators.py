@@ -1,0 +1,283 @@
+"""The compiled operators of a decoding step equal the plain ones, and a row's bits do not depend on its neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyaena import ops
+from hyaena.ops import (
+    Dense,
+    ExplicitFilter,
+    HyenaState,
+    KVState,
+    ModalFilter,
+    PagePool,
+    PageTable,
+    RealModalFilter,
+    RMSNormWeight,
+    StepContext,
+    rotary_table,
+)
+from hyaena.ops.step import DecodeOperators
+
+pytest.importorskip("numba", reason="the kernels are compiled by numba")
+
+from hyaena.ops.cpu.operators import CompiledOperators
+
+PLAIN, COMPILED = DecodeOperators(), CompiledOperators()
+# One rounding of the result to its own dtype, and sums in another order: as for the operators of GPUs.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+DTYPES = list(TOLERANCE)
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == want.shape
+    error = float((got.double() - want.double()).norm() / want.double().norm())
+    assert error <= TOLERANCE[dtype], error  # NaN fails too
+
+
+def step_context(lengths: list[int], head_dim: int, pages: PageTable | None = None) -> StepContext:
+    """The context of a step in which the rows hold so many tokens."""
+    counts = torch.tensor(lengths, dtype=torch.int32)
+    return StepContext(COMPILED, counts, counts + 1, rotary_table(torch.arange(max(lengths) + 1), head_dim, 1e4), pages)
+
+
+def kv_state(capacities: list[int], groups: int, head_dim: int, dtype: torch.dtype = torch.float32) -> KVState:
+    """Random keys and values; rows of equal capacity share an allocation."""
+    state = KVState.allocate(1, groups, 1, head_dim, dtype, "cpu").select([0] * len(capacities)).reserve(capacities)
+    for tensor in state.tensors():
+        tensor.normal_()
+    return state
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+NORMS = [None, True, False]
+
+
+def norm_of(width: int, inside: bool | None, dtype: torch.dtype) -> RMSNormWeight | None:
+    return None if inside is None else RMSNormWeight(torch.randn(width).to(dtype), 1e-2, inside)
+
+
+def widened(norm: RMSNormWeight | None) -> RMSNormWeight | None:
+    return None if norm is None else norm._replace(weight=norm.weight.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inside", NORMS)
+@pytest.mark.parametrize(("batch", "rows", "width"), [(1, 17, 96), (1, 6, 2500), (2, 5, 1030), (8, 90, 32), (3, 1, 1)])
+def test_products(threads: int, dtype: torch.dtype, inside: bool | None, batch: int, rows: int, width: int) -> None:
+    x, bias, residual = (torch.randn(*shape).to(dtype) for shape in ((batch, width), (rows,), (batch, rows)))
+    a, b = ((torch.randn(rows, width) / width**0.5).to(dtype) for _ in range(2))
+    norm = norm_of(width, inside, dtype)
+    exact, wide = [t.double() for t in (x, a, b, bias, residual)], widened(norm)
+    close(COMPILED.linear(x, Dense(a), norm=norm), PLAIN.linear(exact[0], Dense(exact[1]), norm=wide), dtype)
+    got = COMPILED.linear(x, Dense(a, bias), norm=norm, residual=residual)
+    close(got, PLAIN.linear(exact[0], Dense(exact[1], exact[3]), norm=wide, residual=exact[4]), dtype)
+    for activation in ("silu", "gelu", "identity"):
+        got = COMPILED.gate(x, Dense(a), Dense(b), norm=norm, activation=activation)
+        want = PLAIN.gate(exact[0], Dense(exact[1]), Dense(exact[2]), norm=wide, activation=activation)
+        close(got, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_beside_others_and_on_any_threads(dtype: torch.dtype) -> None:
+    width, rows = 530, 301
+    x, a, b = (torch.randn(n, width).to(dtype) for n in (8, rows, rows))
+    norm = norm_of(width, True, dtype)
+
+    def compute(x: Tensor) -> list[Tensor]:
+        linear = COMPILED.linear(x, Dense(a), norm=norm)
+        return [linear, COMPILED.gate(x, Dense(a), Dense(b), norm=norm, activation="silu")]
+
+    before = torch.get_num_threads()
+    together = compute(x)
+    try:
+        torch.set_num_threads(3)
+        for row in range(8):
+            for one, all_ in zip(compute(x[row : row + 1]), together, strict=True):
+                assert torch.equal(one[0], all_[row])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("scale", [2.0**50, 2.0**63, 2.0**110])
+def test_numbers_whose_squares_overflow_are_normalised(scale: float) -> None:
+    x, a, norm = torch.randn(1, 96) * scale, torch.randn(7, 96), norm_of(96, True, torch.float32)
+    close(
+        COMPILED.linear(x, Dense(a), norm=norm),
+        PLAIN.linear(x.double(), Dense(a.double()), norm=widened(norm)),
+        a.dtype,
+    )
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    x, a = torch.ones(1, 96), torch.ones(5, 96)
+    x[:, 3] = value
+    assert not COMPILED.linear(x, Dense(a), norm=norm_of(96, True, x.dtype)).isfinite().any()
+    assert not COMPILED.linear(x, Dense(a)).isfinite().any()
+    low = torch.full((1, 4), torch.nan, dtype=torch.bfloat16)
+    low.view(torch.int16)[0, 0] = 0x7FFF  # the NaN with the largest payload
+    assert COMPILED.linear(low, Dense(torch.eye(4, dtype=torch.bfloat16))).isnan().all()
+    q, state = torch.randn(1, 2, 16), kv_state([40], 1, 16)
+    state.keys(0)[0, 3] = value
+    assert not COMPILED.attend(q, state, step_context([20], 16)).isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "capacities"),
+    [([1, 1], [8, 8]), ([2, 1], [1200, 1200]), ([1, 3], [1, 1200]), ([63, 58], [63, 64]), ([1000, 256], [1200, 256])],
+)
+def test_attention_reads_the_valid_slots_and_no_other(
+    threads: int, dtype: torch.dtype, lengths: list[int], capacities: list[int]
+) -> None:
+    q, state = torch.randn(2, 6, 24).to(dtype), kv_state(capacities, 2, 24, dtype)
+    want = [
+        ops.attention(
+            q[i, :, None][None].double(), state.keys(i)[None, :, :n].double(), state.values(i)[None, :, :n].double()
+        )
+        for i, n in enumerate(lengths)
+    ]
+    for i, n in enumerate(lengths):
+        state.keys(i)[:, n:] = torch.nan
+        state.values(i)[:, n:] = torch.nan
+    got = COMPILED.attend(q, state, step_context(lengths, 24))
+    close(got, torch.cat(want).squeeze(2), dtype)
+    for i, n in enumerate(lengths):  # and alone, in the same bits
+        alone = KVState([state.rows[i]])
+        assert torch.equal(COMPILED.attend(q[i : i + 1], alone, step_context([n], 24))[0], got[i])
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "head_dim"), [(1, 1, 16), (8, 1, 64), (3, 3, 80), (32, 8, 128), (2, 1, 256)]
+)
+def test_attention_of_every_head_shape(heads: int, groups: int, head_dim: int) -> None:
+    q, state = torch.randn(1, heads, head_dim), kv_state([700], groups, head_dim)
+    context = step_context([650], head_dim)
+    close(COMPILED.attend(q, state, context), PLAIN.attend(q, state, context), torch.float32)
+
+
+def test_attention_of_large_scores() -> None:
+    """Pieces whose largest scores differ by more than an exponential can hold."""
+    q, state = 30 * torch.randn(1, 1, 32), kv_state([700], 1, 32)
+    state.keys(0).mul_(30)
+    want = PLAIN.attend(q.double(), state, step_context([700], 32))
+    close(COMPILED.attend(q, state, step_context([700], 32)), want, torch.float16)  # scores of 1e4
+
+
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+def test_keys_and_values_of_another_dtype(kv_dtype: torch.dtype) -> None:
+    q, state, context = torch.randn(1, 4, 16), kv_state([300], 2, 16, kv_dtype), step_context([290], 16)
+    close(COMPILED.attend(q, state, context), PLAIN.attend(q, state, context), torch.float32)
+    qkv, reference = torch.randn(1, 8 * 16), state.select([0])
+    q = COMPILED.rotate_and_cache(qkv, state, context)
+    close(q, PLAIN.rotate_and_cache(qkv, reference, context), torch.float32)
+    close(state.keys(0), reference.keys(0), kv_dtype)
+    assert torch.equal(state.values(0), reference.values(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 24, 128])
+def test_rotate_and_cache_writes_one_slot_per_row(dtype: torch.dtype, head_dim: int) -> None:
+    heads, groups = 6, 2
+    qkv = torch.randn(2, (heads + 2 * groups) * head_dim).to(dtype)
+    state = kv_state([40, 25], groups, head_dim, dtype)
+    reference, context = state.select([0, 1]), step_context([17, 8], head_dim)
+    close(COMPILED.rotate_and_cache(qkv, state, context), PLAIN.rotate_and_cache(qkv, reference, context), dtype)
+    for row, slot in enumerate((16, 7)):
+        for store, want in ((state.keys(row), reference.keys(row)), (state.values(row), reference.values(row))):
+            close(store[:, slot], want[:, slot], dtype)
+            store[:, slot] = want[:, slot]
+            assert torch.equal(store, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_hold_what_rows_of_their_own_hold(threads: int, dtype: torch.dtype) -> None:
+    heads, groups, head_dim, lengths = 4, 2, 16, [300, 65]
+    pool = PagePool(9, [(groups, head_dim)], dtype, "cpu")
+    keys, values = pool.layers[0]
+    paged = ops.PagedKVState(keys, values)
+    keys.normal_(), values.normal_()
+    rows = [[8, 2, 5, 0, 7], [3, 1]]
+    table = torch.full((2, 6), pool.scratch, dtype=torch.int32)
+    for row, numbers in enumerate(rows):
+        table[row, : len(numbers)] = torch.tensor(numbers)
+    context = step_context(lengths, head_dim, PageTable(table, rows))
+    own = KVState.allocate(2, groups, 320, head_dim, dtype, "cpu")
+    for row, numbers in enumerate(rows):
+        for store, page in ((own.keys(row), keys), (own.values(row), values)):
+            store[:, : 64 * len(numbers)] = page[:, numbers].flatten(1, 2)
+    qkv = torch.randn(2, (heads + 2 * groups) * head_dim).to(dtype)
+    q, same = (COMPILED.rotate_and_cache(qkv, state, context) for state in (paged, own))
+    assert torch.equal(q, same)
+    assert torch.equal(COMPILED.attend(q, paged, context), COMPILED.attend(q, own, context))
+    close(COMPILED.attend(q, paged, context), PLAIN.attend(q.double(), own, context), dtype)
+
+
+def filters(kind: str, channels: int, modes: int, dtype: torch.dtype) -> tuple[Any, Tensor]:
+    """A long filter shared by pairs of channels, and a state of two rows."""
+    shape, skip = (channels // 2, modes), torch.randn(channels).to(dtype)
+    if kind == "complex":
+        poles = torch.polar(torch.rand(shape), torch.randn(shape))
+        residues = torch.complex(torch.randn(shape), torch.randn(shape))
+        return ModalFilter(poles, residues, skip), torch.randn(2, channels, modes, dtype=torch.complex64)
+    if kind == "real":
+        return RealModalFilter(-torch.rand(shape), torch.randn(shape), skip), torch.randn(2, channels, modes)
+    return ExplicitFilter(torch.randn(shape).to(dtype), skip), torch.randn(2, channels, modes - 1)
+
+
+def as_real(state: Tensor) -> Tensor:
+    return torch.view_as_real(state) if state.is_complex() else state
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "modes", "taps"),
+    [("complex", 2, 3), ("complex", 1, 1), ("real", 16, 4), ("taps", 1, 2), ("taps", 7, 3), ("taps", 128, 3)],
+)
+def test_the_hyena_step_moves_both_states(threads: int, dtype: torch.dtype, kind: str, modes: int, taps: int) -> None:
+    channels = 140
+    z, weight, bias = (torch.randn(*s).to(dtype) for s in ((2, 3 * channels), (3 * channels, taps), (3 * channels,)))
+    long_filter, long = filters(kind, channels, modes, dtype)
+    state = HyenaState(torch.randn(2, 3 * channels, taps - 1).to(dtype), long)
+    reference = HyenaState(*(t.clone() for t in state))
+    exact = long_filter._replace(skip=long_filter.skip.float())
+    if kind == "taps":
+        exact = exact._replace(taps=exact.taps.float())
+    for short_bias in (bias, None, bias):
+        got = COMPILED.hyena(z, weight, short_bias, long_filter, state)
+        wide = HyenaState(reference.short.float(), reference.long)
+        want = PLAIN.hyena(z.float(), weight.float(), None if short_bias is None else bias.float(), exact, wide)
+        reference.short.copy_(wide.short)
+        close(got, want, dtype)
+        assert torch.equal(state.short, reference.short)
+        if long.numel():
+            close(as_real(state.long), as_real(reference.long), torch.float32)
+        z = z.roll(1, dims=1)
+    alone = HyenaState(*(t[1:].clone() for t in state))
+    both = COMPILED.hyena(z, weight, bias, long_filter, state)
+    assert torch.equal(COMPILED.hyena(z[1:].contiguous(), weight, bias, long_filter, alone)[0], both[1])
+
+
+def test_what_the_kernels_do_not_take_is_computed_by_the_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyaena.ops.cpu.team.run", lambda *_: pytest.fail("a kernel ran"))
+    x, a = torch.randn(2, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    assert torch.equal(COMPILED.linear(x, Dense(a)), PLAIN.linear(x, Dense(a)))
+    single = torch.randn(2, 8)
+    strided = torch.randn(8, 5).T
+    assert torch.equal(COMPILED.linear(single, Dense(strided)), PLAIN.linear(single, Dense(strided)))
+    mixed = Dense(torch.randn(5, 8))
+    call = lambda x: mixed.weight @ x[0]  # noqa: E731
+    assert torch.equal(COMPILED.linear(single, call), PLAIN.linear(single, call))
