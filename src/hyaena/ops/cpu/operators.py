@@ -74,7 +74,7 @@ class CompiledOperators(DecodeOperators):
 
     def _narrow_linear(self, x: Tensor, layer: Narrow, norm: Norm | None, residual: Tensor | None) -> Tensor:
         form = _form(x, layer, norm, layer.bias, residual)
-        if form is None:
+        if form is None or not isinstance(norm, RMSNormWeight | None):
             return super().linear(x, layer, norm=norm, residual=residual)
         y = x.new_empty(x.shape[0], layer.shape[0])
         bias, residual_ = (0 if t is None else t.data_ptr() for t in (layer.bias, residual))
@@ -84,7 +84,8 @@ class CompiledOperators(DecodeOperators):
 
     def _narrow_gate(self, x: Tensor, gate: Narrow, up: Narrow, norm: Norm | None, activation: str) -> Tensor:
         form = _form(x, gate, norm)
-        if form is None or _form(x, up, norm) != form or not (gate.bias is None and up.bias is None):
+        alike = form is not None and form == _form(x, up, norm) and gate.bias is up.bias is None
+        if not alike or form is None or not isinstance(norm, RMSNormWeight | None):
             return super().gate(x, gate, up, norm=norm, activation=activation)
         y = x.new_empty(x.shape[0], gate.shape[0])
         kind = products.ACTIVATION[activation]

@@ -13,9 +13,10 @@ from hyaena.ops.hyena import HyenaState
 from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Dense, Linear
 from hyaena.ops.long_conv import Filter, ModalFilter
+from hyaena.ops.narrow import Narrow
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
-from hyaena.ops.triton.decode import embed_argmax, gemv, rope_kv
+from hyaena.ops.triton.decode import embed_argmax, gemv, narrow, rope_kv
 from hyaena.ops.triton.decode.attention import decode_attention
 from hyaena.ops.triton.hyena import launch
 
@@ -23,7 +24,7 @@ from hyaena.ops.triton.hyena import launch
 class FusedDecodeOperators(DecodeOperators):
     """Kernels that read every weight and every valid slot once, and never wait for the device.
 
-    Products of several rows, layers that are not plain weights, and filters that the kernels do not support are
+    Products of several rows (of more than eight where weights are narrow), layers that are not records of weights, and filters that the kernels do not support are
     computed by the plain operators, which a graph captures as well.
 
     Args:
@@ -54,6 +55,8 @@ class FusedDecodeOperators(DecodeOperators):
         return embed_argmax.argmax(logits, ids, overlap=self.overlap)
 
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        if isinstance(layer, Narrow) and len(x) <= narrow.MOST_ROWS and isinstance(norm, RMSNormWeight | None):
+            return narrow.linear(x, layer, norm=norm, residual=residual, overlap=self.overlap)
         if x.shape[0] > 1 or not isinstance(layer, Dense) or not isinstance(norm, RMSNormWeight | None):
             return super().linear(x, layer, norm=norm, residual=residual)
         rows, width = layer.weight.shape
@@ -61,6 +64,9 @@ class FusedDecodeOperators(DecodeOperators):
         return gemv.linear(x, layer, norm=norm, residual=residual, tile=tile, overlap=self.overlap)
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
+        if isinstance(gate, Narrow) and isinstance(up, Narrow) and narrow.alike(gate, up):
+            if len(x) <= narrow.MOST_ROWS and gate.bias is up.bias is None and isinstance(norm, RMSNormWeight | None):
+                return narrow.gate(x, gate, up, norm=norm, activation=activation, overlap=self.overlap)
         plain = isinstance(gate, Dense) and isinstance(up, Dense) and gate.bias is None and up.bias is None
         if x.shape[0] > 1 or not plain or not isinstance(norm, RMSNormWeight | None):
             return super().gate(x, gate, up, norm=norm, activation=activation)
