@@ -55,10 +55,7 @@ def narrow_products(x, g, w, s, m, eps, R: tl.constexpr, N: tl.constexpr, K: tl.
     for start in range(0, LINE, BW):
         j = start + tl.arange(0, BW)
         following = read_codes(w, at, j + BW, inside, LINE)
-        if BITS == 8:
-            k = j
-        else:
-            k = j // 16 * 32 + j % 16
+        k = j if BITS == 8 else j // 16 * 32 + j % 16
         here = j < LINE
         where = inside[:, None] & here[None, :]
         scale = tl.load(s + scales + (k // GROUP)[None, :], mask=where, other=0.0).to(tl.float32)
@@ -172,9 +169,10 @@ def gate(
 
 
 def alike(a: Narrow, b: Narrow) -> bool:
-    """Whether two matrices have one scheme and one shape, so that one kernel reads both."""
+    """Whether two layers without biases have one scheme and one shape, so that one kernel reads both."""
     same = a.codes.dtype == b.codes.dtype and a.scale.dtype == b.scale.dtype and a.scale.shape == b.scale.shape
-    return same and a.shape == b.shape and (a.minimum is None) == (b.minimum is None)
+    plain = a.bias is None and b.bias is None
+    return same and plain and a.shape == b.shape and (a.minimum is None) == (b.minimum is None)
 
 
 def _matrix(layer: Narrow) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +180,7 @@ def _matrix(layer: Narrow) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _options(x: Tensor, layer: Narrow, norm: RMSNormWeight | None) -> dict[str, int | bool]:
-    """Sizes of the matrix, and a tile of it: 4,096 bytes or so for one vector, fewer for several, whose sums are kept."""
+    """Sizes of the matrix, and a tile: some 4,096 bytes for one vector, fewer for several, whose sums are kept."""
     outputs, inputs = layer.shape
     width = min(1024, max(32, triton.next_power_of_2(layer.codes.shape[1])))
     rows = max(1, (4 if len(x) == 1 else 2 if len(x) <= 4 else 1) * 1024 // width)

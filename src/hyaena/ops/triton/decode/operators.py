@@ -24,8 +24,8 @@ from hyaena.ops.triton.hyena import launch
 class FusedDecodeOperators(DecodeOperators):
     """Kernels that read every weight and every valid slot once, and never wait for the device.
 
-    Products of several rows (of more than eight where weights are narrow), layers that are not records of weights, and filters that the kernels do not support are
-    computed by the plain operators, which a graph captures as well.
+    Products of several rows (of more than eight where weights are narrow), layers that are not records of weights, and
+    filters that the kernels do not support are computed by the plain operators, which a graph captures as well.
 
     Args:
         tiles: measured tiles by operator and shape of the matrix, in place of the rule's.
@@ -64,11 +64,14 @@ class FusedDecodeOperators(DecodeOperators):
         return gemv.linear(x, layer, norm=norm, residual=residual, tile=tile, overlap=self.overlap)
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
-        if isinstance(gate, Narrow) and isinstance(up, Narrow) and narrow.alike(gate, up):
-            if len(x) <= narrow.MOST_ROWS and gate.bias is up.bias is None and isinstance(norm, RMSNormWeight | None):
-                return narrow.gate(x, gate, up, norm=norm, activation=activation, overlap=self.overlap)
-        plain = isinstance(gate, Dense) and isinstance(up, Dense) and gate.bias is None and up.bias is None
-        if x.shape[0] > 1 or not plain or not isinstance(norm, RMSNormWeight | None):
+        if not isinstance(norm, RMSNormWeight | None):
+            return super().gate(x, gate, up, norm=norm, activation=activation)
+        few = len(x) <= narrow.MOST_ROWS
+        if isinstance(gate, Narrow) and isinstance(up, Narrow) and few and narrow.alike(gate, up):
+            return narrow.gate(x, gate, up, norm=norm, activation=activation, overlap=self.overlap)
+        if not isinstance(gate, Dense) or not isinstance(up, Dense) or len(x) > 1:
+            return super().gate(x, gate, up, norm=norm, activation=activation)
+        if gate.bias is not None or up.bias is not None:
             return super().gate(x, gate, up, norm=norm, activation=activation)
         rows, width = gate.weight.shape
         return gemv.gate(
