@@ -36,6 +36,7 @@ from hyaena.fp8 import FP8Linear
 from hyaena.layers import record
 from hyaena.mappings import read_mapping
 from hyaena.model import StripedHyena
+from hyaena.quant import QuantizedLinear, check_wide
 
 TARGETS = ("qkv_proj", "o_proj", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 """The linear layers of a model by the last part of their names: what LoRA is usually put on."""
@@ -110,9 +111,15 @@ def merge_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -
     Raises:
         CheckpointError: the adapter does not fit the model, or a weight would leave the range of its dtype; the model
             is unchanged.
+        InputError: the weights are narrow, or the model has an adapter already.
     """
     adapter = _read(adapter)
     updates = _fitting(model, adapter)
+    check_wide(
+        model,
+        "into which no adapter is merged: compute it beside them (with_adapter), or merge it into the "
+        "model that was quantized and quantize the result",
+    )
     for name, update in updates.items():
         weight = _weight(model, name)
         parts = [float(t.detach().abs().max()) for t in (weight, update.a, update.b)]
@@ -191,11 +198,11 @@ def add_adapter(
         raise InputError(f"the model has none of the targets {listed(targets)}: choose from {', '.join(TARGETS)}")
     updates = {}
     for name in dict.fromkeys(chosen):
-        weight = _weight(model, name)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        a = torch.empty(rank, weight.shape[1], dtype=dtype, device=weight.device)
+        outputs, inputs = found[name]
+        options: dict[str, Any] = {"dtype": torch.promote_types(model.dtype, torch.float32), "device": model.device}
+        a = torch.empty(rank, inputs, **options)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        updates[name] = Update(a, torch.zeros(len(weight), rank, dtype=dtype, device=weight.device), scale)
+        updates[name] = Update(a, torch.zeros(outputs, rank, **options), scale)
     model.requires_grad_(False)
     _attach(model, updates)
     return [p for p in model.parameters() if p.requires_grad]
@@ -255,9 +262,9 @@ def _read(adapter: Adapter | str | PathLike[str]) -> Adapter:
 def _linears(model: StripedHyena) -> dict[str, tuple[int, ...]]:
     """Names of the layers that an adapter may change or has changed, and the shapes of their weights."""
     found = {
-        name.removesuffix(".base_layer"): tuple(module.weight.shape)
+        name.removesuffix(".base_layer"): (module.out_features, module.in_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | QuantizedLinear)
     }
     return found | {"lm_head": tuple(model.embed_tokens.weight.shape)}
 

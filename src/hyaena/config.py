@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from hyaena.errors import ConfigError, joined, nearest, printable, shown
 from hyaena.mappings import read_mapping
+from hyaena.schemes import SCHEMES
 
 Activation = Literal["silu", "gelu", "identity"]
 TokenizerType = Literal["hf", "characters", "bytes"]
@@ -182,6 +183,7 @@ _CHOICES = {
     "first_activation": (None, *get_args(Activation)),
     "tokenizer": get_args(TokenizerType),
     "prefill_style": tuple(PREFILL_STYLES),
+    "weights": (None, *SCHEMES),
 }
 _PRESETS = Path(__file__).parent / "configs"
 _BUNDLED = {"cub": Path(__file__).parent / "cub" / "config.json"}
@@ -234,6 +236,7 @@ class ModelConfig:
             script ``generate.py``; other commands choose the method themselves.
         tokenizer: ``"hf"`` (a ``tokenizer.json``), ``"characters"`` (Evo) or ``"bytes"``.
         vocab_file: the path of the tokenizer's file relative to the model's folder, or None for ``tokenizer.json``.
+        weights: the scheme of narrow linear layers (``schemes.SCHEMES``), or None for floating-point ones.
         name: a label for people.
 
     Raises:
@@ -274,6 +277,7 @@ class ModelConfig:
     prefill_style: str = "auto"
     tokenizer: TokenizerType = "hf"
     vocab_file: str | None = None
+    weights: str | None = None
     name: str = "striped-hyena"
 
     def __post_init__(self) -> None:

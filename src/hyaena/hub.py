@@ -30,6 +30,7 @@ from hyaena.layers import MIXERS, Mixers
 from hyaena.model import StripedHyena
 from hyaena.ops import cpu
 from hyaena.ops.backend import log_once
+from hyaena.schemes import scheme_of
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 
 BUNDLED = ("cub",)
@@ -92,6 +93,7 @@ def load(
     adapter: str | PathLike[str] | None = None,
     mixers: Mixers = MIXERS,
     fp8: str = "auto",
+    weights: str | None = None,
 ) -> tuple[StripedHyena, Tokenizer]:
     """A model, in evaluation mode, and its tokenizer.
 
@@ -109,16 +111,18 @@ def load(
         fp8: how FP8 input projections are computed, which most Evo 2 models have: ``"auto"``, by the tensor cores of a
             Hopper GPU, and elsewhere as plain products; ``"exact"``, the same numbers on every device, slowly where
             there is no Hopper GPU; ``"off"``, as plain products. See docs/numerics.md.
+        weights: make the linear layers narrow while they are read: ``"int8"``, ``"int4"``, ``"int4-128"``, ``"q8_0"``
+            or ``"q4_0"``. See docs/quantization.md; ``hyaena quantize`` does it once for all.
 
     Raises:
         HyaenaError: in one line, what is wrong and how to put it right.
     """
-    _check_options(dtype, device)
+    _check_options(dtype, device, weights, adapter)
     update = None if adapter is None else read_adapter(adapter)
     checkpoint = locate(source, revision=revision, config=config)
     check_fp8(fp8, checkpoint.config.fp8_input_projections)
     tokenizer = load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)  # before the large files
-    return _load(checkpoint, dtype, device, mixers, update, fp8), tokenizer
+    return _load(checkpoint, dtype, device, mixers, update, fp8, weights), tokenizer
 
 
 def load_model(
@@ -131,13 +135,14 @@ def load_model(
     adapter: str | PathLike[str] | None = None,
     mixers: Mixers = MIXERS,
     fp8: str = "auto",
+    weights: str | None = None,
 ) -> StripedHyena:
     """The model alone; the arguments are those of :func:`load`."""
-    _check_options(dtype, device)
+    _check_options(dtype, device, weights, adapter)
     update = None if adapter is None else read_adapter(adapter)
     checkpoint = locate(source, revision=revision, config=config)
     check_fp8(fp8, checkpoint.config.fp8_input_projections)
-    return _load(checkpoint, dtype, device, mixers, update, fp8)
+    return _load(checkpoint, dtype, device, mixers, update, fp8, weights)
 
 
 def load_tokenizer_of(
@@ -270,18 +275,31 @@ def _load(
     mixers: Mixers,
     adapter: Adapter | None,
     fp8: str,
+    weights: str | None,
 ) -> StripedHyena:
     dtype = choose_dtype(dtype, checkpoints.as_device(device))
-    model = checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers)
+    model = checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers, weights=weights)
     if adapter is not None:
         merge_adapter(model, adapter)
     set_fp8(model, fp8)
     return model
 
 
-def _check_options(dtype: str | torch.dtype | None, device: str | torch.device | None) -> None:
+def _check_options(
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    weights: str | None,
+    adapter: str | PathLike[str] | None,
+) -> None:
     """Refuse what cannot be used before anything is downloaded or read."""
     choose_dtype(dtype, checkpoints.as_device(device))
+    if weights is not None:
+        scheme_of(weights)
+        if adapter is not None:
+            raise InputError(
+                f"an adapter cannot be merged into {weights} weights: load the model without it, and compute it beside "
+                "them (adapters.with_adapter), or merge it first (hyaena convert --adapter)"
+            )
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | Literal["stored"] | None:

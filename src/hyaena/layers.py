@@ -27,6 +27,7 @@ from hyaena.filters import ExplicitLongFilter, Float32Parameters, LongFilter, Re
 from hyaena.fp8 import FP8Linear
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, StepContext
 from hyaena.ops.hyena import RowTables, hyena_packed, packs_in_one_kernel
+from hyaena.quant import QuantizedLinear
 
 
 class Mixer(Protocol):
@@ -368,9 +369,11 @@ def call(module: nn.Module, x: Tensor, context: ForwardContext) -> Tensor:
 
 
 def record(module: nn.Module) -> ops.Linear:
-    """The weights of a plain linear layer, which kernels may read; any other module itself, to be called."""
+    """The weights of a linear layer of ours, which kernels may read; any other module itself, to be called."""
+    if type(module) is QuantizedLinear and not has_hooks(module):
+        return module.record()
     plain = type(module) is nn.Linear or (type(module) is FP8Linear and module.is_plain())
-    if plain and not has_hooks(module):
+    if plain and type(module.weight) in (nn.Parameter, Tensor) and not has_hooks(module):  # torchao puts others there
         return ops.Dense(module.weight, module.bias)  # type: ignore[arg-type]
     return module
 

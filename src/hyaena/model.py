@@ -39,6 +39,8 @@ from hyaena.layers import (
 from hyaena.ops import PagedKVState, PagePool, StepContext
 from hyaena.ops.onednn import onednn_products
 from hyaena.packing import Snapshots
+from hyaena.quant import narrow_linears
+from hyaena.schemes import SCHEMES
 
 
 class StripedHyena(nn.Module):
@@ -64,6 +66,8 @@ class StripedHyena(nn.Module):
         self.norm = RMSNorm(config)
         self.rotary = Rotary(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.weights is not None:
+            narrow_linears(self, SCHEMES[config.weights])
         self.register_load_state_dict_pre_hook(_accept_original_names)
         if self.device.type != "meta":
             self.init_weights()

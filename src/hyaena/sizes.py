@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hyaena.config import ModelConfig, unknown_layer_kind
+from hyaena.schemes import SCHEMES, Scheme
 
 FLOAT32 = 4
 """Bytes of the numbers that are never narrower: poles, residues, and each half of a complex state."""
@@ -26,6 +27,7 @@ class LayerSize:
     Attributes:
         parameters: numbers that the mixer learns.
         float32_parameters: those among them that are stored in float32 at least, such as poles and residues.
+        matrices: shapes (outputs, inputs) of the linear layers among them that a scheme makes narrow.
         output_parameters: those among them that are applied only where an output is needed: the output projection.
         kv_per_token: numbers cached for every token, in the model's dtype.
         state: numbers of one sequence's state whatever its length, in the model's dtype.
@@ -36,6 +38,7 @@ class LayerSize:
 
     parameters: int
     float32_parameters: int = 0
+    matrices: tuple[tuple[int, int], ...] = ()
     output_parameters: int = 0
     kv_per_token: int = 0
     state: int = 0
@@ -56,6 +59,7 @@ def attention_size(config: ModelConfig) -> LayerSize:
     qkv = queries + 2 * keys
     return LayerSize(
         parameters=qkv * d + queries * d + qkv * config.attention_qkv_bias + d * config.attention_out_bias,
+        matrices=((qkv, d), (d, queries)),
         output_parameters=queries * d,
         kv_per_token=2 * keys,
         activations_per_token=qkv + (queries + keys) + 3 * queries,
@@ -104,6 +108,7 @@ def _hyena_block(config: ModelConfig, *, filter: int, float32_state: int, float3
     return LayerSize(
         parameters=input_projection + short_filter + filter + output_projection,
         float32_parameters=float32_filter,
+        matrices=((d, d),) if config.fp8_input_projections else ((3 * d, d), (d, d)),
         output_parameters=d * d,
         state=3 * d * (taps - 1),
         float32_state=float32_state,
@@ -162,9 +167,28 @@ class ModelSizes:
         }
 
     def weight_bytes(self, itemsize: int) -> int:
-        """Bytes of all weights, for a dtype of ``itemsize`` bytes."""
+        """Bytes of all weights, for a dtype of ``itemsize`` bytes; narrow ones have those of their scheme."""
         wide = self._sum(lambda layer: layer.float32_parameters)
-        return self.parameters * itemsize + wide * (_float32(itemsize) - itemsize)
+        narrow = sum(scheme.nbytes(e, d) - e * d * itemsize for scheme, e, d in self._narrow())
+        return self.parameters * itemsize + wide * (_float32(itemsize) - itemsize) + narrow
+
+    def narrow_bytes(self) -> dict[str, int]:
+        """Bytes of the narrow weights by scheme; empty where there are none."""
+        found: Counter[str] = Counter()
+        for scheme, rows, columns in self._narrow():
+            found[scheme.name] += scheme.nbytes(rows, columns)
+        return dict(found)
+
+    def _narrow(self) -> list[tuple[Scheme, int, int]]:
+        """Every narrow matrix: its scheme, outputs and inputs."""
+        config = self.config
+        if config.weights is None:
+            return []
+        scheme, d, f = SCHEMES[config.weights], config.hidden_size, config.intermediate_size
+        mlp = config.num_layers * ((f, d), (f, d), (d, f))
+        mixers = (shape for kind, count in self.counts.items() for shape in count * self.by_kind[kind].matrices)
+        head = [] if config.tie_embeddings else [(SCHEMES[scheme.head], config.vocab_size, d)]
+        return [(scheme, *shape) for shape in (*mlp, *mixers)] + head
 
     # --- caches and activations ----------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ Read: our own folders, the original's folders, a weights file with a configurati
 from hyaena.checkpoints.files import COMPANIONS, WEIGHTS, Checkpoint, find, find_config, has_weights, is_run
 from hyaena.checkpoints.fingerprint import fingerprint
 from hyaena.checkpoints.load import as_device, as_dtype, check_names_and_shapes, load_model, read_tensors
+from hyaena.checkpoints.quantize import quantize_checkpoint
 from hyaena.checkpoints.save import save_model
 from hyaena.checkpoints.weights import inspect
 
@@ -24,6 +25,7 @@ __all__ = [
     "inspect",
     "is_run",
     "load_model",
+    "quantize_checkpoint",
     "read_tensors",
     "save_model",
 ]

@@ -18,7 +18,9 @@ from hyaena.checkpoints.parts import grouped, parts_of, whole_name
 from hyaena.checkpoints.shards import open_parts, open_regular, unique_keys
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, printable
-from hyaena.formats import read_config
+from hyaena.formats import config_from_dict, read_config
+from hyaena.tensor_files.gguf_file import SUFFIX as GGUF
+from hyaena.tensor_files.gguf_file import read_gguf_config
 
 INDEX_SUFFIX = ".index.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -31,6 +33,7 @@ WEIGHTS = (
     "pytorch-model.bin",
     "pytorch_model.bin",
     "model.pt",
+    "model.gguf",
 )
 """Names under which programs write the weights of a model; a folder may have one of them."""
 
@@ -104,8 +107,10 @@ def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | 
     if weights.name.endswith(INDEX_SUFFIX):
         weight_map = read_index(weights)
         shards = _shards_of(weights, weight_map)
-    elif weights.suffix != ".safetensors" and weights.suffix not in TORCH_SUFFIXES:
-        raise CheckpointError(f"{path}: not a weights file: name a folder, or a .safetensors, .bin, .pt or .pth file")
+    elif weights.suffix not in (".safetensors", GGUF, *TORCH_SUFFIXES):
+        raise CheckpointError(
+            f"{path}: not a weights file: name a folder, or a .safetensors, .bin, .pt, .pth or .gguf file"
+        )
     elif is_run(weights):
         raise CheckpointError(_run_message(folder))
     state = _state(folder, shards)
@@ -121,10 +126,21 @@ def _files_of(weights: Path) -> tuple[Path, ...]:
 
 
 def _config_beside(folder: Path, shards: Sequence[Path]) -> ModelConfig:
-    """The configuration in a folder, or, where there is none, that of the published model that the weights are of."""
+    """The configuration in a folder, or in a GGUF file, or that of the published model that the weights are of."""
+    if shards[0].suffix == GGUF:
+        return _config_inside(shards[0])
     if len(grouped(shards)) == 1 and not _configs(folder):
         return recognise(shards)
     return read_config(find_config(folder))
+
+
+def _config_inside(path: Path) -> ModelConfig:
+    """The configuration in a GGUF file."""
+    open_regular(path).close()
+    try:
+        return config_from_dict(json.loads(read_gguf_config(path), object_pairs_hook=unique_keys))
+    except (ValueError, RecursionError, AttributeError, ConfigError) as error:
+        raise ConfigError(f"{path}: its configuration cannot be used: {printable(str(error), limit=200)}") from None
 
 
 def find_config(folder: Path) -> Path:
@@ -157,7 +173,7 @@ def _configs(folder: Path) -> list[str]:
 
 def has_weights(folder: Path) -> bool:
     """Whether anything in a folder looks like weights, or like the index of some."""
-    suffixes = (".safetensors", *TORCH_SUFFIXES, INDEX_SUFFIX)
+    suffixes = (".safetensors", *TORCH_SUFFIXES, INDEX_SUFFIX, GGUF)
     return any(whole_name(name).endswith(suffixes) for name in _names(folder))
 
 
@@ -200,7 +216,7 @@ def _weights_in(folder: Path) -> Path:
         raise CheckpointError(_run_message(folder))
     if adapters and not set(others) - set(adapters):
         raise CheckpointError(f"{folder}: an adapter without its model: name the model, and this folder as its adapter")
-    for suffixes in ((".safetensors",), TORCH_SUFFIXES):
+    for suffixes in ((".safetensors",), TORCH_SUFFIXES, (GGUF,)):
         found = [name for name in others if name.endswith(suffixes)]
         models = [name for name in found if _is_model(folder / name)] if len(found) > 1 else found
         if len(models) == 1:
@@ -218,7 +234,7 @@ def _weights_files(folder: Path) -> list[str]:
 
     A file that was cut into parts has one name, without a number.
     """
-    suffixes = (".safetensors", *TORCH_SUFFIXES)
+    suffixes = (".safetensors", *TORCH_SUFFIXES, GGUF)
     found = [name for name in _names(folder) if name.endswith(suffixes) and not _PART.fullmatch(name)]
     parts = {whole_name(name) for name in _names(folder)} - {*_names(folder)}
     return [name for name in found if not (folder / name).is_dir()] + sorted(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Literal
 
@@ -25,6 +26,8 @@ from hyaena.formats.names import part
 from hyaena.formats.tensors import OPTIONAL, REPEATED, SCALES, check_repeated, check_tied, format_of
 from hyaena.layers import MIXERS, Mixers
 from hyaena.model import StripedHyena
+from hyaena.quant import fixed_tensors, quantized_layers
+from hyaena.schemes import scheme_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ def load_model(
     dtype: str | torch.dtype | Literal["stored"] | None = None,
     device: str | torch.device | None = None,
     mixers: Mixers = MIXERS,
+    weights: str | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> StripedHyena:
     """The model of a checkpoint, in evaluation mode.
 
@@ -60,8 +65,11 @@ def load_model(
             stored. Poles and residues are float32 in any case (float64 with float64).
         device: where the model goes; by default the CPU.
         mixers: what makes the mixer of each kind of layer; see ``StripedHyena``.
+        weights: a scheme of ``schemes.SCHEMES``: the weights of linear layers are made narrow, one at a time.
+        moments: second moments of the inputs of linear layers by name, see ``quant.round_weight``.
 
     Raises:
+        InputError: an unknown scheme, one that does not fit the sizes, or weights that are narrow already.
         CheckpointError: naming the tensors that are missing, unexpected, misshapen, quantized or not finite; or a file
             that is missing, truncated, corrupt or unsafe; or one that was replaced meanwhile.
         ConfigError: the configuration cannot be used.
@@ -71,16 +79,33 @@ def load_model(
     stored, device = dtype == "stored", as_device(device)
     wanted = None if stored else as_dtype(dtype)
     checkpoint = source if isinstance(source, Checkpoint) else find(source, config)
+    if weights is not None:
+        check_scheme(checkpoint, weights)
     try:
-        with open_weights(checkpoint) as weights:
+        with open_weights(checkpoint) as opened:
             if wanted is None and not stored:
-                wanted = weights.dtype
-            model = _Loading(checkpoint, weights, device, wanted, mixers).run()
+                wanted = opened.dtype
+            model = Loading(checkpoint, opened, device, wanted, mixers, scheme=weights, moments=moments or {}).run()
     except CheckpointError:
         checkpoint.check_unchanged()  # a better explanation, where it is true
         raise
     checkpoint.check_unchanged()
     return model.eval()
+
+
+def check_scheme(checkpoint: Checkpoint, weights: str) -> None:
+    """Refuse a scheme that is unknown, or for a checkpoint that has another one already.
+
+    Raises:
+        InputError: it is one of these.
+    """
+    scheme_of(weights)
+    there = checkpoint.config.weights
+    if there not in (None, weights):
+        raise InputError(
+            f"{checkpoint.path}: has {there} weights already: leave weights out, or quantize the model that it was "
+            "made from"
+        )
 
 
 def check_names_and_shapes(checkpoint: Checkpoint) -> None:
@@ -91,7 +116,7 @@ def check_names_and_shapes(checkpoint: Checkpoint) -> None:
         ConfigError: the configuration makes no model.
     """
     with open_weights(checkpoint) as weights:
-        _Loading(checkpoint, weights, torch.device("meta"), None, MIXERS, reads=False).run()
+        Loading(checkpoint, weights, torch.device("meta"), None, MIXERS, reads=False).run()
 
 
 def read_tensors(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -155,10 +180,11 @@ def dtype_in(dtype: torch.dtype, *, wide: bool) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
-class _Loading:
+class Loading:
     """The work of one ``load_model``: fill a meta model, and remember everything that does not fit.
 
-    With ``reads=False`` names, dtypes and shapes are compared, and the model stays empty.
+    With ``reads=False`` names, dtypes and shapes are compared, and the model stays empty. With a scheme that the
+    checkpoint has not, the model is made with it, and takes the weights of its linear layers as they are stored.
     """
 
     def __init__(
@@ -170,12 +196,26 @@ class _Loading:
         mixers: Mixers,
         *,
         reads: bool = True,
+        scheme: str | None = None,
+        moments: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.checkpoint, self.weights, self.device, self.dtype = checkpoint, weights, device, dtype
         self.reads = reads
         self.config, self.original = checkpoint.config, format_of(checkpoint.config)
-        self.model = self._empty_model(mixers)
+        self.moments = moments or {}
+        narrowed = scheme is not None and self.config.weights is None
+        self.model = self._empty_model(replace(self.config, weights=scheme) if narrowed else self.config, mixers)
         self.remaining = self.model.state_dict(keep_vars=True)
+        self.fixed = fixed_tensors(self.model)
+        self.to_narrow = {f"{name}.weight": layer for name, layer in quantized_layers(self.model).items()}
+        if narrowed:  # the files have the weights themselves
+            for name in self.fixed:
+                del self.remaining[name]
+            for name, layer in self.to_narrow.items():
+                self.remaining[name] = torch.empty(layer.out_features, layer.in_features, device="meta")
+            self.fixed = set()
+        else:
+            self.to_narrow = {}
         self.expected = dict(self.remaining)
         self.scales = [name for name in self.remaining if part(name) == SCALES]
         for name in (*(OPTIONAL & self.remaining.keys()), *(self.scales if weights.in_original_names else ())):
@@ -192,7 +232,7 @@ class _Loading:
         self.unreadable: list[str] = []
         self.tied_head: Tensor | None = None
 
-    def _empty_model(self, mixers: Mixers) -> StripedHyena:
+    def _empty_model(self, config: ModelConfig, mixers: Mixers) -> StripedHyena:
         """The model on the meta device, built only where the files have as many tensors as it has layers."""
         if self.config.num_layers > len(self.weights.items):
             raise CheckpointError(
@@ -201,7 +241,7 @@ class _Loading:
             )
         try:
             with torch.device("meta"):
-                return StripedHyena(self.config, mixers=mixers)
+                return StripedHyena(config, mixers=mixers)
         except (RuntimeError, OverflowError) as error:
             reason = printable(str(error).split("\n")[0], limit=200)
             raise ConfigError(f"{self.checkpoint.path}: its configuration makes no model ({reason})") from None
@@ -249,7 +289,11 @@ class _Loading:
         if not tied:
             self.remaining.pop(name, None)
         state = part(name) == SCALES and name != item.name
-        if item.stored.dtype not in FLOATING and not (state and item.stored.dtype == torch.uint8):
+        if name in self.fixed:
+            readable = item.stored.dtype == self.expected[name].dtype
+        else:
+            readable = item.stored.dtype in FLOATING or (state and item.stored.dtype == torch.uint8)
+        if not readable:
             kind = str(item.stored.dtype).removeprefix("torch.")
             self.problems[_QUANTIZED].append(f"{item.key} is {kind}")
             return
@@ -281,8 +325,11 @@ class _Loading:
         self._put(name, kept)
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        """Make a tensor the parameter or buffer of a name."""
+        """Make a tensor the parameter or buffer of a name, or the narrow weight of a layer."""
         owner, _, leaf = name.rpartition(".")
+        if name in self.to_narrow:
+            self.to_narrow[name].narrow(tensor, self.moments.get(owner))
+            return
         expected = self.expected[name]
         if isinstance(expected, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=expected.requires_grad)
@@ -290,6 +337,8 @@ class _Loading:
 
     def _placed(self, name: str, tensor: Tensor) -> Tensor:
         try:
+            if name in self.fixed or name in self.to_narrow:
+                return tensor.to(self.device)
             return tensor.to(self.device, dtype_in(self.dtype or tensor.dtype, wide=name in self.wide))
         except torch.OutOfMemoryError:
             raise CheckpointError(

@@ -45,15 +45,19 @@ from hyaena.formats.transformers import config as transformers_config
 from hyaena.formats.transformers import tensors as transformers_tensors
 from hyaena.layers import MIXERS
 from hyaena.model import StripedHyena
+from hyaena.quant import fixed_tensors
+from hyaena.tensor_files.gguf_file import BLOCKS, write_gguf
+from hyaena.tensor_files.gguf_file import SUFFIX as GGUF
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer, Tokenizer, transformers_files
 
-Layout = Literal["hyaena", "original", "transformers"]
-CONFIG_NAMES: dict[Layout, str] = {
+Layout = Literal["hyaena", "original", "transformers", "gguf"]
+CONFIG_NAMES: dict[Layout, str | None] = {
     "hyaena": "config.json",
     "original": "config.yml",
     "transformers": "config.json",
+    "gguf": None,  # inside the file
 }
-_WAIT = 60.0
+WAIT = 60.0
 """Seconds that a save waits for another one in the same folder."""
 
 
@@ -76,7 +80,7 @@ def save_model(
         folder: made if it is not there; files that belong to no checkpoint are left alone.
         tokenizer: the model's; its files are written beside the weights, in the form that the layout has.
         layout: ``"hyaena"`` (``config.json``, our names), ``"original"`` (``config.yml``, the original's names), or
-            ``"transformers"`` (what ``hyaena.hf`` reads and writes).
+            ``"transformers"`` (what ``hyaena.hf`` reads and writes), or ``"gguf"`` (``model.gguf``, our names).
         dtype: cast the weights on the way; poles and residues stay float32.
         max_shard_size: bytes above which the weights are split over several files. The original layout of
             StripedHyena 2 is one file of ``torch.save``, whatever its size.
@@ -101,42 +105,63 @@ def save_model(
         raise InputError(
             f"{folder}: the name is not UTF-8, and safetensors cannot write there: choose another"
         ) from None
-    _check_extra_files({} if extra_files is None else extra_files)
+    check_extra_files({} if extra_files is None else extra_files)
     if tokenizer is not None:
         extra_files = {**_files_of(tokenizer, model, layout), **(extra_files or {})}
     narrow = as_dtype(dtype)
-    config, state, wide = _state_to_save(model, narrow)
+    config, state, wide, fixed = _state_to_save(model, narrow)
     if layout == "original" and config.tie_embeddings:
         # The original's head is a module of its own, and its state dict has the shared matrix twice.
         state["lm_head.weight"] = state["embed_tokens.weight"].clone()
 
-    dtypes = {name: t.dtype if narrow is None else dtype_in(narrow, wide=name in wide) for name, t in state.items()}
+    if layout == "gguf" and config.weights not in (None, *BLOCKS):
+        raise CheckpointError(f"GGUF has no blocks of {config.weights} weights: quantize the model to q8_0 or q4_0")
+    dtypes = {
+        name: t.dtype if narrow is None or name in fixed else dtype_in(narrow, wide=name in wide)
+        for name, t in state.items()
+    }
 
     def fill(stage: Path) -> set[str]:
-        if not overwrite and (there := files.others(folder)):
-            raise CheckpointError(f"{folder} is not empty ({listed(there, most=3)}): name another folder")
-        if others := other_models(folder):
-            raise CheckpointError(
-                f"{folder}: other weights lie there ({listed(others, most=3)}), and a load could not tell which are "
-                "meant: move them away, or name another folder"
-            )
+        check_folder(folder, overwrite)
         _write(stage, folder, state, dtypes, config, layout, max_shard_size, extra_files or {})
         return files_of_checkpoint(folder) | set(() if extra_files is None else COMPANIONS)
 
     try:
-        files.update_folder(folder, fill, wait=_WAIT)
+        files.update_folder(folder, fill, wait=WAIT)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: could not save ({files.reason(error)}); nothing there is lost: {files.cure(error)}"
-        ) from error
+        raise save_failed(folder, error) from error
     return folder
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse to write where files must not be replaced, or where a load would find two models.
+
+    Raises:
+        CheckpointError: there are such files.
+    """
+    if not overwrite and (there := files.others(folder)):
+        raise CheckpointError(f"{folder} is not empty ({listed(there, most=3)}): name another folder")
+    if others := other_models(folder):
+        raise CheckpointError(
+            f"{folder}: other weights lie there ({listed(others, most=3)}), and a load could not tell which are "
+            "meant: move them away, or name another folder"
+        )
+
+
+def save_failed(folder: Path, error: Exception) -> CheckpointError:
+    """The error about a folder that could not be written."""
+    return CheckpointError(
+        f"{folder}: could not save ({files.reason(error)}); nothing there is lost: {files.cure(error)}"
+    )
 
 
 # --- checks, before anything is written ------------------------------------------------------------------------------
 
 
-def _state_to_save(model: nn.Module, dtype: torch.dtype | None) -> tuple[ModelConfig, dict[str, Tensor], set[str]]:
-    """The configuration of a model, its parameters under our names, and those among them that stay float32.
+def _state_to_save(
+    model: nn.Module, dtype: torch.dtype | None
+) -> tuple[ModelConfig, dict[str, Tensor], set[str], set[str]]:
+    """The configuration of a model, its parameters under our names, and those that stay float32, or as they are.
 
     Raises:
         CheckpointError: ``load_model`` would not take them.
@@ -149,6 +174,7 @@ def _state_to_save(model: nn.Module, dtype: torch.dtype | None) -> tuple[ModelCo
     state = dict(zip(plain_names(list(raw)), raw.values(), strict=True))
     expected = _expected_state(config, state)
     wide = set(plain_names(sorted(wide_parameters(inner))))
+    fixed = fixed_tensors(inner)
     if unexpected := sorted(state.keys() - expected.keys()):
         raise CheckpointError(f"cannot save {listed(unexpected, most=3)}: {_cure_of_names(unexpected)}")
     if missing := sorted(expected.keys() - state.keys()):
@@ -167,7 +193,7 @@ def _state_to_save(model: nn.Module, dtype: torch.dtype | None) -> tuple[ModelCo
         ),
         (
             "quantized: save the model from before it was quantized",
-            lambda _, t: t.dtype not in FLOATING or t.layout != torch.strided,
+            lambda name, t: (name not in fixed and t.dtype not in FLOATING) or t.layout != torch.strided,
         ),
         (
             "not finite: go back to weights that are",
@@ -175,12 +201,12 @@ def _state_to_save(model: nn.Module, dtype: torch.dtype | None) -> tuple[ModelCo
         ),
         (
             f"outside the range of {target}: choose a wider dtype",
-            lambda name, t: not _is_finite_in(t, dtype_in(target, wide=name in wide)),
+            lambda name, t: name not in fixed and not _is_finite_in(t, dtype_in(target, wide=name in wide)),
         ),
     ):
         if names := [name for name, tensor in state.items() if found(name, tensor)]:
             raise CheckpointError(f"the model is {problem} ({listed(names, most=3)})")
-    return config, state, wide
+    return config, state, wide, fixed
 
 
 def _expected_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -227,7 +253,8 @@ def _is_finite_in(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).to(dtype).isfinite().all())
 
 
-def _check_extra_files(extra_files: Mapping[str, bytes]) -> None:
+def check_extra_files(extra_files: Mapping[str, bytes]) -> None:
+    """Refuse further files that would be taken for parts of a checkpoint."""
     if not isinstance(extra_files, Mapping):
         raise InputError(f"extra_files must map names to bytes, and is {kind_of(extra_files)}")
     for name, content in extra_files.items():
@@ -284,12 +311,15 @@ def _write(
 ) -> None:
     total, original = 0, format_of(config)
     shards = _split({name: tensor.numel() * dtypes[name].itemsize for name, tensor in state.items()}, limit)
-    names = _shard_names(folder, len(shards))
-    if layout == "original" and original.SINGLE_FILE is not None:
-        shards, names = [list(state)], [original.SINGLE_FILE]
+    names = shard_names(folder, len(shards))
+    single = {"original": original.SINGLE_FILE, "gguf": f"model{GGUF}"}.get(layout)
+    if single is not None:
+        shards, names = [list(state)], [single]
     weight_map: dict[str, str] = {}
-    config_file = stage / CONFIG_NAMES[layout]
-    _write_bytes(config_file, _config_text(config, layout, dtypes["embed_tokens.weight"]).encode())
+    text = config_text(config, layout, dtypes["embed_tokens.weight"])
+    config_name = CONFIG_NAMES[layout]
+    if config_name is not None:
+        write_bytes(stage / config_name, text.encode())
     for file, keys in zip(names, shards, strict=True):
         tensors = {key: state[key].to("cpu", dtypes[key]) for key in keys}
         if layout == "original":
@@ -301,18 +331,23 @@ def _write(
                 )
         elif layout == "transformers":
             tensors = {transformers_tensors.their_name(key): tensor for key, tensor in tensors.items()}
-        tensors = _apart(tensors)
+        tensors = apart(tensors)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
-        _write_tensors(stage / file, tensors)
-        shutil.copymode(config_file, stage / file)  # safetensors makes its files private
+        if layout == "gguf":
+            write_gguf(stage / file, tensors, text)
+            files.flush(stage / file)
+            continue
+        assert config_name is not None
+        write_tensors(stage / file, tensors)
+        shutil.copymode(stage / config_name, stage / file)  # safetensors makes its files private
     for name, content in extra_files.items():
-        _write_bytes(stage / name, content)
+        write_bytes(stage / name, content)
     if layout == "transformers":
-        _write_bytes(stage / transformers_code.FILE, transformers_code.CODE.encode())
+        write_bytes(stage / transformers_code.FILE, transformers_code.CODE.encode())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_bytes(stage / INDEX, json.dumps(index, indent=1).encode())
+        write_bytes(stage / INDEX, json.dumps(index, indent=1).encode())
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -328,7 +363,7 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _shard_names(folder: Path, count: int) -> list[str]:
+def shard_names(folder: Path, count: int) -> list[str]:
     """Names of shards; a name that is taken by a file of no checkpoint is left to it."""
     if count == 1:
         return [SINGLE]
@@ -340,7 +375,8 @@ def _shard_names(folder: Path, count: int) -> list[str]:
     raise AssertionError
 
 
-def _config_text(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> str:
+def config_text(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> str:
+    """The configuration file of a layout."""
     if layout == "original":
         import yaml
 
@@ -352,7 +388,7 @@ def _config_text(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> str
     return json.dumps(values, indent=2) + "\n"
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors, each alone in its storage, as safetensors wants them; layers may share their weights."""
     apart, taken = {}, set[int]()
     for name, tensor in tensors.items():
@@ -365,7 +401,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one weights file, and wait for the disk."""
     if path.suffix == ".pt":
         extra = {key: io.BytesIO(t.numpy().tobytes()) for key, t in tensors.items() if key.endswith("_extra_state")}
         torch.save({**tensors, **extra}, path)
@@ -377,6 +414,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     files.flush(path)
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, and wait for the disk."""
     path.write_bytes(content)
     files.flush(path)

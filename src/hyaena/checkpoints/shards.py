@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from hyaena.checkpoints.parts import JoinedFile, whole_name
-from hyaena.errors import CheckpointError, printable
+from hyaena.errors import CheckpointError, UnsupportedError, printable
+from hyaena.tensor_files.gguf_file import SUFFIX as GGUF
+from hyaena.tensor_files.gguf_file import read_gguf
 from hyaena.tensor_files.pickles import read_legacy, read_zip
 from hyaena.tensor_files.stored import StoredTensor, section
 
@@ -70,7 +72,7 @@ class Shard:
 
 @contextmanager
 def open_shard(path: Path, *parts: Path) -> Iterator[Shard]:
-    """Open a ``.safetensors`` file or one written by ``torch.save``; no code in it is ever run.
+    """Open a ``.safetensors`` or ``.gguf`` file or one written by ``torch.save``; no code in it is ever run.
 
     Args:
         path: of the file, or of its first part.
@@ -84,6 +86,8 @@ def open_shard(path: Path, *parts: Path) -> Iterator[Shard]:
         with _reading(path):
             if path.suffix == ".safetensors":
                 tensors = _read_safetensors(file)
+            elif path.suffix == GGUF:
+                tensors = read_gguf(path, file)
             elif zipfile.is_zipfile(file):
                 tensors = read_zip(file)
             else:  # from before PyTorch 1.6
@@ -121,6 +125,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    except UnsupportedError:  # a package that reads such files is missing
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged pickle or archive may raise anything

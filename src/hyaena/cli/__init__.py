@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, str] = {
     "chat": "hyaena.cli.chat",
     "serve": "hyaena.cli.serve",
     "convert": "hyaena.cli.convert",
+    "quantize": "hyaena.cli.quantize",
     "info": "hyaena.cli.info",
     "score": "hyaena.cli.score",
     "embed": "hyaena.cli.embed",

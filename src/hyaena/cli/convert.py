@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dest", metavar="DEST", help="the folder to write")
     parser.add_argument(
         "--layout",
-        choices=("hyaena", "original", "transformers"),
+        choices=("hyaena", "original", "transformers", "gguf"),
         default="hyaena",
         help="hyaena: config.json and our names (default); original: config.yml and the original's names; "
-        "transformers: what hyaena.hf and AutoTokenizer read",
+        "transformers: what hyaena.hf and AutoTokenizer read; gguf: one file, which holds the configuration, too",
     )
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")

@@ -51,7 +51,13 @@ def run(args: argparse.Namespace) -> int:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = hub.load(
-        args.model, device=device, dtype=args.dtype, revision=args.revision, config=args.config, fp8=args.fp8
+        args.model,
+        device=device,
+        dtype=args.dtype,
+        revision=args.revision,
+        config=args.config,
+        fp8=args.fp8,
+        weights=args.weights,
     )
     began = time.perf_counter()
     results = evals.evaluate(

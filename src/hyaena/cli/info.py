@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from hyaena.cli.formatting import binary_bytes, decimal_bytes, short_count
 from hyaena.config import ModelConfig, preset_names
 from hyaena.errors import InputError, printable
 from hyaena.formats import read_config
+from hyaena.schemes import SCHEMES
 from hyaena.sizes import ModelSizes
 
 if TYPE_CHECKING:
@@ -130,15 +132,24 @@ def describe(config: ModelConfig, checkpoint: Checkpoint | None) -> dict[str, An
             "dtype": dtype,
             "bytes": sum(path.stat().st_size for path in checkpoint.shards),
             "files": [str(path) for path in checkpoint.shards],
+            "narrow": ModelSizes(config).narrow_bytes(),
         }
     itemsize, sizes = {"float64": 8, "float32": 4}.get(dtype, 2), ModelSizes(config)
     return {
         "config": config.to_dict(),
         "parameters": {"total": sizes.parameters, **sizes.parameters_by_part},
         "weights": weights,
+        "by_scheme": _by_scheme(config),
         "cache": {"dtype": dtype, **_cache(sizes, itemsize)},
         "filters": None if checkpoint is None else _filters(checkpoint),
     }
+
+
+def _by_scheme(config: ModelConfig) -> dict[str, int]:
+    """Bytes of the weights by the schemes that fit the sizes, everything else in bfloat16; see docs/quantization.md."""
+    widths = {config.hidden_size, config.intermediate_size}
+    fitting = [name for name, scheme in SCHEMES.items() if not any(width % (scheme.group or 1) for width in widths)]
+    return {name: ModelSizes(replace(config, weights=name)).weight_bytes(2) for name in fitting}
 
 
 def _cache(sizes: ModelSizes, itemsize: int) -> dict[str, int]:
@@ -339,8 +350,13 @@ def _sizes(description: dict[str, Any], config: ModelConfig, width: int, plain: 
         size, note = ModelSizes(config).weight_bytes(2), "in bfloat16, poles and residues in float32 (none were read)"
     else:
         count = len(weights["files"])
-        size, note = weights["bytes"], f"{weights['dtype']}, {count} file{'s' * (count > 1)}"
+        narrow = [f"{name} {decimal_bytes(size)}" for name, size in weights["narrow"].items()]
+        size, note = weights["bytes"], ", ".join([*narrow, f"{weights['dtype']}, {count} file{'s' * (count > 1)}"])
     yield from _row(f"  {'weights':<14}{decimal_bytes(size):>16}   ", note, width)
+    if config.weights is None:
+        dot = "," if plain else " ·"
+        sizes = f"{dot} ".join(f"{name} {decimal_bytes(size)}" for name, size in description["by_scheme"].items())
+        yield from _row(f"  {'narrow':<33}", sizes, width)
 
 
 def _shape(config: ModelConfig, width: int, plain: bool) -> Iterator[str]:

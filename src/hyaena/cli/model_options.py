@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hyaena.errors import InputError
+from hyaena.schemes import SCHEMES
 
 if TYPE_CHECKING:
     import torch
@@ -17,12 +18,17 @@ if TYPE_CHECKING:
 
 
 def add_model_options(group: argparse._ActionsContainer) -> None:
-    """Add the arguments of hub.load: --model, --config, --revision, --device, --dtype, --fp8."""
+    """Add the arguments of hub.load: --model, --config, --revision, --device, --dtype, --weights, --fp8."""
     group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
     group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
     group.add_argument("--revision", help="the revision of a hub id")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere as stored)")
+    group.add_argument(
+        "--weights",
+        choices=tuple(SCHEMES),
+        help="make the linear layers narrow while they are read (docs/quantization.md)",
+    )
     group.add_argument(
         "--fp8",
         choices=("auto", "exact", "off"),
@@ -86,6 +92,7 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
         "--dtype": str(dtype or "stored").removeprefix("torch."),
         "--fp8": args.fp8,
     }
-    return PreparedModel(
-        tokenizer, shape, device, options, args.model, {"dtype": args.dtype, "fp8": args.fp8, **origin}
-    )
+    if args.weights is not None:
+        options["--weights"] = args.weights
+    loading = {"dtype": args.dtype, "fp8": args.fp8, "weights": args.weights, **origin}
+    return PreparedModel(tokenizer, shape, device, options, args.model, loading)

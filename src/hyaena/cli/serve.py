@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         fp8=args.fp8,
+        weights=args.weights,
         name=args.name,
         adapters=adapters,
         chat_template=args.chat_template,

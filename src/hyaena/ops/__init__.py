@@ -30,6 +30,7 @@ from hyaena.ops.long_conv import (
     truncation_window,
 )
 from hyaena.ops.lora import lora_linear
+from hyaena.ops.narrow import Narrow, narrow_linear, widen
 from hyaena.ops.norm import rms_norm
 from hyaena.ops.pages import PAGE, PagedKVState, PagedRows, PagePool, PageTable, pages_for
 from hyaena.ops.rope import rotary_frequencies, rotary_table, rotate
@@ -53,6 +54,7 @@ __all__ = [
     "KVState",
     "Linear",
     "ModalFilter",
+    "Narrow",
     "Norm",
     "PagePool",
     "PageTable",
@@ -79,6 +81,7 @@ __all__ = [
     "linear",
     "long_conv",
     "lora_linear",
+    "narrow_linear",
     "pages_for",
     "resolve_backend",
     "rms_norm",
@@ -92,4 +95,5 @@ __all__ = [
     "to_modal",
     "truncate",
     "truncation_window",
+    "widen",
 ]

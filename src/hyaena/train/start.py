@@ -44,6 +44,11 @@ def find_start(config: TrainConfig) -> Start:
     else:
         assert config.init_from is not None
         model_config, folder = _described(config.init_from)
+    if model_config.weights is not None:
+        raise ConfigError(
+            f"{config.init_from or 'the model'} has {model_config.weights} weights, which are not trained: start from "
+            "the model that was quantized, or train an adapter over them (adapters.add_adapter)"
+        )
     if config.window > model_config.max_length:
         raise ConfigError(f"window {config.window} is longer than the model's maximum of {model_config.max_length}")
     tokenizer = load_tokenizer(folder, model_config)

@@ -24,6 +24,8 @@ from hyaena.ops import (
     rotary_table,
 )
 from hyaena.ops.step import DecodeOperators
+from hyaena.quant import round_weight
+from hyaena.schemes import SCHEMES
 
 pytest.importorskip("numba", reason="the kernels are compiled by numba")
 
@@ -313,3 +315,41 @@ def test_kernels_are_compiled_where_nothing_can_be_written(monkeypatch: pytest.M
 
 def count(p):  # what numba compiles
     memory_take(p, 0)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inside", NORMS)
+@pytest.mark.parametrize(("batch", "rows", "width"), [(1, 17, 128), (1, 6, 2560), (2, 5, 896), (8, 90, 128)])
+def test_narrow_products(
+    threads: int, name: str, dtype: torch.dtype, inside: bool | None, batch: int, rows: int, width: int
+) -> None:
+    x, bias, residual = (torch.randn(*shape).to(dtype) for shape in ((batch, width), (rows,), (batch, rows)))
+    a, b = (round_weight(torch.randn(rows, width) / width**0.5 + 0.01, SCHEMES[name]) for _ in range(2))
+    norm = norm_of(width, inside, dtype)
+    exact, wide = [t.double() for t in (x, bias, residual)], widened(norm)
+    dense = [Dense(ops.widen(layer, torch.float64)) for layer in (a, b)]
+    close(COMPILED.linear(x, a, norm=norm), PLAIN.linear(exact[0], dense[0], norm=wide), dtype)
+    got = COMPILED.linear(x, a._replace(bias=bias), norm=norm, residual=residual)
+    want = PLAIN.linear(exact[0], dense[0]._replace(bias=exact[1]), norm=wide, residual=exact[2])
+    close(got, want, dtype)
+    for activation in ("silu", "gelu", "identity"):
+        got = COMPILED.gate(x, a, b, norm=norm, activation=activation)
+        close(got, PLAIN.gate(exact[0], dense[0], dense[1], norm=wide, activation=activation), dtype)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_narrow_row_has_the_same_bits_beside_others_and_on_any_threads(name: str, threads: int) -> None:
+    x, layer = torch.randn(5, 384), round_weight(torch.randn(301, 384), SCHEMES[name])
+    together = COMPILED.linear(x, layer)
+    for row in range(5):
+        assert torch.equal(COMPILED.linear(x[row : row + 1], layer)[0], together[row])
+
+
+def test_narrow_products_are_computed_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DecodeOperators, "linear", None)
+    monkeypatch.setattr(DecodeOperators, "gate", None)
+    for scheme in SCHEMES.values():
+        layer = round_weight(torch.randn(8, 128), scheme)
+        COMPILED.linear(torch.randn(1, 128), layer)
+        COMPILED.gate(torch.randn(1, 128), layer, layer, activation="silu")

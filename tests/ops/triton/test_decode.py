@@ -23,6 +23,8 @@ from hyaena.ops.step import DecodeOperators
 from hyaena.ops.triton import decode_unsupported_reason
 from hyaena.ops.triton.decode import embed_argmax, gemv
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
+from hyaena.quant import round_weight
+from hyaena.schemes import SCHEMES
 
 PLAIN = DecodeOperators()
 # One rounding of the result to its own dtype, and in the reference one or two more on the way: 2^-24, 2^-11, 2^-8 each.
@@ -297,3 +299,30 @@ def test_argmax(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, block: int)
 def test_what_the_kernels_do_not_take_has_a_reason(sizes: tuple[torch.dtype, int], message: str) -> None:
     assert message in str(decode_unsupported_reason(*sizes, DEVICE))
     assert decode_unsupported_reason(torch.float32, 256, DEVICE) is None
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    ("batch", "rows", "width", "inside"),
+    [(1, 5, 128, None), (1, 5, 128, True), (3, 19, 384, False), (8, 2, 2176, True)],
+)
+def test_narrow_products(name: str, batch: int, rows: int, width: int, inside: bool | None) -> None:
+    dtype = torch.bfloat16 if rows == 19 else torch.float32
+    x, bias, residual = (randn(*shape, dtype=dtype) for shape in ((batch, width), (rows,), (batch, rows)))
+    a, b = (round_weight(randn(rows, width) / width**0.5 + 0.01, SCHEMES[name]) for _ in range(2))
+    norm = None if inside is None else RMSNormWeight(randn(width, dtype=dtype), 1e-2, inside)
+    wide = None if norm is None else norm._replace(weight=norm.weight.double())
+    dense = [Dense(ops.widen(layer, torch.float64)) for layer in (a, b)]
+    fused = FusedDecodeOperators()
+    close(fused.linear(x, a, norm=norm), PLAIN.linear(x.double(), dense[0], norm=wide), dtype)
+    got = fused.linear(x, a._replace(bias=bias), norm=norm, residual=residual)
+    want = PLAIN.linear(x.double(), Dense(dense[0].weight, bias.double()), norm=wide, residual=residual.double())
+    close(got, want, dtype)
+    got = fused.gate(x, a, b, norm=norm, activation="silu")
+    close(got, PLAIN.gate(x.double(), dense[0], dense[1], norm=wide, activation="silu"), dtype)
+
+
+def test_narrow_products_of_more_rows_are_widened() -> None:
+    layer = round_weight(randn(6, 64), SCHEMES["int4"])
+    x = randn(9, 64)
+    close(FusedDecodeOperators().linear(x, layer), PLAIN.linear(x, layer), torch.float32)

@@ -90,7 +90,16 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """A configuration in the keys of ``StripedHyenaConfig``; :func:`read_config` reads it back."""
+    """A configuration in the keys of ``StripedHyenaConfig``; :func:`read_config` reads it back.
+
+    Raises:
+        ConfigError: the weights are narrow.
+    """
+    if config.weights is not None:
+        raise ConfigError(
+            f"transformers reads no {config.weights} weights of this package: convert the model that was quantized, "
+            "and quantize it there, with torchao or bitsandbytes"
+        )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling_factor != 1:
         rope |= {"rope_type": "linear", "factor": config.rope_scaling_factor}

@@ -9,13 +9,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hyaena.ops.cpu import attention, products, team
+from hyaena.ops.cpu import attention, narrow, products, team
 from hyaena.ops.cpu import hyena as hyena_kernels
 from hyaena.ops.cpu.memory import TOKENS
 from hyaena.ops.hyena import HyenaState
 from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Dense, Linear
 from hyaena.ops.long_conv import ExplicitFilter, Filter, ModalFilter, RealModalFilter
+from hyaena.ops.narrow import Narrow
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 
@@ -35,6 +36,8 @@ class CompiledOperators(DecodeOperators):
     """
 
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        if isinstance(layer, Narrow):
+            return self._narrow_linear(x, layer, norm, residual)
         if (
             len(x) > MOST_ROWS
             or not isinstance(layer, Dense)
@@ -50,6 +53,8 @@ class CompiledOperators(DecodeOperators):
         return y
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
+        if isinstance(gate, Narrow) and isinstance(up, Narrow):
+            return self._narrow_gate(x, gate, up, norm, activation)
         if (
             len(x) > MOST_ROWS
             or not (isinstance(gate, Dense) and isinstance(up, Dense))
@@ -68,6 +73,27 @@ class CompiledOperators(DecodeOperators):
             kind,
         )
         _run(products.gate(token, token), words, 2 * gate.weight.numel())
+        return y
+
+    def _narrow_linear(self, x: Tensor, layer: Narrow, norm: Norm | None, residual: Tensor | None) -> Tensor:
+        form = _form(x, layer, norm, layer.bias, residual)
+        if form is None or not isinstance(norm, RMSNormWeight | None):
+            return super().linear(x, layer, norm=norm, residual=residual)
+        y = x.new_empty(x.shape[0], layer.shape[0])
+        bias, residual_ = (0 if t is None else t.data_ptr() for t in (layer.bias, residual))
+        words = (*_narrow_product(x, layer, norm), y.data_ptr(), layer.codes.data_ptr(), bias, residual_)
+        _run(narrow.linear(TOKENS[x.dtype]), (*words, *form, *_scales(layer)))
+        return y
+
+    def _narrow_gate(self, x: Tensor, gate: Narrow, up: Narrow, norm: Norm | None, activation: str) -> Tensor:
+        form = _form(x, gate, norm)
+        alike = form is not None and form == _form(x, up, norm) and gate.bias is up.bias is None
+        if not alike or form is None or not isinstance(norm, RMSNormWeight | None):
+            return super().gate(x, gate, up, norm=norm, activation=activation)
+        y = x.new_empty(x.shape[0], gate.shape[0])
+        kind = products.ACTIVATION[activation]
+        words = (*_narrow_product(x, gate, norm), y.data_ptr(), gate.codes.data_ptr(), up.codes.data_ptr(), kind)
+        _run(narrow.gate(TOKENS[x.dtype]), (*words, *form, *_scales(gate), *_scales(up)))
         return y
 
     def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
@@ -145,10 +171,39 @@ def _bits(value: float) -> int:
     return struct.unpack("q", struct.pack("d", value))[0]
 
 
-def _product(x: Tensor, weight: Tensor, norm: RMSNormWeight | None) -> tuple[int, ...]:
-    """The arguments of a product before its result."""
-    outputs, width = weight.shape
-    block = max(1, products.BLOCK_BYTES // (width * weight.element_size()))
+def _form(x: Tensor, layer: Narrow, norm: Norm | None, *others: Tensor | None) -> tuple[int, int] | None:
+    """The kind of a narrow weight for the kernels and its group; None where they do not take it or the others."""
+    if len(x) > MOST_ROWS or not isinstance(norm, RMSNormWeight | None):
+        return None
+    if not _alike(x, *others, None if norm is None else norm.weight):
+        return None
+    if not all(t is None or t.is_contiguous() for t in layer[:3]):
+        return None
+    width = layer.shape[1]
+    group = width // layer.scale.shape[1]
+    if layer.bits == 8 and layer.scale.dtype == torch.float32 and group == width:
+        return narrow.ROW8, group
+    if layer.scale.dtype != torch.float16 or group % 32 or (layer.bits == 8 and layer.minimum is not None):
+        return None
+    if layer.bits == 8:
+        return narrow.BLOCK8, group
+    return (narrow.BLOCK4 if layer.minimum is None else narrow.AFFINE4), group
+
+
+def _scales(layer: Narrow) -> tuple[int, int]:
+    return layer.scale.data_ptr(), 0 if layer.minimum is None else layer.minimum.data_ptr()
+
+
+def _narrow_product(x: Tensor, layer: Narrow, norm: RMSNormWeight | None) -> tuple[int, ...]:
+    """The arguments of a narrow product before its result."""
+    return _product(x, layer.codes, norm, layer.shape[1])
+
+
+def _product(x: Tensor, weight: Tensor, norm: RMSNormWeight | None, width: int | None = None) -> tuple[int, ...]:
+    """The arguments of a product before its result; ``width`` where it is not that of the tensor."""
+    outputs, stored = weight.shape
+    width = width or stored
+    block = max(1, products.BLOCK_BYTES // (stored * weight.element_size()))
     if norm is None:
         return x.data_ptr(), x.shape[0], width, outputs, block, 0, 0, 0
     numbers = norm.weight.data_ptr(), _bits(norm.eps), int(norm.eps_inside_root)

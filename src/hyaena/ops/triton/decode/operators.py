@@ -12,10 +12,11 @@ from hyaena.ops.hyena import HyenaState
 from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Dense, Linear
 from hyaena.ops.long_conv import ExplicitFilter, Filter, ModalFilter, RealModalFilter
+from hyaena.ops.narrow import Narrow
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 from hyaena.ops.triton import pointwise
-from hyaena.ops.triton.decode import embed_argmax, gemv, rope_kv
+from hyaena.ops.triton.decode import embed_argmax, gemv, narrow, rope_kv
 from hyaena.ops.triton.decode.attention import decode_attention
 from hyaena.ops.triton.decode.few_rows import Products
 from hyaena.ops.triton.hyena import explicit_launch, launch
@@ -25,8 +26,8 @@ from hyaena.ops.triton.hyena.register import real_pairs
 class FusedDecodeOperators(DecodeOperators):
     """Kernels that read every weight and every valid slot once, and never wait for the device.
 
-    Products that neither ``gemv`` nor ``few_rows`` takes, layers that are not plain weights, and filters that the
-    kernels do not support are computed by the plain operators, which a graph captures as well.
+    Products that none of ``gemv``, ``few_rows`` and ``narrow`` takes, layers that are not records of weights, and
+    filters that the kernels do not support are computed by the plain operators, which a graph captures as well.
 
     Args:
         tiles: measured tiles of one row by operator and shape of the matrix, in place of the rule's.
@@ -59,6 +60,8 @@ class FusedDecodeOperators(DecodeOperators):
         return embed_argmax.argmax(logits, ids, overlap=self.overlap)
 
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        if isinstance(layer, Narrow) and len(x) <= narrow.MOST_ROWS and isinstance(norm, RMSNormWeight | None):
+            return narrow.linear(x, layer, norm=norm, residual=residual, overlap=self.overlap)
         if not isinstance(layer, Dense) or not isinstance(norm, RMSNormWeight | None):
             return super().linear(x, layer, norm=norm, residual=residual)
         if x.shape[0] > 1:
@@ -70,8 +73,16 @@ class FusedDecodeOperators(DecodeOperators):
         return gemv.linear(x, layer, norm=norm, residual=residual, tile=tile, overlap=self.overlap)
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
-        plain = isinstance(gate, Dense) and isinstance(up, Dense) and gate.bias is None and up.bias is None
-        if not plain or not isinstance(norm, RMSNormWeight | None):
+        if not isinstance(norm, RMSNormWeight | None):
+            return super().gate(x, gate, up, norm=norm, activation=activation)
+        if (
+            isinstance(gate, Narrow)
+            and isinstance(up, Narrow)
+            and len(x) <= narrow.MOST_ROWS
+            and narrow.alike(gate, up)
+        ):
+            return narrow.gate(x, gate, up, norm=norm, activation=activation, overlap=self.overlap)
+        if not isinstance(gate, Dense) or not isinstance(up, Dense) or not (gate.bias is up.bias is None):
             return super().gate(x, gate, up, norm=norm, activation=activation)
         if x.shape[0] > 1:
             if not self.products.takes(x, gate.weight, up.weight):

@@ -1,0 +1,90 @@
+"""``hyaena quantize``: write a model with narrow weights."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from hyaena.arguments import as_path
+from hyaena.cli.formatting import decimal_bytes, parse_size
+from hyaena.errors import InputError
+from hyaena.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HELP = "write a model whose linear layers have 8 or 4 bits"
+
+CALIBRATION_TOKENS = 1 << 17
+"""Tokens of the calibration text that are read, from its beginning."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command."""
+    parser.add_argument("source", metavar="MODEL", help="a folder, a weights file, a bundled name, or a hub id")
+    parser.add_argument("--weights", choices=tuple(SCHEMES), required=True, help="the scheme (docs/quantization.md)")
+    parser.add_argument("--output", metavar="DIR", required=True, help="the folder to write")
+    parser.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="text or records: choose scales by what the model reads in them; the model is loaded for that",
+    )
+    parser.add_argument("--device", help="where the calibration text is read (a GPU if there is one)")
+    parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="cast everything else; by default it stays as it is stored. Poles and residues stay float32",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        default="1GB",
+        help="split larger models over several files; so much is in memory (default 1GB)",
+    )
+    parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, round, write."""
+    limit = parse_size(args.max_shard_size)
+    dest = as_path("the folder to write", args.output)
+    if os.path.exists(dest) and not os.path.isdir(dest):
+        raise InputError(f"{dest} is a file: name a folder to write")
+
+    from hyaena import checkpoints, files, hub
+    from hyaena.checkpoints.load import check_scheme
+
+    if not args.force and files.others(dest):
+        raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
+    checkpoint = hub.locate(args.source, revision=args.revision, config=args.config)
+    check_scheme(checkpoint, args.weights)
+    moments = None if args.calibrate is None else _moments(args)
+    paths = [checkpoint.folder / name for name in checkpoints.COMPANIONS]
+    extra = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    if sys.stderr.isatty():
+        print(f"reading {checkpoint.path} …", file=sys.stderr)
+    options = {"dtype": args.dtype, "max_shard_size": limit, "overwrite": args.force}
+    checkpoints.quantize_checkpoint(checkpoint, dest, args.weights, moments=moments, extra_files=extra, **options)
+    before, after = (sum(f.stat().st_size for f in c.shards) for c in (checkpoint, checkpoints.find(dest)))
+    print(f"{dest}: {args.weights} weights, {decimal_bytes(after)} of {decimal_bytes(before)}")
+    return 0
+
+
+def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
+    """The second moments of what the linear layers of the model read in the calibration text."""
+    import torch
+
+    from hyaena import hub
+    from hyaena.quant import collect_moments
+    from hyaena.train.corpus import tokenize
+    from hyaena.train.documents import read_documents
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = hub.load(args.source, device=device, revision=args.revision, config=args.config)
+    texts = list(read_documents([args.calibrate]))
+    ids = tokenize(texts, tokenizer).tokens
+    return collect_moments(model, torch.tensor(ids[:CALIBRATION_TOKENS], dtype=torch.long))

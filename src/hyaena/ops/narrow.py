@@ -1,0 +1,120 @@
+"""Linear layers whose weights have 8 or 4 bits: the record, its numbers, and its product.
+
+    w[e,d] = scale[e,g]·(q[e,d] - zero) + minimum[e,g],   g = d // group
+
+with zero = 8 for 4 bits without minima, and 0 otherwise. Two numbers of 4 bits share a byte: byte j of a block of 32
+columns holds column j in its low and column j + 16 in its high half, as the blocks of GGUF do.
+
+A product widens the weight to the dtype of x some rows at a time, so that memory is that of one tile. Gradients pass
+through x only.
+
+Shapes: E outputs, D inputs, G groups of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 32
+"""Columns whose 4-bit numbers share 16 bytes."""
+
+TILE = 1 << 22
+"""Numbers of a weight that are widened at a time."""
+
+
+class Narrow(NamedTuple):
+    """A linear layer with a narrow weight. Kernels may read it.
+
+    Attributes:
+        codes: q; int8 [E,D], or uint8 [E,D/2] of two 4-bit numbers each.
+        scale: [E,G].
+        minimum: [E,G], or None.
+        bias: [E], or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.codes.dtype == torch.int8 else 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs, (E, D)."""
+        return self.codes.shape[0], self.codes.shape[1] * 8 // self.bits
+
+    @property
+    def zero(self) -> int:
+        return 8 if self.bits == 4 and self.minimum is None else 0
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Numbers 0…15, uint8 [...,D], two to a byte: uint8 [...,D/2]."""
+    low, high = codes.unflatten(-1, (-1, 2, BLOCK // 2)).unbind(-2)
+    return (low | (high << 4)).flatten(-2)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of ``pack``."""
+    halves = packed.unflatten(-1, (-1, BLOCK // 2))
+    return torch.stack([halves & 15, halves >> 4], dim=-2).flatten(-3)
+
+
+def widen(layer: Narrow, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+    """The weight, or some rows of it: [E,D] in a dtype, rounded once from float32."""
+    codes = layer.codes[rows] if layer.bits == 8 else unpack(layer.codes[rows])
+    scale = layer.scale[rows].float().unsqueeze(-1)
+    wide = codes.unflatten(-1, (scale.shape[1], -1)).float()
+    if layer.minimum is not None:
+        wide = wide.mul_(scale).add_(layer.minimum[rows].float().unsqueeze(-1))
+    else:
+        wide = wide.sub_(layer.zero).mul_(scale)
+    return wide.flatten(-2).to(dtype)
+
+
+def narrow_linear(x: Tensor, layer: Narrow) -> Tensor:
+    """``weight·x + bias``: x [...,D] -> [...,E], multiplied in the dtype of x."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y = _Product.apply(x, layer) if torch.is_grad_enabled() and x.requires_grad else _product(x, layer)
+    return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+
+def _tiles(layer: Narrow) -> Iterator[slice]:
+    outputs, inputs = layer.shape
+    step = max(1, TILE // inputs)
+    for start in range(0, outputs, step):
+        yield slice(start, min(start + step, outputs))
+
+
+def _product(x: Tensor, layer: Narrow) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], layer.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in _tiles(layer):
+            y[..., rows] = torch.nn.functional.linear(x, widen(layer, x.dtype, rows))
+    return y
+
+
+class _Product(torch.autograd.Function):
+    """The product, whose backward pass widens the weight again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Narrow) -> Tensor:
+        ctx.layer = layer
+        return _product(x, layer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        dx = torch.zeros((), dtype=dy.dtype, device=dy.device)
+        for rows in _tiles(ctx.layer):
+            dx = dx + dy[..., rows] @ widen(ctx.layer, dy.dtype, rows)
+        return dx, None

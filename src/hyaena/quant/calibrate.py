@@ -1,0 +1,45 @@
+"""What the linear layers of a model read in a text: the second moments of their inputs, by which errors are weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+WINDOW = 2048
+"""Tokens that are read at a time."""
+
+
+@torch.no_grad()
+def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """The mean of the squares of each input of every plain linear layer, name -> float32 [D].
+
+    Args:
+        model: reads token ids [1,T] when it is called; its weights are not narrow.
+        ids: int [N], of a text like those that the model is for; read in windows of 2,048.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def counting(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().flatten(0, -2).float()
+            sums[name] = sums.get(name, torch.zeros_like(x[0])) + x.square().sum(0)
+            counts[name] = counts.get(name, 0) + len(x)
+
+        return hook
+
+    device = next(model.parameters()).device
+    hooks = [
+        module.register_forward_pre_hook(counting(name))
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+    ]
+    try:
+        for window in ids.split(WINDOW):
+            model(window.unsqueeze(0).to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total.cpu() / counts[name] for name, total in sums.items()}

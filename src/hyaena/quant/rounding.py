@@ -1,0 +1,130 @@
+"""A weight matrix -> the nearest narrow one: round to nearest, with scales that are searched for.
+
+For every group of numbers w the scale s (and the minimum m) are those of some candidates with the smallest error
+
+    Σ_d h[d]·(s·(q[d] - zero) + m - w[d])²,   q = clamp(round((w - m)/s + zero))
+
+with h = 1, or the second moments of the layer's inputs: what an error in column d does to the output is in proportion
+to the size of input d (the diagonal of the Hessian of the layer's squared error; LeCun et al. 1990; Frantar et al.
+2022, GPTQ). Candidates are the range of the group made narrower in steps, and for each the least squares fit of s and m
+to the numbers q that it gives. Scales are rounded to the dtype that they are stored in before q is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hyaena.errors import InputError
+from hyaena.ops.narrow import Narrow, pack
+from hyaena.schemes import Scheme
+
+SHRINK = {8: (1.0, 0.97), 4: (1.0, 0.9, 0.8)}
+"""By bits: shares of a group's range that are tried."""
+
+_NUMBERS = 1 << 18
+"""Numbers that are rounded at a time: they stay in the cache of a processor."""
+
+
+@torch.no_grad()
+def round_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) -> Narrow:
+    """The narrow weight nearest to a weight [E,D], on its device.
+
+    Args:
+        weight: of any floating dtype, finite.
+        scheme: its groups divide D.
+        moments: h, float32 [D], none negative; all 1 unless given.
+
+    Raises:
+        InputError: a number is too large for a scale of the scheme.
+    """
+    outputs, inputs = weight.shape
+    groups = scheme.groups(inputs)
+    dtype = torch.float32 if scheme.scale_bytes == 4 else torch.float16
+    h = None if moments is None else _importance(moments.to(weight.device, torch.float32), groups)
+    parts = []
+    step = max(1, _NUMBERS // inputs)
+    for start in range(0, outputs, step):
+        tile = weight[start : start + step].float().unflatten(-1, (groups, -1))
+        q, scale, minimum = _round_groups(tile.permute(2, 0, 1).contiguous(), scheme, dtype, h)
+        parts.append((q.to(torch.uint8 if scheme.bits == 4 else torch.int8).permute(1, 2, 0), scale, minimum))
+    codes, scale, minimum = (torch.cat(part) for part in zip(*parts, strict=True))
+    if not bool(scale.isfinite().all() and minimum.isfinite().all()):
+        raise InputError(f"a weight is too large for the float16 scales of {scheme.name}: choose int8")
+    codes = codes.flatten(-2)
+    return Narrow(pack(codes) if scheme.bits == 4 else codes, scale, minimum if scheme.minima else None)
+
+
+def _importance(moments: Tensor, groups: int) -> Tensor:
+    """h [group,1,G] of second moments [D]; an input that was never seen counts a little."""
+    h = moments.unflatten(0, (groups, -1)).t().unsqueeze(1)
+    mean = h.mean()
+    return h + torch.where(mean > 0, 1e-3 * mean, 1.0)
+
+
+def _round_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers q float32 [group,E,G], scales and minima [E,G], of w [group,E,G]."""
+    zero = _limits(scheme)[2]
+    best = None
+    for scale, minimum in _candidates(w, scheme, h):
+        scale, minimum = scale.to(dtype), minimum.to(dtype)
+        s, m = scale.float(), minimum.float()
+        q = _nearest(w, s, m, scheme)
+        error = (q * s).add_(m - zero * s).sub_(w).square_()
+        error = (error if h is None else error.mul_(h)).sum(0)
+        if best is None:
+            best = (q, scale, minimum, error)
+            continue
+        better = error < best[3]
+        found = zip((q, scale, minimum, error), best, strict=True)
+        best = tuple(torch.where(better, new, old) for new, old in found)
+    assert best is not None
+    return best[0], best[1], best[2]
+
+
+def _nearest(w: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
+    """q of w [group,E,G] for scales and minima [E,G]; that of 0 where the scale is 0."""
+    low, high, zero = _limits(scheme)
+    inverse = torch.where(scale != 0, 1 / scale, 0.0)
+    return (w * inverse).add_(zero - minimum * inverse).round_().clamp_(low, high)
+
+
+def _limits(scheme: Scheme) -> tuple[int, int, int]:
+    """The least and the largest q, and the q of weight 0 where there is no minimum."""
+    if scheme.bits == 8:
+        return -127, 127, 0
+    return 0, 15, 0 if scheme.minima else 8
+
+
+def _candidates(w: Tensor, scheme: Scheme, h: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scales and minima [E,G] to try, each followed by its least squares fit."""
+    high, zero = _limits(scheme)[1:]
+    least, most = torch.aminmax(w, dim=0)
+    none = torch.zeros_like(most)
+    for share in SHRINK[scheme.bits]:
+        if scheme.minima:
+            scale = (most - least) * (share / high)
+            starts = [(scale, (most + least) / 2 - scale * (high / 2))]
+        elif scheme.bits == 8:
+            starts = [(torch.maximum(most, -least) * (share / high), none)]
+        else:  # q reaches further below zero than above it: the larger end may lie on either side
+            end = torch.where(most > -least, most, least)
+            starts = [(end * (share / -zero), none), (end * (share / (high - zero)), none)]
+        for scale, minimum in starts:
+            yield scale, minimum
+            yield _fit(w, _nearest(w, scale, minimum, scheme).sub_(zero), h, minima=scheme.minima)
+
+
+def _fit(w: Tensor, q: Tensor, h: Tensor | None, *, minima: bool) -> tuple[Tensor, Tensor]:
+    """The s and m [E,G] with the least ``Σ h·(s·q + m - w)²``; 0 where they are not determined."""
+    hq = q if h is None else h * q
+    sum_qq, sum_qw = (hq * q).sum(0), (hq * w).sum(0)
+    if not minima:
+        return torch.where(sum_qq > 0, sum_qw / sum_qq, 0.0), torch.zeros_like(sum_qq)
+    total = len(w) if h is None else h.sum(0)
+    sum_q, sum_w = hq.sum(0), (w if h is None else h * w).sum(0)
+    determinant = total * sum_qq - sum_q * sum_q
+    scale = torch.where(determinant > 0, (total * sum_qw - sum_q * sum_w) / determinant, 0.0)
+    return scale, (sum_w - scale * sum_q) / total

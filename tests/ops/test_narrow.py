@@ -1,0 +1,147 @@
+"""Narrow weights: their numbers, their products and gradients, and the rounding that makes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyaena import ops
+from hyaena.errors import InputError
+from hyaena.ops import narrow
+from hyaena.ops.narrow import Narrow, pack, unpack
+from hyaena.quant import round_weight
+from hyaena.schemes import SCHEMES, scheme_of
+
+ALL = pytest.mark.parametrize("name", SCHEMES)
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def defined(layer: Narrow) -> Tensor:
+    """The weight by its definition, number by number."""
+    outputs, inputs = layer.shape
+    weight = torch.zeros(outputs, inputs, dtype=torch.float64)
+    group = inputs // layer.scale.shape[1]
+    for e in range(outputs):
+        for d in range(inputs):
+            if layer.bits == 8:
+                q = int(layer.codes[e, d])
+            else:
+                byte = int(layer.codes[e, d // 32 * 16 + d % 16])
+                q = byte >> 4 if d % 32 >= 16 else byte & 15
+            lowest = 0.0 if layer.minimum is None else float(layer.minimum[e, d // group])
+            zero = 8 if layer.bits == 4 and layer.minimum is None else 0
+            weight[e, d] = float(layer.scale[e, d // group]) * (q - zero) + lowest
+    return weight
+
+
+@ALL
+def test_widening_is_its_definition(name: str) -> None:
+    layer = round_weight(numbers(3, 256), SCHEMES[name])
+    torch.testing.assert_close(ops.widen(layer, torch.float64), defined(layer), rtol=1e-6, atol=1e-6)
+    assert layer.shape == (3, 256)
+
+
+def test_packing_loses_nothing() -> None:
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2, 4)
+    assert torch.equal(unpack(pack(codes)), codes) and pack(codes).shape == (2, 32)
+
+
+@ALL
+def test_bytes_are_those_that_the_scheme_says(name: str) -> None:
+    layer = round_weight(numbers(5, 384), SCHEMES[name])
+    stored = sum(t.nbytes for t in layer if t is not None)
+    assert stored == SCHEMES[name].nbytes(5, 384)
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_that_of_the_widened_weight(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = round_weight(numbers(7, 128), SCHEMES[name])._replace(bias=numbers(7))
+    x = numbers(2, 5, 128).to(dtype)
+    expected = torch.nn.functional.linear(x, ops.widen(layer, dtype)) + layer.bias.to(dtype)  # type: ignore[union-attr]
+    assert torch.equal(ops.linear(x, layer), expected)
+    monkeypatch.setattr(narrow, "TILE", 2 * 128)
+    torch.testing.assert_close(ops.linear(x, layer), expected)
+    torch.testing.assert_close(ops.linear(x, layer, residual=expected), 2 * expected)
+
+
+@ALL
+def test_gradients_pass_through_the_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = round_weight(numbers(7, 128), SCHEMES[name])
+    x, other = (numbers(2, 5, 128).requires_grad_() for _ in range(2))
+    monkeypatch.setattr(narrow, "TILE", 3 * 128)
+    upstream = numbers(2, 5, 7)
+    ops.linear(x, layer).backward(upstream)
+    torch.nn.functional.linear(other, ops.widen(layer, torch.float32)).backward(upstream)
+    torch.testing.assert_close(x.grad, other.grad)
+
+
+def test_autocast_multiplies_in_its_dtype() -> None:
+    layer, x = round_weight(numbers(4, 64), SCHEMES["int4"]), numbers(3, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.linear(x, layer)
+    assert torch.equal(y, ops.linear(x.bfloat16(), layer))
+
+
+@ALL
+def test_representable_weights_are_kept(name: str) -> None:
+    scheme, inputs = SCHEMES[name], 256
+    low, high = (-127, 127) if scheme.bits == 8 else (0, 15)
+    q = torch.randint(low, high + 1, (4, inputs), generator=torch.Generator().manual_seed(0)).float()
+    groups = q.unflatten(1, (scheme.groups(inputs), -1))
+    groups[..., 0], groups[..., 1] = low, high
+    weight = (groups - (8 if name == "q4_0" else 0)).mul(0.125).flatten(1) + (0.5 if scheme.minima else 0)
+    assert torch.equal(ops.widen(round_weight(weight, scheme), torch.float32), weight)
+
+
+@ALL
+def test_the_search_beats_the_whole_range(name: str) -> None:
+    """Rounding to nearest within the range of each group is the first candidate: none may be worse."""
+    scheme, weight = SCHEMES[name], numbers(16, 512)
+    groups = weight.unflatten(1, (scheme.groups(512), -1))
+    if scheme.minima:
+        least = groups.amin(-1, keepdim=True).half().float()
+        scale = ((groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15).half().float()
+        plain = ((groups - least) / scale).round().clamp(0, 15) * scale + least
+    else:
+        reach = 127 if scheme.bits == 8 else 7
+        scale = groups.abs().amax(-1, keepdim=True) / reach
+        scale = scale if name == "int8" else scale.half().float()
+        plain = (groups / scale).round().clamp(-reach - (scheme.bits == 4), reach) * scale
+    found = ops.widen(round_weight(weight, scheme), torch.float32)
+    before, after = (plain.flatten(1) - weight).square().mean(), (found - weight).square().mean()
+    assert after < before * (0.97 if scheme.bits == 4 else 1.0)
+
+
+def test_moments_move_the_error_to_inputs_that_matter_little() -> None:
+    weight, moments = numbers(32, 64), torch.ones(64)
+    moments[::2] = 100.0
+    plain, aware = (ops.widen(round_weight(weight, SCHEMES["int4"], m), torch.float32) for m in (None, moments))
+    errors = [((w - weight).square() * moments).sum() for w in (plain, aware)]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_groups_of_zeros_and_of_one_number_are_exact() -> None:
+    weight = torch.zeros(2, 64)
+    weight[1, :32] = 0.75
+    for name in ("int8", "int4", "q8_0", "q4_0"):
+        found = ops.widen(round_weight(weight, SCHEMES[name]), torch.float32)
+        torch.testing.assert_close(found, weight, rtol=1e-3, atol=0)
+        assert torch.equal(found[0], weight[0])
+
+
+def test_what_cannot_be_stored_is_refused() -> None:
+    with pytest.raises(InputError, match="float16 scales of q8_0: choose int8"):
+        round_weight(torch.full((1, 32), 1e30), SCHEMES["q8_0"])
+    with pytest.raises(InputError, match=r"layers.0.x has 96 inputs, .* groups of 128 .*choose int4$"):
+        SCHEMES["int4-128"].check_columns("layers.0.x", 96)
+    with pytest.raises(InputError, match=r"choose int8$"):
+        SCHEMES["q4_0"].check_columns("layers.0.x", 20)
+    with pytest.raises(InputError, match="'int3' are unknown: choose one of int8, int4"):
+        scheme_of("int3")
