@@ -18,6 +18,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from hyaena import ops
 from hyaena.config import ModelConfig
@@ -131,8 +132,7 @@ class HyenaMixer(nn.Module):
             here = slice(decodes, decodes + m.num_prefill_tokens)
             slots = m.state_indices_tensor_p.long()
             before = self.read(states, slots)
-            fresh = m.has_initial_states_p.logical_not()  # pages are not cleared by vLLM
-            before = HyenaState(*(torch.where(fresh.view(-1, *[1] * (t.ndim - 1)), 0, t) for t in before))
+            before = HyenaState(*(_where(m.has_initial_states_p, t, 0) for t in before))  # vLLM does not clear pages
             out, state = packing.apply(lambda z, s, mask, reset: self.hyena(z, s, mask), z[None, here], before)
             y[here] = out.squeeze(0)
             self.write(states, slots, state)
@@ -165,30 +165,19 @@ class HyenaMixer(nn.Module):
         state = self.read(states, slots.gather(1, last[:, None]).squeeze(1))
         lengths = offsets[1 : rows + 1] - offsets[:rows]
         for j in range(slots.shape[1]):
-            # Rows with fewer drafts repeat their last token here; what that gives is written to no slot and no output.
+            # Rows with fewer drafts read their first token again; what it gives is kept nowhere. Nothing here waits for
+            # the device, so that a CUDA graph can hold it.
             inside = lengths > j
-            tokens = offsets[:rows] + j
-            here = inside.nonzero().squeeze(1) if not z.is_cuda else None
-            if here is not None:
-                if not len(here):
-                    break
-                out, new = self.hyena(z[tokens[here]].unsqueeze(1), state.select(here.tolist()))
-                y[tokens[here]] = out.squeeze(1)
-                self.write(states, slots[here, j], new)
-                for old, now in zip(state, new, strict=True):
-                    old[here] = now.to(old.dtype)
-                continue
-            read = torch.where(inside, tokens, offsets[:rows]).clamp(max=len(z) - 1)
-            out, new = self.hyena(z[read].unsqueeze(1), state)
-            keep = inside.view(-1, 1)
-            y[read] = torch.where(keep, out.squeeze(1), y[read])
-            self.write(states, torch.where(inside, slots[:, j], 0), new)  # block 0 is vLLM's scratch
-            state = HyenaState(
-                *(
-                    torch.where(inside.view(-1, *[1] * (old.ndim - 1)), now.to(old.dtype), old)
-                    for old, now in zip(state, new, strict=True)
-                )
-            )
+            tokens = torch.where(inside, offsets[:rows] + j, offsets[:rows]).clamp(max=len(z) - 1)
+            out, new = self.hyena(z[tokens].unsqueeze(1), state)
+            y[tokens] = torch.where(inside[:, None], out.squeeze(1), y[tokens])
+            state = HyenaState(*(_where(inside, now.to(old.dtype), old) for old, now in zip(state, new, strict=True)))
+            self.write(states, torch.where(inside, slots[:, j], NULL_BLOCK_ID), state)
+
+
+def _where(rows: Tensor, yes: Tensor, no: Tensor | float) -> Tensor:
+    """``torch.where`` by rows: bool [B], the others [B,…]."""
+    return torch.where(rows.view(-1, *[1] * (yes.ndim - 1)), yes, no)
 
 
 def make_long_filter(config: ModelConfig, kind: str, ranks: int) -> nn.Module:
