@@ -68,13 +68,14 @@ def make(family: str, **changes: Any) -> hyaena.StripedHyena:
     if family == "cub":
         return hyaena.load("cub")[0]
     model = hyaena.StripedHyena(config(family, **changes))
-    model.init_weights(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name or "embed" in name:
                 parameter.mul_(3)
             if name.endswith("bias"):
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, 0.1, generator=generator)
         if model.rotary.frequencies is not None:
             model.rotary.frequencies.mul_(1.25)  # those of the file, and no others, give the tokens
     return model.eval()

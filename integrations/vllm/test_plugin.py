@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from integrations.vllm.cases import config, engine, folder_of
 from vllm.v1.kv_cache_interface import MambaSpec
 
 import hyaena
@@ -18,7 +20,6 @@ from hyaena.sizes import LAYER_SIZES
 from hyaena.vllm import states, versions
 from hyaena.vllm.config import HyaenaConfigParser, check_length, check_ranks
 from hyaena.vllm.tokenizer import HyaenaTokenizer
-from integrations.vllm.cases import config, engine, folder_of
 
 
 def specs(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> list[MambaSpec]:
@@ -76,7 +77,7 @@ def test_pages_shared_by_layers_leave_little_padding(name: str) -> None:
 def test_states_of_a_page_do_not_overlap_and_fit() -> None:
     layers, size = states.place(config("evo2"), ("hyena_se", "hyena_mr", "hyena_li", "hyena"), 1, torch.bfloat16)
     parts = sorted((part.start, part.stop) for layer in layers for part in layer)
-    assert all(a[1] <= b[0] for a, b in zip(parts, parts[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(parts))
     assert parts[-1][1] <= size
     pages = torch.zeros(3, size + 64, dtype=torch.int8)
     for layer in layers:

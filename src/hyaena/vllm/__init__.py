@@ -2,8 +2,8 @@
 
     vllm serve FOLDER --config-format hyaena --tokenizer-mode hyaena
 
-vLLM calls ``register`` in every process (front end, engine, workers, and the process that inspects model classes), so it
-can be called again, and imports neither a model nor torch's kernels by itself. It names the model's class by a text.
+vLLM calls ``register`` in every process (front end, engine, workers, and the process that inspects model classes), so
+it can be called again, and imports no model: it names the model's class by a text.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Make vLLM know StripedHyena models: configurations, weights, tokenizers, and the model's class.
 
-    In a vLLM of another version only the class is registered, which then says what is wrong in one line: vLLM calls this
-    function for every model that it serves, and those of others must not suffer.
+    In a vLLM of another version only the class is registered, which then says what is wrong in one line: vLLM calls
+    this function whatever model it serves, and others must not suffer.
 
     Raises:
         UnsupportedError: vLLM is not installed.

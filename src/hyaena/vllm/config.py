@@ -116,7 +116,7 @@ class EngineCheck(VerifyAndUpdateConfig):
         model = vllm_config.model_config
         c = model.hf_config.record()
         if model.model in hub.PUBLISHED and model.config_format != "hyaena":
-            raise ConfigError(f"{model.model}: its files leave things out that hyaena knows: add --config-format hyaena")
+            raise ConfigError(f"{model.model}: its files leave out what hyaena knows: add --config-format hyaena")
         check_ranks(c, vllm_config.parallel_config.tensor_parallel_size)
         check_length(c, model.max_model_len)
         if vllm_config.load_config.load_format == "auto":
@@ -156,5 +156,5 @@ def check_length(config: ModelConfig, length: int) -> None:
     """
     if length > config.max_length:
         raise ConfigError(
-            f"max_model_len {length:,} is past the model's {config.max_length:,} tokens: set max_model_len to at most that"
+            f"max_model_len {length:,} is past the model's {config.max_length:,} tokens: set it to at most that"
         )

@@ -6,6 +6,7 @@ Shapes: T tokens of the whole batch, B sequences, D channels, K taps; every widt
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,11 +69,12 @@ class AttentionMixer(nn.Module):
         qk, v = qkv.split([self.heads + self.groups, self.groups], dim=1)
         qk = ops.rotate(qk.transpose(0, 1).unsqueeze(0), table).squeeze(0).transpose(0, 1)
         q, k = qk.split([self.heads, self.groups], dim=1)
-        return self.o_proj(self.attn(q.flatten(1).contiguous(), k.flatten(1).contiguous(), v.flatten(1).contiguous()))[0]
+        y = self.attn(*(t.flatten(1).contiguous() for t in (q, k, v)))
+        return self.o_proj(y)[0]
 
 
 class HyenaMixer(nn.Module):
-    """A Hyena block. All between its projections is one opaque operator, which finds the layer and its states by name."""
+    """A Hyena block. All between its projections is one opaque operator, which finds layer and states by name."""
 
     def __init__(
         self, config: ModelConfig, kind: str, pages: StatePages, place: int, vllm_config: VllmConfig, prefix: str
@@ -221,7 +223,7 @@ def packing_of(m: Any, device: torch.device) -> Packing:
     found = getattr(m, "hyaena_packing", None)
     if found is None:
         offsets = m.query_start_loc_p.tolist()
-        counts = [stop - start for start, stop in zip(offsets, offsets[1:], strict=False)]
+        counts = [stop - start for start, stop in pairwise(offsets)]
         found = m.hyaena_packing = Packing(m.has_initial_states_p.tolist(), counts, device)
     return found
 

@@ -88,9 +88,7 @@ class Layer(nn.Module):
 
 
 # The dimensions are named: the decorator finds them by annotations otherwise, and cannot read those that are texts.
-@support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
-)
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
 class HyaenaModel(nn.Module):
     """Embedding, layers and norm: this pipeline stage's part of them."""
 
@@ -184,9 +182,7 @@ class HyaenaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Supports
         config = self.record = self.config.record()
         self.model = HyaenaModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
-                config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
-            )
+            self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
             if config.tie_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         else:

@@ -1,8 +1,8 @@
 """The states of Hyena layers in vLLM's pages: which layers share a page, and where each state lies in it.
 
-vLLM keeps what a sequence needs in pages of one size, those of attention layers and those of states alike. The states of
-the three kinds of Hyena layers of Evo 2 differ by a factor of 14, so a page for each layer would be mostly padding
-(58 MB for 23). Here the layers of a ``StatePages`` share a page, side by side, and ``layers_per_page`` chooses how many.
+vLLM keeps what a sequence needs in pages of one size, those of attention layers and those of states alike. The states
+of the three kinds of Hyena layers of Evo 2 differ by a factor of 14, so a page for each layer would be mostly padding
+(58 MB for 23). Here the layers of a ``StatePages`` share a page, side by side; ``layers_per_page`` chooses how many.
 
 Shapes: D channels of this rank, K taps of the short filter, N modes, W taps.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from hyaena.config import ModelConfig
+
+T = TypeVar("T")
 
 ALIGNMENT = 16
 """Bytes to which the states in a page are aligned, so that kernels may read them in vectors."""
@@ -78,7 +80,7 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def split(kinds: Sequence[str], layers: int) -> list[Sequence[str]]:
+def split(kinds: Sequence[T], layers: int) -> list[Sequence[T]]:
     """The layers of every page, so many of them in each but the last."""
     return [kinds[i : i + layers] for i in range(0, len(kinds), layers)]
 
@@ -118,7 +120,7 @@ def plan(config: ModelConfig, ranks: int, dtype: torch.dtype, grain: int, layers
 
 
 def layers_per_page(config: ModelConfig, ranks: int, dtype: torch.dtype, grain: int) -> int:
-    """The fewest layers per page, so the shortest blocks of tokens, whose padding is within ``TOLERANCE`` of the least."""
+    """The fewest layers per page, for short blocks of tokens, that waste no more than ``TOLERANCE``, or the least."""
     count = sum(kind != "attention" for kind in config.layer_types)
     plans = [plan(config, ranks, dtype, grain, layers) for layers in range(1, count + 1)]
 
