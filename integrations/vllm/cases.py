@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -63,17 +65,20 @@ def config(family: str, **changes: Any) -> ModelConfig:
     return ModelConfig(**SIZES | {"max_length": 2048, "tokenizer": "bytes"} | FAMILIES[family] | changes)
 
 
-def make(family: str, **changes: Any) -> hyaena.StripedHyena:
-    """A model whose most probable tokens depend on all that it read: large weights, biases that are not zero."""
+def make(family: str, scale: float = 3.0) -> hyaena.StripedHyena:
+    """A model whose most probable tokens depend on all that it read: large weights, biases that are not zero.
+
+    With a smaller ``scale`` it soon says the same again and again.
+    """
     if family == "cub":
         return hyaena.load("cub")[0]
-    model = hyaena.StripedHyena(config(family, **changes))
+    model = hyaena.StripedHyena(config(family))
     generator = torch.Generator().manual_seed(0)
     model.init_weights(generator)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name or "embed" in name:
-                parameter.mul_(3)
+                parameter.mul_(scale)
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1, generator=generator)
         if model.rotary.frequencies is not None:
@@ -81,10 +86,10 @@ def make(family: str, **changes: Any) -> hyaena.StripedHyena:
     return model.eval()
 
 
-def folder_of(family: str, place: Path, layout: str = "hyaena") -> Path:
+def folder_of(family: str, place: Path, layout: str = "hyaena", scale: float = 3.0) -> Path:
     if family == "cub":
         return CUB
-    return checkpoints.save_model(make(family), place / f"{family}-{layout}", layout=layout)  # type: ignore[arg-type]
+    return checkpoints.save_model(make(family, scale), place / f"{family}-{layout}", layout=layout)  # type: ignore[arg-type]
 
 
 def random_prompts(model: hyaena.StripedHyena, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
@@ -103,6 +108,23 @@ def own_tokens(model: hyaena.StripedHyena, prompts: Sequence[Sequence[int]], cou
             tokens.append(int(ids))
         found.append(tokens)
     return found
+
+
+def write_adapter(model: hyaena.StripedHyena, folder: Path) -> Path:
+    """Write a LoRA adapter of rank 8 for every linear layer, of random numbers, in PEFT's format."""
+    generator, tensors = torch.Generator().manual_seed(3), dict[str, torch.Tensor]()
+    targets = ("qkv_proj", "o_proj", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj")
+    for name, parameter in model.named_parameters():
+        layer = name.removesuffix(".weight")
+        if layer.endswith(targets):
+            for letter, shape in (("A", (8, parameter.shape[1])), ("B", (parameter.shape[0], 8))):
+                number = torch.randn(shape, generator=generator) * 0.2
+                tensors[f"base_model.model.model.{layer}.lora_{letter}.weight"] = number
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(targets), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 @contextmanager
@@ -130,10 +152,10 @@ def engine(folder: Path, **changes: Any) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
-def tokens(llm: LLM, prompts: Sequence[Sequence[int]], count: int) -> tuple[list[list[int]], int]:
+def tokens(llm: LLM, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> tuple[list[list[int]], int]:
     """Greedy tokens of an engine, and how many tokens of the prompts it found in its prefix cache."""
     sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-    out = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
+    out = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False, **options)
     return [list(o.outputs[0].token_ids) for o in out], sum(o.num_cached_tokens or 0 for o in out)
 
 
