@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ from integrations.vllm.cases import engine, folder_of, make, metric, own_tokens,
 from vllm.lora.request import LoRARequest
 
 from hyaena.adapters import merge_adapter
+
+
+def run(program: str, *arguments: object) -> dict[str, Any]:
+    """What a program of this folder prints last."""
+    command = [sys.executable, "-m", f"integrations.vllm.{program}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
 
 SCALE = 1.25
 """Of weights with which some drafts are right and some wrong."""
@@ -46,11 +56,7 @@ def test_sequences_that_lost_their_pages_begin_again(family: str, tmp_path: Path
 def test_speculation_with_drafts_that_are_wrong(family: str, scale: float, tmp_path: Path) -> None:
     """In a process of its own: after vLLM's n-gram drafts, no second engine starts in one."""
     folder = folder_of(family, tmp_path, scale=scale)
-    command = [sys.executable, "-m", "integrations.vllm.speculation", family, str(folder), str(scale)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run("speculation", family, folder, scale)
     assert found["equal"]
     assert 0 < found["accepted"] < found["drafted"]
 
@@ -61,6 +67,12 @@ def test_folders_in_other_layouts_are_read_as_they_are(family: str, layout: str,
     prompts = random_prompts(model, [5, 70])
     with engine(folder_of(family, tmp_path, layout), enable_prefix_caching=False) as llm:
         assert tokens(llm, prompts, 8)[0] == own_tokens(model, prompts, 8)
+
+
+def test_the_model_runner_of_gpus(tmp_path: Path) -> None:
+    found = run("runner", folder_of("evo2", tmp_path))
+    assert "vllm.v1.worker.gpu.model_runner" in found["runner"]
+    assert found["equal"]
 
 
 def test_two_ranks(tmp_path: Path) -> None:
