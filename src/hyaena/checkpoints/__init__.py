@@ -6,7 +6,14 @@ Read: our own folders, the original's folders, a weights file with a configurati
 
 from hyaena.checkpoints.files import COMPANIONS, WEIGHTS, Checkpoint, find, find_config, has_weights, is_run
 from hyaena.checkpoints.fingerprint import fingerprint
-from hyaena.checkpoints.load import as_device, as_dtype, check_names_and_shapes, load_model, read_tensors
+from hyaena.checkpoints.load import (
+    as_device,
+    as_dtype,
+    check_names_and_shapes,
+    load_model,
+    read_tensors,
+    stream_tensors,
+)
 from hyaena.checkpoints.quantize import quantize_checkpoint
 from hyaena.checkpoints.save import save_model
 from hyaena.checkpoints.weights import inspect
@@ -28,4 +35,5 @@ __all__ = [
     "quantize_checkpoint",
     "read_tensors",
     "save_model",
+    "stream_tensors",
 ]

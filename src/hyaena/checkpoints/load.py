@@ -125,15 +125,23 @@ def read_tensors(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[
     Raises:
         CheckpointError: a file is damaged.
     """
-    found, original = {}, format_of(checkpoint.config)
+    return dict(stream_tensors(checkpoint, wanted))
+
+
+def stream_tensors(checkpoint: Checkpoint, wanted: Callable[[str], bool] = bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint, all or some, one at a time: our name and our layout, as they are stored.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    original = format_of(checkpoint.config)
     with open_weights(checkpoint) as weights:
         for item in weights.items:
             name = original.our_name(item.name)
             if name is not None and wanted(name) and isinstance(item.stored.dtype, torch.dtype):
                 ours = original.to_ours(item.name, item.read(), checkpoint.config)
-                assert ours is not None
-                found[name] = ours[1]
-    return found
+                if ours is not None:
+                    yield ours
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from array import array
 from functools import lru_cache
@@ -82,7 +83,7 @@ class CompiledOperators(DecodeOperators):
         y = x.new_empty(x.shape[0], layer.shape[0])
         bias, residual_ = (0 if t is None else t.data_ptr() for t in (layer.bias, residual))
         words = (*_narrow_product(x, layer, norm), y.data_ptr(), layer.codes.data_ptr(), bias, residual_)
-        _run(narrow.linear(TOKENS[x.dtype]), (*words, *form, *_scales(layer)))
+        _run(narrow.linear(TOKENS[x.dtype]), (*words, *form, *_scales(layer)), math.prod(layer.shape))
         return y
 
     def _narrow_gate(self, x: Tensor, gate: Narrow, up: Narrow, norm: Norm | None, activation: str) -> Tensor:
@@ -93,7 +94,8 @@ class CompiledOperators(DecodeOperators):
         y = x.new_empty(x.shape[0], gate.shape[0])
         kind = products.ACTIVATION[activation]
         words = (*_narrow_product(x, gate, norm), y.data_ptr(), gate.codes.data_ptr(), up.codes.data_ptr(), kind)
-        _run(narrow.gate(TOKENS[x.dtype]), (*words, *form, *_scales(gate), *_scales(up)))
+        words = (*words, *form, *_scales(gate), *_scales(up))
+        _run(narrow.gate(TOKENS[x.dtype]), words, 2 * math.prod(gate.shape))
         return y
 
     def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:

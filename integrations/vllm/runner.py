@@ -1,0 +1,41 @@
+"""The model runner that vLLM uses on GPUs, its kernels under Triton's interpreter: ``test_tokens`` gives the folder.
+
+vLLM takes this runner where Triton has a backend, so one is named that is never asked to compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+from integrations.vllm import conftest  # noqa: F401, it sets the environment before vLLM is imported
+
+os.environ.update(TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+
+import triton.backends
+
+
+class _Driver:
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+triton.backends.backends["cpu"] = types.SimpleNamespace(driver=_Driver, compiler=None)
+
+from integrations.vllm.cases import engine, make, own_tokens, random_prompts, tokens  # noqa: E402
+
+if __name__ == "__main__":
+    model = make("evo2")
+    prompts = random_prompts(model, [5, 40, 70])
+    expected = own_tokens(model, prompts, 6)
+    with engine(Path(sys.argv[1]), enable_prefix_caching=False) as llm:
+        runner = type(llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner)
+        found = {
+            "runner": [kind.__module__ for kind in runner.__mro__],
+            "equal": tokens(llm, prompts, 6)[0] == expected,
+        }
+    print(json.dumps(found))
