@@ -1,4 +1,4 @@
-"""The benchmarks of a GPU: all of them in one run of at most ten minutes."""
+"""The benchmarks of a GPU: all of them in one run of at most twelve minutes."""
 
 from __future__ import annotations
 
