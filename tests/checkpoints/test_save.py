@@ -259,7 +259,7 @@ def test_at_every_interruption_one_whole_checkpoint_is_there(
     assert finished and seen == {"old", "new"}
 
 
-@pytest.mark.parametrize("function", ["save_file", "_write_bytes"])
+@pytest.mark.parametrize("function", ["save_file", "write_bytes"])
 def test_a_full_disk_leaves_the_previous_checkpoint(
     model: StripedHyena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:

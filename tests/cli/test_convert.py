@@ -115,7 +115,7 @@ def test_signals_leave_nothing_behind(
         path.write_bytes(b"half")
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(save, "_write_tensors", interrupted)
+    monkeypatch.setattr(save, "write_tensors", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     if number == signal.SIGINT:
         assert convert(golden / "sh-tiny", tmp_path / "deep" / "out") == 130

@@ -48,6 +48,7 @@ def test_the_commands_are_the_promised_ones() -> None:
         "chat",
         "serve",
         "convert",
+        "quantize",
         "info",
         "score",
         "embed",
