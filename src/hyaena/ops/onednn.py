@@ -41,10 +41,10 @@ def _plain(t: Any) -> bool:
 
 def onednn_products(device: torch.device, dtype: torch.dtype, tokens: int) -> contextlib.AbstractContextManager[Any]:
     """What a pass over so many tokens is to be computed in: oneDNN's products where they are faster, or nothing."""
-    suits = device.type == "cpu" and dtype == torch.float32 and tokens >= FEWEST_ROWS
-    if not suits or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _preferred():
-        return contextlib.nullcontext()
-    return OneDNNProducts()
+    suits = device.type == "cpu" and dtype == torch.float32 and _preferred()
+    if not suits or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return contextlib.nullcontext()  # before tokens is compared: a compiler would take that for a condition
+    return OneDNNProducts() if tokens >= FEWEST_ROWS else contextlib.nullcontext()
 
 
 @functools.cache

@@ -48,7 +48,7 @@ def test_products(dtype: torch.dtype, tile: Tile, vectors: int, rows: int, width
         close(products.linear(x, Dense(a)), PLAIN.linear(wide[0], Dense(wide[1])))
         want = PLAIN.linear(wide[0], Dense(wide[1], wide[3]), residual=wide[4])
         close(products.linear(x, Dense(a, bias), residual=residual), want)
-    for activation in ("silu", "gelu"):
+    for activation in ("silu", "gelu", "identity"):
         want = PLAIN.gate(wide[0], Dense(wide[1]), Dense(wide[2]), activation=activation)
         close(products.gate(x, a, b, activation=activation), want)
 

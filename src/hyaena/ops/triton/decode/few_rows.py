@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.linear import Dense
+from hyaena.ops.triton.common import activate
 from hyaena.ops.triton.decode.attention import operand
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
@@ -110,7 +111,7 @@ def finish(y, bias, residual, out, n, m, M, N, HAS_BIAS: tl.constexpr, HAS_RESID
 @triton.jit
 def _rows_kernel(x, w, v, bias, residual, out, partial, tickets, M, N, K,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
-                 GATE: tl.constexpr, GELU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+                 GATE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
                  OPERAND: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Rows BN of ``w·x``, or of ``act(w·x)·(v·x)`` with GATE. Grid: (rows of the matrix / BN, SPLITS)."""
     gdc_wait(OVERLAP)
@@ -148,11 +149,7 @@ def _rows_kernel(x, w, v, bias, residual, out, partial, tickets, M, N, K,
                 sums += tl.load(partial + other * size + place, cache_modifier=".cg")
     if last:
         if GATE:
-            if GELU:  # noqa: SIM108, one branch is compiled
-                sums = 0.5 * sums * (1.0 + tl.erf(sums * 0.7071067811865476))
-            else:
-                sums = sums / (1.0 + tl.exp(-sums))
-            sums *= others
+            sums = activate(sums, ACTIVATION) * others
         finish(sums, bias, residual, out, n, m, M, N, HAS_BIAS, HAS_RESIDUAL)
 
 
@@ -207,7 +204,7 @@ class Products:
             partial, tickets, vectors, rows, width,
             BM=padded, BN=tile.rows, BK=tile.width, SPLITS=tile.splits,
             WHOLE=rows % tile.rows == 0 and width % (tile.width * tile.splits) == 0,
-            GATE=v is not None, GELU=activation == "gelu", HAS_BIAS=bias is not None,
+            GATE=v is not None, ACTIVATION=activation, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None, OPERAND=operand(x.dtype), STAGES=tile.stages,
             OVERLAP=self.overlap, launch_pdl=self.overlap, num_warps=tile.warps,
         )  # fmt: skip
