@@ -60,7 +60,7 @@ class Checkpoint:
     Attributes:
         path: what the user named; it begins every message.
         config: the architecture.
-        shards: the weights files, read one after another; where one lies in parts, these.
+        shards: the weights files, read one after another; where one is split, its parts.
         weight_map: where the files have an index: tensor -> file name, as it says.
     """
 
@@ -120,7 +120,7 @@ def find(path: str | PathLike[str], config: ModelConfig | str | PathLike[str] | 
 
 
 def _files_of(weights: Path) -> tuple[Path, ...]:
-    """A weights file, or its parts where it lies in parts."""
+    """A weights file, or its parts where it is split."""
     names = _names(weights.parent)
     return (weights,) if weights.name in names else parts_of(weights, names) or (weights,)
 

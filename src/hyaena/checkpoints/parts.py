@@ -27,7 +27,7 @@ def parts_of(path: Path, names: Iterable[str]) -> tuple[Path, ...]:
 
     Args:
         path: of the whole file, or of one of its parts.
-        names: what lies in its folder.
+        names: of the files in its folder.
 
     Raises:
         CheckpointError: one before the last that is there is missing.

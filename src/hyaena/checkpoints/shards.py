@@ -53,7 +53,7 @@ class Shard:
     """An open weights file.
 
     Attributes:
-        path: of the file; where it lies in parts, as it would be called in one.
+        path: of the file; where it is split, the name of the whole.
         tensors: name -> what the file says about the tensor, in the file's order.
     """
 
