@@ -5,6 +5,7 @@ python fsdp_worker.py RANK WORLD FOLDER
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,12 @@ def main(rank: int, world: int, folder: Path) -> None:
     ]
     if rank == 0:
         torch.save(result, folder / "result.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.stderr.flush()
+    os._exit(0)  # at an ordinary exit, a thread of the process group's sometimes aborts: "terminate called …"
