@@ -41,14 +41,16 @@ test: .venv/.installed-dev
 
 test-integrations: .venv/.installed-dev
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal --durations 10 -m integration $(ARGS)
-	@for list in integrations/*/requirements.txt; do \
-	  test ! -e "$$list" || $(MAKE) --no-print-directory $$(dirname $$list)/.tested || exit 1; done
+	@for folder in integrations/*/; do \
+	  test -e $${folder}requirements.txt || continue; \
+	  test ! -e $${folder}condition.py || $(BIN)/python $${folder}condition.py || continue; \
+	  $(MAKE) --no-print-directory $${folder}.tested || exit 1; done
 
 test-vllm: integrations/vllm/.tested
 
 # The tests in integrations/NAME run in an environment of their own, .envs/NAME: the packages of its requirements.txt over
 # those of .venv and hyaena itself, which it sees through a .pth file. So versions may differ, and torch is installed once.
-# debian.txt names packages of Debian that the tests need; installing them takes root. remove.txt names packages that come
+# condition.py ends with a reason where the environment cannot be made. debian.txt names packages of Debian that the tests need; installing them takes root. remove.txt names packages that come
 # with those of requirements.txt and cannot work over the torch of .venv.
 integrations/%/.tested: .envs/%/.installed
 	@list=integrations/$*/debian.txt; test ! -e $$list || dpkg --status $$(cat $$list) >/dev/null 2>&1 || { \
