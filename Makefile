@@ -50,8 +50,9 @@ test-vllm: integrations/vllm/.tested
 
 # The tests in integrations/NAME run in an environment of their own, .envs/NAME: the packages of its requirements.txt over
 # those of .venv and hyaena itself, which it sees through a .pth file. So versions may differ, and torch is installed once.
-# condition.py ends with a reason where the environment cannot be made. debian.txt names packages of Debian that the tests need; installing them takes root. remove.txt names packages that come
-# with those of requirements.txt and cannot work over the torch of .venv.
+# debian.txt names packages of Debian that the tests need; installing them takes root. remove.txt names packages that come
+# with those of requirements.txt and cannot work over the torch of .venv. condition.py ends with a reason where the
+# environment cannot be made.
 integrations/%/.tested: .envs/%/.installed
 	@list=integrations/$*/debian.txt; test ! -e $$list || dpkg --status $$(cat $$list) >/dev/null 2>&1 || { \
 	  echo "Installing $$(cat $$list)"; apt-get -qq update && apt-get -qq install --yes $$(cat $$list) >/dev/null; }

