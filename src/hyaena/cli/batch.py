@@ -38,7 +38,7 @@ class Task:
         read: ``read(model, tokenizer, texts, **options)`` gives pairs of a text's number and its result, lazily, and
             checks its options at the call.
         row: the columns of a result.
-        step: letters of a window that a number of the row stands for, where rows are of windows; 0 leaves the column
+        step: letters of a window per number of the row, where rows are of windows; 0 leaves the column
             out.
     """
 

@@ -29,7 +29,7 @@ def read_config(path: str | PathLike[str]) -> ModelConfig:
     """Read a configuration file, known by its keys: our ``config.json``, that of ``hyaena.hf``, or an original one.
 
     An original configuration is a YAML file or the ``config.json`` of a hub checkpoint. The name of a preset, where no
-    file has it, stands for that preset.
+    file has it, means that preset.
 
     Raises:
         ConfigError: the file is missing or is not a configuration; the message begins with its path.

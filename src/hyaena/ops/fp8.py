@@ -30,7 +30,7 @@ FP8_LARGEST = 448.0
 FP8_MODES = ("auto", "exact", "off")
 
 BLOCK = 32
-"""Products that the tensor cores add at once."""
+"""Products that the tensor cores add in one step."""
 ALIGNMENT = 16
 """The sizes of an FP8 product are multiples of this; rows are padded to one."""
 _FRACTION = 13

@@ -231,7 +231,7 @@ class Engine:
         return not self._thread.is_alive()
 
     def check(self, *requests: Request) -> None:
-        """Refuse requests that could never be served. Prompts and parameters that they share are looked at once.
+        """Refuse requests that could never be served. Prompts and parameters that they share are checked once.
 
         Raises:
             InputError: no prompt, ids outside the vocabulary, biases that leave no token, or an unknown adapter.

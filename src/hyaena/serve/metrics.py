@@ -24,7 +24,7 @@ _LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.
 class Metrics:
     """Counters of one server, in a registry of its own. Times are in seconds.
 
-    All have the label ``model_name``. Tokens, times and ends of a request count for the adapter that it asked for; what
+    All have the label ``model_name``. Tokens, times and ends of a request count for the adapter that it names; what
     the models of an engine share counts for the model itself.
 
     Args:
