@@ -1,6 +1,6 @@
 """Reading and writing memory in compiled kernels: numbers of every dtype become float32, and are rounded once.
 
-A kernel is given addresses. The dtype of the numbers there is given by a token, a number of a type of its own, so that one
+A kernel is given addresses. The dtype of the numbers there is a token, a number whose type names it, so that one
 function serves all dtypes and is compiled for those in use: ``FLOAT32``, ``BFLOAT16``, ``FLOAT16``.
 """
 
