@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,16 @@ import pytest
 
 import hyaena
 
-os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+# Ray's processes get the priority of the tests: below it, another program on the machine would starve them. And a busy
+# replica may take its time to say how many requests it has: Ray would go to another one after 0.1 s.
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",
+    RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S="10",
+    RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S="10",
+    OMP_NUM_THREADS="1",
+)
 ray = pytest.importorskip("ray")
 
 from ray import serve  # noqa: E402
@@ -31,13 +42,22 @@ from hyaena.serve.loading import ServerOptions  # noqa: E402
 from hyaena.serve.ray import application  # noqa: E402
 from hyaena.serve.service import Limits  # noqa: E402
 
+pytestmark = pytest.mark.timeout(1800)
+
 SOURCE = str(Path(hyaena.__file__).parents[1])
+PATIENCE = 600.0
+"""Seconds after which something has not happened and will not: the kernels take a minute to compile where others want
+the cores, and Ray two to start."""
+
+LONG = 40_000
+"""Tokens that no machine writes before a client has left or a replica is stopped."""
+
 KEY = "a-key"
 OPTIONS = ServerOptions(
     chat_template="nous",
     keys=[KEY],
     engine=EngineSettings(kv_bytes=2**26, max_rows=4, max_waiting=4),
-    limits=Limits(body_bytes=100_000, new_tokens=2000),
+    limits=Limits(body_bytes=100_000, new_tokens=LONG),
 )
 
 
@@ -68,7 +88,7 @@ def url() -> Iterator[str]:
 @pytest.fixture
 def client(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(
-        base_url=url, timeout=60, trust_env=False, headers={"Authorization": f"Bearer {KEY}"}
+        base_url=url, timeout=PATIENCE, trust_env=False, headers={"Authorization": f"Bearer {KEY}"}
     ) as connected:
         yield connected
 
@@ -78,22 +98,69 @@ def complete(client: httpx.Client, **body: Any) -> httpx.Response:
 
 
 def events(lines: Iterator[str]) -> Iterator[Any]:
+    """What a stream sends. It must be kept: httpx closes a connection whose iterator nobody has any more."""
     for line in lines:
         if line.startswith("data: ") and line != "data: [DONE]":
             yield json.loads(line.removeprefix("data: "))
 
 
-def running(client: httpx.Client) -> float:
-    lines = client.get("/metrics").text.splitlines()
-    found = [line for line in lines if line.startswith("hyaena:num_requests_running{")]
-    return sum(float(line.rpartition(" ")[2]) for line in found)
+def counted(client: httpx.Client, name: str, label: str = "") -> float:
+    """The sum of a metric over the replicas and over the labels that are not named."""
+    answer = client.get("/metrics")
+    assert answer.status_code == 200, answer.text
+    lines = [line for line in answer.text.splitlines() if line.startswith(f"hyaena:{name}{{") and label in line]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
-def until(holds: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
+def begun(client: httpx.Client) -> float:
+    """Requests that have got their first token. Unlike the number of those that run, it cannot be missed."""
+    return counted(client, "time_to_first_token_seconds_count")
+
+
+def left(client: httpx.Client) -> float:
+    """Requests that ended because their clients had left."""
+    return counted(client, "request_success_total", 'finished_reason="cancelled"')
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
     while not holds():
-        assert time.monotonic() < end, f"not after {seconds} s"
+        assert time.monotonic() < end, f"not after {PATIENCE} s"
         time.sleep(0.05)
+
+
+def test_the_example_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    """``docs/serving.md`` refers to it as the whole program. It comes before the tests have a cluster."""
+    example = Path(__file__).parents[2] / "examples" / "serve_ray.py"
+    port = free_port()
+    environment = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(100 * 2**20), "PYTHONPATH": SOURCE}
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, example, str(port)],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=PATIENCE) as client:
+
+            def answers() -> bool:
+                assert process.poll() is None, log.read_text()[-3000:]
+                try:
+                    return complete(client).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            until(answers)
+            want = hyaena.generate(*hyaena.load("cub", dtype="float32"), "import ", max_new_tokens=8)
+            assert complete(client).json()["choices"][0]["text"] == want.text
+        process.send_signal(signal.SIGINT)
+        process.wait(PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_answers_are_those_of_one_server(client: httpx.Client) -> None:
@@ -141,33 +208,55 @@ def test_keys_and_limits_hold(url: str, client: httpx.Client) -> None:
     assert complete(client, prompt="x" * 200_000).status_code == 413
     pieces = (b"x" * 50_000 for _ in range(4))
     assert client.post("/v1/completions", content=pieces).status_code == 413
-    assert complete(client, max_tokens=2001).status_code == 400
-    with ThreadPoolExecutor(40) as pool:
-        answers = list(pool.map(lambda n: complete(client, prompt=f"{n:>64}", max_tokens=200), range(40)))
+    assert complete(client, max_tokens=LONG + 1).status_code == 400
+    with ExitStack() as stack, ThreadPoolExecutor(40) as pool:
+        holders = [stack.enter_context(held(client)) for _ in range(2)]  # all rows of both replicas
+        asked = [pool.submit(complete, client, prompt=f"{n:>64}") for n in range(40)]
+        until(lambda: sum(one.done() for one in asked) >= 40 - 2 * 4)  # the others wait
+        stack.pop_all().close()
+    answers = [one.result() for one in asked]
     refused = [answer for answer in answers if answer.status_code != 200]
-    assert refused and {answer.status_code for answer in refused} == {429}
+    assert len(refused) >= 40 - 2 * 4 and {answer.status_code for answer in refused} == {429}
     assert all(answer.headers["Retry-After"] for answer in refused)
-    assert len({answer.headers["x-replica"] for answer in answers}) == 2
+    assert {answer.headers["x-replica"] for answer in answers} == set(holders) and len(set(holders)) == 2
 
 
-def test_a_client_that_leaves_ends_its_work(client: httpx.Client) -> None:
-    body = {"prompt": "import ", "max_tokens": 2000, "stream": True, "ignore_eos": True}
+@contextmanager
+def held(client: httpx.Client) -> Iterator[str]:
+    """Within it, all rows of a replica write a long answer; its name."""
+    body = {"prompt": "import ", "n": 4, "max_tokens": LONG, "stream": True, "ignore_eos": True}
     with client.stream("POST", "/v1/completions", json=body) as stream:
-        next(stream.iter_lines())
-        until(lambda: running(client) == 1, 30)  # the first request compiles kernels
-    until(lambda: running(client) == 0, 10)
-    with pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/completions", json=body | {"stream": False}, timeout=1)
-    until(lambda: running(client) == 0, 10)
+        found, started = events(stream.iter_lines()), set[int]()
+        while len(started) < 4:
+            started.add(next(found)["choices"][0]["index"])
+        yield stream.headers["x-replica"]
+
+
+def test_a_client_that_leaves_ends_its_work(url: str, client: httpx.Client) -> None:
+    before, cancelled = begun(client), left(client)
+    body = {"prompt": "import ", "max_tokens": LONG, "stream": True, "ignore_eos": True}
+    with client.stream("POST", "/v1/completions", json=body) as stream:
+        found = events(stream.iter_lines())
+        assert next(found)["choices"] and left(client) == cancelled
+    until(lambda: left(client) == cancelled + 1)
+    host, port = url.removeprefix("http://").split(":")
+    connection = HTTPConnection(host, int(port), timeout=PATIENCE)
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body | {"stream": False}), headers)
+    until(lambda: begun(client) == before + 2)
+    connection.close()
+    until(lambda: left(client) == cancelled + 2)
+    assert counted(client, "num_requests_running") == 0
 
 
 def test_a_replica_that_dies_hangs_nobody(client: httpx.Client) -> None:
     prompt = "import os\n" * 20
     name = complete(client, prompt=prompt).headers["x-replica"]
+    before = begun(client)
     ended: list[Any] = []
 
     def read_stream() -> None:
-        body = {"prompt": prompt, "max_tokens": 2000, "stream": True, "ignore_eos": True}
+        body = {"prompt": prompt, "max_tokens": LONG, "stream": True, "ignore_eos": True}
         with client.stream("POST", "/v1/completions", json=body) as stream:
             assert stream.headers["x-replica"] == name
             ended.extend(events(stream.iter_lines()))
@@ -175,15 +264,15 @@ def test_a_replica_that_dies_hangs_nobody(client: httpx.Client) -> None:
     thread = threading.Thread(target=read_stream)
     thread.start()
     with ThreadPoolExecutor(4) as pool:
-        until(lambda: running(client) == 1, 30)
-        waiting = [pool.submit(complete, client, prompt=prompt, max_tokens=300) for _ in range(2)]
-        until(lambda: running(client) == 3, 30)
+        until(lambda: begun(client) == before + 1)
+        body = {"prompt": prompt, "max_tokens": 2000, "ignore_eos": True}  # they run until the replica dies
+        waiting = [pool.submit(complete, client, **body) for _ in range(2)]
+        until(lambda: begun(client) == before + 3)
         ray.kill(ray.get_actor(f"SERVE_REPLICA::default#Replica#{name}", namespace="serve"))
-        began = time.monotonic()
         assert complete(client, prompt=prompt).status_code == 200, "the other replica answers"
-        answers = [one.result(60) for one in waiting]
-        thread.join(60)
-    assert not thread.is_alive() and time.monotonic() - began < 60
+        answers = [one.result(PATIENCE) for one in waiting]
+        thread.join(PATIENCE)
+    assert not thread.is_alive()
     assert ended[-1]["error"]["code"] == "generation_failed"
     assert [answer.status_code for answer in answers] == [200, 200]
     assert name not in {answer.headers["x-replica"] for answer in answers}
@@ -193,32 +282,3 @@ def test_a_replica_that_dies_hangs_nobody(client: httpx.Client) -> None:
 def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(options))} must be a whole number of at least"):
         application(OPTIONS, **options)
-
-
-@pytest.mark.xfail(strict=False, reason="failed in one of four runs behind the other tests, never alone; cause unknown")
-def test_the_example_serves_until_it_is_interrupted(tmp_path: Path) -> None:
-    """``docs/serving.md`` refers to it as the whole program."""
-    example = Path(__file__).parents[2] / "examples" / "serve_ray.py"
-    port = free_port()
-    environment = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(100 * 2**20), "PYTHONPATH": SOURCE}
-    process = subprocess.Popen(
-        [sys.executable, example, str(port)], cwd=tmp_path, env=os.environ | environment, stderr=subprocess.DEVNULL
-    )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
-
-            def answers() -> bool:
-                assert process.poll() is None, "the example has ended"
-                try:
-                    return complete(client).status_code == 200
-                except httpx.TransportError:
-                    return False
-
-            until(answers, 120)
-            want = hyaena.generate(*hyaena.load("cub", dtype="float32"), "import ", max_new_tokens=8)
-            assert complete(client).json()["choices"][0]["text"] == want.text
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-    finally:
-        process.kill()
-        process.wait()

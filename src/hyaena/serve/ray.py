@@ -44,10 +44,14 @@ from hyaena.serve.forwarding import Forwarder, ServerLostError, answer
 from hyaena.serve.guards import Authentication, BodyLimit
 from hyaena.serve.loading import ServerOptions, load_server
 from hyaena.serve.metrics import MEDIA_TYPE, merged
+from hyaena.serve.protocol import ApiError
 from hyaena.serve.run import log_requests
 
 DRAIN = 35.0
 """Seconds that a replica has to finish its requests when it is stopped."""
+
+METRICS = 10.0
+"""Seconds that a replica has to send its metrics."""
 
 
 def application(
@@ -201,7 +205,15 @@ class Ingress:
             messages.cancel()
 
     async def _metrics(self, request: Request) -> Response:
-        """The metrics of all replicas, each with the label ``replica``."""
-        found = await self.replicas.broadcast("metrics").results_async(timeout_s=10, return_exceptions=True)
+        """The metrics of all replicas, each with the label ``replica``.
+
+        Raises:
+            ApiError: one of them does not answer.
+        """
+        try:
+            found = await self.replicas.broadcast("metrics").results_async(timeout_s=METRICS, return_exceptions=True)
+        except TimeoutError:
+            message = f"a replica did not send its metrics within {METRICS:g} seconds: try again later"
+            raise ApiError(503, message, code="unavailable", headers={"Retry-After": "10"}) from None
         texts = dict(pair for pair in found if not isinstance(pair, BaseException))
         return Response(await asyncio.to_thread(merged, texts), media_type=MEDIA_TYPE)
