@@ -43,30 +43,29 @@ test-integrations: .venv/.installed-dev
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal --durations 10 -m integration $(ARGS)
 	@for folder in integrations/*/; do \
 	  test -e $${folder}requirements.txt || continue; \
-	  test ! -e $${folder}condition.py || $(BIN)/python $${folder}condition.py || continue; \
 	  $(MAKE) --no-print-directory $${folder}.tested || exit 1; done
 
 test-vllm: integrations/vllm/.tested
 
 # The tests in integrations/NAME run in an environment of their own, .envs/NAME: the packages of its requirements.txt over
 # those of .venv and hyaena itself, which it sees through a .pth file. So versions may differ, and torch is installed once.
-# debian.txt names packages of Debian that the tests need; installing them takes root. remove.txt names packages that come
-# with those of requirements.txt and cannot work over the torch of .venv. condition.py ends with a reason where the
-# environment cannot be made.
+# no-deps.txt names packages whose own requirements cannot be met over .venv; what they need is in requirements.txt.
+# debian.txt names packages of Debian that the tests need; installing them takes root.
 integrations/%/.tested: .envs/%/.installed
 	@list=integrations/$*/debian.txt; test ! -e $$list || dpkg --status $$(cat $$list) >/dev/null 2>&1 || { \
 	  echo "Installing $$(cat $$list)"; apt-get -qq update && apt-get -qq install --yes $$(cat $$list) >/dev/null; }
 	.envs/$*/bin/python -m pytest --durations 5 integrations/$* $(ARGS)
 
 .PRECIOUS: .envs/%/.installed
-.envs/%/.installed: integrations/%/requirements.txt .venv/.installed-dev
+.SECONDEXPANSION:
+.envs/%/.installed: integrations/%/requirements.txt $$(wildcard integrations/$$*/no-deps.txt) .venv/.installed-dev
 	@echo "Installing $< into .envs/$*"
 	@rm -rf .envs/$* && $(BIN)/python -m venv .envs/$*
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$(.envs/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
 	@.envs/$*/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
-	@test ! -e integrations/$*/remove.txt || \
-	  .envs/$*/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes --requirement integrations/$*/remove.txt
+	@test ! -e integrations/$*/no-deps.txt || .envs/$*/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --no-deps --requirement integrations/$*/no-deps.txt
 	@touch $@
 
 lint: .venv/.installed-dev
