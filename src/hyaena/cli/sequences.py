@@ -42,9 +42,11 @@ def read_prompts(path: str) -> list[Prompt]:
         InputError: it cannot be read, or two prompts have one name.
     """
     prompts = [Prompt(record.name, record.text.encode()) for record in read_records(find_source(path))]
-    names = [_id(prompt.name) for prompt in prompts]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"{printable(path)}: two prompts are named {shown(twice)}; rename one")
+    seen = set[str]()
+    for name in (_id(prompt.name) for prompt in prompts):
+        if name in seen:
+            raise InputError(f"{printable(path)}: two prompts are named {shown(name)}; rename one")
+        seen.add(name)
     return prompts
 
 
