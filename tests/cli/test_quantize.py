@@ -25,8 +25,10 @@ def saved(folder: Path) -> Path:
 def test_calibration_reads_the_beginning_of_a_text_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["quantize", str(saved(tmp_path)), "--weights", "int4", "--calibrate", f"{tmp_path}/text.txt"]
     monkeypatch.setattr("hyaena.train.documents.BLOCK", 1 << 10)
+    monkeypatch.setattr("hyaena.cli.quantize.CALIBRATION_TOKENS", 1 << 12)
+    monkeypatch.setattr("hyaena.cli.quantize.CALIBRATION_CHARACTERS", 1 << 16)
     found = []
-    for size in (1 << 22, 1 << 23):  # both longer than what is looked at
+    for size in (1 << 17, 1 << 18):  # both longer than what is looked at
         (tmp_path / "text.txt").write_text("some text to read " * (size // 18))
         reads, read = [], documents._read_text
 
@@ -39,7 +41,7 @@ def test_calibration_reads_the_beginning_of_a_text_of_any_size(tmp_path: Path, m
             patch.setattr(documents, "_read_text", counted)
             assert main([*arguments, "--output", f"{tmp_path}/{size}"]) == 0
         found.append(checkpoints.load_model(tmp_path / str(size)).state_dict())
-        assert sum(len(piece.text) for piece in reads) == 16 << 17
+        assert sum(len(piece.text) for piece in reads) == 1 << 16
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 

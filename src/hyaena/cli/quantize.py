@@ -100,12 +100,12 @@ def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = hub.load(args.source, device=device, revision=args.revision, config=args.config)
-    pieces = _beginning(read_documents([as_path("--calibrate", args.calibrate)]))
+    pieces = _beginning(read_documents([as_path("--calibrate", args.calibrate)]), CALIBRATION_CHARACTERS)
     ids = tokenize(pieces, tokenizer).tokens[:CALIBRATION_TOKENS]
     return collect_moments(model, torch.tensor(ids, dtype=torch.long))
 
 
-def _beginning(pieces: Iterator[Piece], characters: int = CALIBRATION_CHARACTERS) -> Iterator[Piece]:
+def _beginning(pieces: Iterator[Piece], characters: int) -> Iterator[Piece]:
     for piece in pieces:
         yield replace(piece, text=piece.text[:characters])
         characters -= len(piece.text)
