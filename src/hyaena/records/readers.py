@@ -165,6 +165,14 @@ def _read_whole(source: Source) -> Iterator[Record]:
             raise InputError(f"{source.label}, {place}: the record has no name; give it one")
         if not text:
             raise InputError(f"{source.label}, {place}: the record {shown(name)} is empty; remove it")
+        for what, value in (("name", name), ("text", text)):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:  # JSON can name half a character
+                raise InputError(
+                    f"{source.label}, {place}, record {shown(name)}: an unpaired surrogate at character {error.start} "
+                    f"of the {what} is not valid Unicode; correct it"
+                ) from error
         yield Record(index - 1, name, text, place, lowered)
     if index == 0:
         raise InputError(f"{source.label} holds no record")
