@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from configs import TINY
+from hyaena.errors import UnsupportedError
 from hyaena.filters import LongFilter, RealLongFilter
 from hyaena.model import StripedHyena
 from hyaena.ops import long_conv
@@ -95,3 +96,9 @@ def test_a_model_reads_a_prompt_alike_with_and_without() -> None:
     want = model(ids)
     with torch.inference_mode():
         assert torch.equal(model(ids), want.detach()) and torch.equal(model(ids), want.detach())
+
+
+def test_a_method_that_a_filter_has_not_names_its_kind(module: LongFilter) -> None:
+    name = "RealModalFilter" if isinstance(module, RealLongFilter) else "ModalFilter"
+    with torch.inference_mode(), pytest.raises(UnsupportedError, match=f"'direct' takes no {name}: choose auto"):
+        long_conv(torch.randn(1, 100, 6), module(), method="direct")

@@ -246,6 +246,16 @@ def test_widths_that_are_no_whole_groups_are_refused(tmp_path: Path) -> None:
         replace(TINY, weights="int3")
 
 
+def test_a_weight_too_large_for_its_scales_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path, layout="original")
+    state = load_file(path / "model.safetensors")
+    state["blocks.1.mlp.l2.weight"][3, 4] = 1e9
+    save_file(state, path / "model.safetensors")
+    with pytest.raises(InputError, match=r"wide, blocks\.1\.mlp\.l2\.weight: a weight is too large .*: choose int8"):
+        hyaena.load_model(path, weights="int4")
+    hyaena.load_model(path, weights="int8")
+
+
 def test_checkpoints_of_other_tools_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
     config = json.loads((path / "config.json").read_text())

@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from hyaena.errors import OutputError, printable
+from hyaena.errors import InputError, OutputError, printable
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,16 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         if temporary != path:
             with suppress(OSError):  # it has been renamed where all went well
                 temporary.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Check that a file can be written at a path: before an hour of work, not behind it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if os.path.isdir(path) or not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: name a file in a folder that exists and can be written")
 
 
 def reason(error: BaseException) -> str:

@@ -28,7 +28,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
         ([], "name tasks by --tasks, or a suite by --suite"),
         (["--tasks", "a", "--suite", "readme"], "one of the two only"),
         (["--suite", "other"], "unknown suite 'other': choose readme"),
-        (["--tasks", "a", "--output", "/nowhere/out.json"], "there is no such folder"),
+        (["--tasks", "a", "--output", "/nowhere/out.json"], "name a file in a folder that exists"),
     ],
 )
 def test_mistakes_are_found_without_it(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

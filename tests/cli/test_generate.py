@@ -329,7 +329,7 @@ def test_a_prompt_is_saved_and_continued(folder: str, tmp_path: Path, capsys: py
         (["a", "--prefill-chunk", "0"], "prefill_chunk must be at least 1"),
         (["a", "--echo", "--json"], "--echo is for text"),
         (["a", "--samples", "2"], "--samples needs --json or --output"),
-        (["a", "--json", "--samples", "0"], "n must be at least 1"),
+        (["a", "--json", "--samples", "0"], "n must be between 1 and 1,048,576"),
         (["a", "--logit-bias", "5"], "--logit-bias '5' is not understood: write a token's id and a number, 5=-1.5"),
         (["a", "--logit-bias", "5=200"], "a bias of logit_bias must be a number up to 100"),
         (["a", "--allowed", ""], "allowed_tokens is empty"),

@@ -66,7 +66,7 @@ def test_arguments_reach_the_command_and_its_status_returns(command: Callable[..
 
 
 @pytest.mark.parametrize(
-    "error", [InputError("empty prompt; pass some text"), CapacityError("cache full"), FileNotFoundError(2, "no", "x")]
+    "error", [InputError("empty prompt; pass some text"), CapacityError("cache full"), OSError(5, "no")]
 )
 def test_an_error_is_one_line_and_status_2(
     command: Callable[..., None], capsys: pytest.CaptureFixture[str], error: Exception
@@ -171,6 +171,14 @@ def test_a_message_is_printable_and_at_most_one_screen(
     assert err.startswith("hyaena: error: ") and len(err) < 2000
     assert err.removesuffix("\n").isprintable()
     assert err != "hyaena: error: \n"
+
+
+def test_an_error_of_the_system_names_the_file(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(raiser(OSError(36, "File name too long", "bb\n")))
+    assert main(["fake"], commands=FAKE) == 2
+    assert capsys.readouterr().err == "hyaena: error: bb\\n: File name too long; check its name and permissions\n"
 
 
 def test_help_and_version(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,15 +200,23 @@ def test_an_interrupted_job_goes_on(
 def test_a_model_that_has_changed_is_refused(
     model: Path, genes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from hyaena.jobs.journal import Journal
+
+    mark, options = Journal.mark, ["-o", tmp_path / "s.jsonl", "--model", tmp_path / "m", "--save-every", 20]
+
+    def interrupted(self: Journal, digest: str) -> None:
+        mark(self, digest)
+        signal.raise_signal(signal.SIGINT)
+
     network, _ = hyaena.load(model)
     hyaena.save_model(network, tmp_path / "m")
     (tmp_path / "bad.npz").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "load_model", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-        assert score(genes, "-o", tmp_path / "s.jsonl", "--model", tmp_path / "m") == 130
+        patch.setattr(Journal, "mark", interrupted)
+        assert score(genes, *options) == 130
     network.layers[0].mlp.down_proj.weight.data[0, 0] += 1  # type: ignore[union-attr]
     hyaena.save_model(network, tmp_path / "m", overwrite=True)
-    assert score(genes, "-o", tmp_path / "s.jsonl", "--model", tmp_path / "m") == 2
+    assert score(genes, *options) == 2
     assert "(the digest of the model's files was " in capsys.readouterr().err
 
 

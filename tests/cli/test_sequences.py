@@ -91,7 +91,10 @@ def test_without_a_seed_headers_say_how_to_repeat_a_sample(model: str) -> None:
         (["ACGT", "-o", "x.fa", "--json"], "no place for JSON"),
         (["ACGT", "-o", "x.fa", "--allowed", "AC|"], "FASTA holds letters only"),
         (["ACGT", "-o", "x.fa", "--batch-rows", "0"], "--batch-rows must be at least 1"),
-        (["ACGT", "-o", "x.fa", "-n", "0"], "n must be at least 1"),
+        (["ACGT", "-o", "x.fa", "-n", "0"], "n must be between 1 and 1,048,576, not 0"),
+        (["ACGT", "-o", "x.fa", "-n", "99999999999999999999"], "n must be between 1 and 1,048,576"),
+        (["ACGT", "-o", "no/x.fa"], "cannot write no/x.fa: name a file in a folder that exists"),
+        (["--prompts", "half.jsonl", "-o", "x.fa"], "half.jsonl, line 1, record '1': an unpaired surrogate at"),
         (["ACGT", "-n", "2"], "--samples needs --json or --output"),
         (["--prompts", "tags.txt"], "--prompts needs --output"),
         (["ACGT", "--prompts", "tags.txt", "-o", "x.fa"], "leave the argument"),
@@ -106,6 +109,7 @@ def test_mistakes_are_one_line(
     monkeypatch.setattr(hub, "load_model", lambda *_, **__: pytest.fail("read the weights"))
     Path("tags.txt").write_text("ACGT\n")
     Path("twice.jsonl").write_text('{"name": "a b", "text": "A"}\n{"name": "a_b", "text": "C"}\n')
+    Path("half.jsonl").write_text('{"text": "\\ud800"}\n')
     assert generate(model, *args) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err

@@ -240,7 +240,7 @@ def test_many_variants_that_do_not_fit_are_counted(
         (["--grid", 0], "grid must be between 1 and half a window"),
         (["--save-every", 0], "--save-every must be at least 1"),
         (["--batch-tokens", 0], "tokens_per_pass must be at least 1"),
-        (["--vcf", "no.vcf"], "cannot read no.vcf: no such file"),
+        (["--vcf", "no.vcf"], "cannot read no.vcf: No such file"),
         (["--vcf", "genome.fa"], "genome.fa is not VCF"),
         (["--reference", "no.fa"], "cannot read no.fa"),
         (["--reference", "calls.vcf"], "calls.vcf cannot be indexed"),

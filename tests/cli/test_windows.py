@@ -183,3 +183,11 @@ def test_an_interrupted_track_goes_on_to_the_same_bytes(
         statuses.append(command("score", genome, "s.bedgraph", model, *options))
     assert len(statuses) > 1 and set(statuses[:-1]) == {130}
     assert Path("s.bedgraph").read_bytes() == Path("whole.bedgraph").read_bytes()
+
+
+def test_bedgraph_has_no_place_for_white_space(model: Path, genome: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("names.jsonl").write_text('{"name": "chr 1", "text": "ACGTACGT"}\n')
+    assert command("score", "names.jsonl", "s.bedgraph", model) == 2
+    assert "line 1, record 'chr 1:0-8': bedGraph has no place for white space in a name" in capsys.readouterr().err
+    assert command("score", "names.jsonl", "s.jsonl", model) == 0
+    assert [path.name for path in Path().glob("s.*")] == ["s.jsonl"]

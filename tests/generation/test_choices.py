@@ -242,8 +242,8 @@ def test_a_tokenizer_of_words_allows_all_that_the_characters_spell(tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 0}, "n must be at least 1"),
-        ({"n": 1.5}, "n must be at least 1"),
+        ({"n": 0}, "n must be between 1 and 1,048,576"),
+        ({"n": 1.5}, "n must be between 1 and 1,048,576"),
         ({"logit_bias": [5]}, "logit_bias must map ids to numbers"),
         ({"logit_bias": "5"}, "logit_bias must map ids to numbers"),
         ({"logit_bias": {"a": 1.0}}, "a token id is a whole number"),

@@ -323,6 +323,24 @@ def test_a_failure_before_the_first_row_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [InputError("no such layer"), KeyboardInterrupt()], ids=["error", "interrupted"])
+def test_a_job_that_kept_no_row_leaves_nothing(tmp_path: Path, expected: bytes, error: BaseException) -> None:
+    output = tmp_path / "x.jsonl"
+    with pytest.raises(type(error)):
+        run(output, start=stop_after(1, error), wrong="option")
+    assert list(tmp_path.iterdir()) == []
+    run(output)
+    assert output.read_bytes() == expected
+
+
+def test_options_of_a_killed_job_that_kept_no_row_do_not_count(tmp_path: Path, expected: bytes) -> None:
+    output = tmp_path / "x.jsonl"
+    (folder := tmp_path / "x.jsonl.unfinished").mkdir()
+    (folder / "job.json").write_text(json.dumps({"options": {"--model": "other"}}))
+    run(output)
+    assert output.read_bytes() == expected and list(tmp_path.iterdir()) == [output]
+
+
 def test_what_cannot_be_an_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").mkdir()
     with pytest.raises(InputError, match="is a folder: name a file"):

@@ -88,6 +88,43 @@ def test_files_that_are_no_vcf(tmp_path: Path, content: bytes, message: str) -> 
         list(read_variants(path))
 
 
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    path = vcf(tmp_path, "chr1 1 rs1 A G")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [one.name for one in read_variants(path)] == ["rs1"]
+
+
+def test_bgzip_without_its_last_block_is_cut_off(tmp_path: Path) -> None:
+    # what is left is whole blocks, so it is a whole, shorter file of gzip
+    text = vcf(tmp_path, *(f"chr1 {i} name{i} A G" for i in range(1, 9)))
+    whole = tmp_path / "whole.vcf.gz"
+    pysam.tabix_compress(str(text), str(whole))
+    assert len(list(read_variants(whole))) == 8
+    cut = tmp_path / "cut.vcf.gz"
+    cut.write_bytes(whole.read_bytes()[:-28])
+    assert gzip.decompress(cut.read_bytes()) == text.read_bytes()
+    with pytest.raises(InputError, match=r"cut\.vcf\.gz: not a whole file of bgzip \(its end is missing\)"):
+        list(read_variants(cut))
+
+
+def test_a_genome_of_bgzip_without_its_last_block_is_cut_off(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.fa.gz", tmp_path / "cut.fa.gz"
+    pysam.tabix_compress(str(fasta(tmp_path, ">chr1\nACGT\n")), str(whole))
+    assert FastaGenome(whole).fetch("chr1", 0, 4) == "ACGT"
+    cut.write_bytes(whole.read_bytes()[:-28])
+    with pytest.raises(InputError, match="its end is missing"):
+        FastaGenome(cut)
+    assert not (tmp_path / "cut.fa.gz.fai").exists()
+
+
+def test_pipes_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a pipe or a device, where no part can be read alone"):
+        FastaGenome(pipe)
+    with pytest.raises(InputError, match="is a pipe or a device, and variants are read more than once"):
+        next(read_variants(pipe))
+
+
 def test_lines_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Genotypes of thousands of samples are not kept, and an allele that fills the memory is refused."""
     monkeypatch.setattr("hyaena.records.variants._LINE", 64)
@@ -101,10 +138,10 @@ def test_lines_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_vcf_that_is_not_there(tmp_path: Path) -> None:
-    for path, message in ((tmp_path, "is a folder"), (tmp_path / "no.vcf", "no such file")):
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "no.vcf", "No such file")):
         with pytest.raises(InputError, match=message):
             next(read_variants(path))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="No such file"):
         next(read_variants("http://localhost/calls.vcf"))
 
 

@@ -336,7 +336,10 @@ class Loading:
         """Make a tensor the parameter or buffer of a name, or the narrow weight of a layer."""
         owner, _, leaf = name.rpartition(".")
         if name in self.to_narrow:
-            self.to_narrow[name].narrow(tensor, self.moments.get(owner))
+            try:
+                self.to_narrow[name].narrow(tensor, self.moments.get(owner))
+            except InputError as error:
+                raise InputError(f"{self.checkpoint.path}, {self._shown(name)}: {error}") from None
             return
         expected = self.expected[name]
         if isinstance(expected, nn.Parameter):

@@ -132,6 +132,8 @@ def _run(argv: Sequence[str] | None, commands: Mapping[str, str]) -> int:
         if debug:
             traceback.print_exc()
         message = str(error) or "out of memory"
+        if isinstance(error, OSError) and error.filename is not None:  # a path that nobody looked at before
+            message = f"{error.filename}: {error.strerror}; check its name and permissions"
         print(f"hyaena: error: {printable(message, limit=SCREEN)}", file=sys.stderr)
         return EXIT_ERROR
 

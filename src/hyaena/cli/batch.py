@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +183,7 @@ def parse_windows(args: argparse.Namespace) -> tuple[int | None, int]:
 
 def run(args: argparse.Namespace, files: Files, task: Task) -> int:
     """Check every record, load the model, and make the rows that are not there yet."""
-    from hyaena.jobs import Column, open_job
+    from hyaena.jobs import Column, check_contig, open_job
     from hyaena.records.contents import read_contents, read_part
     from hyaena.scoring import ReadOptions
 
@@ -223,6 +222,11 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
                 "model's context: take a smaller --window, or a larger --max-length"
             )
     columns += task.columns
+
+    def measure(record: Record) -> int:
+        check_contig(files.output, record.contig)
+        return _tokens(encoder, record)
+
     with open_job(files.output, columns, options, restart=args.restart) as job:
         source = files.source
         if args.input == STANDARD_INPUT:
@@ -230,7 +234,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
         elif _is_stream(source.path):
             with open_source(source.path, source.label, compressed=False, cure="check its permissions") as stream:
                 source = replace(source, path=job.keep_input(stream))
-        contents = read_contents(source, partial(_tokens, encoder))
+        contents = read_contents(source, measure)
         part = contents.part(files.shard)
         with Progress(part.size, unit="tokens", show=not args.quiet and sys.stderr.isatty()) as progress:
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyaena.errors import InputError
+from hyaena.files import check_place, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, measure, print, write."""
     for path in (args.json, args.plot):
-        _require_writable(path)
+        if path is not None:
+            check_place(path)
     if args.json is not None and args.json == args.plot:
         raise InputError(f"--json and --plot are both {args.json}: name two files")
 
@@ -131,8 +132,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_json(path: Path, known: dict[str, Any]) -> None:
-    from hyaena.files import write_atomically
-
     document = {"command": shlex.join(["hyaena", *sys.argv[1:]]), **known}
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -172,15 +171,6 @@ def _model(
         stored,
         lambda: checkpoints.load_model(checkpoint, device=device, dtype=stored),
     )
-
-
-def _require_writable(path: Path | None) -> None:
-    """Before a minute of measuring, not after it."""
-    if path is None:
-        return
-    folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write {path}: name a file in a folder that exists and can be written")
 
 
 def _count(text: str) -> int:

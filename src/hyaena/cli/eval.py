@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from hyaena import files
 from hyaena.cli.formatting import json_text
 from hyaena.cli.model_options import add_model_options
 from hyaena.errors import InputError
@@ -36,13 +37,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("name tasks by --tasks, or a suite by --suite, and one of the two only")
     if args.suite is not None and args.suite not in SUITES:
         raise InputError(f"unknown suite {args.suite!r}: choose {', '.join(SUITES)}")
-    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
-        raise InputError(f"--output {args.output}: there is no such folder: make it first")
+    if args.output is not None:
+        files.check_place(Path(args.output))
     suite = None if args.suite is None else SUITES[args.suite]
     names = suite.tasks if suite is not None else [name.strip() for name in args.tasks.split(",") if name.strip()]
     shots = args.num_fewshot if args.num_fewshot is not None or suite is None else suite.num_fewshot
 
-    from hyaena import files, hub
+    from hyaena import hub
     from hyaena.evals import run as evals
 
     tasks = evals.find_tasks(names, args.include_path)  # before weights are read
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     )
     seconds = time.perf_counter() - began
     references = () if suite is None else suite.references
+    print(evals.table(results, references, "" if suite is None else suite.source))
     if args.output is not None:
         document = {
             "model": args.model,
@@ -81,5 +83,4 @@ def run(args: argparse.Namespace) -> int:
         }
         text = json_text(document) + "\n"
         files.write_atomically(Path(args.output), lambda file: file.write(text.encode()))
-    print(evals.table(results, references, "" if suite is None else suite.source))
     return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hyaena.arguments import as_path
@@ -15,10 +17,15 @@ from hyaena.schemes import SCHEMES
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hyaena.checkpoints import Checkpoint
+    from hyaena.train.documents import Piece
+
 HELP = "write a model whose linear layers have 8 or 4 bits"
 
 CALIBRATION_TOKENS = 1 << 17
 """Tokens of the calibration text that are read, from its beginning."""
+CALIBRATION_CHARACTERS = 16 * CALIBRATION_TOKENS
+"""Characters in which they are looked for, so that a text of any size may be named."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     if os.path.exists(dest) and not os.path.isdir(dest):
         raise InputError(f"{dest} is a file: name a folder to write")
 
+    if args.device is not None and args.calibrate is None:
+        raise InputError("--device is where --calibrate reads its text: add that, or leave --device out")
+
     from hyaena import checkpoints, files, hub
     from hyaena.checkpoints.load import check_scheme
 
@@ -67,11 +77,16 @@ def run(args: argparse.Namespace) -> int:
     extra = {path.name: path.read_bytes() for path in paths if path.is_file()}
     if sys.stderr.isatty():
         print(f"reading {checkpoint.path} …", file=sys.stderr)
+    before = _nbytes(checkpoint)  # which may be the model that is replaced
     options = {"dtype": args.dtype, "max_shard_size": limit, "overwrite": args.force}
     checkpoints.quantize_checkpoint(checkpoint, dest, args.weights, moments=moments, extra_files=extra, **options)
-    before, after = (sum(f.stat().st_size for f in c.shards) for c in (checkpoint, checkpoints.find(dest)))
+    after = _nbytes(checkpoints.find(dest))
     print(f"{dest}: {args.weights} weights, {decimal_bytes(after)} of {decimal_bytes(before)}")
     return 0
+
+
+def _nbytes(checkpoint: Checkpoint) -> int:
+    return sum(file.stat().st_size for file in checkpoint.shards)
 
 
 def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -85,6 +100,14 @@ def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = hub.load(args.source, device=device, revision=args.revision, config=args.config)
-    texts = list(read_documents([args.calibrate]))
-    ids = tokenize(texts, tokenizer).tokens
-    return collect_moments(model, torch.tensor(ids[:CALIBRATION_TOKENS], dtype=torch.long))
+    pieces = _beginning(read_documents([as_path("--calibrate", args.calibrate)]), CALIBRATION_CHARACTERS)
+    ids = tokenize(pieces, tokenizer).tokens[:CALIBRATION_TOKENS]
+    return collect_moments(model, torch.tensor(ids, dtype=torch.long))
+
+
+def _beginning(pieces: Iterator[Piece], characters: int) -> Iterator[Piece]:
+    for piece in pieces:
+        yield replace(piece, text=piece.text[:characters])
+        characters -= len(piece.text)
+        if characters <= 0:
+            return

@@ -8,12 +8,13 @@ import re
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hyaena.cli.progress import Progress
 from hyaena.errors import InputError, printable, shown
-from hyaena.files import write_atomically
+from hyaena.files import check_place, write_atomically
 from hyaena.records import find_source, read_records
 from hyaena.records.fasta import FASTA_SUFFIXES
 
@@ -42,9 +43,11 @@ def read_prompts(path: str) -> list[Prompt]:
         InputError: it cannot be read, or two prompts have one name.
     """
     prompts = [Prompt(record.name, record.text.encode()) for record in read_records(find_source(path))]
-    names = [_id(prompt.name) for prompt in prompts]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"{printable(path)}: two prompts are named {shown(twice)}; rename one")
+    seen = set[str]()
+    for name in (_id(prompt.name) for prompt in prompts):
+        if name in seen:
+            raise InputError(f"{printable(path)}: two prompts are named {shown(name)}; rename one")
+        seen.add(name)
     return prompts
 
 
@@ -65,8 +68,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(
             f"the output {printable(str(path))} must end in {', '.join(sorted(FASTA_SUFFIXES))}: it is FASTA"
         )
-    if path.is_dir():
-        raise InputError(f"the output {printable(str(path))} is a folder: name a file")
+    check_place(path)
     if args.json or args.logprobs:
         raise InputError("--output is FASTA, which has no place for JSON and log-probabilities: leave them out")
     if args.allowed is None or not _LETTERS.issuperset(args.allowed):
@@ -100,18 +102,18 @@ def write_fasta(
                 )
     samples = 1 if args.samples is None else args.samples
     seed = random.SystemRandom().randrange(2**31) if args.seed is None else args.seed
-    rows = [
-        (prompt, sample, seed + number)
-        for number, (prompt, sample) in enumerate((p, s) for p in prompts for s in range(1, samples + 1))
-    ]
-    found: list[Completion] = []
-    with Progress(len(rows), unit="samples", show=sys.stderr.isatty()) as progress:
-        for start in range(0, len(rows), args.batch_rows):
-            part = rows[start : start + args.batch_rows]
+    total = len(prompts) * samples
+    if seed + total > 2**63:
+        raise InputError(f"--seed {seed} and one more for each of {total:,} samples pass 2**63 - 1: take a smaller one")
+    drawn = ((prompt, sample) for prompt in prompts for sample in range(1, samples + 1))
+    rows = ((*row, seed + number) for number, row in enumerate(drawn))
+    records: list[bytes] = []
+    with Progress(total, unit="samples", show=sys.stderr.isatty()) as progress:
+        while part := list(islice(rows, args.batch_rows)):
             own = {"n": None, "progress": None, "seed": [number for *_, number in part]}
-            found += generate(model, tokenizer, [prompt.text for prompt, *_ in part], **{**options, **own})
+            found = generate(model, tokenizer, [prompt.text for prompt, *_ in part], **{**options, **own})
+            records += [_record(args.echo, *row, one) for row, one in zip(part, found, strict=True)]
             progress.window()(len(part))
-    records = [_record(args.echo, *row, one) for row, one in zip(rows, found, strict=True)]
     write_atomically(Path(args.output), lambda file: file.writelines(records))
     return len(records)
 

@@ -20,6 +20,9 @@ from hyaena.tokenizers.base import as_list
 
 Seed = int | Sequence[int | None] | None
 
+MAX_SAMPLES = 1 << 20
+"""Most samples of a prompt in one call, whose results are in memory together."""
+
 
 class RowOptions(TypedDict, total=False):
     """The options of ``stream`` and ``generate`` but ``n``, for type checkers; ``stream`` describes them."""
@@ -96,9 +99,11 @@ class Settings:
             "seed": _seeds(self.seed),
             "allowed_tokens": _allowed_tokens(self.allowed_tokens),
         }
-        for name in ("max_length", "prefill_chunk", "n"):
+        for name in ("max_length", "prefill_chunk"):
             if getattr(self, name) is not None:
                 checked[name] = _at_least_1(name, getattr(self, name))
+        if self.n is not None:
+            checked["n"] = whole("n", self.n, f"between 1 and {MAX_SAMPLES:,}", 1, MAX_SAMPLES)
         for name in ("method", "decoding"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name} must be a name, not {shown(getattr(self, name))}")

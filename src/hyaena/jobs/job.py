@@ -116,6 +116,11 @@ class Job:
             except OutputError as error:
                 raise OutputError(f"{error}; all {journal.rows:,} rows are kept: the same command goes on") from error
             count = journal.rows
+        except BaseException:
+            if not journal.rows:  # nothing to go on from: the next command may have other options
+                with suppress(OutputError):
+                    self.discard()
+            raise
         finally:
             journal.close()
         self.discard()
@@ -232,11 +237,20 @@ def _check_options(job: Job) -> None:
         for name in names
         if before.get(name) != now.get(name)
     ]
-    if changed:
+    if changed and not _has_rows(job):  # its process was killed before it kept any
+        job.discard()
+    elif changed:
         raise InputError(
             f"{printable(str(job.folder))} holds rows that were made with other options ({joined(changed)}): "
             "give the same options, or add --restart to discard the rows"
         )
+
+
+def _has_rows(job: Job) -> bool:
+    with job.writing():
+        journal = Journal(job.folder / _ROWS)
+    journal.close()
+    return journal.rows > 0
 
 
 def _value(value: Any) -> str:

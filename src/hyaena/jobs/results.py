@@ -69,6 +69,16 @@ def check_columns(path: Path, columns: Sequence[Column]) -> None:
         raise InputError(f"the output {printable(str(path))}: {problem}")
 
 
+def check_contig(path: Path, name: str) -> None:
+    """Check that the format of an output has a place for the name of a contig.
+
+    Raises:
+        InputError: it has not.
+    """
+    if path.suffix.lower() == ".bedgraph" and any(map(str.isspace, name)):
+        raise InputError("bedGraph has no place for white space in a name: rename it, or end the output in .parquet")
+
+
 def write_results(path: Path, columns: Sequence[Column], rows: Rows) -> None:
     """Write all rows into one file, in the format of its suffix; equal rows give equal bytes.
 

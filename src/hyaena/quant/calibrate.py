@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hyaena.errors import NonFiniteError
+
 WINDOW = 2048
 """Tokens that are read at a time."""
 
@@ -18,6 +20,9 @@ def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     Args:
         model: reads token ids [1,T] when it is called; its weights are not narrow.
         ids: int [N], of a text like those that the model is for; read in windows of 2,048.
+
+    Raises:
+        NonFiniteError: a layer reads numbers that are not finite, or whose squares are not.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -42,4 +47,10 @@ def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
+    for name, total in sums.items():
+        if not bool(total.isfinite().all()):
+            raise NonFiniteError(
+                f"{name} reads numbers in the calibration text that are not finite, or too large to be squared: check "
+                "the weights with `hyaena info`, or choose scales without a text"
+            )
     return {name: total.cpu() / counts[name] for name, total in sums.items()}

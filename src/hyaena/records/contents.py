@@ -112,13 +112,6 @@ def read_part(source: Source, part: Part) -> Iterator[Record]:
 
 def _check(record: Record, source: Source, measure: Callable[[Record], int]) -> int:
     where = f"{source.label}, {record.place}, record {shown(record.name)}"
-    for what, text in (("name", record.name), ("text", record.text)):
-        try:
-            text.encode()  # an unpaired surrogate, which JSON can name, is no character
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{where}: an unpaired surrogate at character {error.start} of the {what} is not valid Unicode"
-            ) from error
     if len(record.name) > MAX_NAME or "\0" in record.name:
         raise InputError(f"{where}: a name has at most {MAX_NAME:,} characters and no NUL; give it another")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hyaena import extras
-from hyaena.errors import InputError, nearest, printable, shown
-from hyaena.records.source import open_source
+from hyaena.errors import InputError, OutputError, nearest, printable, shown
+from hyaena.files import write_atomically
+from hyaena.records.source import GZIP, is_bgzip, open_source
 
 _CURE = "check its name and permissions"
-_GZIP = b"\x1f\x8b"
 _LETTERS = frozenset("ACGTURYSWKMBDHVN")
 
 
@@ -73,15 +72,21 @@ class FastaGenome:
         extras.require("pysam", extra="genomics", purpose="reading a genome")
         if self.path.is_dir():
             raise InputError(f"{self.label} is a folder: name a FASTA file")
+        if self.path.exists() and not self.path.is_file():
+            raise InputError(f"{self.label} is a pipe or a device, where no part can be read alone: name a FASTA file")
         with open_source(self.path, self.label, compressed=False, cure=_CURE) as file:
             head = file.read(18)
-        self._compressed = head[:2] == _GZIP
-        if self._compressed and not (head[3] & 4 and head[12:14] == b"BC"):
+        self._compressed = head.startswith(GZIP)
+        if self._compressed and not is_bgzip(head):
             raise InputError(
                 f"{self.label} is compressed by gzip, of which no part can be read alone: decompress it (gunzip), or "
                 "compress it again with bgzip"
             )
-        with tempfile.TemporaryDirectory() as folder, quiet():
+        with (
+            open_source(self.path, self.label, compressed=self._compressed, cure=_CURE),  # is the whole file there?
+            tempfile.TemporaryDirectory() as folder,
+            quiet(),
+        ):
             self._file = self._open(Path(folder))
         self.lengths = dict(zip(self._file.references, self._file.lengths, strict=True))
         if not self.lengths:
@@ -142,10 +147,9 @@ class FastaGenome:
             ) from error
         try:
             for index, place in zip(made, wanted, strict=True):
-                beside = place.with_name(f"{place.name}.{os.getpid()}")
-                beside.write_bytes(index.read_bytes())
-                os.replace(beside, place)
-        except OSError:  # a folder of somebody else's
+                content = index.read_bytes()
+                write_atomically(place, lambda file, content=content: file.write(content))
+        except OutputError:  # a folder of somebody else's
             return made
         return wanted
 

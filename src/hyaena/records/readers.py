@@ -11,10 +11,9 @@ from hyaena import extras
 from hyaena.errors import InputError, printable, shown
 from hyaena.records.fasta import FASTA_SUFFIXES, read_fasta
 from hyaena.records.json_lines import JsonObject, not_utf8, read_json_lines
-from hyaena.records.source import BYTE_ORDER_MARK, open_source, split_name
+from hyaena.records.source import BYTE_ORDER_MARK, GZIP, open_source, split_name
 
 _CURE = "check its name and permissions"
-_GZIP = b"\x1f\x8b"
 _ROWS = 64
 """Rows of a Parquet file that are in memory at a time."""
 
@@ -166,6 +165,14 @@ def _read_whole(source: Source) -> Iterator[Record]:
             raise InputError(f"{source.label}, {place}: the record has no name; give it one")
         if not text:
             raise InputError(f"{source.label}, {place}: the record {shown(name)} is empty; remove it")
+        for what, value in (("name", name), ("text", text)):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:  # JSON can name half a character
+                raise InputError(
+                    f"{source.label}, {place}, record {shown(name)}: an unpaired surrogate at character {error.start} "
+                    f"of the {what} is not valid Unicode; correct it"
+                ) from error
         yield Record(index - 1, name, text, place, lowered)
     if index == 0:
         raise InputError(f"{source.label} holds no record")
@@ -277,7 +284,7 @@ def _read_parquet(source: Source) -> _Read:
 
 def _open(source: Source) -> Any:
     with open_source(source.path, source.label, compressed=False, cure=_CURE) as file:
-        compressed = file.read(2) == _GZIP or split_name(source.path)[1]
+        compressed = file.read(2) == GZIP or split_name(source.path)[1]
     return open_source(source.path, source.label, compressed=compressed, cure=_CURE)
 
 

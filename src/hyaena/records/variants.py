@@ -11,10 +11,9 @@ from hyaena import extras
 from hyaena.arguments import whole
 from hyaena.errors import InputError, printable, shown
 from hyaena.records.genome import Genome, missing_contig, quiet
-from hyaena.records.source import open_source
+from hyaena.records.source import BYTE_ORDER_MARK, GZIP, open_source
 
 _CURE = "check its name and permissions"
-_GZIP = b"\x1f\x8b"
 _BASES = frozenset("ACGT")
 _LINE = 1 << 24
 """Bytes of a line that are read; genotypes may follow behind."""
@@ -111,10 +110,10 @@ def read_variants(path: str | Path) -> Iterator[Variant]:
     path, label = Path(path), printable(str(path))
     if path.is_dir():
         raise InputError(f"{label} is a folder: name a VCF file")
-    if not path.is_file():
-        raise InputError(f"cannot read {label}: no such file; {_CURE}")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{label} is a pipe or a device, and variants are read more than once: write them to a file")
     with open_source(path, label, compressed=False, cure=_CURE) as file:
-        compressed = file.read(2) == _GZIP
+        compressed = file.read(2) == GZIP
     with open_source(path, label, compressed=compressed, cure=_CURE) as file:
         is_bcf = file.read(3) == b"BCF"
     rows = _read_bcf(path, label) if is_bcf else _read_vcf(path, label, compressed)
@@ -134,6 +133,7 @@ def _read_vcf(path: Path, label: str, compressed: bool) -> _Rows:
     with open_source(path, label, compressed=compressed, cure=_CURE) as file:
         while raw := file.readline(_LINE):
             number += 1
+            raw = raw.removeprefix(BYTE_ORDER_MARK if number == 1 else b"")
             line = raw
             while not line.endswith(b"\n") and (line := file.readline(_LINE)):
                 pass

@@ -124,7 +124,7 @@ def tokenize(
             tokens.append(ids)
             last = piece
         if last is None:
-            raise InputError("the data holds no text; check data.train and data.heldout")
+            raise InputError("the files hold no text; name others")
         finish(last)
         return Corpus(tokens.mapped(), np.array(starts), np.array(learned), num_bytes)
 

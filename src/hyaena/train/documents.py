@@ -64,10 +64,10 @@ def find_files(sources: Iterable[str | Path], pattern: str = "*") -> list[Path]:
         if os.path.isdir(source):  # pathlib raises for names that are too long, and in folders that are closed to us
             paths = sorted(path for path in source.rglob(pattern) if os.path.isfile(path))
             if not paths:
-                raise InputError(f"the folder {source} holds no file that matches {pattern!r}; change data.pattern")
+                raise InputError(f"the folder {source} holds no file that matches {pattern!r}; change the pattern")
             found += paths
         elif not os.path.exists(source):
-            raise InputError(f"cannot read {source}: no such file or folder; check data.train and data.heldout")
+            raise InputError(f"cannot read {source}: no such file or folder; check its name")
         elif not os.path.isfile(source):
             raise InputError(f"cannot read {source}: not a regular file; name a file or a folder")
         else:
@@ -107,7 +107,7 @@ def _pieces_of(path: Path, lower: Counter[Path]) -> Iterator[Piece]:
     suffix, compressed = split_name(path)
     if suffix in _OTHER_SEQUENCES:
         raise InputError(f"{path}: {_OTHER_SEQUENCES[suffix]} is not supported; convert it to FASTA")
-    with open_source(path, path, compressed=compressed, cure="check data.train and data.heldout") as file:
+    with open_source(path, path, compressed=compressed, cure="check its name and permissions") as file:
         if suffix in FASTA_SUFFIXES:
             yield from _read_fasta(file, path, lower)
         else:
@@ -124,7 +124,7 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         except UnicodeDecodeError as error:
             line += error.object[: error.start].count(b"\n")
             raise InputError(
-                f"{path}, line {line}: {path.name} is not UTF-8 text; exclude it with data.pattern or convert it"
+                f"{path}, line {line}: {path.name} is not UTF-8 text; leave it out (by data.pattern) or convert it"
             ) from error
         if text:
             yield Piece(text, str(path), line, begins=begins, verbatim=True)

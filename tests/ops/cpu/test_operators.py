@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from array import array
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,6 +311,32 @@ def test_kernels_are_compiled_where_nothing_can_be_written(monkeypatch: pytest.M
         return compile_(signature, **options)
 
     monkeypatch.setattr(memory, "cfunc", refusing)
+    counter = array("q", [41])
+    team.run(memory.kernel(count).address, counter, 1)
+    assert counter[0] == 42
+
+
+@pytest.mark.parametrize("left", [0, 20])
+def test_files_that_were_cut_off_are_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+    memory.kernel(count)
+    files = [path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc")]
+    assert len(files) == 2
+    sizes = [path.stat().st_size for path in files]
+    for path in files:
+        os.truncate(path, left)
+    for _ in range(2):  # the second time from whole files
+        counter = array("q", [41])
+        team.run(memory.kernel(count).address, counter, 1)
+        assert counter[0] == 42
+    assert [path.stat().st_size for path in files] == sizes
+
+
+def test_a_full_disk_costs_nothing_but_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile._open_for_write", full)
     counter = array("q", [41])
     team.run(memory.kernel(count).address, counter, 1)
     assert counter[0] == 42

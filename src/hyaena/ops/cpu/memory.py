@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 FLOAT32, BFLOAT16, FLOAT16 = np.float32(0), np.uint16(0), np.int16(0)
@@ -40,7 +42,9 @@ def kernel(body: Callable[[int], None]) -> Any:
     signature = types.void(types.int64)
     try:
         return cfunc(signature, cache=True, **_OPTIONS)(body)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+    except Exception:  # no folder that can be written, a full disk, or files that a power failure cut off
+        with suppress(Exception):
+            FunctionCache(body).flush()  # else what was cut off would be found again by every process
         return cfunc(signature, **_OPTIONS)(body)
 
 

@@ -169,7 +169,8 @@ def choose(filter: Filter, method: str, length: int, state: Tensor | None) -> st
     if method == "auto":
         return filter.choose_method(length, state)
     if method not in filter.methods:
-        known = f"takes no {type(filter).__name__}" if method in METHODS else "is unknown"
+        kind = next((kind for kind in KINDS if isinstance(filter, kind)), type(filter))  # without what a module keeps
+        known = f"takes no {kind.__name__}" if method in METHODS else "is unknown"
         raise UnsupportedError(f"long_conv method {method!r} {known}: choose auto, {', '.join(filter.methods)}")
     return method
 
