@@ -15,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations test-vllm lint format bench docs clean
+.PHONY: help demo test test-integrations test-vllm lint format bench bench-gpu docs clean
 
 help:
 	@echo "make demo                install into .venv and stream a completion from the bundled model"
@@ -25,6 +25,7 @@ help:
 	@echo "make lint                ruff, pyright, import layers"
 	@echo "make format              let ruff fix and format the code"
 	@echo "make bench               run the CPU benchmarks (ARGS=... is passed on)"
+	@echo "make bench-gpu           run the benchmarks of a GPU, and those of scoring on it (ARGS=... is passed on)"
 	@echo "make docs                write the API reference to build/docs"
 	@echo "make clean               remove .venv, caches and build products"
 	@echo "Without a GPU, save 3.8 GB: make TORCH_INDEX=... demo (pytorch.org names the index of its CPU build)"
@@ -80,6 +81,9 @@ format: .venv/.installed-dev
 
 bench: .venv/.installed-bench
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
+bench-gpu: .venv/.installed-bench .venv/.installed-dev
+	@status=0; for suite in gpu scoring; do $(BIN)/python -m benchmarks.$$suite $(ARGS) || status=1; done; exit $$status
 
 docs: .venv/.installed-docs
 	$(BIN)/python scripts/api_reference.py build/docs

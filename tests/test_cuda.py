@@ -235,14 +235,25 @@ def test_captured_steps_compute_with_an_adapter(cub) -> None:
     assert got.logprobs == pytest.approx(wanted.logprobs, abs=1e-3)
 
 
+EVO2_7B = replace(ModelConfig.from_name("evo2-7b"), fp8_input_projections=False)
+
+
 @pytest.mark.wide
-def test_captured_steps_at_the_width_of_the_7b() -> None:
-    model = random_model(replace(SH_7B, layer_types=("hyena", "attention")), torch.device("cuda"), torch.float32)
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(SH_7B, layer_types=("hyena", "attention")),
+        replace(EVO2_7B, layer_types=("hyena_se", "hyena_mr", "hyena_li", "attention")),
+    ],
+    ids=["sh", "evo2"],
+)
+def test_captured_steps_at_the_width_of_the_7b(config: ModelConfig) -> None:
+    model = random_model(config, torch.device("cuda"), torch.float32)
     with torch.no_grad():  # the best logit stands out, as that of a trained model does
         for name, p in model.named_parameters():
             if "long_filter" not in name:
                 p.normal_(std=2.3 / model.config.hidden_size**0.5)
-    prompts = [torch.randint(32_000, (length,)).tolist() for length in (5, 43, 50)]
+    prompts = [torch.randint(config.vocab_size, (length,)).tolist() for length in (5, 43, 50)]
     tokenizer = ByteTokenizer(model.config.vocab_size)
     got, wanted = (
         hyaena.generate(model, tokenizer, prompts, max_new_tokens=40, stop_at_eos=False, decoding=decoding)

@@ -15,6 +15,7 @@ from benchmarks.registry import IncorrectError, Row, Step, Summary, Target
 
 PATHS = (
     "tests/ops/triton",
+    "tests/ops/test_fp8.py",
     "tests/decoding/test_short_passes.py",
     "tests/test_packed_prefill.py",
     "tests/test_cuda.py",

@@ -7,7 +7,9 @@ from functools import partial
 
 from benchmarks.gpu.session import GpuSession
 from benchmarks.registry import Row, Step, Summary, Target
-from hyaena.bench.measure import Figure, measure_decode, measure_prefill
+from hyaena.bench.measure import Decode, Figure, Prefill, measure_decode, measure_prefill
+from hyaena.config import ModelConfig
+from hyaena.model import StripedHyena
 from hyaena.sizes import ModelSizes
 
 
@@ -20,14 +22,23 @@ def decode(session: GpuSession) -> Iterator[Step]:
 
 def decode_at(session: GpuSession, batch: int, context: int, target: float | None) -> list[Row]:
     """Our decoding against the bytes that it has to move."""
+    found = session.decodes[batch, context] = time_decoding(session, session.model, batch, context)
+    return [decoding_row(f"decoding, batch {batch}, context {context:,}", found, target)]
+
+
+def time_decoding(session: GpuSession, model: StripedHyena, batch: int, context: int) -> Decode:
+    """Captured steps, or static ones on a CPU."""
     how = "cuda_graph" if session.device.type == "cuda" else "static"
-    found = measure_decode(session.model, batch, context, decoding=how, steps=session.sizes.steps)
-    session.decodes[batch, context] = found
+    return measure_decode(model, batch, context, decoding=how, steps=session.sizes.steps)
+
+
+def decoding_row(what: str, found: Decode, target: float | None) -> Row:
+    """Steps beside the bytes that they have to move."""
     note = (
-        f"{found.seconds.median * 1e3:.3f} ms a step, {how}, greedy, every token read by the host; first step after "
-        f"{found.first_step:.1f} s."
+        f"{found.seconds.median * 1e3:.3f} ms a step, {found.decoding}, greedy, every token read by the host; first "
+        f"step after {found.first_step:.1f} s."
     )
-    return [_against_bound(f"decoding, batch {batch}, context {context:,}", found, batch, "mbu", target, note)]
+    return _against_bound(what, found, found.batch, "mbu", target, note)
 
 
 def prefill(session: GpuSession) -> Iterator[Step]:
@@ -40,13 +51,18 @@ def prefill(session: GpuSession) -> Iterator[Step]:
 def prefill_of(session: GpuSession, length: int) -> list[Row]:
     """Our prefill against the operations that it needs."""
     found = session.prefills[length] = measure_prefill(session.model, length, budget=10)
-    sizes = ModelSizes(session.sizes.config)
-    spared = sizes.last_layer_savings(length) / sizes.prefill_flops(length)
+    return [prefill_row(f"prefill of {length:,} tokens", found, session.sizes.config, 0.7)]
+
+
+def prefill_row(what: str, found: Prefill, config: ModelConfig, target: float | None) -> Row:
+    """A prefill beside the operations that it needs."""
+    sizes = ModelSizes(config)
+    spared = sizes.last_layer_savings(found.length) / sizes.prefill_flops(found.length)
     note = (
         f"Chunks of {found.chunk:,}. The last layer's output is needed at one position only: the bound leaves out the "
         f"{spared:.1%} of all operations that this spares."
     )
-    return [_against_bound(f"prefill of {length:,} tokens", found, length, "mfu", 0.7, note)]
+    return _against_bound(what, found, found.length, "mfu", target, note)
 
 
 def _against_bound(what: str, found: Figure, tokens: int, share: str, target: float | None, note: str) -> Row:

@@ -13,6 +13,7 @@ from hyaena.bench.clock import release
 from hyaena.bench.measure import Decode, Prefill
 from hyaena.bench.rates import Rate, measure_bandwidth, measure_flops
 from hyaena.bench.run import random_model
+from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
 
 
@@ -51,10 +52,15 @@ class GpuSession(Session):
 
     @property
     def model(self) -> StripedHyena:
-        """Our model with random weights, made on first use."""
-        if self._model is None:
+        """Our model of ``sizes.config`` with random weights."""
+        return self.model_of(self.sizes.config)
+
+    def model_of(self, config: ModelConfig) -> StripedHyena:
+        """A model with random weights, made on first use; it takes the place of one of another configuration."""
+        if self._model is None or self._model.config != config:
+            self.forget_model()
             torch.manual_seed(0)
-            self._model = random_model(self.sizes.config, self.device, self.dtype)
+            self._model = random_model(config, self.device, self.dtype)
         return self._model
 
     def forget_model(self) -> None:

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from benchmarks.gpu import SUITE, baseline, continuous, correctness, model, train
+from benchmarks.gpu import SUITE, baseline, continuous, correctness, evo2, model, train
 from benchmarks.gpu.engine import request_shapes
 from benchmarks.gpu.session import GpuSession
 from benchmarks.gpu.sizes import FULL, QUICK
@@ -69,6 +69,30 @@ def test_a_quick_run_measures_everything_but_the_baseline(tmp_path: Path) -> Non
     assert all("bound by a " in r.baseline_name for r in rows["decode"])
     assert "documents of" in rows["train"][1].note
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]
+
+
+def test_a_quick_run_measures_evo2_and_narrow_weights(tmp_path: Path) -> None:
+    _, parts = run_quick(tmp_path, "narrow,evo2")
+    rows = {name: report.rows_of(p) for name, p in parts.items()}
+    missing = [error for p in parts.values() for error in p["errors"]]
+    assert [error.split(":")[0] for error in missing] == ["fp8 weights"] + (
+        [] if torch.cuda.is_available() else ["tiny evo2, one sequence"]  # its memory is known on CUDA devices only
+    )
+    targets = {name: [(r.ratio_name, r.target.value) for r in found if r.target] for name, found in rows.items()}
+    share, times = "ours / bound (mbu)", "narrow / wide"
+    assert targets["narrow"] == [(share, 0.88), (times, 1.8), (share, 0.88), (times, 2.8), (times, 1.0)]
+    assert targets["evo2"][:6] == [
+        *(pair for speed in (35_000, 30_000) for pair in (("ours / bound (mfu)", 0.75), ("", speed))),
+        *[(share, 0.9)] * 2,
+    ]  # fmt: skip
+    assert len(rows["evo2"]) == 4 + 1 + 2 + 1 + torch.cuda.is_available()
+
+
+def test_evo2_is_measured_at_the_lengths_of_its_targets() -> None:
+    sizes = evo2.FULL
+    assert sizes.prompts == ((8192, 35_000), (32_768, 30_000), (131_072, 18_000))
+    assert sizes.decodes == ((1, 4096), (96, 4096)) and sizes.sequence == 1_000_000
+    assert sizes.config.max_length >= sizes.sequence and evo2.MOST_MEMORY == 55
 
 
 def test_the_full_sizes_have_every_target_of_training_and_decoding() -> None:

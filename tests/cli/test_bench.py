@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hyaena.bench import memory, rates
 from hyaena.bench.rates import Sizes
 from hyaena.cli import main
+from hyaena.formats import read_config
+from hyaena.fp8 import FP8Linear
+from hyaena.model import StripedHyena
 
 SRC = Path(__file__).parents[2] / "src"
 COMMANDS = {"bench": "hyaena.cli.bench"}
@@ -47,6 +51,23 @@ def test_a_configuration_alone_gets_random_weights(golden: Path, capsys: pytest.
     assert "bfloat16" in capsys.readouterr().out
 
 
+def test_narrow_weights_and_fp8_products_count_as_the_bytes_that_they_are(golden: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((golden / "evo2-tiny" / "config.yml").read_text()) | {"use_fp8_input_projections": True}
+    (tmp_path / "fp8.yml").write_text(yaml.safe_dump(config))
+    options = ("--lengths", "8", "--contexts", "8", "--device", "cpu", "--dtype", "float32", "--json", tmp_path / "b")
+
+    def moved(*given: object) -> int:
+        assert bench(*given, *options) == 0
+        return json.loads((tmp_path / "b").read_text(encoding="utf-8"))["decode"][0]["bytes"]
+
+    assert moved("--model", "cub", "--weights", "int8") < moved("--model", "cub") / 2
+    fp8 = ("--config", tmp_path / "fp8.yml")
+    made = StripedHyena(read_config(fp8[1]))
+    numbers = sum(module.weight.numel() for module in made.modules() if isinstance(module, FP8Linear))
+    assert moved(*fp8, "--fp8", "off") - moved(*fp8, "--fp8", "exact") == 3 * numbers > 0
+    assert moved(*fp8, "--weights", "int8") < moved(*fp8)
+
+
 def test_defaults_keep_within_the_models_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {
         "format": "hyaena", "vocab_size": 16, "hidden_size": 8, "layer_types": ["hyena", "attention"],
@@ -66,6 +87,7 @@ def test_defaults_keep_within_the_models_length(tmp_path: Path, capsys: pytest.C
         (["--device", ""], "device  cannot be used"),
         (["--dtype", "int8"], "dtype int8 cannot hold a model"),
         (["--method", "magic"], "magic"),
+        (["--fp8", "exact"], "fp8='exact' is for models with FP8 input projections"),
         (["--model", "cubb"], "did you mean cub?"),
         (["--model", "7b", "--config", "x.yml"], "leave --config out"),
         (["--json", "{tmp}/none/b.json"], "name a file in a folder that exists"),

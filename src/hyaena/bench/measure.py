@@ -14,6 +14,7 @@ from hyaena.bench.rates import Rate, measure_bandwidth, measure_flops
 from hyaena.cache import Cache
 from hyaena.decoding import Decoding, StepOutput, make_decoder, pack_outputs, resolve_decoding
 from hyaena.errors import NonFiniteError
+from hyaena.fp8 import FP8Linear
 from hyaena.generation import choose_chunk
 from hyaena.model import StripedHyena
 from hyaena.ops.step import DecodeOperators
@@ -163,6 +164,8 @@ def measure_prefill(
 ) -> Prefill:
     """Read a random prompt of ``length`` tokens, in turns with a matrix product; see ``in_turns``.
 
+    Operations of FP8 products count half: tensor cores do twice as many of them in a second.
+
     Raises:
         NonFiniteError: the logits are not finite, so that nothing is known about the work.
     """
@@ -191,7 +194,7 @@ def measure_prefill(
     # Compile, choose algorithms, wake the clocks: with a first, a later and a last chunk, and little attention.
     read(ids[:, : 2 * chunk + length % chunk])
     figure = in_turns(
-        sizes.prefill_flops(length) - sizes.last_layer_savings(length),
+        sizes.prefill_flops(length) - sizes.last_layer_savings(length) - fp8_numbers(model) * length,
         sample,
         lambda: measure_flops(device, model.dtype),
         repeats=repeats,
@@ -234,6 +237,7 @@ def measure_decode(
     first = wall_seconds(lambda: run(1))
     run(steps)
     work = ModelSizes(model.config).decode_bytes(batch, context, model.dtype.itemsize)
+    work -= fp8_numbers(model) * (model.dtype.itemsize - 1)
     figure = in_turns(
         work,
         lambda: wall_seconds(lambda: run(steps)) / steps,
@@ -242,6 +246,12 @@ def measure_decode(
         budget=budget / steps,
     )
     return Decode(**vars(figure), batch=batch, context=context, decoding=decoding, first_step=first)
+
+
+def fp8_numbers(model: StripedHyena) -> int:
+    """Weights that are read, and multiplied, as FP8 numbers here: a byte each, and operations at twice the rate."""
+    layers = [module for module in model.modules() if isinstance(module, FP8Linear)]
+    return sum(layer.weight.numel() for layer in layers if not layer.is_plain())
 
 
 @torch.inference_mode()

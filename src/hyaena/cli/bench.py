@@ -8,9 +8,12 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyaena.cli.model_options import add_precision_options
 from hyaena.errors import InputError
 from hyaena.files import check_place, write_atomically
 
@@ -34,12 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bfloat16); or a model as generate takes it (7b)",
     )
     group.add_argument(
-        "--config", metavar="FILE", help="the configuration of a weights file; without --model, one for random weights"
+        "--config",
+        metavar="FILE",
+        help="the configuration of a weights file; without --model, one for random weights, or the name of a preset",
     )
     group.add_argument("--device", help="cpu, cuda, cuda:1 … (a GPU if there is one)")
     group.add_argument(
         "--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere bfloat16 or as stored)"
     )
+    add_precision_options(group)
 
     group = parser.add_argument_group("what to measure")
     group.add_argument(
@@ -153,24 +159,32 @@ def _model(
     from hyaena import checkpoints, hub
     from hyaena.bench.run import SH_7B, random_model
     from hyaena.formats import read_config
+    from hyaena.fp8 import check_fp8, set_fp8
     from hyaena.hub import choose_dtype
 
     dtype = choose_dtype(args.dtype, device)
     if dtype == "stored":
         raise InputError("bench computes in one dtype: name it, or leave --dtype out for that of the embedding")
+    weights = args.weights
     if args.model in (None, PRESET):
         if args.model == PRESET and args.config is not None:
             raise InputError("--model 7b has its own configuration: leave --config out, or --model")
-        config = SH_7B if args.config is None else read_config(args.config)
-        wanted = dtype or torch.bfloat16
-        return config, wanted, lambda: random_model(config, device, wanted)
-    checkpoint = hub.locate(args.model, config=args.config)
-    stored = dtype or checkpoints.inspect(checkpoint).dtype
-    return (
-        checkpoint.config,
-        stored,
-        lambda: checkpoints.load_model(checkpoint, device=device, dtype=stored),
-    )
+        config, wanted = SH_7B if args.config is None else read_config(args.config), dtype or torch.bfloat16
+        config = replace(config, weights=weights or config.weights)
+        made = partial(random_model, config, device, wanted)
+    else:
+        checkpoint = hub.locate(args.model, config=args.config)
+        config, wanted = checkpoint.config, dtype or checkpoints.inspect(checkpoint).dtype
+        made = partial(checkpoints.load_model, checkpoint, device=device, dtype=wanted, weights=weights)
+        config = replace(config, weights=weights or config.weights)
+    check_fp8(args.fp8, config.fp8_input_projections)
+
+    def make() -> StripedHyena:
+        model = made()
+        set_fp8(model, args.fp8)
+        return model
+
+    return config, wanted, make
 
 
 def _count(text: str) -> int:

@@ -24,6 +24,11 @@ def add_model_options(group: argparse._ActionsContainer) -> None:
     group.add_argument("--revision", help="the revision of a hub id")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere as stored)")
+    add_precision_options(group)
+
+
+def add_precision_options(group: argparse._ActionsContainer) -> None:
+    """Add --weights and --fp8: the bits of linear layers."""
     group.add_argument(
         "--weights",
         choices=tuple(SCHEMES),
