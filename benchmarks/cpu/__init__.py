@@ -26,6 +26,10 @@ SUITE = Suite(
             "129M model, decoding at 512 in float32 and bfloat16 against reading its weights",
             1,
         ),
+        Benchmark("llama_float32", "cpu.llama:float32", "129M model against llama.cpp, F32; needs llama_cpp, gguf", 4),
+        Benchmark("llama_bfloat16", "cpu.llama:bfloat16", "the same in bfloat16 against BF16", 4),
+        Benchmark("llama_int8", "cpu.llama:int8", "the same in int8 against Q8_0", 4),
+        Benchmark("llama_int4", "cpu.llama:int4", "the same in int4 against Q4_0", 4),
         Benchmark("scoring", "cpu.scoring:unequal", "cub, 256 texts of unequal length, packed and one by one", 1),
         Benchmark("embedding", "cpu.scoring:long_embedding", "memory of embedding 100,000 characters", 1),
         Benchmark("variants", "scoring.variants:on_cpu", "11M model, SNVs in shared windows against full ones", 2),
@@ -33,6 +37,7 @@ SUITE = Suite(
         Benchmark("choices", "choices:cpu", "multiple choice in lm-evaluation-harness against HFLM; needs lm_eval", 3),
         Benchmark("cub_memory", "cpu.memory:cub_memory", "cub, memory of 262,144 bytes against 16,384", 9.5),
     ),
+    packages=("transformers", "numpy", "numba", "llama-cpp-python"),
     appendix="cpu.predictions:appendix",
     threads=2,
 )
