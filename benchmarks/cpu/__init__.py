@@ -26,10 +26,18 @@ SUITE = Suite(
             "129M model, decoding at 512 in float32 and bfloat16 against reading its weights",
             1,
         ),
-        Benchmark("llama_float32", "cpu.llama:float32", "129M model against llama.cpp, F32; needs llama_cpp, gguf", 4),
-        Benchmark("llama_bfloat16", "cpu.llama:bfloat16", "the same in bfloat16 against BF16", 4),
-        Benchmark("llama_int8", "cpu.llama:int8", "the same in int8 against Q8_0", 4),
-        Benchmark("llama_int4", "cpu.llama:int4", "the same in int4 against Q4_0", 4),
+        Benchmark("llama_prefill_float32", "cpu.llama:prefill_float32", "129M model, prefill against llama.cpp F32", 4),
+        Benchmark("llama_decode_float32", "cpu.llama:decode_float32", "129M model, decoding against llama.cpp F32", 2),
+        Benchmark(
+            "llama_prefill_bfloat16", "cpu.llama:prefill_bfloat16", "129M model, prefill against llama.cpp BF16", 4
+        ),
+        Benchmark(
+            "llama_decode_bfloat16", "cpu.llama:decode_bfloat16", "129M model, decoding against llama.cpp BF16", 2
+        ),
+        Benchmark("llama_prefill_int8", "cpu.llama:prefill_int8", "129M model, prefill against llama.cpp Q8_0", 4),
+        Benchmark("llama_decode_int8", "cpu.llama:decode_int8", "129M model, decoding against llama.cpp Q8_0", 2),
+        Benchmark("llama_prefill_int4", "cpu.llama:prefill_int4", "129M model, prefill against llama.cpp Q4_0", 4),
+        Benchmark("llama_decode_int4", "cpu.llama:decode_int4", "129M model, decoding against llama.cpp Q4_0", 2),
         Benchmark("scoring", "cpu.scoring:unequal", "cub, 256 texts of unequal length, packed and one by one", 1),
         Benchmark("embedding", "cpu.scoring:long_embedding", "memory of embedding 100,000 characters", 1),
         Benchmark("variants", "scoring.variants:on_cpu", "11M model, SNVs in shared windows against full ones", 2),

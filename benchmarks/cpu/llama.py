@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ KEYS = torch.bfloat16
 PAUSE = 0.03
 """Seconds before each turn: the threads of the other library have stopped waiting for work by then."""
 
-PATIENCE = 100.0
+PATIENCE = 130.0
 """Seconds for all turns of a prefill, of which there is one at least."""
 
 
@@ -63,49 +65,52 @@ class Precision:
         return str(dtype).removeprefix("torch."), models.striped(quick).to(dtype)
 
 
-def float32(session: Session) -> Iterator[Step]:
-    """Against F32."""
-    return compare(session, Precision("float32", "F32", 1e-5, (1.0, 1.1, 1.4), (1.0, 1.3)))
+FLOAT32 = Precision("float32", "F32", 1e-5, (1.0, 1.1, 1.4), (1.0, 1.3))
+BFLOAT16 = Precision("bfloat16", "BF16", 2e-2, (1.0, 1.1, 1.4), (1.0, 1.3))
+INT8 = Precision("int8", "Q8_0", 5e-2, None, (1.0, 1.3))
+INT4 = Precision("int4", "Q4_0", 5e-2, None, (0.9, 1.3))
 
 
-def bfloat16(session: Session) -> Iterator[Step]:
-    """Against BF16."""
-    return compare(session, Precision("bfloat16", "BF16", 2e-2, (1.0, 1.1, 1.4), (1.0, 1.3)))
-
-
-def int8(session: Session) -> Iterator[Step]:
-    """Against Q8_0."""
-    return compare(session, Precision("int8", "Q8_0", 5e-2, None, (1.0, 1.3)))
-
-
-def int4(session: Session) -> Iterator[Step]:
-    """Against Q4_0."""
-    return compare(session, Precision("int4", "Q4_0", 5e-2, None, (0.9, 1.3)))
-
-
-def compare(session: Session, precision: Precision) -> Iterator[Step]:
-    """Prefill and decoding, after both sides were found to compute what they should."""
-    require_llama()
+def prefill(session: Session, precision: Precision) -> Iterator[Step]:
+    """Prompts of three lengths, after both sides were found to compute what they should."""
     lengths = (32, 64, 96) if session.quick else (512, 2048, 8192)
-    steps, rounds = (4, 3) if session.quick else (16, 9)
-    room = 1 + (rounds + 1) * steps
+    with opened(session, precision, lengths[-1]) as (pair, ids):
+        targets = precision.prefill or (None, None, None)
+        for length, target in zip(lengths, targets, strict=True):
+            yield Step(
+                f"{length:,} tokens", lambda n=length, t=target: pair.prefill(ids[:, :n], t, quick=session.quick)
+            )
+
+
+def decode(session: Session, precision: Precision) -> Iterator[Step]:
+    """Single steps at two contexts, after both sides were found to compute what they should."""
+    contexts = (32, 96) if session.quick else (512, 8192)
+    steps, rounds = (4, 3) if session.quick else (16, 15)
+    with opened(session, precision, contexts[-1] + 1 + (rounds + 1) * steps) as (pair, ids):
+        for context, target in zip(contexts, precision.decode, strict=True):
+            yield Step(f"context {context:,}", lambda n=context, t=target: pair.decode(ids[:, :n], t, steps, rounds))
+
+
+prefill_float32, decode_float32 = partial(prefill, precision=FLOAT32), partial(decode, precision=FLOAT32)
+prefill_bfloat16, decode_bfloat16 = partial(prefill, precision=BFLOAT16), partial(decode, precision=BFLOAT16)
+prefill_int8, decode_int8 = partial(prefill, precision=INT8), partial(decode, precision=INT8)
+prefill_int4, decode_int4 = partial(prefill, precision=INT4), partial(decode, precision=INT4)
+
+
+@contextlib.contextmanager
+def opened(session: Session, precision: Precision, context: int) -> Iterator[tuple[Pair, Tensor]]:
+    """Both sides, checked, with room for so many tokens, and the ids of a prompt."""
+    require_llama()
     model = precision.model(quick=session.quick)
-    ids = prompt(model.config, lengths[-1])
+    ids = prompt(model.config, context)
     check_way(model, ids[:, :64], resolve_decoding(model, "auto", "auto"), keys=KEYS)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mistral.gguf"
         size = check_llama(precision, model, ids[:, :64], path)
-        theirs = LlamaCpp(path, lengths[-1] + room, threads=torch.get_num_threads())
-        pair = Pair(precision, model, theirs, f"llama.cpp {precision.kind}, Mistral ({size / 1e6:.1f}M)")
-        targets = precision.prefill or (None, None, None)
-        for length, target in zip(lengths, targets, strict=True):
-            yield Step(
-                f"prefill of {length:,}", lambda n=length, t=target: pair.prefill(ids[:, :n], t, quick=session.quick)
-            )
-        for context, target in zip((lengths[0], lengths[-1]), precision.decode, strict=True):
-            yield Step(
-                f"decoding at {context:,}", lambda n=context, t=target: pair.decode(ids[:, :n], t, steps, rounds)
-            )
+        theirs = LlamaCpp(path, context, threads=torch.get_num_threads())
+    try:
+        yield Pair(precision, model, theirs, f"llama.cpp {precision.kind}, Mistral ({size / 1e6:.1f}M)"), ids
+    finally:
         theirs.close()
 
 
@@ -161,7 +166,7 @@ class Pair:
             sides[wide] = Side(lambda: prefill_ours(model, ids), prepare=_pause)
         if not self.seconds:
             take_turns(sides, 1)
-        rounds = max(1, min(5, int(PATIENCE / (length * self.seconds)))) if self.seconds else 5
+        rounds = max(1, min(7, int(PATIENCE / (length * self.seconds)))) if self.seconds else 7
         seconds = take_turns(sides, rounds)
         self.seconds = sum(s.median for s in seconds.values()) / length
         what = f"prefill of {length:,} tokens in {self.precision.name}, {models.size_of(self.model)}"
