@@ -21,6 +21,10 @@ class IncorrectError(Exception):
     """A result is wrong, so that its times would mean nothing."""
 
 
+class MissingError(Exception):
+    """What a benchmark compares with is not installed; the message says what, and how to get it."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """Repeated measurements of one quantity: their extremes, their median and their number."""

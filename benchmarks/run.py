@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.registry import Benchmark, IncorrectError, Row, Session, Step, Suite, load
+from benchmarks.registry import Benchmark, IncorrectError, MissingError, Row, Session, Step, Suite, load
 
 
 def build_parser(suite: Suite) -> argparse.ArgumentParser:
@@ -86,6 +86,9 @@ def main(suite: Suite, argv: Sequence[str] | None = None) -> int:
         errors: list[str] = []
         parts.append({})
         for found in [wrong] if wrong else attempt(benchmark, session):
+            if isinstance(found, MissingError):
+                print(f"    skipped: {found}", file=sys.stderr, flush=True)
+                continue
             if isinstance(found, Row):
                 rows.append(found)
                 print("    " + "  ".join(report.cells(found)), file=sys.stderr, flush=True)
@@ -113,15 +116,20 @@ def main(suite: Suite, argv: Sequence[str] | None = None) -> int:
     return 1 if any(p["errors"] for p in parts) else 0
 
 
-def attempt(benchmark: Benchmark, session: Session) -> Iterator[Row | str]:
-    """The rows of a benchmark as they are measured, and why others are missing; a step that fails ends itself only."""
+def attempt(benchmark: Benchmark, session: Session) -> Iterator[Row | str | MissingError]:
+    """The rows of a benchmark as they are measured, and why others are missing; a step that fails ends itself only.
+
+    One that lacks what it compares with yields that error alone: it is no failure, and the page stays as it is.
+    """
     if session.left <= 0:
         yield "no time was left"
         return
 
-    def caught(run: Callable[[], Iterator[Row | Step]]) -> Iterator[Row | Step | str]:
+    def caught(run: Callable[[], Iterator[Row | Step]]) -> Iterator[Row | Step | str | MissingError]:
         try:
             yield from run()
+        except MissingError as error:
+            yield error
         except Exception as error:
             yield f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
@@ -133,4 +141,4 @@ def attempt(benchmark: Benchmark, session: Session) -> Iterator[Row | str]:
         else:
             session.release()
             for row in caught(lambda step=found: iter(step.run())):
-                yield row if isinstance(row, Row) else f"{found.what}: {row}"
+                yield row if isinstance(row, Row | MissingError) else f"{found.what}: {row}"

@@ -26,6 +26,18 @@ SUITE = Suite(
             "129M model, decoding at 512 in float32 and bfloat16 against reading its weights",
             1,
         ),
+        Benchmark("llama_prefill_float32", "cpu.llama:prefill_float32", "129M model, prefill against llama.cpp F32", 4),
+        Benchmark("llama_decode_float32", "cpu.llama:decode_float32", "129M model, decoding against llama.cpp F32", 2),
+        Benchmark(
+            "llama_prefill_bfloat16", "cpu.llama:prefill_bfloat16", "129M model, prefill against llama.cpp BF16", 4
+        ),
+        Benchmark(
+            "llama_decode_bfloat16", "cpu.llama:decode_bfloat16", "129M model, decoding against llama.cpp BF16", 2
+        ),
+        Benchmark("llama_prefill_int8", "cpu.llama:prefill_int8", "129M model, prefill against llama.cpp Q8_0", 4),
+        Benchmark("llama_decode_int8", "cpu.llama:decode_int8", "129M model, decoding against llama.cpp Q8_0", 2),
+        Benchmark("llama_prefill_int4", "cpu.llama:prefill_int4", "129M model, prefill against llama.cpp Q4_0", 4),
+        Benchmark("llama_decode_int4", "cpu.llama:decode_int4", "129M model, decoding against llama.cpp Q4_0", 2),
         Benchmark("scoring", "cpu.scoring:unequal", "cub, 256 texts of unequal length, packed and one by one", 1),
         Benchmark("embedding", "cpu.scoring:long_embedding", "memory of embedding 100,000 characters", 1),
         Benchmark("variants", "scoring.variants:on_cpu", "11M model, SNVs in shared windows against full ones", 2),
@@ -33,6 +45,7 @@ SUITE = Suite(
         Benchmark("choices", "choices:cpu", "multiple choice in lm-evaluation-harness against HFLM; needs lm_eval", 3),
         Benchmark("cub_memory", "cpu.memory:cub_memory", "cub, memory of 262,144 bytes against 16,384", 9.5),
     ),
+    packages=("transformers", "numpy", "numba", "llama-cpp-python"),
     appendix="cpu.predictions:appendix",
     threads=2,
 )

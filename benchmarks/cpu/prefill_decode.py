@@ -278,12 +278,15 @@ def decode_against_weights(
 
 
 @torch.inference_mode()
-def check_way(model: StripedHyena, ids: Tensor, way: Decoding) -> None:
-    """Tokens read one by one give the logits of one pass, and a step of this way gives those of a call."""
+def check_way(model: StripedHyena, ids: Tensor, way: Decoding, *, keys: torch.dtype | None = None) -> None:
+    """Tokens read one by one give the logits of one pass, and a step of this way gives those of a call.
+
+    Keys and values of the step have the dtype ``keys``, or the model's.
+    """
     check_decoding(model, ids, same=SAME if model.dtype == torch.float32 else SAME_NARROW)
     if way == "eager":
         return
-    cache = model.make_cache(max_length=ids.shape[1] + 1)
+    cache = model.make_cache(max_length=ids.shape[1] + 1, dtype=keys)
     read(model, ids, cache)
     decoder = make_decoder(model, 1, way, top=8)
     decoder.add(cache.snapshot(), ids[:, 0], [SamplingParams()], [SamplingParams().generator()])

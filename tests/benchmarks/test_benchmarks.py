@@ -15,6 +15,7 @@ from benchmarks.cpu.models import STRIPED
 from benchmarks.registry import (
     Benchmark,
     IncorrectError,
+    MissingError,
     Row,
     Session,
     Step,
@@ -57,7 +58,7 @@ def test_names_are_unique_and_what_they_name_exists(name: str) -> None:
     assert suite.name == name and len({b.name for b in suite.benchmarks}) == len(suite.benchmarks)
     assert all(callable(b.load()) for b in suite.benchmarks)
     assert isinstance(registry.load(suite.session)(quick=True, deadline=1.0), Session)
-    most = {"cpu": 28, "evo2": 15, "gpu": 20, "scoring": 10, "serve": 11}[name]
+    most = {"cpu": 52, "evo2": 15, "gpu": 20, "scoring": 10, "serve": 11}[name]
     assert sum(b.minutes for b in suite.benchmarks) <= most
 
 
@@ -225,6 +226,26 @@ def test_a_benchmark_that_fails_takes_no_other_with_it(tmp_path: Path, capsys: p
     assert found["b"]["occasion"]["commit"] == "xyz"
 
 
+def test_what_has_nothing_to_compare_with_is_skipped_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(session: Session) -> list[Row]:
+        raise MissingError("abacus not installed")
+
+    def half(session: Session) -> Iterator[Step]:
+        yield Step("first", lambda: lacking(session))
+
+    run.main(suite(fine), ["--quick", "--output", str(tmp_path)])
+    before = known(tmp_path)
+    for benchmark in (lacking, half):
+        capsys.readouterr()
+        assert run.main(suite(benchmark, fine), ["--quick", "--output", str(tmp_path / "again")]) == 0
+        assert capsys.readouterr().err.count("skipped: abacus not installed\n") == 1
+        assert list(known(tmp_path / "again")) == ["b"]
+    assert run.main(suite(lacking), ["--quick", "--output", str(tmp_path)]) == 0
+    assert known(tmp_path) == before
+
+
 def test_a_step_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
     def steps(session: Session) -> Iterator[Step]:
         def half() -> Iterator[Row]:
@@ -315,6 +336,21 @@ def test_the_memory_of_an_embedding_is_measured_in_a_process_of_its_own() -> Non
 
     (line,) = long_embedding(Session(quick=True))
     assert line.met and line.ours.median > 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+def test_llama_cpp_computes_what_transformers_does_before_it_is_timed(precision: str) -> None:
+    for package in ("llama_cpp", "gguf", "transformers"):
+        pytest.importorskip(package)
+    from benchmarks.cpu import llama
+
+    session = Session(quick=True)
+    rows, steps = (
+        [row for step in getattr(llama, f"{what}_{precision}")(session) for row in step.run()]
+        for what in ("prefill", "decode")
+    )
+    assert len(rows) == (6 if precision.startswith("int") else 3) and all(row.ratio is not None for row in rows)
+    assert [row.target for row in steps] == [Target(">=", 0.9 if precision == "int4" else 1.0), Target(">=", 1.3)]
 
 
 def test_evo2_is_measured_against_its_matrices() -> None:

@@ -255,9 +255,17 @@ def fp8_numbers(model: StripedHyena) -> int:
 
 
 @torch.inference_mode()
-def filled_cache(model: StripedHyena, batch: int, context: int, *, room: int, method: str = "auto") -> Cache:
+def filled_cache(
+    model: StripedHyena,
+    batch: int,
+    context: int,
+    *,
+    room: int,
+    method: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> Cache:
     """A cache as if ``context`` tokens had been read, with room for more: random keys, values and states."""
-    cache = model.make_cache(batch, max_length=context + room, method=method)
+    cache = model.make_cache(batch, max_length=context + room, method=method, dtype=dtype)
     for tensor in cache.tensors():
         tensor.normal_()
     cache.lengths = [context] * batch

@@ -1,0 +1,111 @@
+"""What narrow weights cost a model: its loss on a text, and what its Hyena layers remember of a long one.
+
+    python scripts/build_corpus.py
+    python -m benchmarks.narrow_loss cub corpus/heldout.jsonl --weights int8,int4
+
+For each scheme: bytes of the weights; nats per token above the weights as they are stored, in windows without overlap,
+everything computed in float32; and with ``--state N`` the distance of the states of all long filters after N tokens
+of the text in one piece, relative to their norm. ``--calibrate FILE`` weighs errors by what the model reads in that
+text, as ``hyaena quantize`` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import hyaena
+from hyaena.cli.quantize import CALIBRATION_TOKENS
+from hyaena.model import StripedHyena
+from hyaena.ops import HyenaState
+from hyaena.quant import collect_moments, narrow_linears, quantized_layers
+from hyaena.schemes import SCHEMES, scheme_of
+from hyaena.sizes import ModelSizes
+from hyaena.tokenizers import Tokenizer
+from hyaena.train.corpus import Corpus, tokenize
+from hyaena.train.documents import read_documents
+from hyaena.train.evaluate import evaluate
+
+PASS = 512
+"""Tokens that are read at a time for the states."""
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("text", help="plain text or records, see `hyaena train`")
+    parser.add_argument("--weights", default=",".join(SCHEMES), metavar="SCHEME,…")
+    parser.add_argument("--window", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--state", type=int, default=0, metavar="N", help="tokens before states are compared")
+    parser.add_argument("--calibrate", metavar="FILE")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    schemes = [None, *map(scheme_of, arguments.weights.split(","))]
+    load = partial(hyaena.load, arguments.model, device=arguments.device, dtype="float32")
+    model, tokenizer = load()
+    corpus = read(arguments.text, tokenizer)
+    moments = {}
+    if arguments.calibrate:
+        ids = read(arguments.calibrate, tokenizer).tokens[:CALIBRATION_TOKENS]
+        moments = collect_moments(model, torch.tensor(ids, dtype=torch.long))
+    first = wide = None
+    for scheme in schemes:
+        began = time.perf_counter()
+        if scheme is not None:
+            model, _ = load()
+            narrow(model, scheme.name, moments)
+        loss = evaluate(model, corpus, window=arguments.window, device=arguments.device, batch_size=1).loss
+        states = after(model, corpus, arguments.state) if arguments.state else {}
+        first, wide = first or loss, wide or states
+        sizes = ModelSizes(replace(model.config, weights=scheme and scheme.name))
+        print(
+            f"{scheme.name if scheme else 'as stored'}: {sizes.weight_bytes(2) / 1e6:.1f} MB, loss {loss:.5f} of "
+            f"{corpus.num_predictions:,} tokens, {loss - first:+.5f}",
+            *(f"states after {n:,} tokens {distance(states[n], wide[n]):.2%} apart" for n in states),
+            f"{time.perf_counter() - began:.0f} s",
+            sep=", ",
+            flush=True,
+        )
+
+
+def read(source: str, tokenizer: Tokenizer) -> Corpus:
+    """A text as tokens."""
+    return tokenize(list(read_documents([source])), tokenizer)
+
+
+def narrow(model: StripedHyena, scheme: str, moments: dict[str, Tensor]) -> None:
+    """Round the linear layers of a model, in place."""
+    wide = {name: m.weight.detach() for name, m in model.named_modules() if type(m) is torch.nn.Linear}
+    narrow_linears(model, scheme_of(scheme))
+    for name, layer in quantized_layers(model).items():
+        layer.narrow(wide[name], moments.get(name))
+
+
+@torch.inference_mode()
+def after(model: StripedHyena, corpus: Corpus, length: int) -> dict[int, Tensor]:
+    """The states of all long filters after about a fiftieth of so many tokens, and after all of them."""
+    ids = torch.tensor(corpus.tokens[:length], dtype=torch.long, device=model.device)[None]
+    cache, found = model.make_cache(max_length=length), {}
+    for part in ids.split(PASS, dim=1):
+        model(part, cache=cache, logits_to_keep=1)
+        if cache.length in (length // 50 // PASS * PASS, ids.shape[1]):
+            states = [state.long for state in cache.states if isinstance(state, HyenaState)]
+            real = [torch.view_as_real(s) if s.is_complex() else s for s in states]
+            found[cache.length] = torch.cat([s.flatten() for s in real])
+    return found
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Relative to the norm of the other."""
+    return float((one - other).norm() / other.norm())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
