@@ -108,7 +108,7 @@ clean:
 	@echo "Installing hyaena into .venv; the first time, this downloads torch$(if $(TORCH_INDEX),, (without a GPU see make help))"
 	@$(PIP) --quiet setuptools
 	@$(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	@$(PIP) --quiet --no-build-isolation --editable '.[train]'
+	@$(PIP) --quiet --no-build-isolation --editable '.[cpu,train]'
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
