@@ -104,7 +104,9 @@ class ForwardContext:
         if packing is not None and counts is not None and not any(lengths or ()):
             documents = ops.Documents.of([counts], ids.device)
         if packing is not None:
-            parts = [torch.arange(n) + start for n, start in zip(counts or (), lengths or (), strict=True)]
+            parts = [
+                torch.arange(n, device="cpu") + start for n, start in zip(counts or (), lengths or (), strict=True)
+            ]
             positions = torch.cat(parts).to(ids.device)
         else:
             positions = _positions(length, ids.device, lengths, None if padding is None else padding[0], reset)

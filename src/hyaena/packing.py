@@ -148,7 +148,7 @@ class Packing:
 
     def __init__(self, lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
         self.spans = list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
-        self.last = torch.tensor([stop - 1 for _, stop in self.spans]).to(device)
+        self.last = torch.tensor([stop - 1 for _, stop in self.spans], device="cpu").to(device)
         self._lengths, self._device = lengths, device
         self._tables: tuple[RowTables, list[tuple[int, int]]] | None = None
 
@@ -162,7 +162,7 @@ class Packing:
     @cached_property
     def places(self) -> Tensor:
         rows = [row for group in self.groups for row in group.rows]
-        return torch.cat([torch.arange(*self.spans[row]) for row in rows]).argsort().to(self._device)
+        return torch.cat([torch.arange(*self.spans[row], device="cpu") for row in rows]).argsort().to(self._device)
 
     @cached_property
     def row_places(self) -> list[int]:
@@ -170,11 +170,11 @@ class Packing:
         return sorted(range(len(rows)), key=rows.__getitem__)
 
     def _group(self, rows: list[int], device: torch.device) -> Group:
-        counts = torch.tensor([self.spans[row][1] - self.spans[row][0] for row in rows])
+        counts = torch.tensor([self.spans[row][1] - self.spans[row][0] for row in rows], device="cpu")
         width = int(counts.max())
-        mask = torch.arange(width) >= (width - counts)[:, None]
-        first, last = torch.tensor([self.spans[row] for row in rows]).T
-        source = torch.maximum(torch.arange(width) + (last - width)[:, None], first[:, None])
+        mask = torch.arange(width, device="cpu") >= (width - counts)[:, None]
+        first, last = torch.tensor([self.spans[row] for row in rows], device="cpu").T
+        source = torch.maximum(torch.arange(width, device="cpu") + (last - width)[:, None], first[:, None])
         steps = mask.flatten().nonzero().flatten()
         shown = None if bool(mask.all()) else mask.to(device)
         return Group(rows, source.to(device), shown, steps.to(device), (width - counts).tolist())
@@ -220,6 +220,6 @@ class Packing:
             stops = [] if snapshots is None else snapshots.places(counts)
             ends = [sum(row < end for row, _ in stops) for end in range(len(counts) + 1)]
             parts = [[start for start, _ in self.spans], counts, ends, [stop for _, stop in stops] or [0]]
-            numbers = torch.tensor([n for part in parts for n in part], dtype=torch.int32).to(device)
+            numbers = torch.tensor([n for part in parts for n in part], dtype=torch.int32, device="cpu").to(device)
             self._tables = RowTables(*numbers.split([len(part) for part in parts])), stops
         return self._tables

@@ -262,14 +262,14 @@ def params_tensor(params: Sequence[SamplingParams]) -> Tensor:
     float64, because a float32 running sum over a large vocabulary loses the rare tokens.
     """
     rows = [(row.temperature, row.top_k or math.inf, row.top_p, row.min_p, row.repetition_penalty) for row in params]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def draw(params: SamplingParams, generator: torch.Generator, count: int) -> Tensor:
     """Draw the next ``count`` numbers of a row, float64 on the CPU; a greedy row draws none and gets zeros."""
     if params.temperature == 0:
-        return torch.zeros(count, dtype=torch.float64)
-    return torch.rand(count, dtype=torch.float64, generator=generator)
+        return torch.zeros(count, dtype=torch.float64, device="cpu")
+    return torch.rand(count, dtype=torch.float64, generator=generator, device="cpu")
 
 
 def choose(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -219,3 +220,28 @@ def test_only_as_many_layers_run_as_are_needed() -> None:
             called.clear()
             list(Reader(model, depth=depth, tokens_per_pass=10).read([record(length)]))
             assert called[-1] == last and "lm_head" not in called
+
+
+def test_threads_that_share_a_model_see_nothing_of_each_other() -> None:
+    model, texts = make(TINY), [[1, *range(2, 60)], [7, 8, 9]]
+    want = hyaena.score(model, ByteTokenizer(260), texts)
+    layers = hyaena.embed(model, ByteTokenizer(260), texts, layers=[1, "norm"], pool="mean")
+    begin, errors = threading.Barrier(4), []
+
+    def work() -> None:
+        try:
+            begin.wait()
+            for _ in range(10):
+                found = hyaena.score(model, ByteTokenizer(260), texts)
+                assert [one.sum for one in found] == [one.sum for one in want]
+                vectors = hyaena.embed(model, ByteTokenizer(260), texts, layers=[1, "norm"], pool="mean")
+                assert all(np.array_equal(vectors[layer], layers[layer]) for layer in layers)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors

@@ -276,7 +276,7 @@ class Loading:
                 self.checkpoint.path, len(lacking), len(self.scales),
             )  # fmt: skip
             for name in lacking:
-                self._put(name, self._placed(name, torch.ones(2)))
+                self._put(name, self._placed(name, torch.ones(2, device="cpu")))
         return self.model
 
     def _take(self, item: Item) -> None:

@@ -215,7 +215,7 @@ def decay_steps(size: Tensor, weight: Tensor) -> Tensor:
         return (weight * size ** t[:, None]).sum(1) <= DECAYED * weight.sum(1)
 
     # Bisection: the envelope has not decayed at `low`, and has at `high`. It never rises, unless it grows for ever.
-    low = torch.full((len(size),), -1.0, dtype=torch.float64)
+    low = torch.full((len(size),), -1.0, dtype=torch.float64, device="cpu")
     high = torch.full_like(low, HORIZON)
     ever = decayed(high)
     while bool((high - low > 1).any()):

@@ -102,7 +102,7 @@ def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
     model, tokenizer = hub.load(args.source, device=device, revision=args.revision, config=args.config)
     pieces = _beginning(read_documents([as_path("--calibrate", args.calibrate)]), CALIBRATION_CHARACTERS)
     ids = tokenize(pieces, tokenizer).tokens[:CALIBRATION_TOKENS]
-    return collect_moments(model, torch.tensor(ids, dtype=torch.long))
+    return collect_moments(model, torch.tensor(ids, dtype=torch.long, device="cpu"))
 
 
 def _beginning(pieces: Iterator[Piece], characters: int) -> Iterator[Piece]:

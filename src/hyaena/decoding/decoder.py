@@ -191,7 +191,7 @@ class Decoder:
             packed = self.graphs[shape].replay(shape)
         else:
             packed = self._step(shape)
-        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True, device="cpu")
         host.copy_(packed, non_blocking=True)
         event = torch.cuda.Event()
         event.record()

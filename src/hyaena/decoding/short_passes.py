@@ -150,7 +150,7 @@ class ShortPasses:
         on = torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else nullcontext()
         with on, cache.reading(self.model, rows, cache.lengths, counts):  # graphs and kernels go to the current device
             graph, numbers, answers = self._capture(shape)
-            host = torch.empty(len(numbers), dtype=torch.int32, pin_memory=numbers.is_cuda)
+            host = torch.empty(len(numbers), dtype=torch.int32, pin_memory=numbers.is_cuda, device="cpu")
             PackedTables.over(host, shape).fill(ids, cache.lengths, stops, cache.pages, self.pool.scratch)
             numbers.copy_(host, non_blocking=True)
             mine = self._tensors(rows)
@@ -201,7 +201,7 @@ class ShortPasses:
 
         if shape in self._captured:
             return self._captured[shape]
-        host = torch.empty(sum(shape.sizes), dtype=torch.int32)
+        host = torch.empty(sum(shape.sizes), dtype=torch.int32, device="cpu")
         PackedTables.over(host, shape).fill([], [], [], [], self.pool.scratch)  # padding only: nothing of rows changes
         numbers = host.to(self.model.device)
         if not self.cuda_graph:

@@ -146,7 +146,7 @@ class StaticCache:
     def upload_pages(self) -> None:
         """Bring the table on the device up to date, without waiting for the device."""
         if self._changes and self.device_pages is not None:
-            changes = torch.tensor([(*place, page) for place, page in self._changes.items()])
+            changes = torch.tensor([(*place, page) for place, page in self._changes.items()], device="cpu")
             rows, places, pages = upload(changes, self.device_pages.device).unbind(1)
             self.device_pages[rows, places] = pages.int()
             self._changes = {}
@@ -158,7 +158,7 @@ class StaticCache:
             self.upload_pages()
             move_rows(self.device_pages, rows)
         if rows != list(range(len(rows))):
-            index = upload(torch.tensor(rows), self.device_lengths.device)
+            index = upload(torch.tensor(rows, device="cpu"), self.device_lengths.device)
             tensors = []
             for state in self.states:
                 if isinstance(state, RowTensors):
@@ -189,7 +189,7 @@ class StaticCache:
             self.device_pages[start:stop, 0] = self.pool.scratch
 
     def _count(self, start: int) -> None:
-        counts = torch.tensor([self.lengths[start:], self.limits[start:]], dtype=torch.int32)
+        counts = torch.tensor([self.lengths[start:], self.limits[start:]], dtype=torch.int32, device="cpu")
         counts = upload(counts, self.device_lengths.device)
         self.device_lengths[start : self.rows], self.device_limits[start : self.rows] = counts[0], counts[1]
 

@@ -77,10 +77,14 @@ def state_to_ours(state: Mapping[str, Tensor | io.BytesIO | None], config: Model
     form, ours = format_of(config), dict[str, Tensor]()
     if config.fp8_input_projections:
         names = (form.our_name(key) for key in state)
-        ours = {name.replace(_IN_PROJ, SCALES): torch.ones(2) for name in names if part(name) == _IN_PROJ and name}
+        ours = {
+            name.replace(_IN_PROJ, SCALES): torch.ones(2, device="cpu")
+            for name in names
+            if part(name) == _IN_PROJ and name
+        }
     for key, tensor in state.items():
         if isinstance(tensor, io.BytesIO):
-            tensor = torch.tensor(list(tensor.getvalue()), dtype=torch.uint8)
+            tensor = torch.tensor(list(tensor.getvalue()), dtype=torch.uint8, device="cpu")
         elif tensor is None:  # the extra state of a layer that has none
             continue
         item = form.to_ours(key, tensor, config)

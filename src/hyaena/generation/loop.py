@@ -373,12 +373,12 @@ def _passes(prompts: list[list[int]], chunk: int) -> Iterator[tuple[Tensor, list
     """
     counts = [len(prompt) for prompt in prompts]
     if len(set(counts)) > 1:
-        yield torch.tensor([[token for prompt in prompts for token in prompt]]), counts
+        yield torch.tensor([[token for prompt in prompts for token in prompt]], device="cpu"), counts
     elif len(prompts) > 1:
-        yield torch.tensor(prompts), None
+        yield torch.tensor(prompts, device="cpu"), None
     else:
         for start in range(0, counts[0], chunk):
-            yield torch.tensor([prompts[0][start : start + chunk]]), None
+            yield torch.tensor([prompts[0][start : start + chunk]], device="cpu"), None
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def first_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "
     places: list[tuple[str, nn.Module]] = [("the embedding", model.embed_tokens)]
     places += [(f"layer {i} ({kind})", model.layers[i]) for i, kind in enumerate(model.config.layer_types)]
     places += [("the final norm", model.norm)]
-    start = 0
+    start, thread = 0, threading.get_ident()
 
     def check(place: str, x: Tensor) -> None:
         broken = ~torch.isfinite(x[0]).all(dim=-1)  # [T]
@@ -37,7 +38,8 @@ def first_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "
 
     def watch(place: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            check(place, output[0] if isinstance(output, tuple) else output)
+            if threading.get_ident() == thread:  # others may use the model meanwhile
+                check(place, output[0] if isinstance(output, tuple) else output)
 
         return hook
 

@@ -108,7 +108,7 @@ class Prefix:
             OutputError: the file cannot be written; what stood there is unharmed.
         """
         path = Path(path)
-        tensors = {"ids": torch.tensor(self.ids)} | _tensors(self.cache, self._marks)
+        tensors = {"ids": torch.tensor(self.ids, device="cpu")} | _tensors(self.cache, self._marks)
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"format": _FORMAT, **_identity(self.model), "weights": _weights_digest(self.model)}
         metadata["marks"] = json.dumps([mark.lengths[0] for mark in self._marks])

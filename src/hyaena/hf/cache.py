@@ -132,7 +132,7 @@ class StripedHyenaCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         if self.native is not None:
-            self.reorder_cache(torch.arange(self.native.batch_size).repeat_interleave(repeats))
+            self.reorder_cache(torch.arange(self.native.batch_size, device="cpu").repeat_interleave(repeats))
 
     def crop(self, *_: object) -> NoReturn:
         """Refuse: Hyena blocks remember a state, from which no token can be taken away.

@@ -44,8 +44,8 @@ class Documents(NamedTuple):
     @classmethod
     def of(cls, lengths: list[list[int]], device: torch.device) -> Documents:
         """The documents of rows, all of one sum, whose lengths the host knows: the device is not waited for."""
-        ends = torch.tensor(list(itertools.accumulate(itertools.chain.from_iterable(lengths), initial=0)))
-        reset = torch.zeros(int(ends[-1]), dtype=torch.bool)
+        ends = torch.tensor(list(itertools.accumulate(itertools.chain.from_iterable(lengths), initial=0)), device="cpu")
+        reset = torch.zeros(int(ends[-1]), dtype=torch.bool, device="cpu")
         reset[ends[:-1]] = True
         return cls(reset.view(len(lengths), -1).to(device), lengths, ends.to(device, torch.int32))
 
@@ -243,7 +243,9 @@ def _cpu_part(padding: Tensor | None, past: int, dtype: torch.dtype) -> Part:
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     seen = None
     if padding is not None:
-        seen = torch.zeros(len(padding), 1, 1, past, dtype=dtype).masked_fill(~_seen(padding, past), -torch.inf)
+        seen = torch.zeros(len(padding), 1, 1, past, dtype=dtype, device="cpu").masked_fill(
+            ~_seen(padding, past), -torch.inf
+        )
 
     def part(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         return flash(q, k, v, 0.0, causal, attn_mask=None if causal else seen)

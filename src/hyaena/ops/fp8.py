@@ -241,7 +241,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """Of every e4m3 number, by its bits: itself, and the 6th power of its exponent's power of two (0 of zero)."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(E4M3).float().nan_to_num()
+    numbers = torch.arange(256, dtype=torch.uint8, device="cpu").view(E4M3).float().nan_to_num()
     exponents = torch.where(numbers == 0, -127, 6 * _exponent(numbers).clamp(min=-6))
     return numbers.to(device), _power_of_two(exponents).to(device)
 

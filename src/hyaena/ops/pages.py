@@ -44,7 +44,7 @@ class PageTable:
     def of(cls, rows: Sequence[Sequence[int]], device: torch.device) -> PageTable:
         """The table of rows whose pages the host knows."""
         width = max((len(row) for row in rows), default=0)
-        numbers = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int32)
+        numbers = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int32, device="cpu")
         return cls(numbers.reshape(len(rows), width).to(device), rows)
 
     def first_of_consecutive(self, row: int, count: int) -> int | None:
@@ -63,8 +63,8 @@ class PageTable:
         """
         key = (tuple(lengths), tuple(counts))
         if self._slots is None or self._slots[0] != key:
-            spans = [torch.arange(start, start + n) for start, n in zip(*key, strict=True)]
-            rows = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(key[1]))
+            spans = [torch.arange(start, start + n, device="cpu") for start, n in zip(*key, strict=True)]
+            rows = torch.repeat_interleave(torch.arange(len(spans), device="cpu"), torch.tensor(key[1], device="cpu"))
             rows, positions = torch.stack([rows, torch.cat(spans)]).to(self.numbers.device)
             self._slots = key, self.numbers[rows, positions // PAGE].long() * PAGE + positions % PAGE
         return self._slots[1]
@@ -188,7 +188,9 @@ class PagedRows(NamedTuple):
         counts = [count] * batch
         if padding is not None:
             counts = [count - skip for skip in padding]
-            kept = torch.cat([torch.arange(row * count + skip, (row + 1) * count) for row, skip in enumerate(padding)])
+            kept = torch.cat(
+                [torch.arange(row * count + skip, (row + 1) * count, device="cpu") for row, skip in enumerate(padding)]
+            )
             keys, values = (t[:, :, kept.to(t.device)] for t in (keys, values))
         self.write_packed(keys, values, lengths, counts)
 

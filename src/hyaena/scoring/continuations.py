@@ -205,8 +205,8 @@ def read_contexts(
             logits = model(ids, cache=cache, logits_to_keep=1, method=method)
         assert logits is not None
         return cache, logits[:, -1]
-    padding = torch.tensor([[width - len(ids)] for ids in contexts])
-    mask = (torch.arange(width) >= padding).to(device)
+    padding = torch.tensor([[width - len(ids)] for ids in contexts], device="cpu")
+    mask = (torch.arange(width, device="cpu") >= padding).to(device)
     ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in contexts], device=device)
     return cache, model(ids, cache=cache, mask=mask, logits_to_keep=1, method=method)[:, -1]
 

@@ -126,7 +126,7 @@ class _Row(NamedTuple):
         if self.edit is None:
             return ids[self.fork :]
         _, start, stop, new = self.item.changes[self.edit]
-        return torch.cat([ids[self.fork : start], torch.tensor(new, dtype=torch.int64), ids[stop:]])
+        return torch.cat([ids[self.fork : start], torch.tensor(new, dtype=torch.int64, device="cpu"), ids[stop:]])
 
 
 def iter_edit_scores(
@@ -313,7 +313,7 @@ class _Reading:
         self.cache = model.make_cache(len(batch), max_length=max(1, last), method=method)
         self.start = self.cache.mark()
         self.states: dict[tuple[int, int], Mapping[int, Any]] = {}
-        self.sums = torch.zeros(len(batch), last + 1, dtype=torch.float64)
+        self.sums = torch.zeros(len(batch), last + 1, dtype=torch.float64, device="cpu")
         step = max(1, most // len(batch))
         edges = {*range(0, first, step), *range(first, last, step), last}
         copies = 0

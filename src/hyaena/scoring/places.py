@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -76,12 +77,18 @@ def _depth(name: str, count: int) -> int:
 def watching(reader: Reader, names: Iterable[str], observe: Observe) -> Iterator[None]:
     """Call ``observe(name, x, spans)`` with what modules return (or read) while ``reader`` reads, x [1,t,…].
 
+    Other threads may use the model meanwhile: what it computes for them is not observed.
+
     Raises:
         InputError: while reading, where a module does not return one vector per token.
     """
 
+    thread = threading.get_ident()
+
     def hook(name: str) -> Callable[..., None]:
         def take(value: Any) -> None:
+            if threading.get_ident() != thread:
+                return
             x = value[0] if isinstance(value, tuple) and value else value
             length = reader.spans[-1].rows.stop
             if not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != (1, length):

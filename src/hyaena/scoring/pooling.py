@@ -83,7 +83,7 @@ class Collector:
                 self._kept[key] = rows[-1].float()
         elif self.pool == "none":
             if key not in self._kept:
-                self._kept[key] = torch.empty(length, *rows.shape[1:], dtype=torch.float32)
+                self._kept[key] = torch.empty(length, *rows.shape[1:], dtype=torch.float32, device="cpu")
             self._kept[key][start : start + len(rows)] = rows
         else:
             wanted = self.positions(record)

@@ -209,7 +209,7 @@ class Encoder:
         context = int(not given and self.bos is not False and bos is not None and ids[:1] == [bos])
         if self.bos and not context:
             ids, context = [bos, *ids], 1
-        tensor = torch.tensor(ids, dtype=torch.int64)
+        tensor = torch.tensor(ids, dtype=torch.int64, device="cpu")
         if len(ids) == context:
             raise InputError("it has no tokens: leave it out")
         if len(ids) > self.max_length:

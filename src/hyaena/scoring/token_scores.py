@@ -133,7 +133,9 @@ class TokenScorer:
         if not any(counts):
             return
         targets = torch.cat([s.record.ids[s.start + 1 : s.start + 1 + n] for s, n in zip(spans, counts, strict=True)])
-        places = torch.cat([torch.arange(s.rows.start, s.rows.start + n) for s, n in zip(spans, counts, strict=True)])
+        places = torch.cat(
+            [torch.arange(s.rows.start, s.rows.start + n, device="cpu") for s, n in zip(spans, counts, strict=True)]
+        )
         places, targets = places.to(x.device), targets.to(x.device)
         values = torch.cat(
             [
@@ -148,7 +150,7 @@ class TokenScorer:
     def take(self, record: Record) -> Tensor:
         """Return the statistics [k,T] of a record that was read; NaN for a first token that nothing predicts."""
         parts = self._parts.pop(record, [])
-        values = torch.cat(parts, dim=1) if parts else torch.empty(sum(self.wanted.sections), 0)
+        values = torch.cat(parts, dim=1) if parts else torch.empty(sum(self.wanted.sections), 0, device="cpu")
         if not record.context:
             values = torch.nn.functional.pad(values, (1, 0), value=math.nan)
         return values[:, max(0, record.context - 1) :]

@@ -56,7 +56,9 @@ class StoredTensor:
     def read(self) -> Tensor:
         """The tensor itself, contiguous and in memory of its own."""
         assert isinstance(self.dtype, torch.dtype)
-        buffer = torch.empty(self.storage.nbytes // self.dtype.itemsize * self.dtype.itemsize, dtype=torch.uint8)
+        buffer = torch.empty(
+            self.storage.nbytes // self.dtype.itemsize * self.dtype.itemsize, dtype=torch.uint8, device="cpu"
+        )
         content = memoryview(buffer.numpy())  # type: ignore[arg-type]
         with self.storage.open() as file:
             for start in range(0, len(content), _CHUNK):

@@ -170,11 +170,11 @@ class PackedWindows:
             generator = self._generator(epoch)
             if self._whole is not None:
                 row, windows = self._whole
-                windows = windows[torch.randperm(len(windows), generator=generator).numpy()]
+                windows = windows[torch.randperm(len(windows), generator=generator, device="cpu").numpy()]
             else:
                 row = self._shuffled_row(generator)
-                offset = int(torch.randint(self.window, (), generator=generator))
-                cuts = torch.randperm(self.windows_per_epoch, generator=generator).numpy()
+                offset = int(torch.randint(self.window, (), generator=generator, device="cpu"))
+                cuts = torch.randperm(self.windows_per_epoch, generator=generator, device="cpu").numpy()
                 first = offset + self.window * cuts
                 windows = _Windows(first, first, first + self.window + 1)
             self._epoch = (epoch, row, windows)
@@ -186,7 +186,7 @@ class PackedWindows:
         return torch.Generator().manual_seed(int.from_bytes(mixed[:4], "big"))
 
     def _shuffled_row(self, generator: torch.Generator) -> _Row:
-        return _Row(self.corpus, torch.randperm(len(self.corpus.starts), generator=generator).numpy())
+        return _Row(self.corpus, torch.randperm(len(self.corpus.starts), generator=generator, device="cpu").numpy())
 
 
 def evaluation_batches(corpus: Corpus, *, window: int, overlap: int, batch_size: int) -> Iterator[Batch]:

@@ -77,7 +77,7 @@ def extra_tensors(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
     """
     embedding = state.get("embed_tokens.weight")
     head = {"unembed.weight": embedding.clone()} if config.tie_embeddings and embedding is not None else {}
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     return head | {
         f"blocks.{i}.inner_mha_cls.rotary_emb.inv_freq": 1.0 / (config.rope_theta**exponents)
         for i, kind in enumerate(config.layer_types)

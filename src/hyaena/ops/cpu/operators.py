@@ -118,7 +118,7 @@ class CompiledOperators(DecodeOperators):
         lengths = context.lengths.tolist()
         splits = -(-max(lengths) // attention.SPLIT)
         y = torch.empty_like(q)
-        parts = torch.empty(batch * heads * splits * (head_dim + 2), dtype=torch.float32)
+        parts = torch.empty(batch * heads * splits * (head_dim + 2), dtype=torch.float32, device="cpu")
         tail = (y.data_ptr(), splits, parts.data_ptr(), _bits(head_dim**-0.5))
         words = (*_attention(q, heads, rows, context), *tail)
         _run(attention.attend(TOKENS[q.dtype], TOKENS[rows.dtype]), words, 2 * sum(lengths) * rows.groups * head_dim)

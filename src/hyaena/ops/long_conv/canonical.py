@@ -125,7 +125,7 @@ def to_modal(filter: CanonicalFilter) -> ModalFilter:
     b, a = (torch.nn.functional.pad(t.detach().cpu().double(), (0, 1)) for t in filter[:2])  # [D,M+1]
     a = torch.cat([torch.ones_like(a[:, :1]), a[:, :-1]], dim=-1)  # 1, a_1 … a_M
     channels, size = a.shape
-    steps = torch.arange(size)
+    steps = torch.arange(size, device="cpu")
     degree = torch.where(a != 0, steps, 0).amax(-1)
     longer = torch.where(b != 0, steps, 0).amax(-1) > degree
     if bool(longer.any()):
@@ -136,14 +136,14 @@ def to_modal(filter: CanonicalFilter) -> ModalFilter:
     gain = (b.gather(1, degree[:, None]) / a.gather(1, degree[:, None])).squeeze(1)
     b = b - gain[:, None] * a
 
-    poles = torch.zeros(channels, size - 1, dtype=torch.complex128)
+    poles = torch.zeros(channels, size - 1, dtype=torch.complex128, device="cpu")
     residues = torch.zeros_like(poles)
     for count in degree[degree > 0].unique().tolist():
         rows = (degree == count).nonzero().squeeze(1)
         roots = torch.linalg.eigvals(companion(a[rows, 1 : count + 1]))  # conjugates come exactly so
         _check_condition(roots, rows)
-        distance = roots.unsqueeze(-1) - roots.unsqueeze(-2) + torch.eye(count)
-        powers = roots.unsqueeze(-1) ** torch.arange(count - 1, -1, -1)
+        distance = roots.unsqueeze(-1) - roots.unsqueeze(-2) + torch.eye(count, device="cpu")
+        powers = roots.unsqueeze(-1) ** torch.arange(count - 1, -1, -1, device="cpu")
         weight = (powers * b[rows, None, :count]).sum(-1) / distance.prod(-1)
         weight = torch.where(roots.imag > 0, 2 * weight, weight.real)  # one mode stands for a pole and its conjugate
         kept = roots.imag >= 0

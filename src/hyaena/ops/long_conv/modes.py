@@ -107,5 +107,5 @@ def narrow(z: Tensor, dtype: torch.dtype) -> Tensor:
 def decay_lengths(poles: Tensor, threshold: float = 1e-3) -> Tensor:
     """Steps until ``|p|^t`` falls below ``threshold``: [...] -> float64 [...], infinite where |p| >= 1."""
     magnitude = widen(poles).abs().double()
-    steps = torch.log(torch.tensor(threshold, dtype=torch.float64)) / torch.log(magnitude)
+    steps = torch.log(torch.tensor(threshold, dtype=torch.float64, device="cpu")) / torch.log(magnitude)
     return torch.where(magnitude < 1, steps, torch.inf)
