@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,9 @@ from hyaena.sampling import SamplingParams
 from hyaena.serve.engine import Delta, Engine, EngineSettings, Request
 from hyaena.sizes import ModelSizes
 from hyaena.tokenizers import ByteTokenizer
+
+PATIENCE = 200.0
+"""Seconds after which something has not happened and will not, however busy the machine is."""
 
 MULTI = replace(
     TINY, layer_types=("hyena_se", "attention", "hyena_mr", "hyena_li"), se_filter_groups=4, mr_filter_groups=4
@@ -36,7 +40,15 @@ def running(
     try:
         yield engine
     finally:
-        engine.stop(timeout=30)
+        engine.stop(timeout=PATIENCE)
+
+
+def until(holds: Callable[[], object], what: str = "it") -> None:
+    """Wait for something that another thread does."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, f"{what} did not happen"
+        time.sleep(0.01)
 
 
 class Client:
@@ -52,7 +64,7 @@ class Client:
             self.done.set()
 
     def wait(self) -> Client:
-        assert self.done.wait(60), "the request never ended"
+        assert self.done.wait(PATIENCE), "the request never ended"
         return self
 
     @property

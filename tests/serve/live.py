@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from hyaena.serve.run import HttpServer, listen
 from hyaena.serve.service import Limits, Served
 from hyaena.tokenizers import ByteTokenizer
 from hyaena.tokenizers.chat import TEMPLATES
+from serve.clients import PATIENCE, until
 
 
 @dataclass
@@ -42,20 +42,16 @@ class Live:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, **options)
 
-    def connect(self, timeout: float = 30) -> socket.socket:
+    def connect(self, timeout: float = PATIENCE) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
 
-    def wait_idle(self, seconds: float = 10) -> None:
+    def wait_idle(self) -> None:
         """Wait until the engine has nothing to do, and all pages are free or belong to the prefix cache."""
         scheduler = self.engine.scheduler
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if scheduler.idle and scheduler.pages.free + scheduler.prefix.cached_pages == scheduler.pages.count:
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"{len(scheduler.jobs)} requests, {scheduler.pages.free} pages free after {seconds} s")
+        pages = scheduler.pages
+        until(lambda: scheduler.idle and pages.free + scheduler.prefix.cached_pages == pages.count, "idleness")
 
 
 @contextmanager
@@ -77,5 +73,5 @@ def live(
         yield Live(engine, port, server)
     finally:
         server.end()
-        thread.join(60)
+        thread.join(PATIENCE)
         assert not thread.is_alive(), "the server did not stop"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from hyaena.serve.metrics import Metrics
 from hyaena.serve.service import Served
 from hyaena.tokenizers import ByteTokenizer
 from hyaena.tokenizers.chat import TEMPLATES
-from serve.clients import CONFIGS, Client, alone, page_bytes, prompts, running, submit
+from serve.clients import CONFIGS, PATIENCE, Client, alone, page_bytes, prompts, running, submit, until
 
 NAMES = ("", "a", "b")
 
@@ -146,9 +145,7 @@ def test_cancelled_requests_with_adapters_leave_their_pages(decoding: str) -> No
             client.wait()
             if i % 2 == 0:
                 assert client.tokens == alone(models[NAMES[i % 3]], text, count=8).tokens
-        end = time.monotonic() + 5
-        while engine.scheduler.jobs and time.monotonic() < end:
-            time.sleep(0.01)
+        until(lambda: not engine.scheduler.jobs)
         pages = engine.scheduler.pages
         assert pages.free == pages.count - engine.scheduler.prefix.cached_pages
 
@@ -176,7 +173,7 @@ def client() -> Iterator[tuple[TestClient, dict[str, StripedHyena]]]:
     served[2] = replace(served[2], template=ChatTemplate(TEMPLATES["nous"]))
     with TestClient(make_app(Server(served, metrics))) as test:
         yield test, models
-    engine.stop(timeout=30)
+    engine.stop(timeout=PATIENCE)
 
 
 def test_the_model_field_chooses_the_adapter(client: tuple[TestClient, dict[str, StripedHyena]]) -> None:
@@ -245,7 +242,7 @@ def test_the_command_serves_adapters(folders: Path) -> None:
     model, tokenizer = hyaena.load("cub", dtype="float32")
     options = ["--adapter", f"good={folders / 'good'}", "--adapter", f"org/chats={folders / 'chats'}"]
     with serving(*options, "--kv-memory", "0.05", environment={"OMP_NUM_THREADS": "1"}) as server:
-        with httpx.Client(base_url=server.url, trust_env=False, timeout=60) as test:
+        with httpx.Client(base_url=server.url, trust_env=False, timeout=PATIENCE) as test:
             names = [(m["id"], m["parent"], m["takes_chats"]) for m in test.get("/v1/models").json()["data"]]
             assert names == [("cub", None, False), ("good", "cub", False), ("org/chats", "cub", True)]
             assert test.get("/v1/models/org/chats").json()["id"] == "org/chats"

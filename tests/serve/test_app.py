@@ -27,7 +27,7 @@ from hyaena.serve.playground import FILES
 from hyaena.serve.service import Limits, Served
 from hyaena.serve.writing import _event
 from hyaena.tokenizers.chat import TEMPLATES
-from serve.clients import once
+from serve.clients import PATIENCE, once
 
 KEY = "a-key"
 
@@ -49,7 +49,7 @@ def client(cub: tuple[Any, Any]) -> Iterator[TestClient]:
     app = make_app(Server([served, chat], metrics, limits))
     with TestClient(app, raise_server_exceptions=False) as test:
         yield test
-    engine.stop(timeout=30)
+    engine.stop(timeout=PATIENCE)
 
 
 def events(response: Any) -> list[Any]:
@@ -354,7 +354,7 @@ def test_a_full_queue_says_when_to_come_back(cub: tuple[Any, Any]) -> None:
         response = test.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, "n": 3})
         assert response.status_code == 400 and "more than this server queues" in response.json()["error"]["message"]
         held.set()
-        assert engine.stop(timeout=30)
+        assert engine.stop(timeout=PATIENCE)
 
 
 def test_every_event_is_one_line_for_every_client() -> None:
@@ -390,7 +390,7 @@ def test_keys(cub: tuple[Any, Any]) -> None:
         assert test.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
         origin = {"Origin": "http://a.example", "Authorization": f"Bearer {KEY}"}
         assert test.get("/v1/models", headers=origin).headers["access-control-allow-origin"] == "http://a.example"
-    engine.stop(timeout=10)
+    engine.stop(timeout=PATIENCE)
     with TestClient(make_app(server)) as test:
         assert test.get("/health").status_code == 503
         assert test.post("/v1/completions", json={"prompt": "a"}).status_code == 503

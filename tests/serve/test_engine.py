@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.engine import Engine, EngineDeadError, EngineSettings, QueueFullError, Request
 from hyaena.tokenizers import ByteTokenizer
-from serve.clients import CONFIGS, Client, alone, page_bytes, prompts, running, submit
+from serve.clients import CONFIGS, PATIENCE, Client, alone, page_bytes, prompts, running, submit, until
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -104,9 +103,7 @@ def test_cancelled_requests_leave_their_pages_and_disturb_nobody() -> None:
             else:
                 assert client.tokens == alone(model, text, count=8).tokens
         pages = engine.scheduler.pages
-        deadline = time.monotonic() + 5
-        while engine.scheduler.jobs and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: not engine.scheduler.jobs)
         assert pages.free == pages.count - engine.scheduler.prefix.cached_pages
 
 
@@ -163,7 +160,7 @@ def test_stopping_finishes_what_runs_and_ends_what_does_not_finish() -> None:
     engine = Engine(model, ByteTokenizer(), EngineSettings())
     engine.start()
     client = submit(engine, [1, 2], count=20)
-    assert engine.stop(timeout=30)
+    assert engine.stop(timeout=PATIENCE)
     assert client.wait().reason == "length"
     engine = Engine(model, ByteTokenizer(), EngineSettings())
     engine.start()

@@ -6,13 +6,14 @@ import httpx
 from benchmarks.serve.process import serving
 
 import hyaena
+from serve.clients import PATIENCE
 
 
 def test_the_command_serves_cub_and_ends_on_sigterm() -> None:
     options = ("--kv-memory", "0.05", "--max-rows", "4")
     with serving(*options, environment={"OMP_NUM_THREADS": "1"}) as server:
         body = {"prompt": "import ", "max_tokens": 6, "temperature": 0}
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False)
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE, trust_env=False)
         assert answer.status_code == 200
         want = hyaena.generate(*hyaena.load("cub", dtype="float32"), "import ", max_new_tokens=6)
         assert answer.json()["choices"][0]["text"] == want.text

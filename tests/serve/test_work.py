@@ -18,7 +18,7 @@ from hyaena.sampling import SamplingParams
 from hyaena.scoring import embed_steps, score_steps
 from hyaena.serve.engine import Delta, EngineDeadError, QueueFullError, Request
 from hyaena.tokenizers import ByteTokenizer
-from serve.clients import CONFIGS, alone, once, running, submit
+from serve.clients import CONFIGS, PATIENCE, alone, once, running, submit
 
 MODEL, TOKENIZER = StripedHyena(CONFIGS["multi"]), ByteTokenizer()
 TEXT = [i * 7 % 256 for i in range(1000)]
@@ -44,7 +44,7 @@ def test_streams_and_prompts_go_on_between_chunks_of_work() -> None:
         engine.submit(Request(prompt=TEXT[:50], params=SamplingParams(), max_new_tokens=100), sink)
         future = engine.call(work())
         prompt = submit(engine, TEXT, count=4)
-        assert future.result(60) == "done" and ended.wait(60)
+        assert future.result(PATIENCE) == "done" and ended.wait(PATIENCE)
         assert prompt.wait().tokens == alone(MODEL, TEXT, count=4).tokens
     assert at_tokens[-1] - at_tokens[0] > 4, "the work waited for the stream"
     assert max(b - a for a, b in itertools.pairwise(at_tokens)) <= 128 / 32
@@ -58,9 +58,9 @@ def test_scores_and_embeddings_beside_a_stream_are_those_of_the_model_alone() ->
         stream = submit(engine, TEXT[:100], count=60)
         scored = engine.call(score_steps(MODEL, TOKENIZER, texts, tokens_per_pass=128))
         embedded = engine.call(embed_steps(MODEL, TOKENIZER, texts, "layers.1.mlp.down_proj", tokens_per_pass=128))
-        for mine, theirs in zip(scored.result(60), scores, strict=True):
+        for mine, theirs in zip(scored.result(PATIENCE), scores, strict=True):
             torch.testing.assert_close(mine.logprobs, theirs.logprobs, atol=1e-4, rtol=1e-4, equal_nan=True)
-        torch.testing.assert_close(embedded.result(60), vectors, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(embedded.result(PATIENCE), vectors, atol=1e-4, rtol=1e-4)
         assert stream.wait().tokens == alone(MODEL, TEXT[:100], count=60).tokens
     assert not MODEL.layers[1].mlp.down_proj._forward_hooks and not MODEL.norm._forward_hooks
 
@@ -91,21 +91,21 @@ def test_work_that_is_cancelled_ends_at_its_next_step() -> None:
 
     with running(MODEL, chunk=128) as engine:
         future = engine.call(endless())
-        assert begun.wait(10) and future.cancel()
-        assert closed.wait(10)
+        assert begun.wait(PATIENCE) and future.cancel()
+        assert closed.wait(PATIENCE)
         waiting = engine.call(endless())
         waiting.cancel()
         with pytest.raises(CancelledError):
-            waiting.result(10)
+            waiting.result(PATIENCE)
         assert len(submit(engine, TEXT[:10]).wait().tokens) == 12
 
 
 def test_work_that_fails_is_alone_with_it() -> None:
     with running(MODEL, chunk=128) as engine:
         with pytest.raises(InputError, match="outside the vocabulary"):
-            engine.call(score_steps(MODEL, TOKENIZER, [[300]])).result(10)
+            engine.call(score_steps(MODEL, TOKENIZER, [[300]])).result(PATIENCE)
         with pytest.raises(ZeroDivisionError):
-            engine.call(once(lambda: 1 / 0)).result(10)
+            engine.call(once(lambda: 1 / 0)).result(PATIENCE)
         assert len(submit(engine, TEXT[:10]).wait().tokens) == 12
 
 
@@ -118,11 +118,11 @@ def test_work_is_finished_or_given_up_at_the_end() -> None:
             engine.call(once(lambda: None))
         assert not engine.stop(timeout=0.1, abandon=0.0)
         release.set()
-        assert held.result(10) is None  # it was in its last step
+        assert held.result(PATIENCE) is None  # it was in its last step
         with pytest.raises(EngineDeadError):
-            other.result(10)
+            other.result(PATIENCE)
     with running(MODEL, chunk=128) as engine:
         future = engine.call(once(lambda: time.sleep(0.1)))
-        assert engine.stop(timeout=30) and future.result(0) is None
+        assert engine.stop(timeout=PATIENCE) and future.result(0) is None
     with pytest.raises(EngineDeadError):
         engine.call(once(lambda: None))

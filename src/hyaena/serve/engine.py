@@ -7,12 +7,11 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from hyaena.adapters import Adapter, with_adapter
 from hyaena.arguments import require_ids
@@ -27,13 +26,12 @@ from hyaena.sampling import SamplingParams
 from hyaena.serve.metrics import Metrics
 from hyaena.serve.runner import Chosen, Runner
 from hyaena.serve.scheduler import Scheduler
+from hyaena.serve.work import Steps, WorkQueue
 from hyaena.sizes import ModelSizes
 from hyaena.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Steps = Generator[float, None, T]
-"""Work in steps, each of which yields what it was worth in tokens of a pass over prompts."""
 
 
 class QueueFullError(HyaenaError, RuntimeError):
@@ -123,14 +121,6 @@ Sink = Callable[[Delta], None]
 
 
 @dataclass(eq=False)
-class _Work:
-    """Something other than a request that needs the model."""
-
-    steps: Steps[Any]
-    future: Future[Any]
-
-
-@dataclass(eq=False)
 class _Active:
     """A request in the engine."""
 
@@ -199,7 +189,7 @@ class Engine:
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._waiting = 0  # submitted and not yet taken by the thread
-        self._work: deque[_Work] = deque()  # the first one is under way
+        self._work = WorkQueue()
         self._worked = False  # whether a step of it came last
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="hyaena-engine", daemon=True)
@@ -304,15 +294,14 @@ class Engine:
             QueueFullError: too much is waiting.
             EngineDeadError: the engine has stopped.
         """
-        work = _Work(steps, Future())
         with self._lock:
             if not self.alive:
                 raise EngineDeadError("the engine has stopped: restart the server")
             if len(self._work) >= self.settings.max_waiting:
                 raise QueueFullError(f"{len(self._work)} requests are waiting already: try again later")
-            self._work.append(work)
+            future = self._work.put(steps)
             self._commands.put(lambda: None)  # wakes the thread
-        return work.future
+        return future
 
     def stop(self, timeout: float | None = None, abandon: float | None = None) -> bool:
         """Take no more requests, finish those that are here, and stop.
@@ -348,7 +337,7 @@ class Engine:
                 # Other work and prompts are read in turns, so that streams wait for one chunk of either.
                 self._worked = bool(self._work) and (self.scheduler.idle or not self._worked)
                 if self._worked:
-                    self._do_work()
+                    self._work.advance(self.scheduler.chunk)
                 if not self.scheduler.idle:
                     self._turn(read=not self._worked)
         except BaseException as error:
@@ -361,7 +350,7 @@ class Engine:
             message = "the engine has failed" if self._failure else "the server is stopping"
             for active in list(self._requests.values()):
                 self._end(active, Delta(token=None, finish_reason="error", error=message))
-            self._give_up_work(message)
+            self._work.give_up(EngineDeadError(message))
             self.runner.close()
 
     @property
@@ -396,30 +385,7 @@ class Engine:
     def _abandon(self) -> None:
         for active in list(self._requests.values()):
             self._fail(active, "the server is stopping")
-        self._give_up_work("the server is stopping")
-
-    def _give_up_work(self, message: str) -> None:
-        for work in self._work:
-            if not work.future.done():
-                work.future.set_exception(EngineDeadError(message))
-        self._work.clear()
-
-    def _do_work(self) -> None:
-        """Steps of the oldest work that are worth a chunk of a prompt."""
-        work, worth = self._work[0], 0.0
-        try:
-            while worth < self.scheduler.chunk and not work.future.cancelled():
-                worth += next(work.steps)
-            if not work.future.cancelled():
-                return
-            work.steps.close()
-        except StopIteration as end:
-            if work.future.set_running_or_notify_cancel():
-                work.future.set_result(end.value)
-        except BaseException as error:
-            if work.future.set_running_or_notify_cancel():
-                work.future.set_exception(error)
-        self._work.popleft()
+        self._work.give_up(EngineDeadError("the server is stopping"))
 
     def _turn(self, read: bool) -> None:
         scheduler, requests = self.scheduler, self._requests

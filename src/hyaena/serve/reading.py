@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from hyaena.scoring import embed_steps, score_steps
-from hyaena.serve.engine import Steps
 from hyaena.serve.guards import while_connected
 from hyaena.serve.protocol import (
     ApiError,
@@ -25,6 +24,7 @@ from hyaena.serve.protocol import (
     as_prompts,
 )
 from hyaena.serve.service import Served, TokenInfo, chat_prompt, errors_of_clients, too_late
+from hyaena.serve.work import Steps
 
 if TYPE_CHECKING:
     from hyaena.serve.app import Server
