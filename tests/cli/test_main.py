@@ -216,6 +216,7 @@ def process(body: str, *argv: str, **options: Any) -> subprocess.CompletedProces
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # Buffered, as streams are for users: an unwritable one is noticed late.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    environment |= options.pop("env", {})
     return subprocess.run(command, text=True, timeout=60, env=environment, **(streams | options))
 
 
@@ -279,8 +280,8 @@ def test_handlers_are_put_back(command: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("argv", [("fake",), ("--help",), ("--version",), ("fake", "--help")])
-@pytest.mark.parametrize("output", ["gone", "full", "closed"])
-def test_an_output_that_cannot_be_written(output: str, argv: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("output", "buffered"), [("gone", ""), ("full", ""), ("full", "1"), ("closed", "")])
+def test_an_output_that_cannot_be_written(output: str, buffered: str, argv: tuple[str, ...]) -> None:
     options: dict[str, Any] = {}
     if output == "gone":
         read_end, write_end = os.pipe()
@@ -291,13 +292,15 @@ def test_an_output_that_cannot_be_written(output: str, argv: tuple[str, ...]) ->
     else:
         options["preexec_fn"] = lambda: os.close(1)
         options["stdout"] = write_end = os.open(os.devnull, os.O_WRONLY)
+    if output == "full":
+        options["env"] = {"PYTHONUNBUFFERED": buffered}  # the print fails, or the flush at the end
     try:
         done = process("print('x' * 10)", *argv, **options)
     finally:
         os.close(write_end)
     assert done.returncode == {"gone": 141, "full": 2, "closed": 0}[output]
     assert done.stderr.count("\n") == (output == "full")
-    assert ("No space left on device" in done.stderr) == (output == "full")
+    assert ("cannot write to standard output: No space left on device" in done.stderr) == (output == "full")
 
 
 @pytest.mark.parametrize("errors", ["gone", "full", "closed"])

@@ -15,6 +15,7 @@ terminated.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -131,11 +132,17 @@ def _run(argv: Sequence[str] | None, commands: Mapping[str, str]) -> int:
     except (HyaenaError, OSError, MemoryError) as error:
         if debug:
             traceback.print_exc()
-        message = str(error) or "out of memory"
-        if isinstance(error, OSError) and error.filename is not None:  # a path that nobody looked at before
-            message = f"{error.filename}: {error.strerror}; check its name and permissions"
+        message = _described(error)
         print(f"hyaena: error: {printable(message, limit=SCREEN)}", file=sys.stderr)
         return EXIT_ERROR
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:  # a path that nobody looked at before
+        return f"{error.filename}: {error.strerror}; check its name and permissions"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # of a print, since files have names
+        return f"cannot write to standard output: {error.strerror}; free some space or choose another place"
+    return str(error) or "out of memory"
 
 
 def _flush_output() -> None:
@@ -144,4 +151,6 @@ def _flush_output() -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(f"cannot write to standard output: {error.strerror or error}") from error
+        raise OutputError(
+            f"cannot write to standard output: {error.strerror or error}; choose another place"
+        ) from error
