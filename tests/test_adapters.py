@@ -17,8 +17,6 @@ import hyaena
 from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena import adapters
 from hyaena.adapters import (
-    CONFIG,
-    WEIGHTS,
     LoRALinear,
     add_adapter,
     merge_adapter,
@@ -27,6 +25,8 @@ from hyaena.adapters import (
     save_adapter,
     with_adapter,
 )
+from hyaena.adapters import peft as peft_files
+from hyaena.adapters.peft import CONFIG, WEIGHTS
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, HyaenaError, InputError, UnsupportedError
 from hyaena.filters import LongFilter
@@ -410,7 +410,7 @@ def test_a_save_is_the_old_or_the_new(folder: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapters, "save_file", full)
+    monkeypatch.setattr(peft_files, "save_file", full)
     with pytest.raises(CheckpointError, match="nothing there is lost"):
         save_adapter(adapted(), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

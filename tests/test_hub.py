@@ -307,6 +307,13 @@ def test_a_misspelt_hub_id_names_the_right_one(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
+    ("name", "hub_id"), [("arcinstitute/evo2_7b", True), ("a/b.pt", False), ("a/b.pt.part0", False)]
+)
+def test_names_of_files_are_no_hub_ids(name: str, hub_id: bool) -> None:
+    assert hub.is_hub_id(name) is hub_id
+
+
+@pytest.mark.parametrize(
     ("name", "near"),
     [
         ("evo-1-131k-base", "togethercomputer/evo-1-131k-base"),

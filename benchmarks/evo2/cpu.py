@@ -54,7 +54,7 @@ def decode(session: Session) -> list[Row]:
 
 def memory(session: Session) -> list[Row]:
     """What a prefill needs beyond weights and cache, at a long prompt and at a short one."""
-    short, long = (96, 384) if session.quick else (2048, 8192)
+    short, long = (96, 384) if session.quick else (1024, 4096)
     name = "tiny-evo2" if session.quick else "evo2"
     small, large = (probes.prefill(name, tokens, allocator=probes.FIXED_THRESHOLD) for tokens in (short, long))
     return [probes.growth_row(large, [small], long, short, Target("<=", 1.1), probes.HOW, unit="tokens")]

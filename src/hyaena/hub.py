@@ -22,6 +22,7 @@ from hyaena import checkpoints
 from hyaena.adapters import Adapter, merge_adapter, read_adapter
 from hyaena.arguments import as_path
 from hyaena.checkpoints import Checkpoint
+from hyaena.checkpoints.parts import whole_name
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
 from hyaena.formats import read_config
@@ -237,7 +238,7 @@ def bundled(name: str) -> Path:
 
 def is_hub_id(source: str) -> bool:
     """Whether a name that is no file here may be a hub id: an owner, a slash, a name that is not a file's."""
-    if source.endswith((".safetensors", ".bin", ".pt", ".pth", ".json", ".yml", ".yaml")):
+    if whole_name(source).endswith((".safetensors", ".bin", ".pt", ".pth", ".json", ".yml", ".yaml")):
         return False
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) is not None
 

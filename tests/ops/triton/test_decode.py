@@ -318,8 +318,9 @@ def test_narrow_products(name: str, batch: int, rows: int, width: int, inside: b
     got = fused.linear(x, a._replace(bias=bias), norm=norm, residual=residual)
     want = PLAIN.linear(x.double(), Dense(dense[0].weight, bias.double()), norm=wide, residual=residual.double())
     close(got, want, dtype)
-    got = fused.gate(x, a, b, norm=norm, activation="silu")
-    close(got, PLAIN.gate(x.double(), dense[0], dense[1], norm=wide, activation="silu"), dtype)
+    for activation in ("silu", "identity"):
+        got = fused.gate(x, a, b, norm=norm, activation=activation)
+        close(got, PLAIN.gate(x.double(), dense[0], dense[1], norm=wide, activation=activation), dtype)
 
 
 def test_narrow_products_of_more_rows_are_widened() -> None:

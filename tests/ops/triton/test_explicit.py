@@ -8,6 +8,7 @@ from device import DEVICE
 from hyaena.ops import ExplicitFilter, HyenaState, hyena
 from hyaena.ops.triton import FEW_TAPS
 from hyaena.ops.triton.hyena.explicit_launch import (
+    Gradients,
     Operands,
     Tiling,
     Walk,
@@ -22,6 +23,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2 ** (-
 GRADIENT = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2 if DEVICE == "cuda" else 3e-2}
 
 SMALL = Tiling(chunk=16, run=2)
+SHORT = Walk(words=4, run=16, group=4)
 
 
 def make(
@@ -100,13 +102,20 @@ def check_backward(problem: Operands, tiling: Tiling | Walk) -> None:
     given = [t for t in leaves if t is not None]
     expected = dict(zip(map(id, given), torch.autograd.grad(loss, given), strict=True))
     dy, dshort, dlong = slopes[0].to(problem.z.dtype), slopes[1].to(problem.z.dtype), slopes[2].float()
-    if isinstance(tiling, Tiling):
-        got = backward_products(dy, dshort, dlong, problem, tiling)
-    else:
-        got = backward_direct(dy, dshort, dlong, problem, tiling)
-    for leaf, value in zip(leaves, got, strict=True):
+
+    def launch(**options: bool) -> Gradients:
+        if isinstance(tiling, Tiling):
+            return backward_products(dy, dshort, dlong, problem, tiling, SHORT, **options)
+        return backward_direct(dy, dshort, dlong, problem, tiling, **options)
+
+    for leaf, value in zip(leaves, launch(), strict=True):
         if leaf is not None:
             close(value, expected[id(leaf)], GRADIENT[problem.z.dtype])
+    of_inputs = launch(parameters=False)
+    for place in (0, 5, 6):  # z and both states; filters are frozen
+        if (leaf := leaves[place]) is not None:
+            close(of_inputs[place], expected[id(leaf)], GRADIENT[problem.z.dtype])
+    assert all(value.numel() == 0 for value in of_inputs[1:5])
 
 
 PROBLEMS = {
@@ -140,12 +149,12 @@ def test_backward(name: str) -> None:
 
 
 FEW_TAPS = {name: size for name, size in PROBLEMS.items() if size.get("count", 7) <= FEW_TAPS} | {
+    "odd": dict(length=37, groups=1, width=9, batch=2, dtype=torch.bfloat16),  # a word holds one channel
     "eight taps": dict(length=20, count=8, taps=2),
     "documents of few taps": dict(length=35, documents=True, padded=True),
     "shorter than the windows of few taps": dict(length=2, taps=4),
 }
-SHORT = Walk(words=4, run=16, group=4)
-BACK = ("one step", "several runs", "one tap", "bare", "bfloat16 taps", *list(FEW_TAPS)[-3:])
+BACK = ("one step", "several runs", "one tap", "padded", "bare", "bfloat16 taps", "odd", *list(FEW_TAPS)[-3:])
 
 
 @pytest.mark.parametrize("name", FEW_TAPS)
