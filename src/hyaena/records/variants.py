@@ -201,9 +201,11 @@ def check_variants(
             if variant.start + len(variant.reference) > stop:
                 reason = f"its reference allele of {len(variant.reference):,} letters reaches out of the window"
             elif grown > max_length:
+                smaller = windows.size - grown + max_length
+                would_do = f" (a window of {smaller:,} would do)" if smaller > 1 else ""
                 reason = (
-                    f"its window has {grown:,} letters with the alternative, and the model reads {max_length:,} (a "
-                    f"window of {windows.size - grown + max_length:,} would do)"
+                    f"its window has {grown:,} letters with the alternative, and the model reads {max_length:,}"
+                    f"{would_do}"
                 )
         if reason is None:
             key = (variant.contig, first, stop)

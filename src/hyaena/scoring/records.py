@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -164,6 +164,11 @@ class Encoder:
             special=special,
             both_strands=both_strands,
         )
+
+    @property
+    def max_letters(self) -> int:
+        """The most letters of a text, for a tokenizer that reads a letter as a token: what BOS leaves of the length."""
+        return self.max_length - replace(self, max_length=1 << 62)._record(0, "A", False).context
 
     def records(self, texts: Iterable[Any]) -> Iterator[Record]:
         """The records of texts, in order.
