@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyaena import files, ops
+from hyaena.arguments import as_path
 from hyaena.checkpoints.files import has_weights, listed
 from hyaena.checkpoints.shards import FLOATING, open_shard
 from hyaena.errors import CheckpointError, ConfigError, InputError, UnsupportedError, printable, shown
@@ -337,7 +338,7 @@ def read_adapter(folder: str | PathLike[str]) -> Adapter:
         CheckpointError: there is no adapter, or its files are damaged, contradictory or of unreasonable size.
         UnsupportedError: it is of another kind, or more than an update of linear layers.
     """
-    path = Path(folder)
+    path = as_path("the adapter", folder)
     config = _read_config(path)
     weights = path / WEIGHTS
     if not weights.exists():

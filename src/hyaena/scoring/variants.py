@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hyaena.arguments import kind_of
 from hyaena.errors import InputError
 from hyaena.model import StripedHyena
 from hyaena.records import Checked, Genome, MemoryGenome, Variant, Windows, check_variants
@@ -49,6 +50,8 @@ def score_variants(
     limit = letters_within(model, tokenizer, bos=options.get("bos"), max_length=max_length)
     windows = windows_within(limit, window, grid)
     sequences = MemoryGenome(genome) if isinstance(genome, Mapping) else genome
+    if not (hasattr(sequences, "lengths") and hasattr(sequences, "fetch")):
+        raise InputError(f"genome must be records.FastaGenome(path) or a dictionary of contigs, not {kind_of(genome)}")
     checked = []
     for one in check_variants(variants, sequences, windows, max_length=limit):
         if one.problem:
