@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,20 @@ def real(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -> 
     if not math.isfinite(number) or not holds(number):
         raise InputError(f"{name} must be {wanted}, not {shown(value)}")
     return number
+
+
+def each(name: str, values: Any, wanted: str) -> Iterator[Any]:
+    """What an argument holds, one after another; a text or a mapping is none of several.
+
+    Raises:
+        InputError: "``name`` must be ``wanted``, not …".
+    """
+    try:
+        if not isinstance(values, str | bytes | bytearray | Mapping):
+            return iter(values)
+    except TypeError:
+        pass
+    raise InputError(f"{name} must be {wanted}, not {kind_of(values)}")
 
 
 def require_ids(ids: Iterable[int], size: int, where: str = "") -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 from pyarrow import parquet
 
 import hyaena
+from configs import TINY
 from hyaena import hub
 from hyaena.cli import main
+from hyaena.model import StripedHyena
 from hyaena.scoring import edits as scoring
 
 pytest.importorskip("pysam")
@@ -219,6 +222,22 @@ def test_variants_that_do_not_fit(
     assert found[0]["note"] == found[-1]["note"] == ""
 
 
+def test_the_start_token_takes_its_place_in_the_context(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(TINY, vocab_size=260, tokenizer="bytes", max_length=WINDOW + 1)  # whose texts begin with BOS
+    hyaena.save_model(StripedHyena(config), folder / "bytes")
+    letter = GENOME["chr1"][119]
+    model, long = Path("bytes"), row("chr1", 120, letter, f"{letter}T")
+    Path("calls.vcf").write_text(HEADER + GOOD[0] + long)
+    assert variants(model, "-o", "s.jsonl", "--window", WINDOW + 1) == 2
+    assert f"longer than the {WINDOW} that the model's context holds" in capsys.readouterr().err
+    assert variants(model, "-o", "s.jsonl") == 2
+    assert f"line 4, chr1:120 {letter}>{letter}T: its window has {WINDOW + 1} letters" in capsys.readouterr().err
+    assert variants(model, "-o", "s.jsonl", "--on-error", "skip") == 0
+    assert len(rows("s.jsonl")) == 1
+    assert variants(model, "-o", "t.jsonl", "--no-bos") == 0
+    assert len(rows("t.jsonl")) == 2
+
+
 def test_many_variants_that_do_not_fit_are_counted(
     model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,7 +253,7 @@ def test_many_variants_that_do_not_fit_are_counted(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--window", 512], "a window of 512 letters is longer than the 256 tokens of the model's context"),
+        (["--window", 512], "a window of 512 letters is longer than the 256 that the model's context holds"),
         (["--window", 1], "window must be at least 2"),
         (["--grid", 33], "grid must be between 1 and half a window, 32, not 33"),
         (["--grid", 0], "grid must be between 1 and half a window"),

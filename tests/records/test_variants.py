@@ -180,6 +180,11 @@ def test_variants_that_cannot_be_scored(variant: Variant, reason: str) -> None:
     assert reason in found.text
 
 
+def test_no_window_would_do_for_an_allele_as_long_as_the_context() -> None:
+    found = check(Variant("chr1", 20, "G", "G" * 30), window=8, max_length=12)
+    assert found.problem and found.text.endswith("letters with the alternative, and the model reads 12")
+
+
 def test_the_second_of_two_equal_variants_is_named() -> None:
     one = Variant("chr2", 0, "T", "G", "rs1", "line 4")
     found = list(check_variants([one, one._replace(place="line 5", name="")], GENOME, Windows.of(8), max_length=8))

@@ -131,7 +131,7 @@ def test_variants_of_a_genome_in_shared_windows() -> None:
         score_variants(
             model, TOKENIZER, genome, [variants[0], Variant("chr1", 1, other(contig[1]), contig[1])], window=100
         )
-    with pytest.raises(InputError, match="a window of 4,096 letters is longer than the 2,048 tokens"):
+    with pytest.raises(InputError, match="a window of 4,096 letters is longer than the 2,048 that"):
         score_variants(model, TOKENIZER, genome, variants, window=4096)
 
 

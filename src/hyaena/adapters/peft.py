@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hyaena import files
+from hyaena.arguments import as_path
 from hyaena.checkpoints.files import has_weights, listed
 from hyaena.checkpoints.shards import FLOATING, open_shard
 from hyaena.errors import CheckpointError, ConfigError, UnsupportedError, printable, shown
@@ -72,7 +73,7 @@ def read_adapter(folder: str | PathLike[str]) -> Adapter:
         CheckpointError: there is no adapter, or its files are damaged, contradictory or of unreasonable size.
         UnsupportedError: it is of another kind, or more than an update of linear layers.
     """
-    path = Path(folder)
+    path = as_path("the adapter", folder)
     config = _read_config(path)
     weights = path / WEIGHTS
     if not weights.exists():

@@ -15,6 +15,9 @@ HELP = "serve a model over HTTP, with OpenAI's API and a playground"
 
 KEY_VARIABLE = "HYAENA_API_KEY"
 
+MAX_ROWS = 65_536
+"""Most requests decoded together; tables of so many rows are made at the start."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; without any, the bundled model is served on this machine only."""
@@ -82,12 +85,20 @@ def run(args: argparse.Namespace) -> int:
     require("fastapi", "uvicorn", "prometheus_client", "jinja2", extra="serve", purpose="hyaena serve")
     for name in ("kv_memory", "prefix_memory", "max_body", "timeout", "drain"):
         value = getattr(args, name)
-        if value is not None and not 0 <= value < 1e9:
-            raise InputError(f"--{name.replace('_', '-')} must be a number, 0 or more, not {value}")
+        may_be_0 = name in ("prefix_memory", "drain")
+        if value is not None and not (0 <= value < 1e9 and (value or may_be_0)):
+            wanted = "a number, 0 or more" if may_be_0 else "a number above 0"
+            raise InputError(f"--{name.replace('_', '-')} must be {wanted} (and below 1e9), not {value}")
     for name in ("max_rows", "max_waiting", "chunk", "max_new_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if args.max_rows > MAX_ROWS:
+        raise InputError(f"--max-rows must be at most {MAX_ROWS:,}, not {args.max_rows}")
+    if "" in args.api_key:  # of a variable that is not set: the server would be open to all
+        raise InputError("--api-key is empty: give a key, or leave it out to serve without one")
+    if args.name == "":
+        raise InputError("--name is empty: give the model a name, or leave it out")
     if not 0 <= args.port < 65536:
         raise InputError(f"--port must be a number from 0 to 65535, not {args.port}")
     adapters = parse_adapters(args.adapter)

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{printable(str(output))} is the input and the output: name another output")
 
     from hyaena.scoring import iter_edit_scores
-    from hyaena.scoring.variants import windows_within
+    from hyaena.scoring.variants import letters_within, windows_within
 
     prepared = prepare_model(args)
     reading = {
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         "tokens_per_pass": args.batch_tokens,
         "max_length": args.max_length,
     }
-    limit = prepared.shape.config.max_length if args.max_length is None else args.max_length
+    limit = letters_within(prepared.shape, prepared.tokenizer, bos=reading["bos"], max_length=args.max_length)
     windows = windows_within(limit, args.window, args.grid)
     list(iter_edit_scores(prepared.shape, prepared.tokenizer, [("ACGT", [])], **reading))  # reads nothing
     given = _Input(Path(args.vcf), genome, windows, limit, keep)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hyaena import extras
+from hyaena.arguments import as_path
 from hyaena.errors import InputError, OutputError, nearest, printable, shown
 from hyaena.files import write_atomically
 from hyaena.records.source import GZIP, is_bgzip, open_source
@@ -68,7 +69,8 @@ class FastaGenome:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.label = Path(path), printable(str(path))
+        self.path = as_path("the genome", path)
+        self.label = printable(str(self.path))
         extras.require("pysam", extra="genomics", purpose="reading a genome")
         if self.path.is_dir():
             raise InputError(f"{self.label} is a folder: name a FASTA file")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hyaena import extras
-from hyaena.arguments import whole
+from hyaena.arguments import as_path, as_whole, each, whole
 from hyaena.errors import InputError, printable, shown
 from hyaena.records.genome import Genome, missing_contig, quiet
 from hyaena.records.source import BYTE_ORDER_MARK, GZIP, open_source
@@ -107,7 +107,8 @@ def read_variants(path: str | Path) -> Iterator[Variant]:
         InputError: the file cannot be read, or is not VCF; the message names the line.
         UnsupportedError: the file is BCF, and pysam is not installed.
     """
-    path, label = Path(path), printable(str(path))
+    path = as_path("the file of variants", path)
+    label = printable(str(path))
     if path.is_dir():
         raise InputError(f"{label} is a folder: name a VCF file")
     if path.exists() and not path.is_file():
@@ -192,7 +193,8 @@ def check_variants(
     """
     seen: set[int] = set()
     last: tuple[tuple[str, int, int], str] | None = None
-    for index, variant in enumerate(variants):
+    for index, variant in enumerate(each("variants", variants, "a list of records.Variant")):
+        _require_variant(index, variant)
         reason = _reason(variant, genome)
         first = stop = 0
         if reason is None:
@@ -201,9 +203,11 @@ def check_variants(
             if variant.start + len(variant.reference) > stop:
                 reason = f"its reference allele of {len(variant.reference):,} letters reaches out of the window"
             elif grown > max_length:
+                smaller = windows.size - grown + max_length
+                would_do = f" (a window of {smaller:,} would do)" if smaller > 1 else ""
                 reason = (
-                    f"its window has {grown:,} letters with the alternative, and the model reads {max_length:,} (a "
-                    f"window of {windows.size - grown + max_length:,} would do)"
+                    f"its window has {grown:,} letters with the alternative, and the model reads {max_length:,}"
+                    f"{would_do}"
                 )
         if reason is None:
             key = (variant.contig, first, stop)
@@ -220,6 +224,17 @@ def check_variants(
             yield Checked(index, variant, first, stop, last[1])
         else:
             yield Checked(index, variant, 0, 0, reason or "", True)
+
+
+def _require_variant(index: int, variant: object) -> None:
+    if isinstance(variant, Variant) and as_whole(variant.start) is not None:
+        texts = variant.contig, variant.reference, variant.alternative
+        if all(isinstance(text, str) for text in texts):
+            return
+    raise InputError(
+        f"variant {index} must be a records.Variant: a contig, a start from 0, and the letters of the reference and of "
+        f"the alternative, not {shown(variant)}"
+    )
 
 
 def _reason(variant: Variant, genome: Genome) -> str | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hyaena.arguments import require_ids, whole
+from hyaena.arguments import each, require_ids, whole
 from hyaena.cache import Cache
 from hyaena.errors import InputError, NonFiniteError, shown
 from hyaena.model import StripedHyena
@@ -89,7 +89,10 @@ def score_continuations(
         NonFiniteError: the model produced NaN or infinity; the message names the group.
     """
     limit = model.config.max_length if max_length is None else whole("max_length", max_length, "at least 1", 1)
-    parsed = [_parse(model, number, group, limit) for number, group in enumerate(groups)]
+    parsed = [
+        _parse(model, number, group, limit)
+        for number, group in enumerate(each("groups", groups, "pairs of a context and its continuations"))
+    ]
     skipped = _parse_skips(skips, [continuations for _, continuations in parsed])
     most = choose_pass(model) if tokens_per_pass is None else whole("tokens_per_pass", tokens_per_pass, "at least 1", 1)
     results = [[Continuation(0.0, True, 0)] * len(continuations) for _, continuations in parsed]
@@ -109,7 +112,10 @@ def _parse(model: StripedHyena, number: int, group: Group, limit: int) -> tuple[
     except (TypeError, ValueError):
         raise InputError(f"group {number} must be a pair (context, continuations), not {shown(group)}") from None
     ids = token_ids(context, f"the context of group {number}")
-    rest = [token_ids(one, f"a continuation of group {number}") for one in continuations]
+    rest = [
+        token_ids(one, f"a continuation of group {number}")
+        for one in each(f"group {number}", continuations, "a context and a list of continuations")
+    ]
     if not ids:
         raise InputError(f"the context of group {number} is empty: give it [tokenizer.bos_id], to begin from nothing")
     require_ids((token for one in (ids, *rest) for token in one), model.config.vocab_size, f"group {number}: ")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyaena.arguments import switch, whole
+from hyaena.arguments import as_whole, each, switch, whole
 from hyaena.cache import Cache, Mark
 from hyaena.errors import HyaenaError, InputError, UnsupportedError, shown
 from hyaena.model import StripedHyena
@@ -220,8 +220,9 @@ def check_edit(sequence: str, edit: Edit) -> None:
 
 
 def _items(encoder: Encoder, windows: Iterable[tuple[str, Sequence[Edit]]], strands: int) -> Iterator[_Item]:
-    for index, (sequence, edits) in enumerate(windows):
+    for index, pair in enumerate(each("windows", windows, "pairs of a sequence and a list of its edits")):
         try:
+            sequence, edits = _parse(pair)
             for edit in edits:
                 check_edit(sequence, edit)
             yield _item(encoder, index, sequence, edits)
@@ -239,6 +240,22 @@ def _items(encoder: Encoder, windows: Iterable[tuple[str, Sequence[Edit]]], stra
             raise
         except HyaenaError as error:
             raise RecordError(index, str(error)) from None
+
+
+def _parse(pair: Any) -> tuple[str, list[Edit]]:
+    try:
+        sequence, given = pair
+        edits = [Edit(*edit) for edit in given]
+    except (TypeError, ValueError):
+        sequence, edits = None, []
+    texts = [text for edit in edits for text in edit[1:]]
+    if (
+        isinstance(sequence, str)
+        and all(isinstance(text, str) for text in texts)
+        and all(as_whole(edit.start) is not None for edit in edits)
+    ):
+        return sequence, edits
+    raise InputError(f"a window is a sequence and a list of scoring.Edit, not {shown(pair)}")
 
 
 def _item(encoder: Encoder, index: int, sequence: str, edits: Sequence[Edit]) -> _Item:

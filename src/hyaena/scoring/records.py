@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyaena.arguments import as_whole, kind_of
+from hyaena.arguments import as_whole, each, kind_of, whole
 from hyaena.errors import HyaenaError, InputError, NonFiniteError
 from hyaena.generation.settings import parse_prompts
 from hyaena.model import StripedHyena
@@ -159,11 +159,18 @@ class Encoder:
         return cls(
             tokenizer=tokenizer,
             vocab_size=size,
-            max_length=model.config.max_length if max_length is None else max_length,
+            max_length=model.config.max_length
+            if max_length is None
+            else whole("max_length", max_length, "at least 1", 1),
             bos=bos,
             special=special,
             both_strands=both_strands,
         )
+
+    @property
+    def max_letters(self) -> int:
+        """The most letters of a text, for a tokenizer that reads a letter as a token: what BOS leaves of the length."""
+        return self.max_length - replace(self, max_length=1 << 62)._record(0, "A", False).context
 
     def records(self, texts: Iterable[Any]) -> Iterator[Record]:
         """The records of texts, in order.
@@ -171,7 +178,7 @@ class Encoder:
         Raises:
             RecordError: a text that is empty, too long, or that the tokenizer or the model cannot read.
         """
-        for index, text in enumerate(texts):
+        for index, text in enumerate(each("texts", texts, "a list of texts, or what gives them one after another")):
             try:
                 if isinstance(text, Excerpt):
                     yield from self._excerpt(index, text)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hyaena.arguments import kind_of
 from hyaena.errors import InputError
 from hyaena.model import StripedHyena
 from hyaena.records import Checked, Genome, MemoryGenome, Variant, Windows, check_variants
 from hyaena.scoring.edits import Edit, EditScore, iter_edit_scores
-from hyaena.scoring.records import NonFiniteRecordError, RecordError
+from hyaena.scoring.records import Encoder, NonFiniteRecordError, RecordError
 from hyaena.tokenizers import Tokenizer
 
 
@@ -46,9 +47,11 @@ def score_variants(
         InputError: an option out of range, or a variant that does not fit the genome; the message names it.
         The errors of ``iter_edit_scores``.
     """
-    limit = model.config.max_length if max_length is None else max_length
+    limit = letters_within(model, tokenizer, bos=options.get("bos"), max_length=max_length)
     windows = windows_within(limit, window, grid)
     sequences = MemoryGenome(genome) if isinstance(genome, Mapping) else genome
+    if not (hasattr(sequences, "lengths") and hasattr(sequences, "fetch")):
+        raise InputError(f"genome must be records.FastaGenome(path) or a dictionary of contigs, not {kind_of(genome)}")
     checked = []
     for one in check_variants(variants, sequences, windows, max_length=limit):
         if one.problem:
@@ -58,16 +61,26 @@ def score_variants(
     return [found[i] for i in range(len(checked))]
 
 
+def letters_within(model: StripedHyena, tokenizer: Tokenizer, *, bos: bool | None, max_length: int | None) -> int:
+    """The most letters that a model reads in a window: its context, less the start token where there is one.
+
+    Args:
+        model, tokenizer, bos, max_length: see ``iter_edit_scores``.
+    """
+    encoder = Encoder.of(model, tokenizer, bos=bos, special=False, both_strands=False, max_length=max_length)
+    return encoder.max_letters
+
+
 def windows_within(limit: int, window: int, grid: int) -> Windows:
     """Windows that a model can read.
 
     Raises:
-        InputError: a number out of range, or a window that is longer than ``limit``, the context of the model.
+        InputError: a number out of range, or a window that is longer than ``limit``, the letters of the context.
     """
     windows = Windows.of(window, grid)
     if window > limit:
         raise InputError(
-            f"a window of {window:,} letters is longer than the {limit:,} tokens of the model's context: take a "
+            f"a window of {window:,} letters is longer than the {limit:,} that the model's context holds: take a "
             "smaller window, or pass a larger max_length"
         )
     return windows

@@ -475,7 +475,7 @@ def _count_pages(model: StripedHyena, settings: EngineSettings, page_bytes: int)
     if budget is None and model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
         budget = int(MEMORY_FRACTION * (free - settings.snapshot_bytes))
-    pages = (budget or DEFAULT_KV_BYTES) // max(1, page_bytes)
+    pages = (DEFAULT_KV_BYTES if budget is None else budget) // max(1, page_bytes)
     if pages < 1:
         raise CapacityError(f"a page of keys and values takes {page_bytes:,} bytes: allow more memory for them")
     return pages
