@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyaena.errors import InputError, OutputError
+from hyaena.files import cure
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer
 from hyaena.train.documents import Piece
 
@@ -216,4 +217,4 @@ class _TokenFile:
 
     def _failure(self, error: OSError) -> OutputError:
         where = self.folder or tempfile.gettempdir()
-        return OutputError(f"cannot keep the tokens in a temporary file in {where}: {error.strerror}; free some space")
+        return OutputError(f"cannot keep the tokens in a temporary file in {where}: {error.strerror}; {cure(error)}")
