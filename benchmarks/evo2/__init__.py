@@ -15,7 +15,7 @@ SUITE = Suite(
     title="Evo 2's 1B on a CPU",
     method=METHOD,
     benchmarks=(
-        Benchmark("prefill", "evo2.cpu:prefill", "1,024 tokens against the products of its matrices", 4),
+        Benchmark("prefill", "evo2.cpu:prefill", "1,024 tokens against the products of its matrices", 3),
         Benchmark("decode", "evo2.cpu:decode", "decoding at context 512 against reading its weights", 1.5),
         Benchmark("memory", "evo2.cpu:memory", "memory of a prefill of 4,096 tokens beside one of 1,024", 4),
     ),
