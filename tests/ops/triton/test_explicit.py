@@ -145,12 +145,12 @@ def test_backward(name: str) -> None:
 
 
 FEW_TAPS = {name: size for name, size in PROBLEMS.items() if size.get("count", 7) <= FEW_TAPS} | {
-    "odd": dict(length=37, groups=1, width=9, batch=2, dtype=torch.bfloat16),  # a word holds one channel
+    "odd": dict(length=19, groups=1, width=3, padded=True, dtype=torch.bfloat16),  # a word holds one channel
     "eight taps": dict(length=20, count=8, taps=2),
     "documents of few taps": dict(length=35, documents=True, padded=True),
     "shorter than the windows of few taps": dict(length=2, taps=4),
 }
-BACK = ("one step", "several runs", "one tap", "padded", "bare", "bfloat16 taps", "odd", *list(FEW_TAPS)[-3:])
+BACK = ("one step", "several runs", "one tap", "bare", "bfloat16 taps", "odd", *list(FEW_TAPS)[-3:])
 
 
 @pytest.mark.parametrize("name", FEW_TAPS)
