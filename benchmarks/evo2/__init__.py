@@ -7,8 +7,8 @@ from benchmarks.registry import Benchmark, Suite
 METHOD = """\
 Written by `python -m benchmarks.evo2`; do not edit. Random weights of `evo2-1b-base`, float32, random tokens, plain
 products in place of FP8 ones. The bound of a prefill are the products of all matrices with as many vectors, in the same
-chunks; of decoding, reading each matrix once, by the fastest of several kernels. Both sides run in turns in one process;
-memory in fresh processes."""
+chunks; of decoding, reading each matrix once, by the fastest of several kernels. Both sides run in turns in one
+process; memory in fresh processes."""
 
 SUITE = Suite(
     name="evo2",
