@@ -61,7 +61,7 @@ class Mistral:
         return out.logits[:, -1]
 
     def static_cache(self, batch: int, length: int) -> Any:
-        """An empty StaticCache, allocated at once."""
+        """An empty StaticCache, allocated in full."""
         from transformers import StaticCache
 
         weight = next(self.model.parameters())

@@ -15,7 +15,7 @@ from hyaena.sizes import ModelSizes
 
 def prefill(session: Session) -> list[Row]:
     """A prompt to its first token, against the products of all matrices with as many vectors."""
-    length, rounds = (96, 2) if session.quick else (1024, 3)
+    length, rounds = (96, 2) if session.quick else (1024, 2)
     model = models.evo2(session.quick)
     ids = prompt(model.config, length)
     check_decoding(model, ids[:, : min(length, 160)])  # longer than the window of the longest filter

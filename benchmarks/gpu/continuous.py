@@ -1,4 +1,4 @@
-"""Many requests at once by ours and by transformers' continuous batching, of Mistral's shape, the same requests.
+"""Many requests, submitted together: ours, and by continuous batching of transformers on Mistral's shape.
 
     python -m benchmarks.gpu.continuous [--quick]
 

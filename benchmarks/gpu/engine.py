@@ -126,7 +126,7 @@ def prompt_of(rng: random.Random, length: int) -> list[int]:
 
 
 def time_requests(session: GpuSession, shapes: list[tuple[int, int]]) -> tuple[float, int]:
-    """Seconds from the first request to the end of the last, all submitted at once; and pre-emptions.
+    """Seconds from the first request to the end of the last, all submitted together; and pre-emptions.
 
     Raises:
         IncorrectError: a request did not get its tokens.

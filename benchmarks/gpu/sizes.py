@@ -31,7 +31,7 @@ class Sizes:
         lora_length: window of a LoRA step.
         lora_rounds: steps of each side.
         first_tokens: lengths of prompts whose first token is timed.
-        requests: how many at once, least and most tokens of their prompts, and of their answers.
+        requests: how many are submitted together, least and most tokens of their prompts, and of their answers.
         compared_requests: how many of them the baseline is given too.
         rows: that the engine decodes together.
         most_memory: GB that a prefill of the longest prompt may allocate beside weights, keys and values.

@@ -148,7 +148,7 @@ def test_a_fresh_part_replaces_its_own_device_only(tmp_path: Path) -> None:
 def test_pages_in_the_repository_are_those_of_their_json() -> None:
     """Whoever changes the page's form writes the pages again: ``--merge results/cpu.json``."""
     pytest.importorskip("triton", reason="triton is made for Linux only")
-    for name in ("cpu", "gpu", "scoring"):
+    for name in ("cpu", "evo2", "gpu", "scoring"):
         known = report.read(report.RESULTS / f"{name}.json")
         assert known and report.page(registry.load(f"{name}:SUITE"), known) == (
             (report.RESULTS / f"{name}.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hyaena.config import TOOL_KEYS, UNSUPPORTED_KEYS, ModelConfig, unknown_keys, unsupported_keys
-from hyaena.errors import ConfigError, in_words, joined, shown
+from hyaena.errors import ConfigError, joined, shown
 from hyaena.formats.stripedhyena import config as sibling
 from hyaena.formats.stripedhyena.config import (
     SPEED,
@@ -19,6 +19,7 @@ from hyaena.formats.stripedhyena.config import (
     flag,
     intermediate_size,
     layer_types,
+    make_config,
     rope_scaling,
     same,
 )
@@ -146,11 +147,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         ConfigError: naming, in the original's words, every key that is unknown, missing, ill-typed, contradictory or
             unsupported.
     """
-    fields = _fields(values)
-    try:
-        return ModelConfig(**fields)
-    except ConfigError as error:
-        raise ConfigError(_in_original_words(str(error))) from None
+    return make_config(_fields(values), RENAMED, {"first_activation": "mlp_activation"})
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -245,15 +242,3 @@ def _tokenizer(values: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or name not in TOKENIZERS:
         raise ConfigError(f"tokenizer_type is {shown(name)}: choose one of {', '.join(TOKENIZERS)}")
     return TOKENIZERS[name]
-
-
-def _in_original_words(message: str) -> str:
-    """A message about our fields, in the words of the file that the user wrote."""
-    words = {ours: theirs for theirs, ours in RENAMED.items() if ours != "name"}
-    words |= {
-        "first_activation": "mlp_activation",
-        "intermediate_size": "inner_mlp_size",
-        "max_length": "max_seqlen",
-        "rope_scaling_factor": "rotary_emb_scaling_factor",
-    }
-    return in_words(message, words)

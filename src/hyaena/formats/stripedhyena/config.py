@@ -135,6 +135,13 @@ _UNREAD_FIELDS = (
 )
 """Fields that mean nothing in models with layers of kinds ``attention`` and ``hyena``."""
 
+_COMPUTED_WORDS = {
+    "intermediate_size": "inner_mlp_size",
+    "max_length": "max_seqlen",
+    "rope_scaling_factor": "rotary_emb_scaling_factor",
+}
+"""Fields of ours -> the keys that they are computed from."""
+
 _OUR_KEYS = {"layer_types", "intermediate_size", "num_key_value_heads", "norm_eps"}
 _THEIR_KEYS = {"attn_layer_idxs", "hyena_layer_idxs", "num_layers", "num_filters", "proj_groups"}
 
@@ -162,11 +169,26 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         ConfigError: naming, in the original's words, every key that is unknown, missing, ill-typed, contradictory or
             unsupported.
     """
-    fields = _fields(values)
+    words = {"num_key_value_heads": "num_attention_heads / proj_groups"}
+    return make_config(_fields(values), RENAMED, words)
+
+
+def make_config(fields: dict[str, Any], renamed: dict[str, str], words: dict[str, str]) -> ModelConfig:
+    """The configuration of these fields.
+
+    Args:
+        fields: of ``ModelConfig``.
+        renamed: original key -> our field.
+        words: other fields of ours -> what the original has in their place.
+
+    Raises:
+        ConfigError: a value that cannot be used, in the words of the file that the user wrote.
+    """
     try:
         return ModelConfig(**fields)
     except ConfigError as error:
-        raise ConfigError(_in_original_words(str(error))) from None
+        known = {ours: theirs for theirs, ours in renamed.items() if ours != "name"}
+        raise ConfigError(in_words(str(error), known | _COMPUTED_WORDS | words)) from None
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -265,18 +287,6 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     read["max_length"] = values.get("max_seqlen", values.get("max_sequence_len", 8192))
     read["tokenizer"] = _tokenizer(values)
     return read
-
-
-def _in_original_words(message: str) -> str:
-    """A message about our fields, in the words of the file that the user wrote."""
-    words = {ours: theirs for theirs, ours in RENAMED.items() if ours != "name"}
-    words |= {
-        "intermediate_size": "inner_mlp_size",
-        "max_length": "max_seqlen",
-        "num_key_value_heads": "num_attention_heads / proj_groups",
-        "rope_scaling_factor": "rotary_emb_scaling_factor",
-    }
-    return in_words(message, words)
 
 
 def same(value: Any, wanted: Any) -> bool:

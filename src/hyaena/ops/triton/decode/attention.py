@@ -29,7 +29,7 @@ BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""
 TILE = 16384
 WAVE = 384
-"""Programs that a large device runs at once, three on each processor."""
+"""Programs that run on a large device at the same time, three on each processor."""
 PROGRAMS = 1024
 """Programs to aim for where one wave would be too few to share the work evenly."""
 MAX_SPLITS = 64

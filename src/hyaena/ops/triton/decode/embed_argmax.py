@@ -14,7 +14,7 @@ from hyaena.ops.step import StepContext
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 BLOCK = 32768
-"""The most logits that a program holds at once, 32 for each of its threads."""
+"""The most logits that a program reads in one step, 32 for each of its threads."""
 
 
 @triton.jit

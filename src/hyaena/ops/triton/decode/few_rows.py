@@ -54,8 +54,8 @@ class Tile:
 def choose_tile(vectors: int, matrices: int, rows: int, width: int) -> Tile:
     """For so many vectors, and matrices of ``rows`` rows and ``width`` columns each.
 
-    As many programs as run at once, two on each of 132 processors; one, with more in flight, where the vectors take
-    half of the traffic.
+    As many programs as run at the same time, two on each of 132 processors; one, with more in flight, where the vectors
+    take half of the traffic.
     """
     if matrices == 2:
         if vectors > 64:

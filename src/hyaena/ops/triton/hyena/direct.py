@@ -17,6 +17,21 @@ from hyaena.ops.triton.hyena.words import store_numbers, unpack
 
 
 @triton.jit
+def place(D: tl.constexpr, P: tl.constexpr, BW: tl.constexpr):
+    """The program's row and words, their channels, and which of both there are."""
+    row = tl.program_id(2).to(tl.int64)
+    word = tl.program_id(0) * BW + tl.arange(0, BW)[:, None]
+    channel = word[:, :, None] * P + tl.arange(0, P)[None, None, :]
+    return row, word, word * P < D, channel, channel < D
+
+
+@triton.jit
+def thirds(at, ROW: tl.constexpr):
+    """Addresses of the three blocks of a row of ROW words, from that of the first."""
+    return at, at + ROW // 3, at + 2 * (ROW // 3)
+
+
+@triton.jit
 def load_word(z, short, keep, t, T, inside, S: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
               HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
     """Step t of a block: zero at padding, at T and later, and before the state of S steps, from -S on."""
@@ -83,17 +98,9 @@ def direct_forward_kernel(z, weight, bias, taps, skip, short, long, keep, reset,
     """
     S: tl.constexpr = K - 1
     ROW: tl.constexpr = 3 * D // P
-    row = tl.program_id(2).to(tl.int64)
-    word = tl.program_id(0) * BW + tl.arange(0, BW)[:, None]
-    inside = word * P < D
-    channel = word[:, :, None] * P + tl.arange(0, P)[None, None, :]
-    real = channel < D
-    z_2 = z + row * T * ROW + word
-    z_1 = z_2 + ROW // 3
-    z_0 = z_1 + ROW // 3
-    short_2 = short + row * S * ROW + word
-    short_1 = short_2 + ROW // 3
-    short_0 = short_1 + ROW // 3
+    row, word, inside, channel, real = place(D, P, BW)
+    z_2, z_1, z_0 = thirds(z + row * T * ROW + word, ROW)
+    short_2, short_1, short_0 = thirds(short + row * S * ROW + word, ROW)
     y += row * T * (D // P) + word
     keep += row * T
     reset += row * T
@@ -184,17 +191,9 @@ def gate_kernel(z, dy, weight, bias, short, keep, reset, w, dg, T, run,
     """``w = u1·u0`` and ``dg = dy·u2`` [B,T,D], all in words. Grid as ``direct_forward_kernel``."""
     S: tl.constexpr = K - 1
     ROW: tl.constexpr = 3 * D // P
-    row = tl.program_id(2).to(tl.int64)
-    word = tl.program_id(0) * BW + tl.arange(0, BW)[:, None]
-    inside = word * P < D
-    channel = word[:, :, None] * P + tl.arange(0, P)[None, None, :]
-    real = channel < D
-    z_2 = z + row * T * ROW + word
-    z_1 = z_2 + ROW // 3
-    z_0 = z_1 + ROW // 3
-    short_2 = short + row * S * ROW + word
-    short_1 = short_2 + ROW // 3
-    short_0 = short_1 + ROW // 3
+    row, word, inside, channel, real = place(D, P, BW)
+    z_2, z_1, z_0 = thirds(z + row * T * ROW + word, ROW)
+    short_2, short_1, short_0 = thirds(short + row * S * ROW + word, ROW)
     dy += row * T * (D // P) + word
     w += row * T * (D // P) + word
     dg += row * T * (D // P) + word

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from hyaena.ops.triton.common import forget, load_taps
 from hyaena.ops.triton.hyena.adjoint import spread
-from hyaena.ops.triton.hyena.direct import is_set, load_kernel, load_word
+from hyaena.ops.triton.hyena.direct import is_set, load_kernel, load_word, place, thirds
 from hyaena.ops.triton.hyena.words import store_numbers, unpack
 
 
@@ -188,17 +188,9 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
     """
     S: tl.constexpr = K - 1
     ROW: tl.constexpr = 3 * D // P
-    row = tl.program_id(2).to(tl.int64)
-    word = tl.program_id(0) * BW + tl.arange(0, BW)[:, None]
-    inside = word * P < D
-    channel = word[:, :, None] * P + tl.arange(0, P)[None, None, :]
-    real = channel < D
-    z_2 = z + row * T * ROW + word
-    z_1 = z_2 + ROW // 3
-    z_0 = z_1 + ROW // 3
-    short_2 = short + row * S * ROW + word
-    short_1 = short_2 + ROW // 3
-    short_0 = short_1 + ROW // 3
+    row, word, inside, channel, real = place(D, P, BW)
+    z_2, z_1, z_0 = thirds(z + row * T * ROW + word, ROW)
+    short_2, short_1, short_0 = thirds(short + row * S * ROW + word, ROW)
     dy += row * T * (D // P) + word
     dz += row * T * ROW + word
     keep += row * T

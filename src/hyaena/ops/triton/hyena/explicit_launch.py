@@ -59,7 +59,7 @@ class Tiling:
         run: chunks of a program.
         warps: of a program.
         stages: chunks whose inputs are under way together, the one that is computed among them.
-        registers: of a thread at most; fewer let more programs run at once.
+        registers: of a thread at most; fewer let more programs run on a processor.
     """
 
     chunk: int = 64

@@ -73,7 +73,7 @@ class Tiling:
         channels: of a program, a power of two.
         segments: of a tile, a power of two, at most 64: within a tile, rounding of the decay adds up.
         steps: of a segment, a power of two, at most 16.
-        group: steps that are gathered into a state at once; divides ``steps``.
+        group: steps that are gathered into a state together; divides ``steps``.
         packed: a thread has two channels of 16-bit numbers; otherwise, and in float32, it has one channel.
         warps: of a program.
         stages: tiles in flight, the one that is computed among them.
@@ -343,7 +343,7 @@ class BackwardTiling:
 
 
 def choose_backward_tiling(length: int, channels: int, modes: int) -> BackwardTiling:
-    """Short sequences take short chunks; more modes leave registers for fewer steps at once."""
+    """Short sequences take short chunks; more modes leave registers for fewer steps of a thread."""
     return BackwardTiling(
         chunk=64 if length > 16 else 16,
         batch=4 if modes <= 2 else 2 if modes <= 4 else 1,

@@ -165,28 +165,6 @@ def _(
     return dz, dweight, dbias, dpoles, dresidues, dskip, dshort_in, poles.new_empty(batch, *poles.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.real = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-    ctx.shape = output[0].shape
-
-
-def _differentiate(
-    ctx: Any, dy: Tensor | None, dshort: Tensor | None, dlong: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    if dy is None:
-        dy = inputs[0].new_zeros(ctx.shape)
-    wanted = ctx.needs_input_grad[:8]
-    gradients = hyena_backward_operator(dy, dshort, dlong, *inputs, ctx.real, parameters=any(wanted[1:6]))
-    given = [g.to(t.dtype) if want else None for g, t, want in zip(gradients, inputs[:8], wanted, strict=True)]
-    return (*given, None, None, None)
-
-
-hyena_operator.register_autograd(_differentiate, setup_context=_save)
-
-
 @torch.library.custom_op("hyaena::hyena_explicit", mutates_args=())
 def explicit_operator(
     z: Tensor,
@@ -263,22 +241,35 @@ def _(
     return dz, *(z.new_empty(shape, dtype=torch.float32) for shape in (*shapes, *states))  # type: ignore[return-value]
 
 
-def _save_explicit(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
-    ctx.shape = output[0].shape
+def _register_gradients(operator: Any, backward: Any, count: int) -> None:
+    """Give an operator its gradients.
+
+    Args:
+        operator: its first ``count`` arguments have gradients; the first is z, the last two of them are the states, and
+            those between them parameters. Two masks and options follow.
+        backward: takes the gradients of the results, the operator's arguments, and whether parameters need gradients.
+        count: see above.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[: count + 2])
+        ctx.options = inputs[count + 2 :]
+        ctx.set_materialize_grads(False)
+        ctx.shape = output[0].shape
+
+    def differentiate(
+        ctx: Any, dy: Tensor | None, dshort: Tensor | None, dlong: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        if dy is None:
+            dy = inputs[0].new_zeros(ctx.shape)
+        wanted = ctx.needs_input_grad[:count]
+        gradients = backward(dy, dshort, dlong, *inputs, *ctx.options, parameters=any(wanted[1:-2]))
+        given = [g.to(t.dtype) if want else None for g, t, want in zip(gradients, inputs[:count], wanted, strict=True)]
+        return (*given, *(None for _ in (*inputs[count:], *ctx.options)))
+
+    operator.register_autograd(differentiate, setup_context=save)
 
 
-def _differentiate_explicit(
-    ctx: Any, dy: Tensor | None, dshort: Tensor | None, dlong: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    if dy is None:
-        dy = inputs[0].new_zeros(ctx.shape)
-    wanted = ctx.needs_input_grad[:7]
-    gradients = explicit_backward_operator(dy, dshort, dlong, *inputs, parameters=any(wanted[1:5]))
-    given = [g.to(t.dtype) if want else None for g, t, want in zip(gradients, inputs[:7], wanted, strict=True)]
-    return (*given, None, None)
-
-
-explicit_operator.register_autograd(_differentiate_explicit, setup_context=_save_explicit)
+_register_gradients(hyena_operator, hyena_backward_operator, 8)
+_register_gradients(explicit_operator, explicit_backward_operator, 7)

@@ -1,0 +1,114 @@
+"""Compiles kernels for an NVIDIA GPU on a machine without one, at the sizes of a 7B model; nothing is launched.
+
+    python tests/ops/triton/compiler.py 90 decoding
+
+The interpreter knows no types of the device, and takes what the compiler refuses: whoever changes a kernel without a
+GPU runs this. Prints a line of JSON for every kernel: its name, and the shared memory that a program takes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+WIDTH, LENGTH = 4096, 512
+
+
+class Driver:
+    """As much of a driver as the compiler asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+def few_taps() -> None:
+    """Taps of a short and of a long filter: forward and backward."""
+    from hyaena.ops.triton.hyena import explicit_launch
+
+    z, short = numbers(1, LENGTH, 3 * WIDTH), numbers(1, 3 * WIDTH, 2)
+    weight, dy = numbers(3 * WIDTH, 3), numbers(1, LENGTH, WIDTH)
+    for count in (7, 128):
+        skip = numbers(WIDTH) if count == 128 else None
+        long = torch.zeros(1, WIDTH, count - 1)
+        operands = explicit_launch.Operands(z, weight, None, numbers(256, count), skip, short, long, None, None)
+        explicit_launch.forward(operands)
+        explicit_launch.backward(dy, None, None, operands)
+
+
+def packed() -> None:
+    """Rows without padding, with and without copies of their states."""
+    from hyaena.ops import HyenaState, ModalFilter
+    from hyaena.ops.hyena import RowTables
+    from hyaena.ops.triton.decode.packed_hyena import packed_hyena
+
+    modes = torch.zeros(WIDTH, 2, dtype=torch.complex64)
+    filter = ModalFilter(modes, modes, torch.zeros(WIDTH))
+    state = HyenaState(numbers(2, 3 * WIDTH, 2), torch.zeros(2, WIDTH, 2, dtype=torch.complex64))
+    rows = RowTables(*torch.zeros(8, dtype=torch.int32).split([2, 2, 3, 1]))
+    for copies in (state, None):
+        for overlap in (False, True):
+            z, weight = numbers(LENGTH, 3 * WIDTH), numbers(3 * WIDTH, 3)
+            packed_hyena(z, weight, numbers(3 * WIDTH), filter, state, rows, copies, overlap=overlap)
+
+
+def decoding() -> None:
+    """Products of one row, of several, and of narrow weights, with every activation."""
+    from hyaena.ops import ACTIVATIONS, Dense, Narrow, RMSNormWeight
+    from hyaena.ops.triton.decode import few_rows, gemv, narrow
+
+    weight, norm = numbers(512, WIDTH), RMSNormWeight(numbers(WIDTH), 1e-6, False)
+    layer = Narrow(
+        torch.zeros(512, WIDTH // 2, dtype=torch.uint8), *(torch.zeros(512, WIDTH // 32).half() for _ in range(2))
+    )
+    products = few_rows.Products(overlap=True)
+    for rows in (1, 8):
+        narrow.linear(numbers(rows, WIDTH), layer, norm=norm, residual=numbers(rows, 512), overlap=True)
+    for rows in (16, 96):
+        products.linear(numbers(rows, WIDTH), Dense(weight), residual=numbers(rows, 512))
+    gemv.linear(numbers(1, WIDTH), Dense(weight), norm=norm, overlap=True)
+    for activation in ACTIVATIONS:
+        narrow.gate(numbers(1, WIDTH), layer, layer, norm=norm, activation=activation, overlap=True)
+        products.gate(numbers(16, WIDTH), weight, weight, activation=activation)
+        gemv.gate(numbers(1, WIDTH), weight, weight, norm=norm, activation=activation, overlap=True)
+
+
+PARTS: dict[str, Callable[[], None]] = {"few_taps": few_taps, "packed": packed, "decoding": decoding}
+
+
+def main(capability: int, part: str) -> None:
+    """Compile what a part launches."""
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        print(json.dumps({"kernel": self.fn.__name__, "shared": kernel.metadata.shared}), flush=True)
+        return kernel
+
+    driver.set_active(Driver(capability))
+    JITFunction.run = compile_only
+    PARTS[part]()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
