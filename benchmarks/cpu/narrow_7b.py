@@ -9,6 +9,7 @@ the largest memory of that process (the peak of its resident set).
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
@@ -16,31 +17,72 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import hyaena
-from hyaena import checkpoints
+from hyaena.bench.rates import measure_bandwidth
 from hyaena.config import ModelConfig
 from hyaena.model import StripedHyena
 from hyaena.sizes import ModelSizes
 
 
 def write(folder: Path, config: ModelConfig) -> None:
-    """A checkpoint of random weights; no wide copy of the model is made."""
+    """A checkpoint of random weights, one layer at a time. Narrow numbers are drawn, not rounded from wide ones."""
     with torch.device("meta"):
         model = StripedHyena(config).bfloat16()
-    model.to_empty(device="cpu").init_weights()
-    checkpoints.save_model(model, folder, max_shard_size=500_000_000)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    parts = {"rest": [name for name in model.state_dict() if not name.startswith("layers.")]}
+    for i in range(config.num_layers):
+        parts[f"layer-{i}"] = [name for name in model.state_dict() if name.startswith(f"layers.{i}.")]
+    files = {part: f"model-{n:05}-of-{len(parts):05}.safetensors" for n, part in enumerate(parts, 1)}
+    weight_map = {name: files[part] for part, names in parts.items() for name in names}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for part, names in parts.items():
+        made = {name: draw(name, tensor) for name, tensor in model.state_dict().items() if name in names}
+        save_file(made, folder / files[part], metadata={"format": "pt"})
+
+
+def draw(name: str, like: torch.Tensor) -> torch.Tensor:
+    """Random numbers in the place of a tensor, of a size at which nothing overflows."""
+    leaf = name.rpartition(".")[2]
+    if leaf == "codes":  # every byte is a number, or two
+        return torch.randint(0, 256, like.shape, dtype=torch.uint8).view(like.dtype)
+    tensor = torch.empty(like.shape, dtype=like.dtype)
+    if leaf == "scale":
+        return tensor.fill_(0.002)
+    if leaf == "minimum":
+        return tensor.fill_(-0.015)
+    if leaf == "poles":
+        return tensor.normal_(0, 0.3).clamp_(-0.6, 0.6)
+    return tensor.fill_(1) if "norm" in name else tensor.normal_(0, 0.02)
 
 
 def decode(folder: Path, tokens: int) -> None:
-    """Load, decode, print rate and peak."""
+    """Load, decode, print rates, peak, and the share of the bound."""
     began = time.perf_counter()
     model, tokenizer = hyaena.load(folder, dtype="bfloat16")
     loaded = time.perf_counter()
-    stats = hyaena.generate(model, tokenizer, "abc", max_new_tokens=tokens, temperature=0).stats
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        hyaena.generate(model, tokenizer, "abc", max_new_tokens=count, temperature=0, stop_at_eos=False)
+        return time.perf_counter() - start
+
+    run(2)  # compiles
+    rate = (tokens - 1) / (run(tokens) - run(1))
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    print(f"loaded in {loaded - began:.0f} s; {stats}; peak {peak / 1e9:.2f} GB", flush=True)
+    step = ModelSizes(model.config).decode_bytes(1, tokens, 2)
+    bandwidth = measure_bandwidth(torch.device("cpu"), step)
+    stored = sum(file.stat().st_size for file in folder.iterdir())
+    print(
+        f"{stored / 1e9:.2f} GB on disk, loaded in {loaded - began:.0f} s, {rate:.2f} tokens/s "
+        f"({step * rate / 1e9:.1f} GB/s, {step * rate / bandwidth.median:.0%} of {bandwidth.kernel} at "
+        f"{bandwidth.median / 1e9:.1f} GB/s), peak of the process {peak / 1e9:.2f} GB",
+        flush=True,
+    )
 
 
 def main() -> None:

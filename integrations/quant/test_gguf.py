@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,3 +115,51 @@ def test_other_blocks_are_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(HyaenaError, match=r"quantized weights .*layers.0.mlp.up_proj.weight is Q5_0"):
         hyaena.load(tmp_path / "other.gguf")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file of one layer, most of which is header and tensor table for its size."""
+    folder = tmp_path_factory.mktemp("small")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = replace(hyaena.load_model("cub").config, layer_types=("hyena",), weights="q4_0", vocab_size=264, **sizes)
+    checkpoints.save_model(hyaena.StripedHyena(config), folder, layout="gguf")
+    return (folder / "model.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damaged_headers_are_one_line_and_take_no_memory(seed: int, small: bytes, tmp_path: Path) -> None:
+    """Bytes changed, counts and offsets of 64 bits replaced, and files cut: none loads forever or fills memory."""
+    rng, header, path = random.Random(seed), 4000, tmp_path / "damaged.gguf"
+    counts = [n.to_bytes(8, "little") for n in (0, 1, 10**9, 2**31, 2**40, 2**62, 2**64 - 1)]
+    for _ in range(60):
+        content, kind = bytearray(small), rng.randrange(3)
+        place = rng.randrange(header)
+        if kind == 0:
+            content[place] = rng.randrange(256)
+        elif kind == 1:
+            content[place : place + 8] = rng.choice(counts)
+        else:
+            del content[rng.randrange(len(content)) :]
+        path.write_bytes(content)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:  # a byte of a weight may change, and nothing be wrong
+            hyaena.load_model(path)
+        except HyaenaError as error:
+            assert "\n" not in str(error) and "damaged.gguf" in str(error)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float16", "F16"), ("bfloat16", "BF16"), ("float32", "F32")])
+def test_plain_numbers_are_those_that_gguf_py_reads(dtype: str, kind: str, tmp_path: Path) -> None:
+    model = hyaena.load_model("cub", dtype=dtype)
+    checkpoints.save_model(model, tmp_path, layout="gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    again = hyaena.load_model(tmp_path / "model.gguf", dtype="stored").state_dict()
+    for name, weight in model.state_dict().items():
+        tensor = tensors[name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape)
+        np.testing.assert_array_equal(values, weight.float().numpy())
+        assert torch.equal(again[name], weight)
+        if name.endswith("mlp.up_proj.weight"):
+            assert tensor.tensor_type.name == kind

@@ -119,6 +119,40 @@ def test_the_search_beats_the_whole_range(name: str) -> None:
     assert after < before * (0.97 if scheme.bits == 4 else 1.0)
 
 
+@ALL
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_rounding_finds_what_the_plain_one_finds(
+    name: str, weighed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for candidates whose errors differ by the rounding of their sums: those are as good."""
+    pytest.importorskip("numba")
+    weight, moments = (numbers(70, 384) ** 3).to(dtype), numbers(384).square() if weighed else None
+    weight[1] = 0  # no scale is determined
+    weight[2] = 0.75
+    scheme = SCHEMES[name]
+    compiled = round_weight(weight, scheme, moments)
+    monkeypatch.setattr("hyaena.ops.cpu.unsupported_reason", lambda _: "none here")
+    plain = round_weight(weight, scheme, moments)
+    assert [t is None or (t.dtype, t.shape) for t in compiled] == [t is None or (t.dtype, t.shape) for t in plain]
+    assert (compiled.codes != plain.codes).float().mean() < 0.01
+    h = 1.0 if moments is None else moments
+    errors = [((ops.widen(w, torch.float32) - weight.float()).square() * h).sum(1) for w in (compiled, plain)]
+    torch.testing.assert_close(*errors, rtol=0.02, atol=1e-6)
+    torch.testing.assert_close(*(error.sum() for error in errors), rtol=1e-3, atol=0)
+
+
+def test_compiled_rounding_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = pytest.importorskip("hyaena.quant.compiled")
+    monkeypatch.setattr(compiled, "BLOCK", 512)
+    before = torch.get_num_threads()
+    try:
+        found = [(torch.set_num_threads(n), round_weight(numbers(61, 128), SCHEMES["int4"]))[1] for n in (1, 3)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].codes, found[1].codes) and torch.equal(found[0].scale, found[1].scale)
+
+
 def test_moments_move_the_error_to_inputs_that_matter_little() -> None:
     weight, moments = numbers(32, 64), torch.ones(64)
     moments[::2] = 100.0

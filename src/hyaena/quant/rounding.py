@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hyaena.errors import InputError
+from hyaena.ops import cpu
 from hyaena.ops.narrow import Narrow, pack
 from hyaena.schemes import Scheme
 
@@ -40,10 +41,27 @@ def round_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) 
     Raises:
         InputError: a number is too large for a scale of the scheme.
     """
+    groups = scheme.groups(weight.shape[1])
+    dtype = torch.float32 if scheme.scale_bytes == 4 else torch.float16
+    h = None if moments is None else _importance(moments.to(weight.device, torch.float32))
+    if weight.device.type == "cpu" and cpu.unsupported_reason(weight.dtype) is None:
+        from hyaena.quant.compiled import round_all  # numba takes a second to import
+
+        tried = SHRINK[scheme.bits]
+        codes, scale, minimum = round_all(weight, h, groups, dtype, _limits(scheme), tried, minima=scheme.minima)
+    else:
+        codes, scale, minimum = _round_tiles(weight, scheme, dtype, h)
+    if not bool(scale.isfinite().all() and minimum.isfinite().all()):
+        raise InputError(f"a weight is too large for the float16 scales of {scheme.name}: choose int8")
+    return Narrow(pack(codes) if scheme.bits == 4 else codes, scale, minimum if scheme.minima else None)
+
+
+def _round_tiles(weight: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [E,D], a byte each, scales and minima [E,G] of a weight [E,D], some rows at a time."""
     outputs, inputs = weight.shape
     groups = scheme.groups(inputs)
-    dtype = torch.float32 if scheme.scale_bytes == 4 else torch.float16
-    h = None if moments is None else _importance(moments.to(weight.device, torch.float32), groups)
+    if h is not None:
+        h = h.unflatten(0, (groups, -1)).t().unsqueeze(1)
     parts = []
     step = max(1, _NUMBERS // inputs)
     for start in range(0, outputs, step):
@@ -51,17 +69,13 @@ def round_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) 
         q, scale, minimum = _round_groups(tile.permute(2, 0, 1).contiguous(), scheme, dtype, h)
         parts.append((q.to(torch.uint8 if scheme.bits == 4 else torch.int8).permute(1, 2, 0), scale, minimum))
     codes, scale, minimum = (torch.cat(part) for part in zip(*parts, strict=True))
-    if not bool(scale.isfinite().all() and minimum.isfinite().all()):
-        raise InputError(f"a weight is too large for the float16 scales of {scheme.name}: choose int8")
-    codes = codes.flatten(-2)
-    return Narrow(pack(codes) if scheme.bits == 4 else codes, scale, minimum if scheme.minima else None)
+    return codes.flatten(-2), scale, minimum
 
 
-def _importance(moments: Tensor, groups: int) -> Tensor:
-    """h [group,1,G] of second moments [D]; an input that was never seen counts a little."""
-    h = moments.unflatten(0, (groups, -1)).t().unsqueeze(1)
-    mean = h.mean()
-    return h + torch.where(mean > 0, 1e-3 * mean, 1.0)
+def _importance(moments: Tensor) -> Tensor:
+    """h [D] of second moments [D]; an input that was never seen counts a little."""
+    mean = moments.mean()
+    return moments + torch.where(mean > 0, 1e-3 * mean, 1.0)
 
 
 def _round_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
