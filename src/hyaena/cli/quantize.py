@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     from hyaena import checkpoints, files, hub
     from hyaena.checkpoints.load import check_scheme
 
+    if args.calibrate is not None and not os.path.exists(args.calibrate):
+        raise InputError(f"--calibrate {args.calibrate}: no such file or folder: name a text like those to be read")
     if not args.force and files.others(dest):
         raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
     checkpoint = hub.locate(args.source, revision=args.revision, config=args.config)
@@ -83,8 +85,10 @@ def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
     from hyaena.train.corpus import tokenize
     from hyaena.train.documents import read_documents
 
+    texts = list(read_documents([args.calibrate]))
+    if not any(piece.text for piece in texts):
+        raise InputError(f"--calibrate {args.calibrate}: holds no text: name one like those to be read")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = hub.load(args.source, device=device, revision=args.revision, config=args.config)
-    texts = list(read_documents([args.calibrate]))
     ids = tokenize(texts, tokenizer).tokens
     return collect_moments(model, torch.tensor(ids[:CALIBRATION_TOKENS], dtype=torch.long))
