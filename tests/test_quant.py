@@ -181,6 +181,13 @@ def test_moments_are_those_of_the_inputs(tmp_path: Path) -> None:
     assert not all(torch.equal(t, plain[k]) for k, t in checkpoints.load_model(tmp_path / "o").state_dict().items())
 
 
+def test_a_calibration_text_without_characters_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("")
+    arguments = ["quantize", "cub", "--weights", "int4", "--output", f"{tmp_path}/o"]
+    assert main([*arguments, "--calibrate", f"{tmp_path}/text.txt"]) != 0
+    assert f"--calibrate {tmp_path}/text.txt: " in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 

@@ -98,9 +98,12 @@ def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
     from hyaena.train.corpus import tokenize
     from hyaena.train.documents import read_documents
 
+    texts = read_documents([as_path("--calibrate", args.calibrate)])
+    pieces = list(_beginning(texts, CALIBRATION_CHARACTERS))
+    if not any(piece.text for piece in pieces):
+        raise InputError(f"--calibrate {args.calibrate}: holds no text: name one like those to be read")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = hub.load(args.source, device=device, revision=args.revision, config=args.config)
-    pieces = _beginning(read_documents([as_path("--calibrate", args.calibrate)]), CALIBRATION_CHARACTERS)
     ids = tokenize(pieces, tokenizer).tokens[:CALIBRATION_TOKENS]
     return collect_moments(model, torch.tensor(ids, dtype=torch.long, device="cpu"))
 
