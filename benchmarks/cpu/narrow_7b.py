@@ -20,8 +20,10 @@ import torch
 from safetensors.torch import save_file
 
 import hyaena
+from hyaena.bench.measure import filled_cache, stepper
 from hyaena.bench.rates import measure_bandwidth
 from hyaena.config import ModelConfig
+from hyaena.decoding import resolve_decoding
 from hyaena.model import StripedHyena
 from hyaena.sizes import ModelSizes
 
@@ -60,25 +62,23 @@ def draw(name: str, like: torch.Tensor) -> torch.Tensor:
 
 
 def decode(folder: Path, tokens: int) -> None:
-    """Load, decode, print rates, peak, and the share of the bound."""
+    """Load, decode after 16 tokens, print the rate, the share of the bound, and the peak; no prompt is read."""
     began = time.perf_counter()
-    model, tokenizer = hyaena.load(folder, dtype="bfloat16")
-    loaded = time.perf_counter()
-
-    def run(count: int) -> float:
-        start = time.perf_counter()
-        hyaena.generate(model, tokenizer, "abc", max_new_tokens=count, temperature=0, stop_at_eos=False)
-        return time.perf_counter() - start
-
-    run(2)  # compiles
-    rate = (tokens - 1) / (run(tokens) - run(1))
+    model, _ = hyaena.load(folder, dtype="bfloat16")
+    print(f"loaded in {time.perf_counter() - began:.0f} s", flush=True)
+    way = resolve_decoding(model, "auto", "auto")
+    run = stepper(model, filled_cache(model, 1, 16, room=tokens + 2), way)
+    run(1)  # compiles
+    began = time.perf_counter()
+    run(tokens)
+    rate = tokens / (time.perf_counter() - began)
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     step = ModelSizes(model.config).decode_bytes(1, tokens, 2)
     bandwidth = measure_bandwidth(torch.device("cpu"), step)
     stored = sum(file.stat().st_size for file in folder.iterdir())
     print(
-        f"{stored / 1e9:.2f} GB on disk, loaded in {loaded - began:.0f} s, {rate:.2f} tokens/s "
+        f"{stored / 1e9:.2f} GB on disk, {rate:.2f} tokens/s ({way}) "
         f"({step * rate / 1e9:.1f} GB/s, {step * rate / bandwidth.median:.0%} of {bandwidth.kernel} at "
         f"{bandwidth.median / 1e9:.1f} GB/s), peak of the process {peak / 1e9:.2f} GB",
         flush=True,
