@@ -33,7 +33,7 @@ class ServerProcess:
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
 
-    def end(self, timeout: float = 60) -> int:
+    def end(self, timeout: float = 200) -> int:
         """Send SIGTERM; the exit status."""
         self.process.terminate()
         return self.process.wait(timeout)
@@ -79,7 +79,7 @@ def serving(*options: str, environment: Mapping[str, str] | None = None) -> Iter
     reader = threading.Thread(target=listen, daemon=True)
     reader.start()
     try:
-        if not ready.wait(120) or not server.port:
+        if not ready.wait(200) or not server.port:
             raise RuntimeError("hyaena serve did not start: " + "".join(server.log[-20:]))
         yield server
     finally:

@@ -31,7 +31,7 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(*options: str, seconds: float = 90) -> Iterator[Server]:
+def serving(*options: str, seconds: float = 200) -> Iterator[Server]:
     """Serve cub at a free port of loopback."""
     command = [sys.executable, "-m", "hyaena", "serve", "--port", "0", "--quiet", *options]
     env = os.environ | {"PYTHONPATH": str(Path(hyaena.__file__).parents[1]), "OMP_NUM_THREADS": "1"}

@@ -26,7 +26,7 @@ def browser() -> Iterator[Chrome]:
 def until(browser: Chrome) -> Callable[..., None]:
     """Wait for something to become true."""
 
-    def wait(condition: Callable[[], object], seconds: float = 30) -> None:
+    def wait(condition: Callable[[], object], seconds: float = 200) -> None:
         end = time.monotonic() + seconds
         while not condition():
             errors = browser.find_element("id", "error").text

@@ -13,6 +13,8 @@ from integrations.playground.browser import Server, browsing, serving
 from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+pytestmark = pytest.mark.timeout(600)
+
 Until = Callable[..., None]
 KEY = "a key"
 
@@ -110,14 +112,14 @@ def test_a_completion_is_what_the_server_gives(page: Chrome, server: Server, unt
 
 
 def test_stop_ends_it_on_the_server_too(page: Chrome, server: Server, until: Until) -> None:
-    fill(page, max_tokens=5000, temperature=1)
+    fill(page, max_tokens=16_000, temperature=1)
     page.find_element("id", "run").click()
     until(lambda: len(tokens(page)) > 3)
     page.find_element("id", "stop").click()
     until(lambda: text(page, "status") == "Stopped.")
     count = len(tokens(page))
-    until(lambda: metric(server, "hyaena:num_requests_running") == 0, 3)
-    assert 3 < len(tokens(page)) < 5000 and len(tokens(page)) - count < 20
+    until(lambda: metric(server, "hyaena:num_requests_running") == 0)
+    assert 3 < len(tokens(page)) < 16_000 and len(tokens(page)) - count < 20
     assert not page.find_element("id", "stop").is_enabled() and not text(page, "error")
 
 
@@ -142,7 +144,7 @@ def test_alternatives_on_hover_and_a_click_continues_there(page: Chrome, until: 
 
 
 def test_an_alternative_ends_the_run_before_it(page: Chrome, until: Until) -> None:
-    fill(page, max_tokens=3000, temperature=1)
+    fill(page, max_tokens=16_000, temperature=1)
     page.find_element("id", "run").click()
     until(lambda: len(tokens(page)) > 20)
     written = text(page, "completion")
@@ -201,6 +203,26 @@ def test_chats(page: Chrome, until: Until) -> None:
     assert len(page.find_elements("css selector", ".question")) == 1
 
 
+def test_each_tab_has_a_status_of_its_own(page: Chrome, until: Until) -> None:
+    completion, chat = (page.find_element("id", f"tab-{name}") for name in ("completion", "chat"))
+    complete(page, until, temperature=0, max_tokens=5)
+    chat.click()
+    assert text(page, "status") == ""
+    fill(page, max_tokens=16_000, temperature=1, message="What?")
+    page.find_element("id", "run").click()
+    until(lambda: text(page, "status") == "Writing …")
+    completion.click()
+    assert text(page, "status") == "Writing under Chat …"
+    page.find_element("id", "stop").click()
+    until(lambda: text(page, "status").startswith("5 tokens written"))
+    chat.click()
+    assert text(page, "status") == "Stopped."
+    page.find_element("id", "clear").click()
+    assert text(page, "status") == ""
+    completion.click()
+    assert text(page, "status") == ""
+
+
 def test_output_is_text(page: Chrome, until: Until) -> None:
     line = "<script>alert(1)</script><img src=x onerror=alert(1)>\n"
     written = complete(page, until, prompt=line * 8, temperature=0, max_tokens=len(line))
@@ -241,7 +263,7 @@ def test_by_keyboard_alone(page: Chrome, until: Until) -> None:
     order = [name for name in ("run", "continue", "clear", "temperature", "seed", "stop_strings") if name in names]
     assert order == ["run", "continue", "clear", "temperature", "seed", "stop_strings"]
     assert sorted(order, key=names.index) == order
-    fill(page, max_tokens=5000)
+    fill(page, max_tokens=16_000)
     page.find_element("id", "prompt").send_keys(Keys.CONTROL, Keys.ENTER)
     until(lambda: text(page, "written") not in ("–", "20"))
     ActionChains(page).send_keys(Keys.ESCAPE).perform()
@@ -315,7 +337,7 @@ def test_twenty_thousand_tokens(page: Chrome, until: Until) -> None:
     page.execute_script(FAKE_SERVER, ["a", "b", " ", "c", "\n"], 20_000)
     began = time.monotonic()
     page.find_element("id", "run").click()
-    until(lambda: "written" in text(page, "status"), 60)
+    until(lambda: "written" in text(page, "status"))
     print(f"20,000 tokens shown in {time.monotonic() - began:.1f} s")
     assert page.execute_script("return document.querySelectorAll('#completion .token').length") == 20_000
     last = page.execute_script("return document.querySelector('#completion .token:last-child')")
@@ -331,9 +353,9 @@ def test_keys_busy_and_vanished_servers(browser: Chrome, until: Until) -> None:
         until(lambda: "key is missing" in text(browser, "error"))
         field = browser.switch_to.active_element
         assert field.get_attribute("id") == "key" and not browser.find_elements("css selector", "#model option")
+        browser.execute_script("document.getElementById('error').textContent = ''")
         field.send_keys("wrong", Keys.ENTER)
-        time.sleep(0.3)
-        assert "key is missing or wrong" in text(browser, "error")
+        until(lambda: "key is missing or wrong" in text(browser, "error"))
         field.clear()
         field.send_keys(KEY, Keys.ENTER)
         until(lambda: browser.find_elements("css selector", "#model option"))
@@ -345,18 +367,19 @@ def test_keys_busy_and_vanished_servers(browser: Chrome, until: Until) -> None:
         assert browser.find_element("id", "panel-completion").is_displayed()
 
         assert len(complete(browser, until, temperature=0, max_tokens=5)) == 5
-        body = json.dumps({"prompt": "a", "max_tokens": 4000, "stream": True, "ignore_eos": True}).encode()
+        body = json.dumps({"prompt": "a", "max_tokens": 16_000, "stream": True, "ignore_eos": True}).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
         request = urllib.request.Request(f"{server.url}/v1/completions", body, headers)
-        first, second = (urllib.request.urlopen(request) for _ in range(2))
-        first.readline()  # it runs, and the other waits
+        first = urllib.request.urlopen(request)
+        first.readline()  # it runs
+        second = urllib.request.urlopen(request)  # and this one waits
         browser.find_element("id", "run").click()
         until(lambda: "waiting already" in text(browser, "error"))
         assert "in about 1 s" in text(browser, "error") and "\n" not in text(browser, "error")
         for response in (first, second):
             response.close()
 
-        fill(browser, max_tokens=4000)
+        fill(browser, max_tokens=16_000)
         browser.find_element("id", "run").click()
         until(lambda: len(tokens(browser)) > 3)
         threading.Thread(target=server.process.kill).start()

@@ -56,6 +56,7 @@ KEY = "a-key"
 OPTIONS = ServerOptions(
     chat_template="nous",
     keys=[KEY],
+    allowed_hosts=["a.example"],
     engine=EngineSettings(kv_bytes=2**26, max_rows=4, max_waiting=4),
     limits=Limits(body_bytes=100_000, new_tokens=LONG),
 )
@@ -173,6 +174,10 @@ def test_answers_are_those_of_one_server(client: httpx.Client) -> None:
     assert client.post("/v1/chat/completions", json=chat).json()["usage"]["completion_tokens"] == 3
     assert client.post("/score", json={"input": "x"}).status_code == 200
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["cub"]
+    named = complete(client)
+    assert len(named.headers.get_list("x-request-id")) == 1
+    given = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers={"X-Request-Id": "mine"})
+    assert given.headers.get_list("x-request-id") == ["mine"]
     assert complete(client, max_tokens="x").status_code == 400 and complete(client, model="y").status_code == 404
 
 
@@ -205,6 +210,8 @@ def test_keys_and_limits_hold(url: str, client: httpx.Client) -> None:
             refused = httpx.post(url + path, json=body, headers=headers, trust_env=False)
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
     assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+    for host, status in (("a.example", 200), ("b.example", 403)):
+        assert httpx.get(f"{url}/health", headers={"Host": host}, trust_env=False).status_code == status
     assert complete(client, prompt="x" * 200_000).status_code == 413
     pieces = (b"x" * 50_000 for _ in range(4))
     assert client.post("/v1/completions", content=pieces).status_code == 413
@@ -276,6 +283,11 @@ def test_a_replica_that_dies_hangs_nobody(client: httpx.Client) -> None:
     assert ended[-1]["error"]["code"] == "generation_failed"
     assert [answer.status_code for answer in answers] == [200, 200]
     assert name not in {answer.headers["x-replica"] for answer in answers}
+
+
+def test_hosts_that_are_none_are_refused() -> None:
+    with pytest.raises(InputError, match="is no host"):
+        application(ServerOptions(allowed_hosts=["http://a.example"]))
 
 
 @pytest.mark.parametrize("options", [{"replicas": 0}, {"ingresses": "2"}, {"slack": -1}, {"slack": 0.5}])

@@ -13,8 +13,11 @@ import pytest
 import hyaena
 from hyaena.ray import Embedder, Scorer
 
-os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+# Ray's processes get the priority of the tests: below it, another program on the machine would starve them.
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0", OMP_NUM_THREADS="1")
 ray = pytest.importorskip("ray")
+
+pytestmark = pytest.mark.timeout(1200)
 
 MODEL = str(Path(__file__).parents[2] / "tests" / "golden" / "evo-tiny")
 LETTERS = np.random.default_rng(0)
@@ -32,7 +35,7 @@ def cluster() -> Iterator[None]:
         runtime_env={"env_vars": {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}},
         log_to_driver=False,
     )
-    ray.data.DataContext.get_current().wait_for_min_actors_s = 120  # both take part, however late one starts
+    ray.data.DataContext.get_current().wait_for_min_actors_s = 600  # both take part, however late one starts
     yield
     ray.shutdown()
 

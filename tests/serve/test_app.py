@@ -396,6 +396,18 @@ def test_keys(cub: tuple[Any, Any]) -> None:
         assert test.post("/v1/completions", json={"prompt": "a"}).status_code == 503
 
 
+def test_a_request_keeps_the_name_that_it_came_with(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    names = []
+    with caplog.at_level("INFO", logger="hyaena.access"):
+        for given in (None, "5f-a.B_1:/+=", "", "a b", "x" * 129, "<b>", "ü".encode()):
+            answer = client.get("/version", headers={} if given is None else {"X-Request-Id": given})
+            names += answer.headers.get_list("x-request-id")
+    assert names[1] == "5f-a.B_1:/+=" and len(set(names)) == 7
+    assert all(re.fullmatch("[0-9a-f]{32}", name) for name in names[:1] + names[2:])
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "hyaena.access"]
+    assert [line["request"] for line in lines] == names
+
+
 def test_logs_have_no_prompts(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="hyaena.access"):
         complete(client, prompt="a secret")

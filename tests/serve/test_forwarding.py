@@ -25,7 +25,8 @@ from hyaena.serve.metrics import Metrics, merged
 
 async def echo(request: Request) -> Response:
     body = await request.body()
-    return JSONResponse({"body": body.decode(), "path": request.url.path, "query": request.url.query}, status_code=201)
+    found = {"body": body.decode(), "path": request.url.path, "query": request.url.query}
+    return JSONResponse(found, status_code=201, headers={"X-Request-Id": "mine"})
 
 
 async def count(request: Request) -> Response:
@@ -61,6 +62,7 @@ def test_an_answer_is_that_of_the_server() -> None:
     found = client().post("/v1/echo?a=b", content=b"x" * 100_000)
     assert found.status_code == 201 and found.headers["X-Replica"] == "server 0"
     assert found.json() == {"body": "x" * 100_000, "path": "/v1/echo", "query": "a=b"}
+    assert "X-Request-Id" not in found.headers  # it is for the server before this one to name requests
     assert client().get("/v1/count").text == "".join(f"data: {number}\n\n" for number in range(4))
     assert client().get("/nothing").status_code == 404
 

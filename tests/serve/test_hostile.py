@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from configs import TINY
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.protocol import GenerationBody
-from hyaena.serve.service import Limits
+from hyaena.serve.service import LONG, Limits
+from hyaena.tokenizers import ByteTokenizer
 from serve.clients import PATIENCE, once, until
 from serve.live import Live, live
 
@@ -286,6 +288,37 @@ def test_reading_for_clients_that_left_is_given_up(server: Live, path: str) -> N
     finally:
         release.set()
     held.result(PATIENCE)
+    server.wait_idle()
+
+
+def test_long_texts_are_encoded_while_others_are_answered(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, begun, encode = threading.Event(), threading.Semaphore(0), ByteTokenizer._encode
+
+    def slow(self: ByteTokenizer, text: str | bytes, *rest: bool) -> list[int]:
+        if len(text) >= LONG:
+            begun.release()
+            assert release.wait(PATIENCE)
+        return encode(self, text, *rest)
+
+    monkeypatch.setattr(ByteTokenizer, "_encode", slow)
+    long = "x" * LONG
+    asked = [
+        ("/v1/completions", body(prompt=long)),
+        ("/v1/chat/completions", chat(messages=[{"role": "user", "content": long}])),
+        ("/tokenize", json.dumps({"prompt": long}).encode()),
+        ("/score", json.dumps({"input": [long]}).encode()),
+        ("/v1/embeddings", json.dumps({"input": long}).encode()),
+    ]
+    with server.client(headers={"Authorization": f"Bearer {KEY}"}) as client, ThreadPoolExecutor(len(asked)) as threads:
+        waiting = [threads.submit(client.post, path, content=data, headers=TYPE) for path, data in asked]
+        for _ in range(2):
+            assert begun.acquire(timeout=PATIENCE)
+        assert client.get("/health").status_code == 200
+        assert client.post("/v1/completions", content=body(), headers=TYPE).status_code == 200
+        assert not any(one.done() for one in waiting) and not begun.acquire(blocking=False)  # two at a time
+        release.set()
+        for one in waiting:
+            assert one.result().status_code in {200, 400}
     server.wait_idle()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hyaena
-from hyaena.errors import InputError
+from hyaena.errors import InputError, NonFiniteError
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.scoring import embed_steps, score_steps
@@ -76,6 +76,18 @@ def test_steps_read_no_more_than_a_pass_and_leave_the_model_as_it_is() -> None:
         assert not MODEL.norm._forward_hooks
     assert len(found) == 2 and max(worth) <= 100
     assert sum(worth) == pytest.approx(1030 + 1000 / len(MODEL.layers))  # the final norm is read like a layer
+
+
+def test_the_search_for_a_nan_goes_in_steps_too() -> None:
+    model = StripedHyena(CONFIGS["multi"])
+    with torch.no_grad():
+        model.embed_tokens.weight[255] = torch.nan
+    steps, worth = score_steps(model, TOKENIZER, [[1] * 1200 + [255] + [1] * 300], tokens_per_pass=100), []
+    with pytest.raises(NonFiniteError, match="they first appear in the embedding, at token 1200"):
+        while True:
+            worth.append(next(steps))
+            assert not model.norm._forward_hooks and not model.embed_tokens._forward_hooks
+    assert worth[-2:] == [512, 512] and max(worth[:-2]) <= 100
 
 
 def test_work_that_is_cancelled_ends_at_its_next_step() -> None:

@@ -46,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allow-origin", action="append", default=[], metavar="URL", help="let pages from there call the server (CORS)"
     )
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also answer to requests for this host, * for any; may be repeated (for this machine only: localhost and "
+        "--host; else any)",
+    )
 
     group = parser.add_argument_group("memory and scheduling")
     group.add_argument(
@@ -67,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--deterministic",
         action="store_true",
         help="give every request bitwise the same numbers whatever runs beside it; slow",
+    )
+    group.add_argument(
+        "--no-warm-up",
+        dest="warm_up",
+        action="store_false",
+        help="take requests before kernels are compiled and graphs captured: the first ones wait for that",
     )
 
     group = parser.add_argument_group("limits")
@@ -105,9 +119,11 @@ def run(args: argparse.Namespace) -> int:
 
     from hyaena.serve.app import make_app
     from hyaena.serve.engine import EngineSettings
+    from hyaena.serve.guards import hosts_to_check
     from hyaena.serve.loading import ServerOptions, load_server
     from hyaena.serve.run import listen, log_requests, serve
     from hyaena.serve.service import Limits
+    from hyaena.serve.warmup import warm_up
 
     options = ServerOptions(
         model=args.model,
@@ -132,15 +148,22 @@ def run(args: argparse.Namespace) -> int:
         limits=Limits(body_bytes=int(args.max_body * 1e6), new_tokens=args.max_new_tokens, seconds=args.timeout),
         keys=[key for key in [*args.api_key, os.environ.get(KEY_VARIABLE, "")] if key],
         allow_origins=args.allow_origin,
+        allowed_hosts=args.allowed_host,
+        warm_up=args.warm_up,
         log_prompts=args.log_prompts,
     )
     opened = listen(args.host, args.port)  # before gigabytes are loaded
+    host, port = opened.getsockname()[:2]
+    hosts = hosts_to_check(host, args.host, options.allowed_hosts)
     server = load_server(options)
-    app = make_app(server, keys=options.keys, allow_origins=options.allow_origins, log_prompts=options.log_prompts)
+    app = make_app(
+        server, keys=options.keys, allow_origins=options.allow_origins, hosts=hosts, log_prompts=options.log_prompts
+    )
     engine = server.default.engine
     log_requests(quiet=args.quiet)
     engine.start()
-    host, port = opened.getsockname()[:2]
+    if options.warm_up:
+        warm_up(engine)
     place = f"[{host}]" if ":" in host else host
     names = ", ".join(server.models)
     print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,25 @@ CHUNK = 512
 """Tokens per pass of the search: logits of every position are computed, so fewer than a prefill takes."""
 
 
-@torch.inference_mode()
 def first_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "auto") -> str:
     """Read tokens again and say where NaN or infinity first appears, in words.
 
     Memory stays flat, as in a prefill: chunks and a cache.
+    """
+    steps = search_non_finite(model, ids, method=method)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+@torch.inference_mode()
+def search_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "auto") -> Generator[int, None, str]:
+    """``first_non_finite`` in steps of a chunk, between which others may use the model.
+
+    Yields:
+        How many tokens were read since the step before.
     """
     places: list[tuple[str, nn.Module]] = [("the embedding", model.embed_tokens)]
     places += [(f"layer {i} ({kind})", model.layers[i]) for i, kind in enumerate(model.config.layer_types)]
@@ -43,15 +57,16 @@ def first_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "
 
         return hook
 
-    handles = [module.register_forward_hook(watch(place)) for place, module in places]
-    try:
-        cache = model.make_cache(1, max_length=len(ids), method=method)
-        for start in range(0, len(ids), CHUNK):
-            part = torch.tensor([list(ids[start : start + CHUNK])], device=model.device)
+    cache = model.make_cache(1, max_length=len(ids), method=method)
+    for start in range(0, len(ids), CHUNK):
+        part = torch.tensor([list(ids[start : start + CHUNK])], device=model.device)
+        handles = [module.register_forward_hook(watch(place)) for place, module in places]
+        try:
             check("the head", model(part, cache=cache, method=method))
-    except _NonFiniteFound as found:
-        return str(found)
-    finally:
-        for handle in handles:
-            handle.remove()
+        except _NonFiniteFound as found:
+            return str(found)
+        finally:
+            for handle in handles:
+                handle.remove()
+        yield part.shape[1]
     return "they were finite when the tokens were read again, so not the weights but the steps differ"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyaena.arguments import kind_of, switch, whole
 from hyaena.errors import InputError, nearest, shown
-from hyaena.generation.nonfinite import first_non_finite
+from hyaena.generation.nonfinite import search_non_finite
 from hyaena.model import StripedHyena
 from hyaena.ops import capabilities
 from hyaena.scoring import pooling, token_scores
@@ -226,7 +226,7 @@ def _scores(
     for count, group in reader.read(encoder.records(texts)):
         for record in group:
             values = scorer.take(record)
-            _require_finite(model, record, values[0], settings.method)
+            yield from _require_finite(model, record, values[0], settings.method)
             found = make_score(record, values, wanted, as_torch=settings.output == "torch")
             if settings.both_strands and not record.reverse:
                 first = found
@@ -421,8 +421,11 @@ def _stacked(vectors: list[Any], pool: Pool | Sequence[int]) -> Any:
     return torch.stack(vectors) if isinstance(vectors[0], Tensor) else np.stack(vectors)
 
 
-def _require_finite(model: StripedHyena, record: Record, logprobs: Tensor, method: str) -> None:
+def _require_finite(model: StripedHyena, record: Record, logprobs: Tensor, method: str) -> Iterator[float]:
     """Check the log-probabilities of a record.
+
+    Yields:
+        Where they are not finite, the tokens that were read again since the step before, to find the layer.
 
     Raises:
         NonFiniteRecordError: with the text, and the layer where the numbers first go wrong.
@@ -432,7 +435,7 @@ def _require_finite(model: StripedHyena, record: Record, logprobs: Tensor, metho
         return
     where = ""
     if len(record) <= MOST_EXPLAINED:
-        where = ": " + first_non_finite(model, record.ids.tolist(), method=method)
+        where = ": " + (yield from search_non_finite(model, record.ids.tolist(), method=method))
     raise NonFiniteRecordError(
         record.index,
         f"its logits are not finite{where}; check the weights with `hyaena info`, or compute in float32",

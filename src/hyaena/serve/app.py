@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import hyaena
 from hyaena.errors import printable
-from hyaena.serve.guards import AccessLog, Authentication, BodyLimit
+from hyaena.serve.guards import AccessLog, AllowedHosts, Authentication, BodyLimit
 from hyaena.serve.metrics import MEDIA_TYPE, Metrics
 from hyaena.serve.playground import add_playground
 from hyaena.serve.protocol import ApiError
@@ -54,7 +54,12 @@ class Server:
 
 
 def make_app(
-    server: Server, *, keys: Sequence[str] = (), allow_origins: Sequence[str] = (), log_prompts: bool = False
+    server: Server,
+    *,
+    keys: Sequence[str] = (),
+    allow_origins: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+    log_prompts: bool = False,
 ) -> FastAPI:
     """Make the application.
 
@@ -62,6 +67,7 @@ def make_app(
         server: the models.
         keys: bearer keys, one of which a client must send; without any, no key is needed.
         allow_origins: origins of web pages that may call the server (CORS).
+        hosts: that the server answers to, see ``guards.AllowedHosts``; without any, to all.
         log_prompts: whether the log holds the bodies of requests.
     """
     # The pages that FastAPI would show the description on load scripts from elsewhere.
@@ -82,6 +88,8 @@ def make_app(
     app.add_middleware(BodyLimit, most=server.limits.body_bytes)
     if keys:
         app.add_middleware(Authentication, keys=keys)
+    if hosts:
+        app.add_middleware(AllowedHosts, hosts=hosts)
     app.add_middleware(AccessLog, log_bodies=log_prompts)
     return app
 

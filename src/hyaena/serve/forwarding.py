@@ -129,7 +129,9 @@ class _Answering:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            MutableHeaders(raw=message["headers"])["X-Replica"] = self.server
+            headers = MutableHeaders(raw=message["headers"])
+            headers["X-Replica"] = self.server
+            del headers["X-Request-Id"]  # who takes requests gives answers theirs, as Ray does
             self._streams = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
             self._first = message
             return

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Sequence
@@ -19,11 +21,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hyaena.errors import InputError, printable, shown
 from hyaena.serve.playground import FILES
 from hyaena.serve.protocol import ApiError
 
 log = logging.getLogger("hyaena.access")
 T = TypeVar("T")
+
+_REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
 OPEN_PATHS = frozenset({"/health", "/version", *FILES})
 """Paths that need no key: what balancers look at, and the playground, which asks for one."""
@@ -104,8 +109,72 @@ class Authentication:
         await _answer(error, scope, receive, send)
 
 
+class AllowedHosts:
+    """Refuses requests for other hosts than the server's own.
+
+    A web page from elsewhere may have its name resolved to this machine (DNS rebinding), and then call the server as if
+    it had come from there. The ``Host`` of such a request is the name of that page's server.
+
+    Args:
+        app: behind it.
+        hosts: names and addresses that are answered to, without a port.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app = app
+        self._hosts = frozenset(map(_host, hosts))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            for value in Headers(scope=scope).getlist("host"):
+                if _host(value) not in self._hosts:
+                    message = (
+                        f"this server does not answer to the host {printable(value)}: ask it at the address that it "
+                        "listens at, or start it with --allowed-host and this name"
+                    )
+                    await _answer(ApiError(403, message, code="host_not_allowed"), scope, receive, send)
+                    return
+        await self.app(scope, receive, send)
+
+
+def hosts_to_check(address: str, named: str, allowed: Sequence[str]) -> list[str]:
+    """The hosts that a server answers to; none where it answers to all.
+
+    Args:
+        address: that it listens at, as an IP address.
+        named: the same as the user gave it.
+        allowed: what the user allows beside it. Where there is nothing, only servers of this machine alone check.
+
+    Raises:
+        InputError: something that is no host.
+    """
+    for host in allowed:
+        if not _HOST.fullmatch(host):
+            raise InputError(f"{shown(host)} is no host: give a name or an address, without a scheme, port or path")
+    local = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    if "*" in allowed or not (local or allowed):
+        return []
+    return [*LOOPBACK, named, address, *allowed]
+
+
+_HOST = re.compile(r"\*|[\w.-]+|\[?[0-9A-Fa-f:.]+\]?", re.ASCII)
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""No page from elsewhere has these names."""
+
+
+def _host(value: str) -> str:
+    """The host of a ``Host`` header, or of an option, in one form: without a port, brackets and a closing dot."""
+    value = value.strip().lower()
+    if value.startswith("["):
+        return value[1:].partition("]")[0]
+    if value.count(":") == 1:
+        value = value.partition(":")[0]
+    return value.removesuffix(".")
+
+
 class AccessLog:
-    """Writes one line of JSON per request, and gives every answer an ``X-Request-Id``.
+    """Writes one line of JSON per request, and gives every answer an ``X-Request-Id``: the request's, or a new one.
 
     Args:
         app: behind it.
@@ -119,7 +188,9 @@ class AccessLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, name = time.monotonic(), 0, uuid.uuid4().hex
+        given = Headers(scope=scope).get("x-request-id", "")  # of a balancer, or of Ray
+        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        began, status = time.monotonic(), 0
         body = bytearray()
 
         async def heard() -> Message:

@@ -33,6 +33,8 @@ class ServerOptions:
         limits: of every request.
         keys: bearer keys, one of which a client must send; without any, no key is needed.
         allow_origins: origins of web pages that may call the server (CORS).
+        allowed_hosts: hosts that the server answers to beside its own, see ``guards.hosts_to_check``; ``"*"`` is any.
+        warm_up: whether the engine compiles what the first requests need before it takes any.
         log_prompts: whether the log holds the bodies of requests.
     """
 
@@ -50,6 +52,8 @@ class ServerOptions:
     limits: Limits = field(default_factory=Limits)
     keys: Sequence[str] = ()
     allow_origins: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
+    warm_up: bool = True
     log_prompts: bool = False
 
 

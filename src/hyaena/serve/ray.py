@@ -41,11 +41,12 @@ from hyaena.arguments import whole
 from hyaena.serve.affinity import Affinity
 from hyaena.serve.app import add_errors, make_app
 from hyaena.serve.forwarding import Forwarder, ServerLostError, answer
-from hyaena.serve.guards import Authentication, BodyLimit
+from hyaena.serve.guards import AllowedHosts, Authentication, BodyLimit, hosts_to_check
 from hyaena.serve.loading import ServerOptions, load_server
 from hyaena.serve.metrics import MEDIA_TYPE, merged
 from hyaena.serve.protocol import ApiError
 from hyaena.serve.run import log_requests
+from hyaena.serve.warmup import warm_up
 
 DRAIN = 35.0
 """Seconds that a replica has to finish its requests when it is stopped."""
@@ -73,11 +74,12 @@ def application(
         slack: see ``Affinity``.
 
     Raises:
-        InputError: a number that is out of range.
+        InputError: a number that is out of range, or a host that is none.
     """
     options = options or ServerOptions()
     for name, value, least in (("replicas", replicas, 1), ("ingresses", ingresses, 1), ("slack", slack, 0)):
         whole(name, value, f"a whole number of at least {least}", least)
+    _hosts(options)
     most = 2 * (options.engine.max_rows + options.engine.max_waiting)  # the engine's queue refuses before Ray's waits
     replica = Replica.options(
         num_replicas=replicas,
@@ -130,6 +132,11 @@ def _starts(request: PendingRequest | None) -> Sequence[bytes]:
     return () if request is None else request.kwargs.get("starts", ())
 
 
+def _hosts(options: ServerOptions) -> list[str]:
+    """The hosts that are answered to: all unless some are named, for Ray decides where it listens."""
+    return hosts_to_check("0.0.0.0", "0.0.0.0", options.allowed_hosts)
+
+
 @serve.deployment
 class Replica:
     """An engine, and the application of ``hyaena serve`` before it.
@@ -144,6 +151,8 @@ class Replica:
         self.name = serve.get_replica_context().replica_id.unique_id
         log_requests()
         self.server.default.engine.start()
+        if options.warm_up:
+            warm_up(self.server.default.engine)
 
     async def answer(
         self, scope: dict[str, Any], body: bytes, *, starts: Sequence[bytes] = ()
@@ -189,6 +198,8 @@ class Ingress:
         guards = [Middleware(BodyLimit, most=self.options.limits.body_bytes)]
         if self.options.keys:
             guards.insert(0, Middleware(Authentication, keys=self.options.keys))
+        if hosts := _hosts(self.options):
+            guards.insert(0, Middleware(AllowedHosts, hosts=hosts))
         routes = [Route("/metrics", self._metrics), Mount("/", Forwarder(self._ask))]
         app = Starlette(routes=routes, middleware=guards)
         add_errors(app)

@@ -23,7 +23,7 @@ from hyaena.serve.protocol import (
     TokenizeBody,
     as_prompts,
 )
-from hyaena.serve.service import Served, TokenInfo, chat_prompt, errors_of_clients, too_late
+from hyaena.serve.service import Served, TokenInfo, aside, chat_prompt, encode_all, errors_of_clients, too_late
 from hyaena.serve.work import Steps
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ async def read_prefixes(
     """What ``echo`` puts in front of every completion: the prompt, and its log-probabilities where they are wanted."""
     if not body.echo:
         return []
-    with errors_of_clients():
-        texts = [served.tokenizer.decode(prompt) for prompt in prompts]
+    decode = served.tokenizer.decode
+    texts = await aside(sum(map(len, prompts)), lambda: [decode(prompt) for prompt in prompts])
     if body.logprobs is None:
         return [(text, []) for text in texts]
     top = body.logprobs
@@ -127,11 +127,6 @@ def _texts(given: Prompts) -> list[Any]:
     return texts
 
 
-def _encode(served: Served, texts: Sequence[Any]) -> list[list[int]]:
-    with errors_of_clients():
-        return [served.tokenizer.encode(text) if isinstance(text, str) else list(text) for text in texts]
-
-
 def add_reading(app: FastAPI, server: Server) -> None:
     """Add the routes that read."""
 
@@ -140,7 +135,7 @@ def add_reading(app: FastAPI, server: Server) -> None:
         """Embed texts."""
         served = server.find(body.model)
         texts = _texts(body.input)
-        ids = _encode(served, texts)
+        ids = await encode_all(served, texts)
         steps = embed_steps(
             served.model,
             served.tokenizer,
@@ -158,7 +153,7 @@ def add_reading(app: FastAPI, server: Server) -> None:
         """Score texts: sum and mean of log-probabilities, perplexity, and with ``per_token`` every token."""
         served = server.find(body.model)
         texts = _texts(body.input)
-        ids = _encode(served, texts)
+        ids = await encode_all(served, texts)
         options = {"both_strands": body.both_strands, "tokens_per_pass": served.engine.chunk}
         steps = score_steps(served.model, served.tokenizer, texts, **options)
         found: Any = await _read(server, served, request, ids, steps)
@@ -171,10 +166,9 @@ def add_reading(app: FastAPI, server: Server) -> None:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either a prompt or messages")
         if body.messages is not None:
-            ids = chat_prompt(served, body.messages)
+            ids = await chat_prompt(served, body.messages)
         else:
-            with errors_of_clients():
-                ids = served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+            (ids,) = await encode_all(served, [body.prompt or ""], add_special_tokens=body.add_special_tokens)
         if body.return_token_strs and len(ids) > served.engine.max_length:
             raise ApiError(400, f"{len(ids)} tokens are more than the model takes: ask for fewer token_strs")
 
@@ -190,8 +184,8 @@ def add_reading(app: FastAPI, server: Server) -> None:
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of ids."""
         served = server.find(body.model)
-        with errors_of_clients():
-            return JSONResponse({"prompt": served.tokenizer.decode(body.tokens)})
+        text = await aside(len(body.tokens), lambda: served.tokenizer.decode(body.tokens))
+        return JSONResponse({"prompt": text})
 
 
 def _embedding_entry(vector: Any, as_text: bool) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from hyaena.errors import CapacityError, HyaenaError, InputError
 from hyaena.model import StripedHyena
@@ -18,6 +19,14 @@ from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Delta, Engine, EngineDeadError, QueueFullError, Request
 from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, as_prompts, usage
 from hyaena.tokenizers import Tokenizer
+
+T = TypeVar("T")
+
+LONG = 2**14
+"""Characters or ids from which a text is encoded in another thread: a tokenizer in Python takes milliseconds for it."""
+
+_texts = ThreadPoolExecutor(2, thread_name_prefix="hyaena-texts")
+"""Two long texts are encoded at a time; others wait, and the streams still get most of the interpreter."""
 
 MIN_LOGPROB = -9999.0
 """Sent in place of -infinity, which JSON does not have."""
@@ -247,18 +256,32 @@ def sampling_params(body: GenerationBody) -> SamplingParams:
     )
 
 
-def completion_prompts(served: Served, body: CompletionBody) -> list[list[int]]:
-    """The ids of all prompts of a body."""
+async def aside(size: int, work: Callable[[], T]) -> T:
+    """Do something with a text of so many characters or ids; a long one in another thread, while streams go on.
+
+    The errors of the engine and of arguments become answers to the client.
+    """
     with errors_of_clients():
-        return [
-            served.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
-            if isinstance(prompt, str)
-            else prompt
-            for prompt in as_prompts(body.prompt)
-        ]
+        return work() if size < LONG else await asyncio.get_running_loop().run_in_executor(_texts, work)
 
 
-def chat_prompt(served: Served, messages: Sequence[Any]) -> list[int]:
+async def encode_all(served: Served, given: Sequence[Any], *, add_special_tokens: bool = True) -> list[list[int]]:
+    """The ids of texts, of which some may be ids already."""
+    encode = served.tokenizer.encode
+    return await aside(
+        sum(map(len, given)),
+        lambda: [
+            encode(one, add_special_tokens=add_special_tokens) if isinstance(one, str) else list(one) for one in given
+        ],
+    )
+
+
+async def completion_prompts(served: Served, body: CompletionBody) -> list[list[int]]:
+    """The ids of all prompts of a body."""
+    return await encode_all(served, as_prompts(body.prompt), add_special_tokens=body.add_special_tokens)
+
+
+async def chat_prompt(served: Served, messages: Sequence[Any]) -> list[int]:
     """The ids of a conversation.
 
     Raises:
@@ -271,10 +294,9 @@ def chat_prompt(served: Served, messages: Sequence[Any]) -> list[int]:
             "server with --chat-template",
             code="no_chat_template",
         )
-    with errors_of_clients():
-        return served.template.encode(
-            served.tokenizer, [{"role": message.role, "content": message.text} for message in messages]
-        )
+    template, said = served.template, [{"role": message.role, "content": message.text} for message in messages]
+    length = sum(len(message["content"]) for message in said)
+    return await aside(length, lambda: template.encode(served.tokenizer, said))
 
 
 def new_tokens(

@@ -32,7 +32,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue prompts: text, or token ids, one or several."""
         served = server.find(body.model)
-        prompts = completion_prompts(served, body)
+        prompts = await completion_prompts(served, body)
         count = new_tokens(served, body, prompts, server.limits, DEFAULT_COMPLETION_TOKENS)
         prefixes = await read_prefixes(server, served, request, body, prompts)
         generation = None
@@ -50,7 +50,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
     async def chats(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         served = server.find(body.model)
-        prompt = chat_prompt(served, body.messages)
+        prompt = await chat_prompt(served, body.messages)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
         count = new_tokens(served, body, [prompt], server.limits, server.limits.new_tokens)

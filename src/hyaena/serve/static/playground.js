@@ -20,7 +20,8 @@ const post = async (path, body, signal) => (await call(path, { model: $("model")
 
 let models = [];
 let chatting = false;
-let running = null; // the AbortController of the run
+let running = null; // the AbortController of the run, and whether it is one of the chat
+const notes = { completion: "", chat: "" }; // what the status says under each tab
 let turns = []; // of the conversation: {user, answer, element}
 
 const completion = new Answer($("completion"));
@@ -32,36 +33,50 @@ alternatives.watch(completion);
 // Do something that the stop button ends; a run before it ends first.
 async function run(work) {
   running?.abort();
-  const mine = new AbortController();
+  const mine = Object.assign(new AbortController(), { chat: chatting });
   running = mine;
   alternatives.hide();
   $("error").textContent = "";
   $("stop").disabled = false;
   $("continue").disabled = true;
-  $("status").textContent = "Writing …";
+  note("Writing …", mine.chat);
   sample();
   const timer = setInterval(sample, 1000);
   try {
     await work(mine.signal);
   } catch (error) {
-    if (running === mine) tell(error);
+    if (running === mine) tell(error, mine.chat);
   } finally {
     clearInterval(timer);
     if (running === mine) {
       running = null;
       $("stop").disabled = true;
       $("continue").disabled = !latest()?.tokens.length;
+      showNote();
       setTimeout(sample, 500); // when the server has counted its end
     }
   }
 }
 
-function tell(error) {
+// Say something about the completion or the chat, under its tab.
+function note(text, chat) {
+  notes[chat ? "chat" : "completion"] = text;
+  showNote();
+}
+
+function showNote() {
+  const elsewhere = running !== null && running.chat !== chatting;
+  $("status").textContent = elsewhere
+    ? `Writing under ${running.chat ? "Chat" : "Completion"} …`
+    : notes[chatting ? "chat" : "completion"];
+}
+
+function tell(error, chat = chatting) {
   if (error.name === "AbortError") {
-    $("status").textContent = "Stopped.";
+    note("Stopped.", chat);
     return;
   }
-  $("status").textContent = "";
+  note("", chat);
   $("error").textContent = error instanceof ServerError ? error.message : `The page failed: ${error.message}`;
   if (error.status === 401) {
     $("key-form").hidden = false;
@@ -130,7 +145,7 @@ async function write(signal, answer) {
     draw(true);
   }
   const why = reason === "stop" ? "it ended by itself or at a stop string" : "that is the most that was asked for";
-  $("status").textContent = `${number(count)} tokens written: ${why}.`;
+  note(`${number(count)} tokens written: ${why}.`, answer !== completion);
 }
 
 function tokenOf({ text, logprobs }) {
@@ -216,7 +231,9 @@ function clear() {
   completion.clear();
   forget(0);
   $("continue").disabled = true;
-  $("status").textContent = $("error").textContent = "";
+  $("error").textContent = "";
+  note("", false);
+  note("", true);
 }
 
 function start() {
@@ -260,6 +277,7 @@ function show(chat) {
     $(`panel-${name}`).hidden = !on;
   }
   $("no-chat").hidden = true;
+  showNote();
   $("continue").disabled = running !== null || !latest()?.tokens.length;
 }
 
