@@ -192,9 +192,9 @@ def round_all(
     """
     weight = weight.contiguous()
     (rows, width), (low, high, zero) = weight.shape, limits
-    codes = torch.empty(rows, width, dtype=torch.uint8 if low >= 0 else torch.int8)
-    scales, minimums = (torch.empty(rows, groups, dtype=dtype) for _ in range(2))
-    tried = torch.tensor(shares, dtype=torch.float32)
+    codes = torch.empty(rows, width, dtype=torch.uint8 if low >= 0 else torch.int8, device="cpu")
+    scales, minimums = (torch.empty(rows, groups, dtype=dtype, device="cpu") for _ in range(2))
+    tried = torch.tensor(shares, dtype=torch.float32, device="cpu")
     step = max(1, BLOCK // width)
     words = (weight.data_ptr(), rows, width, width // groups, step, 0 if h is None else h.data_ptr())
     words += (len(shares), tried.data_ptr(), low, high, zero, int(minima), int(dtype == torch.float16))
