@@ -139,7 +139,7 @@ def test_the_suite_of_the_readme(folder: Path, tasks: Path, capsys: pytest.Captu
         ([], "name tasks by --tasks, or a suite by --suite"),
         (["--tasks", "hyena_choice", "--suite", "readme"], "one of the two only"),
         (["--suite", "other"], "unknown suite 'other': choose readme"),
-        (["--tasks", "hyena_choice", "--output", "/nowhere/out.json"], "there is no such folder"),
+        (["--tasks", "hyena_choice", "--output", "/nowhere/out.json"], "name a file in a folder that exists"),
         (["--tasks", "hyena_choice", "--limit", "0"], "limit must be a whole number, 1 or more"),
         (["--tasks", "piqa"], "the data of piqa cannot be loaded"),
         (["--tasks", "hyena_odd"], "the task sets num_beams for generation"),
