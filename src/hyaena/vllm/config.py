@@ -61,6 +61,7 @@ class FolderConfig(HyaenaConfig):
     """The same for a ``config.json`` as it is, whose ``model_type`` is ``stripedhyena``."""
 
     model_type = MODEL_TYPE
+    __init__ = HyaenaConfig.__init__  # transformers makes one for a class without its own
 
 
 def register_configs() -> None:
