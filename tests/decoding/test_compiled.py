@@ -13,6 +13,7 @@ from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.decoding import Decoder, resolve_decoding
 from hyaena.decoding.decoder import choose_operators
 from hyaena.errors import UnsupportedError
+from hyaena.layers import Hyena
 from hyaena.model import StripedHyena
 from hyaena.ops import cpu
 from hyaena.ops.step import DecodeOperators
@@ -21,6 +22,8 @@ from hyaena.tokenizers import ByteTokenizer
 from models import spread
 
 pytest.importorskip("numba", reason="the kernels are compiled by numba")
+
+from hyaena.ops.cpu import team
 
 CONFIGS = {"sh": TINY, "evo": TINY_EVO, "evo2": TINY_EVO2}
 # Several layers of large random weights, each rounded to the dtype; relative to the largest logit.
@@ -101,6 +104,52 @@ def test_a_cache_of_16_bits_is_read_and_written_as_it_is(name: str, monkeypatch:
         assert got.tokens == want.tokens
         # a difference in the last bit of float32 may fall on either side of a number of bfloat16
         assert got.logprobs == pytest.approx(want.logprobs, abs=2e-2)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_recorded_step_has_the_bits_of_calls(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows join and leave, and the step of each number of rows is recorded when it is taken for the first time."""
+    model = spread(CONFIGS[name]).to(dtype)
+    operators = choose_operators(model, compiled=True)
+    recorded, called = (decoder_of(model, *prompts(model), operators) for _ in range(2))
+    monkeypatch.setattr(called, "operators", type("Called", (type(operators),), {"record": DecodeOperators.record})())
+    calls = []
+    run = team.run
+    monkeypatch.setattr(team, "run", lambda *arguments: calls.append(arguments) or run(*arguments))
+    for step in range(12):
+        outputs, counts = [], []
+        for decoder in (recorded, called):
+            calls.clear()
+            decoder.launch()
+            outputs.append(decoder.fetch())
+            counts.append(len(calls))
+        assert outputs[0] == outputs[1]
+        first = step in (0, 4)
+        assert (counts[0] == 2) != first  # the step, and the choice of the tokens
+        assert counts[1] > 2 * len(model.layers)
+        if step == 3:
+            recorded.keep([0, 2]), called.keep([0, 2])
+        if step == 7:
+            for decoder in (recorded, called):
+                cache, ids = prompts(model, [3])
+                decoder.add(cache, ids, [SamplingParams()], [SamplingParams().generator()])
+
+
+def test_what_torch_computes_in_a_step_is_not_left_out() -> None:
+    """A mixer of the user's that computes something itself: the step is not recorded."""
+
+    class Louder(Hyena):
+        def step(self, x: Tensor, norm, state, context) -> Tensor:
+            return super().step(x, norm, state, context) * 2
+
+        def forward(self, x: Tensor, context, state, keep: int):
+            y, state = super().forward(x, context, state, keep)
+            return x[:, -keep:] + 2 * y, state
+
+    model = spread(BYTES)
+    model.layers[0].mixer.__class__ = Louder
+    assert generate(model, decoding="compiled") == generate(model, decoding="static")
 
 
 def generate(model: StripedHyena, **options) -> list[int]:

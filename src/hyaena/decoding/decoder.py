@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -110,6 +110,7 @@ class Decoder:
         self.retired: set[int] = set()
         self.cuda_graph = cuda_graph
         self.graphs: dict[Shape, Graph] = {}
+        self.steps: dict[int, Callable[[], Tensor]] = {}  # by places, as operators recorded them
         self.pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     @property
@@ -153,6 +154,7 @@ class Decoder:
         self.ids[start : self.rows] = ids.to(self.ids.device)
         if self.static.positions != positions:
             self.graphs.clear()  # they read the rotary table of fewer positions
+            self.steps.clear()
 
     @torch.inference_mode()
     def launch(self) -> None:
@@ -283,7 +285,15 @@ class Decoder:
             raise AssertionError("rows join and leave between steps only: fetch what was launched")
 
     def _step(self, shape: Shape) -> Tensor:
-        static, places = self.static, shape.places
+        places = shape.places
+        if places in self.steps:
+            logits = self.steps[places]()
+        else:
+            logits, self.steps[places] = self.operators.record(lambda: self._logits(places))
+        return self.sampler.sample(logits, self.ids[:places], self.operators)
+
+    def _logits(self, places: int) -> Tensor:
+        static = self.static
         states = [state.first(places) for state in static.states]
         context = StepContext(
             self.operators,
@@ -292,8 +302,7 @@ class Decoder:
             static.rotary,
             None if static.device_pages is None else PageTable(static.device_pages[:places], static.pages),
         )
-        ids = self.ids[:places]
-        return self.sampler.sample(self.model.step(ids, states, context), ids, self.operators)
+        return self.model.step(self.ids[:places], states, context)
 
     def _shape(self) -> Shape:
         sampler = self.sampler

@@ -68,6 +68,14 @@ class DecodeOperators:
 
     backend = PLAIN
 
+    def record(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Take a step over static memory: its result, and what takes the next ones, here the same function.
+
+        Operators that can repeat a step at less cost than calls return a function that does; its result is in the same
+        memory each time.
+        """
+        return step(), step
+
     def embed(self, ids: Tensor, table: Tensor | Callable[[Tensor], Tensor], context: StepContext) -> Tensor:
         """Count one more token in every row, in place, and look up ids [B] in the table [V,D]: [B,D]."""
         torch.minimum(context.lengths + 1, context.limits, out=context.lengths)

@@ -1,11 +1,11 @@
 """Attention of the newest token of each row: rotate, store, and read the past once.
 
-Keys and values of a row and of a key/value head are read in pieces of ``SPLIT`` tokens, which threads take one after
-another; each piece serves all query heads that share it. The pieces of a row depend on its length alone and are added
-in their order, so that its numbers depend neither on threads nor on other rows.
+Keys and values of a row and of a key/value head are read in pieces, which threads take one after another; each piece
+serves all query heads that share it. The pieces of a row depend on its length alone and are added in their order, so
+that its numbers depend neither on threads nor on other rows.
 
-Where keys and values lie: a row of its own is ``[G,capacity,head_dim]`` at an address of a table; on pages, slot s of a
-row is slot ``s % PAGE`` of page ``numbers[row, s // PAGE]`` of the storage ``[G,slots,head_dim]`` of all rows.
+Where keys and values lie: a row of its own is ``[G,capacity]`` slots at an address of a table; on pages, slot s of a
+row is slot ``s % PAGE`` of page ``numbers[row, s // PAGE]`` of the storage ``[G,slots]`` of all rows.
 """
 
 from __future__ import annotations
@@ -22,33 +22,37 @@ from hyaena.ops.cpu.memory import (
     hold,
     kernel,
     load,
+    rank,
     real,
     short_word,
     size,
     store,
     take,
+    unrank,
     word,
 )
-from hyaena.ops.cpu.vectors import dot
+from hyaena.ops.cpu.reads import mix, scores
 from hyaena.ops.pages import PAGE
 
 SPLIT = 256
-"""Tokens of a piece: a multiple of a page. Long enough to hide what adding pieces costs, short enough to share out."""
+"""Tokens of a piece, at least: long enough to hide what adding pieces costs, short enough to share out."""
+MOST_SPLITS = 64
+"""Pieces of a row."""
 
 # Places of the arguments; 0 counts pieces and 1 those that are finished.
 Q, ROWS, HEADS, GROUPS, HEAD_DIM, LENGTHS, KEYS, VALUES, SLOTS, PAGES, PAGES_WIDTH, Y = range(2, 14)
 COS, SIN = 14, 15  # of rotating
-SPLITS, PARTS, SCALE = 14, 15, 16  # of attention
+PARTS, SCALE = 14, 15  # of attention
 
 
 @function
-def place(p, row, group, slot, head_dim):
-    """The slot in a row's storage, counted in numbers from ``base``."""
-    pages = word(p, PAGES)
+def place(p, kv_token, row, group, slot):
+    """Bytes from ``base`` to a slot."""
+    pages, slot_bytes = word(p, PAGES), word(p, HEAD_DIM) * size(kv_token)
     if pages == 0:
-        return (group * short_word(word(p, SLOTS), row) + slot) * head_dim
+        return (group * short_word(word(p, SLOTS), row) + slot) * slot_bytes
     page = short_word(pages, row * word(p, PAGES_WIDTH) + slot // PAGE)
-    return (group * word(p, SLOTS) + page * PAGE + slot % PAGE) * head_dim
+    return (group * word(p, SLOTS) + page * PAGE + slot % PAGE) * slot_bytes
 
 
 @function
@@ -85,7 +89,7 @@ def rotate_rows(p, token, kv_token):
             turn(token, source + head * head_dim * itemsize, token, target + head * head_dim * itemsize, half, cos, sin)
         keys, values = base(p, row, KEYS), base(p, row, VALUES)
         for group in range(groups):
-            offset = place(p, row, group, slot, head_dim) * size(kv_token)
+            offset = place(p, kv_token, row, group, slot)
             key = source + (heads + group) * head_dim * itemsize
             value = source + (heads + groups + group) * head_dim * itemsize
             turn(token, key, kv_token, keys + offset, half, cos, sin)
@@ -94,41 +98,40 @@ def rotate_rows(p, token, kv_token):
 
 
 @function
-def score(kv_token, keys, head_dim, q, count, out):
-    """Products of one query with ``count`` neighbouring keys."""
-    for t in range(count):
-        store(FLOAT32, out, t, dot(kv_token, keys + t * head_dim * size(kv_token), head_dim, q))
+def read_keys(kv_token, shared, keys, head_dim, queries, count, out, out_stride):
+    """Scores of ``count`` neighbouring keys for all heads that share them: four heads at a time."""
+    stride, of_head, head = head_dim * size(kv_token), head_dim * 4, 0
+    while head + 4 <= shared:
+        here, there = queries + head * of_head, out + head * out_stride
+        scores(kv_token, 4, keys, stride, head_dim, here, count, there, out_stride)
+        head += 4
+    while head < shared:
+        here, there = queries + head * of_head, out + head * out_stride
+        scores(kv_token, 1, keys, stride, head_dim, here, count, there, out_stride)
+        head += 1
 
 
 @function
-def mix(kv_token, values, head_dim, weights, count, out):
-    """Add ``count`` neighbouring values times their weights to out."""
-    t = 0
-    while t + 4 <= count:
-        a, b = load(FLOAT32, weights, t), load(FLOAT32, weights, t + 1)
-        c, d = load(FLOAT32, weights, t + 2), load(FLOAT32, weights, t + 3)
-        start = t * head_dim
-        for i in range(head_dim):
-            total = a * load(kv_token, values, start + i) + b * load(kv_token, values, start + head_dim + i)
-            total += c * load(kv_token, values, start + 2 * head_dim + i)
-            total += d * load(kv_token, values, start + 3 * head_dim + i)
-            store(FLOAT32, out, i, load(FLOAT32, out, i) + total)
-        t += 4
-    while t < count:
-        a = load(FLOAT32, weights, t)
-        for i in range(head_dim):
-            store(FLOAT32, out, i, load(FLOAT32, out, i) + a * load(kv_token, values, t * head_dim + i))
-        t += 1
+def read_values(kv_token, shared, values, head_dim, weights, weights_stride, count, out, out_stride):
+    """Add ``count`` neighbouring values times their weights to the results of all heads that share them."""
+    stride, head = head_dim * size(kv_token), 0
+    while head + 4 <= shared:
+        here, there = weights + head * weights_stride, out + head * out_stride
+        mix(kv_token, 4, values, stride, head_dim, here, weights_stride, count, there, out_stride)
+        head += 4
+    while head < shared:
+        here, there = weights + head * weights_stride, out + head * out_stride
+        mix(kv_token, 1, values, stride, head_dim, here, weights_stride, count, there, out_stride)
+        head += 1
 
 
 @function
 def normalise(scores, count):
     """Turn scores into e^(score - largest), in place; the largest and the sum."""
-    largest = np.float32(-np.inf)
+    most = rank(np.float32(-np.inf))
     for t in range(count):
-        value = load(FLOAT32, scores, t)
-        largest = value if value > largest else largest
-    total = np.float32(0)
+        most = max(most, rank(load(FLOAT32, scores, t)))
+    largest, total = unrank(most), np.float32(0)
     for t in range(count):
         value = exp(load(FLOAT32, scores, t) - largest)
         store(FLOAT32, scores, t, value)
@@ -137,52 +140,53 @@ def normalise(scores, count):
 
 
 @function
-def read_piece(p, kv_token, row, group, split, queries, scores, part):
+def piece_of(length):
+    """Tokens of a piece of a row that holds so many: whole pages, at most ``MOST_SPLITS`` of them."""
+    return max(SPLIT, (length + MOST_SPLITS * PAGE - 1) // (MOST_SPLITS * PAGE) * PAGE)
+
+
+@function
+def read_piece(p, kv_token, row, group, start, count, queries, weights, part):
     """Attention of a group's queries to one piece: largest score, sum of weights, and weighted values, per head."""
     shared, head_dim = word(p, HEADS) // word(p, GROUPS), word(p, HEAD_DIM)
-    start = split * SPLIT
-    count = min(short_word(word(p, LENGTHS), row) - start, SPLIT)
-    keys, values, itemsize = base(p, row, KEYS), base(p, row, VALUES), size(kv_token)
-    step = PAGE if word(p, PAGES) else SPLIT  # what lies together
-    for t in range(0, count, step):
-        here = place(p, row, group, start + t, head_dim) * itemsize
-        for head in range(shared):
-            out = scores + (head * SPLIT + t) * 4
-            score(kv_token, keys + here, head_dim, queries + head * head_dim * 4, min(step, count - t), out)
-    stride = head_dim + 2
+    keys, values = base(p, row, KEYS), base(p, row, VALUES)
+    room, stride = count * 4, (head_dim + 2) * 4
+    for t in range(0, count, PAGE):
+        here, some = place(p, kv_token, row, group, start + t), min(PAGE, count - t)
+        read_keys(kv_token, shared, keys + here, head_dim, queries, some, weights + t * 4, room)
     for head in range(shared):
-        largest, total = normalise(scores + head * SPLIT * 4, count)
-        store(FLOAT32, part, head * stride, largest)
-        store(FLOAT32, part, head * stride + 1, total)
+        largest, total = normalise(weights + head * room, count)
+        store(FLOAT32, part + head * stride, 0, largest)
+        store(FLOAT32, part + head * stride, 1, total)
         for i in range(head_dim):
-            store(FLOAT32, part, head * stride + 2 + i, np.float32(0))
-    for t in range(0, count, step):
-        here = place(p, row, group, start + t, head_dim) * itemsize
-        for head in range(shared):
-            weights, out = scores + (head * SPLIT + t) * 4, part + (head * stride + 2) * 4
-            mix(kv_token, values + here, head_dim, weights, min(step, count - t), out)
+            store(FLOAT32, part + head * stride, 2 + i, np.float32(0))
+    for t in range(0, count, PAGE):
+        here, some = place(p, kv_token, row, group, start + t), min(PAGE, count - t)
+        read_values(kv_token, shared, values + here, head_dim, weights + t * 4, room, some, part + 8, stride)
 
 
 @function
 def add_pieces(p, token):
     """The result of every head from its pieces."""
-    heads, groups, head_dim, splits = word(p, HEADS), word(p, GROUPS), word(p, HEAD_DIM), word(p, SPLITS)
-    shared, stride = heads // groups, head_dim + 2
+    heads, groups, head_dim = word(p, HEADS), word(p, GROUPS), word(p, HEAD_DIM)
+    shared, stride = heads // groups, (head_dim + 2) * 4
+    step = shared * stride  # from piece to piece
     for row in range(word(p, ROWS)):
-        used = (short_word(word(p, LENGTHS), row) + SPLIT - 1) // SPLIT
+        length = short_word(word(p, LENGTHS), row)
+        used = (length + piece_of(length) - 1) // piece_of(length)
         for head in range(heads):
-            first = word(p, PARTS) + (((row * groups + head // shared) * splits) * shared + head % shared) * stride * 4
-            step = shared * stride  # from piece to piece
+            first = word(p, PARTS) + (row * groups + head // shared) * MOST_SPLITS * step + head % shared * stride
             largest = np.float32(-np.inf)
             for split in range(used):
-                value = load(FLOAT32, first, split * step)
+                value = load(FLOAT32, first + split * step, 0)
                 largest = value if value > largest else largest
             total = np.float32(0)
             for split in range(used):
-                weight = exp(load(FLOAT32, first, split * step) - largest)
-                total += weight * load(FLOAT32, first, split * step + 1)
+                here = first + split * step
+                weight = exp(load(FLOAT32, here, 0) - largest)
+                total += weight * load(FLOAT32, here, 1)
                 for i in range(head_dim):  # collected in the first piece
-                    value = weight * load(FLOAT32, first, split * step + 2 + i)
+                    value = weight * load(FLOAT32, here, 2 + i)
                     if split:
                         value += load(FLOAT32, first, 2 + i)
                     store(FLOAT32, first, 2 + i, value)
@@ -194,22 +198,30 @@ def add_pieces(p, token):
 def attend_pieces(p, token, kv_token):
     """Attention of every row; the thread that finishes the last piece adds them."""
     rows, heads, groups, head_dim = word(p, ROWS), word(p, HEADS), word(p, GROUPS), word(p, HEAD_DIM)
-    splits, scale = word(p, SPLITS), np.float32(real(p, SCALE))
-    shared = heads // groups
+    scale, shared, longest = np.float32(real(p, SCALE)), heads // groups, 0
+    for row in range(rows):
+        longest = max(longest, short_word(word(p, LENGTHS), row))
+    splits = 0
+    for row in range(rows):
+        length = short_word(word(p, LENGTHS), row)
+        splits = max(splits, (length + piece_of(length) - 1) // piece_of(length))
     pieces = rows * groups * splits
     piece = take(p, 0)
     if piece >= pieces:
         return
-    wide, room = np.empty(shared * head_dim, np.float32), np.empty(shared * SPLIT, np.float32)
-    queries, scores = wide.ctypes.data, room.ctypes.data
+    wide, room = np.empty(shared * head_dim, np.float32), np.empty(shared * piece_of(longest), np.float32)
+    queries, weights = wide.ctypes.data, room.ctypes.data
     while piece < pieces:
         split, group, row = piece % splits, piece // splits % groups, piece // (splits * groups)
-        if split * SPLIT < short_word(word(p, LENGTHS), row):
-            start = (row * heads + group * shared) * head_dim
+        length = short_word(word(p, LENGTHS), row)
+        start = split * piece_of(length)
+        if start < length:
+            first = (row * heads + group * shared) * head_dim
             for i in range(shared * head_dim):
-                store(FLOAT32, queries, i, load(token, word(p, Q), start + i) * scale)
-            part = word(p, PARTS) + piece * shared * (head_dim + 2) * 4
-            read_piece(p, kv_token, row, group, split, queries, scores, part)
+                store(FLOAT32, queries, i, load(token, word(p, Q), first + i) * scale)
+            part = word(p, PARTS) + ((row * groups + group) * MOST_SPLITS + split) * shared * (head_dim + 2) * 4
+            count = min(length - start, piece_of(length))
+            read_piece(p, kv_token, row, group, start, count, queries, weights, part)
         if take(p, 1) == pieces - 1:
             add_pieces(p, token)
         piece = take(p, 0)

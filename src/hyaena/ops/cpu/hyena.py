@@ -10,15 +10,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from hyaena.ops.cpu.memory import FLOAT32, STAMP, function, kernel, load, size, store, take, word
+from hyaena.ops.cpu.memory import FLOAT32, STAMP, expm1, function, kernel, load, size, store, take, word
 
 BLOCK = 128
 """Channels that a thread takes together."""
 
 COMPLEX, REAL, TAPS = 0, 1, 2
 
-# Places of the arguments; 0 counts blocks.
-Z, ROWS, CHANNELS, SHORT_TAPS, SHORT_WEIGHT, SHORT_BIAS, SHORT, LONG, FILTERS, MODES, A, B, SKIP, Y = range(1, 15)
+# Places of the arguments; 0 counts blocks, and 1 nothing.
+Z, ROWS, CHANNELS, SHORT_TAPS, SHORT_WEIGHT, SHORT_BIAS, SHORT, LONG, FILTERS, MODES, A, B, SKIP, Y = range(2, 16)
 
 
 @function
@@ -56,11 +56,11 @@ def complex_modes(p, token, state, numbers, x):
 
 @function
 def real_modes(p, token, state, numbers, x):
-    """``s += expm1(λ)·s + x``, ``Σ R·s`` for real modes; A holds expm1(λ)."""
-    changes, residues, total = word(p, A), word(p, B), np.float32(0)
+    """``s += expm1(λ)·s + x``, ``Σ R·s`` for real modes; A holds λ."""
+    poles, residues, total = word(p, A), word(p, B), np.float32(0)
     for n in range(word(p, MODES)):
         s = load(FLOAT32, state, n)
-        s += load(FLOAT32, changes, numbers + n) * s + x
+        s += expm1(load(FLOAT32, poles, numbers + n)) * s + x
         store(FLOAT32, state, n, s)
         total += load(FLOAT32, residues, numbers + n) * s
     return total

@@ -127,6 +127,42 @@ def short_word(context, address, index):
 
 
 @intrinsic
+def store_word(context, address, index, value):
+    """Write an int64 to ``address[index]``."""
+
+    def generate(generator, builder, signature, arguments):
+        address, index, value = arguments
+        builder.store(value, _place(builder, address, index, _INT64), align=8)
+        return generator.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def store_short_word(context, address, index, value):
+    """Write an int64 to ``address[index]`` as int32."""
+
+    def generate(generator, builder, signature, arguments):
+        address, index, value = arguments
+        builder.store(builder.trunc(value, _INT32), _place(builder, address, index, _INT32), align=4)
+        return generator.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def store_real(context, address, index, value):
+    """Write a float64 to ``address[index]``."""
+
+    def generate(generator, builder, signature, arguments):
+        address, index, value = arguments
+        builder.store(value, _place(builder, address, index, ir.DoubleType()), align=8)
+        return generator.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float64), generate
+
+
+@intrinsic
 def real(context, address, index):
     """The float64 at ``address[index]``."""
 
@@ -147,6 +183,31 @@ def take(context, address, index):
 
 
 @intrinsic
+def rank(context, value):
+    """An int32 that orders float32 numbers as they are ordered; NaN without sign is above infinity."""
+
+    def generate(_, builder, signature, arguments):
+        bits = builder.bitcast(arguments[0], _INT32)
+        negative = builder.ashr(bits, ir.Constant(_INT32, 31))
+        return builder.xor(bits, builder.and_(negative, ir.Constant(_INT32, 0x7FFFFFFF)))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def unrank(context, number):
+    """The float32 whose rank a number is."""
+
+    def generate(_, builder, signature, arguments):
+        negative = builder.ashr(arguments[0], ir.Constant(_INT32, 31))
+        return builder.bitcast(
+            builder.xor(arguments[0], builder.and_(negative, ir.Constant(_INT32, 0x7FFFFFFF))), _FLOAT
+        )
+
+    return types.float32(types.int32), generate
+
+
+@intrinsic
 def power_of_two(context, exponent):
     """2^exponent as float32, for exponents of normal numbers."""
 
@@ -157,9 +218,69 @@ def power_of_two(context, exponent):
     return types.float32(types.int32), generate
 
 
+@intrinsic
+def publish(context, address, index, value):
+    """Write an int64 to ``address[index]``; who waits for it sees all that was written before."""
+
+    def generate(generator, builder, signature, arguments):
+        address, index, value = arguments
+        builder.store_atomic(value, _place(builder, address, index, _INT64), "release", 8)
+        return generator.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def published(context, address, index):
+    """The int64 that another thread may publish at ``address[index]``."""
+
+    def generate(_, builder, signature, arguments):
+        return builder.load_atomic(_place(builder, *arguments, _INT64), "acquire", 8)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def call(context, code, argument):
+    """Call the compiled ``void(int64)`` at an address."""
+
+    def generate(generator, builder, signature, arguments):
+        code, argument = arguments
+        kind = ir.FunctionType(ir.VoidType(), [_INT64])
+        builder.call(builder.inttoptr(code, kind.as_pointer()), [argument])
+        return generator.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def ask(context, code):
+    """Call the compiled ``int()`` at an address."""
+
+    def generate(_, builder, signature, arguments):
+        kind = ir.FunctionType(_INT32, [])
+        return builder.sext(builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), []), _INT64)
+
+    return types.int64(types.int64), generate
+
+
 @function
 def hold(array):
     """Keep an array that was used by its address until here: numba frees it after its last mention."""
+
+
+@function
+def _reduced(x):
+    """``n`` and ``e^r - 1`` with ``x = n·ln(2) + r``, ``|r| <= ln(2)/2``."""
+    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
+    r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    return np.int32(n), (p * r) * r + r
 
 
 @function
@@ -171,14 +292,15 @@ def exp(x):
     Source: Cephes mathematical library (Moshier 1989), coefficients of expf.
     """
     low = np.float32(-87)
-    y = low if x < low else x  # NaN stays
-    n = np.floor(y * np.float32(1.44269504088896341) + np.float32(0.5))
-    r = (y - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    value = ((p * r) * r + r + np.float32(1)) * power_of_two(np.int32(n))
+    n, above = _reduced(low if x < low else x)  # NaN stays
+    value = (above + np.float32(1)) * power_of_two(n)
     return np.float32(0) if x < low else value
+
+
+@function
+def expm1(x):
+    """e^x - 1 for x <= 0, without loss of digits near 0; -1 below -87."""
+    low = np.float32(-87)
+    n, above = _reduced(low if x < low else x)
+    scale = power_of_two(n)
+    return above * scale + (scale - np.float32(1))

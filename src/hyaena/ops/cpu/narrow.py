@@ -1,216 +1,358 @@
-"""Products of few rows with a narrow matrix (``ops.Narrow``): its numbers are widened in registers.
+"""Sums of products with a row of a narrow matrix (``ops.Narrow``), in integers.
 
-    Σ_d w[d]·x[d] = Σ_g scale[g]·Σ_{d in g} (q[d] - zero)·x[d] + Σ_g minimum[g]·Σ_{d in g} x[d]
+    Σ_d w[d]·x[d] = Σ_b scale[b]·step[b]·Σ_{d in b} q[d]·i[d] + Σ_b offset[b]·s[b],   b = blocks of 32 columns
 
-The sums of x over groups are formed once for all outputs. Threads take blocks of outputs as in ``products``.
+The vector is rounded to integers of 16 bits first, ``x[d] ≈ step[b]·i[d]`` with ``step = max|x|/32767`` in each block:
+an error of 2e-5 of x, a hundredth of what rounding to bfloat16 costs. So a product of 16 numbers, with sums of pairs,
+is one instruction, and 4 bits need not be widened: four masks turn 16 bits of the weights into four numbers. ``s[b]``
+is the sum of the rounded x, and the offset the minimum, or ``-8·scale`` for 4 bits without minima.
+
+The numbers of x lie in the order in which those masks find the weights'.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from hyaena.ops.cpu.memory import FLOAT16, FLOAT32, STAMP, function, hold, kernel, load, store, take, word
-from hyaena.ops.cpu.products import (
-    BIAS,
-    BLOCK,
-    OUTPUTS,
-    RESIDUAL,
-    ROWS,
-    WEIGHT,
-    WIDTH,
-    Y,
-    activate,
-    finish,
-    widen,
+from hyaena.ops.cpu.vectors import (
+    BYTE,
+    FLOAT,
+    HALF,
+    INT16,
+    INT32,
+    INT64,
+    constant,
+    float_sums,
+    fma,
+    fold,
+    loop,
+    pick,
+    read,
+    spread,
+    stored,
 )
-from hyaena.ops.cpu.vectors import LANES, SUMS, _loop, dot
 
-ROW8, BLOCK8, BLOCK4, AFFINE4 = range(4)
-"""Kinds: int8 with a scale per row, 8 bits in groups, 4 bits without and with minima."""
+COLUMNS = 32
+"""Of a block: they share a step of x. A group of weights is one of them or several."""
+PANEL = 4
+"""Blocks whose 4-bit numbers are read together; what remains of a row is read block by block."""
+LARGEST = 32767.0
 
-# Places of further arguments, behind those of a product. A gate has another matrix, and no bias and no residual.
-KIND, GROUP, SCALE, MINIMUM, UP_SCALE, UP_MINIMUM = range(13, 19)
-UP, ACT = BIAS, RESIDUAL
 
-_COLUMNS = 32
-_FLOAT, _HALF, _BYTE = ir.FloatType(), ir.HalfType(), ir.IntType(8)
-_INT8, _INT32, _INT64 = np.int8(0), ir.IntType(32), ir.IntType(64)
+class Form(NamedTuple):
+    """How narrow weights are stored.
+
+    Attributes:
+        bits: of a number.
+        blocks: that share a scale; 0 for a scale per row, of float32.
+        minima: whether a group has a minimum.
+    """
+
+    bits: int
+    blocks: int
+    minima: bool = False
+
+
+ROW8, BLOCK8, BLOCK4, AFFINE4, WIDE4 = np.int8(0), np.uint8(0), np.int32(0), np.uint32(0), np.int64(0)
+"""Tokens of the forms, numbers whose types name them."""
+
+FORMS = {
+    types.int8: Form(8, 0),
+    types.uint8: Form(8, 1),
+    types.int32: Form(4, 1),
+    types.uint32: Form(4, 1, minima=True),
+    types.int64: Form(4, PANEL, minima=True),
+}
+
+
+class _Vector(NamedTuple):
+    """A vector of so many columns as it lies in memory: integers, then a step and the sum of x of every block.
+
+    The step of a block stands there once for each of the four lanes of a register that its sums are in.
+    """
+
+    integers: ir.Value
+    steps: ir.Value
+    sums: ir.Value
+
+    @classmethod
+    def at(cls, builder: ir.IRBuilder, address: ir.Value, width: ir.Value) -> _Vector:
+        steps = builder.add(address, builder.mul(width, constant(2, INT64)))
+        sums = builder.add(steps, builder.udiv(width, constant(COLUMNS // 16, INT64)))
+        pointers = zip((address, steps, sums), (INT16, FLOAT, FLOAT), strict=True)
+        return cls(*(builder.inttoptr(a, kind.as_pointer()) for a, kind in pointers))
+
+
+def _bytes_of_vector(builder: ir.IRBuilder, form: types.Type, width: ir.Value) -> ir.Value:
+    if form not in FORMS:
+        return builder.mul(width, constant(4, INT64))
+    blocks = builder.udiv(width, constant(COLUMNS, INT64))  # 32·2 + 4·4 + 4 bytes each, and the next one aligned
+    return builder.and_(
+        builder.add(builder.mul(blocks, constant(84, INT64)), constant(63, INT64)), constant(-64, INT64)
+    )
 
 
 @intrinsic
-def _block_sum(context, kind, codes, scales, blocks, per_scale, x):
-    """``Σ_b scale·Σ_32 (q - zero)·x`` over blocks of 32 columns; ``per_scale`` neighbouring ones share a scale.
+def is_narrow(context, form):
+    """Whether weights of a form are multiplied with a vector that ``round_vector`` has written."""
+    return types.boolean(form), lambda context, builder, signature, arguments: ir.Constant(
+        ir.IntType(1), int(form in FORMS)
+    )
 
-    Args:
-        kind: a literal ``BLOCK8``, ``BLOCK4`` or ``AFFINE4``.
-        codes, scales: addresses of the row's numbers and of its float16 scales.
-    """
-    if not isinstance(kind, types.IntegerLiteral):
-        return None
-    form = kind.literal_value
+
+@intrinsic
+def bytes_of_vector(context, form, width):
+    """Bytes of a vector of so many columns, as ``sums`` takes it for weights of a form."""
 
     def generate(_, builder, signature, arguments):
-        _, codes, scales, blocks, per_scale, x = arguments
-        codes = builder.inttoptr(codes, _BYTE.as_pointer())
-        scales = builder.inttoptr(scales, _HALF.as_pointer())
-        x = builder.inttoptr(x, _FLOAT.as_pointer())
-        bytes_, floats = ir.VectorType(_BYTE, LANES), ir.VectorType(_FLOAT, LANES)
-        wide = ir.VectorType(_INT32, LANES)
+        return _bytes_of_vector(builder, form, arguments[1])
 
-        def read(base, index, kind):
-            place = builder.gep(base, [index], inbounds=True)
-            return builder.load(builder.bitcast(place, kind.as_pointer()), align=1)
-
-        def numbers(block):
-            """The 32 numbers of a block as two registers of float32."""
-            if form == BLOCK8:
-                start = builder.mul(block, ir.Constant(_INT64, _COLUMNS))
-                both = [read(codes, builder.add(start, ir.Constant(_INT64, LANES * i)), bytes_) for i in range(2)]
-                return [builder.sitofp(part, floats) for part in both]
-            packed = read(codes, builder.mul(block, ir.Constant(_INT64, LANES)), bytes_)
-            low = builder.and_(packed, ir.Constant(bytes_, [15] * LANES))
-            high = builder.lshr(packed, ir.Constant(bytes_, [4] * LANES))
-            both = [builder.zext(part, wide) for part in (low, high)]
-            if form == BLOCK4:
-                both = [builder.sub(part, ir.Constant(wide, [8] * LANES)) for part in both]
-            return [builder.sitofp(part, floats) for part in both]
-
-        def term(block, value):
-            first, second = numbers(block)
-            start = builder.mul(block, ir.Constant(_INT64, _COLUMNS))
-            x0 = read(x, start, floats)
-            x1 = read(x, builder.add(start, ir.Constant(_INT64, LANES)), floats)
-            part = builder.fmul(second, x1, flags=("contract",))
-            part = builder.fadd(builder.fmul(first, x0, flags=("contract",)), part, flags=("contract",))
-            place = builder.gep(scales, [builder.udiv(block, per_scale)], inbounds=True)
-            scale = builder.fpext(builder.load(place, align=2), _FLOAT)
-            scale = builder.insert_element(ir.Constant(floats, ir.Undefined), scale, ir.Constant(_INT32, 0))
-            zeros = ir.Constant(wide, [0] * LANES)
-            scale = builder.shuffle_vector(scale, scale, zeros)
-            return builder.fadd(value, builder.fmul(part, scale, flags=("contract",)), flags=("contract",))
-
-        zero = ir.Constant(floats, [0.0] * LANES)
-        whole = builder.and_(blocks, ir.Constant(_INT64, -SUMS))
-        a, b, c, d = _loop(builder, ir.Constant(_INT64, 0), whole, SUMS, [zero] * SUMS, 1, term)
-        total = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
-        (total,) = _loop(builder, whole, builder.sub(blocks, whole), 1, [total], 1, term)
-        half = LANES
-        while half > 1:  # fold the register in halves
-            half //= 2
-            low, high = (ir.Constant(ir.VectorType(_INT32, half), list(range(s, s + half))) for s in (0, half))
-            total = builder.fadd(builder.shuffle_vector(total, total, low), builder.shuffle_vector(total, total, high))
-        return builder.extract_element(total, ir.Constant(_INT32, 0))
-
-    return types.float32(kind, types.int64, types.int64, types.int64, types.int64, types.int64), generate
+    return types.int64(form, types.int64), generate
 
 
-@function
-def row_product(p, codes, scale, minimum, output, x, sums):
-    """One output: row ``output`` of the matrix at these addresses, times x at an address."""
-    kind, width, group = word(p, KIND), word(p, WIDTH), word(p, GROUP)
-    if kind == ROW8:
-        return load(FLOAT32, scale, output) * dot(_INT8, codes + output * width, width, x)
-    groups, blocks, per_scale = width // group, width // 32, group // 32
-    scale += output * groups * 2
-    if kind == BLOCK8:
-        return _block_sum(1, codes + output * width, scale, blocks, per_scale, x)
-    if kind == BLOCK4:
-        return _block_sum(2, codes + output * (width // 2), scale, blocks, per_scale, x)
-    value = _block_sum(3, codes + output * (width // 2), scale, blocks, per_scale, x)
-    return value + dot(FLOAT16, minimum + output * groups * 2, groups, sums)
+@intrinsic
+def round_vector(context, form, width, x, target):
+    """Write ``width`` float32 numbers at x as integers, steps and sums to target, for weights of a form."""
+    if form not in FORMS:
+        return types.void(form, types.int64, types.int64, types.int64), lambda context, *_: context.get_dummy_value()
+    packed = FORMS[form].bits == 4
+
+    def generate(context, builder, signature, arguments):
+        _, width, x, target = arguments
+        vector = _Vector.at(builder, target, width)
+        x = builder.inttoptr(x, FLOAT.as_pointer())
+
+        def block(index: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
+            """Round a block: where its integers go unless they are packed, and they."""
+            values = read(builder, FLOAT, x, builder.mul(index, constant(COLUMNS, INT64)), COLUMNS)
+            wide = ir.VectorType(INT32, COLUMNS)
+            sizes = builder.and_(builder.bitcast(values, wide), constant(0x7FFFFFFF, INT32, COLUMNS))
+            # the bits of numbers without sign are in the order of the numbers; those of infinity and NaN are above all
+            most = fold(builder, sizes, lambda a, b: builder.select(builder.icmp_signed(">", a, b), a, b))
+            most = builder.bitcast(most, FLOAT)
+            step = builder.fmul(most, constant(1 / LARGEST, FLOAT))
+            none = builder.fcmp_ordered("==", most, constant(0.0, FLOAT))
+            scale = builder.select(none, constant(0.0, FLOAT), builder.fdiv(constant(LARGEST, FLOAT), most))
+            # added to 1.5·2^23 a number is rounded to its last bits, which are the integer's
+            shifted = fma(builder, constant(12582912.0, FLOAT, COLUMNS), values, spread(builder, scale, COLUMNS))
+            integers = builder.trunc(builder.bitcast(shifted, wide), ir.VectorType(INT16, COLUMNS))
+            total = fold(builder, builder.sext(integers, wide), builder.add)
+            steps = spread(builder, step, 4)
+            place = builder.gep(vector.steps, [builder.mul(index, constant(4, INT64))])
+            builder.store(steps, builder.bitcast(place, steps.type.as_pointer()), align=4)
+            # through the step: what is not finite stays so
+            builder.store(builder.fmul(builder.sitofp(total, FLOAT), step), builder.gep(vector.sums, [index]), align=4)
+            return integers
+
+        def write(integers: ir.Value, place: ir.Value) -> None:
+            there = builder.bitcast(builder.gep(vector.integers, [place]), integers.type.as_pointer())
+            builder.store(integers, there, align=2)
+
+        def panels(count: int):
+            def body(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+                for i in range(count):
+                    integers = block(builder.add(index, constant(i, INT64)))
+                    start = builder.mul(index, constant(COLUMNS, INT64))
+                    if not packed:
+                        write(integers, start)
+                        continue
+                    for part, first in enumerate((0, 16, 1, 17)):  # of the four masks
+                        place = builder.add(start, constant(8 * (part * count + i), INT64))
+                        write(pick(builder, integers, range(first, first + 16, 2)), place)
+                return carried
+
+            return body
+
+        blocks = builder.udiv(width, constant(COLUMNS, INT64))
+        whole = builder.and_(blocks, constant(-PANEL, INT64)) if packed else constant(0, INT64)
+        loop(builder, constant(0, INT64), whole, PANEL, [], panels(PANEL))
+        loop(builder, whole, blocks, 1, [], panels(1))
+        return context.get_dummy_value()
+
+    return types.void(form, types.int64, types.int64, types.int64), generate
 
 
-@function
-def sum_groups(p, wide, sums):
-    """Sums of x over groups, of all rows."""
-    group = word(p, GROUP)
-    for i in range(len(sums)):
-        total = np.float32(0)
-        for k in range(i * group, (i + 1) * group):
-            total += wide[k]
-        sums[i] = total
+def _pairs(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Products of integers of 16 bits, added in pairs of neighbours: LLVM knows an instruction for this pattern."""
+    count = a.type.count
+    wide = ir.VectorType(INT32, count)
+    products = builder.mul(builder.sext(a, wide), builder.sext(b, wide), flags=("nsw",))
+    return builder.add(*(pick(builder, products, range(first, count, 2)) for first in range(2)))
 
 
-@function
-def linear_blocks(p, token):
-    """``residual + weight·norm(x) + bias`` for the blocks that this thread takes."""
-    rows, width, outputs, block = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS), word(p, BLOCK)
-    codes, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
-    first = take(p, 0) * block
-    if first >= outputs:
-        return
-    wide = np.empty(rows * width, np.float32)
-    widen(p, token, wide)
-    groups = width // word(p, GROUP)
-    sums = np.empty(rows * groups, np.float32)
-    sum_groups(p, wide, sums)
-    x, s = wide.ctypes.data, sums.ctypes.data
-    while first < outputs:
-        for output in range(first, min(first + block, outputs)):
-            for row in range(rows):
-                value = row_product(p, codes, scale, minimum, output, x + row * width * 4, s + row * groups * 4)
-                finish(p, token, row, output, value)
-        first = take(p, 0) * block
-    hold(wide)
-    hold(sums)
+def _add_all(builder: ir.IRBuilder, values: Sequence[ir.Value]) -> ir.Value:
+    values = list(values)
+    while len(values) > 1:
+        values = [builder.add(*values[i : i + 2]) for i in range(0, len(values), 2)]
+    return values[0]
 
 
-@function
-def gate_blocks(p, token):
-    """``act(gate·norm(x)) · (up·norm(x))`` for the blocks that this thread takes."""
-    rows, width, outputs, block = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS), word(p, BLOCK)
-    gates, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
-    ups, up_scale, up_minimum = word(p, UP), word(p, UP_SCALE), word(p, UP_MINIMUM)
-    activation, y = word(p, ACT), word(p, Y)
-    first = take(p, 0) * block
-    if first >= outputs:
-        return
-    wide = np.empty(rows * width, np.float32)
-    widen(p, token, wide)
-    groups = width // word(p, GROUP)
-    sums = np.empty(rows * groups, np.float32)
-    sum_groups(p, wide, sums)
-    x, s = wide.ctypes.data, sums.ctypes.data
-    while first < outputs:
-        for output in range(first, min(first + block, outputs)):
-            for row in range(rows):
-                here, there = x + row * width * 4, s + row * groups * 4
-                a = row_product(p, gates, scale, minimum, output, here, there)
-                b = row_product(p, ups, up_scale, up_minimum, output, here, there)
-                store(token, y, row * outputs + output, np.float32(activate(a, activation) * b))
-        first = take(p, 0) * block
-    hold(wide)
-    hold(sums)
+def _sums8(
+    builder: ir.IRBuilder, form: Form, codes: ir.Value, scales: ir.Value, blocks: ir.Value, vectors: Sequence[_Vector]
+) -> list[ir.Value]:
+    """8 bits, half a block to a register; two sums, of even and of odd blocks."""
+    half = COLUMNS // 2
+    lanes = half // 2
+
+    def add(count: int):
+        def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            for i in range(count):
+                block = builder.add(index, constant(i, INT64))
+                start = builder.mul(block, constant(COLUMNS, INT64))
+                places = [builder.add(start, constant(part * half, INT64)) for part in range(2)]
+                wide = [
+                    builder.sext(read(builder, BYTE, codes, place, half), ir.VectorType(INT16, half))
+                    for place in places
+                ]
+                for row, x in enumerate(vectors):
+                    parts = [
+                        _pairs(builder, w, read(builder, INT16, x.integers, place, half))
+                        for w, place in zip(wide, places, strict=True)
+                    ]
+                    part = builder.sitofp(_add_all(builder, parts), ir.VectorType(FLOAT, lanes))
+                    scale = read(builder, FLOAT, x.steps, builder.mul(block, constant(4, INT64)), 1)
+                    if form.blocks:
+                        scale = builder.fmul(scale, builder.fpext(read(builder, HALF, scales, block, 1), FLOAT))
+                    place = row * 2 + i
+                    totals[place] = fma(builder, totals[place], part, spread(builder, scale, lanes))
+            return totals
+
+        return body
+
+    whole = builder.and_(blocks, constant(-2, INT64))
+    zeros = [constant(0.0, FLOAT, lanes)] * (2 * len(vectors))
+    totals = loop(builder, constant(0, INT64), whole, 2, zeros, add(2))
+    totals = loop(builder, whole, blocks, 1, totals, add(1))
+    return [fold(builder, builder.fadd(*totals[2 * row : 2 * row + 2]), builder.fadd) for row in range(len(vectors))]
 
 
-@lru_cache(maxsize=None, typed=True)  # tokens are told apart by their types
-def linear(token):
-    """The kernel of a narrow linear layer whose activations are of a dtype."""
+def _sums4(
+    builder: ir.IRBuilder,
+    form: Form,
+    codes: ir.Value,
+    scales: ir.Value,
+    minima: ir.Value,
+    blocks: ir.Value,
+    vectors: Sequence[_Vector],
+) -> list[ir.Value]:
+    """4 bits: bits 0…3, 4…7, 8…11 and 12…15 of words of 16 bits, each multiplied with its part of x."""
 
-    stamp = STAMP
+    def add(count: int):
+        words, lanes = 8 * count, 4 * count
+        groups = count if form.blocks == 1 else 1
 
-    @kernel
-    def entry(p):
-        _ = stamp
-        linear_blocks(p, token)
+        def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            packed = read(builder, BYTE, codes, builder.mul(index, constant(COLUMNS // 2, INT64)), 2 * words)
+            word = builder.bitcast(packed, ir.VectorType(INT16, words))
+            low = constant(15, INT16, words)
+            shifted = [word, *(builder.lshr(word, constant(bits, INT16, words)) for bits in (4, 8, 12))]
+            parts = [builder.and_(part, low) for part in shifted]
+            group = index if form.blocks == 1 else builder.udiv(index, constant(form.blocks, INT64))
 
-    return entry
+            def of_groups(address: ir.Value) -> ir.Value:
+                found = read(builder, HALF, address, group, groups)
+                return builder.fpext(found, FLOAT if groups == 1 else ir.VectorType(FLOAT, groups))
+
+            scale = of_groups(scales)
+            spread_scale = (
+                spread(builder, scale, lanes)
+                if groups == 1
+                else pick(builder, scale, [lane // 4 for lane in range(lanes)])
+            )
+            offset = of_groups(minima) if form.minima else builder.fmul(scale, _eights(scale.type))
+            if groups < count:
+                offset = spread(builder, offset, count)
+            for row, x in enumerate(vectors):
+                start = builder.mul(index, constant(COLUMNS, INT64))
+                products = [
+                    _pairs(
+                        builder,
+                        part,
+                        read(builder, INT16, x.integers, builder.add(start, constant(i * words, INT64)), words),
+                    )
+                    for i, part in enumerate(parts)
+                ]
+                total = builder.sitofp(_add_all(builder, products), ir.VectorType(FLOAT, lanes))
+                steps = read(builder, FLOAT, x.steps, builder.mul(index, constant(4, INT64)), lanes)
+                sums = read(builder, FLOAT, x.sums, index, count)
+                main, rest = 2 * row, 2 * row + 1
+                totals[main] = fma(builder, totals[main], total, builder.fmul(spread_scale, steps))
+                totals[rest] = fma(builder, totals[rest], sums, offset)
+            return totals
+
+        return body
+
+    whole = builder.and_(blocks, constant(-PANEL, INT64))
+    zeros = [constant(0.0, FLOAT, 4 * PANEL), constant(0.0, FLOAT, PANEL)] * len(vectors)
+    panels = loop(builder, constant(0, INT64), whole, PANEL, zeros, add(PANEL))
+    totals = [fold(builder, total, builder.fadd) for total in panels]
+    rest = [value for _ in vectors for value in (constant(0.0, FLOAT, 4), constant(0.0, FLOAT))]
+    rest = loop(builder, whole, blocks, 1, rest, add(1))
+    results = []
+    for row in range(len(vectors)):
+        main, other = rest[2 * row : 2 * row + 2]
+        last = builder.fadd(fold(builder, main, builder.fadd), other)
+        results.append(builder.fadd(builder.fadd(*totals[2 * row : 2 * row + 2]), last))
+    return results
 
 
-@lru_cache(maxsize=None, typed=True)  # tokens are told apart by their types
-def gate(token):
-    """The kernel of a narrow gate whose activations are of a dtype."""
+def _eights(kind: ir.Type) -> ir.Constant:
+    return ir.Constant(kind, -8.0 if kind == FLOAT else [-8.0] * kind.count)
 
-    stamp = STAMP
 
-    @kernel
-    def entry(p):
-        _ = stamp
-        gate_blocks(p, token)
+@intrinsic
+def sums(context, form, rows, weights, scales, minima, output, width, x):
+    """``Σ w[k]·x[k]`` of one row of a matrix with each of some vectors, float32.
 
-    return entry
+    Args:
+        form: the token of the weights' dtype, or of their form where they are narrow.
+        rows: vectors, a literal; the results are a tuple of so many.
+        weights, scales, minima: addresses of the matrix; those that a form does not have are not read.
+        output: the row.
+        width: columns, whole blocks where the weights are narrow.
+        x: the address of the vectors, ``bytes_of_vector`` apart: float32, or what ``round_vector`` wrote.
+    """
+    if not isinstance(rows, types.IntegerLiteral):
+        return None
+    count = rows.literal_value
+    result = types.UniTuple(types.float32, count)
+
+    def generate(context, builder, signature, arguments):
+        _, _, weights, scales, minima, output, width, x = arguments
+        stride = _bytes_of_vector(builder, form, width)
+        vectors = [builder.add(x, builder.mul(stride, constant(i, INT64))) for i in range(count)]
+        if form not in FORMS:
+            size = constant(stored(form).get_abi_size(context.target_data), INT64)
+            row = builder.add(weights, builder.mul(builder.mul(output, width), size))
+            return context.make_tuple(builder, result, float_sums(builder, form, row, width, vectors))
+        kind = FORMS[form]
+        row = (
+            builder.mul(output, width)
+            if kind.bits == 8
+            else builder.mul(output, builder.udiv(width, constant(2, INT64)))
+        )
+        codes = builder.inttoptr(builder.add(weights, row), BYTE.as_pointer())
+        blocks = builder.udiv(width, constant(COLUMNS, INT64))
+        rounded = [_Vector.at(builder, vector, width) for vector in vectors]
+        if not kind.blocks:
+            values = _sums8(builder, kind, codes, codes, blocks, rounded)
+            scale = read(builder, FLOAT, builder.inttoptr(scales, FLOAT.as_pointer()), output, 1)
+            return context.make_tuple(builder, result, [builder.fmul(value, scale) for value in values])
+        groups = builder.udiv(blocks, constant(kind.blocks, INT64))
+        first = builder.mul(builder.mul(output, groups), constant(2, INT64))
+        of_row = [builder.inttoptr(builder.add(a, first), HALF.as_pointer()) for a in (scales, minima)]
+        values = (
+            _sums8(builder, kind, codes, of_row[0], blocks, rounded)
+            if kind.bits == 8
+            else _sums4(builder, kind, codes, *of_row, blocks, rounded)
+        )
+        return context.make_tuple(builder, result, values)
+
+    integers = [types.int64] * 6
+    return result(form, rows, *integers), generate

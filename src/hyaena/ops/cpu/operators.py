@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from array import array
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from hyaena.ops.cpu import attention, narrow, products, team
+from hyaena.ops.cpu import attention, products, team, tokens
 from hyaena.ops.cpu import hyena as hyena_kernels
+from hyaena.ops.cpu.matrices import Matrix
 from hyaena.ops.cpu.memory import TOKENS
+from hyaena.ops.cpu.program import Program, Recorder
 from hyaena.ops.hyena import HyenaState
 from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Dense, Linear
@@ -36,66 +38,66 @@ class CompiledOperators(DecodeOperators):
     operators.
     """
 
+    def __init__(self) -> None:
+        self._program: Program | None = None  # while a step is recorded
+        self._parts = torch.empty(0, device="cpu")  # of attention: every layer uses the same memory
+
+    def record(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Take a step; what repeats it is one call, or the step itself where torch computes something in it."""
+        with Recorder() as recorder:
+            self._program = recorder.program
+            try:
+                result = step()
+            finally:
+                self._program = None
+        program = recorder.program
+        if program is None:
+            return result, step
+
+        def again() -> Tensor:
+            program.run(_threads(program.work // max(1, program.count)))
+            return result
+
+        return result, again
+
+    def embed(self, ids: Tensor, table: Tensor | Callable[[Tensor], Tensor], context: StepContext) -> Tensor:
+        if not isinstance(table, Tensor) or not _alike(table) or ids.dtype != torch.int64 or not ids.is_contiguous():
+            return super().embed(ids, table, context)
+        x = table.new_empty(len(ids), table.shape[1])
+        counts = context.lengths.data_ptr(), context.limits.data_ptr()
+        words = (ids.data_ptr(), *x.shape, table.data_ptr(), *counts, x.data_ptr())
+        self._run(tokens.embed(TOKENS[x.dtype]), words, x.numel())
+        return x
+
+    def argmax(self, logits: Tensor, ids: Tensor) -> Tensor:
+        if not _alike(logits) or ids.dtype != torch.int64 or not ids.is_contiguous():
+            return super().argmax(logits, ids)
+        outputs = logits.new_empty(len(logits), 3, dtype=torch.float64)
+        words = (logits.data_ptr(), *logits.shape, ids.data_ptr(), outputs.data_ptr())
+        self._run(tokens.choose(TOKENS[logits.dtype]), words, len(logits) * GRAIN)  # a row is the work of one thread
+        return outputs
+
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
-        if isinstance(layer, Narrow):
-            return self._narrow_linear(x, layer, norm, residual)
-        if (
-            len(x) > MOST_ROWS
-            or not isinstance(layer, Dense)
-            or not isinstance(norm, RMSNormWeight | None)
-            or not _alike(x, layer.weight, layer.bias, residual, None if norm is None else norm.weight)
-        ):
+        if not isinstance(layer, Dense | Narrow) or not _multiplies(x, norm, layer.bias, residual):
             return super().linear(x, layer, norm=norm, residual=residual)
-        token, outputs = TOKENS[x.dtype], layer.weight.shape[0]
-        y = x.new_empty(x.shape[0], outputs)
+        matrix = Matrix.of(layer, x)
+        if matrix is None:
+            return super().linear(x, layer, norm=norm, residual=residual)
+        y = x.new_empty(x.shape[0], matrix.outputs)
         bias, residual_ = (0 if t is None else t.data_ptr() for t in (layer.bias, residual))
-        words = (*_product(x, layer.weight, norm), y.data_ptr(), layer.weight.data_ptr(), bias, residual_)
-        _run(products.linear(token, token), words, layer.weight.numel())
+        words = (*_product(x, matrix, norm), y.data_ptr(), *matrix.addresses, bias, residual_)
+        self._run(products.linear(TOKENS[x.dtype], matrix.form), words, matrix.outputs * matrix.width)
         return y
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
-        if isinstance(gate, Narrow) and isinstance(up, Narrow):
-            return self._narrow_gate(x, gate, up, norm, activation)
-        if (
-            len(x) > MOST_ROWS
-            or not (isinstance(gate, Dense) and isinstance(up, Dense))
-            or not (gate.bias is None and up.bias is None and isinstance(norm, RMSNormWeight | None))
-            or not _alike(x, gate.weight, up.weight, None if norm is None else norm.weight)
-        ):
+        known = isinstance(gate, Dense | Narrow) and isinstance(up, Dense | Narrow) and gate.bias is up.bias is None
+        first, second = (Matrix.of(gate, x), Matrix.of(up, x)) if known and _multiplies(x, norm) else (None, None)
+        if first is None or second is None or first[:-1] != second[:-1]:
             return super().gate(x, gate, up, norm=norm, activation=activation)
-        token = TOKENS[x.dtype]
-        y = x.new_empty(x.shape[0], gate.weight.shape[0])
-        kind = products.ACTIVATION[activation]
-        words = (
-            *_product(x, gate.weight, norm),
-            y.data_ptr(),
-            gate.weight.data_ptr(),
-            up.weight.data_ptr(),
-            kind,
-        )
-        _run(products.gate(token, token), words, 2 * gate.weight.numel())
-        return y
-
-    def _narrow_linear(self, x: Tensor, layer: Narrow, norm: Norm | None, residual: Tensor | None) -> Tensor:
-        form = _form(x, layer, norm, layer.bias, residual)
-        if form is None or not isinstance(norm, RMSNormWeight | None):
-            return super().linear(x, layer, norm=norm, residual=residual)
-        y = x.new_empty(x.shape[0], layer.shape[0])
-        bias, residual_ = (0 if t is None else t.data_ptr() for t in (layer.bias, residual))
-        words = (*_narrow_product(x, layer, norm), y.data_ptr(), layer.codes.data_ptr(), bias, residual_)
-        _run(narrow.linear(TOKENS[x.dtype]), (*words, *form, *_scales(layer)), math.prod(layer.shape))
-        return y
-
-    def _narrow_gate(self, x: Tensor, gate: Narrow, up: Narrow, norm: Norm | None, activation: str) -> Tensor:
-        form = _form(x, gate, norm)
-        alike = form is not None and form == _form(x, up, norm) and gate.bias is up.bias is None
-        if not alike or form is None or not isinstance(norm, RMSNormWeight | None):
-            return super().gate(x, gate, up, norm=norm, activation=activation)
-        y = x.new_empty(x.shape[0], gate.shape[0])
-        kind = products.ACTIVATION[activation]
-        words = (*_narrow_product(x, gate, norm), y.data_ptr(), gate.codes.data_ptr(), up.codes.data_ptr(), kind)
-        words = (*words, *form, *_scales(gate), *_scales(up))
-        _run(narrow.gate(TOKENS[x.dtype]), words, 2 * math.prod(gate.shape))
+        y = x.new_empty(x.shape[0], first.outputs)
+        words = (*_product(x, first, norm), y.data_ptr(), *first.addresses, *second.addresses)
+        kernel = products.gate(TOKENS[x.dtype], first.form)
+        self._run(kernel, (*words, products.ACTIVATION[activation]), 2 * first.outputs * first.width)
         return y
 
     def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
@@ -107,7 +109,7 @@ class CompiledOperators(DecodeOperators):
         heads = qkv.shape[1] // head_dim - 2 * groups
         q = qkv.new_empty(qkv.shape[0], heads, head_dim)
         words = (*_attention(qkv, heads, rows, context), q.data_ptr(), cos.data_ptr(), sin.data_ptr())
-        _run(attention.rotate_and_cache(TOKENS[qkv.dtype], TOKENS[rows.dtype]), words, qkv.numel())
+        self._run(attention.rotate_and_cache(TOKENS[qkv.dtype], TOKENS[rows.dtype]), words, qkv.numel())
         return q
 
     def attend(self, q: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
@@ -115,13 +117,11 @@ class CompiledOperators(DecodeOperators):
         if not _alike(q) or rows.dtype not in TOKENS:
             return super().attend(q, state, context)
         batch, heads, head_dim = q.shape
-        lengths = context.lengths.tolist()
-        splits = -(-max(lengths) // attention.SPLIT)
-        y = torch.empty_like(q)
-        parts = torch.empty(batch * heads * splits * (head_dim + 2), dtype=torch.float32, device="cpu")
-        tail = (y.data_ptr(), splits, parts.data_ptr(), _bits(head_dim**-0.5))
+        y, parts = torch.empty_like(q), self._room(batch * heads * attention.MOST_SPLITS * (head_dim + 2))
+        tail = y.data_ptr(), parts.data_ptr(), _bits(head_dim**-0.5)
         words = (*_attention(q, heads, rows, context), *tail)
-        _run(attention.attend(TOKENS[q.dtype], TOKENS[rows.dtype]), words, 2 * sum(lengths) * rows.groups * head_dim)
+        work = 2 * sum(context.lengths.tolist()) * rows.groups * head_dim
+        self._run(attention.attend(TOKENS[q.dtype], TOKENS[rows.dtype]), words, work)
         return y
 
     def hyena(
@@ -151,14 +151,34 @@ class CompiledOperators(DecodeOperators):
             0 if skip is None else skip.data_ptr(),
             y.data_ptr(),
         )
-        _run(hyena_kernels.step(TOKENS[z.dtype], TOKENS[short.dtype], kind), words, z.numel() * (16 + a.shape[1]))
+        self._run(hyena_kernels.step(TOKENS[z.dtype], TOKENS[short.dtype], kind), words, z.numel() * (16 + a.shape[1]))
         return y
 
+    def _room(self, count: int) -> Tensor:
+        """Memory for the pieces of attention, the same for every layer."""
+        if count > len(self._parts):
+            self._parts = torch.empty(count, dtype=torch.float32, device="cpu")
+        if self._program is not None:
+            self._program.kept.append(self._parts)
+        return self._parts
 
-def _run(kernel, words: tuple[int, ...], work: int) -> None:
-    """Run a kernel that handles so many numbers, on as many threads as have ``GRAIN`` of them, torch's at most."""
-    threads = min(torch.get_num_threads(), max(1, work // GRAIN))
-    team.run(kernel.address, array("q", (0, *words)), threads)
+    def _run(self, kernel, words: tuple[int, ...], work: int) -> None:
+        """Run a kernel that handles so many numbers, and record it while a step is recorded."""
+        arguments = array("q", (0, 0, *words))
+        if self._program is not None:
+            self._program.add(kernel.address, arguments, work)
+        team.run(kernel.address, arguments, _threads(work))
+
+
+def _threads(work: int) -> int:
+    """As many threads as have ``GRAIN`` of so many numbers, torch's at most."""
+    return min(torch.get_num_threads(), max(1, work // GRAIN))
+
+
+def _multiplies(x: Tensor, norm: Norm | None, *others: Tensor | None) -> bool:
+    """Whether the kernels of products take x, a norm, and what is added."""
+    few = len(x) <= MOST_ROWS and isinstance(norm, RMSNormWeight | None)
+    return few and _alike(x, *others, None if norm is None else norm.weight)
 
 
 def _alike(x: Tensor, *others: Tensor | None) -> bool:
@@ -173,50 +193,20 @@ def _bits(value: float) -> int:
     return struct.unpack("q", struct.pack("d", value))[0]
 
 
-def _form(x: Tensor, layer: Narrow, norm: Norm | None, *others: Tensor | None) -> tuple[int, int] | None:
-    """The kind of a narrow weight for the kernels and its group; None where they do not take it or the others."""
-    if len(x) > MOST_ROWS or not isinstance(norm, RMSNormWeight | None):
-        return None
-    if not _alike(x, *others, None if norm is None else norm.weight):
-        return None
-    if not all(t is None or t.is_contiguous() for t in layer[:3]):
-        return None
-    width = layer.shape[1]
-    group = width // layer.scale.shape[1]
-    if layer.bits == 8 and layer.scale.dtype == torch.float32 and group == width:
-        return narrow.ROW8, group
-    if layer.scale.dtype != torch.float16 or group % 32 or (layer.bits == 8 and layer.minimum is not None):
-        return None
-    if layer.bits == 8:
-        return narrow.BLOCK8, group
-    return (narrow.BLOCK4 if layer.minimum is None else narrow.AFFINE4), group
-
-
-def _scales(layer: Narrow) -> tuple[int, int]:
-    return layer.scale.data_ptr(), 0 if layer.minimum is None else layer.minimum.data_ptr()
-
-
-def _narrow_product(x: Tensor, layer: Narrow, norm: RMSNormWeight | None) -> tuple[int, ...]:
-    """The arguments of a narrow product before its result."""
-    return _product(x, layer.codes, norm, layer.shape[1])
-
-
-def _product(x: Tensor, weight: Tensor, norm: RMSNormWeight | None, width: int | None = None) -> tuple[int, ...]:
-    """The arguments of a product before its result; ``width`` where it is not that of the tensor."""
-    outputs, stored = weight.shape
-    width = width or stored
-    block = max(1, products.BLOCK_BYTES // (stored * weight.element_size()))
-    if norm is None:
-        return x.data_ptr(), x.shape[0], width, outputs, block, 0, 0, 0
-    numbers = norm.weight.data_ptr(), _bits(norm.eps), int(norm.eps_inside_root)
-    return x.data_ptr(), x.shape[0], width, outputs, block, *numbers
+def _product(x: Tensor, matrix: Matrix, norm: Norm | None) -> tuple[int, ...]:
+    """The arguments of a product before its result."""
+    least = max(1, products.LEAST_BYTES // matrix.row_bytes)
+    words = x.data_ptr(), x.shape[0], matrix.width, matrix.outputs, least, torch.get_num_threads()
+    if not isinstance(norm, RMSNormWeight):
+        return *words, 0, 0, 0
+    return *words, norm.weight.data_ptr(), _bits(norm.eps), int(norm.eps_inside_root)
 
 
 def _attention(q: Tensor, heads: int, rows, context: StepContext) -> tuple[int, ...]:
     """The arguments of both kernels of attention, up to the result."""
     keys, values, slots = rows.pointers()
     sizes = q.shape[0], heads, rows.groups, rows.head_dim
-    tables = 0, q.data_ptr(), *sizes, context.lengths.data_ptr(), keys.data_ptr(), values.data_ptr()
+    tables = q.data_ptr(), *sizes, context.lengths.data_ptr(), keys.data_ptr(), values.data_ptr()
     if context.pages is None or isinstance(rows, KVState):
         return *tables, slots.data_ptr(), 0, 0
     numbers = context.pages.numbers
@@ -231,9 +221,8 @@ def _filter(long_filter: Filter, state: Tensor, dtype: torch.dtype) -> tuple[int
         kind, a, b = hyena_kernels.COMPLEX, long_filter.poles, long_filter.residues
         known = state.dtype == a.dtype == b.dtype == torch.complex64
     elif isinstance(long_filter, RealModalFilter):
-        kind, b = hyena_kernels.REAL, long_filter.residues
-        known = state.dtype == b.dtype == torch.float32 and state.shape[-1] == b.shape[1]
-        a = torch.expm1(long_filter.log_poles.to(state.dtype))
+        kind, a, b = hyena_kernels.REAL, long_filter.log_poles, long_filter.residues
+        known = state.dtype == a.dtype == b.dtype == torch.float32 and state.shape[-1] == b.shape[1]
     elif isinstance(long_filter, ExplicitFilter):
         kind, a, b = hyena_kernels.TAPS, long_filter.taps, long_filter.taps
         known = state.dtype == torch.float32 and a.dtype == dtype and state.shape[-1] == a.shape[1] - 1

@@ -1,9 +1,10 @@
 """Products of few rows with a matrix that is read once: a linear layer, and the gate of an MLP.
 
-Threads take blocks of neighbouring outputs until none are left. Every block computes its outputs for all rows of x, so
-a weight comes from memory once. An output's sum has one order, whatever the number of rows and threads.
+Threads take runs of neighbouring outputs until none are left: long runs first, which a processor reads ahead in, short
+ones at the end, so that all finish together. An output is computed for all rows of x, two at a time, so a weight comes
+from memory once. An output's sum has one order, whatever the number of rows and threads.
 
-The sum itself is ``vectors.dot``, for weights of every dtype.
+The sums themselves are ``narrow.sums``, for weights of every form.
 """
 
 from __future__ import annotations
@@ -13,23 +14,37 @@ from functools import lru_cache
 
 import numpy as np
 
-from hyaena.ops.cpu.memory import STAMP, function, hold, kernel, load, real, size, store, take, word
-from hyaena.ops.cpu.vectors import dot
+from hyaena.ops.cpu.memory import STAMP, exp, function, hold, kernel, load, real, store, take, word
+from hyaena.ops.cpu.narrow import bytes_of_vector, is_narrow, round_vector, sums
 
-BLOCK_BYTES = 1 << 16
-"""Weights of a block, about: long enough for a processor to read ahead, short enough to share out evenly."""
+LEAST_BYTES = 1 << 13
+"""Weights of the shortest run, about."""
+TOGETHER = 16
+"""Outputs of a gate for which one matrix is read before the other."""
 
 SILU, GELU, IDENTITY = 0, 1, 2
 ACTIVATION = {"silu": SILU, "gelu": GELU, "identity": IDENTITY}
 
-# Places of the arguments; 0 counts blocks.
-X, ROWS, WIDTH, OUTPUTS, BLOCK, NORM, EPS, INSIDE, Y, WEIGHT, BIAS, RESIDUAL = range(1, 13)
-UP, ACT = BIAS, RESIDUAL  # of a gate, which has neither
+# Places of the arguments; 0 counts runs, and 1 nothing.
+X, ROWS, WIDTH, OUTPUTS, LEAST, THREADS, NORM, EPS, INSIDE, Y, WEIGHT, SCALE, MINIMUM, BIAS, RESIDUAL = range(2, 17)
+UP, UP_SCALE, UP_MINIMUM, ACT = BIAS, RESIDUAL, 17, 18  # of a gate, which has no bias and no residual
+
+
+@function
+def next_run(p):
+    """The outputs, first and behind the last, that nobody has taken: a share of what is left, at least ``LEAST``."""
+    ticket, total, least, parts = take(p, 0), word(p, OUTPUTS), word(p, LEAST), 2 * word(p, THREADS)
+    start = 0
+    for _ in range(ticket):
+        if start >= total:
+            break
+        start += max(least, (total - start) // parts)
+    return start, min(total, start + max(least, (total - start) // parts))
 
 
 @function
 def widen(p, token, out):
-    """Write norm(x) of all rows to out, float32: the prologue of a product. Squares are summed in float64."""
+    """Write norm(x) of all rows to an array, float32. Squares are summed in float64."""
     x, width, weight = word(p, X), word(p, WIDTH), word(p, NORM)
     for row in range(word(p, ROWS)):
         start = row * width
@@ -50,6 +65,22 @@ def widen(p, token, out):
 
 
 @function
+def prologue(p, token, form):
+    """norm(x) of all rows as ``sums`` takes it, in an array."""
+    rows, width = word(p, ROWS), word(p, WIDTH)
+    wide = np.empty(rows * width, np.float32)
+    widen(p, token, wide)
+    if not is_narrow(form):
+        return wide
+    stride = bytes_of_vector(form, width)
+    rounded = np.empty(rows * stride // 4, np.float32)
+    for row in range(rows):
+        round_vector(form, width, wide.ctypes.data + row * width * 4, rounded.ctypes.data + row * stride)
+    hold(wide)
+    return rounded
+
+
+@function
 def finish(p, token, row, output, value):
     """Add bias and residual, round once."""
     bias, residual = word(p, BIAS), word(p, RESIDUAL)
@@ -62,89 +93,102 @@ def finish(p, token, row, output, value):
 
 
 @function
-def linear_blocks(p, token, weight_token):
-    """``residual + weight·norm(x) + bias`` for the blocks that this thread takes."""
-    rows, width, outputs = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS)
-    weight, block = word(p, WEIGHT), word(p, BLOCK)
-    first = take(p, 0) * block
-    if first >= outputs:
-        return
-    wide = np.empty(rows * width, np.float32)
-    x = wide.ctypes.data
-    widen(p, token, wide)
-    bytes_of_row = width * size(weight_token)
-    while first < outputs:
-        for output in range(first, min(first + block, outputs)):
-            for row in range(rows):
-                value = dot(weight_token, weight + output * bytes_of_row, width, x + row * width * 4)
-                finish(p, token, row, output, value)
-        first = take(p, 0) * block
-    hold(wide)
+def all_rows(form, rows, weight, scale, minimum, output, width, x, out, place):
+    """One output of a matrix for all rows of x, into ``out[place]``, ``out[place + TOGETHER]``, …"""
+    stride = bytes_of_vector(form, width)
+    for row in range(0, rows - 1, 2):
+        a, b = sums(form, 2, weight, scale, minimum, output, width, x + row * stride)
+        out[place + row * TOGETHER] = a
+        out[place + (row + 1) * TOGETHER] = b
+    if rows % 2:
+        (a,) = sums(form, 1, weight, scale, minimum, output, width, x + (rows - 1) * stride)
+        out[place + (rows - 1) * TOGETHER] = a
 
 
 @function
-def activate(value, activation):
-    """The activation of a gate, in float64: there are few of them."""
-    wide = np.float64(value)
+def linear_runs(p, token, form):
+    """``residual + weight·norm(x) + bias`` for the runs that this thread takes."""
+    rows, width = word(p, ROWS), word(p, WIDTH)
+    weight, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
+    start, stop = next_run(p)
+    if start >= stop:
+        return
+    given, values = prologue(p, token, form), np.empty(rows * TOGETHER, np.float32)
+    x = given.ctypes.data
+    while start < stop:
+        for output in range(start, stop):
+            all_rows(form, rows, weight, scale, minimum, output, width, x, values, 0)
+            for row in range(rows):
+                finish(p, token, row, output, values[row * TOGETHER])
+        start, stop = next_run(p)
+    hold(given)
+
+
+@function
+def activate(values, activation):
+    """The activation of a gate, in place: x·sigmoid(x), or x times the normal distribution function of x."""
     if activation == SILU:
-        return wide / (1.0 + math.exp(-wide))
-    if activation == GELU:
-        return 0.5 * wide * (1.0 + math.erf(wide * 0.7071067811865476))
-    return wide
+        for i in range(len(values)):
+            value = values[i]
+            power = exp(-abs(value))
+            share = np.float32(1) if value >= 0 else power
+            values[i] = value * (share / (np.float32(1) + power)) if value == value else value
+    elif activation == GELU:
+        for i in range(len(values)):
+            wide = np.float64(values[i])
+            values[i] = 0.5 * wide * (1.0 + math.erf(wide * 0.7071067811865476))
 
 
 @function
-def gate_blocks(p, token, weight_token):
-    """``act(gate·norm(x)) · (up·norm(x))`` for the blocks that this thread takes."""
+def gate_runs(p, token, form):
+    """``act(gate·norm(x)) · (up·norm(x))`` for the runs that this thread takes."""
     rows, width, outputs = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS)
-    gates, ups, activation, y = word(p, WEIGHT), word(p, UP), word(p, ACT), word(p, Y)
-    block = word(p, BLOCK)
-    first = take(p, 0) * block
-    if first >= outputs:
+    gates, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
+    ups, up_scale, up_minimum = word(p, UP), word(p, UP_SCALE), word(p, UP_MINIMUM)
+    start, stop = next_run(p)
+    if start >= stop:
         return
-    wide = np.empty(rows * width, np.float32)
-    x = wide.ctypes.data
-    widen(p, token, wide)
-    bytes_of_row = width * size(weight_token)
-    products = np.empty(rows * block, np.float32)  # of the gate: each matrix is read in one piece
-    while first < outputs:
-        count = min(block, outputs - first)
-        for i in range(count):
+    x_wide, values = prologue(p, token, form), np.zeros((2, rows * TOGETHER), np.float32)
+    x = x_wide.ctypes.data
+    while start < stop:
+        for first in range(start, stop, TOGETHER):  # each matrix is read in one piece
+            count = min(TOGETHER, stop - first)
+            for i in range(count):
+                all_rows(form, rows, gates, scale, minimum, first + i, width, x, values[0], i)
+            for i in range(count):
+                all_rows(form, rows, ups, up_scale, up_minimum, first + i, width, x, values[1], i)
+            activate(values[0], word(p, ACT))
             for row in range(rows):
-                here = gates + (first + i) * bytes_of_row
-                products[row * block + i] = dot(weight_token, here, width, x + row * width * 4)
-        for i in range(count):
-            for row in range(rows):
-                value = dot(weight_token, ups + (first + i) * bytes_of_row, width, x + row * width * 4)
-                value = np.float32(activate(products[row * block + i], activation) * value)
-                store(token, y, row * outputs + first + i, value)
-        first = take(p, 0) * block
-    hold(wide)
+                for i in range(count):
+                    place = row * TOGETHER + i
+                    store(token, word(p, Y), row * outputs + first + i, values[0, place] * values[1, place])
+        start, stop = next_run(p)
+    hold(x_wide)
 
 
 @lru_cache(maxsize=None, typed=True)  # tokens are told apart by their types
-def linear(token, weight_token):
-    """The kernel of a linear layer whose activations and weights are of these dtypes."""
+def linear(token, form):
+    """The kernel of a linear layer whose activations are of this dtype and weights of this form."""
 
     stamp = STAMP
 
     @kernel
     def entry(p):
         _ = stamp
-        linear_blocks(p, token, weight_token)
+        linear_runs(p, token, form)
 
     return entry
 
 
 @lru_cache(maxsize=None, typed=True)  # tokens are told apart by their types
-def gate(token, weight_token):
-    """The kernel of a gate whose activations and weights are of these dtypes."""
+def gate(token, form):
+    """The kernel of a gate whose activations are of this dtype and weights of this form."""
 
     stamp = STAMP
 
     @kernel
     def entry(p):
         _ = stamp
-        gate_blocks(p, token, weight_token)
+        gate_runs(p, token, form)
 
     return entry

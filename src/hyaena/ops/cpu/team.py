@@ -8,6 +8,7 @@ LLVM's and Intel's define as well.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from array import array
@@ -18,18 +19,39 @@ import torch
 
 
 @functools.cache
-def _fork() -> Callable[..., None] | None:
-    """``GOMP_parallel`` of the library that torch was linked with; None where there is none."""
+def _library() -> ctypes.CDLL | None:
+    """The OpenMP library that torch was linked with, through torch's own, and no other; None where there is none."""
     folder = Path(torch.__file__).parent / "lib"
     for path in (folder / "libtorch_cpu.so", folder / "libtorch_cpu.dylib"):
-        try:
-            function = ctypes.CDLL(str(path)).GOMP_parallel  # looked up in torch's own libraries, and no other
-        except (OSError, AttributeError):
-            continue
-        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        function.restype = None
-        return function
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(str(path))
+            if hasattr(library, "GOMP_parallel") and hasattr(library, "omp_get_num_threads"):
+                return library
     return None
+
+
+@functools.cache
+def _fork() -> Callable[..., None] | None:
+    """``GOMP_parallel``; None where there is no such library."""
+    library = _library()
+    if library is None:
+        return None
+    function = library.GOMP_parallel
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return function
+
+
+@functools.cache
+def size_and_yield() -> tuple[int, int]:
+    """Addresses of ``omp_get_num_threads`` and of what offers the processor to others; 0 where there is none."""
+    library = _library()
+    if library is None:
+        return 0, 0
+    offer = getattr(ctypes.CDLL(None), "sched_yield", None)
+    found = [library.omp_get_num_threads, offer]
+    size, offer = (0 if f is None else ctypes.cast(f, ctypes.c_void_p).value or 0 for f in found)
+    return size, offer
 
 
 @functools.cache
