@@ -1,12 +1,17 @@
-"""Chooses the number of prompt tokens per forward pass: enough to keep a device busy, as far as its memory allows."""
+"""Work in chunks: the number of tokens per forward pass, as many as keep a device busy and its memory allows."""
 
 from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from hyaena.model import StripedHyena
 from hyaena.sizes import LAYER_SIZES, LayerSize, ModelSizes
+
+T = TypeVar("T")
 
 PREFILL_CHUNK = {"cpu": 512}
 """Tokens that one pass of the model reads on a kind of device: as many as keep it busy, so that memory stays flat."""
@@ -71,3 +76,12 @@ def fitting_chunk(free: int, bytes_per_token: int) -> int:
     """The largest power of two whose bytes fit into ``MEMORY_FRACTION`` of what is free, within the bounds above."""
     fitting = max(1, int(MEMORY_FRACTION * free) // bytes_per_token)
     return min(MAX_PREFILL_CHUNK, max(MIN_PREFILL_CHUNK, 1 << (fitting.bit_length() - 1)))
+
+
+def run_steps(steps: Generator[float, None, T]) -> T:
+    """Go through all steps of work that is cut into chunks; what the generator returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value

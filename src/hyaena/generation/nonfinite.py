@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyaena.generation.chunks import run_steps
 from hyaena.model import StripedHyena
 
 
@@ -25,12 +26,7 @@ def first_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "
 
     Memory stays flat, as in a prefill: chunks and a cache.
     """
-    steps = search_non_finite(model, ids, method=method)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+    return run_steps(search_non_finite(model, ids, method=method))
 
 
 @torch.inference_mode()

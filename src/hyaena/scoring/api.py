@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyaena.arguments import kind_of, switch, whole
 from hyaena.errors import InputError, nearest, shown
+from hyaena.generation.chunks import run_steps
 from hyaena.generation.nonfinite import search_non_finite
 from hyaena.model import StripedHyena
 from hyaena.ops import capabilities
@@ -124,7 +125,7 @@ def score(
     Raises:
         The errors of ``iter_scores``.
     """
-    return _result(score_steps(model, tokenizer, texts, entropy=entropy, rank=rank, top=top, **options))
+    return run_steps(score_steps(model, tokenizer, texts, entropy=entropy, rank=rank, top=top, **options))
 
 
 def score_steps(
@@ -259,7 +260,7 @@ def embed(
     Raises:
         The errors of ``iter_embeddings``.
     """
-    return _result(embed_steps(model, tokenizer, texts, layers, pool=pool, **options))
+    return run_steps(embed_steps(model, tokenizer, texts, layers, pool=pool, **options))
 
 
 def embed_steps(
@@ -403,15 +404,6 @@ def _settings(model: Any, options: Mapping[str, Any]) -> ReadOptions:
             near = nearest(name, known)
             raise InputError(f"unknown option {shown(name)}: {f'did you mean {near}?' if near else ', '.join(known)}")
     return ReadOptions(**options)
-
-
-def _result(steps: Generator[float, None, Any]) -> Any:
-    """Go through all steps; what the generator returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def _stacked(vectors: list[Any], pool: Pool | Sequence[int]) -> Any:

@@ -72,7 +72,7 @@ FORMS = {
 
 
 class _Vector(NamedTuple):
-    """A vector of so many columns as it lies in memory: integers, then a step and the sum of x of every block.
+    """Addresses of a rounded vector's parts, one after another: integers, the steps of all blocks, their sums of x.
 
     The step of a block stands there once for each of the four lanes of a register that its sums are in.
     """
