@@ -1,20 +1,23 @@
-"""The operator with explicit taps, forward: z [B,T,3D] to y [B,T,D], the long filter as products of Toeplitz matrices.
+"""The operator with many explicit taps, forward: z [B,T,3D] to y [B,T,D], the long filter as products on matrix units.
 
-Neighbouring channels share a filter of W taps. A program owns up to BC channels of one group and walks through a run of
-time in chunks of C steps. With w = u1·u0 of chunk c as a matrix [C,BC], the filter is a few products on matrix units::
+Neighbouring channels share a filter of W taps. A program owns BW words of one group, and RUNS runs of time, far apart,
+which it walks through together in chunks of C steps. With w = u1·u0 of chunk c of all its runs as the columns of a
+matrix [C,RUNS·channels], the filter is a few products::
 
     g[c] = Σ_d A_d w[c-d]        A_d[i,j] = h[C·d + i - j], zero where that is no tap        d = 0 … (W-2+C) // C
 
-so every product of a chunk is formed once and stays in registers for the chunks that follow. Runs exchange nothing:
-each forms the products of the W-1 steps before it again.
+so that every chunk's w is formed once, and the columns are as many as matrix units want though few channels share a
+filter. Runs exchange nothing: each forms w of the W-1 steps before it again.
+
+Outside the products a thread owns a segment of L steps of one word, as in ``forward``: tensors are [BW,S] words and
+[BW,S,P] numbers, S = (run, segment of the chunk); what a thread has of its steps is a tuple of L.
 
 Factors of bfloat16 products are w rounded to bfloat16, as the plain operator rounds it, and taps in as many bfloat16
 terms as their dtype needs, one for bfloat16 and two for others; sums are float32. For other dtypes of z the factors are
 float32, each in two TF32 terms.
 
-Packed documents (HAS_RESET): ``ages`` counts the steps since the document of a step began, see ``launch.age``; ``docs``
-int32 [B,T] numbers documents in rising order, 0 before the first boundary. A chunk costs its products once for every
-document in it.
+Packed documents (HAS_RESET): ``bounds`` as in ``launch.Boundaries``; ``docs`` int32 [B,T] numbers documents in rising
+order, 0 before the first boundary. A chunk costs its products once for every document in it.
 """
 
 from __future__ import annotations
@@ -22,69 +25,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.common import load_taps
-
-
-@triton.jit
-def load_inputs(z, short, keep, t, T, channel, inside, D: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr,
-                HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
-    """Steps t of one block of z, float32 [C,BC]; zero at padding, at T and later, and before the state.
-
-    Args:
-        z, short: step 0 of this block, and the oldest of the S steps before it, rows of 3D numbers.
-        t: int64 [C,1].
-        channel, inside: [1,BC].
-    """
-    at = z + t * (3 * D) + channel
-    if HAS_SHORT:
-        at = tl.where(t < 0, short + (t + S) * (3 * D) + channel, at)
-        here = (t >= -S) & (t < T)
-    else:
-        here = (t >= 0) & (t < T)
-    if HAS_MASK:
-        here = here & ((t < 0) | (tl.load(keep + t, mask=(t >= 0) & (t < T), other=0) != 0))
-    if not WHOLE:
-        here = here & inside
-    return tl.load(at, mask=here, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def filter_inputs(z, short, keep, ages, taps, offset, t, T, channel, inside, D: tl.constexpr, WHOLE: tl.constexpr,
-                  HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
-    """The short filter of one block at steps t, float32 [C,BC], zero at padding; and its inputs, the newest first."""
-    S: tl.constexpr = len(taps) - 1
-    xs = ()
-    out = offset
-    for k in tl.static_range(S + 1):  # k steps ago
-        x = load_inputs(z, short, keep, t - k, T, channel, inside, D, S, WHOLE, HAS_SHORT, HAS_MASK)
-        if HAS_RESET and k > 0:
-            x = tl.where(tl.load(ages + t, mask=(t >= 0) & (t < T), other=0) >= k, x, 0.0)
-        xs = xs + (x,)
-        out = tl.fma(taps[S - k], x, out)
-    if HAS_MASK:
-        out = tl.where(tl.load(keep + t, mask=(t >= 0) & (t < T), other=0) != 0, out, 0.0)
-    return out, xs
-
-
-@triton.jit
-def gated(z, short, long, keep, ages, taps1, off1, taps0, off0, start, T, channel, inside, D: tl.constexpr,
-          W: tl.constexpr, C: tl.constexpr, TYPE: tl.constexpr, WHOLE: tl.constexpr, HAS_SHORT: tl.constexpr,
-          HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
-    """w of the chunk that begins at ``start``, a multiple of C, in TYPE [C,BC]: of z, or of the state before step 0.
-
-    ``z`` and ``short`` are those of block x2; ``long`` is this row's window [D,W-1].
-    """
-    t = start + tl.arange(0, C)[:, None].to(tl.int64)
-    w = tl.zeros((C, channel.shape[1]), tl.float32)
-    if start >= 0:
-        u1, _ = filter_inputs(z + D, short + D, keep, ages, taps1, off1, t, T, channel, inside, D, WHOLE, HAS_SHORT,
-                              HAS_MASK, HAS_RESET)  # fmt: skip
-        u0, _ = filter_inputs(z + 2 * D, short + 2 * D, keep, ages, taps0, off0, t, T, channel, inside, D, WHOLE,
-                              HAS_SHORT, HAS_MASK, HAS_RESET)  # fmt: skip
-        w = tl.where(t < T, u1 * u0, 0.0)
-    elif HAS_LONG:
-        w = tl.load(long + channel * (W - 1) + t + (W - 1), mask=inside & (t > -W), other=0.0)
-    return w
+from hyaena.ops.triton.common import convolve, forget, load_taps
+from hyaena.ops.triton.hyena.direct import thirds
+from hyaena.ops.triton.hyena.words import forget_before, has, stack, stay, store_numbers, unpack, unpack_all, unstack
 
 
 @triton.jit
@@ -113,96 +56,246 @@ def add_product(total, terms, x):
 
 
 @triton.jit
-def convolve_chunks(matrices, ws, docs, start, T, C: tl.constexpr, HAS_RESET: tl.constexpr):
-    """``Σ_d A_d ws[d]``, float32: ws are chunks at start, start - C, … in the order of the matrices."""
-    total = tl.zeros((C, ws[0].shape[1]), tl.float32)
+def times(start, stride, FIRST: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
+    """Steps FIRST … FIRST+COUNT-1 of every segment, int32 [1,COUNT·S], (step, run, segment)."""
+    column = tl.arange(0, triton.next_power_of_2(COUNT) * S)[None, :]
+    seg = column % S
+    return start + seg // (C // L) * stride + seg % (C // L) * L + column // S + FIRST
+
+
+@triton.jit
+def load_segments(z, short, word, inside, start, stride, T, bits, FIRST: tl.constexpr, COUNT: tl.constexpr,
+                  S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr,
+                  HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+    """COUNT words of every segment, from its step FIRST on: a tuple of [BW,S], zero at padding and outside 0 … T-1.
+
+    Steps -W … -1 come from ``short``, if there is one.
+    """
+    words = ()
+    if COUNT > 0:
+        t = times(0, stride, FIRST, COUNT, S, L, C)
+        at = z + tl.cast(start, tl.int64) * ROW + (t * ROW + word)
+        t += start
+        here = inside & (t.to(tl.uint32, bitcast=True) < tl.cast(T, tl.uint32))
+        if HAS_SHORT and FIRST < 0:
+            before = (t < 0) & (t >= -W)
+            at = tl.where(before, short + (t + W) * ROW + word, at)
+            here = here | (inside & before)
+        if t.shape[1] > COUNT * S:
+            here = here & (tl.arange(0, t.shape[1])[None, :] < COUNT * S)
+        block = tl.load(at, mask=here, other=0)
+        BW: tl.constexpr = block.shape[0]
+        block = unstack(tl.permute(tl.reshape(stay(block), (BW, t.shape[1] // S, S)), (0, 2, 1)))
+        for i in tl.static_range(COUNT):
+            if HAS_MASK:  # noqa: SIM108, one branch is compiled
+                words = words + (tl.where(has(bits, W + FIRST + i), block[i], 0),)
+            else:
+                words = words + (block[i],)
+    return words
+
+
+@triton.jit
+def filter_segments(past, words, bits, bounds, taps, offset, P: tl.constexpr, TYPE: tl.constexpr,
+                    HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
+    """The short filter of one block at every step of the segments, a tuple; zero at padding."""
+    W: tl.constexpr = len(past)
     if HAS_RESET:
-        i = start + tl.arange(0, C)[:, None].to(tl.int64)
-        to = tl.load(docs + i, mask=i < T, other=-1)
-        first = tl.load(docs + start)
-        last = tl.load(docs + tl.minimum(start + C, T) - 1)
-        for doc in range(first, last + 1):
+        past = forget_before(past, bounds)
+    history = unpack_all(past, P, TYPE)
+    us = ()
+    for i in tl.static_range(len(words)):
+        if HAS_RESET:
+            history = forget(history, has(bounds, W + i)[:, :, None])
+        u, history = convolve(taps, offset, history, unpack(words[i], P, TYPE))
+        if HAS_MASK:
+            u = tl.where(has(bits, W + i)[:, :, None], u, 0.0)
+        us = us + (u,)
+    return us
+
+
+@triton.jit
+def to_matrix(xs, RUNS: tl.constexpr, TYPE: tl.constexpr):
+    """A tuple of L tensors [BW,S,P] as the matrix [C,RUNS·BW·P] of TYPE."""
+    BW: tl.constexpr = xs[0].shape[0]
+    S: tl.constexpr = xs[0].shape[1]
+    P: tl.constexpr = xs[0].shape[2]
+    L: tl.constexpr = len(xs)
+    x = tl.reshape(stack(xs, L), (BW, RUNS, S // RUNS, P, L))
+    return tl.reshape(tl.permute(x, (2, 4, 1, 0, 3)), (S // RUNS * L, RUNS * BW * P)).to(TYPE)
+
+
+@triton.jit
+def from_matrix(x, RUNS: tl.constexpr, P: tl.constexpr, L: tl.constexpr):
+    """The inverse of ``to_matrix``, float32."""
+    SEGS: tl.constexpr = x.shape[0] // L
+    BW: tl.constexpr = x.shape[1] // RUNS // P
+    x = tl.permute(tl.reshape(x, (SEGS, L, RUNS, BW, P)), (3, 4, 1, 2, 0))
+    x = tl.reshape(stay(tl.reshape(x, (BW, P * L * RUNS * SEGS))), (BW, P, L, RUNS * SEGS))
+    return unstack(tl.permute(x, (0, 3, 1, 2)))
+
+
+@triton.jit
+def convolve_chunks(matrices, ws, docs, start, stride, T, C: tl.constexpr, RUNS: tl.constexpr,
+                    HAS_RESET: tl.constexpr):  # fmt: skip
+    """``Σ_d A_d ws[d]``, float32: ws are chunks at start, start - C, … of every run, in the order of the matrices."""
+    COLUMNS: tl.constexpr = ws[0].shape[1]
+    total = tl.zeros((C, COLUMNS), tl.float32)
+    if HAS_RESET:
+        run = tl.arange(0, COLUMNS)[None, :] // (COLUMNS // RUNS)
+        begin = start + run * stride
+        t = begin + tl.arange(0, C)[:, None]
+        to = tl.load(docs + t, mask=t < T, other=-1)
+        first = tl.load(docs + begin, mask=begin < T, other=0)
+        last = tl.load(docs + tl.minimum(begin + C, T) - 1, mask=begin < T, other=0)
+        for n in range(0, tl.max(last - first) + 1):
             part = tl.zeros_like(total)
             for d in tl.static_range(len(ws)):
-                j = i - d * C
+                j = t - d * C
                 origin = tl.load(docs + j, mask=(j >= 0) & (j < T), other=0)
-                part = add_product(part, matrices[d], tl.where(origin == doc, ws[d], 0.0).to(ws[d].dtype))
-            total = tl.where(to == doc, part, total)
+                part = add_product(part, matrices[d], tl.where(origin == first + n, ws[d], 0.0).to(ws[d].dtype))
+            total = tl.where(to == first + n, part, total)
     else:
         for d in tl.static_range(len(ws)):
             total = add_product(total, matrices[d], ws[d])
     return total
 
 
-@triton.jit(do_not_specialize=["T", "run"])
-def explicit_forward_kernel(z, weight, bias, taps, skip, short, long, keep, ages, docs, y, long_out, T, run,
-                            D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
-                            BC: tl.constexpr, BACK: tl.constexpr, TERMS: tl.constexpr,
-                            TYPE: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
+@triton.jit
+def gated(z_1, z_0, short_1, short_0, long, keep, bounds, taps1, off1, taps0, off0, word, inside, channel, real, start,
+          stride, T, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr,
+          P: tl.constexpr, TYPE: tl.constexpr, HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr,
+          HAS_RESET: tl.constexpr):  # fmt: skip
+    """w of the chunk at ``start`` of every run, a tuple of L tensors float32; before step 0 of ``long``, or zero.
+
+    A run may begin before 0, not end there unless its chunk does.
+    """
+    K1: tl.constexpr = len(taps1) - 1
+    t = times(start, stride, 0, 1, S, L, C)
+    bits = t
+    bound = t
+    if HAS_MASK:
+        bits = tl.load(keep + tl.minimum(tl.maximum(t, 0), T) // L)
+    if HAS_RESET:
+        bound = tl.load(bounds + tl.minimum(tl.maximum(t, 0), T) // L)
+    past1 = load_segments(z_1, short_1, word, inside, start, stride, T, bits, -K1, K1, S, L, C, K1, ROW, HAS_SHORT,
+                          HAS_MASK)  # fmt: skip
+    past0 = load_segments(z_0, short_0, word, inside, start, stride, T, bits, -K1, K1, S, L, C, K1, ROW, HAS_SHORT,
+                          HAS_MASK)  # fmt: skip
+    words1 = load_segments(z_1, short_1, word, inside, start, stride, T, bits, 0, L, S, L, C, K1, ROW, HAS_SHORT,
+                           HAS_MASK)  # fmt: skip
+    words0 = load_segments(z_0, short_0, word, inside, start, stride, T, bits, 0, L, S, L, C, K1, ROW, HAS_SHORT,
+                           HAS_MASK)  # fmt: skip
+    u1 = filter_segments(past1, words1, bits, bound, taps1, off1, P, TYPE, HAS_MASK, HAS_RESET)
+    u0 = filter_segments(past0, words0, bits, bound, taps0, off0, P, TYPE, HAS_MASK, HAS_RESET)
+    ws = ()
+    for i in tl.static_range(L):
+        ws = ws + (u1[i] * u0[i],)
+    return ws, bits, bound
+
+
+@triton.jit
+def before_zero(ws, long, channel, real, start, stride, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr,
+                W: tl.constexpr, HAS_LONG: tl.constexpr):  # fmt: skip
+    """``ws`` of a chunk that may lie before step 0, where it is the state [D,W-1], or zero."""
+    out = ()
+    for i in tl.static_range(L):
+        t = times(start, stride, i, 1, S, L, C)[:, :, None]
+        older = tl.zeros_like(ws[i])
+        if HAS_LONG:
+            older = tl.load(long + channel * (W - 1) + t + (W - 1), mask=real & (t < 0) & (t > -W), other=0.0)
+        out = out + (tl.where(t < 0, older, ws[i]),)
+    return out
+
+
+@triton.jit(do_not_specialize=["T", "stride"])
+def explicit_forward_kernel(z, weight, bias, taps, skip, short, long, keep, bounds, docs, y, long_out, T, stride,
+                            TYPE: tl.constexpr, FACTOR: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+                            W: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, BW: tl.constexpr,
+                            RUNS: tl.constexpr, C: tl.constexpr, L: tl.constexpr, BACK: tl.constexpr,
+                            TERMS: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
                             HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr,
                             HAS_RESET: tl.constexpr):  # fmt: skip
-    """Equals ``ops.hyena`` by any plain method. Grid: (blocks of channels, runs of time and one more, rows).
+    """Equals ``ops.hyena`` by any plain method. Grid: (blocks of words, sets of runs and one more, rows).
 
-    WIDTH channels share a filter; a program has up to BC of them. ``run`` chunks make a run, BACK is the largest d.
-    ``short`` [B,K-1,3D] in the dtype of z, ``long`` [B,D,W-1] float32. The last program along time writes the state of
-    the long filter.
+    WIDTH channels share a filter. ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of P numbers of TYPE, ``long``
+    float32 [B,D,W-1]. ``stride`` is the length of a run, a multiple of C; BACK is the largest d; FACTOR the type of
+    the products' factors. ``keep`` int32 [B,T/L+1] as ``launch.segment_bits`` makes it. The last program along time
+    writes the state of the long filter.
     """
-    BLOCKS: tl.constexpr = (WIDTH + BC - 1) // BC  # of a group
-    WHOLE: tl.constexpr = WIDTH % BC == 0
+    S: tl.constexpr = RUNS * (C // L)
+    ROW: tl.constexpr = 3 * D // P
+    BLOCKS: tl.constexpr = (WIDTH + BW * P - 1) // (BW * P)
     group = tl.program_id(0) // BLOCKS
-    place = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)[None, :]
-    channel = group * WIDTH + place
-    inside = place < WIDTH
+    place = tl.program_id(0) % BLOCKS * BW + tl.arange(0, BW)[:, None]
+    inside = place < WIDTH // P
+    word = group * (WIDTH // P) + place
+    channel = word[:, :, None] * P + tl.arange(0, P)[None, None, :]
+    real = inside[:, :, None]
     row = tl.program_id(2).to(tl.int64)
-    z += row * T * 3 * D
-    y += row * T * D
-    short += row * (K - 1) * 3 * D
+    z_2, z_1, z_0 = thirds(z + row * T * ROW, ROW)
+    short_2, short_1, short_0 = thirds(short + row * (K - 1) * ROW, ROW)
+    y += row * T * (D // P)
     long += row * D * (W - 1)
-    keep += row * T
-    ages += row * T
+    keep += row * (T // L + 1)
+    bounds += row * (T // L + 1)
     docs += row * T
-    taps2, off2 = load_taps(weight, bias, channel, inside, K, HAS_BIAS)
-    taps1, off1 = load_taps(weight, bias, D + channel, inside, K, HAS_BIAS)
-    taps0, off0 = load_taps(weight, bias, 2 * D + channel, inside, K, HAS_BIAS)
+    T = tl.cast(T, tl.int32)
+    taps2, off2 = load_taps(weight, bias, channel, real, K, HAS_BIAS)
+    taps1, off1 = load_taps(weight, bias, D + channel, real, K, HAS_BIAS)
+    taps0, off0 = load_taps(weight, bias, 2 * D + channel, real, K, HAS_BIAS)
 
     if tl.program_id(1) == tl.num_programs(1) - 1:
         # the last W-1 steps, cut at multiples of C as everywhere: the chunk of a step decides where it comes from
-        for back in range(0, BACK + 1):
-            start = (tl.cast(T, tl.int64) - 1) // C * C - back * C
-            w = gated(z, short, long, keep, ages, taps1, off1, taps0, off0, start, T, channel, inside, D, W, C, TYPE,
-                      WHOLE, HAS_SHORT, HAS_LONG, HAS_MASK, HAS_RESET)  # fmt: skip
-            t = start + tl.arange(0, C)[:, None].to(tl.int64)
-            if HAS_RESET:
-                origin = tl.load(docs + t, mask=(t >= 0) & (t < T), other=0)
-                w = tl.where(origin == tl.load(docs + T - 1), w, 0.0)
-            kept = inside & (t < T) & (t > T - W)
-            tl.store(long_out + row * D * (W - 1) + channel * (W - 1) + t - T + W - 1, w, mask=kept)
+        saved = long_out + row * D * (W - 1) + channel * (W - 1) + W - 1 - T
+        for back in range(0, BACK + 1, RUNS):
+            start = (T - 1) // C * C - (back + RUNS - 1) * C
+            ws, _, _ = gated(z_1, z_0, short_1, short_0, long, keep, bounds, taps1, off1, taps0, off0, word, inside,
+                             channel, real, start, C, T, S, L, C, W, ROW, P, TYPE, HAS_SHORT, HAS_LONG, HAS_MASK,
+                             HAS_RESET)  # fmt: skip
+            ws = before_zero(ws, long, channel, real, start, C, S, L, C, W, HAS_LONG)
+            for i in tl.static_range(L):
+                t = times(start, C, i, 1, S, L, C)[:, :, None]
+                w = ws[i]
+                if HAS_RESET:
+                    origin = tl.load(docs + t, mask=(t >= 0) & (t < T), other=0)
+                    w = tl.where(origin == tl.load(docs + T - 1), w, 0.0)
+                tl.store(saved + t, w, mask=real & (t < T) & (t > T - W))
     else:
-        gain = tl.zeros_like(off0)
+        gain = tl.zeros(channel.shape, tl.float32)
         if HAS_SKIP:
-            gain = tl.load(skip + channel, mask=inside, other=0.0).to(tl.float32)
+            gain = tl.load(skip + channel, mask=real, other=0.0).to(tl.float32)
         matrices = ()
         for d in tl.static_range(BACK + 1):
-            matrices = matrices + (load_toeplitz(taps + group * W, d, W, C, TERMS, TYPE, False),)
-        first = tl.program_id(1).to(tl.int64) * run * C
+            matrices = matrices + (load_toeplitz(taps + group * W, d, W, C, TERMS, FACTOR, False),)
+        first = tl.program_id(1) * (stride * RUNS)
         past = ()
         for d in tl.static_range(1, BACK + 1):
-            w = gated(z, short, long, keep, ages, taps1, off1, taps0, off0, first - d * C, T, channel, inside, D, W, C,
-                      TYPE, WHOLE, HAS_SHORT, HAS_LONG, HAS_MASK, HAS_RESET)  # fmt: skip
-            past = past + (w.to(TYPE),)
-        for start in tl.range(first, tl.minimum(first + run * C, T), C, num_stages=STAGES):
-            t = start + tl.arange(0, C)[:, None].to(tl.int64)
-            u2, _ = filter_inputs(z, short, keep, ages, taps2, off2, t, T, channel, inside, D, WHOLE, HAS_SHORT,
-                                  HAS_MASK, HAS_RESET)  # fmt: skip
-            u1, _ = filter_inputs(z + D, short + D, keep, ages, taps1, off1, t, T, channel, inside, D, WHOLE,
-                                  HAS_SHORT, HAS_MASK, HAS_RESET)  # fmt: skip
-            u0, _ = filter_inputs(z + 2 * D, short + 2 * D, keep, ages, taps0, off0, t, T, channel, inside, D, WHOLE,
-                                  HAS_SHORT, HAS_MASK, HAS_RESET)  # fmt: skip
-            w = tl.where(t < T, u1 * u0, 0.0)
-            ws = (w.to(TYPE),) + past
-            out = tl.fma(gain, w, convolve_chunks(matrices, ws, docs, start, T, C, HAS_RESET)) * u2
-            written = t < T
-            if not WHOLE:
-                written = written & inside
-            tl.store(y + t * D + channel, out.to(y.dtype.element_ty), mask=written)
-            past = ws[:BACK]
+            start = first - d * C
+            ws, _, _ = gated(z_1, z_0, short_1, short_0, long, keep, bounds, taps1, off1, taps0, off0, word, inside,
+                             channel, real, start, stride, T, S, L, C, W, ROW, P, TYPE, HAS_SHORT, HAS_LONG, HAS_MASK,
+                             HAS_RESET)  # fmt: skip
+            ws = before_zero(ws, long, channel, real, start, stride, S, L, C, W, HAS_LONG)
+            past = past + (to_matrix(ws, RUNS, FACTOR),)
+        # One tensor of all: loads of a loop that hands a value on for more than one round are not copied ahead.
+        held = past[0] if BACK == 1 else stack(past, triton.next_power_of_2(BACK))
+        for start in tl.range(first, first + stride, C, num_stages=STAGES):
+            if BACK == 1:
+                past = (held,)
+            else:
+                past = unstack(held)[:BACK]
+            ws, bits, bound = gated(z_1, z_0, short_1, short_0, long, keep, bounds, taps1, off1, taps0, off0, word,
+                                    inside, channel, real, start, stride, T, S, L, C, W, ROW, P, TYPE, HAS_SHORT,
+                                    HAS_LONG, HAS_MASK, HAS_RESET)  # fmt: skip
+            past2 = load_segments(z_2, short_2, word, inside, start, stride, T, bits, 1 - K, K - 1, S, L, C, K - 1,
+                                  ROW, HAS_SHORT, HAS_MASK)  # fmt: skip
+            words2 = load_segments(z_2, short_2, word, inside, start, stride, T, bits, 0, L, S, L, C, K - 1, ROW,
+                                   HAS_SHORT, HAS_MASK)  # fmt: skip
+            us = filter_segments(past2, words2, bits, bound, taps2, off2, P, TYPE, HAS_MASK, HAS_RESET)
+            chunks = (to_matrix(ws, RUNS, FACTOR),) + past
+            gs = from_matrix(convolve_chunks(matrices, chunks, docs, start, stride, T, C, RUNS, HAS_RESET), RUNS, P, L)
+            t = times(0, stride, 0, 1, S, L, C)
+            to = y + tl.cast(start, tl.int64) * (D // P) + (t * (D // P) + word)
+            for i in tl.static_range(L):
+                out = tl.fma(gain, ws[i], gs[i]) * us[i]
+                store_numbers(to + i * (D // P), out, inside & (start + t + i < T), P, TYPE)
+            held = chunks[0] if BACK == 1 else stack(chunks[:BACK], triton.next_power_of_2(BACK))

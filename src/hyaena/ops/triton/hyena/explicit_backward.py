@@ -111,7 +111,7 @@ def window_gradient(dlong, docs, t, T, channel, inside, W: tl.constexpr, HAS_RES
 @triton.jit(do_not_specialize=["T", "run"])
 def explicit_backward_kernel(w, dg, taps, skip, long, docs, dlong, outers, g, dw, dtaps, dlong_in, T, run,
                              D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
-                             BC: tl.constexpr, BACK: tl.constexpr, TERMS: tl.constexpr, TYPE: tl.constexpr,
+                             BC: tl.constexpr, BACK: tl.constexpr, TERMS: tl.constexpr, FACTOR: tl.constexpr,
                              STAGES: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_LONG: tl.constexpr,
                              HAS_RESET: tl.constexpr, HAS_DLONG: tl.constexpr,
                              PARAMETERS: tl.constexpr):  # fmt: skip
@@ -142,8 +142,8 @@ def explicit_backward_kernel(w, dg, taps, skip, long, docs, dlong, outers, g, dw
     matrices = ()
     turned = ()
     for d in tl.static_range(BACK + 1):
-        matrices = matrices + (load_toeplitz(taps + group * W, d, W, C, TERMS, TYPE, False),)
-        turned = turned + (load_toeplitz(taps + group * W, d, W, C, TERMS, TYPE, True),)
+        matrices = matrices + (load_toeplitz(taps + group * W, d, W, C, TERMS, FACTOR, False),)
+        turned = turned + (load_toeplitz(taps + group * W, d, W, C, TERMS, FACTOR, True),)
 
     first = tl.program_id(1).to(tl.int64) * run * C
     past = ()  # w of the chunks before the next one, and dg of that one and those behind it, but for the last
@@ -151,20 +151,20 @@ def explicit_backward_kernel(w, dg, taps, skip, long, docs, dlong, outers, g, dw
     totals = ()
     for d in tl.static_range(BACK):
         x = load_past(w, long, first - (d + 1) * C, T, channel, inside, D, W, C, WHOLE, HAS_LONG)
-        past = past + (x.to(TYPE),)
-        dgs = dgs + (load_chunk(dg, first + d * C, T, channel, inside, D, C, WHOLE).to(TYPE),)
+        past = past + (x.to(FACTOR),)
+        dgs = dgs + (load_chunk(dg, first + d * C, T, channel, inside, D, C, WHOLE).to(FACTOR),)
     if PARAMETERS:
         for _ in tl.static_range(BACK + 1):
             totals = totals + (tl.zeros((C, C), tl.float32),)
     for start in tl.range(first, tl.minimum(first + run * C, T), C, num_stages=STAGES):
         t = start + tl.arange(0, C)[:, None].to(tl.int64)
         now = load_chunk(w, start, T, channel, inside, D, C, WHOLE)
-        ws = (now.to(TYPE),) + past
-        dgs = dgs + (load_chunk(dg, start + BACK * C, T, channel, inside, D, C, WHOLE).to(TYPE),)
+        ws = (now.to(FACTOR),) + past
+        dgs = dgs + (load_chunk(dg, start + BACK * C, T, channel, inside, D, C, WHOLE).to(FACTOR),)
         written = t < T
         if not WHOLE:
             written = written & inside
-        out = convolve_chunks(matrices, ws, docs, start, T, C, HAS_RESET)
+        out = convolve_chunks(matrices, ws, docs, start, 0, T, C, 1, HAS_RESET)
         out = tl.fma(gain, now.to(tl.float32), out)
         tl.store(g + t * D + channel, out.to(g.dtype.element_ty), mask=written)
         out = spread_chunks(turned, dgs, docs, start, T, C, HAS_RESET)
@@ -185,7 +185,7 @@ def explicit_backward_kernel(w, dg, taps, skip, long, docs, dlong, outers, g, dw
                 if HAS_RESET:
                     i = m * C + tl.arange(0, C)[:, None]
                     later = tl.where(tl.load(docs + i, mask=i < T, other=-1) == 0, later, 0.0)
-                back = add_product(back, turned[n + m], later.to(TYPE))
+                back = add_product(back, turned[n + m], later.to(FACTOR))
             before = tl.arange(0, C)[:, None] - n * C
             if HAS_DLONG:
                 back += window_gradient(dlong, docs, before, T, channel, inside, W, HAS_RESET)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from hyaena.ops.triton.hyena.direct import direct_forward_kernel, gate_kernel
 from hyaena.ops.triton.hyena.direct_backward import direct_backward_kernel
 from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
 from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel
-from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, power_of_two, window
+from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, find_boundaries, power_of_two, segment_bits, window
 from hyaena.ops.triton.hyena.step import explicit_step_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -50,8 +50,31 @@ class Operands(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Folding:
+    """How the forward kernel of products cuts time and channels.
+
+    Attributes:
+        chunk: steps of a chunk, a power of two, at least 16.
+        runs: of a program, a power of two; with the channels of a group they make the columns of its products.
+        length: chunks of a run at most.
+        steps: of a segment, a power of two, at most 16.
+        channels: of a program at most, a power of two, at least 16.
+        warps: of a program.
+        stages: chunks whose inputs are under way together, the one that is computed among them.
+    """
+
+    chunk: int = 64
+    runs: int = 2
+    length: int = 32
+    steps: int = 8
+    channels: int = 16
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
 class Tiling:
-    """How the kernels cut time and channels.
+    """How the backward kernel of products cuts time and channels.
 
     Attributes:
         chunk: steps of a chunk, a power of two, at least 16.
@@ -67,16 +90,17 @@ class Tiling:
     run: int = 32
     warps: int = 4
     stages: int = 1
-    registers: int = 128
+    registers: int = 255
 
 
-FORWARD = Tiling()
-BACKWARD = Tiling(registers=255)
+def choose_folding(dtype: torch.dtype) -> Folding:
+    """Factors of four bytes, in two terms, take chunks half as long: shared memory holds the matrices."""
+    return Folding() if dtype == torch.bfloat16 else Folding(chunk=32, length=64, stages=2)
 
 
-def choose_tiling(tiling: Tiling, dtype: torch.dtype) -> Tiling:
-    """Numbers of four bytes, in two terms, take chunks half as long: shared memory holds the matrices."""
-    return tiling if dtype == torch.bfloat16 else replace(tiling, chunk=32, run=2 * tiling.run, registers=255)
+def choose_tiling(dtype: torch.dtype) -> Tiling:
+    """As ``choose_folding``."""
+    return Tiling() if dtype == torch.bfloat16 else Tiling(chunk=32, run=64)
 
 
 @dataclass(frozen=True)
@@ -96,48 +120,21 @@ class Walk:
     warps: int = 4
 
 
-class _Shape(NamedTuple):
-    """What both kernels are told of a problem and its tiling."""
-
-    blocks: int
-    runs: int
-    keywords: dict[str, Any]
-
-
-def _shape(operands: Operands, tiling: Tiling) -> _Shape:
-    z, weight, bias, taps, skip, short, long, mask, reset = operands
-    channels = z.shape[2] // 3
+def _products(operands: Operands, chunk: int) -> dict[str, Any]:
+    """What both kernels of products are told of the long filter."""
+    z, taps = operands.z, operands.taps
     groups, count = taps.shape
-    width = channels // groups
-    block = min(tiling.channels, max(16, power_of_two(width)))
     narrow = z.dtype == torch.bfloat16 and not interpreted()  # the interpreter has no products of bfloat16
-    keywords = {
-        "D": channels,
-        "K": weight.shape[1],
+    return {
         "W": count,
-        "WIDTH": width,
-        "C": tiling.chunk,
-        "BC": block,
-        "BACK": cdiv(count - 1, tiling.chunk),
+        "WIDTH": z.shape[2] // 3 // groups,
+        "C": chunk,
+        "BACK": max(1, cdiv(count - 1, chunk)),
         "TERMS": 2 if narrow and taps.dtype != torch.bfloat16 else 1,
-        "TYPE": TYPES[torch.bfloat16 if narrow else torch.float32],
-        "HAS_BIAS": bias is not None,
-        "HAS_SKIP": skip is not None,
-        "HAS_SHORT": short is not None and weight.shape[1] > 1,
-        "HAS_LONG": long is not None and count > 1,
-        "HAS_MASK": mask is not None,
-        "HAS_RESET": reset is not None,
-        "num_warps": tiling.warps,
-        "maxnreg": tiling.registers,
+        "FACTOR": TYPES[torch.bfloat16 if narrow else torch.float32],
+        "HAS_LONG": operands.long is not None and count > 1,
+        "HAS_RESET": operands.reset is not None,
     }
-    return _Shape(groups * cdiv(width, block), cdiv(z.shape[1], tiling.chunk * tiling.run), keywords)
-
-
-def _documents(reset: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
-    """``age``, and the number of every step's document in rising order, 0 before the first boundary: int32 [B,T]."""
-    if reset is None:
-        return other, other
-    return age(reset), reset.cumsum(1, dtype=torch.int32)
 
 
 def _rows(short: Tensor | None, z: Tensor) -> Tensor | None:
@@ -347,39 +344,55 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return forward_direct(operands) if few else forward_products(operands)
 
 
-def forward_products(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``forward`` by matrix products, for any number of taps; ``tiling`` None to choose."""
-    tiling = tiling or choose_tiling(FORWARD, operands.z.dtype)
+def forward_products(operands: Operands, folding: Folding | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``forward`` by matrix products, for any number of taps; ``folding`` None to choose."""
+    folding = folding or choose_folding(operands.z.dtype)
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
-    y = z.new_empty(batch, length, width // 3)
-    long_out = taps.new_empty(batch, width // 3, taps.shape[1] - 1, dtype=torch.float32)
-    before = _rows(short, z)
-    ages, docs = _documents(reset, z)
-    shape = _shape(operands, tiling)
-    start: Any = explicit_forward_kernel[(shape.blocks, shape.runs + 1, batch)]
+    groups, count = taps.shape
+    channels, before = width // 3, _rows(short, z)
+    in_group, steps = channels // groups, weight.shape[1] - 1
+    y = z.new_empty(batch, length, channels)
+    long_out = taps.new_empty(batch, channels, count - 1, dtype=torch.float32)
+    numbers = 2 if z.dtype.itemsize == 2 and in_group % 2 == 0 else 1
+    block = min(folding.channels, max(16, power_of_two(in_group)))
+    chunks = cdiv(length, folding.chunk)
+    sets = cdiv(chunks, folding.runs * folding.length)
+    bounds = None if reset is None else find_boundaries(reset, folding.steps, steps, folding.chunk // folding.steps, 1)
+    words = as_words(z, numbers)
+    start: Any = explicit_forward_kernel[(groups * cdiv(in_group, block), sets + 1, batch)]
     start(
-        z,
+        words,
         weight,
         z if bias is None else bias,
         taps,
         z if skip is None else skip,
-        z if before is None else before,
+        words if before is None else as_words(before, numbers),
         z if long is None else long,
-        z if mask is None else mask.view(torch.uint8),
-        ages,
-        docs,
-        y,
+        words if mask is None else segment_bits(mask, folding.steps, steps),
+        words if bounds is None else bounds.segments,
+        words if reset is None else reset.cumsum(1, dtype=torch.int32),
+        as_words(y, numbers),
         long_out,
         length,
-        tiling.run,
-        STAGES=tiling.stages,
-        **shape.keywords,
+        cdiv(chunks, sets * folding.runs) * folding.chunk,
+        TYPE=TYPES[z.dtype],
+        D=channels,
+        K=steps + 1,
+        P=numbers,
+        BW=block // numbers,
+        RUNS=folding.runs,
+        L=folding.steps,
+        STAGES=folding.stages,
+        HAS_BIAS=bias is not None,
+        HAS_SKIP=skip is not None,
+        HAS_SHORT=short is not None and steps > 0,
+        HAS_MASK=mask is not None,
+        num_warps=folding.warps,
+        **_products(operands, folding.chunk),
     )
-    taps_before = weight.shape[1] - 1
-    tails = None if reset is None else ages[:, -1].clamp(max=taps_before)
-    return y, window(z, before, mask, tails, taps_before), long_out
+    return y, window(z, before, mask, None if bounds is None else bounds.tails, steps), long_out
 
 
 def backward(
@@ -416,7 +429,7 @@ def backward_products(
     parameters: bool = True,
 ) -> Gradients:
     """``backward`` by matrix products, for any number of taps; ``tiling`` and ``walk`` None to choose."""
-    tiling = tiling or choose_tiling(BACKWARD, operands.z.dtype)
+    tiling = tiling or choose_tiling(operands.z.dtype)
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
@@ -443,16 +456,17 @@ def backward_products(
         walk.run,
         **keywords,
     )
-    blocks, runs, keywords = _shape(operands, tiling)
+    in_group = channels // taps.shape[0]
+    block = min(tiling.channels, max(16, power_of_two(in_group)))
+    blocks, runs = taps.shape[0] * cdiv(in_group, block), cdiv(length, tiling.chunk * tiling.run)
     programs = batch * runs * blocks
+    products = _products(operands, tiling.chunk)
 
     def empty(*size: int) -> Tensor:
         return z.new_empty(*size, dtype=torch.float32)
 
     dtaps = empty(batch, runs, blocks, count) if parameters else empty(0)
     dlong_in = empty(batch, channels, count - 1)
-    for name in ("K", "HAS_BIAS", "HAS_SHORT", "HAS_MASK"):
-        del keywords[name]
     start = explicit_backward_kernel[(blocks, runs, batch)]
     start(
         w,
@@ -460,20 +474,25 @@ def backward_products(
         taps,
         z if skip is None else skip,
         z if long is None else long,
-        _documents(reset, z)[1],
+        z if reset is None else reset.cumsum(1, dtype=torch.int32),
         z if dlong is None else dlong.contiguous(),
-        empty(programs, keywords["BACK"] + 1, tiling.chunk, tiling.chunk) if parameters else empty(0),
+        empty(programs, products["BACK"] + 1, tiling.chunk, tiling.chunk) if parameters else empty(0),
         g,
         dw,
         dtaps,
         dlong_in,
         length,
         tiling.run,
+        D=channels,
         WP=power_of_two(count),
+        BC=block,
         STAGES=tiling.stages,
+        HAS_SKIP=skip is not None,
         HAS_DLONG=dlong is not None and count > 1,
         PARAMETERS=parameters,
-        **keywords,
+        num_warps=tiling.warps,
+        maxnreg=tiling.registers,
+        **products,
     )
     dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk, (g, dw), parameters)
     if not parameters:
