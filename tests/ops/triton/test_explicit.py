@@ -122,6 +122,7 @@ PROBLEMS = {
     "several runs": dict(length=35),
     "a multiple of the chunk": dict(length=32),
     "long taps": dict(length=20, count=33),
+    "longer taps": dict(length=20, count=50),
     "one tap": dict(length=10, count=1, taps=1),
     "eight short taps": dict(length=20, taps=8),
     "padded": dict(length=20, padded=True, batch=2),

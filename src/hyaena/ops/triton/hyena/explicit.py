@@ -135,6 +135,16 @@ def from_matrix(x, RUNS: tl.constexpr, P: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
+def hold(xs):
+    """A tuple of matrices as one tensor, for ``unstack``.
+
+    Triton copies the inputs of a loop ahead only if the loop hands no value on for more than one round.
+    """
+    COUNT: tl.constexpr = triton.next_power_of_2(len(xs))
+    return tl.reshape(stack(xs, COUNT), xs[0].shape + (COUNT,))
+
+
+@triton.jit
 def convolve_chunks(matrices, ws, docs, start, stride, T, C: tl.constexpr, RUNS: tl.constexpr,
                     HAS_RESET: tl.constexpr):  # fmt: skip
     """``Σ_d A_d ws[d]``, float32: ws are chunks at start, start - C, … of every run, in the order of the matrices."""
@@ -276,13 +286,9 @@ def explicit_forward_kernel(z, weight, bias, taps, skip, short, long, keep, boun
                              HAS_RESET)  # fmt: skip
             ws = before_zero(ws, long, channel, real, start, stride, S, L, C, W, HAS_LONG)
             past = past + (to_matrix(ws, RUNS, FACTOR),)
-        # One tensor of all: loads of a loop that hands a value on for more than one round are not copied ahead.
-        held = past[0] if BACK == 1 else stack(past, triton.next_power_of_2(BACK))
+        held = hold(past)
         for start in tl.range(first, first + stride, C, num_stages=STAGES):
-            if BACK == 1:
-                past = (held,)
-            else:
-                past = unstack(held)[:BACK]
+            past = unstack(held)[:BACK]
             ws, bits, bound = gated(z_1, z_0, short_1, short_0, long, keep, bounds, taps1, off1, taps0, off0, word,
                                     inside, channel, real, start, stride, T, S, L, C, W, ROW, P, TYPE, HAS_SHORT,
                                     HAS_LONG, HAS_MASK, HAS_RESET)  # fmt: skip
@@ -298,4 +304,4 @@ def explicit_forward_kernel(z, weight, bias, taps, skip, short, long, keep, boun
             for i in tl.static_range(L):
                 out = tl.fma(gain, ws[i], gs[i]) * us[i]
                 store_numbers(to + i * (D // P), out, inside & (start + t + i < T), P, TYPE)
-            held = chunks[0] if BACK == 1 else stack(chunks[:BACK], triton.next_power_of_2(BACK))
+            held = hold(chunks[:BACK])
