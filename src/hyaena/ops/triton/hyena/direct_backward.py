@@ -3,7 +3,7 @@
 A thread walks through a run from its end. It needs w of the W-1 steps before the current one, for the output g, and dg
 of as many behind it, for the gradient of w: w enters its window W-1 steps ahead of its use. The gradients of the inputs
 need those of u of the steps behind. With GIVEN, g and the gradient of w come from ``explicit_backward``, and what is
-left of the long filter is nothing: W is 1.
+left of the long filter is the skip: W is 1.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def backward_step(t, end, T, x2, x1, x0, now1, now0, slope, taps2, off2, taps1, 
     ws = ws + (w,)
     dg = slope * u2
     if GIVEN:
-        g = given_g
-        dw = given_dw
+        g = tl.fma(kernel[0], ws[0], given_g)
+        dw = tl.fma(kernel[0], dg, given_dw)
     else:
         g = kernel[W - 1] * ws[0]
         dw = kernel[W - 1] * dg
@@ -203,10 +203,12 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
     taps0, off0 = load_taps(weight, bias, 2 * D + channel, real, K, HAS_BIAS)
     gs += row * T * (D // P) + word
     dws += row * T * (D // P) + word
-    kernel = ()
+    nothing = tl.zeros(channel.shape, tl.float32)
+    kernel = (nothing,)
     if not GIVEN:
         kernel = load_kernel(taps, skip, channel, real, W, WIDTH, HAS_SKIP)
-    nothing = tl.zeros(channel.shape, tl.float32)
+    elif HAS_SKIP:
+        kernel = (tl.load(skip + channel, mask=real, other=0.0).to(tl.float32),)
     last_age = load_age(ages, T - 1, T, HAS_RESET)
 
     first = tl.program_id(1).to(tl.int64) * run

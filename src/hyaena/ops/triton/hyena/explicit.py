@@ -171,15 +171,14 @@ def convolve_chunks(matrices, ws, docs, start, stride, T, C: tl.constexpr, RUNS:
 
 
 @triton.jit
-def gated(z_1, z_0, short_1, short_0, long, keep, bounds, taps1, off1, taps0, off0, word, inside, channel, real, start,
-          stride, T, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr,
-          P: tl.constexpr, TYPE: tl.constexpr, HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr,
-          HAS_RESET: tl.constexpr):  # fmt: skip
-    """w of the chunk at ``start`` of every run, a tuple of L tensors float32; before step 0 of ``long``, or zero.
+def gated(z_1, z_0, short_1, short_0, keep, bounds, taps1, off1, taps0, off0, word, inside, start, stride, T,
+          S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
+          HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
+    """w of the chunk at ``start`` of every run, a tuple of L tensors float32, and the segments' bits; zero at padding.
 
-    A run may begin before 0, not end there unless its chunk does.
+    Steps before 0, and from T on, are not what they should be: see ``before_zero``.
     """
-    K1: tl.constexpr = len(taps1) - 1
+    W: tl.constexpr = len(taps1) - 1
     t = times(start, stride, 0, 1, S, L, C)
     bits = t
     bound = t
@@ -187,13 +186,13 @@ def gated(z_1, z_0, short_1, short_0, long, keep, bounds, taps1, off1, taps0, of
         bits = tl.load(keep + tl.minimum(tl.maximum(t, 0), T) // L)
     if HAS_RESET:
         bound = tl.load(bounds + tl.minimum(tl.maximum(t, 0), T) // L)
-    past1 = load_segments(z_1, short_1, word, inside, start, stride, T, bits, -K1, K1, S, L, C, K1, ROW, HAS_SHORT,
+    past1 = load_segments(z_1, short_1, word, inside, start, stride, T, bits, -W, W, S, L, C, W, ROW, HAS_SHORT,
                           HAS_MASK)  # fmt: skip
-    past0 = load_segments(z_0, short_0, word, inside, start, stride, T, bits, -K1, K1, S, L, C, K1, ROW, HAS_SHORT,
+    past0 = load_segments(z_0, short_0, word, inside, start, stride, T, bits, -W, W, S, L, C, W, ROW, HAS_SHORT,
                           HAS_MASK)  # fmt: skip
-    words1 = load_segments(z_1, short_1, word, inside, start, stride, T, bits, 0, L, S, L, C, K1, ROW, HAS_SHORT,
+    words1 = load_segments(z_1, short_1, word, inside, start, stride, T, bits, 0, L, S, L, C, W, ROW, HAS_SHORT,
                            HAS_MASK)  # fmt: skip
-    words0 = load_segments(z_0, short_0, word, inside, start, stride, T, bits, 0, L, S, L, C, K1, ROW, HAS_SHORT,
+    words0 = load_segments(z_0, short_0, word, inside, start, stride, T, bits, 0, L, S, L, C, W, ROW, HAS_SHORT,
                            HAS_MASK)  # fmt: skip
     u1 = filter_segments(past1, words1, bits, bound, taps1, off1, P, TYPE, HAS_MASK, HAS_RESET)
     u0 = filter_segments(past0, words0, bits, bound, taps0, off0, P, TYPE, HAS_MASK, HAS_RESET)
@@ -259,9 +258,8 @@ def explicit_forward_kernel(z, weight, bias, taps, skip, short, long, keep, boun
         saved = long_out + row * D * (W - 1) + channel * (W - 1) + W - 1 - T
         for back in range(0, BACK + 1, RUNS):
             start = (T - 1) // C * C - (back + RUNS - 1) * C
-            ws, _, _ = gated(z_1, z_0, short_1, short_0, long, keep, bounds, taps1, off1, taps0, off0, word, inside,
-                             channel, real, start, C, T, S, L, C, W, ROW, P, TYPE, HAS_SHORT, HAS_LONG, HAS_MASK,
-                             HAS_RESET)  # fmt: skip
+            ws, _, _ = gated(z_1, z_0, short_1, short_0, keep, bounds, taps1, off1, taps0, off0, word, inside, start,
+                             C, T, S, L, C, ROW, P, TYPE, HAS_SHORT, HAS_MASK, HAS_RESET)  # fmt: skip
             ws = before_zero(ws, long, channel, real, start, C, S, L, C, W, HAS_LONG)
             for i in tl.static_range(L):
                 t = times(start, C, i, 1, S, L, C)[:, :, None]
@@ -281,17 +279,16 @@ def explicit_forward_kernel(z, weight, bias, taps, skip, short, long, keep, boun
         past = ()
         for d in tl.static_range(1, BACK + 1):
             start = first - d * C
-            ws, _, _ = gated(z_1, z_0, short_1, short_0, long, keep, bounds, taps1, off1, taps0, off0, word, inside,
-                             channel, real, start, stride, T, S, L, C, W, ROW, P, TYPE, HAS_SHORT, HAS_LONG, HAS_MASK,
-                             HAS_RESET)  # fmt: skip
+            ws, _, _ = gated(z_1, z_0, short_1, short_0, keep, bounds, taps1, off1, taps0, off0, word, inside, start,
+                             stride, T, S, L, C, ROW, P, TYPE, HAS_SHORT, HAS_MASK, HAS_RESET)  # fmt: skip
             ws = before_zero(ws, long, channel, real, start, stride, S, L, C, W, HAS_LONG)
             past = past + (to_matrix(ws, RUNS, FACTOR),)
         held = hold(past)
         for start in tl.range(first, first + stride, C, num_stages=STAGES):
             past = unstack(held)[:BACK]
-            ws, bits, bound = gated(z_1, z_0, short_1, short_0, long, keep, bounds, taps1, off1, taps0, off0, word,
-                                    inside, channel, real, start, stride, T, S, L, C, W, ROW, P, TYPE, HAS_SHORT,
-                                    HAS_LONG, HAS_MASK, HAS_RESET)  # fmt: skip
+            ws, bits, bound = gated(z_1, z_0, short_1, short_0, keep, bounds, taps1, off1, taps0, off0, word, inside,
+                                    start, stride, T, S, L, C, ROW, P, TYPE, HAS_SHORT, HAS_MASK,
+                                    HAS_RESET)  # fmt: skip
             past2 = load_segments(z_2, short_2, word, inside, start, stride, T, bits, 1 - K, K - 1, S, L, C, K - 1,
                                   ROW, HAS_SHORT, HAS_MASK)  # fmt: skip
             words2 = load_segments(z_2, short_2, word, inside, start, stride, T, bits, 0, L, S, L, C, K - 1, ROW,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyaena.ops.triton import FEW_TAPS, interpreted
 from hyaena.ops.triton.common import TYPES
-from hyaena.ops.triton.hyena.direct import direct_forward_kernel, gate_kernel
+from hyaena.ops.triton.hyena.direct import direct_forward_kernel
 from hyaena.ops.triton.hyena.direct_backward import direct_backward_kernel
 from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
 from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel
@@ -50,8 +50,8 @@ class Operands(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Folding:
-    """How the forward kernel of products cuts time and channels.
+class Tiling:
+    """How the kernels of products cut time and channels.
 
     Attributes:
         chunk: steps of a chunk, a power of two, at least 16.
@@ -72,35 +72,13 @@ class Folding:
     stages: int = 3
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How the backward kernel of products cuts time and channels.
-
-    Attributes:
-        chunk: steps of a chunk, a power of two, at least 16.
-        channels: of a program at most, a power of two, at least 16.
-        run: chunks of a program.
-        warps: of a program.
-        stages: chunks whose inputs are under way together, the one that is computed among them.
-        registers: of a thread at most; fewer let more programs run on a processor.
-    """
-
-    chunk: int = 64
-    channels: int = 16
-    run: int = 32
-    warps: int = 4
-    stages: int = 1
-    registers: int = 255
+FORWARD = Tiling()
+BACKWARD = Tiling(length=64, stages=2)
 
 
-def choose_folding(dtype: torch.dtype) -> Folding:
+def choose_tiling(tiling: Tiling, dtype: torch.dtype) -> Tiling:
     """Factors of four bytes, in two terms, take chunks half as long: shared memory holds the matrices."""
-    return Folding() if dtype == torch.bfloat16 else Folding(chunk=32, length=64, stages=2)
-
-
-def choose_tiling(dtype: torch.dtype) -> Tiling:
-    """As ``choose_folding``."""
-    return Tiling() if dtype == torch.bfloat16 else Tiling(chunk=32, run=64)
+    return tiling if dtype == torch.bfloat16 else replace(tiling, chunk=32, length=2 * tiling.length, stages=2)
 
 
 @dataclass(frozen=True)
@@ -118,23 +96,6 @@ class Walk:
     run: int = 256
     group: int = 8
     warps: int = 4
-
-
-def _products(operands: Operands, chunk: int) -> dict[str, Any]:
-    """What both kernels of products are told of the long filter."""
-    z, taps = operands.z, operands.taps
-    groups, count = taps.shape
-    narrow = z.dtype == torch.bfloat16 and not interpreted()  # the interpreter has no products of bfloat16
-    return {
-        "W": count,
-        "WIDTH": z.shape[2] // 3 // groups,
-        "C": chunk,
-        "BACK": max(1, cdiv(count - 1, chunk)),
-        "TERMS": 2 if narrow and taps.dtype != torch.bfloat16 else 1,
-        "FACTOR": TYPES[torch.bfloat16 if narrow else torch.float32],
-        "HAS_LONG": operands.long is not None and count > 1,
-        "HAS_RESET": operands.reset is not None,
-    }
 
 
 def _rows(short: Tensor | None, z: Tensor) -> Tensor | None:
@@ -239,7 +200,7 @@ def _walk_back(
     channels, steps = width // 3, weight.shape[1] - 1
     numbers, keywords = _walk(operands, walk)
     if given is not None:
-        keywords |= {"W": 1, "HAS_SKIP": False, "HAS_LONG": False}
+        keywords |= {"W": 1, "HAS_LONG": False}
     runs, count, before = cdiv(length, walk.run), keywords["W"], _rows(short, z)
 
     def empty(*size: int) -> Tensor:
@@ -344,55 +305,107 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return forward_direct(operands) if few else forward_products(operands)
 
 
-def forward_products(operands: Operands, folding: Folding | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``forward`` by matrix products, for any number of taps; ``folding`` None to choose."""
-    folding = folding or choose_folding(operands.z.dtype)
+class _Products(NamedTuple):
+    """How the kernels of products are launched for a problem.
+
+    Attributes:
+        blocks, sets: the grid, for every row.
+        stride: steps of a run.
+        numbers: of a word.
+        arguments: ``weight`` to ``docs`` of both kernels, less ``taps`` and ``skip``.
+        tails: see ``launch.Boundaries``.
+        keywords: what both kernels are told.
+    """
+
+    blocks: int
+    sets: int
+    stride: int
+    numbers: int
+    before: Tensor | None
+    keep: Tensor
+    bounds: Tensor
+    docs: Tensor
+    tails: Tensor | None
+    keywords: dict[str, Any]
+
+
+def _products(operands: Operands, tiling: Tiling) -> _Products:
+    z, weight, bias, taps, skip, short, long, mask, reset = operands
+    groups, count = taps.shape
+    channels, steps = z.shape[2] // 3, weight.shape[1] - 1
+    width = channels // groups
+    numbers = 2 if z.dtype.itemsize == 2 and width % 2 == 0 else 1
+    block = min(tiling.channels, max(16, power_of_two(width)))
+    chunks = cdiv(z.shape[1], tiling.chunk)
+    sets = cdiv(chunks, tiling.runs * tiling.length)
+    words, before = as_words(z, numbers), _rows(short, z)
+    bounds = None if reset is None else find_boundaries(reset, tiling.steps, steps, tiling.chunk // tiling.steps, 1)
+    narrow = z.dtype == torch.bfloat16 and not interpreted()  # the interpreter has no products of bfloat16
+    keywords = {
+        "TYPE": TYPES[z.dtype],
+        "FACTOR": TYPES[torch.bfloat16 if narrow else torch.float32],
+        "D": channels,
+        "K": steps + 1,
+        "W": count,
+        "WIDTH": width,
+        "P": numbers,
+        "BW": block // numbers,
+        "RUNS": tiling.runs,
+        "C": tiling.chunk,
+        "L": tiling.steps,
+        "BACK": max(1, cdiv(count - 1, tiling.chunk)),
+        "TERMS": 2 if narrow and taps.dtype != torch.bfloat16 else 1,
+        "STAGES": tiling.stages,
+        "HAS_BIAS": bias is not None,
+        "HAS_SHORT": short is not None and steps > 0,
+        "HAS_LONG": long is not None and count > 1,
+        "HAS_MASK": mask is not None,
+        "HAS_RESET": reset is not None,
+        "num_warps": tiling.warps,
+    }
+    return _Products(
+        groups * cdiv(width, block),
+        sets,
+        cdiv(chunks, sets * tiling.runs) * tiling.chunk,
+        numbers,
+        before,
+        words if mask is None else segment_bits(mask, tiling.steps, steps),
+        words if bounds is None else bounds.segments,
+        words if reset is None else reset.cumsum(1, dtype=torch.int32),
+        None if bounds is None else bounds.tails,
+        keywords,
+    )
+
+
+def forward_products(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``forward`` by matrix products, for any number of taps; ``tiling`` None to choose."""
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
-    groups, count = taps.shape
-    channels, before = width // 3, _rows(short, z)
-    in_group, steps = channels // groups, weight.shape[1] - 1
-    y = z.new_empty(batch, length, channels)
-    long_out = taps.new_empty(batch, channels, count - 1, dtype=torch.float32)
-    numbers = 2 if z.dtype.itemsize == 2 and in_group % 2 == 0 else 1
-    block = min(folding.channels, max(16, power_of_two(in_group)))
-    chunks = cdiv(length, folding.chunk)
-    sets = cdiv(chunks, folding.runs * folding.length)
-    bounds = None if reset is None else find_boundaries(reset, folding.steps, steps, folding.chunk // folding.steps, 1)
-    words = as_words(z, numbers)
-    start: Any = explicit_forward_kernel[(groups * cdiv(in_group, block), sets + 1, batch)]
+    plan = _products(operands, tiling or choose_tiling(FORWARD, z.dtype))
+    y = z.new_empty(batch, length, width // 3)
+    long_out = taps.new_empty(batch, width // 3, taps.shape[1] - 1, dtype=torch.float32)
+    words = as_words(z, plan.numbers)
+    start: Any = explicit_forward_kernel[(plan.blocks, plan.sets + 1, batch)]
     start(
         words,
         weight,
         z if bias is None else bias,
         taps,
         z if skip is None else skip,
-        words if before is None else as_words(before, numbers),
+        words if plan.before is None else as_words(plan.before, plan.numbers),
         z if long is None else long,
-        words if mask is None else segment_bits(mask, folding.steps, steps),
-        words if bounds is None else bounds.segments,
-        words if reset is None else reset.cumsum(1, dtype=torch.int32),
-        as_words(y, numbers),
+        plan.keep,
+        plan.bounds,
+        plan.docs,
+        as_words(y, plan.numbers),
         long_out,
         length,
-        cdiv(chunks, sets * folding.runs) * folding.chunk,
-        TYPE=TYPES[z.dtype],
-        D=channels,
-        K=steps + 1,
-        P=numbers,
-        BW=block // numbers,
-        RUNS=folding.runs,
-        L=folding.steps,
-        STAGES=folding.stages,
-        HAS_BIAS=bias is not None,
+        plan.stride,
         HAS_SKIP=skip is not None,
-        HAS_SHORT=short is not None and steps > 0,
-        HAS_MASK=mask is not None,
-        num_warps=folding.warps,
-        **_products(operands, folding.chunk),
+        **plan.keywords,
     )
-    return y, window(z, before, mask, None if bounds is None else bounds.tails, steps), long_out
+    return y, window(z, plan.before, mask, plan.tails, weight.shape[1] - 1), long_out
 
 
 def backward(
@@ -429,76 +442,52 @@ def backward_products(
     parameters: bool = True,
 ) -> Gradients:
     """``backward`` by matrix products, for any number of taps; ``tiling`` and ``walk`` None to choose."""
-    tiling = tiling or choose_tiling(operands.z.dtype)
     operands = operands.contiguous()
     z, weight, bias, taps, skip, short, long, mask, reset = operands
     batch, length, width = z.shape
-    walk = walk or Walk()
-    channels, count = width // 3, taps.shape[1]
-    before = _rows(short, z)
-    numbers, keywords = _walk(operands, walk)
-    w, dg, g, dw = (z.new_empty(batch, length, channels) for _ in range(4))
-    words = as_words(z, numbers)
-    for name in ("W", "WIDTH", "HAS_SKIP", "HAS_LONG"):
-        del keywords[name]
-    start: Any = gate_kernel[(cdiv(channels, keywords["BW"] * numbers), cdiv(length, walk.run), batch)]
-    start(
-        words,
-        as_words(dy, numbers),
-        weight,
-        z if bias is None else bias,
-        words if before is None else as_words(before, numbers),
-        z if mask is None else mask.view(torch.uint8),
-        z if reset is None else reset.view(torch.uint8),
-        as_words(w, numbers),
-        as_words(dg, numbers),
-        length,
-        walk.run,
-        **keywords,
-    )
-    in_group = channels // taps.shape[0]
-    block = min(tiling.channels, max(16, power_of_two(in_group)))
-    blocks, runs = taps.shape[0] * cdiv(in_group, block), cdiv(length, tiling.chunk * tiling.run)
-    programs = batch * runs * blocks
-    products = _products(operands, tiling.chunk)
+    tiling = tiling or choose_tiling(BACKWARD, z.dtype)
+    plan = _products(operands, tiling)
+    groups, count = taps.shape
+    g, dw = (z.new_empty(batch, length, width // 3) for _ in range(2))
 
     def empty(*size: int) -> Tensor:
         return z.new_empty(*size, dtype=torch.float32)
 
-    dtaps = empty(batch, runs, blocks, count) if parameters else empty(0)
-    dlong_in = empty(batch, channels, count - 1)
-    start = explicit_backward_kernel[(blocks, runs, batch)]
+    programs, matrices = batch * plan.sets * plan.blocks, plan.keywords["BACK"] + 1
+    outers = empty(programs, matrices, tiling.chunk, tiling.chunk) if parameters else empty(0)
+    dtaps = empty(batch, plan.sets, plan.blocks, count) if parameters else empty(0)
+    dlong_in = empty(batch, width // 3, count - 1)
+    words = as_words(z, plan.numbers)
+    start: Any = explicit_backward_kernel[(plan.blocks, plan.sets, batch)]
     start(
-        w,
-        dg,
+        words,
+        as_words(dy, plan.numbers),
+        weight,
+        z if bias is None else bias,
         taps,
-        z if skip is None else skip,
+        words if plan.before is None else as_words(plan.before, plan.numbers),
         z if long is None else long,
-        z if reset is None else reset.cumsum(1, dtype=torch.int32),
-        z if dlong is None else dlong.contiguous(),
-        empty(programs, products["BACK"] + 1, tiling.chunk, tiling.chunk) if parameters else empty(0),
-        g,
-        dw,
+        plan.keep,
+        plan.bounds,
+        plan.docs,
+        outers,
+        as_words(g, plan.numbers),
+        as_words(dw, plan.numbers),
         dtaps,
         dlong_in,
         length,
-        tiling.run,
-        D=channels,
+        plan.stride,
         WP=power_of_two(count),
-        BC=block,
-        STAGES=tiling.stages,
-        HAS_SKIP=skip is not None,
-        HAS_DLONG=dlong is not None and count > 1,
         PARAMETERS=parameters,
-        num_warps=tiling.warps,
-        maxnreg=tiling.registers,
-        **products,
+        **plan.keywords,
     )
-    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk, (g, dw), parameters)
+    if dlong is not None and count > 1:
+        add_window_gradient(dw, dlong_in, dlong, None, None if reset is None else age(reset)[:, -1])
+    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk or Walk(), (g, dw), parameters)
     if not parameters:
         return dz, *(empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
     dweight, dbias, of_skip = _of_short_filter(sums, weight)
-    dtaps = dtaps.view(batch * runs, taps.shape[0], -1, count).sum(dim=(0, 2))
+    dtaps = dtaps.view(batch * plan.sets, groups, -1, count).sum(dim=(0, 2))
     return dz, dweight, dbias, dtaps, of_skip[0].clone(), dshort_in, dlong_in
 
 
