@@ -145,21 +145,21 @@ def explicit_backward_kernel(z, dy, weight, bias, taps, short, long, keep, bound
         turned = turned + (load_toeplitz(taps + group * W, d, W, C, TERMS, FACTOR, True),)
 
     first = tl.program_id(1) * (stride * RUNS)
-    past = ()  # w of the chunks before the next one
-    dgs = ()  # dg of the chunks before it, the oldest first
+    past = ()
+    none = ()
     totals = ()
     for d in tl.static_range(1, BACK + 1):
-        start = first - d * C
-        ws, _, _ = gated(z_1, z_0, short_1, short_0, keep, bounds, taps1, off1, taps0, off0, word, inside, start,
-                         stride, T, S, L, C, ROW, P, TYPE, HAS_SHORT, HAS_MASK, HAS_RESET)  # fmt: skip
-        ws = before_zero(ws, long, channel, real, start, stride, S, L, C, W, HAS_LONG)
-        past = past + (to_matrix(ws, RUNS, FACTOR),)
-        dgs = dgs + (tl.zeros_like(past[0]),)
+        before = first - d * C
+        older, _, _ = gated(z_1, z_0, short_1, short_0, keep, bounds, taps1, off1, taps0, off0, word, inside, before,
+                            stride, T, S, L, C, ROW, P, TYPE, HAS_SHORT, HAS_MASK, HAS_RESET)  # fmt: skip
+        older = before_zero(older, long, channel, real, before, stride, S, L, C, W, HAS_LONG)
+        past = past + (to_matrix(older, RUNS, FACTOR),)
+        none = none + (tl.zeros_like(past[0]),)
     if PARAMETERS:
         for _ in tl.static_range(BACK + 1):
             totals = totals + (tl.zeros((C, C), tl.float32),)
-    held = hold(past)
-    slopes = hold(dgs)
+    held = hold(past)  # w of the chunks before the next one
+    slopes = hold(none)  # dg of them, the oldest first
     at = times(0, stride, 0, 1, S, L, C)
     for start in tl.range(first, first + stride + BACK * C, C, num_stages=STAGES):
         ws, bits, bound = gated(z_1, z_0, short_1, short_0, keep, bounds, taps1, off1, taps0, off0, word, inside, start,
