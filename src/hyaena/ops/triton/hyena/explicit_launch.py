@@ -312,8 +312,8 @@ class _Products(NamedTuple):
         blocks, sets: the grid, for every row.
         stride: steps of a run.
         numbers: of a word.
-        arguments: ``weight`` to ``docs`` of both kernels, less ``taps`` and ``skip``.
-        tails: see ``launch.Boundaries``.
+        before: the state of the short filter as steps of z, if there is one.
+        keep, bounds, docs, tails: padding and documents, see the forward kernel and ``launch.Boundaries``.
         keywords: what both kernels are told.
     """
 
