@@ -330,7 +330,7 @@ class _Products(NamedTuple):
 
 
 def _products(operands: Operands, tiling: Tiling) -> _Products:
-    z, weight, bias, taps, skip, short, long, mask, reset = operands
+    z, weight, bias, taps, _, short, long, mask, reset = operands
     groups, count = taps.shape
     channels, steps = z.shape[2] // 3, weight.shape[1] - 1
     width = channels // groups
@@ -380,7 +380,7 @@ def _products(operands: Operands, tiling: Tiling) -> _Products:
 def forward_products(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """``forward`` by matrix products, for any number of taps; ``tiling`` None to choose."""
     operands = operands.contiguous()
-    z, weight, bias, taps, skip, short, long, mask, reset = operands
+    z, weight, bias, taps, skip, _, long, mask, _ = operands
     batch, length, width = z.shape
     plan = _products(operands, tiling or choose_tiling(FORWARD, z.dtype))
     y = z.new_empty(batch, length, width // 3)
@@ -443,7 +443,7 @@ def backward_products(
 ) -> Gradients:
     """``backward`` by matrix products, for any number of taps; ``tiling`` and ``walk`` None to choose."""
     operands = operands.contiguous()
-    z, weight, bias, taps, skip, short, long, mask, reset = operands
+    z, weight, bias, taps, _, _, long, _, reset = operands
     batch, length, width = z.shape
     tiling = tiling or choose_tiling(BACKWARD, z.dtype)
     plan = _products(operands, tiling)

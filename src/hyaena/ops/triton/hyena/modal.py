@@ -29,10 +29,10 @@ from hyaena.ops.triton.hyena.words import stack, stay, store_numbers, unstack
 
 @triton.jit
 def terms(x, TYPE: tl.constexpr):
-    """A float32 tensor as the sum of two of TYPE; one if that is float32."""
+    """A float32 tensor as the sum of two of bfloat16; itself if TYPE is float32."""
     high = x.to(TYPE)
     out = (high,)
-    if TYPE != tl.float32:
+    if TYPE == tl.bfloat16:  # noqa: SIM300
         out = out + ((x - high.to(tl.float32)).to(TYPE),)
     return out
 

@@ -51,7 +51,7 @@ def unpack_all(words, P: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def stack(numbers, COUNT: tl.constexpr):
-    """A tuple of at most COUNT tensors, a power of two up to 64, as one with more axes of 2 at its end; zeros fill it up."""
+    """At most COUNT tensors, a power of two up to 64, as one with more axes of 2 at its end; zeros fill it up."""
     for _ in tl.static_range(COUNT - len(numbers)):
         numbers = numbers + (tl.zeros_like(numbers[0]),)
     for _ in tl.static_range(6):
