@@ -23,7 +23,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 @pytest.mark.parametrize(
     ("part", "kernels"),
     [
-        ("few_taps", {"direct_forward_kernel", "direct_backward_kernel", "gate_kernel", "explicit_forward_kernel",
+        ("few_taps", {"direct_forward_kernel", "direct_backward_kernel", "explicit_forward_kernel",
                       "explicit_backward_kernel"}),
         ("packed", {"_packed_hyena_kernel"}),
         ("decoding", {"_rows_kernel", "_linear_kernel", "_gate_kernel"}),
