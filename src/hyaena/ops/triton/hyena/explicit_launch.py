@@ -261,8 +261,12 @@ def step(
     short_out: Tensor,
     long_out: Tensor,
     overlap: bool = False,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read."""
+    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read.
+
+    ``places`` are source and target of ``DecodeOperators.hyena_at``.
+    """
     channels = z.shape[-1] // 3
     groups, count = taps.shape
     columns = power_of_two(count)
@@ -280,6 +284,7 @@ def step(
         y,
         short_out,
         long_out,
+        *((z, z, 0, 0) if places is None else (*places, short.stride(0), long.stride(0))),
         D=channels,
         K=weight.shape[-1],
         W=count,
@@ -289,6 +294,7 @@ def step(
         HAS_BIAS=bias is not None,
         HAS_SKIP=skip is not None,
         OVERLAP=overlap,
+        PLACES=places is not None,
         launch_pdl=overlap,
         num_warps=4,
     )

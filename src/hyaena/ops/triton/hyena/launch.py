@@ -293,9 +293,10 @@ def step(
     long_out: Tensor,
     overlap: bool = False,
     real: bool = False,
+    places: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read;
-    ``real`` as in ``Operands``."""
+    ``real`` as in ``Operands``, ``places`` as source and target in ``DecodeOperators.hyena_at``."""
     channels, modes = poles.shape[:2]
     y = z.new_empty(z.shape[0], 1, channels)
     start: Any = hyena_step_kernel[(cdiv(channels, STEP_CHANNELS), z.shape[0])]
@@ -311,6 +312,7 @@ def step(
         y,
         short_out,
         long_out,
+        *((z, z, 0, 0) if places is None else (*places, short.stride(0), long.stride(0))),
         D=channels,
         N=modes,
         K=weight.shape[-1],
@@ -318,6 +320,7 @@ def step(
         HAS_BIAS=bias is not None,
         HAS_SKIP=skip is not None,
         OVERLAP=overlap,
+        PLACES=places is not None,
         REAL=real,
         launch_pdl=overlap,
         num_warps=2,

@@ -23,13 +23,23 @@ def read_filter(weight, bias, channel, inside, K: tl.constexpr, HAS_BIAS: tl.con
 
 
 @triton.jit
-def read_window(z, short, channel, row, inside, D: tl.constexpr, K: tl.constexpr):
+def state_of(state, places, row, stride, SIZE: tl.constexpr, PLACES: tl.constexpr):
+    """Where the state of a row begins: at its place of a state of many rows, ``stride`` numbers apart, or its row."""
+    if PLACES:
+        state += tl.load(places + row).to(tl.int64) * stride
+    else:
+        state += row * SIZE
+    return state
+
+
+@triton.jit
+def read_window(z, short, channel, inside, K: tl.constexpr):
     """The last K inputs of the short filter, oldest first: a tuple of K [BD], as they are stored."""
     W: tl.constexpr = K - 1
     window = ()
     for k in tl.static_range(W):
-        window = window + (tl.load(short + (row * 3 * D + channel) * W + k, mask=inside, other=0.0),)
-    return window + (tl.load(z + row * 3 * D + channel, mask=inside, other=0.0),)
+        window = window + (tl.load(short + channel * W + k, mask=inside, other=0.0),)
+    return window + (tl.load(z + channel, mask=inside, other=0.0),)
 
 
 @triton.jit
@@ -42,22 +52,24 @@ def filter_step(taps, window, K: tl.constexpr):
 
 
 @triton.jit
-def write_window(window, short, channel, row, inside, D: tl.constexpr, K: tl.constexpr):
+def write_window(window, short, channel, inside, K: tl.constexpr):
     """Store the window that the next step reads."""
     W: tl.constexpr = K - 1
     for k in tl.static_range(W):
-        at = (row * 3 * D + channel) * W + k
-        tl.store(short + at, window[k + 1].to(short.dtype.element_ty), mask=inside)
+        tl.store(short + channel * W + k, window[k + 1].to(short.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def hyena_step_kernel(z, weight, bias, poles, residues, skip, short, long, y, short_out, long_out,
+                      sources, targets, short_stride, long_stride,
                       D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BD: tl.constexpr,
                       HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, OVERLAP: tl.constexpr,
-                      REAL: tl.constexpr):  # fmt: skip
+                      REAL: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` at T = 1. The outputs may be the very states that are read. Grid: (channels / BD, rows).
 
-    Everything is read before anything is written: a read behind a write would wait for what the write waits for.
+    With PLACES the states are of more rows, which lie apart by strides: a row reads that at its source, and writes that
+    at its target. Everything is read before anything is written: a read behind a write would wait for what the write
+    waits for.
     """
     row = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -71,12 +83,17 @@ def hyena_step_kernel(z, weight, bias, poles, residues, skip, short, long, y, sh
     r_re, r_im = load_residues(residues, channel, inside, N, REAL)
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
-    window2 = read_window(z, short, channel, row, inside, D, K)
-    window1 = read_window(z, short, D + channel, row, inside, D, K)
-    window0 = read_window(z, short, 2 * D + channel, row, inside, D, K)
+    z += row * 3 * D
+    short = state_of(short, sources, row, short_stride, 3 * D * (K - 1), PLACES)
+    long = state_of(long, sources, row, long_stride, D * N * 2, PLACES)
+    short_out = state_of(short_out, targets, row, short_stride, 3 * D * (K - 1), PLACES)
+    long_out = state_of(long_out, targets, row, long_stride, D * N * 2, PLACES)
+    window2 = read_window(z, short, channel, inside, K)
+    window1 = read_window(z, short, D + channel, inside, K)
+    window0 = read_window(z, short, 2 * D + channel, inside, K)
     states = ()
     for n in tl.static_range(N):
-        at = row * D * N * 2 + (channel * N + n) * 2
+        at = (channel * N + n) * 2
         states = states + (tl.load(long + at, mask=inside, other=0.0), tl.load(long + at + 1, mask=inside, other=0.0))
 
     w = filter_step(taps1, window1, K) * filter_step(taps0, window0, K)
@@ -90,22 +107,23 @@ def hyena_step_kernel(z, weight, bias, poles, residues, skip, short, long, y, sh
         else:
             new_re = p_re[n] * states[2 * n] - p_im[n] * states[2 * n + 1] + w
             new_im = p_re[n] * states[2 * n + 1] + p_im[n] * states[2 * n]
-        at = row * D * N * 2 + (channel * N + n) * 2
+        at = (channel * N + n) * 2
         tl.store(long_out + at, new_re, mask=inside)
         tl.store(long_out + at + 1, new_im, mask=inside)
         out += r_re[n] * new_re - r_im[n] * new_im
     out *= filter_step(taps2, window2, K)
     tl.store(y + row * D + channel, out.to(y.dtype.element_ty), mask=inside)
-    write_window(window2, short_out, channel, row, inside, D, K)
-    write_window(window1, short_out, D + channel, row, inside, D, K)
-    write_window(window0, short_out, 2 * D + channel, row, inside, D, K)
+    write_window(window2, short_out, channel, inside, K)
+    write_window(window1, short_out, D + channel, inside, K)
+    write_window(window0, short_out, 2 * D + channel, inside, K)
 
 
 @triton.jit
 def explicit_step_kernel(z, weight, bias, taps, skip, short, long, y, short_out, long_out,
+                         sources, targets, short_stride, long_stride,
                          D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, WIDTH: tl.constexpr,
                          BD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
-                         OVERLAP: tl.constexpr):  # fmt: skip
+                         OVERLAP: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
     """``hyena_step_kernel`` for W explicit taps; WP is W rounded up to a power of two, WIDTH channels share a filter.
 
     The window moves by one number: every number of it is read once and written once.
@@ -124,17 +142,22 @@ def explicit_step_kernel(z, weight, bias, taps, skip, short, long, y, short_out,
         direct += tl.load(skip + channel, mask=inside, other=0.0).to(tl.float32)
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
-    window2 = read_window(z, short, channel, row, inside, D, K)
-    window1 = read_window(z, short, D + channel, row, inside, D, K)
-    window0 = read_window(z, short, 2 * D + channel, row, inside, D, K)
-    at = (row * D + channel[:, None]) * (W - 1) + place
+    z += row * 3 * D
+    short = state_of(short, sources, row, short_stride, 3 * D * (K - 1), PLACES)
+    long = state_of(long, sources, row, long_stride, D * (W - 1), PLACES)
+    short_out = state_of(short_out, targets, row, short_stride, 3 * D * (K - 1), PLACES)
+    long_out = state_of(long_out, targets, row, long_stride, D * (W - 1), PLACES)
+    window2 = read_window(z, short, channel, inside, K)
+    window1 = read_window(z, short, D + channel, inside, K)
+    window0 = read_window(z, short, 2 * D + channel, inside, K)
+    at = channel[:, None] * (W - 1) + place
     past = tl.load(long + at, mask=older, other=0.0)
     w = filter_step(taps1, window1, K) * filter_step(taps0, window0, K)
     out = (direct * w + tl.sum(h * past, axis=1)) * filter_step(taps2, window2, K)
     tl.store(y + row * D + channel, out.to(y.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # the window may move in place
     tl.store(long_out + at - 1, past, mask=older & (place > 0))
-    tl.store(long_out + (row * D + channel) * (W - 1) + W - 2, w, mask=inside & (W > 1))
-    write_window(window2, short_out, channel, row, inside, D, K)
-    write_window(window1, short_out, D + channel, row, inside, D, K)
-    write_window(window0, short_out, 2 * D + channel, row, inside, D, K)
+    tl.store(long_out + channel * (W - 1) + W - 2, w, mask=inside & (W > 1))
+    write_window(window2, short_out, channel, inside, K)
+    write_window(window1, short_out, D + channel, inside, K)
+    write_window(window0, short_out, 2 * D + channel, inside, K)
