@@ -11,6 +11,7 @@ from torch import Tensor
 from device import DEVICE
 from hyaena.ops import HyenaState, ModalFilter, RealModalFilter, hyena
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
+from hyaena.ops.triton.hyena import launch, modal_launch
 from hyaena.ops.triton.hyena.launch import (
     BackwardTiling,
     Operands,
@@ -433,3 +434,57 @@ def test_the_age_of_a_step() -> None:
     first, second = age(reset)
     assert first[0] >= 2**30 and first[1:].tolist() == [0, 1, 2, 0]
     assert second.tolist() == [0, 1, 2, 3, 4]
+
+
+PRODUCTS = modal_launch.Tiling(segments=8, chunk=16, steps=8, words=4)
+OF_PRODUCTS = {
+    "one step": dict(length=1),
+    "shorter than the window": dict(length=2, taps=4),
+    "within a segment": dict(length=9),
+    "a whole tile": dict(length=128),
+    "within a later tile": dict(length=300),
+    "whole segments": dict(length=160, batch=1),
+    "one tap": dict(length=20, taps=1),
+    "eight taps": dict(length=20, taps=8),
+    "nine modes": dict(length=140, modes=9),
+    "sixteen modes": dict(length=20, modes=16),
+    "real": dict(length=150, real=True),
+    "sixteen pairs of real modes": dict(length=20, modes=16, real=True),
+    "padded": dict(length=150, padded=True),
+    "bare": dict(length=150, bare=True),
+    "blocks of channels": dict(length=20, channels=9),
+    "float16": dict(length=20, channels=6, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", OF_PRODUCTS)
+def test_products(name: str) -> None:
+    problem = make(**({"modes": 8} | OF_PRODUCTS[name]))
+    _, *expected = exact(problem)
+    for value, want in zip(modal_launch.forward_products(problem, PRODUCTS), expected, strict=True):
+        close(value, want, TOLERANCE[value.dtype])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no products of bfloat16")
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("modes", [8, 9, 16])
+@pytest.mark.parametrize("length", [1000, 1024, 1337])
+def test_products_in_bfloat16(length: int, modes: int, real: bool) -> None:
+    problem = make(length, 100, modes, dtype=torch.bfloat16, real=real, padded=length == 1000)
+    y, short, long = modal_launch.forward_products(problem, modal_launch.choose_tiling(modes))
+    _, *expected = exact(problem)
+    close(y, expected[0], 2 * TOLERANCE[torch.bfloat16])  # factors are rounded too
+    close(short, expected[1], TOLERANCE[torch.bfloat16])
+    close(long, expected[2], 1e-4)
+
+
+@pytest.mark.parametrize("change", ["documents", "few modes", "short", "float32"])
+def test_other_problems_take_the_recurrence(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make(
+        8 if change == "short" else 1024,
+        modes=2 if change == "few modes" else 8,
+        dtype=torch.float32 if change == "float32" else torch.bfloat16,
+        documents=change == "documents",
+    )
+    monkeypatch.setattr(launch, "forward", lambda operands: "recurrence")
+    assert modal_launch.forward(problem) == "recurrence"

@@ -69,7 +69,7 @@ class Tiling:
     steps: int = 8
     channels: int = 16
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
 
 
 FORWARD = Tiling()

@@ -134,7 +134,7 @@ def modal_tables_kernel(poles, residues, skip, taps, toeplitz, into, out_of, FAC
     h = tl.zeros((CH, C), tl.float64)
     if HAS_SKIP:
         h += tl.where(step == 0, tl.load(skip + line, mask=line < D, other=0.0).to(tl.float64), 0.0)
-    for n in range(N):
+    for n in range(NP):
         a, b = residue_powers(poles, residues, line, n, step, D, N, 6, REAL)
         h += a
         if REAL:
@@ -238,9 +238,8 @@ def modal_forward_kernel(z, weight, bias, poles, toeplitz, into, out_of, short, 
         w = terms(to_matrices(ws, M), FACTOR)
         e = multiply(enter, w, tl.zeros((CH, 2 * NP, M), tl.float32))
         g = tl.dot(local[0], w[0], tl.zeros((CH, C, M), tl.float32), input_precision="tf32x3")
-        if start + TILE >= T:
-            last_re = carry_re
-            last_im = carry_im
+        last_re = tl.where(active, carry_re, 0.0)
+        last_im = tl.where(active, carry_im, 0.0)
         s, carry_re, carry_im = chain(e, carry_re, carry_im, decay, rest, NP, REAL)
         gs = from_matrices(multiply(leave, terms(s, FACTOR), g), P, L)
         us = filter_segments(past2, words2, bits, bound, taps2, off2, P, TYPE, HAS_MASK, False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hyaena.errors import InputError
 from hyaena.ops.long_conv import ExplicitFilter, ModalFilter, RealModalFilter
-from hyaena.ops.triton.hyena import explicit_launch, launch
+from hyaena.ops.triton.hyena import explicit_launch, launch, modal_launch
 from hyaena.ops.triton.hyena.launch import Gradients, Operands
 
 
@@ -102,7 +102,7 @@ def hyena_operator(
     """Evaluate the operator for any T >= 1: shapes in ``launch.Operands``, results as in ``launch.forward``."""
     with _device(z):
         if z.shape[1] > 1 or mask is not None or reset is not None:
-            return launch.forward(Operands(z, weight, bias, poles, residues, skip, short, long, mask, reset, real))
+            return modal_launch.forward(Operands(z, weight, bias, poles, residues, skip, short, long, mask, reset, real))
         short_out = z.new_empty(z.shape[0], z.shape[2], weight.shape[-1] - 1)
         long_out = poles.new_empty(z.shape[0], *poles.shape)
         short = torch.zeros_like(short_out) if short is None else short.contiguous()
