@@ -14,40 +14,10 @@ from hyaena.ops.triton.hyena.direct import direct_forward_kernel
 from hyaena.ops.triton.hyena.direct_backward import direct_backward_kernel
 from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
 from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel
+from hyaena.ops.triton.hyena.explicit_operands import Gradients, Operands, rows_of
 from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, find_boundaries, power_of_two, segment_bits, window
 from hyaena.ops.triton.hyena.step import explicit_step_kernel
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Of z, weight, bias, taps, skip, short and long."""
-
-
-class Operands(NamedTuple):
-    """The arguments of the operator with explicit taps.
-
-    Attributes:
-        z: [B,T,3D], bfloat16, float16 or float32.
-        weight, bias: of the short filter, [3D,K] and [3D] or None.
-        taps: of the long filter, [F,W], F divides D.
-        skip: [D] or None.
-        short, long: the states before z, [B,3D,K-1] and float32 [B,D,W-1]; None for zeros.
-        mask: bool [B,T], False where a step is padding; None for no padding.
-        reset: bool [B,T], True where a packed document begins; None for none.
-    """
-
-    z: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    taps: Tensor
-    skip: Tensor | None
-    short: Tensor | None
-    long: Tensor | None
-    mask: Tensor | None
-    reset: Tensor | None
-
-    def contiguous(self) -> Operands:
-        """The same operands, each contiguous in memory."""
-        return Operands(*(None if t is None else t.contiguous() for t in self))  # type: ignore[arg-type]
-
+from hyaena.ops.triton.hyena.toeplitz_launch import forward_in_registers, takes_registers
 
 @dataclass(frozen=True)
 class Tiling:
@@ -98,11 +68,6 @@ class Walk:
     warps: int = 4
 
 
-def _rows(short: Tensor | None, z: Tensor) -> Tensor | None:
-    """The state of the short filter as steps of z, [B,K-1,3D]."""
-    return None if short is None else short.to(z.dtype).transpose(1, 2).contiguous()
-
-
 def _walk(operands: Operands, walk: Walk) -> tuple[int, dict[str, Any]]:
     """Numbers of a word, and what both kernels of few taps are told."""
     z, weight, bias, taps, skip, short, long, mask, reset = operands
@@ -136,7 +101,7 @@ def forward_direct(operands: Operands, walk: Walk | None = None) -> tuple[Tensor
     walk = walk or Walk(words=64, warps=2)
     y = z.new_empty(batch, length, width // 3)
     long_out = taps.new_empty(batch, width // 3, taps.shape[1] - 1, dtype=torch.float32)
-    before = _rows(short, z)
+    before = rows_of(short, z)
     numbers, keywords = _walk(operands, walk)
     start: Any = direct_forward_kernel[(cdiv(width // 3, keywords["BW"] * numbers), cdiv(length, walk.run), batch)]
     words = as_words(z, numbers)
@@ -201,7 +166,7 @@ def _walk_back(
     numbers, keywords = _walk(operands, walk)
     if given is not None:
         keywords |= {"W": 1, "HAS_LONG": False}
-    runs, count, before = cdiv(length, walk.run), keywords["W"], _rows(short, z)
+    runs, count, before = cdiv(length, walk.run), keywords["W"], rows_of(short, z)
 
     def empty(*size: int) -> Tensor:
         return z.new_empty(*size, dtype=torch.float32)
@@ -307,8 +272,9 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         y [B,T,D] and the state of the short filter in the dtype of z, that of the long filter float32 [B,D,W-1].
     """
-    few = operands.taps.shape[1] <= FEW_TAPS
-    return forward_direct(operands) if few else forward_products(operands)
+    if operands.taps.shape[1] <= FEW_TAPS:
+        return forward_direct(operands)
+    return forward_in_registers(operands) if takes_registers(operands) else forward_products(operands)
 
 
 class _Products(NamedTuple):
@@ -344,7 +310,7 @@ def _products(operands: Operands, tiling: Tiling) -> _Products:
     block = min(tiling.channels, max(16, power_of_two(width)))
     chunks = cdiv(z.shape[1], tiling.chunk)
     sets = cdiv(chunks, tiling.runs * tiling.length)
-    words, before = as_words(z, numbers), _rows(short, z)
+    words, before = as_words(z, numbers), rows_of(short, z)
     bounds = None if reset is None else find_boundaries(reset, tiling.steps, steps, tiling.chunk // tiling.steps, 1)
     narrow = z.dtype == torch.bfloat16 and not interpreted()  # the interpreter has no products of bfloat16
     keywords = {

@@ -337,12 +337,14 @@ class BackwardTiling:
         batch: steps whose states are in registers together.
         channels: of a program, a power of two.
         run: the most chunks of a program; more make fewer partial sums and fewer programs.
+        numbers: neighbouring channels of a thread.
     """
 
     chunk: int = 64
     batch: int = 4
     channels: int = 128
     run: int = 8
+    numbers: int = 1
 
 
 def choose_backward_tiling(length: int, channels: int, modes: int) -> BackwardTiling:
@@ -384,7 +386,7 @@ def backward(
     ages = z if reset is None else age(reset)
     tiling = tiling or choose_backward_tiling(length, channels, modes)
     steps, held, block = tiling.chunk, tiling.batch, tiling.channels
-    warps = max(1, block // 32)
+    warps = max(1, block // (32 * tiling.numbers))
     blocks, chunks = cdiv(channels, block), cdiv(length, steps)
     run = min(tiling.run, max(1, chunks * blocks * batch // 2048))  # not fewer programs than fill the device
     runs = cdiv(chunks, run)

@@ -1,0 +1,284 @@
+"""The operator with many explicit taps, forward, in registers: bfloat16 z [B,T,3D] to y [B,T,D].
+
+The long filter of W taps is cut into matrices of 16 steps. For every block of 16 steps and the 16 channels of a warp::
+
+    g[b]ᵀ = Σ_k w[b-k]ᵀ A_kᵀ        A_k[t,s] = h[16·k + t - s], zero where that is no tap        k = 0 … (W+14) // 16
+
+A warp's instruction ``mma.m16n8k16`` multiplies 16 channels × 16 steps by 16 steps × 8 steps. Its result is distributed
+over lanes as its left factor is, and the order of the 16 steps is free as long as the matrices keep to it: so lane
+(g, c) = (lane / 4, lane % 4) owns word g, channels 2g and 2g+1, at steps 4c … 4c+3 in all of the kernel. Inputs are
+loaded there, filtered there (the K-1 steps before come from the lane before), and stored from there. Nothing is
+rearranged, nothing passes through shared memory, and no warp waits for another. The matrices stay in registers, as does
+w of the blocks before.
+
+Factors are w rounded to bfloat16, as the plain operator rounds it, and bfloat16 taps; sums are float32.
+
+Tensors have one element for every lane. The instructions that Triton has no words for are inline PTX; under the
+interpreter (EMULATED) the same is done by gathers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hyaena.ops.triton.common import convolve, load_taps
+from hyaena.ops.triton.hyena.direct import thirds
+
+MOST_SHORT_TAPS = 5
+"""Steps before a lane's four must be another lane's."""
+
+
+@triton.jit
+def half(word, ODD: tl.constexpr):
+    """One of the two bfloat16 numbers of int32 words, float32."""
+    bits = word.to(tl.uint32, bitcast=True)
+    if ODD:
+        return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pack(low, high, EMULATED: tl.constexpr):
+    """Two float32 numbers as the bfloat16 halves of an int32 word."""
+    if EMULATED:  # the interpreter's own conversion cuts off
+        low = low.to(tl.uint32, bitcast=True)
+        high = high.to(tl.uint32, bitcast=True)
+        low = (low + 0x7FFF + ((low >> 16) & 1)) >> 16
+        high = (high + 0x7FFF + ((high >> 16) & 1)) & 0xFFFF0000
+        word = (low | high).to(tl.int32, bitcast=True)
+    else:
+        word = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return word
+
+
+@triton.jit
+def from_lane(x, lane, EMULATED: tl.constexpr):
+    """x of another lane of the warp."""
+    if EMULATED:
+        out = tl.gather(x, tl.arange(0, x.shape[0]) // 32 * 32 + lane, 0)
+    else:
+        out = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=r,r,r", [x, lane], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return out
+
+
+@triton.jit
+def multiply(a, b, c, EMULATED: tl.constexpr):
+    """``c + a·b`` by mma.m16n8k16: tuples of 4 and 2 words of bfloat16, and of 4 float32."""
+    if EMULATED:
+        lane = tl.arange(0, a[0].shape[0])
+        warp = lane // 32 * 32
+        for k in tl.static_range(16):
+            left = warp + lane % 32 // 4 * 4 + k % 8 // 2
+            even = half(tl.gather(a[k // 8 * 2], left, 0), k % 2)
+            odd = half(tl.gather(a[k // 8 * 2 + 1], left, 0), k % 2)
+            right = warp + lane % 4 * 8 + k % 8 // 2
+            x = half(tl.gather(b[k // 8], right, 0), k % 2)
+            y = half(tl.gather(b[k // 8], right + 4, 0), k % 2)
+            c = (c[0] + even * x, c[1] + even * y, c[2] + odd * x, c[3] + odd * y)
+    else:
+        c = tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    return c
+
+
+@triton.jit
+def load_blocks(taps, g, c, W: tl.constexpr, BLOCKS: tl.constexpr, EMULATED: tl.constexpr):
+    """The right factors A_kᵀ, four words each: (first and second half of s) for steps 4c, 4c+1 and for 4c+2, 4c+3."""
+    blocks = ()
+    for k in tl.static_range(BLOCKS):
+        for second in tl.static_range(2):
+            for part in tl.static_range(2):
+                lag = 16 * k + (g // 2 * 4 + g % 2 + 2 * second) - (c * 4 + 2 * part)
+                low = tl.load(taps + lag, mask=(lag >= 0) & (lag < W), other=0.0).to(tl.float32)
+                high = tl.load(taps + lag - 1, mask=(lag >= 1) & (lag <= W), other=0.0).to(tl.float32)
+                blocks = blocks + (pack(low, high, EMULATED),)
+    return blocks
+
+
+@triton.jit
+def load_block_words(at, start, c, low, high, inside, kept, U: tl.constexpr, ROW: tl.constexpr, HAS_MASK: tl.constexpr):
+    """A lane's four words of each of U blocks, zero outside low … high-1 and at padding."""
+    words = ()
+    for i in tl.static_range(4 * U):
+        t = start + c * 4 + (i // 4 * 16 + i % 4)
+        here = inside & (t >= low) & (t < high)
+        if HAS_MASK:
+            here = here & kept[i]
+        words = words + (tl.load(at + (i // 4 * 16 + i % 4) * ROW, mask=here, other=0),)
+    return words
+
+
+@triton.jit
+def filter_words(words, before, even, odd, lane, c, EMULATED: tl.constexpr):
+    """The short filter at a lane's four steps of a block: two tuples of 4, of the word's two channels.
+
+    ``before`` are the last words of the block before, right in the last lane of four; ``even`` and ``odd`` taps and
+    bias of the two channels.
+    """
+    REACH: tl.constexpr = len(before)
+    previous = ()
+    for k in tl.static_range(REACH):
+        theirs = tl.where(c == 3, before[k], words[4 - REACH + k])
+        previous = previous + (from_lane(theirs, lane, EMULATED),)
+    low = ()
+    high = ()
+    for k in tl.static_range(REACH):
+        low = low + (half(previous[k], False),)
+        high = high + (half(previous[k], True),)
+    us = ()
+    vs = ()
+    for i in tl.static_range(4):
+        u, low = convolve(even[0], even[1], low, half(words[i], False))
+        v, high = convolve(odd[0], odd[1], high, half(words[i], True))
+        us = us + (u,)
+        vs = vs + (v,)
+    return us, vs
+
+
+@triton.jit
+def load_before(z, short, keep, begin, inside, REACH: tl.constexpr, ROW: tl.constexpr, HAS_SHORT: tl.constexpr,
+                HAS_MASK: tl.constexpr):  # fmt: skip
+    """The words of the steps before ``begin``, zero at padding, from the state where ``begin`` is 0."""
+    words = ()
+    for k in tl.static_range(REACH):
+        t = begin - REACH + k
+        here = inside & (begin > 0)
+        if HAS_MASK:
+            here = here & (tl.load(keep + t, mask=begin > 0, other=0) != 0)
+        word = tl.load(z + tl.cast(t, tl.int64) * ROW, mask=here, other=0)
+        if HAS_SHORT:
+            word = tl.where(begin > 0, word, tl.load(short + k * ROW, mask=inside, other=0))
+        words = words + (word,)
+    return words
+
+
+@triton.jit(do_not_specialize=["T", "run"])
+def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, long_out, T, run, D: tl.constexpr,
+                            K: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr,
+                            U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_SHORT: tl.constexpr,
+                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+    """Equals ``ops.hyena`` by any plain method. Grid: (16·WARPS channels, runs of ``run`` steps, rows).
+
+    WIDTH channels, a multiple of 16, share a filter; T is at least W-1. ``z``, ``short`` [B,K-1,3D] and ``y`` are in
+    words of two numbers, ``long`` and ``long_out`` float32 [B,D,W-1], ``keep`` uint8 [B,T]. U blocks make a round.
+    A run begins with the blocks that its filter still remembers.
+    """
+    PAST: tl.constexpr = (W + 14) // 16
+    ROW: tl.constexpr = 3 * D // 2
+    lane = tl.arange(0, 32 * WARPS)
+    g = lane % 32 // 4
+    c = lane % 4
+    left = lane % 32 // 4 * 4 + (c + 3) % 4  # the lane whose steps come before
+    word = (tl.program_id(0) * WARPS + lane // 32) * 8 + g
+    inside = word < D // 2
+    row = tl.program_id(2).to(tl.int64)
+    z_2, z_1, z_0 = thirds(z + row * T * ROW + word, ROW)
+    short_2, short_1, short_0 = thirds(short + row * (K - 1) * ROW + word, ROW)
+    y += row * T * (D // 2) + word
+    long += row * D * (W - 1) + word * 2 * (W - 1)
+    long_out += row * D * (W - 1) + word * 2 * (W - 1)
+    keep += row * T
+    T = tl.cast(T, tl.int32)
+    first = tl.program_id(1) * run
+    stop = tl.minimum(first + run, T)
+    begin = tl.maximum(first - 16 * PAST, 0)
+
+    even2 = load_taps(weight, bias, word * 2, inside, K, HAS_BIAS)
+    even1 = load_taps(weight, bias, D + word * 2, inside, K, HAS_BIAS)
+    even0 = load_taps(weight, bias, 2 * D + word * 2, inside, K, HAS_BIAS)
+    odd2 = load_taps(weight, bias, word * 2 + 1, inside, K, HAS_BIAS)
+    odd1 = load_taps(weight, bias, D + word * 2 + 1, inside, K, HAS_BIAS)
+    odd0 = load_taps(weight, bias, 2 * D + word * 2 + 1, inside, K, HAS_BIAS)
+    gain_even = tl.zeros_like(even0[1])
+    gain_odd = tl.zeros_like(even0[1])
+    if HAS_SKIP:
+        gain_even = tl.load(skip + word * 2, mask=inside, other=0.0).to(tl.float32)
+        gain_odd = tl.load(skip + word * 2 + 1, mask=inside, other=0.0).to(tl.float32)
+    blocks = load_blocks(taps + tl.minimum(word, D // 2 - 1) * 2 // WIDTH * W, g, c, W, PAST + 1, EMULATED)
+
+    past = ()  # w of the blocks before, the oldest first, as left factors
+    for i in tl.static_range(PAST):
+        for part in tl.static_range(2):
+            for odd in tl.static_range(2):
+                factor = tl.zeros_like(word)
+                if HAS_LONG:
+                    t = (i - PAST) * 16 + c * 4 + part * 2
+                    at = long + odd * (W - 1) + (W - 1) + t
+                    low = tl.load(at, mask=inside & (begin == 0) & (t > -W), other=0.0)
+                    high = tl.load(at + 1, mask=inside & (begin == 0) & (t + 1 > -W), other=0.0)
+                    factor = pack(low, high, EMULATED)
+                past = past + (factor,)
+    before2 = load_before(z_2, short_2, keep, begin, inside, K - 1, ROW, HAS_SHORT, HAS_MASK)
+    before1 = load_before(z_1, short_1, keep, begin, inside, K - 1, ROW, HAS_SHORT, HAS_MASK)
+    before0 = load_before(z_0, short_0, keep, begin, inside, K - 1, ROW, HAS_SHORT, HAS_MASK)
+    for start in tl.range(begin, stop, 16 * U, num_stages=1):
+        kept = ()
+        if HAS_MASK:
+            for i in tl.static_range(4 * U):
+                t = start + c * 4 + (i // 4 * 16 + i % 4)
+                kept = kept + (tl.load(keep + t, mask=t < stop, other=0) != 0,)
+        chunk = tl.cast(start, tl.int64) * ROW + c * (4 * ROW)
+        words1 = load_block_words(z_1 + chunk, start, c, begin, stop, inside, kept, U, ROW, HAS_MASK)
+        words0 = load_block_words(z_0 + chunk, start, c, begin, stop, inside, kept, U, ROW, HAS_MASK)
+        words2 = load_block_words(z_2 + chunk, start, c, first - K, stop, inside, kept, U, ROW, HAS_MASK)
+        to = y + (tl.cast(start, tl.int64) * (D // 2) + c * (4 * (D // 2)))
+        for i in tl.static_range(U):
+            even_1, odd_1 = filter_words(words1[4 * i : 4 * i + 4], before1, even1, odd1, left, c, EMULATED)
+            even_0, odd_0 = filter_words(words0[4 * i : 4 * i + 4], before0, even0, odd0, left, c, EMULATED)
+            before1 = words1[4 * i + 5 - K : 4 * i + 4]
+            before0 = words0[4 * i + 5 - K : 4 * i + 4]
+            even_w = ()
+            odd_w = ()
+            for j in tl.static_range(4):
+                a = even_1[j] * even_0[j]
+                b = odd_1[j] * odd_0[j]
+                if HAS_MASK:
+                    a = tl.where(kept[4 * i + j], a, 0.0)
+                    b = tl.where(kept[4 * i + j], b, 0.0)
+                even_w = even_w + (a,)
+                odd_w = odd_w + (b,)
+            past = past + (
+                pack(even_w[0], even_w[1], EMULATED),
+                pack(odd_w[0], odd_w[1], EMULATED),
+                pack(even_w[2], even_w[3], EMULATED),
+                pack(odd_w[2], odd_w[3], EMULATED),
+            )
+            none = tl.zeros_like(gain_even)
+            sums = (none, none, none, none)
+            more = (none, none, none, none)
+            for k in tl.static_range(PAST + 1):
+                w = past[4 * (PAST - k) : 4 * (PAST - k) + 4]
+                sums = multiply(w, blocks[4 * k : 4 * k + 2], sums, EMULATED)
+                more = multiply(w, blocks[4 * k + 2 : 4 * k + 4], more, EMULATED)
+            past = past[4:]
+            even_2, odd_2 = filter_words(words2[4 * i : 4 * i + 4], before2, even2, odd2, left, c, EMULATED)
+            before2 = words2[4 * i + 5 - K : 4 * i + 4]
+            even_g = (sums[0], sums[1], more[0], more[1])
+            odd_g = (sums[2], sums[3], more[2], more[3])
+            for j in tl.static_range(4):
+                t = start + c * 4 + (16 * i + j)
+                a = tl.fma(gain_even, even_w[j], even_g[j]) * even_2[j]
+                b = tl.fma(gain_odd, odd_w[j], odd_g[j]) * odd_2[j]
+                if HAS_MASK:
+                    a = tl.where(kept[4 * i + j], a, 0.0)
+                    b = tl.where(kept[4 * i + j], b, 0.0)
+                written = inside & (t >= first) & (t < stop)
+                tl.store(to + (16 * i + j) * (D // 2), pack(a, b, EMULATED), mask=written)
+            if (stop == T) & (start + 16 * U > T - W):
+                for j in tl.static_range(4):
+                    t = start + c * 4 + (16 * i + j)
+                    saved = inside & (t > T - W) & (t < T)
+                    tl.store(long_out + (t - T + W - 1), even_w[j], mask=saved)
+                    tl.store(long_out + (t - T + W - 1) + (W - 1), odd_w[j], mask=saved)
