@@ -94,15 +94,17 @@ def multiply(a, b, c, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def load_blocks(taps, g, c, W: tl.constexpr, BLOCKS: tl.constexpr, EMULATED: tl.constexpr):
-    """The right factors A_kᵀ, four words each: (first and second half of s) for steps 4c, 4c+1 and for 4c+2, 4c+3."""
+def load_blocks(taps, g, c, W: tl.constexpr, BLOCKS: tl.constexpr, TURNED: tl.constexpr, EMULATED: tl.constexpr):
+    """The right factors A_kᵀ, or A_k if TURNED, four words each: two for each half of their columns."""
     blocks = ()
     for k in tl.static_range(BLOCKS):
         for second in tl.static_range(2):
             for part in tl.static_range(2):
-                lag = 16 * k + (g // 2 * 4 + g % 2 + 2 * second) - (c * 4 + 2 * part)
+                between = (g // 2 * 4 + g % 2 + 2 * second) - (c * 4 + 2 * part)
+                lag = 16 * k + (-between if TURNED else between)
+                next = lag + (1 if TURNED else -1)
                 low = tl.load(taps + lag, mask=(lag >= 0) & (lag < W), other=0.0).to(tl.float32)
-                high = tl.load(taps + lag - 1, mask=(lag >= 1) & (lag <= W), other=0.0).to(tl.float32)
+                high = tl.load(taps + next, mask=(next >= 0) & (next < W), other=0.0).to(tl.float32)
                 blocks = blocks + (pack(low, high, EMULATED),)
     return blocks
 
@@ -168,12 +170,14 @@ def load_before(z, short, keep, begin, inside, REACH: tl.constexpr, ROW: tl.cons
 def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, long_out, T, run, D: tl.constexpr,
                             K: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr,
                             U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_SHORT: tl.constexpr,
-                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, GATED: tl.constexpr,
+                            EMULATED: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (16·WARPS channels, runs of ``run`` steps, rows).
 
     WIDTH channels, a multiple of 16, share a filter; T is at least W-1. ``z``, ``short`` [B,K-1,3D] and ``y`` are in
     words of two numbers, ``long`` and ``long_out`` float32 [B,D,W-1], ``keep`` uint8 [B,T]. U blocks make a round.
-    A run begins with the blocks that its filter still remembers.
+    A run begins with the blocks that its filter still remembers. Without GATED ``y`` is the long filter's output alone,
+    without skip and gate, and ``long_out`` is not written.
     """
     PAST: tl.constexpr = (W + 14) // 16
     ROW: tl.constexpr = 3 * D // 2
@@ -206,7 +210,7 @@ def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, l
     if HAS_SKIP:
         gain_even = tl.load(skip + word * 2, mask=inside, other=0.0).to(tl.float32)
         gain_odd = tl.load(skip + word * 2 + 1, mask=inside, other=0.0).to(tl.float32)
-    blocks = load_blocks(taps + tl.minimum(word, D // 2 - 1) * 2 // WIDTH * W, g, c, W, PAST + 1, EMULATED)
+    blocks = load_blocks(taps + tl.minimum(word, D // 2 - 1) * 2 // WIDTH * W, g, c, W, PAST + 1, False, EMULATED)
 
     past = ()  # w of the blocks before, the oldest first, as left factors
     for i in tl.static_range(PAST):
@@ -232,7 +236,9 @@ def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, l
         chunk = tl.cast(start, tl.int64) * ROW + c * (4 * ROW)
         words1 = load_block_words(z_1 + chunk, start, c, begin, stop, inside, kept, U, ROW, HAS_MASK)
         words0 = load_block_words(z_0 + chunk, start, c, begin, stop, inside, kept, U, ROW, HAS_MASK)
-        words2 = load_block_words(z_2 + chunk, start, c, first - K, stop, inside, kept, U, ROW, HAS_MASK)
+        words2 = words1
+        if GATED:
+            words2 = load_block_words(z_2 + chunk, start, c, first - K, stop, inside, kept, U, ROW, HAS_MASK)
         to = y + (tl.cast(start, tl.int64) * (D // 2) + c * (4 * (D // 2)))
         for i in tl.static_range(U):
             even_1, odd_1 = filter_words(words1[4 * i : 4 * i + 4], before1, even1, odd1, left, c, EMULATED)
@@ -269,14 +275,17 @@ def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, l
             odd_g = (sums[2], sums[3], more[2], more[3])
             for j in tl.static_range(4):
                 t = start + c * 4 + (16 * i + j)
-                a = tl.fma(gain_even, even_w[j], even_g[j]) * even_2[j]
-                b = tl.fma(gain_odd, odd_w[j], odd_g[j]) * odd_2[j]
+                a = even_g[j]
+                b = odd_g[j]
+                if GATED:
+                    a = tl.fma(gain_even, even_w[j], a) * even_2[j]
+                    b = tl.fma(gain_odd, odd_w[j], b) * odd_2[j]
                 if HAS_MASK:
                     a = tl.where(kept[4 * i + j], a, 0.0)
                     b = tl.where(kept[4 * i + j], b, 0.0)
                 written = inside & (t >= first) & (t < stop)
                 tl.store(to + (16 * i + j) * (D // 2), pack(a, b, EMULATED), mask=written)
-            if (stop == T) & (start + 16 * U > T - W):
+            if GATED & (stop == T) & (start + 16 * U > T - W):
                 for j in tl.static_range(4):
                     t = start + c * 4 + (16 * i + j)
                     saved = inside & (t > T - W) & (t < T)
