@@ -7,6 +7,7 @@ from torch import Tensor
 from device import DEVICE
 from hyaena.ops import ExplicitFilter, HyenaState, hyena
 from hyaena.ops.triton import FEW_TAPS
+from hyaena.ops.triton.hyena import toeplitz_launch
 from hyaena.ops.triton.hyena.explicit_launch import (
     Operands,
     Tiling,
@@ -95,15 +96,15 @@ def check_forward(problem: Operands, tiling: Tiling | Walk) -> None:
         close(value, want, TOLERANCE[value.dtype])
 
 
-def check_backward(problem: Operands, tiling: Tiling | Walk, *, frozen: bool = False) -> None:
-    """``frozen``: the gradients of the filters are not wanted."""
+def check_backward(problem: Operands, tiling: Tiling | Walk | None, *, frozen: bool = False) -> None:
+    """``tiling`` None: what the launcher chooses. ``frozen``: the gradients of the filters are not wanted."""
     leaves, *outputs = exact(problem)
     slopes = [torch.randn_like(t) for t in outputs]
     loss = sum((t * slope).sum() for t, slope in zip(outputs, slopes, strict=True))
     given = [t for t in leaves if t is not None]
     expected = dict(zip(map(id, given), torch.autograd.grad(loss, given), strict=True))
     dy, dshort, dlong = slopes[0].to(problem.z.dtype), slopes[1].to(problem.z.dtype), slopes[2].float()
-    if isinstance(tiling, Tiling):
+    if not isinstance(tiling, Walk):
         got = backward_products(dy, dshort, dlong, problem, tiling, WALK, parameters=not frozen)
     else:
         got = backward_direct(dy, dshort, dlong, problem, tiling, parameters=not frozen)
@@ -167,3 +168,60 @@ def test_backward_of_frozen_filters(tiling: Tiling | Walk) -> None:
 @pytest.mark.parametrize("name", BACK)
 def test_backward_of_few_taps(name: str) -> None:
     check_backward(make(**FEW_TAPS[name]), SHORT)
+
+
+IN_REGISTERS = toeplitz_launch.Tiling(warps=2, blocks=2, run=32)
+
+OF_REGISTERS = {
+    "one block": dict(length=16, count=16),
+    "shorter than a block": dict(length=9, count=9),
+    "several runs": dict(length=50, groups=3, count=20),
+    "long taps": dict(length=66, groups=1, count=66),
+    "wide groups": dict(length=20, groups=1, width=48, count=18),
+    "two short taps": dict(length=40, count=17, taps=2),
+    "five short taps": dict(length=40, count=18, taps=5),
+    "padded": dict(length=40, count=20, padded=True, batch=2),
+    "bare": dict(length=50, count=20, bare=True),
+}
+
+
+def in_registers(name: str) -> Operands:
+    size = {"groups": 2, "width": 16, "dtype": torch.bfloat16, "taps_dtype": torch.bfloat16} | OF_REGISTERS[name]
+    problem = make(**size)
+    assert toeplitz_launch.takes_registers(problem)
+    return problem
+
+
+@pytest.mark.parametrize("name", OF_REGISTERS)
+def test_forward_in_registers(name: str) -> None:
+    problem = in_registers(name)
+    _, *expected = exact(problem)
+    got = toeplitz_launch.forward_in_registers(problem, IN_REGISTERS)
+    for value, want in zip(got, expected, strict=True):
+        close(value, want, TOLERANCE[value.dtype])
+
+
+@pytest.mark.parametrize("name", OF_REGISTERS)
+def test_backward_in_registers(name: str) -> None:
+    check_backward(in_registers(name), None)
+
+
+def test_backward_in_registers_of_frozen_filters() -> None:
+    check_backward(in_registers("several runs"), None, frozen=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(documents=True),
+        dict(taps_dtype=torch.float32),
+        dict(dtype=torch.float32),
+        dict(width=8),
+        dict(taps=6),
+        dict(length=19),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_problems_take_products_of_chunks(change: dict) -> None:
+    size = dict(length=20, count=20, width=16, dtype=torch.bfloat16, taps_dtype=torch.bfloat16)
+    assert not toeplitz_launch.takes_registers(make(**(size | change)))

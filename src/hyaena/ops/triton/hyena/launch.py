@@ -121,7 +121,8 @@ def choose_parts(programs: int, tiles: int, device: torch.device) -> int:
 
 def as_words(x: Tensor, numbers: int) -> Tensor:
     """Contiguous x [...,D] as [...,D/numbers] words that hold so many numbers each."""
-    return x.contiguous() if numbers == 1 else x.contiguous().view(torch.int32)
+    x = x.contiguous()  # flat below: strides of axes of length 1 may be anything
+    return x if numbers == 1 else x.view(-1).view(torch.int32).view(*x.shape[:-1], x.shape[-1] // numbers)
 
 
 def forward(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, Tensor, Tensor]:
