@@ -349,11 +349,16 @@ class BackwardTiling:
 
 
 def choose_backward_tiling(length: int, channels: int, modes: int) -> BackwardTiling:
-    """Short sequences take short chunks; more modes leave registers for fewer steps of a thread."""
+    """Short sequences take short chunks; more modes leave registers for fewer steps and channels of a thread.
+
+    Steps whose states are in registers together save their way through memory.
+    """
+    few = modes <= 4
     return BackwardTiling(
         chunk=64 if length > 16 else 16,
-        batch=4 if modes <= 2 else 2 if modes <= 4 else 1,
-        channels=min(128, power_of_two(channels)),
+        batch=2 if 2 < modes <= 4 or modes > 8 else 4,
+        channels=min(64 if 2 < modes <= 8 else 128, power_of_two(channels)),
+        numbers=2 if few and channels >= 64 else 1,
     )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.common import load_taps
 from hyaena.ops.triton.hyena.direct import thirds
 from hyaena.ops.triton.hyena.toeplitz import (
     filter_words,
@@ -22,8 +21,10 @@ from hyaena.ops.triton.hyena.toeplitz import (
     load_before,
     load_block_words,
     load_blocks,
+    load_filters,
     multiply,
     pack,
+    pack_block,
 )
 
 
@@ -46,17 +47,6 @@ def transpose(x, EMULATED: tl.constexpr):
     return out
 
 
-@triton.jit
-def pack_block(even, odd, EMULATED: tl.constexpr):
-    """Four steps of both channels of a word as a left factor."""
-    return (
-        pack(even[0], even[1], EMULATED),
-        pack(odd[0], odd[1], EMULATED),
-        pack(even[2], even[3], EMULATED),
-        pack(odd[2], odd[3], EMULATED),
-    )
-
-
 @triton.jit(do_not_specialize=["T", "run"])
 def toeplitz_backward_kernel(z, dy, weight, bias, taps, short, long, keep, dw, outers, dlong_in, T, run,
                              D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr,
@@ -76,7 +66,6 @@ def toeplitz_backward_kernel(z, dy, weight, bias, taps, short, long, keep, dw, o
     left = lane % 32 // 4 * 4 + (c + 3) % 4
     unit = tl.program_id(0) * WARPS + lane // 32
     word = unit * 8 + g
-    inside = word < D // 2
     row = tl.program_id(2).to(tl.int64)
     outers += ((row * tl.num_programs(1) + tl.program_id(1)) * (D // 16) + unit) * ((PAST + 1) * 256) + lane % 32
     z_2, z_1, z_0 = thirds(z + row * T * ROW + word, ROW)
@@ -94,13 +83,11 @@ def toeplitz_backward_kernel(z, dy, weight, bias, taps, short, long, keep, dw, o
     if first == 0:  # the steps before z, for the state
         lowest = -16 * PAST
 
-    even2 = load_taps(weight, bias, word * 2, inside, K, HAS_BIAS)
-    odd2 = load_taps(weight, bias, word * 2 + 1, inside, K, HAS_BIAS)
-    even1 = load_taps(weight, bias, D + word * 2, inside, K, HAS_BIAS)
-    odd1 = load_taps(weight, bias, D + word * 2 + 1, inside, K, HAS_BIAS)
-    even0 = load_taps(weight, bias, 2 * D + word * 2, inside, K, HAS_BIAS)
-    odd0 = load_taps(weight, bias, 2 * D + word * 2 + 1, inside, K, HAS_BIAS)
-    blocks = load_blocks(taps + tl.minimum(word, D // 2 - 1) * 2 // WIDTH * W, g, c, W, PAST + 1, True, EMULATED)
+    filters2 = load_filters(weight, bias, word, K, HAS_BIAS)
+    filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)
+    filters0 = load_filters(weight, bias, D + word, K, HAS_BIAS)
+    none = tl.zeros_like(filters2[0][1])
+    blocks = load_blocks(taps + word * 2 // WIDTH * W, g, c, W, PAST + 1, True, EMULATED)
 
     later = ()  # dg of the blocks behind, the nearest first, as left factors
     turned = ()  # the same, transposed
@@ -110,7 +97,7 @@ def toeplitz_backward_kernel(z, dy, weight, bias, taps, short, long, keep, dw, o
         turned = turned + (tl.zeros_like(word),)
     if PARAMETERS:
         for _ in tl.static_range(8 * (PAST + 1)):
-            sums = sums + (tl.zeros_like(even2[1]),)
+            sums = sums + (none,)
     rounds = (last - lowest + 15) // 16
     for back in tl.range(0, rounds, num_stages=1):
         start = lowest + (rounds - 1 - back) * 16
@@ -121,43 +108,44 @@ def toeplitz_backward_kernel(z, dy, weight, bias, taps, short, long, keep, dw, o
                 kept = kept + (tl.load(keep + t, mask=(t >= 0) & (t < T), other=0) != 0,)
         chunk = tl.cast(start, tl.int64) * ROW + c * (4 * ROW)
         slope = tl.cast(start, tl.int64) * (D // 2) + c * (4 * (D // 2))
-        slopes = load_block_words(dy + slope, start, c, 0, last, inside, kept, 1, D // 2, HAS_MASK)
-        words2 = load_block_words(z_2 + chunk, start, c, 0, last, inside, kept, 1, ROW, HAS_MASK)
-        before2 = load_before(z_2, short_2, keep, start, inside & (start >= 0), K - 1, ROW, HAS_SHORT, HAS_MASK)
+        slopes = load_block_words(dy + slope, start, c, 0, last, kept, 1, D // 2, False, HAS_MASK)
+        words2 = load_block_words(z_2 + chunk, start, c, 0, last, kept, 1, ROW, False, HAS_MASK)
+        before2 = load_before(z_2, short_2, keep, start, K - 1, ROW, HAS_SHORT, HAS_MASK)
         if PARAMETERS:
-            words1 = load_block_words(z_1 + chunk, start, c, 0, stop, inside, kept, 1, ROW, HAS_MASK)
-            words0 = load_block_words(z_0 + chunk, start, c, 0, stop, inside, kept, 1, ROW, HAS_MASK)
-            before1 = load_before(z_1, short_1, keep, start, inside & (start >= 0), K - 1, ROW, HAS_SHORT, HAS_MASK)
-            before0 = load_before(z_0, short_0, keep, start, inside & (start >= 0), K - 1, ROW, HAS_SHORT, HAS_MASK)
-        u, v = filter_words(words2, before2, even2, odd2, left, c, EMULATED)
+            words1 = load_block_words(z_1 + chunk, start, c, 0, stop, kept, 1, ROW, False, HAS_MASK)
+            words0 = load_block_words(z_0 + chunk, start, c, 0, stop, kept, 1, ROW, False, HAS_MASK)
+            before1 = load_before(z_1, short_1, keep, start, K - 1, ROW, HAS_SHORT, HAS_MASK)
+            before0 = load_before(z_0, short_0, keep, start, K - 1, ROW, HAS_SHORT, HAS_MASK)
+        out = (none, none, none, none)
+        more = (none, none, none, none)
+        for k in tl.static_range(1, PAST + 1):  # while the loads are under way
+            factor = later[4 * k - 4 : 4 * k]
+            out = multiply(factor, blocks[4 * k : 4 * k + 2], out, EMULATED)
+            more = multiply(factor, blocks[4 * k + 2 : 4 * k + 4], more, EMULATED)
+        u, v = filter_words(words2, before2, filters2, left, c, EMULATED)
         even_dg = ()
         odd_dg = ()
         for i in tl.static_range(4):
             even_dg = even_dg + (u[i] * half(slopes[i], False),)
             odd_dg = odd_dg + (v[i] * half(slopes[i], True),)
         now = pack_block(even_dg, odd_dg, EMULATED)
-        later = now + later
-        none = tl.zeros_like(even2[1])
-        out = (none, none, none, none)
-        more = (none, none, none, none)
-        for k in tl.static_range(PAST + 1):
-            out = multiply(later[4 * k : 4 * k + 4], blocks[4 * k : 4 * k + 2], out, EMULATED)
-            more = multiply(later[4 * k : 4 * k + 4], blocks[4 * k + 2 : 4 * k + 4], more, EMULATED)
-        later = later[: 4 * PAST]
+        out = multiply(now, blocks[:2], out, EMULATED)
+        more = multiply(now, blocks[2:4], more, EMULATED)
+        later = (now + later)[: 4 * PAST]
         even_dw = (out[0], out[1], more[0], more[1])
         odd_dw = (out[2], out[3], more[2], more[3])
         for i in tl.static_range(4):
             t = start + c * 4 + i
-            written = inside & (t >= 0) & (t >= first) & (t < stop)
+            written = (t >= 0) & (t >= first) & (t < stop)
             tl.store(dw + slope + i * (D // 2), pack(even_dw[i], odd_dw[i], EMULATED), mask=written)
         if start < 0:
             for i in tl.static_range(4):
                 t = start + c * 4 + i
-                tl.store(dlong_in + t, even_dw[i], mask=inside & (t > -W) & (t < 0))
-                tl.store(dlong_in + t + (W - 1), odd_dw[i], mask=inside & (t > -W) & (t < 0))
+                tl.store(dlong_in + t, even_dw[i], mask=(t > -W) & (t < 0))
+                tl.store(dlong_in + t + (W - 1), odd_dw[i], mask=(t > -W) & (t < 0))
         if PARAMETERS:
-            even_1, odd_1 = filter_words(words1, before1, even1, odd1, left, c, EMULATED)
-            even_0, odd_0 = filter_words(words0, before0, even0, odd0, left, c, EMULATED)
+            even_1, odd_1 = filter_words(words1, before1, filters1, left, c, EMULATED)
+            even_0, odd_0 = filter_words(words0, before0, filters0, left, c, EMULATED)
             even_w = ()
             odd_w = ()
             for i in tl.static_range(4):
@@ -168,7 +156,7 @@ def toeplitz_backward_kernel(z, dy, weight, bias, taps, short, long, keep, dw, o
                 a = 0.0
                 b = 0.0
                 if HAS_LONG:
-                    state = inside & (t < 0) & (t > -W)
+                    state = (t < 0) & (t > -W)
                     a = tl.load(long + t, mask=state, other=0.0)
                     b = tl.load(long + t + (W - 1), mask=state, other=0.0)
                 even_w = even_w + (tl.where(here, even_1[i] * even_0[i], a),)
@@ -184,11 +172,11 @@ def toeplitz_backward_kernel(z, dy, weight, bias, taps, short, long, keep, dw, o
             ) + turned
             added = ()
             for k in tl.static_range(PAST + 1):
-                factor = turned[4 * k : 4 * k + 4]
-                added = added + multiply(factor, low, sums[8 * k : 8 * k + 4], EMULATED)
-                added = added + multiply(factor, high, sums[8 * k + 4 : 8 * k + 8], EMULATED)
+                dg = turned[4 * k : 4 * k + 4]
+                added = added + multiply(dg, low, sums[8 * k : 8 * k + 4], EMULATED)
+                added = added + multiply(dg, high, sums[8 * k + 4 : 8 * k + 8], EMULATED)
             sums = added
             turned = turned[: 4 * PAST]
     if PARAMETERS:
         for i in tl.static_range(8 * (PAST + 1)):
-            tl.store(outers + i * 32, sums[i], mask=inside)
+            tl.store(outers + i * 32, sums[i])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,19 +21,29 @@ class Tiling:
     """How the kernel cuts time and channels.
 
     Attributes:
-        warps: of a program; each has 16 channels.
+        warps: of a program at most; each has 16 channels, and together they divide the channels.
         blocks: of 16 steps, in a round.
-        run: steps of a program, a multiple of 16.
-        registers: of a thread at most; None to leave it to the compiler.
+        run: steps of a program, a multiple of 16; None for as many as fill the device evenly.
+        resident: programs that a processor has room for, by their registers.
     """
 
     warps: int = 4
-    blocks: int = 4
-    run: int = 4096
-    registers: int | None = None
+    blocks: int = 2
+    run: int | None = None
+    resident: int = 3
 
 
-BACKWARD = Tiling(run=2048)
+FORWARD = Tiling()
+BACKWARD = Tiling(blocks=1, resident=2)
+
+
+def choose_run(length: int, blocks: int, past: int, slots: int) -> int:
+    """Steps of a run, where ``blocks`` programs side by side share ``slots`` places with those of other runs.
+
+    All places are taken for as many rounds as there are, and every run begins with ``past`` steps of the one before.
+    """
+    runs = min(range(1, min(64, cdiv(length, 128)) + 1), key=lambda n: cdiv(blocks * n, slots) * (length / n + past))
+    return cdiv(cdiv(length, runs), 64) * 64
 
 
 def takes_registers(operands: Operands) -> bool:
@@ -53,7 +64,7 @@ def forward_in_registers(operands: Operands, tiling: Tiling | None = None) -> tu
     operands = operands.contiguous()
     z, before = operands.z, rows_of(operands.short, operands.z)
     long_out = z.new_empty(z.shape[0], z.shape[2] // 3, operands.taps.shape[1] - 1, dtype=torch.float32)
-    y = _filter(operands, before, long_out, tiling or Tiling(), gated=True)
+    y = _filter(operands, before, long_out, tiling or FORWARD, gated=True)
     return y, window(z, before, operands.mask, None, operands.weight.shape[1] - 1), long_out
 
 
@@ -62,6 +73,7 @@ def _filter(operands: Operands, before: Tensor | None, long_out: Tensor, tiling:
     z, _, _, _, skip, *_ = operands
     batch, length, width = z.shape
     y = z.new_empty(batch, length, width // 3)
+    tiling = _fit(operands, tiling)
     start: Any = toeplitz_forward_kernel[_grid(operands, tiling)]
     start(
         *_arguments(operands, before, (z if skip is None else skip,)),
@@ -77,9 +89,22 @@ def _filter(operands: Operands, before: Tensor | None, long_out: Tensor, tiling:
     return y
 
 
+def _fit(operands: Operands, tiling: Tiling) -> Tiling:
+    """The tiling with warps that divide the channels, and a run."""
+    z = operands.z
+    warps = math.gcd(z.shape[2] // 48, tiling.warps)
+    run = tiling.run
+    if run is None:
+        processors = torch.cuda.get_device_properties(z.device).multi_processor_count if z.is_cuda else 1
+        blocks = z.shape[0] * (z.shape[2] // 48 // warps)
+        run = choose_run(z.shape[1], blocks, operands.taps.shape[1], processors * tiling.resident * tiling.warps // warps)
+    return replace(tiling, warps=warps, run=run)
+
+
 def _grid(operands: Operands, tiling: Tiling) -> tuple[int, int, int]:
     batch, length, width = operands.z.shape
-    return cdiv(width // 3, 16 * tiling.warps), cdiv(length, tiling.run), batch
+    assert tiling.run is not None
+    return width // 48 // tiling.warps, cdiv(length, tiling.run), batch
 
 
 def _arguments(operands: Operands, before: Tensor | None, between: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -114,7 +139,6 @@ def _keywords(operands: Operands, tiling: Tiling) -> dict[str, Any]:
         "EMULATED": interpreted(),
         "num_warps": tiling.warps,
         "num_stages": 1,
-        "maxnreg": tiling.registers,
     }
 
 
@@ -134,7 +158,7 @@ def backward_in_registers(
         without ``parameters``.
     """
     operands = operands.contiguous()
-    tiling = tiling or BACKWARD
+    tiling = _fit(operands, tiling or BACKWARD)
     z, before = operands.z, rows_of(operands.short, operands.z)
     batch, length, width = z.shape
     groups, count = operands.taps.shape
@@ -145,7 +169,7 @@ def backward_in_registers(
         return z.new_empty(*size, dtype=torch.float32)
 
     dlong_in = empty(batch, channels, count - 1)
-    g = _filter(operands, before, dlong_in, filter_tiling or Tiling(), gated=False)
+    g = _filter(operands, before, dlong_in, filter_tiling or FORWARD, gated=False)
     dw = torch.empty_like(g)
     size = ((count + 14) // 16 + 1) * 256
     outers = empty(batch, grid[1], channels // 16, size if parameters else 0)
