@@ -19,6 +19,7 @@ from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, find_boundaries,
 from hyaena.ops.triton.hyena.step import explicit_step_kernel
 from hyaena.ops.triton.hyena.toeplitz_launch import backward_in_registers, forward_in_registers, takes_registers
 
+
 @dataclass(frozen=True)
 class Tiling:
     """How the kernels of products cut time and channels.

@@ -102,7 +102,8 @@ def hyena_operator(
     """Evaluate the operator for any T >= 1: shapes in ``launch.Operands``, results as in ``launch.forward``."""
     with _device(z):
         if z.shape[1] > 1 or mask is not None or reset is not None:
-            return modal_launch.forward(Operands(z, weight, bias, poles, residues, skip, short, long, mask, reset, real))
+            operands = Operands(z, weight, bias, poles, residues, skip, short, long, mask, reset, real)
+            return modal_launch.forward(operands)
         short_out = z.new_empty(z.shape[0], z.shape[2], weight.shape[-1] - 1)
         long_out = poles.new_empty(z.shape[0], *poles.shape)
         short = torch.zeros_like(short_out) if short is None else short.contiguous()

@@ -123,8 +123,7 @@ def load_blocks(taps, g, c, W: tl.constexpr, BLOCKS: tl.constexpr, TURNED: tl.co
 @triton.jit
 def load_block_words(at, start, c, low, high, kept, U: tl.constexpr, ROW: tl.constexpr, WHOLE: tl.constexpr,
                      HAS_MASK: tl.constexpr):  # fmt: skip
-    """A lane's four words of each of U blocks, zero at padding, and outside low … high-1 unless all are inside (WHOLE).
-    """
+    """A lane's four words of each of U blocks, zero at padding, and outside low … high-1 unless all are inside (WHOLE)."""
     words = ()
     for i in tl.static_range(4 * U):
         t = start + c * 4 + (i // 4 * 16 + i % 4)
@@ -259,7 +258,7 @@ def walk_round(z_2, z_1, z_0, keep, y, long_out, start, first, stop, T, left, c,
             if HAS_MASK:
                 a = tl.where(kept[4 * i + j], a, 0.0)
                 b = tl.where(kept[4 * i + j], b, 0.0)
-            if WHOLE:
+            if WHOLE:  # noqa: SIM108, one branch is compiled
                 written = start >= first
             else:
                 written = (t >= first) & (t < stop)
@@ -303,7 +302,7 @@ def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, l
     T = tl.cast(T, tl.int32)
     first = tl.program_id(1) * run
     stop = tl.minimum(first + run, T)
-    begin = tl.maximum(first - 16 * PAST, 0)
+    begin = tl.maximum(first - (PAST + U - 1) // U * (16 * U), 0)
 
     filters2 = load_filters(weight, bias, word, K, HAS_BIAS)
     filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)

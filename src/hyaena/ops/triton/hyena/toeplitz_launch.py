@@ -23,7 +23,7 @@ class Tiling:
     Attributes:
         warps: of a program at most; each has 16 channels, and together they divide the channels.
         blocks: of 16 steps, in a round.
-        run: steps of a program, a multiple of 16; None for as many as fill the device evenly.
+        run: steps of a program, a multiple of a round; None for as many as fill the device evenly.
         resident: programs that a processor has room for, by their registers.
     """
 
@@ -97,7 +97,8 @@ def _fit(operands: Operands, tiling: Tiling) -> Tiling:
     if run is None:
         processors = torch.cuda.get_device_properties(z.device).multi_processor_count if z.is_cuda else 1
         blocks = z.shape[0] * (z.shape[2] // 48 // warps)
-        run = choose_run(z.shape[1], blocks, operands.taps.shape[1], processors * tiling.resident * tiling.warps // warps)
+        slots = processors * tiling.resident * tiling.warps // warps
+        run = choose_run(z.shape[1], blocks, operands.taps.shape[1], slots)
     return replace(tiling, warps=warps, run=run)
 
 
