@@ -42,18 +42,30 @@ def numbers(*shape: int) -> Tensor:
     return torch.zeros(*shape, dtype=torch.bfloat16)
 
 
-def few_taps() -> None:
+def taps() -> None:
     """Taps of a short and of a long filter: forward and backward."""
     from hyaena.ops.triton.hyena import explicit_launch
 
     z, short = numbers(1, LENGTH, 3 * WIDTH), numbers(1, 3 * WIDTH, 2)
     weight, dy = numbers(3 * WIDTH, 3), numbers(1, LENGTH, WIDTH)
-    for count in (7, 128):
-        skip = numbers(WIDTH) if count == 128 else None
-        long = torch.zeros(1, WIDTH, count - 1)
-        operands = explicit_launch.Operands(z, weight, None, numbers(256, count), skip, short, long, None, None)
+    for given in (numbers(256, 7), numbers(256, 128), torch.zeros(256, 128)):
+        skip = numbers(WIDTH) if given.shape[1] == 128 else None
+        long = torch.zeros(1, WIDTH, given.shape[1] - 1)
+        operands = explicit_launch.Operands(z, weight, None, given, skip, short, long, None, None)
         explicit_launch.forward(operands)
         explicit_launch.backward(dy, None, None, operands)
+
+
+def many_modes() -> None:
+    """Complex and real modes by products."""
+    from hyaena.ops.triton.hyena import modal_launch
+
+    z, weight, short = numbers(1, LENGTH, 3 * WIDTH), numbers(3 * WIDTH, 3), numbers(1, 3 * WIDTH, 2)
+    for modes, real in ((8, True), (16, False)):
+        pairs = torch.zeros(WIDTH, modes, 2)
+        state = torch.zeros(1, WIDTH, modes, 2)
+        operands = modal_launch.Operands(z, weight, None, pairs, pairs, numbers(WIDTH), short, state, None, None, real)
+        modal_launch.forward_products(operands)
 
 
 def packed() -> None:
@@ -93,7 +105,12 @@ def decoding() -> None:
         gemv.gate(numbers(1, WIDTH), weight, weight, norm=norm, activation=activation, overlap=True)
 
 
-PARTS: dict[str, Callable[[], None]] = {"few_taps": few_taps, "packed": packed, "decoding": decoding}
+PARTS: dict[str, Callable[[], None]] = {
+    "taps": taps,
+    "many_modes": many_modes,
+    "packed": packed,
+    "decoding": decoding,
+}
 
 
 def main(capability: int, part: str) -> None:
