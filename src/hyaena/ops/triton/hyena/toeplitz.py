@@ -123,7 +123,7 @@ def load_blocks(taps, g, c, W: tl.constexpr, BLOCKS: tl.constexpr, TURNED: tl.co
 @triton.jit
 def load_block_words(at, start, c, low, high, kept, U: tl.constexpr, ROW: tl.constexpr, WHOLE: tl.constexpr,
                      HAS_MASK: tl.constexpr):  # fmt: skip
-    """A lane's four words of each of U blocks, zero at padding, and outside low … high-1 unless all are inside (WHOLE)."""
+    """A lane's four words of each of U blocks, zero at padding and, unless WHOLE, outside low … high-1."""
     words = ()
     for i in tl.static_range(4 * U):
         t = start + c * 4 + (i // 4 * 16 + i % 4)
