@@ -34,8 +34,8 @@ from hyaena.ops.cpu.vectors import (
     fma,
     fold,
     loop,
-    part,
     pick,
+    portion,
     read,
     spread,
     stored,
@@ -351,7 +351,7 @@ def write_sums(context, form, rows, weights, scales, minima, output, last, width
             outputs = [builder.select(builder.icmp_signed("<", o, last), o, last) for o in outputs]
             rows = [builder.add(matrix[0], builder.mul(builder.mul(o, width), size)) for o in outputs]
             together = float_sums(builder, form, rows, width, vectors)
-            sums = [part(builder, together, i, count) for i in range(count)]
+            sums = [portion(builder, together, i, count) for i in range(count)]
         for i, value in enumerate(sums):
             place = builder.add(target, builder.mul(stride, constant(i, INT64)))
             builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)

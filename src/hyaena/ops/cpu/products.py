@@ -72,7 +72,7 @@ def widen(p, token, out):
 
 @function
 def aligned(array):
-    """The first address in an array of float32 at which a cache line begins; the array has ``LINE`` numbers to spare."""
+    """The first address in an array of float32, ``LINE`` longer than needed, at which a cache line begins."""
     return (array.ctypes.data + 63) & -64
 
 
@@ -175,11 +175,12 @@ def gate_runs(p, token, form):
         return
     x_wide, values = prologue(p, token, form), np.zeros((2, rows * TOGETHER), np.float32)
     x, target = aligned(x_wide), values.ctypes.data
+    other = target + 4 * rows * TOGETHER
     while start < stop:
         for first in range(start, stop, TOGETHER):  # each matrix is read in one piece
             count = min(TOGETHER, stop - first)
             all_rows(form, rows, gates, scale, minimum, first, first + count, width, x, target)
-            all_rows(form, rows, ups, up_scale, up_minimum, first, first + count, width, x, target + 4 * rows * TOGETHER)
+            all_rows(form, rows, ups, up_scale, up_minimum, first, first + count, width, x, other)
             activate(values[0], word(p, ACT))
             for row in range(rows):
                 for i in range(count):

@@ -81,7 +81,7 @@ def pick(builder: ir.IRBuilder, value: ir.Value, places: Sequence[int]) -> ir.Va
     return builder.shuffle_vector(value, value, ir.Constant(vector(INT32, len(places)), list(places)))
 
 
-def part(builder: ir.IRBuilder, value: ir.Value, index: int, parts: int) -> ir.Value:
+def portion(builder: ir.IRBuilder, value: ir.Value, index: int, parts: int) -> ir.Value:
     """One of so many equal parts of a register; a scalar if a part is one number, or if the whole is one."""
     if not isinstance(value.type, ir.VectorType):
         return value
