@@ -128,15 +128,16 @@ def hyena_step_kernel(z, weight, bias, poles, residues, skip, short, long, y, sh
         write_window(window0, new_short, 2 * D + channel, inside, K)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def explicit_step_kernel(z, weight, bias, taps, skip, short, long, y, short_out, long_out,
-                         sources, targets, short_stride, long_stride, rows,
+                         sources, targets, short_stride, long_stride,
                          D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, WIDTH: tl.constexpr,
-                         BD: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
+                         BD: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
                          OVERLAP: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
     """``hyena_step_kernel`` for W explicit taps; WP is W rounded up to a power of two, WIDTH channels share a filter.
 
-    The window moves by one number: every number of it is read once and written once.
+    The window moves by one number: every number of it is read once and written once. Grid: (channels / BD, rows), since
+    a row has more numbers than the filters.
     """
     channel = tl.program_id(0) * BD + tl.arange(0, BD)
     inside = channel < D
@@ -152,24 +153,22 @@ def explicit_step_kernel(z, weight, bias, taps, skip, short, long, y, short_out,
         direct += tl.load(skip + channel, mask=inside, other=0.0).to(tl.float32)
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    for i in tl.range(0, tl.minimum(ROWS, rows - first)):
-        row = first + i
-        here = z + row * 3 * D
-        old_short = state_of(short, sources, row, short_stride, 3 * D * (K - 1), PLACES)
-        new_short = state_of(short_out, targets, row, short_stride, 3 * D * (K - 1), PLACES)
-        old_long = state_of(long, sources, row, long_stride, D * (W - 1), PLACES)
-        new_long = state_of(long_out, targets, row, long_stride, D * (W - 1), PLACES)
-        window2 = read_window(here, old_short, channel, inside, K)
-        window1 = read_window(here, old_short, D + channel, inside, K)
-        window0 = read_window(here, old_short, 2 * D + channel, inside, K)
-        past = tl.load(old_long + at, mask=older, other=0.0)
-        w = filter_step(taps1, window1, K) * filter_step(taps0, window0, K)
-        out = (direct * w + tl.sum(h * past, axis=1)) * filter_step(taps2, window2, K)
-        tl.store(y + row * D + channel, out.to(y.dtype.element_ty), mask=inside)
-        tl.debug_barrier()  # the window may move in place
-        tl.store(new_long + at - 1, past, mask=older & (number > 0))
-        tl.store(new_long + channel * (W - 1) + W - 2, w, mask=inside & (W > 1))
-        write_window(window2, new_short, channel, inside, K)
-        write_window(window1, new_short, D + channel, inside, K)
-        write_window(window0, new_short, 2 * D + channel, inside, K)
+    row = tl.program_id(1).to(tl.int64)
+    here = z + row * 3 * D
+    old_short = state_of(short, sources, row, short_stride, 3 * D * (K - 1), PLACES)
+    new_short = state_of(short_out, targets, row, short_stride, 3 * D * (K - 1), PLACES)
+    old_long = state_of(long, sources, row, long_stride, D * (W - 1), PLACES)
+    new_long = state_of(long_out, targets, row, long_stride, D * (W - 1), PLACES)
+    window2 = read_window(here, old_short, channel, inside, K)
+    window1 = read_window(here, old_short, D + channel, inside, K)
+    window0 = read_window(here, old_short, 2 * D + channel, inside, K)
+    past = tl.load(old_long + at, mask=older, other=0.0)
+    w = filter_step(taps1, window1, K) * filter_step(taps0, window0, K)
+    out = (direct * w + tl.sum(h * past, axis=1)) * filter_step(taps2, window2, K)
+    tl.store(y + row * D + channel, out.to(y.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # the window may move in place
+    tl.store(new_long + at - 1, past, mask=older & (number > 0))
+    tl.store(new_long + channel * (W - 1) + W - 2, w, mask=inside & (W > 1))
+    write_window(window2, new_short, channel, inside, K)
+    write_window(window1, new_short, D + channel, inside, K)
+    write_window(window0, new_short, 2 * D + channel, inside, K)

@@ -73,7 +73,7 @@ def step_modes(
         PLACES=places is not None,
         REAL=real,
         launch_pdl=overlap,
-        num_warps=2 if padded <= 4 else 4,
+        num_warps=2,
     )
     return y
 
@@ -96,10 +96,8 @@ def step_taps(
     groups, count = taps.shape
     columns = power_of_two(count)
     block = max(1, min(CHANNELS, NUMBERS // columns))
-    batch, blocks = z.shape[0], cdiv(channels, block)
-    y = z.new_empty(batch, 1, channels)
-    rows = rows_of_program(batch, blocks)
-    start: Any = explicit_step_kernel[(blocks, cdiv(batch, rows))]
+    y = z.new_empty(z.shape[0], 1, channels)
+    start: Any = explicit_step_kernel[(cdiv(channels, block), z.shape[0])]
     start(
         z.contiguous(),
         weight.contiguous(),
@@ -112,19 +110,17 @@ def step_taps(
         short_out,
         long_out,
         *((z, z, 0, 0) if places is None else (*places, short.stride(0), long.stride(0))),
-        batch,
         D=channels,
         K=weight.shape[-1],
         W=count,
         WP=columns,
         WIDTH=channels // groups,
         BD=block,
-        ROWS=rows,
         HAS_BIAS=bias is not None,
         HAS_SKIP=skip is not None,
         OVERLAP=overlap,
         PLACES=places is not None,
         launch_pdl=overlap,
-        num_warps=4,
+        num_warps=2,
     )
     return y
