@@ -31,7 +31,7 @@ triton.backends.backends["cpu"] = types.SimpleNamespace(driver=_Driver, compiler
 
 from integrations.vllm.cases import engine, make, own_tokens, random_prompts, tokens  # noqa: E402
 
-from hyaena.ops.triton.hyena import explicit_launch, launch  # noqa: E402
+from hyaena.ops.triton.hyena import step_launch  # noqa: E402
 
 if __name__ == "__main__":
     model = make("kinds")
@@ -40,8 +40,8 @@ if __name__ == "__main__":
         expected = own_tokens(model, prompts, 6)
     with (
         engine(Path(sys.argv[1]), enable_prefix_caching=False) as llm,
-        patch.object(launch, "step", wraps=launch.step) as modes,
-        patch.object(explicit_launch, "step", wraps=explicit_launch.step) as taps,
+        patch.object(step_launch, "step_modes", wraps=step_launch.step_modes) as modes,
+        patch.object(step_launch, "step_taps", wraps=step_launch.step_taps) as taps,
     ):
         runner = type(llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner)
         found = {

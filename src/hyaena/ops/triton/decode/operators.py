@@ -19,7 +19,7 @@ from hyaena.ops.triton import pointwise
 from hyaena.ops.triton.decode import embed_argmax, gemv, narrow, rope_kv
 from hyaena.ops.triton.decode.attention import decode_attention
 from hyaena.ops.triton.decode.few_rows import Products
-from hyaena.ops.triton.hyena import explicit_launch, launch
+from hyaena.ops.triton.hyena import step_launch
 from hyaena.ops.triton.hyena.register import real_pairs
 
 
@@ -145,13 +145,15 @@ class FusedDecodeOperators(DecodeOperators):
         short, long = state
         if isinstance(long_filter, ExplicitFilter):
             given = (long_filter.taps, long_filter.skip, short, long, short, long)
-            return explicit_launch.step(z, short_weight, short_bias, *given, self.overlap, places).squeeze(1)
+            return step_launch.step_taps(z, short_weight, short_bias, *given, self.overlap, places).squeeze(1)
         assert isinstance(long_filter, ModalFilter | RealModalFilter)
         poles, residues, pairs = real_pairs(long_filter, long)
         assert pairs is not None
         filter = (poles, residues, long_filter.skip)
         real = isinstance(long_filter, RealModalFilter)
-        y = launch.step(z, short_weight, short_bias, *filter, short, pairs, short, pairs, self.overlap, real, places)
+        y = step_launch.step_modes(
+            z, short_weight, short_bias, *filter, short, pairs, short, pairs, self.overlap, real, places
+        )
         if real and long.shape[-1] % 2:  # a copy that one more mode made even
             long.copy_(pairs.flatten(2)[..., :-1])
         return y.squeeze(1)

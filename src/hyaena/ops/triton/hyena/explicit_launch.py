@@ -16,8 +16,7 @@ from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
 from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel
 from hyaena.ops.triton.hyena.explicit_operands import Gradients, Operands, rows_of
 from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, find_boundaries, power_of_two, segment_bits, window
-from hyaena.ops.triton.hyena.step import explicit_step_kernel
-from hyaena.ops.triton.hyena.toeplitz_launch import backward_in_registers, forward_in_registers, takes_registers
+from hyaena.ops.triton.hyena.toeplitz_launch import forward_in_registers, takes_registers
 
 
 @dataclass(frozen=True)
@@ -216,57 +215,6 @@ def _of_short_filter(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tens
     return dweight, total[3 * taps : 3 * taps + 3].reshape(width).clone(), total[3 * taps + 3 :]
 
 
-def step(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    taps: Tensor,
-    skip: Tensor | None,
-    short: Tensor,
-    long: Tensor,
-    short_out: Tensor,
-    long_out: Tensor,
-    overlap: bool = False,
-    places: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read.
-
-    ``places`` are source and target of ``DecodeOperators.hyena_at``.
-    """
-    channels = z.shape[-1] // 3
-    groups, count = taps.shape
-    columns = power_of_two(count)
-    block = max(1, min(64, 2048 // columns))
-    y = z.new_empty(z.shape[0], 1, channels)
-    start: Any = explicit_step_kernel[(cdiv(channels, block), z.shape[0])]
-    start(
-        z.contiguous(),
-        weight.contiguous(),
-        z if bias is None else bias,
-        taps.contiguous(),
-        z if skip is None else skip,
-        short,
-        long,
-        y,
-        short_out,
-        long_out,
-        *((z, z, 0, 0) if places is None else (*places, short.stride(0), long.stride(0))),
-        D=channels,
-        K=weight.shape[-1],
-        W=count,
-        WP=columns,
-        WIDTH=channels // groups,
-        BD=block,
-        HAS_BIAS=bias is not None,
-        HAS_SKIP=skip is not None,
-        OVERLAP=overlap,
-        PLACES=places is not None,
-        launch_pdl=overlap,
-        num_warps=4,
-    )
-    return y
-
-
 def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the forward kernel for this number of taps.
 
@@ -416,27 +364,9 @@ def backward_products(
 ) -> Gradients:
     """``backward`` by matrix products, for any number of taps; ``tiling`` and ``walk`` None to choose."""
     operands = operands.contiguous()
-    z, weight, reset = operands.z, operands.weight, operands.reset
-    if tiling is None and takes_registers(operands):
-        g, dw, dtaps, dlong_in = backward_in_registers(dy.contiguous(), operands, parameters=parameters)
-    else:
-        tiling = tiling or choose_tiling(BACKWARD, z.dtype)
-        g, dw, dtaps, dlong_in = _share_of_filter(dy, operands, tiling, parameters)
-    if dlong is not None and dlong_in.shape[2]:
-        add_window_gradient(dw, dlong_in, dlong, None, None if reset is None else age(reset)[:, -1])
-    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk or Walk(), (g, dw), parameters)
-    if not parameters:
-        return dz, *(sums.new_empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
-    dweight, dbias, of_skip = _of_short_filter(sums, weight)
-    return dz, dweight, dbias, dtaps, of_skip[0].clone(), dshort_in, dlong_in
-
-
-def _share_of_filter(
-    dy: Tensor, operands: Operands, tiling: Tiling, parameters: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``toeplitz_launch.backward_in_registers``, for every problem."""
-    z, weight, bias, taps, _, _, long, _, _ = operands
+    z, weight, bias, taps, _, _, long, _, reset = operands
     batch, length, width = z.shape
+    tiling = tiling or choose_tiling(BACKWARD, z.dtype)
     plan = _products(operands, tiling)
     groups, count = taps.shape
     g, dw = (z.new_empty(batch, length, width // 3) for _ in range(2))
@@ -472,9 +402,14 @@ def _share_of_filter(
         PARAMETERS=parameters,
         **plan.keywords,
     )
-    if parameters:
-        dtaps = dtaps.view(batch * plan.sets, groups, -1, count).sum(dim=(0, 2))
-    return g, dw, dtaps, dlong_in
+    if dlong is not None and count > 1:
+        add_window_gradient(dw, dlong_in, dlong, None, None if reset is None else age(reset)[:, -1])
+    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk or Walk(), (g, dw), parameters)
+    if not parameters:
+        return dz, *(empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
+    dweight, dbias, of_skip = _of_short_filter(sums, weight)
+    dtaps = dtaps.view(batch * plan.sets, groups, -1, count).sum(dim=(0, 2))
+    return dz, dweight, dbias, dtaps, of_skip[0].clone(), dshort_in, dlong_in
 
 
 def add_window_gradient(

@@ -12,7 +12,6 @@ from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.hyena.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
 from hyaena.ops.triton.hyena.boundaries import boundaries_kernel
 from hyaena.ops.triton.hyena.forward import hyena_forward_kernel
-from hyaena.ops.triton.hyena.step import hyena_step_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of z, weight, bias, poles, residues, skip, short and long."""
@@ -48,8 +47,6 @@ class Operands(NamedTuple):
         """The same operands, each contiguous in memory."""
         return Operands(*(None if t is None else t.contiguous() for t in self[:-1]), self.real)  # type: ignore[arg-type]
 
-
-STEP_CHANNELS = 64
 
 EXCHANGE = 16384
 """Bytes of shared memory that Triton may use to rearrange states."""
@@ -281,54 +278,6 @@ def age(reset: Tensor) -> Tensor:
     return (steps - torch.where(reset, steps, -(2**30)).cummax(dim=1).values).int()
 
 
-def step(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor | None,
-    short: Tensor,
-    long: Tensor,
-    short_out: Tensor,
-    long_out: Tensor,
-    overlap: bool = False,
-    real: bool = False,
-    places: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read;
-    ``real`` as in ``Operands``, ``places`` as source and target in ``DecodeOperators.hyena_at``."""
-    channels, modes = poles.shape[:2]
-    y = z.new_empty(z.shape[0], 1, channels)
-    start: Any = hyena_step_kernel[(cdiv(channels, STEP_CHANNELS), z.shape[0])]
-    start(
-        z.contiguous(),
-        weight.contiguous(),
-        z if bias is None else bias,
-        poles.contiguous(),
-        residues.contiguous(),
-        z if skip is None else skip,
-        short,
-        long,
-        y,
-        short_out,
-        long_out,
-        *((z, z, 0, 0) if places is None else (*places, short.stride(0), long.stride(0))),
-        D=channels,
-        N=modes,
-        K=weight.shape[-1],
-        BD=STEP_CHANNELS,
-        HAS_BIAS=bias is not None,
-        HAS_SKIP=skip is not None,
-        OVERLAP=overlap,
-        PLACES=places is not None,
-        REAL=real,
-        launch_pdl=overlap,
-        num_warps=2,
-    )
-    return y
-
-
 @dataclass(frozen=True)
 class BackwardTiling:
     """How the backward kernels cut time and channels.
@@ -348,17 +297,16 @@ class BackwardTiling:
     numbers: int = 1
 
 
-def choose_backward_tiling(length: int, channels: int, modes: int) -> BackwardTiling:
+def choose_backward_tiling(length: int, channels: int, modes: int, itemsize: int) -> BackwardTiling:
     """Short sequences take short chunks; more modes leave registers for fewer steps and channels of a thread.
 
     Steps whose states are in registers together save their way through memory.
     """
-    few = modes <= 4
     return BackwardTiling(
         chunk=64 if length > 16 else 16,
         batch=2 if 2 < modes <= 4 or modes > 8 else 4,
-        channels=min(64 if 2 < modes <= 8 else 128, power_of_two(channels)),
-        numbers=2 if few and channels >= 64 else 1,
+        channels=min(64 if 2 < modes <= 4 else 128, power_of_two(channels)),
+        numbers=2 if modes <= 4 and channels >= 64 and itemsize == 2 else 1,
     )
 
 
@@ -390,7 +338,7 @@ def backward(
     dshort, dlong = (None if t is None else t.contiguous() for t in (dshort, dlong))
     keep = z if mask is None else mask.view(torch.uint8)
     ages = z if reset is None else age(reset)
-    tiling = tiling or choose_backward_tiling(length, channels, modes)
+    tiling = tiling or choose_backward_tiling(length, channels, modes, z.element_size())
     steps, held, block = tiling.chunk, tiling.batch, tiling.channels
     warps = max(1, block // (32 * tiling.numbers))
     blocks, chunks = cdiv(channels, block), cdiv(length, steps)
