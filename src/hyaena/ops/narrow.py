@@ -2,7 +2,7 @@
 
     w[e,d] = scale[e,g]·(q[e,d] - zero) + minimum[e,g],   g = d // group
 
-with zero = 8 for 4 bits without minima, and 0 otherwise. Two numbers of 4 bits share a byte: byte j of a block of 32
+with zero = 8 for 4 bits without minima, and 0 otherwise. q is an integer, or an e4m3 number of 8 bits. Two numbers of 4 bits share a byte: byte j of a block of 32
 columns holds column j in its low and column j + 16 in its high half, as the blocks of GGUF do.
 
 A product widens the weight to the dtype of x some rows at a time, so that memory is that of one tile. Gradients pass
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hyaena.ops.fp8 import E4M3
+
 BLOCK = 32
 """Columns whose 4-bit numbers share 16 bytes."""
 
@@ -31,7 +33,7 @@ class Narrow(NamedTuple):
     """A linear layer with a narrow weight. Kernels may read it.
 
     Attributes:
-        codes: q; int8 [E,D], or uint8 [E,D/2] of two 4-bit numbers each.
+        codes: q; int8 or float8_e4m3fn [E,D], or uint8 [E,D/2] of two 4-bit numbers each.
         scale: [E,G].
         minimum: [E,G], or None.
         bias: [E], or None.
@@ -44,7 +46,12 @@ class Narrow(NamedTuple):
 
     @property
     def bits(self) -> int:
-        return 8 if self.codes.dtype == torch.int8 else 4
+        return 4 if self.codes.dtype == torch.uint8 else 8
+
+    @property
+    def floating(self) -> bool:
+        """Whether q are e4m3 numbers."""
+        return self.codes.dtype == E4M3
 
     @property
     def shape(self) -> tuple[int, int]:
