@@ -89,7 +89,7 @@ def decoding() -> None:
     gemv.linear(numbers(1, WIDTH), Dense(weight), norm=norm, overlap=True)
     for activation in ACTIVATIONS:
         narrow.gate(numbers(1, WIDTH), layer, layer, norm=norm, activation=activation, overlap=True)
-        products.gate(numbers(16, WIDTH), weight, weight, activation=activation)
+        products.gate(numbers(16, WIDTH), Dense(weight), Dense(weight), activation=activation)
         gemv.gate(numbers(1, WIDTH), weight, weight, norm=norm, activation=activation, overlap=True)
 
 

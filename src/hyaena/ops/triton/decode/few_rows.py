@@ -1,8 +1,10 @@
-"""Products of a weight matrix and 2 to 128 vectors, bound by the speed at which memory streams the matrix.
+"""Products of a weight matrix, wide or narrow, and 2 to 128 vectors, bound by the speed at which memory streams the matrix.
 
 A program multiplies BN rows of the matrix with all vectors: ``W [BN,K] · x^T [K,M]``, so that the matrix is the operand
 that tensor cores take 64 rows of, and M is padded to 16 only. Pieces of the matrix are on their way to shared memory
-while earlier ones are multiplied. Where a matrix has too few rows to occupy the device, K is divided among SPLITS
+while earlier ones are multiplied. Narrow ones (``ops.Narrow``) are widened between the two: with scales and minima
+where groups of a row have them, and otherwise as they are, so that a sum is scaled at the end. Two numbers of 4 bits in
+a byte are 16 columns apart, and their halves are two products. Where a matrix has too few rows to occupy the device, K is divided among SPLITS
 programs; the last of them to finish adds their sums, always in the same order. What stands after the product costs no
 pass of its own: bias and residual, or a second matrix on the same x with ``act(a)·b`` (gate and up of an MLP). Sums are
 float32, and a result is rounded once. A norm before it is a kernel of its own: x would have to pass through registers
@@ -22,7 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.linear import Dense
+from hyaena.ops.narrow import Narrow
 from hyaena.ops.triton.common import activate
+from hyaena.ops.triton.decode import narrow
 from hyaena.ops.triton.decode.attention import operand
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
@@ -97,6 +101,37 @@ def read_vectors(x, row, k, K, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def read_narrow(w, s, m, n, j, inside, LINE, GROUPS, BITS: tl.constexpr, FLOATING: tl.constexpr,
+                GROUPED: tl.constexpr, MINIMA: tl.constexpr, OPERAND: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Bytes j of the program's rows as a tuple of operands [BN,BJ]: their numbers, or their low and high halves."""
+    here = inside[:, None] & (j < LINE)[None, :]
+    codes = tl.load(w + n.to(tl.int64)[:, None] * LINE + j[None, :], mask=None if WHOLE else here,
+                    other=None if WHOLE else 0, eviction_policy="evict_first")  # fmt: skip
+    if FLOATING:  # a float16 with these bits is 256 times smaller
+        bits = codes.to(tl.int16)
+        bits = (bits & -0x8000) | ((bits & 0x7F) << 7)
+        numbers = (bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0,)
+    elif BITS == 8:
+        numbers = (codes.to(tl.float32),)
+    else:
+        ZERO: tl.constexpr = 0.0 if MINIMA else 8.0
+        numbers = ((codes & 15).to(tl.float32) - ZERO, (codes >> 4).to(tl.float32) - ZERO)
+    scale, least = 1.0, 0.0
+    if GROUPED:
+        group = n.to(tl.int64)[:, None] * GROUPS + (j // (LINE // GROUPS))[None, :]
+        scale = tl.load(s + group, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
+        if MINIMA:
+            least = tl.load(m + group, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
+    out = ()
+    for i in tl.static_range(len(numbers)):
+        wide = numbers[i]
+        if GROUPED:
+            wide = wide * scale + least
+        out = out + (wide.to(OPERAND),)
+    return out
+
+
+@triton.jit
 def finish(y, bias, residual, out, n, m, M, N, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
     """Add bias and residual to y [BN,BM] and store it as [M,N]."""
     inside = (n < N)[:, None] & (m < M)[None, :]
@@ -109,11 +144,17 @@ def finish(y, bias, residual, out, n, m, M, N, HAS_BIAS: tl.constexpr, HAS_RESID
 
 
 @triton.jit
-def _rows_kernel(x, w, v, bias, residual, out, partial, tickets, M, N, K,
+def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
+                 BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr,
                  GATE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
                  OPERAND: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """Rows BN of ``w·x``, or of ``act(w·x)·(v·x)`` with GATE. Grid: (rows of the matrix / BN, SPLITS)."""
+    """Rows BN of ``w·x``, or of ``act(w·x)·(v·x)`` with GATE. Grid: (rows of the matrix / BN, SPLITS).
+
+    Args:
+        scales: of narrow matrices (BITS 8 or 4), scales and minima of w, then of v.
+    """
+    GROUPED: tl.constexpr = (GROUPS > 1) | MINIMA
     gdc_wait(OVERLAP)
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -127,13 +168,27 @@ def _rows_kernel(x, w, v, bias, residual, out, partial, tickets, M, N, K,
     sums = tl.zeros((BN, BM), tl.float32)
     others = tl.zeros((BN, BM), tl.float32)
     for start in tl.range(begin, tl.minimum(begin + width, K), BK, num_stages=STAGES):
-        k = start + tl.arange(0, BK)
-        ws = read_piece(w, at, k, inside, K, WHOLE)
-        xs = tl.trans(read_vectors(x, row, k, K, WHOLE)).to(OPERAND)
-        sums = tl.dot(ws.to(OPERAND), xs, sums)
-        if GATE:
-            vs = read_piece(v, at, k, inside, K, WHOLE)
-            others = tl.dot(vs.to(OPERAND), xs, others)
+        if BITS == 16:
+            k = start + tl.arange(0, BK)
+            ws = read_piece(w, at, k, inside, K, WHOLE)
+            xs = tl.trans(read_vectors(x, row, k, K, WHOLE)).to(OPERAND)
+            sums = tl.dot(ws.to(OPERAND), xs, sums)
+            if GATE:
+                vs = read_piece(v, at, k, inside, K, WHOLE)
+                others = tl.dot(vs.to(OPERAND), xs, others)
+        else:
+            j = start * BITS // 8 + tl.arange(0, BK * BITS // 8)
+            ws = read_narrow(w, scales[0], scales[1], tl.where(inside, n, 0), j, inside, K * BITS // 8, GROUPS, BITS,
+                             FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)  # fmt: skip
+            if GATE:
+                vs = read_narrow(v, scales[2], scales[3], tl.where(inside, n, 0), j, inside, K * BITS // 8, GROUPS,
+                                 BITS, FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)  # fmt: skip
+            for i in tl.static_range(8 // BITS):
+                k = j if BITS == 8 else j // 16 * 32 + j % 16 + 16 * i
+                xs = tl.trans(read_vectors(x, row, k, K, WHOLE)).to(OPERAND)
+                sums = tl.dot(ws[i], xs, sums)
+                if GATE:
+                    others = tl.dot(vs[i], xs, others)
     gdc_launch_dependents(OVERLAP)
     last = True
     if SPLITS > 1:
@@ -148,6 +203,10 @@ def _rows_kernel(x, w, v, bias, residual, out, partial, tickets, M, N, K,
             for other in tl.static_range(SPLITS):
                 sums += tl.load(partial + other * size + place, cache_modifier=".cg")
     if last:
+        if BITS < 16 and not GROUPED:
+            sums *= tl.load(scales[0] + n, mask=inside, other=0.0)[:, None]
+            if GATE:
+                others *= tl.load(scales[2] + n, mask=inside, other=0.0)[:, None]
         if GATE:
             sums = activate(sums, ACTIVATION) * others
         finish(sums, bias, residual, out, n, m, M, N, HAS_BIAS, HAS_RESIDUAL)
@@ -167,32 +226,36 @@ class Products:
         self.tiles = tiles or {}
         self._tickets: Tensor | None = None
 
-    def takes(self, x: Tensor, *weights: Tensor) -> bool:
+    def takes(self, x: Tensor, *layers: Dense | Narrow) -> bool:
         """Whether the kernel multiplies these vectors [M,K] and matrices [N,K]."""
-        return x.shape[0] <= MOST_ROWS and x.dtype in DTYPES and all(w.dtype == x.dtype for w in weights)
+        known = (narrow.takes(w) if isinstance(w, Narrow) else w.weight.dtype == x.dtype for w in layers)
+        return x.shape[0] <= MOST_ROWS and x.dtype in DTYPES and all(known)
 
-    def linear(self, x: Tensor, layer: Dense, *, residual: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, layer: Dense | Narrow, *, residual: Tensor | None = None) -> Tensor:
         """``residual + weight·x + bias``: x [M,K], weight [N,K] -> [M,N]."""
-        return self._launch(x, layer.weight, None, layer.bias, residual, "")
+        return self._launch(x, layer, None, residual, "")
 
-    def gate(self, x: Tensor, gate: Tensor, up: Tensor, *, activation: str) -> Tensor:
-        """``act(gate·x) · (up·x)``: x [M,K], weights [N,K] -> [M,N]."""
-        return self._launch(x, gate, up, None, None, activation)
+    def gate(self, x: Tensor, gate: Dense | Narrow, up: Dense | Narrow, *, activation: str) -> Tensor:
+        """``act(gate·x) · (up·x)``: x [M,K], weights [N,K], of one kind and without biases -> [M,N]."""
+        return self._launch(x, gate, up, None, activation)
 
     def _launch(
         self,
         x: Tensor,
-        w: Tensor,
-        v: Tensor | None,
-        bias: Tensor | None,
+        layer: Dense | Narrow,
+        other: Dense | Narrow | None,
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
-        vectors, (rows, width) = x.shape[0], w.shape
+        w, scales, form = _operands(layer)
+        v, others, _ = _operands(layer if other is None else other)
+        bias, gate = layer.bias, other is not None
+        vectors, width = x.shape
+        rows = len(w)
         padded = max(16, triton.next_power_of_2(vectors))
-        tile = self.tiles.get(("linear" if v is None else "gate", padded, rows, width))
-        tile = tile or choose_tile(padded, 1 if v is None else 2, rows, width)
-        assert tile.splits == 1 or v is None, "the sums of a gate are not divided"
+        tile = self.tiles.get(("gate" if gate else "linear", padded, rows, width))
+        tile = tile or choose_tile(padded, 2 if gate else 1, rows, width)
+        assert tile.splits == 1 or not gate, "the sums of a gate are not divided"
         blocks = triton.cdiv(rows, tile.rows)
         out = x.new_empty(vectors, rows)
         partial = tickets = out
@@ -200,11 +263,11 @@ class Products:
             partial = x.new_empty(tile.splits * blocks * tile.rows * padded, dtype=torch.float32)
             tickets = self._counters(blocks, x.device)
         _rows_kernel[(blocks, tile.splits)](
-            x, w, w if v is None else v, w if bias is None else bias, x if residual is None else residual, out,
+            x, w, v, scales + others, w if bias is None else bias, x if residual is None else residual, out,
             partial, tickets, vectors, rows, width,
             BM=padded, BN=tile.rows, BK=tile.width, SPLITS=tile.splits,
-            WHOLE=rows % tile.rows == 0 and width % (tile.width * tile.splits) == 0,
-            GATE=v is not None, ACTIVATION=activation, HAS_BIAS=bias is not None,
+            WHOLE=rows % tile.rows == 0 and width % (tile.width * tile.splits) == 0, **form,
+            GATE=gate, ACTIVATION=activation, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None, OPERAND=operand(x.dtype), STAGES=tile.stages,
             OVERLAP=self.overlap, launch_pdl=self.overlap, num_warps=tile.warps,
         )  # fmt: skip
@@ -215,3 +278,13 @@ class Products:
         if self._tickets is None or self._tickets.numel() < count:
             self._tickets = torch.zeros(max(1024, count), dtype=torch.int32, device=device)
         return self._tickets
+
+
+def _operands(layer: Dense | Narrow) -> tuple[Tensor, tuple[Tensor, ...], dict[str, int | bool]]:
+    """The numbers of a matrix [N,…], scales and minima of narrow ones, and the constants that say what they are."""
+    if isinstance(layer, Dense):
+        return layer.weight, (), {"BITS": 16, "FLOATING": True, "GROUPS": 1, "MINIMA": False}
+    codes, scale, minimum, _ = layer
+    form = {"FLOATING": layer.floating, "GROUPS": scale.shape[1], "MINIMA": minimum is not None}
+    numbers = codes.view(torch.int8) if layer.floating else codes
+    return numbers, (scale, scale if minimum is None else minimum), {"BITS": layer.bits, **form}

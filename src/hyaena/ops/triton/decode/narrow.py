@@ -1,12 +1,24 @@
-"""Products of narrow weights (``ops.Narrow``) with one to eight vectors: read narrow, widened in registers.
+"""Products of a narrow weight matrix (``ops.Narrow``) and one vector: read narrow, widened in registers.
 
-As in ``gemv``, a program owns a few rows of the matrix and sums in float32; an RMSNorm before it, the gate of an MLP,
-bias and residual cost no pass of their own. The next piece of a row is loaded while the last one is multiplied, and the
-first before the kernel waits for x. The reference is ``ops.narrow_linear``.
+As in ``gemv``, a program owns a few rows of the matrix, loads the first pieces of them before it waits for x, and sums
+in float32; an RMSNorm before it, a second matrix, bias and residual cost no pass of their own.
+
+What bounds it beside memory is the number of operations for a weight. A thread takes *units* of 16 bytes, the 32 columns
+of 4 bits or 16 of 8 that lie there. Bits become a number by a shift and one logical operation, which put them behind the
+leading one of a float32, v = 1 + q/16 or 1.5 + q/256 (an e4m3 number becomes a float16 256 times smaller); then
+
+    Σ_d (scale·q[d] + minimum)·x[d]  =  scale·C·(Σ_d v[d]·x[d] - ONE·Σ_d x[d]) + minimum·Σ_d x[d]
+
+so that offset, scale and minimum are applied once for a unit, and the sum of x once for all rows. Several vectors are
+further programs, which find the weights in the cache of the device; ``few_rows`` multiplies vectors of 16 bits together.
+The reference is ``ops.narrow_linear``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,117 +26,212 @@ from torch import Tensor
 from hyaena.ops.narrow import Narrow
 from hyaena.ops.step import RMSNormWeight
 from hyaena.ops.triton.common import activate
-from hyaena.ops.triton.decode.gemv import norm_scale
+from hyaena.ops.triton.decode.gemv import norm_scale, scaled
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 MOST_ROWS = 8
-"""Vectors up to which a product is computed here."""
+"""Vectors up to which products are computed here."""
+
+UNIT = 16
+"""Bytes of a unit."""
+
+LEADING = {8: 0x3FC00000, 4: 0x3F800000}
+"""By bits: a float32 in which the bits of q are put. An argument of kernels and not a constant in them: from two
+constants ptxas makes two logical operations."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program reads: ``rows`` of each matrix, ``units`` of each of them at a time, both powers of two.
+
+    Attributes:
+        ahead: pieces of so many units that are loaded into registers before anything else.
+    """
+
+    rows: int
+    units: int
+    warps: int
+    ahead: int
+
+
+def choose_tile(matrices: int, units: int) -> Tile:
+    """For some matrices with rows of so many units: eight units of 16 bytes for a thread, before it waits."""
+    width = 128 if units % 128 == 0 or units > 512 else 64
+    if units < 64:
+        return Tile(rows=4, units=triton.next_power_of_2(units), warps=4, ahead=1)
+    pieces = triton.cdiv(units, width)
+    return Tile(rows=8 // matrices, units=width, warps=width // 32, ahead=min(pieces, 2))
 
 
 @triton.jit
-def read_codes(w, at, j, inside, LINE: tl.constexpr):
-    """A piece [BN,BW] of the program's rows."""
-    mask = inside[:, None] & (j < LINE)[None, :]
-    return tl.load(w + at + j[None, :], mask=mask, other=0, eviction_policy="evict_first")
+def read_units(w, s, m, rows, inside, u, UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUPED: tl.constexpr,
+               MINIMA: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Words [BN,NU,4] of the program's rows, and with GROUPED the scales and the minima of their groups [BN,NU]."""
+    at = rows.to(tl.int64)[:, None, None] * (UNITS * 4) + (u * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    here = inside[:, None] & (u < UNITS)[None, :]
+    if WHOLE:
+        words = tl.load(w + at, eviction_policy="evict_first")
+    else:
+        words = tl.load(w + at, mask=here[:, :, None], other=0, eviction_policy="evict_first")
+    scale, least = 1.0, 0.0
+    if GROUPED:
+        place = rows.to(tl.int64)[:, None] * GROUPS + (u * GROUPS // UNITS)[None, :]
+        scale = tl.load(s + place, mask=None if WHOLE else here)
+        if MINIMA:
+            least = tl.load(m + place, mask=None if WHOLE else here)
+    return words, scale, least
 
 
 @triton.jit
-def narrow_products(x, g, w, s, m, eps, R: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
-                    BW: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr,
-                    HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, WAITS: tl.constexpr):  # fmt: skip
-    """The program's rows of ``w·norm(x)`` for R vectors: a tuple of float32 [BN].
+def number(words, i: tl.constexpr, leading, BITS: tl.constexpr, FLOATING: tl.constexpr):
+    """v of the numbers i of words, float32."""
+    if FLOATING:
+        odd = words << 8 if i % 2 == 0 else words
+        pair = (odd & -0x7FFF8000) | ((odd >> 1) & 0x3F803F80)
+        return (pair >> 16 * (i // 2)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        SHIFT: tl.constexpr = (15 if BITS == 8 else 19) - BITS * i
+        moved = words << SHIFT if SHIFT >= 0 else words >> -SHIFT
+        bits = (moved & 0x007F8000) ^ leading if BITS == 8 else (moved & 0x00780000) | leading
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, HAS_NORM: tl.constexpr,
+                WHOLE: tl.constexpr):  # fmt: skip
+    """x times g in the places of the numbers of words: a tuple of float32 [NU,4]; and the squares of x [NU,COLUMNS]."""
+    COLUMNS: tl.constexpr = 128 // BITS
+    k = (u * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    here = (u < UNITS)[:, None]
+    v = tl.load(x + k, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
+    squares = tl.zeros((NU, COLUMNS), tl.float32)
+    if HAS_NORM:
+        squares = v * v
+        v *= tl.load(g + k, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
+    if BITS == 8:
+        even, odd = tl.split(tl.reshape(v, (NU, 4, 2, 2)))
+        v0, v2 = tl.split(even)
+        v1, v3 = tl.split(odd)
+        out = (v0, v1, v2, v3)
+    else:  # halves of a byte are 16 columns apart
+        low, high = tl.split(tl.permute(tl.reshape(v, (NU, 2, 4, 2, 2)), (0, 2, 3, 4, 1)))
+        low_even, low_odd = tl.split(low)
+        high_even, high_odd = tl.split(high)
+        v0, v4 = tl.split(low_even)
+        v1, v5 = tl.split(high_even)
+        v2, v6 = tl.split(low_odd)
+        v3, v7 = tl.split(high_odd)
+        out = (v0, v1, v2, v3, v4, v5, v6, v7)
+    return out, squares
+
+
+@triton.jit
+def add_units(sums, squares, pieces, leading, x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr,
+              FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr,
+              WHOLE: tl.constexpr):  # fmt: skip
+    """Add to each sum [BN,NU] its piece times x, and to the squares those of x."""
+    ONE: tl.constexpr = 1.0 if MINIMA else 1.5  # without minima q - 8 counts: 1 + q/16 is 1.5 + (q - 8)/16
+    v, square = read_vector(x, g, u, NU, UNITS, BITS, HAS_NORM, WHOLE)
+    total = v[0]
+    for i in tl.static_range(1, len(v)):
+        total += v[i]
+    total = tl.sum(total, axis=1)[None, :]
+    out = ()
+    for i in tl.static_range(len(sums)):
+        words, scale, least = pieces[i]
+        products = tl.zeros(words.shape, tl.float32)
+        for j in tl.static_range(len(v)):
+            products += number(words, j, leading, BITS, FLOATING) * v[j][None, :, :]
+        y = tl.sum(products, axis=2)
+        if not FLOATING:
+            y -= ONE * total
+        if GROUPED:
+            y *= scale.to(tl.float32) * (256.0 if BITS == 8 else 16.0)
+            if MINIMA:
+                y += least.to(tl.float32) * total
+        out = out + (sums[i] + y,)
+    return out, squares + square
+
+
+@triton.jit
+def narrow_products(x, g, w, s, m, eps, leading, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, NU: tl.constexpr,
+                    AHEAD: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
+                    MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr,
+                    OVERLAP: tl.constexpr):  # fmt: skip
+    """The program's rows of ``w[i]·norm(x)`` for every matrix i: a tuple of float32 [BN].
 
     Args:
-        x: [R,K].
+        x: [K].
         g: the norm's weight [K].
-        w, s, m: codes, scales and minima of the matrix [N,K].
-        BW: bytes of a row that are read at a time.
+        w, s, m: tuples of words, scales and minima of matrices [N,K].
     """
-    LINE: tl.constexpr = K * BITS // 8
-    GROUPS: tl.constexpr = K // GROUP
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    UNITS: tl.constexpr = K * BITS // 128
+    WHOLE: tl.constexpr = (N % BN == 0) & (UNITS % NU == 0)
+    GROUPED: tl.constexpr = (GROUPS > 1) | MINIMA
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = rows < N
-    at = rows.to(tl.int64)[:, None] * LINE
-    scales = rows.to(tl.int64)[:, None] * GROUPS
-    codes = read_codes(w, at, tl.arange(0, BW), inside, LINE)
-    gdc_wait(WAITS)
-    sums, squares = (), ()
-    for _ in tl.static_range(R):
-        sums = sums + (tl.zeros((BN, BW), tl.float32),)
-        squares = squares + (tl.zeros((BW,), tl.float32),)
-    for start in range(0, LINE, BW):
-        j = start + tl.arange(0, BW)
-        following = read_codes(w, at, j + BW, inside, LINE)
-        k = j if BITS == 8 else j // 16 * 32 + j % 16
-        here = j < LINE
-        where = inside[:, None] & here[None, :]
-        scale = tl.load(s + scales + (k // GROUP)[None, :], mask=where, other=0.0).to(tl.float32)
-        low = tl.zeros((BN, BW), tl.float32)
-        high = low
-        if BITS == 8:
-            low = codes.to(tl.float32) * scale
-        else:
-            low, high = (codes & 15).to(tl.float32), (codes >> 4).to(tl.float32)
-            if MINIMA:
-                least = tl.load(m + scales + (k // GROUP)[None, :], mask=where, other=0.0).to(tl.float32)
-                low, high = low * scale + least, high * scale + least
-            else:
-                low, high = (low - 8.0) * scale, (high - 8.0) * scale
-        next_sums, next_squares = (), ()
-        for r in tl.static_range(R):
-            v = tl.load(x + r * K + k, mask=here, other=0.0).to(tl.float32)
-            square = v * v
-            if HAS_NORM:
-                v *= tl.load(g + k, mask=here, other=0.0).to(tl.float32)
-            total = sums[r] + low * v[None, :]
-            if BITS == 4:
-                u = tl.load(x + r * K + k + 16, mask=here, other=0.0).to(tl.float32)
-                square += u * u
-                if HAS_NORM:
-                    u *= tl.load(g + k + 16, mask=here, other=0.0).to(tl.float32)
-                total += high * u[None, :]
-            next_sums = next_sums + (total,)
-            next_squares = next_squares + (squares[r] + square,)
-        sums, squares, codes = next_sums, next_squares, following
+    pieces = ()
+    for piece in tl.static_range(AHEAD):
+        u = piece * NU + tl.arange(0, NU)
+        for i in tl.static_range(len(w)):
+            pieces = pieces + (read_units(w[i], s[i], m[i], rows, inside, u, UNITS, GROUPS, GROUPED, MINIMA, WHOLE),)
+    gdc_wait(OVERLAP)
+    sums = ()
+    for _ in tl.static_range(len(w)):
+        sums = sums + (tl.zeros((BN, NU), tl.float32),)
+    squares = tl.zeros((NU, 128 // BITS), tl.float32)
+    for piece in tl.static_range(AHEAD):
+        u = piece * NU + tl.arange(0, NU)
+        here = pieces[piece * len(w) : (piece + 1) * len(w)]
+        sums, squares = add_units(sums, squares, here, leading, x, g, u, NU, UNITS, BITS, FLOATING, GROUPED, MINIMA,
+                                  HAS_NORM, WHOLE)  # fmt: skip
+    for start in range(AHEAD * NU, UNITS, NU):
+        u = start + tl.arange(0, NU)
+        here = ()
+        for i in tl.static_range(len(w)):
+            here = here + (read_units(w[i], s[i], m[i], rows, inside, u, UNITS, GROUPS, GROUPED, MINIMA, WHOLE),)
+        sums, squares = add_units(sums, squares, here, leading, x, g, u, NU, UNITS, BITS, FLOATING, GROUPED, MINIMA,
+                                  HAS_NORM, WHOLE)  # fmt: skip
+    gdc_launch_dependents(OVERLAP)
     out = ()
-    for r in tl.static_range(R):
-        y = tl.sum(sums[r], axis=1)
-        if HAS_NORM:
-            y *= norm_scale(squares[r], x + r * K, eps, K, EPS_INSIDE)
+    for i in tl.static_range(len(w)):
+        y = tl.sum(sums[i], axis=1)
+        if not GROUPED:
+            y *= tl.load(s[i] + rows, mask=inside, other=0.0) * (256.0 if BITS == 8 else 16.0)
         out = out + (y,)
+    if HAS_NORM:
+        out = scaled(out, norm_scale(tl.reshape(squares, (NU * (128 // BITS),)), x, eps, K, EPS_INSIDE))
     return out
 
 
 @triton.jit
-def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, R: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                   BN: tl.constexpr, BW: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr,
-                   HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr,
-                   HAS_RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    y = narrow_products(x, g, w, s, m, eps, R, N, K, BN, BW, BITS, GROUP, MINIMA, HAS_NORM, EPS_INSIDE, OVERLAP)
-    gdc_launch_dependents(OVERLAP)
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, leading, N: tl.constexpr, K: tl.constexpr,
+                   BN: tl.constexpr, NU: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr,
+                   FLOATING: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr,
+                   EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+                   OVERLAP: tl.constexpr):  # fmt: skip
+    r = tl.program_id(0)
+    y = narrow_products(x + r * K, g, (w,), (s,), (m,), eps, leading, N, K, BN, NU, AHEAD, BITS, FLOATING, GROUPS,
+                        MINIMA, HAS_NORM, EPS_INSIDE, OVERLAP)[0]  # fmt: skip
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = rows < N
-    for r in tl.static_range(R):
-        value = y[r]
-        if HAS_BIAS:
-            value += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            value += tl.load(residual + r * N + rows, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + r * N + rows, value.to(out.dtype.element_ty), mask=inside)
+    if HAS_BIAS:
+        y += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        y += tl.load(residual + r * N + rows, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + r * N + rows, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, R: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                 BN: tl.constexpr, BW: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, MINIMA: tl.constexpr,
-                 HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-                 OVERLAP: tl.constexpr):  # fmt: skip
-    a = narrow_products(x, g, w, s, m, eps, R, N, K, BN, BW, BITS, GROUP, MINIMA, HAS_NORM, EPS_INSIDE, OVERLAP)
-    b = narrow_products(x, g, w2, s2, m2, eps, R, N, K, BN, BW, BITS, GROUP, MINIMA, HAS_NORM, EPS_INSIDE, False)
-    gdc_launch_dependents(OVERLAP)
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    for r in tl.static_range(R):
-        value = activate(a[r], ACTIVATION) * b[r]
-        tl.store(out + r * N + rows, value.to(out.dtype.element_ty), mask=rows < N)
+def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, leading, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
+                 NU: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
+                 GROUPS: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr,
+                 ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    r = tl.program_id(0)
+    a, b = narrow_products(x + r * K, g, (w, w2), (s, s2), (m, m2), eps, leading, N, K, BN, NU, AHEAD, BITS, FLOATING,
+                           GROUPS, MINIMA, HAS_NORM, EPS_INSIDE, OVERLAP)  # fmt: skip
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
+    tl.store(out + r * N + rows, (activate(a, ACTIVATION) * b).to(out.dtype.element_ty), mask=rows < N)
 
 
 def linear(
@@ -133,17 +240,17 @@ def linear(
     *,
     norm: RMSNormWeight | None = None,
     residual: Tensor | None = None,
+    tile: Tile | None = None,
     overlap: bool = False,
 ) -> Tensor:
-    """``residual + weight·norm(x) + bias``: x [R,D], R <= 8 -> [R,E]."""
-    outputs = layer.shape[0]
-    out = x.new_empty(len(x), outputs)
-    options = _options(x, layer, norm)
-    _linear_kernel[(triton.cdiv(outputs, options["BN"]),)](
+    """``residual + weight·norm(x) + bias``: x [R,D] -> [R,E]."""
+    out = x.new_empty(len(x), layer.shape[0])
+    tile, options = _options(layer, 1, norm, tile)
+    _linear_kernel[(len(x), triton.cdiv(out.shape[1], tile.rows))](
         x, x if norm is None else norm.weight, *_matrix(layer), x if layer.bias is None else layer.bias,
-        x if residual is None else residual, out, 0.0 if norm is None else norm.eps, **options,
+        x if residual is None else residual, out, 0.0 if norm is None else norm.eps, LEADING[layer.bits], **options,
         HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None, OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=4,
+        num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -155,17 +262,24 @@ def gate(
     *,
     norm: RMSNormWeight | None = None,
     activation: str,
+    tile: Tile | None = None,
     overlap: bool = False,
 ) -> Tensor:
-    """``act(gate·norm(x)) · (up·norm(x))``: x [R,D], R <= 8 -> [R,E]; both matrices of one scheme and shape."""
-    outputs = gate.shape[0]
-    out = x.new_empty(len(x), outputs)
-    options = _options(x, gate, norm)
-    _gate_kernel[(triton.cdiv(outputs, options["BN"]),)](
+    """``act(gate·norm(x)) · (up·norm(x))``: x [R,D] -> [R,E]; both matrices of one scheme and shape."""
+    out = x.new_empty(len(x), gate.shape[0])
+    tile, options = _options(gate, 2, norm, tile)
+    _gate_kernel[(len(x), triton.cdiv(out.shape[1], tile.rows))](
         x, x if norm is None else norm.weight, *_matrix(gate), *_matrix(up), out, 0.0 if norm is None else norm.eps,
-        **options, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap, num_warps=4,
+        LEADING[gate.bits], **options, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=tile.warps,
     )  # fmt: skip
     return out
+
+
+def takes(layer: Narrow) -> bool:
+    """Whether the rows of a matrix are whole units, each of one group."""
+    inputs, columns = layer.shape[1], 8 * UNIT // layer.bits
+    return inputs % columns == 0 and inputs // layer.scale.shape[1] % columns == 0
 
 
 def alike(a: Narrow, b: Narrow) -> bool:
@@ -176,16 +290,19 @@ def alike(a: Narrow, b: Narrow) -> bool:
 
 
 def _matrix(layer: Narrow) -> tuple[Tensor, Tensor, Tensor]:
-    return layer.codes, layer.scale, layer.scale if layer.minimum is None else layer.minimum
+    """Words of four bytes, scales, and minima or something in their place."""
+    return layer.codes.view(torch.int32), layer.scale, layer.scale if layer.minimum is None else layer.minimum
 
 
-def _options(x: Tensor, layer: Narrow, norm: RMSNormWeight | None) -> dict[str, int | bool]:
-    """Sizes of the matrix, and a tile: some 4,096 bytes for one vector, fewer for several, whose sums are kept."""
+def _options(
+    layer: Narrow, matrices: int, norm: RMSNormWeight | None, tile: Tile | None
+) -> tuple[Tile, dict[str, int | bool]]:
     outputs, inputs = layer.shape
-    width = min(1024, max(32, triton.next_power_of_2(layer.codes.shape[1])))
-    rows = max(1, (4 if len(x) == 1 else 2 if len(x) <= 4 else 1) * 1024 // width)
-    return {
-        "R": len(x), "N": outputs, "K": inputs, "BN": min(rows, 16), "BW": width, "BITS": layer.bits,
-        "GROUP": inputs // layer.scale.shape[1], "MINIMA": layer.minimum is not None, "HAS_NORM": norm is not None,
+    units = layer.codes.shape[1] // UNIT
+    tile = tile or choose_tile(matrices, units)
+    return tile, {
+        "N": outputs, "K": inputs, "BN": tile.rows, "NU": tile.units,
+        "AHEAD": min(tile.ahead, triton.cdiv(units, tile.units)), "BITS": layer.bits, "FLOATING": layer.floating,
+        "GROUPS": layer.scale.shape[1], "MINIMA": layer.minimum is not None, "HAS_NORM": norm is not None,
         "EPS_INSIDE": norm is None or norm.eps_inside_root,
     }  # fmt: skip
