@@ -66,7 +66,7 @@ def test_the_product_is_that_of_the_widened_weight(
     x = numbers(2, 5, 128).to(dtype)
     expected = torch.nn.functional.linear(x, ops.widen(layer, dtype)) + layer.bias.to(dtype)  # type: ignore[union-attr]
     assert torch.equal(ops.linear(x, layer), expected)
-    monkeypatch.setattr(narrow, "TILE", 2 * 128)
+    monkeypatch.setattr(narrow, "TILE", {"cpu": 2 * 128})
     torch.testing.assert_close(ops.linear(x, layer), expected)
     torch.testing.assert_close(ops.linear(x, layer, residual=expected), 2 * expected)
 
@@ -75,7 +75,7 @@ def test_the_product_is_that_of_the_widened_weight(
 def test_gradients_pass_through_the_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = round_weight(numbers(7, 128), SCHEMES[name])
     x, other = (numbers(2, 5, 128).requires_grad_() for _ in range(2))
-    monkeypatch.setattr(narrow, "TILE", 3 * 128)
+    monkeypatch.setattr(narrow, "TILE", {"cpu": 3 * 128})
     upstream = numbers(2, 5, 7)
     ops.linear(x, layer).backward(upstream)
     torch.nn.functional.linear(other, ops.widen(layer, torch.float32)).backward(upstream)

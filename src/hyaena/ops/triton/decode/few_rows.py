@@ -29,6 +29,7 @@ from hyaena.ops.triton.common import activate
 from hyaena.ops.triton.decode import narrow
 from hyaena.ops.triton.decode.attention import operand
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+from hyaena.ops.triton.widen import columns, numbers
 
 MOST_ROWS = 128
 """Vectors that one program multiplies at the most."""
@@ -107,15 +108,7 @@ def read_narrow(w, s, m, n, j, inside, LINE, GROUPS, BITS: tl.constexpr, FLOATIN
     here = inside[:, None] & (j < LINE)[None, :]
     codes = tl.load(w + n.to(tl.int64)[:, None] * LINE + j[None, :], mask=None if WHOLE else here,
                     other=None if WHOLE else 0, eviction_policy="evict_first")  # fmt: skip
-    if FLOATING:  # a float16 with these bits is 256 times smaller
-        bits = codes.to(tl.int16)
-        bits = (bits & -0x8000) | ((bits & 0x7F) << 7)
-        numbers = (bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0,)
-    elif BITS == 8:
-        numbers = (codes.to(tl.float32),)
-    else:
-        ZERO: tl.constexpr = 0.0 if MINIMA else 8.0
-        numbers = ((codes & 15).to(tl.float32) - ZERO, (codes >> 4).to(tl.float32) - ZERO)
+    found = numbers(codes, BITS, FLOATING, MINIMA)
     scale, least = 1.0, 0.0
     if GROUPED:
         group = n.to(tl.int64)[:, None] * GROUPS + (j // (LINE // GROUPS))[None, :]
@@ -123,8 +116,8 @@ def read_narrow(w, s, m, n, j, inside, LINE, GROUPS, BITS: tl.constexpr, FLOATIN
         if MINIMA:
             least = tl.load(m + group, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
     out = ()
-    for i in tl.static_range(len(numbers)):
-        wide = numbers[i]
+    for i in tl.static_range(len(found)):
+        wide = found[i]
         if GROUPED:
             wide = wide * scale + least
         out = out + (wide.to(OPERAND),)
@@ -184,8 +177,7 @@ def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K
                 vs = read_narrow(v, scales[2], scales[3], tl.where(inside, n, 0), j, inside, K * BITS // 8, GROUPS,
                                  BITS, FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)  # fmt: skip
             for i in tl.static_range(8 // BITS):
-                k = j if BITS == 8 else j // 16 * 32 + j % 16 + 16 * i
-                xs = tl.trans(read_vectors(x, row, k, K, WHOLE)).to(OPERAND)
+                xs = tl.trans(read_vectors(x, row, columns(j, i, BITS), K, WHOLE)).to(OPERAND)
                 sums = tl.dot(ws[i], xs, sums)
                 if GATE:
                     others = tl.dot(vs[i], xs, others)
