@@ -26,8 +26,8 @@ from hyaena.schemes import Scheme
 SHRINK = {8: (1.0, 0.97), 4: (1.0, 0.9, 0.8)}
 """By bits: shares of a group's range that are tried. Of e4m3 numbers the whole range alone: they lie densest near 0."""
 
-_NUMBERS = 1 << 18
-"""Numbers that are rounded at a time: they stay in the cache of a processor."""
+_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Numbers that are rounded at a time: on a processor as many as its cache holds."""
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def _round_tiles(weight: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor |
     if h is not None:
         h = h.unflatten(0, (groups, -1)).t().unsqueeze(1)
     parts = []
-    step = max(1, _NUMBERS // inputs)
+    step = max(1, _NUMBERS["cuda" if weight.is_cuda else "cpu"] // inputs)
     for start in range(0, outputs, step):
         tile = weight[start : start + step].float().unflatten(-1, (groups, -1))
         q, scale, minimum = _round_groups(tile.permute(2, 0, 1).contiguous(), scheme, dtype, h)

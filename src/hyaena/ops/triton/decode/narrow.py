@@ -5,11 +5,13 @@ in float32; an RMSNorm before it, a second matrix, bias and residual cost no pas
 
 What bounds it beside memory is the number of operations for a weight. A thread takes *units* of 16 bytes, the 32 columns
 of 4 bits or 16 of 8 that lie there. Bits become a number by a shift and one logical operation, which put them behind the
-leading one of a float32, v = 1 + q/16 or 1.5 + q/256 (an e4m3 number becomes a float16 256 times smaller); then
+leading one of a float32: v = 1.5 + q/256 in 8 bits; in 4 bits 1 + q/16 and 1 + q/256, of two numbers by one shift (an
+e4m3 number becomes a float16 256 times smaller). With x[d] 16 times larger where v is 1 + q/256, and a sum of x that
+says what the ones add,
 
-    Σ_d (scale·q[d] + minimum)·x[d]  =  scale·C·(Σ_d v[d]·x[d] - ONE·Σ_d x[d]) + minimum·Σ_d x[d]
+    Σ_d (scale·q[d] + minimum)·x[d]  =  scale·C·(Σ_d v[d]·x[d] - offset) + minimum·Σ_d x[d]
 
-so that offset, scale and minimum are applied once for a unit, and the sum of x once for all rows. Several vectors are
+so that scale and minimum are applied once for a unit, and sums of x are formed once for all rows of a program. Several vectors are
 further programs, which find the weights in the cache of the device; ``few_rows`` multiplies vectors of 16 bits together.
 The reference is ``ops.narrow_linear``.
 """
@@ -54,11 +56,11 @@ class Tile:
     ahead: int
 
 
-def choose_tile(matrices: int, units: int) -> Tile:
-    """For some matrices with rows of so many units: eight units of 16 bytes for a thread, before it waits."""
-    width = 128 if units % 128 == 0 or units > 512 else 64
+def choose_tile(matrices: int, rows: int, units: int) -> Tile:
+    """For some matrices of so many rows and units in a row: eight units of 16 bytes for a thread, before it waits."""
     if units < 64:
         return Tile(rows=4, units=triton.next_power_of_2(units), warps=4, ahead=1)
+    width = 128 if units % 128 == 0 else 64
     pieces = triton.cdiv(units, width)
     return Tile(rows=8 // matrices, units=width, warps=width // 32, ahead=min(pieces, 2))
 
@@ -90,16 +92,24 @@ def number(words, i: tl.constexpr, leading, BITS: tl.constexpr, FLOATING: tl.con
         pair = (odd & -0x7FFF8000) | ((odd >> 1) & 0x3F803F80)
         return (pair >> 16 * (i // 2)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        SHIFT: tl.constexpr = (15 if BITS == 8 else 19) - BITS * i
+        SHIFT: tl.constexpr = 15 - 8 * i if BITS == 8 else 15 - 8 * (i // 2)
         moved = words << SHIFT if SHIFT >= 0 else words >> -SHIFT
-        bits = (moved & 0x007F8000) ^ leading if BITS == 8 else (moved & 0x00780000) | leading
+        if BITS == 8:
+            bits = (moved & 0x007F8000) ^ leading
+        else:
+            bits = (moved & (0x00078000 if i % 2 == 0 else 0x00780000)) | leading
         return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, HAS_NORM: tl.constexpr,
-                WHOLE: tl.constexpr):  # fmt: skip
-    """x times g in the places of the numbers of words: a tuple of float32 [NU,4]; and the squares of x [NU,COLUMNS]."""
+def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, MINIMA: tl.constexpr,
+                HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """x times g, as it meets the numbers of words.
+
+    Returns:
+        A tuple of float32 [NU,4] for each number of a word; the squares of x [NU,COLUMNS]; the sums of x times g, and
+        those of what the ones and halves in v add [NU].
+    """
     COLUMNS: tl.constexpr = 128 // BITS
     k = (u * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
     here = (u < UNITS)[:, None]
@@ -108,6 +118,11 @@ def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constex
     if HAS_NORM:
         squares = v * v
         v *= tl.load(g + k, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
+    total = tl.sum(v, axis=1)
+    offset = 1.5 * total
+    if BITS == 4:
+        v *= tl.where(tl.arange(0, COLUMNS) < 16, 16.0, 1.0)[None, :]
+        offset = tl.sum(v, axis=1) + (0.0 if MINIMA else 0.5) * total
     if BITS == 8:
         even, odd = tl.split(tl.reshape(v, (NU, 4, 2, 2)))
         v0, v2 = tl.split(even)
@@ -122,7 +137,7 @@ def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constex
         v2, v6 = tl.split(low_odd)
         v3, v7 = tl.split(high_odd)
         out = (v0, v1, v2, v3, v4, v5, v6, v7)
-    return out, squares
+    return out, squares, total, offset
 
 
 @triton.jit
@@ -130,12 +145,7 @@ def add_units(sums, squares, pieces, leading, x, g, u, NU: tl.constexpr, UNITS: 
               FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr,
               WHOLE: tl.constexpr):  # fmt: skip
     """Add to each sum [BN,NU] its piece times x, and to the squares those of x."""
-    ONE: tl.constexpr = 1.0 if MINIMA else 1.5  # without minima q - 8 counts: 1 + q/16 is 1.5 + (q - 8)/16
-    v, square = read_vector(x, g, u, NU, UNITS, BITS, HAS_NORM, WHOLE)
-    total = v[0]
-    for i in tl.static_range(1, len(v)):
-        total += v[i]
-    total = tl.sum(total, axis=1)[None, :]
+    v, square, total, offset = read_vector(x, g, u, NU, UNITS, BITS, MINIMA, HAS_NORM, WHOLE)
     out = ()
     for i in tl.static_range(len(sums)):
         words, scale, least = pieces[i]
@@ -144,11 +154,11 @@ def add_units(sums, squares, pieces, leading, x, g, u, NU: tl.constexpr, UNITS: 
             products += number(words, j, leading, BITS, FLOATING) * v[j][None, :, :]
         y = tl.sum(products, axis=2)
         if not FLOATING:
-            y -= ONE * total
+            y -= offset[None, :]
         if GROUPED:
             y *= scale.to(tl.float32) * (256.0 if BITS == 8 else 16.0)
             if MINIMA:
-                y += least.to(tl.float32) * total
+                y += least.to(tl.float32) * total[None, :]
         out = out + (sums[i] + y,)
     return out, squares + square
 
@@ -299,7 +309,7 @@ def _options(
 ) -> tuple[Tile, dict[str, int | bool]]:
     outputs, inputs = layer.shape
     units = layer.codes.shape[1] // UNIT
-    tile = tile or choose_tile(matrices, units)
+    tile = tile or choose_tile(matrices, outputs, units)
     return tile, {
         "N": outputs, "K": inputs, "BN": tile.rows, "NU": tile.units,
         "AHEAD": min(tile.ahead, triton.cdiv(units, tile.units)), "BITS": layer.bits, "FLOATING": layer.floating,
