@@ -65,7 +65,8 @@ def instructions(bits: int, floating: bool, half: bool) -> tuple[str, ...]:
     """For each number of pairs of bytes, what makes an operand of two weights in a register; see ``operand``."""
     if floating:
         move, mask = (1, 0x3F803F80) if half else (4, 0x07F007F0)
-        end = "mov.b32 $0, t;" if half else "mov.b32 s, 0x7B807B80; mul.bf16x2 $0, t, s;"  # by 2^120
+        widest = "{.reg .b32 p, z; mov.b32 p, 0x7B807B80; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, t, p, z;}"  # by 2^120
+        end = "mov.b32 $0, t;" if half else widest
         return tuple(
             f"{{.reg .b32 t, s; {first} and.b32 s, t, 0x80008000; shr.u32 t, t, {move}; and.b32 t, t, {mask}; "
             f"or.b32 t, t, s; {end}}}"
