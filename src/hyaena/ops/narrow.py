@@ -2,8 +2,9 @@
 
     w[e,d] = scale[e,g]·(q[e,d] - zero) + minimum[e,g],   g = d // group
 
-with zero = 8 for 4 bits without minima, and 0 otherwise. q is an integer, or an e4m3 number of 8 bits. Two numbers of 4 bits share a byte: byte j of a block of 32
-columns holds column j in its low and column j + 16 in its high half, as the blocks of GGUF do.
+with zero = 8 for 4 bits without minima, and 0 otherwise. q is an integer, or an e4m3 number of 8 bits. Two numbers of
+4 bits share a byte: byte j of a block of 32 columns holds column j in its low and column j + 16 in its high half, as
+the blocks of GGUF do.
 
 A product widens the weight to the dtype of x some rows at a time, so that memory is that of one tile. Where a device
 multiplies e4m3 numbers, those of a pass without gradients are not widened, and x is rounded (``fp8.rowwise_product``).
@@ -110,10 +111,8 @@ def _tiles(layer: Narrow) -> Iterator[slice]:
 
 
 def _product(x: Tensor, layer: Narrow) -> Tensor:
-    parts = []
     with torch.autocast(x.device.type, enabled=False):
-        for rows in _tiles(layer):
-            parts.append(torch.nn.functional.linear(x, _widened(layer, x, rows)))
+        parts = [torch.nn.functional.linear(x, _widened(layer, x, rows)) for rows in _tiles(layer)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 

@@ -18,7 +18,7 @@ BYTES = 1024
 
 @triton.jit
 def numbers(codes, BITS: tl.constexpr, FLOATING: tl.constexpr, MINIMA: tl.constexpr):
-    """What stands in bytes, q - zero in float32: a tuple of the numbers, or of low and high halves, 16 columns apart."""
+    """What stands in bytes, q - zero in float32: a tuple of the numbers, or of low and high halves."""
     if FLOATING:  # a float16 of these bits is 256 times smaller
         bits = codes.to(tl.int8, bitcast=True).to(tl.int16)
         bits = (bits & -0x8000) | ((bits & 0x7F) << 7)

@@ -1,14 +1,15 @@
-"""Products of a weight matrix, wide or narrow, and 2 to 128 vectors, bound by the speed at which memory streams the matrix.
+"""Products of a matrix, wide or narrow, and 2 to 128 vectors, bound by the speed at which memory streams the matrix.
 
 A program multiplies BN rows of the matrix with all vectors: ``W [BN,K] · x^T [K,M]``, so that the matrix is the operand
 that tensor cores take 64 rows of, and M is padded to 16 only. Pieces of the matrix are on their way to shared memory
 while earlier ones are multiplied. Narrow ones (``ops.Narrow``) are widened between the two: with scales and minima
 where groups of a row have them, and otherwise as they are, so that a sum is scaled at the end. Two numbers of 4 bits in
-a byte are 16 columns apart, and their halves are two products. Where a matrix has too few rows to occupy the device, K is divided among SPLITS
-programs; the last of them to finish adds their sums, always in the same order. What stands after the product costs no
-pass of its own: bias and residual, or a second matrix on the same x with ``act(a)·b`` (gate and up of an MLP). Sums are
-float32, and a result is rounded once. A norm before it is a kernel of its own: x would have to pass through registers
-on its way to the tensor cores, and pieces would wait for one another (``docs/log/serving-gpu.md``).
+a byte are 16 columns apart, and their halves are two products. Where a matrix has too few rows to occupy the device,
+K is divided among SPLITS programs; the last of them to finish adds their sums, always in the same order. What stands
+after the product costs no pass of its own: bias and residual, or a second matrix on the same x with ``act(a)·b`` (gate
+and up of an MLP). Sums are float32, and a result is rounded once. A norm before it is a kernel of its own: x would have
+to pass through registers on its way to the tensor cores, and pieces would wait for one another
+(``docs/log/serving-gpu.md``).
 
 For one vector ``gemv`` is faster, for many a library's product. The references are ``DecodeOperators.linear`` and
 ``.gate``.
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hyaena.ops.linear import Dense
+from hyaena.ops.linear import Dense, Linear
 from hyaena.ops.narrow import Narrow
 from hyaena.ops.triton.common import activate
 from hyaena.ops.triton.decode import narrow
@@ -218,10 +219,15 @@ class Products:
         self.tiles = tiles or {}
         self._tickets: Tensor | None = None
 
-    def takes(self, x: Tensor, *layers: Dense | Narrow) -> bool:
+    def takes(self, x: Tensor, *layers: Linear) -> bool:
         """Whether the kernel multiplies these vectors [M,K] and matrices [N,K]."""
-        known = (narrow.takes(w) if isinstance(w, Narrow) else w.weight.dtype == x.dtype for w in layers)
-        return x.shape[0] <= MOST_ROWS and x.dtype in DTYPES and all(known)
+
+        def known(layer: Linear) -> bool:
+            if isinstance(layer, Narrow):
+                return narrow.takes(layer)
+            return isinstance(layer, Dense) and layer.weight.dtype == x.dtype
+
+        return x.shape[0] <= MOST_ROWS and x.dtype in DTYPES and all(known(layer) for layer in layers)
 
     def linear(self, x: Tensor, layer: Dense | Narrow, *, residual: Tensor | None = None) -> Tensor:
         """``residual + weight·x + bias``: x [M,K], weight [N,K] -> [M,N]."""

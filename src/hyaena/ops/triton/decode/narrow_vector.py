@@ -1,9 +1,8 @@
 """Products of a narrow weight matrix (``ops.Narrow``) and one vector of 16 bits, on the matrix units.
 
-Memory streams 4-bit weights faster than other units can make numbers of them and multiply: some four operations a weight
-are all there is time for. Here two weights take a shift and one logical operation, which put bits behind the leading
-one of two numbers of 16 bits, and matrix units multiply. A row is cut into *units* of 16 bytes, which belong to one
-group. The vector becomes a matrix with 8 columns, one for each of 8 neighbouring units and zero outside of it, so that
+Memory streams 4-bit weights faster than other units can make numbers of them and multiply: there is time for some four
+operations a weight. Here two weights take a shift and one logical operation, which put bits behind the leading one of
+two numbers of 16 bits, and matrix units multiply. A row is cut into *units* of 16 bytes, which belong to one group. The vector becomes a matrix with 8 columns, one for each of 8 neighbouring units and zero outside of it, so that
 the sum of every unit comes out by itself and is scaled in float32:
 
     v[d] = 1 + q[d]/16      y = Σ_u scale·16·(Σ_(d in u) v[d]·x[d] - offset_u) + minimum·Σ_(d in u) x[d]
@@ -65,7 +64,9 @@ def instructions(bits: int, floating: bool, half: bool) -> tuple[str, ...]:
     """For each number of pairs of bytes, what makes an operand of two weights in a register; see ``operand``."""
     if floating:
         move, mask = (1, 0x3F803F80) if half else (4, 0x07F007F0)
-        widest = "{.reg .b32 p, z; mov.b32 p, 0x7B807B80; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, t, p, z;}"  # by 2^120
+        widest = (
+            "{.reg .b32 p, z; mov.b32 p, 0x7B807B80; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, t, p, z;}"  # by 2^120
+        )
         end = "mov.b32 $0, t;" if half else widest
         return tuple(
             f"{{.reg .b32 t, s; {first} and.b32 s, t, 0x80008000; shr.u32 t, t, {move}; and.b32 t, t, {mask}; "
@@ -97,7 +98,9 @@ def operand(c, i: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, HALF
         if HALF:
             return ((t & -0x8000) | ((t >> 1) & 0x3F80)).to(tl.int16).to(tl.float16, bitcast=True)
         else:
-            return ((t & -0x8000) | ((t >> 4) & 0x07F0)).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32) * 2.0**120
+            return ((t & -0x8000) | ((t >> 4) & 0x07F0)).to(tl.int16).to(tl.bfloat16, bitcast=True).to(
+                tl.float32
+            ) * 2.0**120
     else:
         PLACE: tl.constexpr = 6 if HALF else 3
         SHIFT: tl.constexpr = PLACE - 4 * i
