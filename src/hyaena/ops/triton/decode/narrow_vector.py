@@ -203,10 +203,10 @@ def vector_products(x, g, w, s, m, eps, N: tl.constexpr, K: tl.constexpr, BN: tl
             found = found + (tl.zeros((SLICES, BN, 8), tl.float32),)
         for j in tl.static_range(COUNT):
             u = start + t * 8 + h // 8
-            v, raw = read_vector(x, g, column(u, h % 8 * 2, j, BITS, FLOATING), u < UNITS, HAS_NORM, WHOLE)
+            k = column(u, h % 8 * 2, j, BITS, FLOATING)[:, :, None] + 0 * c[None, None, :]
+            b, raw = read_vector(x, g, k, diagonal & (u < UNITS)[:, :, None], HAS_NORM, False)
             if BITS == 8 and not FLOATING and j % 2 == 1:
-                v = (v.to(tl.float32) * 16.0).to(v.dtype)
-            b = tl.where(diagonal, v[:, :, None], 0.0).to(v.dtype)
+                b = (b.to(tl.float32) * 16.0).to(b.dtype)
             more = ()
             for i in tl.static_range(len(w)):
                 a = operand(pairs[i], j, BITS, FLOATING, HALF, ASM)
