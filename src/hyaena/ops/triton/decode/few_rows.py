@@ -103,19 +103,30 @@ def read_vectors(x, row, k, K, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def read_narrow(w, s, m, n, j, inside, LINE, GROUPS, BITS: tl.constexpr, FLOATING: tl.constexpr,
-                GROUPED: tl.constexpr, MINIMA: tl.constexpr, OPERAND: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """Bytes j of the program's rows as a tuple of operands [BN,BJ]: their numbers, or their low and high halves."""
+def read_units(s, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, WHOLE: tl.constexpr):
+    """Of bytes ``first`` and following, the numbers of their groups, float32 [BN,BJ]; 16 bytes belong to one."""
+    u = first // 16 + tl.arange(0, BJ // 16)
+    place = n.to(tl.int64)[:, None] * GROUPS + (u // (LINE // 16 // GROUPS))[None, :]
+    here = inside[:, None] & (u < LINE // 16)[None, :]
+    found = tl.load(s + place, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
+    return tl.reshape(tl.broadcast_to(found[:, :, None], (n.shape[0], BJ // 16, 16)), (n.shape[0], BJ))
+
+
+@triton.jit
+def read_narrow(w, s, m, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, BITS: tl.constexpr,
+                FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr, OPERAND: tl.constexpr,
+                WHOLE: tl.constexpr):  # fmt: skip
+    """Bytes ``first`` and following of the program's rows as a tuple of operands [BN,BJ]: their numbers, or their low and high halves."""
+    j = first + tl.arange(0, BJ)
     here = inside[:, None] & (j < LINE)[None, :]
     codes = tl.load(w + n.to(tl.int64)[:, None] * LINE + j[None, :], mask=None if WHOLE else here,
                     other=None if WHOLE else 0, eviction_policy="evict_first")  # fmt: skip
     found = numbers(codes, BITS, FLOATING, MINIMA)
     scale, least = 1.0, 0.0
     if GROUPED:
-        group = n.to(tl.int64)[:, None] * GROUPS + (j // (LINE // GROUPS))[None, :]
-        scale = tl.load(s + group, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
+        scale = read_units(s, n, first, inside, LINE, GROUPS, BJ, WHOLE)
         if MINIMA:
-            least = tl.load(m + group, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
+            least = read_units(m, n, first, inside, LINE, GROUPS, BJ, WHOLE)
     out = ()
     for i in tl.static_range(len(found)):
         wide = found[i]
@@ -171,12 +182,14 @@ def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K
                 vs = read_piece(v, at, k, inside, K, WHOLE)
                 others = tl.dot(vs.to(OPERAND), xs, others)
         else:
-            j = start * BITS // 8 + tl.arange(0, BK * BITS // 8)
-            ws = read_narrow(w, scales[0], scales[1], tl.where(inside, n, 0), j, inside, K * BITS // 8, GROUPS, BITS,
-                             FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)  # fmt: skip
+            BJ: tl.constexpr = BK * BITS // 8
+            first = start * BITS // 8
+            ws = read_narrow(w, scales[0], scales[1], tl.where(inside, n, 0), first, inside, K * BITS // 8, GROUPS, BJ,
+                             BITS, FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)  # fmt: skip
             if GATE:
-                vs = read_narrow(v, scales[2], scales[3], tl.where(inside, n, 0), j, inside, K * BITS // 8, GROUPS,
-                                 BITS, FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)  # fmt: skip
+                vs = read_narrow(v, scales[2], scales[3], tl.where(inside, n, 0), first, inside, K * BITS // 8, GROUPS,
+                                 BJ, BITS, FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)  # fmt: skip
+            j = first + tl.arange(0, BJ)
             for i in tl.static_range(8 // BITS):
                 xs = tl.trans(read_vectors(x, row, columns(j, i, BITS), K, WHOLE)).to(OPERAND)
                 sums = tl.dot(ws[i], xs, sums)
