@@ -34,8 +34,8 @@ from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 MOST_ROWS = 8
 """Vectors up to which products are computed here."""
 
-UNIT = 16
-"""Bytes of a unit."""
+UNIT = 8
+"""Bytes of a unit: with vectors of 16 bits, the numbers of x that meet them are a load of 16 bytes of the same thread."""
 
 LEADING = {8: 0x3FC00000, 4: 0x3F800000}
 """By bits: a float32 in which the bits of q are put. An argument of kernels and not a constant in them: from two
@@ -58,18 +58,16 @@ class Tile:
 
 def choose_tile(matrices: int, rows: int, units: int) -> Tile:
     """For some matrices of so many rows and units in a row: eight units of 16 bytes for a thread, before it waits."""
-    if units < 64:
+    if units < 128:
         return Tile(rows=4, units=triton.next_power_of_2(units), warps=4, ahead=1)
-    width = 128 if units % 128 == 0 else 64
-    pieces = triton.cdiv(units, width)
-    return Tile(rows=8 // matrices, units=width, warps=width // 32, ahead=min(pieces, 2))
+    return Tile(rows=8 // matrices, units=128, warps=4, ahead=2)
 
 
 @triton.jit
 def read_units(w, s, m, rows, inside, u, UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUPED: tl.constexpr,
                MINIMA: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """Words [BN,NU,4] of the program's rows, and with GROUPED the scales and the minima of their groups [BN,NU]."""
-    at = rows.to(tl.int64)[:, None, None] * (UNITS * 4) + (u * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    """Words [BN,NU,2] of the program's rows, and with GROUPED the scales and the minima of their groups [BN,NU]."""
+    at = rows.to(tl.int64)[:, None, None] * (UNITS * 2) + (u * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
     here = inside[:, None] & (u < UNITS)[None, :]
     if WHOLE:
         words = tl.load(w + at, eviction_policy="evict_first")
@@ -102,65 +100,75 @@ def number(words, i: tl.constexpr, leading, BITS: tl.constexpr, FLOATING: tl.con
 
 
 @triton.jit
-def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, MINIMA: tl.constexpr,
-                HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """x times g, as it meets the numbers of words.
-
-    Returns:
-        A tuple of float32 [NU,4] for each number of a word; the squares of x [NU,COLUMNS]; the sums of x times g, and
-        those of what the ones and halves in v add [NU].
-    """
-    COLUMNS: tl.constexpr = 128 // BITS
-    k = (u * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
-    here = (u < UNITS)[:, None]
-    v = tl.load(x + k, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
-    squares = tl.zeros((NU, COLUMNS), tl.float32)
+def read_eight(x, g, k, inside, HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):
+    """Eight numbers for each unit, float32 [NU,8]: x times the norm's weight, and the squares of x."""
+    k = k[:, None] + tl.arange(0, 8)[None, :]
+    v = tl.load(x + k, mask=None if WHOLE else inside[:, None], other=None if WHOLE else 0.0).to(tl.float32)
+    squares = v * v
     if HAS_NORM:
-        squares = v * v
-        v *= tl.load(g + k, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
-    total = tl.sum(v, axis=1)
-    offset = 1.5 * total
-    if BITS == 4:
-        v *= tl.where(tl.arange(0, COLUMNS) < 16, 16.0, 1.0)[None, :]
-        offset = tl.sum(v, axis=1) + (0.0 if MINIMA else 0.5) * total
-    if BITS == 8:
-        even, odd = tl.split(tl.reshape(v, (NU, 4, 2, 2)))
-        v0, v2 = tl.split(even)
-        v1, v3 = tl.split(odd)
-        out = (v0, v1, v2, v3)
-    else:  # halves of a byte are 16 columns apart
-        low, high = tl.split(tl.permute(tl.reshape(v, (NU, 2, 4, 2, 2)), (0, 2, 3, 4, 1)))
-        low_even, low_odd = tl.split(low)
-        high_even, high_odd = tl.split(high)
-        v0, v4 = tl.split(low_even)
-        v1, v5 = tl.split(high_even)
-        v2, v6 = tl.split(low_odd)
-        v3, v7 = tl.split(high_odd)
-        out = (v0, v1, v2, v3, v4, v5, v6, v7)
-    return out, squares, total, offset
+        v *= tl.load(g + k, mask=None if WHOLE else inside[:, None], other=None if WHOLE else 0.0).to(tl.float32)
+    return v, squares
 
 
 @triton.jit
-def add_units(sums, squares, pieces, leading, x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr,
-              FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr,
-              WHOLE: tl.constexpr):  # fmt: skip
-    """Add to each sum [BN,NU] its piece times x, and to the squares those of x."""
+def bytes_of(v):
+    """[NU,8] -> for each byte of a word [NU,2]."""
+    even, odd = tl.split(tl.reshape(v, (v.shape[0], 2, 2, 2)))
+    v0, v2 = tl.split(even)
+    v1, v3 = tl.split(odd)
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, MINIMA: tl.constexpr,
+                HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """x times the norm's weight, as it meets the numbers of words.
+
+    Returns:
+        A tuple of float32 [NU,2] for each number of a word; the squares of x [NU,8]; the sums of x times g, and
+        those of what the ones and halves in v add [NU].
+    """
+    if BITS == 8:
+        v, squares = read_eight(x, g, u * 8, u < UNITS, HAS_NORM, WHOLE)
+        total = tl.sum(v, axis=1)
+        return bytes_of(v), squares, total, 1.5 * total
+    else:  # halves of a byte are 16 columns apart
+        low, squares = read_eight(x, g, u // 2 * 32 + u % 2 * 8, u < UNITS, HAS_NORM, WHOLE)
+        high, more = read_eight(x, g, u // 2 * 32 + u % 2 * 8 + 16, u < UNITS, HAS_NORM, WHOLE)
+        lows, highs = tl.sum(low, axis=1), tl.sum(high, axis=1)
+        l0, l1, l2, l3 = bytes_of(low * 16.0)
+        h0, h1, h2, h3 = bytes_of(high)
+        offset = 16.0 * lows + highs + (0.0 if MINIMA else 0.5) * (lows + highs)
+        return (l0, h0, l1, h1, l2, h2, l3, h3), squares + more, lows + highs, offset
+
+
+@triton.jit
+def add_units(sums, squares, offsets, pieces, leading, x, g, u, NU: tl.constexpr, UNITS: tl.constexpr,
+              BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr,
+              HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Add to each sum [BN,NU,2] its piece times x, to the squares those of x, and to the offsets what is not scaled."""
     v, square, total, offset = read_vector(x, g, u, NU, UNITS, BITS, MINIMA, HAS_NORM, WHOLE)
     out = ()
     for i in tl.static_range(len(sums)):
         words, scale, least = pieces[i]
-        products = tl.zeros(words.shape, tl.float32)
+        products = sums[i]
+        if GROUPED:
+            products = tl.zeros(words.shape, tl.float32)
+            if not FLOATING:
+                products -= (0.5 * offset)[None, :, None]
         for j in tl.static_range(len(v)):
             products += number(words, j, leading, BITS, FLOATING) * v[j][None, :, :]
-        y = tl.sum(products, axis=2)
-        if not FLOATING:
-            y -= offset[None, :]
         if GROUPED:
-            y *= scale.to(tl.float32) * (256.0 if BITS == 8 else 16.0)
+            scale = scale.to(tl.float32) * (256.0 if BITS == 8 else 16.0)
+            products = sums[i] + tl.sum(products, axis=2) * scale
             if MINIMA:
-                y += least.to(tl.float32) * total[None, :]
-        out = out + (sums[i] + y,)
-    return out, squares + square
+                products += least.to(tl.float32) * total[None, :]
+        out = out + (products,)
+    if not GROUPED:
+        offsets += offset
+    if HAS_NORM:
+        squares += square
+    return out, squares, offsets
 
 
 @triton.jit
@@ -175,7 +183,7 @@ def narrow_products(x, g, w, s, m, eps, leading, N: tl.constexpr, K: tl.constexp
         g: the norm's weight [K].
         w, s, m: tuples of words, scales and minima of matrices [N,K].
     """
-    UNITS: tl.constexpr = K * BITS // 128
+    UNITS: tl.constexpr = K * BITS // 64
     WHOLE: tl.constexpr = (N % BN == 0) & (UNITS % NU == 0)
     GROUPED: tl.constexpr = (GROUPS > 1) | MINIMA
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -188,29 +196,34 @@ def narrow_products(x, g, w, s, m, eps, leading, N: tl.constexpr, K: tl.constexp
     gdc_wait(OVERLAP)
     sums = ()
     for _ in tl.static_range(len(w)):
-        sums = sums + (tl.zeros((BN, NU), tl.float32),)
-    squares = tl.zeros((NU, 128 // BITS), tl.float32)
+        sums = sums + (tl.zeros((BN, NU), tl.float32) if GROUPED else tl.zeros((BN, NU, 2), tl.float32),)
+    squares = tl.zeros((NU, 8), tl.float32)
+    offsets = tl.zeros((NU,), tl.float32)
     for piece in tl.static_range(AHEAD):
         u = piece * NU + tl.arange(0, NU)
         here = pieces[piece * len(w) : (piece + 1) * len(w)]
-        sums, squares = add_units(sums, squares, here, leading, x, g, u, NU, UNITS, BITS, FLOATING, GROUPED, MINIMA,
-                                  HAS_NORM, WHOLE)  # fmt: skip
+        sums, squares, offsets = add_units(sums, squares, offsets, here, leading, x, g, u, NU, UNITS, BITS, FLOATING,
+                                           GROUPED, MINIMA, HAS_NORM, WHOLE)  # fmt: skip
     for start in range(AHEAD * NU, UNITS, NU):
         u = start + tl.arange(0, NU)
         here = ()
         for i in tl.static_range(len(w)):
             here = here + (read_units(w[i], s[i], m[i], rows, inside, u, UNITS, GROUPS, GROUPED, MINIMA, WHOLE),)
-        sums, squares = add_units(sums, squares, here, leading, x, g, u, NU, UNITS, BITS, FLOATING, GROUPED, MINIMA,
-                                  HAS_NORM, WHOLE)  # fmt: skip
+        sums, squares, offsets = add_units(sums, squares, offsets, here, leading, x, g, u, NU, UNITS, BITS, FLOATING,
+                                           GROUPED, MINIMA, HAS_NORM, WHOLE)  # fmt: skip
     gdc_launch_dependents(OVERLAP)
     out = ()
     for i in tl.static_range(len(w)):
-        y = tl.sum(sums[i], axis=1)
-        if not GROUPED:
-            y *= tl.load(s[i] + rows, mask=inside, other=0.0) * (256.0 if BITS == 8 else 16.0)
+        if GROUPED:
+            y = tl.sum(sums[i], axis=1)
+        else:
+            y = tl.sum(sums[i], axis=2)
+            if not FLOATING:
+                y -= offsets[None, :]
+            y = tl.sum(y, axis=1) * tl.load(s[i] + rows, mask=inside, other=0.0) * 256.0
         out = out + (y,)
     if HAS_NORM:
-        out = scaled(out, norm_scale(tl.reshape(squares, (NU * (128 // BITS),)), x, eps, K, EPS_INSIDE))
+        out = scaled(out, norm_scale(tl.reshape(squares, (NU * 8,)), x, eps, K, EPS_INSIDE))
     return out
 
 

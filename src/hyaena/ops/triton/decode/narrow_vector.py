@@ -10,8 +10,7 @@ the sum of every unit comes out by itself and is scaled in float32:
 Numbers of 8 bits are two of 4 bits, of which the upper ones meet a vector that is 16 times larger; e4m3 numbers become
 wider ones by a shift. SLICES runs of 8 units are multiplied side by side, by warps of their own.
 
-A norm's weight is multiplied into x, which is rounded to its dtype again, and the sums are divided by its rms. Before a
-kernel waits for x it asks for its weights to be brought into the device's cache.
+A norm's weight is multiplied into x, which is rounded to its dtype again, and the sums are divided by its rms.
 
 For several vectors see ``few_rows``. The references are ``DecodeOperators.linear`` and ``.gate``.
 """
@@ -122,17 +121,6 @@ def column(u, byte, i: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr)
 
 
 @triton.jit
-def prefetch(p, row, BN: tl.constexpr, LINE: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for BN rows of LINE bytes to be brought into the device's cache, each thread for a piece."""
-    PIECE: tl.constexpr = BN * LINE // THREADS
-    if PIECE % 16 == 0:
-        at = p.to(tl.int64) + row.to(tl.int64) * LINE + tl.arange(0, THREADS) * PIECE
-        tl.inline_asm_elementwise("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-                                  [at, tl.full((THREADS,), PIECE, tl.int32)], dtype=tl.int32, is_pure=False,
-                                  pack=1)  # fmt: skip
-
-
-@triton.jit
 def read_vector(x, g, k, inside, HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):
     """x times the norm's weight in places k, in the dtype of x; and x as it is."""
     v = tl.load(x + k, mask=None if WHOLE else inside, other=None if WHOLE else 0.0)
@@ -144,7 +132,7 @@ def read_vector(x, g, k, inside, HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def vector_products(x, g, w, s, m, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, SLICES: tl.constexpr,
-                    STAGES: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
+                    STAGES: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
                     MINIMA: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr, HAS_NORM: tl.constexpr,
                     EPS_INSIDE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The program's rows of ``w[i]·norm(x)`` for every matrix i: a tuple of float32 [BN].
@@ -165,14 +153,7 @@ def vector_products(x, g, w, s, m, eps, N: tl.constexpr, K: tl.constexpr, BN: tl
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = n.to(tl.int64)[None, :, None]
     inside = (n < N)[None, :, None]
-    if OVERLAP and WHOLE:
-        for i in tl.static_range(len(w)):
-            prefetch(w[i], tl.program_id(0) * BN, BN, UNITS * 16, WARPS * 32)
-            if GROUPED:
-                prefetch(s[i], tl.program_id(0) * BN, BN, GROUPS * 2, WARPS * 32)
-                if MINIMA:
-                    prefetch(m[i], tl.program_id(0) * BN, BN, GROUPS * 2, WARPS * 32)
-    gdc_wait(OVERLAP)
+    gdc_wait(OVERLAP)  # before the loop, whose first loads of x are launched with those of weights
     t = tl.arange(0, SLICES)[:, None]
     h = tl.arange(0, 64)[None, :]
     c = tl.arange(0, 8)
@@ -242,11 +223,11 @@ def vector_products(x, g, w, s, m, eps, N: tl.constexpr, K: tl.constexpr, BN: tl
 
 @triton.jit
 def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
-                   SLICES: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
+                   SLICES: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
                    GROUPS: tl.constexpr, MINIMA: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
                    HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr,
                    HAS_RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    y = vector_products(x, g, (w,), (s,), (m,), eps, N, K, BN, SLICES, STAGES, WARPS, BITS, FLOATING, GROUPS, MINIMA, HALF,
+    y = vector_products(x, g, (w,), (s,), (m,), eps, N, K, BN, SLICES, STAGES, BITS, FLOATING, GROUPS, MINIMA, HALF,
                         ASM, HAS_NORM, EPS_INSIDE, OVERLAP)[0]  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     if HAS_BIAS:
@@ -258,11 +239,11 @@ def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: 
 
 @triton.jit
 def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
-                 SLICES: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
+                 SLICES: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
                  GROUPS: tl.constexpr, MINIMA: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
                  HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ACTIVATION: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
-    a, b = vector_products(x, g, (w, w2), (s, s2), (m, m2), eps, N, K, BN, SLICES, STAGES, WARPS, BITS, FLOATING, GROUPS,
+    a, b = vector_products(x, g, (w, w2), (s, s2), (m, m2), eps, N, K, BN, SLICES, STAGES, BITS, FLOATING, GROUPS,
                            MINIMA, HALF, ASM, HAS_NORM, EPS_INSIDE, OVERLAP)  # fmt: skip
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     tl.store(out + n, (activate(a, ACTIVATION) * b).to(out.dtype.element_ty), mask=n < N)
@@ -321,8 +302,7 @@ def _options(
     tile = tile or choose_tile(matrices, outputs, layer.codes.shape[1] // UNIT)
     interpreted = triton.knobs.runtime.interpret
     return tile, {
-        "N": outputs, "K": inputs, "BN": tile.rows, "SLICES": tile.slices, "STAGES": tile.stages, "WARPS": tile.warps,
-        "BITS": layer.bits,
+        "N": outputs, "K": inputs, "BN": tile.rows, "SLICES": tile.slices, "STAGES": tile.stages, "BITS": layer.bits,
         "FLOATING": layer.floating, "GROUPS": layer.scale.shape[1], "MINIMA": layer.minimum is not None, "HALF": half,
         "ASM": () if interpreted else instructions(layer.bits, layer.floating, half), "HAS_NORM": norm is not None,
         "EPS_INSIDE": norm is None or norm.eps_inside_root,
