@@ -1,19 +1,20 @@
-"""Products of a narrow weight matrix (``ops.Narrow``) and one vector: read narrow, widened in registers.
+"""Products of a narrow weight matrix (``ops.Narrow``) and one vector: read narrow, multiplied in registers.
 
 As in ``gemv``, a program owns a few rows of the matrix, loads the first pieces of them before it waits for x, and sums
 in float32; an RMSNorm before it, a second matrix, bias and residual cost no pass of their own.
 
-What bounds it beside memory is the number of operations for a weight. A thread takes *units* of 16 bytes, the 32 columns
-of 4 bits or 16 of 8 that lie there. Bits become a number by a shift and one logical operation, which put them behind the
-leading one of a float32: v = 1.5 + q/256 in 8 bits; in 4 bits 1 + q/16 and 1 + q/256, of two numbers by one shift (an
-e4m3 number becomes a float16 256 times smaller). With x[d] 16 times larger where v is 1 + q/256, and a sum of x that
-says what the ones add,
+Memory streams narrow weights faster than a GPU can make float32 numbers of them and multiply: at 4 bits there is time
+for some four operations a weight. So what multiplies integers are integers. A thread takes *units* of 8 bytes, the 8 columns of 8
+bits or 16 of 4 bits that lie there, and the numbers of x that meet them. It rounds those to 15 bits of the largest of
+them, as high and low bytes, and an instruction multiplies four bytes with four and adds them up (dp4a):
 
-    Σ_d (scale·q[d] + minimum)·x[d]  =  scale·C·(Σ_d v[d]·x[d] - offset) + minimum·Σ_d x[d]
+    x[d] = step·(256·high[d] + low[d])      Σ_(d in unit) q[d]·x[d] = step·(256·Σ q·high + Σ q·low)
 
-so that scale and minimum are applied once for a unit, and sums of x are formed once for all rows of a program. Several vectors are
-further programs, which find the weights in the cache of the device; ``few_rows`` multiplies vectors of 16 bits together.
-The reference is ``ops.narrow_linear``.
+exactly in int32. Scales and minima are applied once for a unit, in float32. e4m3 numbers become float16 ones, 256 times
+smaller, by a shift, and are multiplied in float32. No number changes threads before the last sum.
+
+Several vectors are further programs, which find the weights in the cache of the device; ``few_rows`` multiplies vectors
+of 16 bits together. The reference is ``ops.narrow_linear``.
 """
 
 from __future__ import annotations
@@ -36,10 +37,6 @@ MOST_ROWS = 8
 
 UNIT = 8
 """Bytes of a unit: with vectors of 16 bits, the numbers of x that meet them are a load of 16 bytes of the same thread."""
-
-LEADING = {8: 0x3FC00000, 4: 0x3F800000}
-"""By bits: a float32 in which the bits of q are put. An argument of kernels and not a constant in them: from two
-constants ptxas makes two logical operations."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,12 @@ def choose_tile(matrices: int, rows: int, units: int) -> Tile:
 
 
 @triton.jit
-def read_units(w, s, m, rows, inside, u, UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUPED: tl.constexpr,
+def read_units(w, s, m, first, inside, u, BN: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUPED: tl.constexpr,
                MINIMA: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """Words [BN,NU,2] of the program's rows, and with GROUPED the scales and the minima of their groups [BN,NU]."""
-    at = rows.to(tl.int64)[:, None, None] * (UNITS * 2) + (u * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
+    row = tl.arange(0, BN)  # from the first: products of 32 bits, which are constants beside those of a thread
+    at = row[:, None, None] * (UNITS * 2) + (u * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
+    w += first.to(tl.int64) * (UNITS * 2)
     here = inside[:, None] & (u < UNITS)[None, :]
     if WHOLE:
         words = tl.load(w + at, eviction_policy="evict_first")
@@ -75,28 +74,36 @@ def read_units(w, s, m, rows, inside, u, UNITS: tl.constexpr, GROUPS: tl.constex
         words = tl.load(w + at, mask=here[:, :, None], other=0, eviction_policy="evict_first")
     scale, least = 1.0, 0.0
     if GROUPED:
-        place = rows.to(tl.int64)[:, None] * GROUPS + (u * GROUPS // UNITS)[None, :]
-        scale = tl.load(s + place, mask=None if WHOLE else here)
+        place = row[:, None] * GROUPS + (u * GROUPS // UNITS)[None, :]
+        scale = tl.load(s + first.to(tl.int64) * GROUPS + place, mask=None if WHOLE else here)
         if MINIMA:
-            least = tl.load(m + place, mask=None if WHOLE else here)
+            least = tl.load(m + first.to(tl.int64) * GROUPS + place, mask=None if WHOLE else here)
     return words, scale, least
 
 
 @triton.jit
-def number(words, i: tl.constexpr, leading, BITS: tl.constexpr, FLOATING: tl.constexpr):
-    """v of the numbers i of words, float32."""
-    if FLOATING:
-        odd = words << 8 if i % 2 == 0 else words
-        pair = (odd & -0x7FFF8000) | ((odd >> 1) & 0x3F803F80)
-        return (pair >> 16 * (i // 2)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def float8(words, i: tl.constexpr):
+    """The e4m3 numbers i of words, 256 times smaller, float32."""
+    t = words << 8 if i % 2 == 0 else words
+    pair = (t & -0x7FFF8000) | ((t >> 1) & 0x3F803F80)
+    return (pair >> 16 * (i // 2)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def dot_bytes(a, b, c, SIGNED: tl.constexpr, OTHER_SIGNED: tl.constexpr, ASM: tl.constexpr):
+    """``c + Σ_i a_i·b_i`` of the four bytes of words: one instruction, and under the interpreter, which has none, many."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            ("dp4a.s32" if SIGNED else "dp4a.u32") + (".s32" if OTHER_SIGNED else ".u32") + " $0, $1, $2, $3;",
+            "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
     else:
-        SHIFT: tl.constexpr = 15 - 8 * i if BITS == 8 else 15 - 8 * (i // 2)
-        moved = words << SHIFT if SHIFT >= 0 else words >> -SHIFT
-        if BITS == 8:
-            bits = (moved & 0x007F8000) ^ leading
-        else:
-            bits = (moved & (0x00078000 if i % 2 == 0 else 0x00780000)) | leading
-        return bits.to(tl.float32, bitcast=True)
+        for i in tl.static_range(4):
+            x, y = (a >> (8 * i)) & 255, (b >> (8 * i)) & 255
+            x = (x ^ 128) - 128 if SIGNED else x
+            y = (y ^ 128) - 128 if OTHER_SIGNED else y
+            c += x * y
+        return c
 
 
 @triton.jit
@@ -120,61 +127,93 @@ def bytes_of(v):
 
 
 @triton.jit
-def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, MINIMA: tl.constexpr,
-                HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """x times the norm's weight, as it meets the numbers of words.
-
-    Returns:
-        A tuple of float32 [NU,2] for each number of a word; the squares of x [NU,8]; the sums of x times g, and
-        those of what the ones and halves in v add [NU].
-    """
-    if BITS == 8:
-        v, squares = read_eight(x, g, u * 8, u < UNITS, HAS_NORM, WHOLE)
-        total = tl.sum(v, axis=1)
-        return bytes_of(v), squares, total, 1.5 * total
-    else:  # halves of a byte are 16 columns apart
-        low, squares = read_eight(x, g, u // 2 * 32 + u % 2 * 8, u < UNITS, HAS_NORM, WHOLE)
-        high, more = read_eight(x, g, u // 2 * 32 + u % 2 * 8 + 16, u < UNITS, HAS_NORM, WHOLE)
-        lows, highs = tl.sum(low, axis=1), tl.sum(high, axis=1)
-        l0, l1, l2, l3 = bytes_of(low * 16.0)
-        h0, h1, h2, h3 = bytes_of(high)
-        offset = 16.0 * lows + highs + (0.0 if MINIMA else 0.5) * (lows + highs)
-        return (l0, h0, l1, h1, l2, h2, l3, h3), squares + more, lows + highs, offset
+def rounding(largest):
+    """2^-k and 2^k for a number: at the first it is an integer of 15 bits. 2^k is infinite where the number is not finite."""
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    inverse = ((267 - tl.maximum(exponent, 14)) << 23).to(tl.float32, bitcast=True)
+    step = tl.where(exponent == 255, 0x7F800000, (tl.maximum(exponent, 14) - 13) << 23).to(tl.float32, bitcast=True)
+    return inverse, step
 
 
 @triton.jit
-def add_units(sums, squares, offsets, pieces, leading, x, g, u, NU: tl.constexpr, UNITS: tl.constexpr,
-              BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr,
-              HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """Add to each sum [BN,NU,2] its piece times x, to the squares those of x, and to the offsets what is not scaled."""
-    v, square, total, offset = read_vector(x, g, u, NU, UNITS, BITS, MINIMA, HAS_NORM, WHOLE)
+def planes(v, inverse):
+    """v [NU,8] as integers: words of high bytes (signed) and of low bytes (not), each of columns 0 to 3 and 4 to 7 [NU]."""
+    q = (v * inverse[:, None] + 12582912.0).to(tl.int32, bitcast=True)  # the sum's last bits are v rounded
+    q0, q1, q2, q3 = bytes_of(q)
+    low = (q0 & 255) | ((q1 & 255) << 8) | ((q2 & 255) << 16) | (q3 << 24)
+    high = ((q0 >> 8) & 255) | (q1 & 0xFF00) | ((q2 & 0xFF00) << 8) | ((q3 & 0xFF00) << 16)
+    return tl.split(high), tl.split(low)
+
+
+@triton.jit
+def multiply(words, high, low, SIGNED: tl.constexpr, ASM: tl.constexpr):
+    """``Σ q·x/step`` of the bytes of some words, int32 [BN,NU]."""
+    zero = tl.zeros(words[0].shape, tl.int32)
+    total = zero
+    for i in tl.static_range(len(words)):
+        total = dot_bytes(words[i], high[i][None, :] + zero, total, SIGNED, True, ASM)
+    total = total << 8
+    for i in tl.static_range(len(words)):
+        total = dot_bytes(words[i], low[i][None, :] + zero, total, SIGNED, False, ASM)
+    return total
+
+
+@triton.jit
+def add_units(sums, squares, pieces, x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr,
+              FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr,
+              WHOLE: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Add to each sum its piece times x, and to the squares those of x. Sums are [BN,NU], of e4m3 numbers [BN,NU,2]."""
+    here = u < UNITS
+    if BITS == 8:
+        v, square = read_eight(x, g, u * 8, here, HAS_NORM, WHOLE)
+    else:  # halves of a byte are 16 columns apart
+        v, square = read_eight(x, g, u // 2 * 32 + u % 2 * 8, here, HAS_NORM, WHOLE)
+        above, more = read_eight(x, g, u // 2 * 32 + u % 2 * 8 + 16, here, HAS_NORM, WHOLE)
+        square += more
     out = ()
-    for i in tl.static_range(len(sums)):
-        words, scale, least = pieces[i]
-        products = sums[i]
-        if GROUPED:
-            products = tl.zeros(words.shape, tl.float32)
-            if not FLOATING:
-                products -= (0.5 * offset)[None, :, None]
-        for j in tl.static_range(len(v)):
-            products += number(words, j, leading, BITS, FLOATING) * v[j][None, :, :]
-        if GROUPED:
-            scale = scale.to(tl.float32) * (256.0 if BITS == 8 else 16.0)
-            products = sums[i] + tl.sum(products, axis=2) * scale
-            if MINIMA:
-                products += least.to(tl.float32) * total[None, :]
-        out = out + (products,)
-    if not GROUPED:
-        offsets += offset
+    if FLOATING:
+        parts = bytes_of(v)
+        for i in tl.static_range(len(sums)):
+            products = sums[i]
+            for j in tl.static_range(4):
+                products += float8(pieces[i][0], j) * parts[j][None, :, :]
+            out = out + (products,)
+    else:
+        largest = tl.max(tl.abs(v), axis=1)
+        if BITS == 4:
+            largest = tl.maximum(largest, tl.max(tl.abs(above), axis=1))
+            total = tl.sum(v + above, axis=1)
+        inverse, step = rounding(largest)
+        high, low = planes(v, inverse)
+        if BITS == 4:
+            high_above, low_above = planes(above, inverse)
+            high, low = high + high_above, low + low_above  # tuples
+        for i in tl.static_range(len(sums)):
+            words, scale, least = pieces[i]
+            a, b = tl.split(words)
+            if BITS == 8:
+                y = multiply((a, b), high, low, True, ASM).to(tl.float32) * step[None, :]
+            else:
+                halves = (a & 0x0F0F0F0F, b & 0x0F0F0F0F, (a >> 4) & 0x0F0F0F0F, (b >> 4) & 0x0F0F0F0F)
+                y = multiply(halves, high, low, False, ASM).to(tl.float32) * step[None, :]
+                if not MINIMA:
+                    y -= 8.0 * total[None, :]
+            if GROUPED:
+                y = sums[i] + y * scale.to(tl.float32)
+                if MINIMA:
+                    y += least.to(tl.float32) * total[None, :]
+            else:
+                y += sums[i]
+            out = out + (y,)
     if HAS_NORM:
         squares += square
-    return out, squares, offsets
+    return out, squares
 
 
 @triton.jit
-def narrow_products(x, g, w, s, m, eps, leading, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, NU: tl.constexpr,
+def narrow_products(x, g, w, s, m, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, NU: tl.constexpr,
                     AHEAD: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
-                    MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr,
+                    MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
                     OVERLAP: tl.constexpr):  # fmt: skip
     """The program's rows of ``w[i]·norm(x)`` for every matrix i: a tuple of float32 [BN].
 
@@ -186,41 +225,39 @@ def narrow_products(x, g, w, s, m, eps, leading, N: tl.constexpr, K: tl.constexp
     UNITS: tl.constexpr = K * BITS // 64
     WHOLE: tl.constexpr = (N % BN == 0) & (UNITS % NU == 0)
     GROUPED: tl.constexpr = (GROUPS > 1) | MINIMA
-    rows = tl.program_id(1) * BN + tl.arange(0, BN)
+    first = tl.program_id(1) * BN
+    rows = first + tl.arange(0, BN)
     inside = rows < N
     pieces = ()
     for piece in tl.static_range(AHEAD):
         u = piece * NU + tl.arange(0, NU)
         for i in tl.static_range(len(w)):
-            pieces = pieces + (read_units(w[i], s[i], m[i], rows, inside, u, UNITS, GROUPS, GROUPED, MINIMA, WHOLE),)
+            pieces = pieces + (
+                read_units(w[i], s[i], m[i], first, inside, u, BN, UNITS, GROUPS, GROUPED, MINIMA, WHOLE),
+            )
     gdc_wait(OVERLAP)
     sums = ()
     for _ in tl.static_range(len(w)):
-        sums = sums + (tl.zeros((BN, NU), tl.float32) if GROUPED else tl.zeros((BN, NU, 2), tl.float32),)
+        sums = sums + (tl.zeros((BN, NU, 2) if FLOATING else (BN, NU), tl.float32),)
     squares = tl.zeros((NU, 8), tl.float32)
-    offsets = tl.zeros((NU,), tl.float32)
     for piece in tl.static_range(AHEAD):
         u = piece * NU + tl.arange(0, NU)
         here = pieces[piece * len(w) : (piece + 1) * len(w)]
-        sums, squares, offsets = add_units(sums, squares, offsets, here, leading, x, g, u, NU, UNITS, BITS, FLOATING,
-                                           GROUPED, MINIMA, HAS_NORM, WHOLE)  # fmt: skip
+        sums, squares = add_units(sums, squares, here, x, g, u, NU, UNITS, BITS, FLOATING, GROUPED, MINIMA, HAS_NORM,
+                                  WHOLE, ASM)  # fmt: skip
     for start in range(AHEAD * NU, UNITS, NU):
         u = start + tl.arange(0, NU)
         here = ()
         for i in tl.static_range(len(w)):
-            here = here + (read_units(w[i], s[i], m[i], rows, inside, u, UNITS, GROUPS, GROUPED, MINIMA, WHOLE),)
-        sums, squares, offsets = add_units(sums, squares, offsets, here, leading, x, g, u, NU, UNITS, BITS, FLOATING,
-                                           GROUPED, MINIMA, HAS_NORM, WHOLE)  # fmt: skip
+            here = here + (read_units(w[i], s[i], m[i], first, inside, u, BN, UNITS, GROUPS, GROUPED, MINIMA, WHOLE),)
+        sums, squares = add_units(sums, squares, here, x, g, u, NU, UNITS, BITS, FLOATING, GROUPED, MINIMA, HAS_NORM,
+                                  WHOLE, ASM)  # fmt: skip
     gdc_launch_dependents(OVERLAP)
     out = ()
     for i in tl.static_range(len(w)):
-        if GROUPED:
-            y = tl.sum(sums[i], axis=1)
-        else:
-            y = tl.sum(sums[i], axis=2)
-            if not FLOATING:
-                y -= offsets[None, :]
-            y = tl.sum(y, axis=1) * tl.load(s[i] + rows, mask=inside, other=0.0) * 256.0
+        y = tl.sum(tl.sum(sums[i], axis=2) * 256.0 if FLOATING else sums[i], axis=1)
+        if not GROUPED:
+            y *= tl.load(s[i] + rows, mask=inside, other=0.0)
         out = out + (y,)
     if HAS_NORM:
         out = scaled(out, norm_scale(tl.reshape(squares, (NU * 8,)), x, eps, K, EPS_INSIDE))
@@ -228,14 +265,14 @@ def narrow_products(x, g, w, s, m, eps, leading, N: tl.constexpr, K: tl.constexp
 
 
 @triton.jit
-def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, leading, N: tl.constexpr, K: tl.constexpr,
+def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr,
                    BN: tl.constexpr, NU: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr,
                    FLOATING: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr,
-                   EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+                   EPS_INSIDE: tl.constexpr, ASM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
                    OVERLAP: tl.constexpr):  # fmt: skip
     r = tl.program_id(0)
-    y = narrow_products(x + r * K, g, (w,), (s,), (m,), eps, leading, N, K, BN, NU, AHEAD, BITS, FLOATING, GROUPS,
-                        MINIMA, HAS_NORM, EPS_INSIDE, OVERLAP)[0]  # fmt: skip
+    y = narrow_products(x + r * K, g, (w,), (s,), (m,), eps, N, K, BN, NU, AHEAD, BITS, FLOATING, GROUPS,
+                        MINIMA, HAS_NORM, EPS_INSIDE, ASM, OVERLAP)[0]  # fmt: skip
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = rows < N
     if HAS_BIAS:
@@ -246,13 +283,13 @@ def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, leading, N: tl.const
 
 
 @triton.jit
-def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, leading, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
+def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
                  NU: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
-                 GROUPS: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr,
+                 GROUPS: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
                  ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     r = tl.program_id(0)
-    a, b = narrow_products(x + r * K, g, (w, w2), (s, s2), (m, m2), eps, leading, N, K, BN, NU, AHEAD, BITS, FLOATING,
-                           GROUPS, MINIMA, HAS_NORM, EPS_INSIDE, OVERLAP)  # fmt: skip
+    a, b = narrow_products(x + r * K, g, (w, w2), (s, s2), (m, m2), eps, N, K, BN, NU, AHEAD, BITS, FLOATING,
+                           GROUPS, MINIMA, HAS_NORM, EPS_INSIDE, ASM, OVERLAP)  # fmt: skip
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     tl.store(out + r * N + rows, (activate(a, ACTIVATION) * b).to(out.dtype.element_ty), mask=rows < N)
 
@@ -271,7 +308,7 @@ def linear(
     tile, options = _options(layer, 1, norm, tile)
     _linear_kernel[(len(x), triton.cdiv(out.shape[1], tile.rows))](
         x, x if norm is None else norm.weight, *_matrix(layer), x if layer.bias is None else layer.bias,
-        x if residual is None else residual, out, 0.0 if norm is None else norm.eps, LEADING[layer.bits], **options,
+        x if residual is None else residual, out, 0.0 if norm is None else norm.eps, **options,
         HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None, OVERLAP=overlap, launch_pdl=overlap,
         num_warps=tile.warps,
     )  # fmt: skip
@@ -293,7 +330,7 @@ def gate(
     tile, options = _options(gate, 2, norm, tile)
     _gate_kernel[(len(x), triton.cdiv(out.shape[1], tile.rows))](
         x, x if norm is None else norm.weight, *_matrix(gate), *_matrix(up), out, 0.0 if norm is None else norm.eps,
-        LEADING[gate.bits], **options, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap,
+        **options, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap,
         num_warps=tile.warps,
     )  # fmt: skip
     return out
@@ -327,5 +364,5 @@ def _options(
         "N": outputs, "K": inputs, "BN": tile.rows, "NU": tile.units,
         "AHEAD": min(tile.ahead, triton.cdiv(units, tile.units)), "BITS": layer.bits, "FLOATING": layer.floating,
         "GROUPS": layer.scale.shape[1], "MINIMA": layer.minimum is not None, "HAS_NORM": norm is not None,
-        "EPS_INSIDE": norm is None or norm.eps_inside_root,
+        "EPS_INSIDE": norm is None or norm.eps_inside_root, "ASM": not triton.knobs.runtime.interpret,
     }  # fmt: skip
