@@ -5,7 +5,7 @@ in float32; an RMSNorm before it, a second matrix, bias and residual cost no pas
 
 Memory streams narrow weights faster than a GPU can make float32 numbers of them and multiply: at 4 bits there is time
 for some four operations a weight. So what multiplies integers are integers. A thread takes *units* of 8 bytes, the 8 columns of 8
-bits or 16 of 4 bits that lie there, and the numbers of x that meet them. It rounds those to 15 bits of the largest of
+bits or 16 of 4 bits that lie there, and the numbers of x that meet them. It rounds those to 16 bits of the largest of
 them, as high and low bytes, and an instruction multiplies four bytes with four and adds them up (dp4a):
 
     x[d] = step·(256·high[d] + low[d])      Σ_(d in unit) q[d]·x[d] = step·(256·Σ q·high + Σ q·low)
@@ -128,11 +128,11 @@ def bytes_of(v):
 
 @triton.jit
 def rounding(largest):
-    """2^-k and 2^k for a number: at the first it is an integer of 15 bits. 2^k is infinite where the number is not finite."""
-    exponent = largest.to(tl.int32, bitcast=True) >> 23
-    inverse = ((267 - tl.maximum(exponent, 14)) << 23).to(tl.float32, bitcast=True)
-    step = tl.where(exponent == 255, 0x7F800000, (tl.maximum(exponent, 14) - 13) << 23).to(tl.float32, bitcast=True)
-    return inverse, step
+    """What makes integers of 16 bits of numbers up to this one, and its inverse, which is infinite where this is."""
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
+    inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True) * 0.9999  # none is rounded up to 2^15
+    step = tl.where(exponent == 255, 0x7F800000, (exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return inverse, step * (1.0 / 0.9999)
 
 
 @triton.jit
