@@ -102,6 +102,33 @@ def read_vectors(x, row, k, K, WHOLE: tl.constexpr):
         return tl.load(x + row + k[None, :], mask=(k < K)[None, :], other=0.0)
 
 
+def instructions(floating: bool, minima: bool, half: bool) -> str:
+    """What makes operands, two of them in a register, of four bytes of 4-bit or e4m3 numbers.
+
+    A 4-bit number is put behind the leading one of 1 + q/128 in bfloat16, or of 1024 + q in float16, which a product and
+    a sum make q, or q - 8; another product and sum scale it. Scales are rounded to the dtype of the operands.
+    """
+    kind = "f16x2" if half else "bf16x2"
+    if floating:  # a float16 of the same bits is 2^8 times smaller, a bfloat16 2^120 times
+        move, mask, power = (1, 0x3F803F80, 0x5C005C00) if half else (4, 0x07F007F0, 0x7B807B80)
+        out = ["{.reg .b32 t, s, p, z;", f"mov.b32 p, {power}; mov.b32 z, 0x80008000;"]
+        for i, bytes in enumerate((0x1404, 0x3424)):
+            out.append(f"prmt.b32 t, $2, 0, {bytes}; and.b32 s, t, 0x80008000; shr.u32 t, t, {move};")
+            out.append(f"and.b32 t, t, {mask}; or.b32 t, t, s; fma.rn.{kind} ${i}, t, p, z;")
+        return " ".join([*out, "}"])
+    one, factor, less, eight = (
+        (0x64006400, 0x3C003C00, 0xE400E400, 0xE408E408) if half else (0x3F803F80, 0x43004300, 0xC300C300, 0xC308C308)
+    )
+    out = ["{.reg .b32 a, b, c, d, f, l, z;", "prmt.b32 a, $4, 0, 0x4140; prmt.b32 b, $4, 0, 0x4342;"]
+    out.append(f"shr.u32 c, a, 4; shr.u32 d, b, 4; mov.b32 f, {factor}; mov.b32 l, {less if minima else eight};")
+    out.append("mov.b32 z, 0x80008000;")
+    for i, name in enumerate("abcd"):
+        scale, least = f"${5 + i % 2}", f"${7 + i % 2}" if minima else "z"
+        out.append(f"lop3.b32 {name}, {name}, 0x000F000F, {one}, 0xEA; fma.rn.{kind} {name}, {name}, f, l;")
+        out.append(f"fma.rn.{kind} ${i}, {name}, {scale}, {least};")
+    return " ".join([*out, "}"])
+
+
 @triton.jit
 def read_units(s, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, WHOLE: tl.constexpr):
     """Of bytes ``first`` and following, the numbers of their groups, float32 [BN,BJ]; 16 bytes belong to one."""
@@ -114,13 +141,31 @@ def read_units(s, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, WHOLE: tl.co
 
 @triton.jit
 def read_narrow(w, s, m, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, BITS: tl.constexpr,
-                FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr, OPERAND: tl.constexpr,
-                WHOLE: tl.constexpr):  # fmt: skip
+                FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr, ASM: tl.constexpr,
+                OPERAND: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """Bytes ``first`` and following of the program's rows as a tuple of operands [BN,BJ]: their numbers, or their low and high halves."""
     j = first + tl.arange(0, BJ)
     here = inside[:, None] & (j < LINE)[None, :]
     codes = tl.load(w + n.to(tl.int64)[:, None] * LINE + j[None, :], mask=None if WHOLE else here,
                     other=None if WHOLE else 0, eviction_policy="evict_first")  # fmt: skip
+    if FLOATING and len(ASM) > 0:
+        return (tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=OPERAND.value, is_pure=True, pack=4),)
+    if BITS == 4 and len(ASM) > 0:
+        scale = read_units(s, n, first, inside, LINE, GROUPS, BJ, WHOLE).to(OPERAND)
+        if MINIMA:
+            least = read_units(m, n, first, inside, LINE, GROUPS, BJ, WHOLE).to(OPERAND)
+            return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r,r,r,r,r", [codes, scale, least],
+                                             dtype=(OPERAND.value, OPERAND.value), is_pure=True, pack=4)  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r,r,r", [codes, scale],
+                                             dtype=(OPERAND.value, OPERAND.value), is_pure=True, pack=4)  # fmt: skip
+    return widened(codes, s, m, n, first, inside, LINE, GROUPS, BJ, BITS, FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)
+
+
+@triton.jit
+def widened(codes, s, m, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
+            GROUPED: tl.constexpr, MINIMA: tl.constexpr, OPERAND: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """What ``read_narrow`` returns, without instructions for it."""
     found = numbers(codes, BITS, FLOATING, MINIMA)
     scale, least = 1.0, 0.0
     if GROUPED:
@@ -152,7 +197,7 @@ def finish(y, bias, residual, out, n, m, M, N, HAS_BIAS: tl.constexpr, HAS_RESID
 def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
                  BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr,
-                 GATE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+                 ASM: tl.constexpr, GATE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
                  OPERAND: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Rows BN of ``w·x``, or of ``act(w·x)·(v·x)`` with GATE. Grid: (rows of the matrix / BN, SPLITS).
 
@@ -185,10 +230,10 @@ def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K
             BJ: tl.constexpr = BK * BITS // 8
             first = start * BITS // 8
             ws = read_narrow(w, scales[0], scales[1], tl.where(inside, n, 0), first, inside, K * BITS // 8, GROUPS, BJ,
-                             BITS, FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)  # fmt: skip
+                             BITS, FLOATING, GROUPED, MINIMA, ASM, OPERAND, WHOLE)  # fmt: skip
             if GATE:
                 vs = read_narrow(v, scales[2], scales[3], tl.where(inside, n, 0), first, inside, K * BITS // 8, GROUPS,
-                                 BJ, BITS, FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)  # fmt: skip
+                                 BJ, BITS, FLOATING, GROUPED, MINIMA, ASM, OPERAND, WHOLE)  # fmt: skip
             j = first + tl.arange(0, BJ)
             for i in tl.static_range(8 // BITS):
                 xs = tl.trans(read_vectors(x, row, columns(j, i, BITS), K, WHOLE)).to(OPERAND)
@@ -258,8 +303,8 @@ class Products:
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
-        w, scales, form = _operands(layer)
-        v, others, _ = _operands(layer if other is None else other)
+        w, scales, form = _operands(layer, x.dtype)
+        v, others, _ = _operands(layer if other is None else other, x.dtype)
         bias, gate = layer.bias, other is not None
         vectors, width = x.shape
         rows = len(w)
@@ -291,11 +336,13 @@ class Products:
         return self._tickets
 
 
-def _operands(layer: Dense | Narrow) -> tuple[Tensor, tuple[Tensor, ...], dict[str, int | bool]]:
+def _operands(layer: Dense | Narrow, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...], dict[str, object]]:
     """The numbers of a matrix [N,…], scales and minima of narrow ones, and the constants that say what they are."""
     if isinstance(layer, Dense):
-        return layer.weight, (), {"BITS": 16, "FLOATING": True, "GROUPS": 1, "MINIMA": False}
+        return layer.weight, (), {"BITS": 16, "FLOATING": True, "GROUPS": 1, "MINIMA": False, "ASM": ""}
     codes, scale, minimum, _ = layer
-    form = {"FLOATING": layer.floating, "GROUPS": scale.shape[1], "MINIMA": minimum is not None}
+    by_hand = not triton.knobs.runtime.interpret and (layer.floating or layer.bits == 4)
+    asm = instructions(layer.floating, minimum is not None, dtype == torch.float16) if by_hand else ""
+    form = {"FLOATING": layer.floating, "GROUPS": scale.shape[1], "MINIMA": minimum is not None, "ASM": asm}
     numbers = codes.view(torch.int8) if layer.floating else codes
     return numbers, (scale, scale if minimum is None else minimum), {"BITS": layer.bits, **form}
