@@ -105,8 +105,8 @@ def read_vectors(x, row, k, K, WHOLE: tl.constexpr):
 def instructions(floating: bool, minima: bool, half: bool) -> str:
     """What makes operands, two of them in a register, of four bytes of 4-bit or e4m3 numbers.
 
-    A 4-bit number is put behind the leading one of 1 + q/128 in bfloat16, or of 1024 + q in float16, which a product and
-    a sum make q, or q - 8; another product and sum scale it. Scales are rounded to the dtype of the operands.
+    A 4-bit number is put behind the leading one of 1 + q/128 in bfloat16, or of 1024 + q in float16, which a product
+    and a sum make q, or q - 8; another product and sum scale it. Scales are rounded to the dtype of the operands.
     """
     kind = "f16x2" if half else "bf16x2"
     if floating:  # a float16 of the same bits is 2^8 times smaller, a bfloat16 2^120 times
@@ -143,7 +143,7 @@ def read_units(s, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, WHOLE: tl.co
 def read_narrow(w, s, m, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, BITS: tl.constexpr,
                 FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr, ASM: tl.constexpr,
                 OPERAND: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """Bytes ``first`` and following of the program's rows as a tuple of operands [BN,BJ]: their numbers, or their low and high halves."""
+    """Bytes ``first`` and following of the program's rows as operands [BN,BJ]: a tuple of the numbers, or of halves."""
     j = first + tl.arange(0, BJ)
     here = inside[:, None] & (j < LINE)[None, :]
     codes = tl.load(w + n.to(tl.int64)[:, None] * LINE + j[None, :], mask=None if WHOLE else here,
@@ -197,8 +197,8 @@ def finish(y, bias, residual, out, n, m, M, N, HAS_BIAS: tl.constexpr, HAS_RESID
 def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
                  BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr,
-                 ASM: tl.constexpr, GATE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-                 OPERAND: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 ASM: tl.constexpr, GATE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+                 HAS_RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Rows BN of ``w·x``, or of ``act(w·x)·(v·x)`` with GATE. Grid: (rows of the matrix / BN, SPLITS).
 
     Args:

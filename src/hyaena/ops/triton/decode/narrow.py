@@ -4,9 +4,9 @@ As in ``gemv``, a program owns a few rows of the matrix, loads the first pieces 
 in float32; an RMSNorm before it, a second matrix, bias and residual cost no pass of their own.
 
 Memory streams narrow weights faster than a GPU can make float32 numbers of them and multiply: at 4 bits there is time
-for some four operations a weight. So what multiplies integers are integers. A thread takes *units* of 8 bytes, the 8 columns of 8
-bits or 16 of 4 bits that lie there, and the numbers of x that meet them. It rounds those to 16 bits of the largest of
-them, as high and low bytes, and an instruction multiplies four bytes with four and adds them up (dp4a):
+for some four operations a weight. So integers are multiplied as integers. A thread takes *units* of 8 bytes, the 8
+columns of 8 bits or 16 of 4 bits that lie there, and the numbers of x that meet them. It rounds those to 16 bits of the
+largest of them, as high and low bytes, and an instruction multiplies four bytes with four and adds them up (dp4a):
 
     x[d] = step·(256·high[d] + low[d])      Σ_(d in unit) q[d]·x[d] = step·(256·Σ q·high + Σ q·low)
 
@@ -36,7 +36,7 @@ MOST_ROWS = 8
 """Vectors up to which products are computed here."""
 
 UNIT = 8
-"""Bytes of a unit: with vectors of 16 bits, the numbers of x that meet them are a load of 16 bytes of the same thread."""
+"""Bytes of a unit: the numbers of x that meet them, of 16 bits, are a load of 16 bytes of the same thread."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def choose_tile(matrices: int, rows: int, units: int) -> Tile:
 
 
 @triton.jit
-def read_units(w, s, m, first, inside, u, BN: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUPED: tl.constexpr,
-               MINIMA: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+def read_units(w, s, m, first, inside, u, BN: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr,
+               GROUPED: tl.constexpr, MINIMA: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """Words [BN,NU,2] of the program's rows, and with GROUPED the scales and the minima of their groups [BN,NU]."""
     row = tl.arange(0, BN)  # from the first: products of 32 bits, which are constants beside those of a thread
     at = row[:, None, None] * (UNITS * 2) + (u * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
@@ -91,7 +91,7 @@ def float8(words, i: tl.constexpr):
 
 @triton.jit
 def dot_bytes(a, b, c, SIGNED: tl.constexpr, OTHER_SIGNED: tl.constexpr, ASM: tl.constexpr):
-    """``c + Σ_i a_i·b_i`` of the four bytes of words: one instruction, and under the interpreter, which has none, many."""
+    """``c + Σ_i a_i·b_i`` of the four bytes of words: one instruction; the interpreter has none."""
     if ASM:
         return tl.inline_asm_elementwise(
             ("dp4a.s32" if SIGNED else "dp4a.u32") + (".s32" if OTHER_SIGNED else ".u32") + " $0, $1, $2, $3;",
@@ -137,7 +137,7 @@ def rounding(largest):
 
 @triton.jit
 def planes(v, inverse):
-    """v [NU,8] as integers: words of high bytes (signed) and of low bytes (not), each of columns 0 to 3 and 4 to 7 [NU]."""
+    """v [NU,8] as integers: words [NU] of signed high bytes and of low ones, each of columns 0 to 3 and of 4 to 7."""
     q = (v * inverse[:, None] + 12582912.0).to(tl.int32, bitcast=True)  # the sum's last bits are v rounded
     q0, q1, q2, q3 = bytes_of(q)
     low = (q0 & 255) | ((q1 & 255) << 8) | ((q2 & 255) << 16) | (q3 << 24)
@@ -285,8 +285,8 @@ def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: 
 @triton.jit
 def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
                  NU: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
-                 GROUPS: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
-                 ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 GROUPS: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr,
+                 ASM: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     r = tl.program_id(0)
     a, b = narrow_products(x + r * K, g, (w, w2), (s, s2), (m, m2), eps, N, K, BN, NU, AHEAD, BITS, FLOATING,
                            GROUPS, MINIMA, HAS_NORM, EPS_INSIDE, ASM, OVERLAP)  # fmt: skip
