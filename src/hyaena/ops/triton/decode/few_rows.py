@@ -198,7 +198,8 @@ def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
                  BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr,
                  ASM: tl.constexpr, GATE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
-                 HAS_RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 HAS_RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
     """Rows BN of ``w·x``, or of ``act(w·x)·(v·x)`` with GATE. Grid: (rows of the matrix / BN, SPLITS).
 
     Args:
