@@ -19,6 +19,7 @@ of 16 bits together. The reference is ``ops.narrow_linear``.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from hyaena.ops.narrow import Narrow
 from hyaena.ops.step import RMSNormWeight
 from hyaena.ops.triton.common import activate
-from hyaena.ops.triton.decode.gemv import norm_scale, scaled
+from hyaena.ops.triton.decode.gemv import norm_scale
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 
 MOST_ROWS = 8
@@ -41,43 +42,44 @@ UNIT = 8
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program reads: ``rows`` of each matrix, ``units`` of each of them at a time, both powers of two.
+    """What a program reads.
 
     Attributes:
-        ahead: pieces of so many units that are loaded into registers before anything else.
+        rows: of each matrix, at a time; a power of two.
+        units: of a row that threads share; a power of two.
+        programs: on a processor; together they take one block of rows after another.
     """
 
     rows: int
     units: int
     warps: int
-    ahead: int
+    programs: int
 
 
 def choose_tile(matrices: int, rows: int, units: int) -> Tile:
-    """For some matrices of so many rows and units in a row: eight units of 16 bytes for a thread, before it waits."""
-    if units < 128:
-        return Tile(rows=4, units=triton.next_power_of_2(units), warps=4, ahead=1)
-    return Tile(rows=8 // matrices, units=128, warps=4, ahead=2)
+    """For some matrices of so many rows and units in a row."""
+    if units <= 128:
+        return Tile(rows=4, units=triton.next_power_of_2(units), warps=4, programs=4)
+    if units <= 512:
+        return Tile(rows=4 // matrices, units=128, warps=4, programs=4)
+    return Tile(rows=4 // matrices, units=512, warps=16, programs=1)
 
 
 @triton.jit
-def read_units(w, s, m, first, inside, u, BN: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr,
-               GROUPED: tl.constexpr, MINIMA: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """Words [BN,NU,2] of the program's rows, and with GROUPED the scales and the minima of their groups [BN,NU]."""
-    row = tl.arange(0, BN)  # from the first: products of 32 bits, which are constants beside those of a thread
+def read_units(w, s, m, first, N: tl.constexpr, u, BN: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr,
+               MINIMA: tl.constexpr):  # fmt: skip
+    """Words [BN,NU,2] of rows from the first on, and the scales and the minima of their groups [BN,NU], if it has any."""
+    row = tl.arange(0, BN)  # products of 32 bits, which are constants beside those of a thread
+    here = (first + row < N)[:, None] & (u < UNITS)[None, :]
     at = row[:, None, None] * (UNITS * 2) + (u * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
-    w += first.to(tl.int64) * (UNITS * 2)
-    here = inside[:, None] & (u < UNITS)[None, :]
-    if WHOLE:
-        words = tl.load(w + at, eviction_policy="evict_first")
-    else:
-        words = tl.load(w + at, mask=here[:, :, None], other=0, eviction_policy="evict_first")
+    words = tl.load(w + first.to(tl.int64) * (UNITS * 2) + at, mask=here[:, :, None], other=0,
+                    eviction_policy="evict_first")  # fmt: skip
     scale, least = 1.0, 0.0
-    if GROUPED:
+    if (GROUPS > 1) | MINIMA:
         place = row[:, None] * GROUPS + (u * GROUPS // UNITS)[None, :]
-        scale = tl.load(s + first.to(tl.int64) * GROUPS + place, mask=None if WHOLE else here)
+        scale = tl.load(s + first.to(tl.int64) * GROUPS + place, mask=here, other=0.0)
         if MINIMA:
-            least = tl.load(m + first.to(tl.int64) * GROUPS + place, mask=None if WHOLE else here)
+            least = tl.load(m + first.to(tl.int64) * GROUPS + place, mask=here, other=0.0)
     return words, scale, least
 
 
@@ -159,139 +161,148 @@ def multiply(words, high, low, SIGNED: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def add_units(sums, squares, pieces, x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr,
-              FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr,
-              WHOLE: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """Add to each sum its piece times x, and to the squares those of x. Sums are [BN,NU], of e4m3 numbers [BN,NU,2]."""
+def read_vector(x, g, u, UNITS: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, HAS_NORM: tl.constexpr,
+                WHOLE: tl.constexpr):  # fmt: skip
+    """x as it meets units u: what ``multiply`` takes, or floats for e4m3 numbers; step and sum [NU]; squares of x [NU]."""
     here = u < UNITS
     if BITS == 8:
-        v, square = read_eight(x, g, u * 8, here, HAS_NORM, WHOLE)
+        v, squares = read_eight(x, g, u * 8, here, HAS_NORM, WHOLE)
+        if FLOATING:
+            return bytes_of(v), (), 1.0, 0.0, tl.sum(squares, axis=1)
+        else:
+            inverse, step = rounding(tl.max(tl.abs(v), axis=1))
+            high, low = planes(v, inverse)
+            return high, low, step, 0.0, tl.sum(squares, axis=1)
     else:  # halves of a byte are 16 columns apart
-        v, square = read_eight(x, g, u // 2 * 32 + u % 2 * 8, here, HAS_NORM, WHOLE)
+        v, squares = read_eight(x, g, u // 2 * 32 + u % 2 * 8, here, HAS_NORM, WHOLE)
         above, more = read_eight(x, g, u // 2 * 32 + u % 2 * 8 + 16, here, HAS_NORM, WHOLE)
-        square += more
-    out = ()
-    if FLOATING:
-        parts = bytes_of(v)
-        for i in tl.static_range(len(sums)):
-            products = sums[i]
-            for j in tl.static_range(4):
-                products += float8(pieces[i][0], j) * parts[j][None, :, :]
-            out = out + (products,)
-    else:
-        largest = tl.max(tl.abs(v), axis=1)
-        if BITS == 4:
-            largest = tl.maximum(largest, tl.max(tl.abs(above), axis=1))
-            total = tl.sum(v + above, axis=1)
-        inverse, step = rounding(largest)
+        inverse, step = rounding(tl.maximum(tl.max(tl.abs(v), axis=1), tl.max(tl.abs(above), axis=1)))
         high, low = planes(v, inverse)
-        if BITS == 4:
-            high_above, low_above = planes(above, inverse)
-            high, low = high + high_above, low + low_above  # tuples
-        for i in tl.static_range(len(sums)):
-            words, scale, least = pieces[i]
-            a, b = tl.split(words)
-            if BITS == 8:
-                y = multiply((a, b), high, low, True, ASM).to(tl.float32) * step[None, :]
-            else:
-                halves = (a & 0x0F0F0F0F, b & 0x0F0F0F0F, (a >> 4) & 0x0F0F0F0F, (b >> 4) & 0x0F0F0F0F)
-                y = multiply(halves, high, low, False, ASM).to(tl.float32) * step[None, :]
-                if not MINIMA:
-                    y -= 8.0 * total[None, :]
-            if GROUPED:
-                y = sums[i] + y * scale.to(tl.float32)
-                if MINIMA:
-                    y += least.to(tl.float32) * total[None, :]
-            else:
-                y += sums[i]
-            out = out + (y,)
-    if HAS_NORM:
-        squares += square
-    return out, squares
+        high_above, low_above = planes(above, inverse)
+        return high + high_above, low + low_above, step, tl.sum(v + above, axis=1), tl.sum(squares + more, axis=1)
 
 
 @triton.jit
-def narrow_products(x, g, w, s, m, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, NU: tl.constexpr,
-                    AHEAD: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
-                    MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
-                    OVERLAP: tl.constexpr):  # fmt: skip
-    """The program's rows of ``w[i]·norm(x)`` for every matrix i: a tuple of float32 [BN].
+def add_units(sums, piece, vector, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPED: tl.constexpr,
+              MINIMA: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """Add to sums [BN,NU] a piece of a matrix times x."""
+    words, scale, least = piece
+    high, low, step, total, _ = vector
+    if FLOATING:
+        products = tl.zeros(words.shape, tl.float32)
+        for j in tl.static_range(4):
+            products += float8(words, j) * high[j][None, :, :]
+        return sums + tl.sum(products, axis=2)
+    else:
+        a, b = tl.split(words)
+        if BITS == 8:
+            y = multiply((a, b), high, low, True, ASM).to(tl.float32) * step[None, :]
+        else:
+            halves = (a & 0x0F0F0F0F, b & 0x0F0F0F0F, (a >> 4) & 0x0F0F0F0F, (b >> 4) & 0x0F0F0F0F)
+            y = multiply(halves, high, low, False, ASM).to(tl.float32) * step[None, :]
+            if not MINIMA:
+                y -= 8.0 * total[None, :]
+        if GROUPED:
+            y *= scale.to(tl.float32)
+            if MINIMA:
+                y += least.to(tl.float32) * total[None, :]
+        return sums + y
 
-    Args:
-        x: [K].
-        g: the norm's weight [K].
-        w, s, m: tuples of words, scales and minima of matrices [N,K].
-    """
-    UNITS: tl.constexpr = K * BITS // 64
-    WHOLE: tl.constexpr = (N % BN == 0) & (UNITS % NU == 0)
-    GROUPED: tl.constexpr = (GROUPS > 1) | MINIMA
-    first = tl.program_id(1) * BN
-    rows = first + tl.arange(0, BN)
-    inside = rows < N
-    pieces = ()
-    for piece in tl.static_range(AHEAD):
-        u = piece * NU + tl.arange(0, NU)
-        for i in tl.static_range(len(w)):
-            pieces = pieces + (
-                read_units(w[i], s[i], m[i], first, inside, u, BN, UNITS, GROUPS, GROUPED, MINIMA, WHOLE),
-            )
-    gdc_wait(OVERLAP)
-    sums = ()
-    for _ in tl.static_range(len(w)):
-        sums = sums + (tl.zeros((BN, NU, 2) if FLOATING else (BN, NU), tl.float32),)
-    squares = tl.zeros((NU, 8), tl.float32)
-    for piece in tl.static_range(AHEAD):
-        u = piece * NU + tl.arange(0, NU)
-        here = pieces[piece * len(w) : (piece + 1) * len(w)]
-        sums, squares = add_units(sums, squares, here, x, g, u, NU, UNITS, BITS, FLOATING, GROUPED, MINIMA, HAS_NORM,
-                                  WHOLE, ASM)  # fmt: skip
-    for start in range(AHEAD * NU, UNITS, NU):
-        u = start + tl.arange(0, NU)
-        here = ()
-        for i in tl.static_range(len(w)):
-            here = here + (read_units(w[i], s[i], m[i], first, inside, u, BN, UNITS, GROUPS, GROUPED, MINIMA, WHOLE),)
-        sums, squares = add_units(sums, squares, here, x, g, u, NU, UNITS, BITS, FLOATING, GROUPED, MINIMA, HAS_NORM,
-                                  WHOLE, ASM)  # fmt: skip
-    gdc_launch_dependents(OVERLAP)
+
+@triton.jit
+def read_block(w, s, m, block, N: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr,
+               BN: tl.constexpr, NU: tl.constexpr):  # fmt: skip
+    """The pieces of a block of rows, one after another, of each matrix; nothing is read of rows behind the last."""
     out = ()
-    for i in tl.static_range(len(w)):
-        y = tl.sum(tl.sum(sums[i], axis=2) * 256.0 if FLOATING else sums[i], axis=1)
-        if not GROUPED:
-            y *= tl.load(s[i] + rows, mask=inside, other=0.0)
-        out = out + (y,)
-    if HAS_NORM:
-        out = scaled(out, norm_scale(tl.reshape(squares, (NU * 8,)), x, eps, K, EPS_INSIDE))
+    for piece in tl.static_range((UNITS + NU - 1) // NU):
+        u = piece * NU + tl.arange(0, NU)
+        for i in tl.static_range(len(w)):
+            out = out + (read_units(w[i], s[i], m[i], block * BN, N, u, BN, UNITS, GROUPS, MINIMA),)
     return out
 
 
 @triton.jit
-def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr,
-                   BN: tl.constexpr, NU: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr,
-                   FLOATING: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr,
-                   EPS_INSIDE: tl.constexpr, ASM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-                   OVERLAP: tl.constexpr):  # fmt: skip
+def read_whole_vector(x, g, eps, K: tl.constexpr, UNITS: tl.constexpr, NU: tl.constexpr, BITS: tl.constexpr,
+                      FLOATING: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr):  # fmt: skip
+    """``read_vector`` for every piece, and 1 / rms of x."""
+    WHOLE: tl.constexpr = UNITS % NU == 0
+    out = ()
+    squares = tl.zeros((NU,), tl.float32)
+    for piece in tl.static_range((UNITS + NU - 1) // NU):
+        found = read_vector(x, g, piece * NU + tl.arange(0, NU), UNITS, BITS, FLOATING, HAS_NORM, WHOLE)
+        squares += found[4]
+        out = out + (found,)
+    factor = 1.0
+    if HAS_NORM:
+        factor = norm_scale(squares, x, eps, K, EPS_INSIDE)
+    return out, factor
+
+
+@triton.jit
+def products(pieces, vector, factor, s, first, N: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
+             NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, MINIMA: tl.constexpr,
+             ASM: tl.constexpr):  # fmt: skip
+    """A block of rows of ``w[i]·norm(x)`` for every matrix i: a tuple of float32 [BN]."""
+    GROUPED: tl.constexpr = (GROUPS > 1) | MINIMA
+    rows = first + tl.arange(0, BN)
+    out = ()
+    for i in tl.static_range(len(s)):
+        sums = tl.zeros((BN, NU), tl.float32)
+        for piece in tl.static_range(len(vector)):
+            sums = add_units(sums, pieces[piece * len(s) + i], vector[piece], BITS, FLOATING, GROUPED, MINIMA, ASM)
+        y = tl.sum(sums, axis=1) * factor
+        if FLOATING:
+            y *= 256.0
+        if not GROUPED:
+            y *= tl.load(s[i] + rows, mask=rows < N, other=0.0)
+        out = out + (y,)
+    return out
+
+
+@triton.jit
+def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
+                   NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
+                   MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
+                   HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    UNITS: tl.constexpr = K * BITS // 64
+    BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
-    y = narrow_products(x + r * K, g, (w,), (s,), (m,), eps, N, K, BN, NU, AHEAD, BITS, FLOATING, GROUPS,
-                        MINIMA, HAS_NORM, EPS_INSIDE, ASM, OVERLAP)[0]  # fmt: skip
-    rows = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = rows < N
-    if HAS_BIAS:
-        y += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        y += tl.load(residual + r * N + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + r * N + rows, y.to(out.dtype.element_ty), mask=inside)
+    pieces = read_block((w,), (s,), (m,), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
+    gdc_wait(OVERLAP)
+    vector, factor = read_whole_vector(x + r * K, g, eps, K, UNITS, NU, BITS, FLOATING, HAS_NORM, EPS_INSIDE)
+    for block in range(tl.program_id(1), BLOCKS, tl.num_programs(1)):
+        following = read_block((w,), (s,), (m,), block + tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN, NU)
+        if block + tl.num_programs(1) >= BLOCKS:
+            gdc_launch_dependents(OVERLAP)
+        y = products(pieces, vector, factor, (s,), block * BN, N, GROUPS, BN, NU, BITS, FLOATING, MINIMA, ASM)[0]
+        rows = block * BN + tl.arange(0, BN)
+        if HAS_BIAS:
+            y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            y += tl.load(residual + r * N + rows, mask=rows < N, other=0.0).to(tl.float32)
+        tl.store(out + r * N + rows, y.to(out.dtype.element_ty), mask=rows < N)
+        pieces = following
 
 
 @triton.jit
 def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
-                 NU: tl.constexpr, AHEAD: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
-                 GROUPS: tl.constexpr, MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr,
-                 ASM: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
+                 MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
+                 ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    UNITS: tl.constexpr = K * BITS // 64
+    BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
-    a, b = narrow_products(x + r * K, g, (w, w2), (s, s2), (m, m2), eps, N, K, BN, NU, AHEAD, BITS, FLOATING,
-                           GROUPS, MINIMA, HAS_NORM, EPS_INSIDE, ASM, OVERLAP)  # fmt: skip
-    rows = tl.program_id(1) * BN + tl.arange(0, BN)
-    tl.store(out + r * N + rows, (activate(a, ACTIVATION) * b).to(out.dtype.element_ty), mask=rows < N)
+    pieces = read_block((w, w2), (s, s2), (m, m2), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
+    gdc_wait(OVERLAP)
+    vector, factor = read_whole_vector(x + r * K, g, eps, K, UNITS, NU, BITS, FLOATING, HAS_NORM, EPS_INSIDE)
+    for block in range(tl.program_id(1), BLOCKS, tl.num_programs(1)):
+        following = read_block((w, w2), (s, s2), (m, m2), block + tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN, NU)
+        if block + tl.num_programs(1) >= BLOCKS:
+            gdc_launch_dependents(OVERLAP)
+        a, b = products(pieces, vector, factor, (s, s2), block * BN, N, GROUPS, BN, NU, BITS, FLOATING, MINIMA, ASM)
+        rows = block * BN + tl.arange(0, BN)
+        tl.store(out + r * N + rows, (activate(a, ACTIVATION) * b).to(out.dtype.element_ty), mask=rows < N)
+        pieces = following
 
 
 def linear(
@@ -306,7 +317,7 @@ def linear(
     """``residual + weight·norm(x) + bias``: x [R,D] -> [R,E]."""
     out = x.new_empty(len(x), layer.shape[0])
     tile, options = _options(layer, 1, norm, tile)
-    _linear_kernel[(len(x), triton.cdiv(out.shape[1], tile.rows))](
+    _linear_kernel[_grid(out, tile)](
         x, x if norm is None else norm.weight, *_matrix(layer), x if layer.bias is None else layer.bias,
         x if residual is None else residual, out, 0.0 if norm is None else norm.eps, **options,
         HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None, OVERLAP=overlap, launch_pdl=overlap,
@@ -328,10 +339,9 @@ def gate(
     """``act(gate·norm(x)) · (up·norm(x))``: x [R,D] -> [R,E]; both matrices of one scheme and shape."""
     out = x.new_empty(len(x), gate.shape[0])
     tile, options = _options(gate, 2, norm, tile)
-    _gate_kernel[(len(x), triton.cdiv(out.shape[1], tile.rows))](
+    _gate_kernel[_grid(out, tile)](
         x, x if norm is None else norm.weight, *_matrix(gate), *_matrix(up), out, 0.0 if norm is None else norm.eps,
-        **options, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=tile.warps,
+        **options, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -354,15 +364,24 @@ def _matrix(layer: Narrow) -> tuple[Tensor, Tensor, Tensor]:
     return layer.codes.view(torch.int32), layer.scale, layer.scale if layer.minimum is None else layer.minimum
 
 
+def _grid(out: Tensor, tile: Tile) -> tuple[int, int]:
+    """Vectors, and the programs that share the rows of a matrix."""
+    return out.shape[0], min(triton.cdiv(out.shape[1], tile.rows), tile.programs * processors(out.device))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Of a device; one under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _options(
     layer: Narrow, matrices: int, norm: RMSNormWeight | None, tile: Tile | None
 ) -> tuple[Tile, dict[str, int | bool]]:
     outputs, inputs = layer.shape
-    units = layer.codes.shape[1] // UNIT
-    tile = tile or choose_tile(matrices, outputs, units)
+    tile = tile or choose_tile(matrices, outputs, layer.codes.shape[1] // UNIT)
     return tile, {
-        "N": outputs, "K": inputs, "BN": tile.rows, "NU": tile.units,
-        "AHEAD": min(tile.ahead, triton.cdiv(units, tile.units)), "BITS": layer.bits, "FLOATING": layer.floating,
+        "N": outputs, "K": inputs, "BN": tile.rows, "NU": tile.units, "BITS": layer.bits, "FLOATING": layer.floating,
         "GROUPS": layer.scale.shape[1], "MINIMA": layer.minimum is not None, "HAS_NORM": norm is not None,
         "EPS_INSIDE": norm is None or norm.eps_inside_root, "ASM": not triton.knobs.runtime.interpret,
     }  # fmt: skip
