@@ -36,8 +36,8 @@ from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 MOST_ROWS = 8
 """Vectors up to which products are computed here."""
 
-UNIT = 8
-"""Bytes of a unit: the numbers of x that meet them, of 16 bits, are a load of 16 bytes of the same thread."""
+UNIT = 16
+"""Bytes of a unit, of one group; eight numbers of x at a time, of 16 bits, are a load of 16 bytes of the same thread."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +58,18 @@ class Tile:
 
 def choose_tile(matrices: int, rows: int, units: int) -> Tile:
     """For some matrices of so many rows and units in a row."""
-    if units <= 128:
-        return Tile(rows=4, units=triton.next_power_of_2(units), warps=4, programs=4)
-    if units <= 512:
-        return Tile(rows=4 // matrices, units=128, warps=4, programs=4)
-    return Tile(rows=4 // matrices, units=512, warps=16, programs=1)
+    width = min(512, triton.next_power_of_2(units))
+    return Tile(rows=4 // matrices, units=width, warps=max(4, width // 32), programs=4 if width <= 128 else 512 // width)
 
 
 @triton.jit
 def read_units(w, s, m, first, N: tl.constexpr, u, BN: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr,
                MINIMA: tl.constexpr):  # fmt: skip
-    """Words [BN,NU,2] of rows from the first on, and the scales and the minima of their groups [BN,NU], if it has any."""
+    """Words [BN,NU,4] of rows from the first on, and the scales and the minima of their groups [BN,NU], if it has any."""
     row = tl.arange(0, BN)  # products of 32 bits, which are constants beside those of a thread
     here = (first + row < N)[:, None] & (u < UNITS)[None, :]
-    at = row[:, None, None] * (UNITS * 2) + (u * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
-    words = tl.load(w + first.to(tl.int64) * (UNITS * 2) + at, mask=here[:, :, None], other=0,
+    at = row[:, None, None] * (UNITS * 4) + (u * 4)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    words = tl.load(w + first.to(tl.int64) * (UNITS * 4) + at, mask=here[:, :, None], other=0,
                     eviction_policy="evict_first")  # fmt: skip
     scale, least = 1.0, 0.0
     if (GROUPS > 1) | MINIMA:
@@ -110,22 +107,29 @@ def dot_bytes(a, b, c, SIGNED: tl.constexpr, OTHER_SIGNED: tl.constexpr, ASM: tl
 
 @triton.jit
 def read_eight(x, g, k, inside, HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):
-    """Eight numbers for each unit, float32 [NU,8]: x times the norm's weight, and the squares of x."""
+    """Eight numbers for each unit, float32 [NU,8]: x times the norm's weight; and the sum of the squares of x [NU]."""
     k = k[:, None] + tl.arange(0, 8)[None, :]
     v = tl.load(x + k, mask=None if WHOLE else inside[:, None], other=None if WHOLE else 0.0).to(tl.float32)
-    squares = v * v
+    squares = tl.sum(v * v, axis=1)
     if HAS_NORM:
         v *= tl.load(g + k, mask=None if WHOLE else inside[:, None], other=None if WHOLE else 0.0).to(tl.float32)
     return v, squares
 
 
 @triton.jit
-def bytes_of(v):
-    """[NU,8] -> for each byte of a word [NU,2]."""
-    even, odd = tl.split(tl.reshape(v, (v.shape[0], 2, 2, 2)))
+def split_four(v):
+    """[...,4] -> four tensors [...]."""
+    even, odd = tl.split(tl.reshape(v, v.shape[:-1] + [2, 2]))
     v0, v2 = tl.split(even)
     v1, v3 = tl.split(odd)
     return v0, v1, v2, v3
+
+
+@triton.jit
+def split_eight(v):
+    """[NU,8] -> eight tensors [NU]."""
+    low, high = tl.split(tl.permute(tl.reshape(v, (v.shape[0], 2, 4)), (0, 2, 1)))
+    return split_four(low) + split_four(high)
 
 
 @triton.jit
@@ -139,12 +143,15 @@ def rounding(largest):
 
 @triton.jit
 def planes(v, inverse):
-    """v [NU,8] as integers: words [NU] of signed high bytes and of low ones, each of columns 0 to 3 and of 4 to 7."""
+    """v [NU,8] as integers: two words [NU] of signed high bytes, and two of low ones."""
     q = (v * inverse[:, None] + 12582912.0).to(tl.int32, bitcast=True)  # the sum's last bits are v rounded
-    q0, q1, q2, q3 = bytes_of(q)
-    low = (q0 & 255) | ((q1 & 255) << 8) | ((q2 & 255) << 16) | (q3 << 24)
-    high = ((q0 >> 8) & 255) | (q1 & 0xFF00) | ((q2 & 0xFF00) << 8) | ((q3 & 0xFF00) << 16)
-    return tl.split(high), tl.split(low)
+    a = split_eight(q)
+    high, low = (), ()
+    for i in tl.static_range(2):
+        b = a[4 * i : 4 * i + 4]
+        low = low + ((b[0] & 255) | ((b[1] & 255) << 8) | ((b[2] & 255) << 16) | (b[3] << 24),)
+        high = high + (((b[0] >> 8) & 255) | (b[1] & 0xFF00) | ((b[2] & 0xFF00) << 8) | ((b[3] & 0xFF00) << 16),)
+    return high, low
 
 
 @triton.jit
@@ -161,25 +168,33 @@ def multiply(words, high, low, SIGNED: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def read_vector(x, g, u, UNITS: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, HAS_NORM: tl.constexpr,
-                WHOLE: tl.constexpr):  # fmt: skip
-    """x as it meets units u: what ``multiply`` takes, or floats for e4m3 numbers; step and sum [NU]; squares of x [NU]."""
+def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
+                HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """x as it meets units u.
+
+    Returns:
+        Tuples of high and of low words [NU] for ``multiply``, of columns that follow one another, or in place of them
+        for e4m3 numbers floats and nothing; the step and the sum of x times g [NU]; the sum of the squares of x [NU].
+    """
     here = u < UNITS
-    if BITS == 8:
-        v, squares = read_eight(x, g, u * 8, here, HAS_NORM, WHOLE)
+    COLUMNS: tl.constexpr = 128 // BITS
+    eights = ()
+    squares, total, largest = tl.zeros((NU,), tl.float32), tl.zeros((NU,), tl.float32), tl.zeros((NU,), tl.float32)
+    for i in tl.static_range(COLUMNS // 8):
+        v, more = read_eight(x, g, u * COLUMNS + 8 * i, here, HAS_NORM, WHOLE)
+        eights = eights + (v,)
+        squares += more
+        total += tl.sum(v, axis=1)
+        largest = tl.maximum(largest, tl.max(tl.abs(v), axis=1), propagate_nan=tl.PropagateNan.ALL)
+    inverse, step = rounding(largest)
+    high, low = (), ()
+    for i in tl.static_range(COLUMNS // 8):
         if FLOATING:
-            return bytes_of(v), (), 1.0, 0.0, tl.sum(squares, axis=1)
+            high = high + split_eight(eights[i])
         else:
-            inverse, step = rounding(tl.max(tl.abs(v), axis=1))
-            high, low = planes(v, inverse)
-            return high, low, step, 0.0, tl.sum(squares, axis=1)
-    else:  # halves of a byte are 16 columns apart
-        v, squares = read_eight(x, g, u // 2 * 32 + u % 2 * 8, here, HAS_NORM, WHOLE)
-        above, more = read_eight(x, g, u // 2 * 32 + u % 2 * 8 + 16, here, HAS_NORM, WHOLE)
-        inverse, step = rounding(tl.maximum(tl.max(tl.abs(v), axis=1), tl.max(tl.abs(above), axis=1)))
-        high, low = planes(v, inverse)
-        high_above, low_above = planes(above, inverse)
-        return high + high_above, low + low_above, step, tl.sum(v + above, axis=1), tl.sum(squares + more, axis=1)
+            a, b = planes(eights[i], inverse)
+            high, low = high + a, low + b
+    return high, low, step, total, squares
 
 
 @triton.jit
@@ -188,20 +203,19 @@ def add_units(sums, piece, vector, BITS: tl.constexpr, FLOATING: tl.constexpr, G
     """Add to sums [BN,NU] a piece of a matrix times x."""
     words, scale, least = piece
     high, low, step, total, _ = vector
+    words = split_four(words)
     if FLOATING:
-        products = tl.zeros(words.shape, tl.float32)
-        for j in tl.static_range(4):
-            products += float8(words, j) * high[j][None, :, :]
-        return sums + tl.sum(products, axis=2)
+        for i in tl.static_range(16):
+            sums += float8(words[i // 4], i % 4) * high[i][None, :]
+        return sums
     else:
-        a, b = tl.split(words)
-        if BITS == 8:
-            y = multiply((a, b), high, low, True, ASM).to(tl.float32) * step[None, :]
-        else:
-            halves = (a & 0x0F0F0F0F, b & 0x0F0F0F0F, (a >> 4) & 0x0F0F0F0F, (b >> 4) & 0x0F0F0F0F)
-            y = multiply(halves, high, low, False, ASM).to(tl.float32) * step[None, :]
-            if not MINIMA:
-                y -= 8.0 * total[None, :]
+        if BITS == 4:  # halves of a byte are 16 columns apart
+            a, b, c, d = words
+            words = (a & 0x0F0F0F0F, b & 0x0F0F0F0F, c & 0x0F0F0F0F, d & 0x0F0F0F0F, (a >> 4) & 0x0F0F0F0F,
+                     (b >> 4) & 0x0F0F0F0F, (c >> 4) & 0x0F0F0F0F, (d >> 4) & 0x0F0F0F0F)  # fmt: skip
+        y = multiply(words, high, low, BITS == 8, ASM).to(tl.float32) * step[None, :]
+        if BITS == 4 and not MINIMA:
+            y -= 8.0 * total[None, :]
         if GROUPED:
             y *= scale.to(tl.float32)
             if MINIMA:
@@ -229,7 +243,8 @@ def read_whole_vector(x, g, eps, K: tl.constexpr, UNITS: tl.constexpr, NU: tl.co
     out = ()
     squares = tl.zeros((NU,), tl.float32)
     for piece in tl.static_range((UNITS + NU - 1) // NU):
-        found = read_vector(x, g, piece * NU + tl.arange(0, NU), UNITS, BITS, FLOATING, HAS_NORM, WHOLE)
+        found = read_vector(x, g, piece * NU + tl.arange(0, NU), NU, UNITS, BITS, FLOATING, HAS_NORM,
+                            WHOLE)  # fmt: skip
         squares += found[4]
         out = out + (found,)
     factor = 1.0
@@ -264,7 +279,7 @@ def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: 
                    NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
                    MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
                    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    UNITS: tl.constexpr = K * BITS // 64
+    UNITS: tl.constexpr = K * BITS // 128
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
     pieces = read_block((w,), (s,), (m,), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
@@ -289,7 +304,7 @@ def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, N: tl.constexpr, K: tl.con
                  NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
                  MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
                  ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    UNITS: tl.constexpr = K * BITS // 64
+    UNITS: tl.constexpr = K * BITS // 128
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
     pieces = read_block((w, w2), (s, s2), (m, m2), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
