@@ -10,8 +10,8 @@ largest of them, as high and low bytes, and an instruction multiplies four bytes
 
     x[d] = step·(256·high[d] + low[d])      Σ_(d in unit) q[d]·x[d] = step·(256·Σ q·high + Σ q·low)
 
-exactly in int32. Scales and minima are applied once for a unit, in float32. e4m3 numbers become float16 ones, 256 times
-smaller, by a shift, and are multiplied in float32. No number changes threads before the last sum.
+exactly in int32. Scales and minima are applied once for a unit, in float32. e4m3 numbers become pairs of float16 by a
+shift and meet x as pairs of float16; the sums of a unit are float16, too. No number changes threads before the last sum.
 
 Several vectors are further programs, which find the weights in the cache of the device; ``few_rows`` multiplies vectors
 of 16 bits together. The reference is ``ops.narrow_linear``.
@@ -59,7 +59,9 @@ class Tile:
 def choose_tile(matrices: int, rows: int, units: int) -> Tile:
     """For some matrices of so many rows and units in a row."""
     width = min(512, triton.next_power_of_2(units))
-    return Tile(rows=4 // matrices, units=width, warps=max(4, width // 32), programs=4 if width <= 128 else 512 // width)
+    return Tile(
+        rows=4 // matrices, units=width, warps=max(4, width // 32), programs=4 if width <= 128 else 512 // width
+    )
 
 
 @triton.jit
@@ -81,11 +83,26 @@ def read_units(w, s, m, first, N: tl.constexpr, u, BN: tl.constexpr, UNITS: tl.c
 
 
 @triton.jit
-def float8(words, i: tl.constexpr):
-    """The e4m3 numbers i of words, 256 times smaller, float32."""
-    t = words << 8 if i % 2 == 0 else words
-    pair = (t & -0x7FFF8000) | ((t >> 1) & 0x3F803F80)
-    return (pair >> 16 * (i // 2)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def half_of(pair, i: tl.constexpr):
+    """The low or the high float16 of words, float32."""
+    return (pair >> 16 * i).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def dot_halves(a, b, c, ODD: tl.constexpr, ASM: tl.constexpr):
+    """Pairs of float16 ``c + a·b``, with the even or odd e4m3 bytes of words a, 256 times smaller; c is float32 sums of
+    pairs where there are no instructions."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            ("{.reg .b32 t, s; mov.b32 t, $1;" if ODD else "{.reg .b32 t, s; shl.b32 t, $1, 8;")
+            + " and.b32 s, t, 0x80008000; shr.u32 t, t, 1; and.b32 t, t, 0x3F803F80; or.b32 t, t, s;"
+            + " fma.rn.f16x2 $0, t, $2, $3;}",
+            "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        t = a if ODD else a << 8
+        t = (t & -0x7FFF8000) | ((t >> 1) & 0x3F803F80)
+        return c + half_of(t, 0) * half_of(b, 0) + half_of(t, 1) * half_of(b, 1)
 
 
 @triton.jit
@@ -168,13 +185,33 @@ def multiply(words, high, low, SIGNED: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def halves(v, inverse):
+    """v [NU,8] as pairs of float16, at most 1: four words [NU], of columns 0 and 2, 1 and 3, 4 and 6, 5 and 7."""
+    a = split_eight((v * (inverse * 2.0**-15)[:, None]).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
+    return a[0] | (a[2] << 16), a[1] | (a[3] << 16), a[4] | (a[6] << 16), a[5] | (a[7] << 16)
+
+
+@triton.jit
+def multiply_halves(words, pairs, ASM: tl.constexpr):
+    """``Σ q·x/step`` of e4m3 numbers, float32 [BN,NU]; sixteen of them are summed in pairs of float16."""
+    total = tl.zeros(words[0].shape, tl.int32 if ASM else tl.float32)
+    zero = tl.zeros(words[0].shape, tl.int32)
+    for i in tl.static_range(8):
+        total = dot_halves(words[i // 2], pairs[i][None, :] + zero, total, i % 2 == 1, ASM)
+    if ASM:
+        return (half_of(total, 0) + half_of(total, 1)) * 2.0**23
+    else:
+        return total * 2.0**23
+
+
+@triton.jit
 def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
                 HAS_NORM: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """x as it meets units u.
 
     Returns:
-        Tuples of high and of low words [NU] for ``multiply``, of columns that follow one another, or in place of them
-        for e4m3 numbers floats and nothing; the step and the sum of x times g [NU]; the sum of the squares of x [NU].
+        Tuples of high and of low words [NU] for ``multiply``, of columns that follow one another, or pairs for
+        ``multiply_halves`` and nothing; the step and the sum of x times g [NU]; the sum of the squares of x [NU].
     """
     here = u < UNITS
     COLUMNS: tl.constexpr = 128 // BITS
@@ -190,7 +227,7 @@ def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constex
     high, low = (), ()
     for i in tl.static_range(COLUMNS // 8):
         if FLOATING:
-            high = high + split_eight(eights[i])
+            high = high + halves(eights[i], inverse)
         else:
             a, b = planes(eights[i], inverse)
             high, low = high + a, low + b
@@ -205,9 +242,7 @@ def add_units(sums, piece, vector, BITS: tl.constexpr, FLOATING: tl.constexpr, G
     high, low, step, total, _ = vector
     words = split_four(words)
     if FLOATING:
-        for i in tl.static_range(16):
-            sums += float8(words[i // 4], i % 4) * high[i][None, :]
-        return sums
+        return sums + multiply_halves(words, high, ASM) * step[None, :]
     else:
         if BITS == 4:  # halves of a byte are 16 columns apart
             a, b, c, d = words
@@ -266,8 +301,6 @@ def products(pieces, vector, factor, s, first, N: tl.constexpr, GROUPS: tl.const
         for piece in tl.static_range(len(vector)):
             sums = add_units(sums, pieces[piece * len(s) + i], vector[piece], BITS, FLOATING, GROUPED, MINIMA, ASM)
         y = tl.sum(sums, axis=1) * factor
-        if FLOATING:
-            y *= 256.0
         if not GROUPED:
             y *= tl.load(s[i] + rows, mask=rows < N, other=0.0)
         out = out + (y,)

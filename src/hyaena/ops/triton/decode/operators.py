@@ -16,7 +16,7 @@ from hyaena.ops.narrow import Narrow
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 from hyaena.ops.triton import pointwise
-from hyaena.ops.triton.decode import embed_argmax, gemv, narrow, narrow_vector, rope_kv
+from hyaena.ops.triton.decode import embed_argmax, gemv, narrow, rope_kv
 from hyaena.ops.triton.decode.attention import decode_attention
 from hyaena.ops.triton.decode.few_rows import Products
 from hyaena.ops.triton.hyena import explicit_launch, launch
@@ -65,8 +65,7 @@ class FusedDecodeOperators(DecodeOperators):
         if x.shape[0] > 1 and self.products.takes(x, layer):
             return self.products.linear(self.normalise(x, norm), layer, residual=residual)
         if isinstance(layer, Narrow) and len(x) <= narrow.MOST_ROWS and narrow.takes(layer):
-            kernels = narrow_vector if x.dtype in narrow_vector.DTYPES else narrow
-            return kernels.linear(x, layer, norm=norm, residual=residual, overlap=self.overlap)
+            return narrow.linear(x, layer, norm=norm, residual=residual, overlap=self.overlap)
         if not isinstance(layer, Dense) or len(x) > 1:
             return super().linear(x, layer, norm=norm, residual=residual)
         rows, width = layer.weight.shape
@@ -82,8 +81,7 @@ class FusedDecodeOperators(DecodeOperators):
         if x.shape[0] > 1 and self.products.takes(x, gate, up):
             return self.products.gate(self.normalise(x, norm), gate, up, activation=activation)
         if isinstance(gate, Narrow) and isinstance(up, Narrow) and len(x) <= narrow.MOST_ROWS and narrow.takes(gate):
-            kernels = narrow_vector if x.dtype in narrow_vector.DTYPES else narrow
-            return kernels.gate(x, gate, up, norm=norm, activation=activation, overlap=self.overlap)
+            return narrow.gate(x, gate, up, norm=norm, activation=activation, overlap=self.overlap)
         if not isinstance(gate, Dense) or not isinstance(up, Dense) or len(x) > 1:
             return super().gate(x, gate, up, norm=norm, activation=activation)
         rows, width = gate.weight.shape
