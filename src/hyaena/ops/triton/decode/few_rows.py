@@ -26,9 +26,10 @@ from torch import Tensor
 
 from hyaena.ops.linear import Dense, Linear
 from hyaena.ops.narrow import Narrow
+from hyaena.ops.triton import pointwise
 from hyaena.ops.triton.common import activate
-from hyaena.ops.triton.decode import narrow
 from hyaena.ops.triton.decode.attention import operand
+from hyaena.ops.triton.decode.narrow import takes as takes_narrow
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.widen import columns, numbers
 
@@ -57,11 +58,11 @@ class Tile:
     warps: int = 4
 
 
-def choose_tile(vectors: int, matrices: int, rows: int, width: int) -> Tile:
+def choose_tile(vectors: int, matrices: int, rows: int, width: int, *, narrow: bool = False) -> Tile:
     """For so many vectors, and matrices of ``rows`` rows and ``width`` columns each.
 
     As many programs as run at the same time, two on each of 132 processors; one, with more in flight, where the vectors
-    take half of the traffic.
+    take half of the traffic. Four for a narrow matrix, whose numbers wait for being widened.
     """
     if matrices == 2:
         if vectors > 64:
@@ -76,6 +77,8 @@ def choose_tile(vectors: int, matrices: int, rows: int, width: int) -> Tile:
     if vectors > 64 and width < 8192:
         tile = Tile(width=64, stages=6)
     splits, most = 1, 264 if vectors <= 32 else 200
+    if narrow:
+        tile, most = Tile(stages=4), 528
     while splits < 8 and 2 * splits * blocks <= most and width // (2 * splits) >= 512:
         splits *= 2
     if 32 < vectors <= 64 and splits * blocks > 132:
@@ -203,7 +206,7 @@ def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K
     """Rows BN of ``w·x``, or of ``act(w·x)·(v·x)`` with GATE. Grid: (rows of the matrix / BN, SPLITS).
 
     Args:
-        scales: of narrow matrices (BITS 8 or 4), scales and minima of w, then of v.
+        scales: of a narrow matrix (BITS 8 or 4), which has no GATE: its scales and minima.
     """
     GROUPED: tl.constexpr = (GROUPS > 1) | MINIMA
     gdc_wait(OVERLAP)
@@ -232,15 +235,10 @@ def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K
             first = start * BITS // 8
             ws = read_narrow(w, scales[0], scales[1], tl.where(inside, n, 0), first, inside, K * BITS // 8, GROUPS, BJ,
                              BITS, FLOATING, GROUPED, MINIMA, ASM, OPERAND, WHOLE)  # fmt: skip
-            if GATE:
-                vs = read_narrow(v, scales[2], scales[3], tl.where(inside, n, 0), first, inside, K * BITS // 8, GROUPS,
-                                 BJ, BITS, FLOATING, GROUPED, MINIMA, ASM, OPERAND, WHOLE)  # fmt: skip
             j = first + tl.arange(0, BJ)
             for i in tl.static_range(8 // BITS):
                 xs = tl.trans(read_vectors(x, row, columns(j, i, BITS), K, WHOLE)).to(OPERAND)
                 sums = tl.dot(ws[i], xs, sums)
-                if GATE:
-                    others = tl.dot(vs[i], xs, others)
     gdc_launch_dependents(OVERLAP)
     last = True
     if SPLITS > 1:
@@ -257,8 +255,6 @@ def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K
     if last:
         if BITS < 16 and not GROUPED:
             sums *= tl.load(scales[0] + n, mask=inside, other=0.0)[:, None]
-            if GATE:
-                others *= tl.load(scales[2] + n, mask=inside, other=0.0)[:, None]
         if GATE:
             sums = activate(sums, ACTIVATION) * others
         finish(sums, bias, residual, out, n, m, M, N, HAS_BIAS, HAS_RESIDUAL)
@@ -283,7 +279,7 @@ class Products:
 
         def known(layer: Linear) -> bool:
             if isinstance(layer, Narrow):
-                return narrow.takes(layer)
+                return takes_narrow(layer)
             return isinstance(layer, Dense) and layer.weight.dtype == x.dtype
 
         return x.shape[0] <= MOST_ROWS and x.dtype in DTYPES and all(known(layer) for layer in layers)
@@ -294,25 +290,26 @@ class Products:
 
     def gate(self, x: Tensor, gate: Dense | Narrow, up: Dense | Narrow, *, activation: str) -> Tensor:
         """``act(gate·x) · (up·x)``: x [M,K], weights [N,K], of one kind and without biases -> [M,N]."""
-        return self._launch(x, gate, up, None, activation)
+        if isinstance(gate, Dense) and isinstance(up, Dense):
+            return self._launch(x, gate, up.weight, None, activation)
+        return pointwise.gate(self.linear(x, gate), self.linear(x, up), activation)
 
     def _launch(
         self,
         x: Tensor,
         layer: Dense | Narrow,
-        other: Dense | Narrow | None,
+        v: Tensor | None,
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
         w, scales, form = _operands(layer, x.dtype)
-        v, others, _ = _operands(layer if other is None else other, x.dtype)
-        bias, gate = layer.bias, other is not None
+        bias = layer.bias
         vectors, width = x.shape
         rows = len(w)
         padded = max(16, triton.next_power_of_2(vectors))
-        tile = self.tiles.get(("gate" if gate else "linear", padded, rows, width))
-        tile = tile or choose_tile(padded, 2 if gate else 1, rows, width)
-        assert tile.splits == 1 or not gate, "the sums of a gate are not divided"
+        tile = self.tiles.get(("linear" if v is None else "gate", padded, rows, width))
+        tile = tile or choose_tile(padded, 1 if v is None else 2, rows, width, narrow=isinstance(layer, Narrow))
+        assert tile.splits == 1 or v is None, "the sums of a gate are not divided"
         blocks = triton.cdiv(rows, tile.rows)
         out = x.new_empty(vectors, rows)
         partial = tickets = out
@@ -320,11 +317,11 @@ class Products:
             partial = x.new_empty(tile.splits * blocks * tile.rows * padded, dtype=torch.float32)
             tickets = self._counters(blocks, x.device)
         _rows_kernel[(blocks, tile.splits)](
-            x, w, v, scales + others, w if bias is None else bias, x if residual is None else residual, out,
+            x, w, w if v is None else v, scales, w if bias is None else bias, x if residual is None else residual, out,
             partial, tickets, vectors, rows, width,
             BM=padded, BN=tile.rows, BK=tile.width, SPLITS=tile.splits,
             WHOLE=rows % tile.rows == 0 and width % (tile.width * tile.splits) == 0, **form,
-            GATE=gate, ACTIVATION=activation, HAS_BIAS=bias is not None,
+            GATE=v is not None, ACTIVATION=activation, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None, OPERAND=operand(x.dtype), STAGES=tile.stages,
             OVERLAP=self.overlap, launch_pdl=self.overlap, num_warps=tile.warps,
         )  # fmt: skip
