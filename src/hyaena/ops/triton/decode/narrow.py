@@ -4,15 +4,15 @@ As in ``gemv``, a program owns a few rows of the matrix, loads the first pieces 
 in float32; an RMSNorm before it, a second matrix, bias and residual cost no pass of their own.
 
 Memory streams narrow weights faster than a GPU can make float32 numbers of them and multiply: at 4 bits there is time
-for some four operations a weight. So integers are multiplied as integers. A thread takes *units* of 16 bytes,
-the 16 columns of 8 bits or 32 of 4 bits that lie there, and the numbers of x that meet them. It rounds those to 16 bits of the
+for some four operations a weight. So integers are multiplied as integers. A thread takes *units* of 16 bytes, the 16
+columns of 8 bits or 32 of 4 bits that lie there, and the numbers of x that meet them. It rounds those to 16 bits of the
 largest of them, as high and low bytes, and an instruction multiplies four bytes with four and adds them up (dp4a):
 
     x[d] = step·(256·high[d] + low[d])      Σ_(d in unit) q[d]·x[d] = step·(256·Σ q·high + Σ q·low)
 
 exactly in int32. Scales and minima are applied once for a unit, in float32. e4m3 numbers become pairs of float16 by a
 shift and meet x as pairs of float16; the sums of a unit are float16, too. No number changes threads before the last
-sum. Programs stay and take one block of rows after another, of which the next is on its way, so that x is prepared once.
+sum. Programs stay and take one block of rows after another, of which the next is on its way: x is prepared once.
 
 Several vectors are further programs, which find the weights in the cache of the device; ``few_rows`` multiplies vectors
 of 16 bits together. The reference is ``ops.narrow_linear``.
