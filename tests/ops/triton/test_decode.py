@@ -326,6 +326,22 @@ def test_narrow_products(name: str, batch: int, rows: int, width: int, inside: b
         close(got, PLAIN.gate(x.double(), dense[0], dense[1], norm=wide, activation=activation), dtype, roundings)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_narrow_products_with_numbers_that_are_not_finite_are_not(name: str, number: float) -> None:
+    x, layer = randn(1, 256), round_weight(randn(6, 256), SCHEMES[name])
+    x[0, 77] = number
+    assert not FusedDecodeOperators().linear(x, layer).isfinite().any()
+
+
+def test_narrow_products_of_zeros_and_of_large_numbers() -> None:
+    layer = round_weight(randn(6, 256), SCHEMES["int4"])
+    assert not FusedDecodeOperators().linear(torch.zeros(1, 256, device=DEVICE), layer).any()
+    for size in (1e-30, 1e30):
+        x = randn(1, 256) * size
+        close(FusedDecodeOperators().linear(x, layer), PLAIN.linear(x, layer), torch.float32, 200)
+
+
 def test_narrow_products_of_more_rows_are_widened() -> None:
     layer = round_weight(randn(6, 64), SCHEMES["int4"])
     x = randn(9, 64)

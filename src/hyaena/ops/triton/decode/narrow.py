@@ -223,8 +223,8 @@ def read_vector(x, g, u, NU: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constex
         eights = eights + (v,)
         squares += more
         total += tl.sum(v, axis=1)
-        largest = tl.maximum(largest, tl.max(tl.abs(v), axis=1), propagate_nan=tl.PropagateNan.ALL)
-    inverse, step = rounding(largest)
+        largest = tl.maximum(largest, tl.max(tl.abs(v), axis=1))
+    inverse, step = rounding(tl.where(total == total, largest, float("inf")))  # not by a maximum that drops NaN
     high, low = (), ()
     for i in tl.static_range(COLUMNS // 8):
         if FLOATING:
