@@ -19,6 +19,7 @@ RUN_ELSEWHERE = {
     "evo.md": "integrations/evo",
     "vortex.md": "integrations/evo2",
     "serving.md": "integrations/serve",
+    "vllm.md": "integrations/vllm",
 }
 """Pages that need packages of an environment of their own, and the tests that run them there."""
 RUNNABLE = [

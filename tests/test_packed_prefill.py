@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs import TINY, TINY_EVO, TINY_EVO2
 from device import DEVICE
+from hyaena import ops
 from hyaena.cache import Cache
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.layers import MIXERS, Attention
@@ -117,6 +118,24 @@ def test_one_row_that_is_not_finite_disturbs_no_other() -> None:
     got = read(model, together(caches(model, 3, True)), torch.cat(now, dim=1), counts=[5, 7, 6])
     assert bool(got[0, 8:12].isnan().all())
     assert torch.equal(got[0, :5], good[0, :5]) and torch.equal(got[0, 12:], good[0, 12:])
+
+
+def test_rows_with_a_past_of_like_lengths_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But those whose states are copied on the way: these are cut."""
+    model, rows = make(KINDS), []
+    for name in ("hyena", "hyena_states"):
+        call = getattr(ops, name)
+        monkeypatch.setattr(
+            ops, name, lambda z, *rest, call=call, **more: (rows.append(len(z)), call(z, *rest, **more))[1]
+        )
+    for snapshots, want in ((None, [4, 2]), (Snapshots({2: [7], 3: []}), [3, 1, 2])):
+        parts = caches(model, 6, False)
+        for part, ids in zip(parts, prompts([3, 9, 1, 20, 2, 2]), strict=True):
+            read(model, part, ids)
+        rows.clear()
+        counts = [9, 12, 8, 15, 3, 2]
+        read(model, together(parts), torch.cat(prompts(counts), dim=1), counts=counts, snapshots=snapshots)
+        assert rows == want * 3  # layers with a state
 
 
 @pytest.mark.parametrize(

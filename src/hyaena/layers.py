@@ -270,7 +270,7 @@ class Hyena(nn.Module):
             return ops.hyena(z, weight, bias, long_filter, state, mask=mask, reset=reset, **options)
 
         def with_states(
-            z: Tensor, state: HyenaState | None, mask: Tensor | None, stops: Sequence[int]
+            z: Tensor, state: HyenaState | None, mask: Tensor | None, stops: Sequence[int | Tensor]
         ) -> tuple[Tensor, HyenaState, list[HyenaState]]:
             return ops.hyena_states(z, weight, bias, long_filter, state, stops, mask=mask, **options)
 

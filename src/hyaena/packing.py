@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,9 @@ from hyaena.ops.hyena import RowTables
 Recurrence = Callable[[Tensor, Any, Tensor | None, Tensor | None], tuple[Tensor, Any]]
 """``(z [b,T,E], state, mask bool [b,T] or None, reset bool [b,T] or None) -> (y [b,T,D], state)``, for any T."""
 
-WithStates = Callable[[Tensor, Any, Tensor | None, Sequence[int]], tuple[Tensor, Any, Sequence[Any]]]
-"""``(z, state, mask, stops) -> (y, state, states)``: a recurrence, and the states after so many steps of z."""
+WithStates = Callable[[Tensor, Any, Tensor | None, Sequence[int | Tensor]], tuple[Tensor, Any, Sequence[Any]]]
+"""``(z, state, mask, stops) -> (y, state, states)``: a recurrence, and the states after so many steps of z, or after a
+number of steps for each row, int [b]."""
 
 
 class Snapshots:
@@ -113,14 +113,18 @@ Together = Callable[[Tensor, Any, RowTables, int], tuple[Tensor, Any, Any]]
 
 
 class Group(NamedTuple):
-    """Rows of a packed pass that a sequential operator reads together, padded on the left to the longest.
+    """Rows of a packed pass that a sequential operator reads together, padded to the longest.
+
+    Rows that begin are padded on the left, and their padding is masked. Rows with a past are padded on the right, where
+    no output sees it, and their states are taken before it: on the left, the state would decay through it.
 
     Attributes:
         rows: their places in the cache.
-        source: int [b,T'], where each step is in the packed pass; the row's first token for padding, which is masked.
-        mask: bool [b,T'], False for padding; None where there is none.
+        source: int [b,T'], where each step is in the packed pass; the row's first or last token for padding.
+        mask: bool [b,T'], False for padding on the left; None where there is none.
         steps: int, where the steps that are not padding are in [b·T'], row after row.
-        padding: columns of padding of each row.
+        padding: columns of padding on the left of each row.
+        counts: int [b], the steps of rows that are padded on the right; None where there is no such padding.
     """
 
     rows: list[int]
@@ -128,6 +132,21 @@ class Group(NamedTuple):
     mask: Tensor | None
     steps: Tensor
     padding: list[int]
+    counts: Tensor | None
+
+
+class Groups(NamedTuple):
+    """All rows of a packed pass in groups.
+
+    Attributes:
+        groups: each row is in one of them.
+        places: int [T], where each position of the pass is in the steps of all groups, one group after another.
+        row_places: where each row is in the rows of all groups.
+    """
+
+    groups: list[Group]
+    places: Tensor
+    row_places: list[int]
 
 
 class Packing:
@@ -138,11 +157,6 @@ class Packing:
 
     Attributes:
         spans: first and last position (exclusive) of each row in the pass.
-        groups: of rows that a recurrence reads together. Rows that begin are grouped if their lengths differ by less
-            than a factor of two; a row with a past is a group of its own, since padding before its tokens would be part
-            of them.
-        places: int [T], where each position of the pass is in the steps of all groups, one group after another.
-        row_places: where each row is in the rows of all groups.
         last: int [B], the last position of each row in the pass.
     """
 
@@ -151,33 +165,36 @@ class Packing:
         self.last = torch.tensor([stop - 1 for _, stop in self.spans], device="cpu").to(device)
         self._lengths, self._device = lengths, device
         self._tables: tuple[RowTables, list[tuple[int, int]]] | None = None
+        self._groups: dict[frozenset[int], Groups] = {}
 
-    @cached_property
-    def groups(self) -> list[Group]:
-        sizes: dict[object, list[int]] = {}
-        for row, (length, (start, stop)) in enumerate(zip(self._lengths, self.spans, strict=True)):
-            sizes.setdefault((row, "past") if length else (stop - start).bit_length(), []).append(row)
-        return [self._group(rows, self._device) for rows in sizes.values()]
-
-    @cached_property
-    def places(self) -> Tensor:
-        rows = [row for group in self.groups for row in group.rows]
-        return torch.cat([torch.arange(*self.spans[row], device="cpu") for row in rows]).argsort().to(self._device)
-
-    @cached_property
-    def row_places(self) -> list[int]:
-        rows = [row for group in self.groups for row in group.rows]
-        return sorted(range(len(rows)), key=rows.__getitem__)
+    def groups(self, alone: frozenset[int]) -> Groups:
+        """Rows of like lengths, which differ by less than a factor of two, together: those that begin and those with a
+        past; the rows ``alone`` each by itself where they have a past."""
+        if alone not in self._groups:
+            sizes: dict[object, list[int]] = {}
+            for row, (length, (start, stop)) in enumerate(zip(self._lengths, self.spans, strict=True)):
+                key = (row, "alone") if length and row in alone else ((stop - start).bit_length(), bool(length))
+                sizes.setdefault(key, []).append(row)
+            groups = [self._group(rows, self._device) for rows in sizes.values()]
+            rows = [row for group in groups for row in group.rows]
+            places = (
+                torch.cat([torch.arange(*self.spans[row], device="cpu") for row in rows]).argsort().to(self._device)
+            )
+            self._groups[alone] = Groups(groups, places, sorted(range(len(rows)), key=rows.__getitem__))
+        return self._groups[alone]
 
     def _group(self, rows: list[int], device: torch.device) -> Group:
-        counts = torch.tensor([self.spans[row][1] - self.spans[row][0] for row in rows], device="cpu")
+        first, stop = torch.tensor([self.spans[row] for row in rows], device="cpu").T
+        counts, past = stop - first, bool(self._lengths[rows[0]])
         width = int(counts.max())
-        mask = torch.arange(width, device="cpu") >= (width - counts)[:, None]
-        first, last = torch.tensor([self.spans[row] for row in rows], device="cpu").T
-        source = torch.maximum(torch.arange(width, device="cpu") + (last - width)[:, None], first[:, None])
-        steps = mask.flatten().nonzero().flatten()
-        shown = None if bool(mask.all()) else mask.to(device)
-        return Group(rows, source.to(device), shown, steps.to(device), (width - counts).tolist())
+        begin = torch.zeros_like(counts) if past else width - counts  # the column of a row's first step
+        columns = torch.arange(width, device="cpu") - begin[:, None]
+        inside = (columns >= 0) & (columns < counts[:, None])
+        source = torch.minimum(first[:, None] + columns.clamp(min=0), stop[:, None] - 1).to(device)
+        steps = inside.flatten().nonzero().flatten().to(device)
+        padded = not bool(inside.all())
+        mask = inside.to(device) if padded and not past else None
+        return Group(rows, source, mask, steps, begin.tolist(), counts.to(device) if padded and past else None)
 
     def apply(
         self,
@@ -192,15 +209,20 @@ class Packing:
         Without a state all rows begin, and none is returned.
         """
         parts, states = [], []
-        for group in self.groups:
+        stopped = set() if snapshots is None else {row for row, stops in snapshots.stops.items() if stops}
+        groups, places, row_places = self.groups(frozenset(range(len(self.spans)) if with_states is None else stopped))
+        for group in groups:
             inputs, before = z[0, group.source], None if state is None else state.select(group.rows)
-            y, new = evaluate(
-                operator, inputs, before, group.mask, None, group.rows, group.padding, snapshots, with_states
-            )
+            if group.counts is not None and with_states is not None:
+                y, _, (new,) = with_states(inputs, before, None, [group.counts])
+            else:
+                y, new = evaluate(
+                    operator, inputs, before, group.mask, None, group.rows, group.padding, snapshots, with_states
+                )
             parts.append(y.flatten(0, 1)[group.steps])
             states.append(new)
-        y = torch.cat(parts)[self.places].unsqueeze(0)
-        return y, None if state is None else states[0].join(states[1:]).select(self.row_places)
+        y = torch.cat(parts)[places].unsqueeze(0)
+        return y, None if state is None else states[0].join(states[1:]).select(row_places)
 
     def apply_together(
         self, together: Together, z: Tensor, state: Any, snapshots: Snapshots | None

@@ -61,6 +61,24 @@ def test_the_window_of_a_cut_filter_has_states_too() -> None:
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize(("length", "stops"), [(200, [1, 31, 32, 33, 199, 200]), (160, [160, 5, 7]), (9, [2, 9, 1])])
+def test_states_of_rows_after_numbers_of_their_own(kind: str, groups: int, length: int, stops: list[int]) -> None:
+    """What follows in a row is nothing to its state, be it not finite."""
+    made, x = FILTERS[kind](groups), torch.randn(len(stops), length, 6)
+    _, state = long_conv(torch.randn(len(stops), 9, 6), made, None)
+    want = [long_conv(x[row, None, :n], made, state[row, None])[1] for row, n in enumerate(stops)]
+    (found,) = long_conv_states(x, made, state, [torch.tensor(stops)])
+    torch.testing.assert_close(found, torch.cat(want), atol=2e-4, rtol=2e-4)
+    if kind != "canonical":  # whose rows are read one by one
+        for row, n in enumerate(stops):
+            x[row, n:] = torch.nan
+    y, _, (beside,) = long_conv_with_states(x, made, state, [torch.tensor(stops)], method="recurrence")
+    torch.testing.assert_close(beside, torch.cat(want), atol=2e-4, rtol=2e-4)
+    assert all(bool(y[row, :n].isfinite().all()) for row, n in enumerate(stops))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_states_of_the_operator(masked: bool) -> None:
     made, weight, bias = FILTERS["complex"](6), torch.randn(18, 3), torch.randn(18)

@@ -15,11 +15,13 @@ from hyaena.ops.long_conv import (
     Filter,
     Method,
     ModalFilter,
+    Stop,
     check_channels,
     long_conv,
     long_conv_states,
     long_conv_with_states,
 )
+from hyaena.ops.long_conv.explicit import window_at
 from hyaena.ops.short_conv import short_conv
 from hyaena.ops.state import RowTensors
 
@@ -134,7 +136,7 @@ def hyena_states(
     short_bias: Tensor | None,
     long_filter: Filter,
     state: HyenaState | None,
-    stops: Sequence[int],
+    stops: Sequence[Stop],
     *,
     mask: Tensor | None = None,
     method: str = "auto",
@@ -144,7 +146,7 @@ def hyena_states(
 
     Args:
         z, short_weight, short_bias, long_filter, state, mask, method, backend: see ``hyena``.
-        stops: numbers of steps, 1 … T, in rising order.
+        stops: see ``long_conv_states``.
 
     Returns:
         y [B,T,D] and the state after z, as of ``hyena``, and the state after each stop.
@@ -169,7 +171,7 @@ def hyena_states(
     return (
         y,
         last,
-        [HyenaState(past[..., n : n + window].contiguous(), one) for n, one in zip(stops, longs, strict=True)],
+        [HyenaState(window_at(past, n, window).contiguous(), one) for n, one in zip(stops, longs, strict=True)],
     )
 
 

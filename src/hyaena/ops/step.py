@@ -146,6 +146,31 @@ class DecodeOperators:
             old.copy_(now)
         return y.squeeze(1)
 
+    def hyena_at(
+        self,
+        z: Tensor,
+        short_weight: Tensor,
+        short_bias: Tensor | None,
+        long_filter: Filter,
+        state: HyenaState,
+        source: Tensor,
+        target: Tensor,
+    ) -> Tensor:
+        """``hyena`` of rows whose states have places in one of more rows, which may lie apart in memory.
+
+        Args:
+            z: [B,3D].
+            short_weight, short_bias, long_filter: see ``hyena``.
+            state: of S rows, each contiguous.
+            source: int [B], whose state a row of z continues.
+            target: int [B], where the state behind it is written. Several rows may write one that nobody reads.
+        """
+        taken = HyenaState(*(t[source.long()] for t in state.tensors()))
+        y = self.hyena(z, short_weight, short_bias, long_filter, taken)
+        for old, now in zip(state.tensors(), taken.tensors(), strict=True):
+            old[target.long()] = now
+        return y
+
     def normalise(self, x: Tensor, norm: Norm | None) -> Tensor:
         """Apply a norm, or return x itself where there is none."""
         if norm is None:

@@ -398,6 +398,8 @@ class Engine:
             if key in requests:  # others ended while their step was computed
                 self._deliver(requests[key], token)
         self.metrics.observe_load(self)
+        if not plan.reads:
+            self.runner.prepare()
 
     def _deliver(self, active: _Active, chosen: Chosen) -> None:
         """Hand a token to its request."""
@@ -419,12 +421,12 @@ class Engine:
             finish_reason=reason,
             cached_tokens=job.cached or 0,
         )
+        if reason is None:
+            _call(active.sink, delta)  # first: a client waits for it
         seconds = now - (active.last_token or active.arrived)
         self.metrics.token(seconds, first=not active.last_token, adapter=active.request.adapter)
         active.last_token = now
-        if reason is None:
-            _call(active.sink, delta)
-        else:
+        if reason is not None:
             self.scheduler.finish(active.key, self.runner.page_ends().get(active.key))
             self._end(active, delta)
 

@@ -121,10 +121,12 @@ class Runner:
             lane_of[key].extend(key, pages)
         for adapter in plan.decode:
             chosen += self._lanes[adapter].decode(top)
-        if not plan.reads:  # no first token waits for it
-            for lane in self._lanes.values():
-                lane.prepare_row()
         return chosen
+
+    def prepare(self) -> None:
+        """Make ready what the next request needs, while nobody waits for a token."""
+        for lane in self._lanes.values():
+            lane.prepare_row()
 
     def close(self) -> None:
         """Wait for the device."""

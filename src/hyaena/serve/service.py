@@ -7,10 +7,12 @@ import contextlib
 import math
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from hyaena.errors import CapacityError, HyaenaError, InputError
 from hyaena.model import StripedHyena
@@ -98,6 +100,30 @@ def reason(delta: Delta) -> str | None:
     return "stop" if delta.finish_reason == "eos" else delta.finish_reason
 
 
+class Mailbox:
+    """Hands tokens from the engine's thread to queues of one event loop, which is woken once for those of a turn."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._woken = False
+
+    def put(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: Any) -> None:
+        """From any thread."""
+        self._waiting.append((queue, item))
+        if not self._woken:
+            self._woken = True
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False  # first: what is put from now on wakes the loop again
+        while self._waiting:
+            queue, item = self._waiting.popleft()
+            queue.put_nowait(item)
+
+
+_mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
+
+
 class Generation:
     """The requests of one body in the engine.
 
@@ -168,10 +194,8 @@ class Generation:
         self._timer = self._loop.call_later(limits.seconds, self._queue.put_nowait, None)
 
     def _sink(self, index: int) -> Callable[[Delta], None]:
-        def sink(delta: Delta) -> None:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, delta))
-
-        return sink
+        mailbox = _mailboxes.setdefault(self._loop, Mailbox())
+        return lambda delta: mailbox.put(self._loop, self._queue, (index, delta))
 
     async def events(self) -> AsyncGenerator[tuple[Choice, Delta]]:
         """Tokens as they come. Leaving the loop early cancels what has not ended.

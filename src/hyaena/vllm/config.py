@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -14,6 +16,8 @@ from hyaena import hub
 from hyaena.config import MODEL_TYPE, ModelConfig, unknown_layer_kind
 from hyaena.errors import ConfigError, UnsupportedError
 from hyaena.formats import config_from_dict
+from hyaena.fp8 import check_fp8
+from hyaena.ops.fp8 import check_fp8_sizes
 from hyaena.sizes import LAYER_SIZES
 
 
@@ -97,6 +101,7 @@ def read(model: str, revision: str | None) -> tuple[ModelConfig, str]:
     Raises:
         HyaenaError: in one line, what is wrong; a layer of a kind that is not known among it.
     """
+    model = given_name(model)
     if hub.is_hub_id(model) and not Path(model).exists():
         record, _ = hub.describe(model, revision=revision)
         dtype = "bfloat16"  # weights are not downloaded yet
@@ -109,6 +114,16 @@ def read(model: str, revision: str | None) -> tuple[ModelConfig, str]:
     return record, dtype
 
 
+def given_name(model: str) -> str:
+    """What was given for a model, where vLLM replaced a hub id by a folder of the hub's cache.
+
+    It does so under ``HF_HUB_OFFLINE``. What is known about published models is known by their ids, the revision to
+    take among it.
+    """
+    found = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+$", model)
+    return f"{found[1]}/{found[2]}" if found and constants.HF_HUB_OFFLINE else model
+
+
 class EngineCheck(VerifyAndUpdateConfig):
     """What vLLM calls before it builds an engine: refuses what cannot be computed, and chooses our loader."""
 
@@ -116,12 +131,40 @@ class EngineCheck(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         model = vllm_config.model_config
         c = model.hf_config.record()
-        if model.model in hub.PUBLISHED and model.config_format != "hyaena":
-            raise ConfigError(f"{model.model}: its files leave out what hyaena knows: add --config-format hyaena")
-        check_ranks(c, vllm_config.parallel_config.tensor_parallel_size)
+        name, ranks = given_name(model.model), vllm_config.parallel_config.tensor_parallel_size
+        if name in hub.PUBLISHED and model.config_format != "hyaena":
+            raise ConfigError(f"{name}: its files leave out what hyaena knows: add --config-format hyaena")
+        check_weights(c, name)
+        check_ranks(c, ranks)
         check_length(c, model.max_model_len)
+        check_products(c, getattr(model.hf_config, "fp8", "auto"), ranks)
         if vllm_config.load_config.load_format == "auto":
             vllm_config.load_config.load_format = "hyaena"
+
+
+def check_weights(config: ModelConfig, name: str) -> None:
+    """Refuse a model whose linear layers ``hyaena quantize`` made narrow.
+
+    Raises:
+        UnsupportedError: they are.
+    """
+    if config.weights is not None:
+        raise UnsupportedError(
+            f"{name}: has {config.weights} weights, which vLLM's layers do not read: serve it by `hyaena serve`, or "
+            "give vLLM the model that it was made of, and --quantization"
+        )
+
+
+def check_products(config: ModelConfig, mode: str, ranks: int) -> None:
+    """Refuse a way to compute FP8 input projections that is unknown or impossible.
+
+    Raises:
+        InputError: an unknown mode, or ``"exact"`` for a model without such projections.
+        UnsupportedError: ``"exact"``, and a rank's share of a projection has no size of FP8 products.
+    """
+    check_fp8(mode, config.fp8_input_projections)
+    if mode == "exact":
+        check_fp8_sizes(3 * config.hidden_size // ranks, config.hidden_size)
 
 
 def check_ranks(config: ModelConfig, ranks: int) -> None:

@@ -10,6 +10,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from hyaena import hub
 from hyaena.checkpoints import check_names_and_shapes, stream_tensors
+from hyaena.vllm.config import given_name
 
 
 class HyaenaLoader(DefaultModelLoader):
@@ -19,10 +20,10 @@ class HyaenaLoader(DefaultModelLoader):
         super().__init__(load_config)
 
     def download_model(self, model_config: EngineModelConfig) -> None:
-        hub.locate(model_config.model, revision=model_config.revision)
+        hub.locate(given_name(model_config.model), revision=model_config.revision)
 
     def get_all_weights(self, model_config: EngineModelConfig, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Our name and tensor of everything that the checkpoint has; names and shapes are compared first."""
-        checkpoint = hub.locate(model_config.model, revision=model_config.revision)
+        checkpoint = hub.locate(given_name(model_config.model), revision=model_config.revision)
         check_names_and_shapes(checkpoint)
         yield from stream_tensors(checkpoint)

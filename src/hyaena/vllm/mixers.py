@@ -6,6 +6,7 @@ Shapes: T tokens of the whole batch, B sequences, D channels, K taps; every widt
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +26,10 @@ from hyaena import ops
 from hyaena.config import ModelConfig
 from hyaena.filters import ExplicitLongFilter, LongFilter, RealLongFilter, ShortFilter
 from hyaena.ops import HyenaState
+from hyaena.ops.hyena import hyena_packed, packs_in_one_kernel
+from hyaena.ops.step import DecodeOperators
 from hyaena.packing import Packing
+from hyaena.vllm.fp8 import computes_fp8, make_fp8
 from hyaena.vllm.states import StatePages
 
 
@@ -86,9 +90,18 @@ class HyenaMixer(nn.Module):
         ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         d = config.hidden_size
         self.width = d // ranks
-        self.in_proj = MergedColumnParallelLinear(
-            d, [d] * 3, bias=config.hyena_in_bias, quant_config=quantization, prefix=f"{prefix}.in_proj"
+        fp8 = config.fp8_input_projections and computes_fp8(
+            getattr(vllm_config.model_config.hf_config, "fp8", "auto"), vllm_config.device_config.device
         )
+        self.in_proj = MergedColumnParallelLinear(
+            d,
+            [d] * 3,
+            bias=config.hyena_in_bias,
+            quant_config=None if fp8 else quantization,
+            prefix=f"{prefix}.in_proj",
+        )
+        if fp8:
+            make_fp8(self.in_proj)
         self.out_proj = RowParallelLinear(
             d, d, bias=config.hyena_out_bias, quant_config=quantization, prefix=f"{prefix}.out_proj"
         )
@@ -117,64 +130,94 @@ class HyenaMixer(nn.Module):
         pages = self._pages[0]
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # the run that measures memory: a prompt without a state
-            y.copy_(self.hyena(z.unsqueeze(0), None)[0].squeeze(0))
+            y.copy_(ops.hyena(z.unsqueeze(0), *self.filters())[0].squeeze(0))
             return
         m = metadata[pages.prefix]
-        states = pages.states(self.place)
+        states = self.states()
         decodes = m.num_decode_tokens
         if decodes and m.num_accepted_tokens is not None:
             self.verify(z, y, m, states)
         elif decodes:
-            slots = m.state_indices_tensor_d[:decodes, 0].long()
-            out, state = self.hyena(z[:decodes].unsqueeze(1), self.read(states, slots))
-            y[:decodes] = out.squeeze(1)
-            self.write(states, slots, state)
+            slots = m.state_indices_tensor_d[:decodes, 0]
+            y[:decodes] = step_operators(z).hyena_at(z[:decodes], *self.filters(), states, slots, slots)
         if m.num_prefills:
             packing = packing_of(m, z.device)
             here = slice(decodes, decodes + m.num_prefill_tokens)
             slots = m.state_indices_tensor_p.long()
-            before = self.read(states, slots)
-            before = HyenaState(*(_where(m.has_initial_states_p, t, 0) for t in before))  # vLLM does not clear pages
-            out, state = packing.apply(lambda z, s, mask, reset: self.hyena(z, s, mask), z[None, here], before)
+            before = HyenaState(*(_where(m.has_initial_states_p, t[slots], 0) for t in states))  # pages are not cleared
+            out, after = self.read_prompts(z[None, here], before, packing)
             y[here] = out.squeeze(0)
-            self.write(states, slots, state)
+            for stored, now in zip(states, after, strict=True):
+                stored[slots] = now.to(stored.dtype)
 
-    def hyena(self, z: Tensor, state: HyenaState | None, mask: Tensor | None = None) -> tuple[Tensor, HyenaState]:
-        """``ops.hyena`` of this layer: kernels on a GPU, plain torch elsewhere."""
-        weight, bias = self.short_filter.weight, self.short_filter.bias
-        return ops.hyena(z, weight, bias, self.long_filter.view(), state, mask=mask)  # type: ignore[operator]
-
-    def read(self, states: tuple[Tensor, Tensor], slots: Tensor) -> HyenaState:
-        """Copies of the states of sequences: [B,3D,K-1] and [B,D,…]."""
-        short, long = (t[slots] for t in states)
+    def states(self) -> HyenaState:
+        """The states of this layer in vLLM's pages, [blocks,3D,K-1] and [blocks,D,…]."""
+        short, long = self._pages[0].states(self.place)
         return HyenaState(short, torch.view_as_complex(long) if isinstance(self.long_filter, LongFilter) else long)
 
-    def write(self, states: tuple[Tensor, Tensor], slots: Tensor, state: HyenaState) -> None:
-        """Store states of sequences in their pages."""
-        short, long = states
-        short[slots] = state.short.to(short.dtype)
-        long[slots] = torch.view_as_real(state.long) if state.long.is_complex() else state.long.to(long.dtype)
+    def filters(self) -> tuple[Tensor, Tensor | None, ops.Filter]:
+        """Weight and bias of the short filter, and the long filter."""
+        return self.short_filter.weight, self.short_filter.bias, self.long_filter.view()  # type: ignore[operator]
 
-    def verify(self, z: Tensor, y: Tensor, m: Any, states: tuple[Tensor, Tensor]) -> None:
+    def read_prompts(self, z: Tensor, state: HyenaState, packing: Packing) -> tuple[Tensor, HyenaState]:
+        """``ops.hyena`` of the next tokens z [1,T,3D] of several prompts, each from its state: all in one kernel where
+        it takes them, else those of like lengths together."""
+        weight, bias, long_filter = self.filters()
+        backend = ops.resolve_backend(device=z.device, dtype=z.dtype)
+        longest = max(stop - start for start, stop in packing.spans)
+        if packs_in_one_kernel(z, weight, long_filter, state, longest, backend):
+            return packing.apply_together(
+                lambda z, state, rows, stops: hyena_packed(z, weight, bias, long_filter, state, rows, stops),
+                z,
+                state,
+                None,
+            )
+        return packing.apply(
+            lambda z, state, mask, reset: ops.hyena(z, weight, bias, long_filter, state, mask=mask, backend=backend),
+            z,
+            state,
+            with_states=lambda z, state, mask, stops: ops.hyena_states(
+                z, weight, bias, long_filter, state, stops, mask=mask, backend=backend
+            ),
+        )
+
+    def verify(self, z: Tensor, y: Tensor, m: Any, states: HyenaState) -> None:
         """Speculative decoding: every sequence reads its last token and some drafts, and keeps the state after each.
 
         Slot j of a sequence holds the state after its j-th new token; the pass after it starts from the state of the
         last token that was accepted.
         """
         rows, offsets = m.num_decodes, m.query_start_loc_d.long()
-        slots = m.state_indices_tensor_d[:rows].long()
+        slots = m.state_indices_tensor_d[:rows]
         last = (m.num_accepted_tokens[:rows].long() - 1).clamp(min=0)
-        state = self.read(states, slots.gather(1, last[:, None]).squeeze(1))
+        source = slots.gather(1, last[:, None]).squeeze(1)
         lengths = offsets[1 : rows + 1] - offsets[:rows]
         for j in range(slots.shape[1]):
             # Rows with fewer drafts read their first token again; what it gives is kept nowhere. Nothing here waits for
             # the device, so that a CUDA graph can hold it.
             inside = lengths > j
             tokens = torch.where(inside, offsets[:rows] + j, offsets[:rows]).clamp(max=len(z) - 1)
-            out, new = self.hyena(z[tokens].unsqueeze(1), state)
-            y[tokens] = torch.where(inside[:, None], out.squeeze(1), y[tokens])
-            state = HyenaState(*(_where(inside, now.to(old.dtype), old) for old, now in zip(state, new, strict=True)))
-            self.write(states, torch.where(inside, slots[:, j], NULL_BLOCK_ID), state)
+            target = torch.where(inside, slots[:, j], NULL_BLOCK_ID)
+            out = step_operators(z).hyena_at(z[tokens], *self.filters(), states, source, target)
+            y[tokens] = torch.where(inside[:, None], out, y[tokens])
+            source = slots[:, j]
+
+
+def step_operators(z: Tensor) -> DecodeOperators:
+    """What takes a step on states in pages: the kernels, which update them in place, or plain torch.
+
+    The kernels for CPUs are not used: where numba was imported, vLLM 0.32 starts no further engine.
+    """
+    return _step_operators(ops.resolve_backend(device=z.device, dtype=z.dtype).hyena)
+
+
+@cache
+def _step_operators(fused: bool) -> DecodeOperators:
+    if not fused:
+        return DecodeOperators()
+    from hyaena.ops.triton.decode.operators import FusedDecodeOperators  # Triton comes with torch for GPUs only
+
+    return FusedDecodeOperators()
 
 
 def _where(rows: Tensor, yes: Tensor, no: Tensor | float) -> Tensor:

@@ -215,7 +215,7 @@ class HyaenaForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Supports
         embedding = head = None
         for key, weight in weights:
             ours = form.to_ours(without_prefix(key), weight, self.record)
-            if ours is None or part(ours[0]) == SCALES:  # products are those of the dtype of the model
+            if ours is None or (part(ours[0]) == SCALES and f"model.{ours[0]}" not in buffers):
                 continue
             name, weight = ours
             embedding = weight if name == "embed_tokens.weight" and tied else embedding

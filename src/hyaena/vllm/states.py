@@ -158,7 +158,7 @@ class StatePages(nn.Module, MambaBase):
         if prefix in context:
             raise ValueError(f"duplicate layer name: {prefix}")
         context[prefix] = self
-        self.kv_cache = (torch.tensor([]),)
+        self.kv_cache = (torch.tensor([], device="cpu"),)
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         return ((self.size,),)

@@ -10,6 +10,7 @@ from vllm.tokenizers.hf import CachedHfTokenizer, HfTokenizer
 
 from hyaena import hub
 from hyaena.tokenizers import transformers_files
+from hyaena.vllm.config import given_name
 
 
 class HyaenaTokenizer(CachedHfTokenizer):
@@ -19,7 +20,7 @@ class HyaenaTokenizer(CachedHfTokenizer):
     def from_pretrained(
         cls, path_or_repo_id: str | Path, *args: Any, revision: str | None = None, **kwargs: Any
     ) -> HfTokenizer:
-        _, own = hub.load_tokenizer_of(str(path_or_repo_id), revision=revision)
+        _, own = hub.load_tokenizer_of(given_name(str(path_or_repo_id)), revision=revision)
         with tempfile.TemporaryDirectory() as folder:
             for name, content in transformers_files(own).items():
                 (Path(folder) / name).write_bytes(content)

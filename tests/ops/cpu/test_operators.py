@@ -88,7 +88,7 @@ def widened(norm: RMSNormWeight | None) -> RMSNormWeight | None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inside", NORMS)
-@pytest.mark.parametrize(("batch", "rows", "width"), [(1, 17, 96), (1, 6, 2500), (2, 5, 1030), (8, 90, 32), (3, 1, 1)])
+@pytest.mark.parametrize(("batch", "rows", "width"), [(1, 17, 96), (1, 6, 2500), (2, 5, 1030), (7, 90, 32), (4, 1, 1)])
 def test_products(threads: int, dtype: torch.dtype, inside: bool | None, batch: int, rows: int, width: int) -> None:
     x, bias, residual = (torch.randn(*shape).to(dtype) for shape in ((batch, width), (rows,), (batch, rows)))
     a, b = ((torch.randn(rows, width) / width**0.5).to(dtype) for _ in range(2))
@@ -109,7 +109,7 @@ def test_a_row_has_the_same_bits_beside_others_and_on_any_threads(
 ) -> None:
     monkeypatch.setattr(operators, "GRAIN", 1)
     width, rows = 530, 301
-    x, a, b = (torch.randn(n, width).to(dtype) for n in (8, rows, rows))
+    x, a, b = (torch.randn(n, width).to(dtype) for n in (11, rows, rows))
     norm = norm_of(width, True, dtype)
 
     def compute(x: Tensor) -> list[Tensor]:
@@ -120,7 +120,7 @@ def test_a_row_has_the_same_bits_beside_others_and_on_any_threads(
     together = compute(x)
     try:
         torch.set_num_threads(3)
-        for row in range(8):
+        for row in range(len(x)):
             for one, all_ in zip(compute(x[row : row + 1]), together, strict=True):
                 assert torch.equal(one[0], all_[row])
     finally:
@@ -375,7 +375,7 @@ def count(p):  # what numba compiles
 @pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inside", NORMS)
-@pytest.mark.parametrize(("batch", "rows", "width"), [(1, 17, 128), (3, 6, 2560), (2, 5, 896), (8, 90, 128)])
+@pytest.mark.parametrize(("batch", "rows", "width"), [(1, 17, 128), (3, 6, 2560), (2, 5, 896), (7, 90, 128)])
 def test_narrow_products(
     threads: int, name: str, dtype: torch.dtype, inside: bool | None, batch: int, rows: int, width: int
 ) -> None:
@@ -412,9 +412,9 @@ def test_what_narrow_weights_are_multiplied_with_is_rounded_to_16_bits_of_its_bl
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_a_narrow_row_has_the_same_bits_beside_others_and_on_any_threads(name: str, threads: int) -> None:
-    x, layer = torch.randn(5, 384), round_weight(torch.randn(301, 384), SCHEMES[name])
+    x, layer = torch.randn(7, 384), round_weight(torch.randn(301, 384), SCHEMES[name])
     together = COMPILED.linear(x, layer)
-    for row in range(5):
+    for row in range(7):
         assert torch.equal(COMPILED.linear(x[row : row + 1], layer)[0], together[row])
 
 

@@ -239,6 +239,38 @@ FILTERS = {
 }
 
 
+@pytest.mark.parametrize("operators", [PLAIN, FusedDecodeOperators()], ids=["plain", "fused"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [*FILTERS, "2 complex modes"])
+def test_the_hyena_step_on_states_at_places(operators: DecodeOperators, dtype: torch.dtype, kind: str) -> None:
+    """Pages of a state, each with bytes of others around it: rows go from page to page, and nothing else changes."""
+    poles = torch.polar(torch.rand(40, 2), torch.randn(40, 2)).to(DEVICE)
+    complex_modes = ModalFilter(poles, torch.complex(randn(40, 2), randn(40, 2)), randn(40))
+    long_filter = FILTERS[kind]() if kind in FILTERS else complex_modes
+    z, weight = randn(3, 120, dtype=dtype), randn(120, 3).to(dtype)
+    like = long_filter.initial_state(1, 40)
+    shorts = randn(6, 120 * 2 + 32, dtype=dtype)
+    longs = randn(6, 2 * 40 * 128 + 16)
+    long = longs[:, 16 : 16 + like.numel() * (1 + like.is_complex())]
+    pairs = long.unflatten(1, (*like.shape[1:], 2)) if like.is_complex() else long.unflatten(1, like.shape[1:])
+    state = HyenaState(
+        shorts[:, 16:256].unflatten(1, (120, 2)), torch.view_as_complex(pairs) if like.is_complex() else pairs
+    )
+    before, around = HyenaState(*(t.clone() for t in state)), (shorts.clone(), longs.clone())
+    source, target = torch.tensor([[4, 5], [1, 1], [2, 3]], device=DEVICE).int().T
+    got = operators.hyena_at(z, weight, None, long_filter, state, source, target)
+    want = HyenaState(*(t[source.long()].contiguous() for t in before))
+    y = operators.hyena(z, weight, None, long_filter, want)
+    assert torch.equal(got, y)
+    for mine, theirs, old in zip(state, want, before, strict=True):
+        assert torch.equal(mine[target.long()], theirs)
+        assert torch.equal(mine[[0, 2, 4]], old[[0, 2, 4]])
+    for mine, theirs, part in zip((shorts, longs), around, (shorts[:, 16:256], long), strict=True):
+        part.zero_()
+        theirs[:, 16 : 16 + part.shape[1]] = 0
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", FILTERS)
 def test_the_hyena_step_with_other_filters(dtype: torch.dtype, kind: str) -> None:

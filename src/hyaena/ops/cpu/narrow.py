@@ -27,12 +27,15 @@ from hyaena.ops.cpu.vectors import (
     INT16,
     INT32,
     INT64,
+    MANY,
+    NEIGHBOURS,
     constant,
     float_sums,
     fma,
     fold,
     loop,
     pick,
+    portion,
     read,
     spread,
     stored,
@@ -307,52 +310,77 @@ def _eights(kind: ir.Type) -> ir.Constant:
 
 
 @intrinsic
-def sums(context, form, rows, weights, scales, minima, output, width, x):
-    """``Σ w[k]·x[k]`` of one row of a matrix with each of some vectors, float32.
+def neighbours(context, form, rows):
+    """Rows of a matrix that ``write_sums`` multiplies with so many vectors, a literal."""
+    if not isinstance(rows, types.IntegerLiteral):
+        return None
+    count = _neighbours(form, rows.literal_value)
+    return types.int64(form, rows), lambda context, builder, signature, arguments: constant(count, INT64)
+
+
+def _neighbours(form: types.Type, rows: int) -> int:
+    return NEIGHBOURS if rows == MANY and form not in FORMS else 1
+
+
+@intrinsic
+def write_sums(context, form, rows, weights, scales, minima, output, last, width, x, target, stride):
+    """Write ``Σ w[k]·x[k]`` of some rows of a matrix with each of some vectors, float32.
 
     Args:
         form: the token of the weights' dtype, or of their form where they are narrow.
-        rows: vectors, a literal; the results are a tuple of so many.
+        rows: vectors, a literal: 1, 2 or ``MANY``.
         weights, scales, minima: addresses of the matrix; those that a form does not have are not read.
-        output: the row.
+        output, last: the first row of ``neighbours``, and the last that there is: it stands in for those behind it.
         width: columns, whole blocks where the weights are narrow.
         x: the address of the vectors, ``bytes_of_vector`` apart: float32, or what ``round_vector`` wrote.
+        target, stride: the address of the first vector's sums, and the bytes to those of the next.
     """
     if not isinstance(rows, types.IntegerLiteral):
         return None
     count = rows.literal_value
-    result = types.UniTuple(types.float32, count)
 
     def generate(context, builder, signature, arguments):
-        _, _, weights, scales, minima, output, width, x = arguments
-        stride = _bytes_of_vector(builder, form, width)
-        vectors = [builder.add(x, builder.mul(stride, constant(i, INT64))) for i in range(count)]
-        if form not in FORMS:
+        _, _, *matrix, output, last, width, x, target, stride = arguments
+        step = _bytes_of_vector(builder, form, width)
+        vectors = [builder.add(x, builder.mul(step, constant(i, INT64))) for i in range(count)]
+        if form in FORMS:
+            sums = _narrow_sums(builder, FORMS[form], matrix, output, width, vectors)
+        else:
             size = constant(stored(form).get_abi_size(context.target_data), INT64)
-            row = builder.add(weights, builder.mul(builder.mul(output, width), size))
-            return context.make_tuple(builder, result, float_sums(builder, form, row, width, vectors))
-        kind = FORMS[form]
-        row = (
-            builder.mul(output, width)
-            if kind.bits == 8
-            else builder.mul(output, builder.udiv(width, constant(2, INT64)))
-        )
-        codes = builder.inttoptr(builder.add(weights, row), BYTE.as_pointer())
-        blocks = builder.udiv(width, constant(COLUMNS, INT64))
-        rounded = [_Vector.at(builder, vector, width) for vector in vectors]
-        if not kind.blocks:
-            values = _sums8(builder, kind, codes, codes, blocks, rounded)
-            scale = read(builder, FLOAT, builder.inttoptr(scales, FLOAT.as_pointer()), output, 1)
-            return context.make_tuple(builder, result, [builder.fmul(value, scale) for value in values])
-        groups = builder.udiv(blocks, constant(kind.blocks, INT64))
-        first = builder.mul(builder.mul(output, groups), constant(2, INT64))
-        of_row = [builder.inttoptr(builder.add(a, first), HALF.as_pointer()) for a in (scales, minima)]
-        values = (
-            _sums8(builder, kind, codes, of_row[0], blocks, rounded)
-            if kind.bits == 8
-            else _sums4(builder, kind, codes, *of_row, blocks, rounded)
-        )
-        return context.make_tuple(builder, result, values)
+            outputs = [builder.add(output, constant(i, INT64)) for i in range(_neighbours(form, count))]
+            outputs = [builder.select(builder.icmp_signed("<", o, last), o, last) for o in outputs]
+            rows = [builder.add(matrix[0], builder.mul(builder.mul(o, width), size)) for o in outputs]
+            together = float_sums(builder, form, rows, width, vectors)
+            sums = [portion(builder, together, i, count) for i in range(count)]
+        for i, value in enumerate(sums):
+            place = builder.add(target, builder.mul(stride, constant(i, INT64)))
+            builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)
+        return context.get_dummy_value()
 
-    integers = [types.int64] * 6
-    return result(form, rows, *integers), generate
+    integers = [types.int64] * 9
+    return types.void(form, rows, *integers), generate
+
+
+def _narrow_sums(
+    builder: ir.IRBuilder,
+    form: Form,
+    matrix: Sequence[ir.Value],
+    output: ir.Value,
+    width: ir.Value,
+    vectors: Sequence[ir.Value],
+) -> list[ir.Value]:
+    weights, scales, minima = matrix
+    columns = width if form.bits == 8 else builder.udiv(width, constant(2, INT64))
+    codes = builder.inttoptr(builder.add(weights, builder.mul(output, columns)), BYTE.as_pointer())
+    blocks = builder.udiv(width, constant(COLUMNS, INT64))
+    rounded = [_Vector.at(builder, vector, width) for vector in vectors]
+    if not form.blocks:
+        values = _sums8(builder, form, codes, codes, blocks, rounded)
+        scale = read(builder, FLOAT, builder.inttoptr(scales, FLOAT.as_pointer()), output, 1)
+        return [builder.fmul(value, scale) for value in values]
+    groups = builder.udiv(blocks, constant(form.blocks, INT64))
+    first = builder.mul(builder.mul(output, groups), constant(2, INT64))
+    of_row = [builder.inttoptr(builder.add(a, first), HALF.as_pointer()) for a in (scales, minima)]
+    if form.bits == 8:
+        return _sums8(builder, form, codes, of_row[0], blocks, rounded)
+    return _sums4(builder, form, codes, *of_row, blocks, rounded)

@@ -23,7 +23,7 @@ from hyaena.ops.narrow import Narrow
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 
-MOST_ROWS = 16
+MOST_ROWS = 64
 """Rows up to which products are computed here; above, a matrix product of torch reuses what it reads more often."""
 
 GRAIN = 1 << 14

@@ -1,10 +1,11 @@
 """Products of few rows with a matrix that is read once: a linear layer, and the gate of an MLP.
 
 Threads take runs of neighbouring outputs until none are left: long runs first, which a processor reads ahead in, short
-ones at the end, so that all finish together. An output is computed for all rows of x, two at a time, so a weight comes
-from memory once. An output's sum has one order, whatever the number of rows and threads.
+ones at the end, so that all finish together. A few outputs are computed for all rows of x, ``MANY`` rows at a time: a
+weight comes from memory once, and x of these rows stays in the first cache. An output's sum has one order, whatever the
+number of rows and threads.
 
-The sums themselves are ``narrow.sums``, for weights of every form.
+The sums themselves are ``narrow.write_sums``, for weights of every form.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ from functools import lru_cache
 import numpy as np
 
 from hyaena.ops.cpu.memory import STAMP, exp, function, hold, kernel, load, real, store, take, word
-from hyaena.ops.cpu.narrow import bytes_of_vector, is_narrow, round_vector, sums
+from hyaena.ops.cpu.narrow import bytes_of_vector, is_narrow, neighbours, round_vector, write_sums
+from hyaena.ops.cpu.vectors import MANY
 
 LEAST_BYTES = 1 << 13
 """Weights of the shortest run, about."""
 TOGETHER = 16
-"""Outputs of a gate for which one matrix is read before the other."""
+"""Outputs that are computed for all rows before the next ones, or before those of a gate's other matrix: of
+``neighbours`` a multiple."""
+
+LINE = 16
+"""float32 numbers of a cache line."""
 
 SILU, GELU, IDENTITY = 0, 1, 2
 ACTIVATION = {"silu": SILU, "gelu": GELU, "identity": IDENTITY}
@@ -65,44 +71,63 @@ def widen(p, token, out):
 
 
 @function
+def aligned(array):
+    """The first address in an array of float32, ``LINE`` longer than needed, at which a cache line begins."""
+    return (array.ctypes.data + 63) & -64
+
+
+@function
 def prologue(p, token, form):
-    """norm(x) of all rows as ``sums`` takes it, in an array."""
+    """norm(x) of all rows as ``write_sums`` takes it, from the ``aligned`` address of an array on."""
     rows, width = word(p, ROWS), word(p, WIDTH)
-    wide = np.empty(rows * width, np.float32)
-    widen(p, token, wide)
+    wide = np.empty(rows * width + LINE, np.float32)
+    widen(p, token, wide[(aligned(wide) - wide.ctypes.data) // 4 :])
     if not is_narrow(form):
         return wide
     stride = bytes_of_vector(form, width)
-    rounded = np.empty(rows * stride // 4, np.float32)
+    rounded = np.empty(rows * stride // 4 + LINE, np.float32)
     for row in range(rows):
-        round_vector(form, width, wide.ctypes.data + row * width * 4, rounded.ctypes.data + row * stride)
+        round_vector(form, width, aligned(wide) + row * width * 4, aligned(rounded) + row * stride)
     hold(wide)
     return rounded
 
 
 @function
-def finish(p, token, row, output, value):
-    """Add bias and residual, round once."""
-    bias, residual = word(p, BIAS), word(p, RESIDUAL)
-    place = row * word(p, OUTPUTS) + output
-    if bias:
-        value += load(token, bias, output)
-    if residual:
-        value += load(token, residual, place)
-    store(token, word(p, Y), place, value)
+def some_rows(form, count, weight, scale, minimum, first, stop, width, x, target):
+    """Outputs from ``first`` to ``stop`` for ``count`` rows of x, results ``[count,TOGETHER]``."""
+    step = neighbours(form, count)
+    for output in range(first, stop, step):
+        place = target + 4 * (output - first)
+        write_sums(form, count, weight, scale, minimum, output, stop - 1, width, x, place, 4 * TOGETHER)
 
 
 @function
-def all_rows(form, rows, weight, scale, minimum, output, width, x, out, place):
-    """One output of a matrix for all rows of x, into ``out[place]``, ``out[place + TOGETHER]``, …"""
-    stride = bytes_of_vector(form, width)
-    for row in range(0, rows - 1, 2):
-        a, b = sums(form, 2, weight, scale, minimum, output, width, x + row * stride)
-        out[place + row * TOGETHER] = a
-        out[place + (row + 1) * TOGETHER] = b
-    if rows % 2:
-        (a,) = sums(form, 1, weight, scale, minimum, output, width, x + (rows - 1) * stride)
-        out[place + (rows - 1) * TOGETHER] = a
+def all_rows(form, rows, weight, scale, minimum, first, stop, width, x, target):
+    """Outputs from ``first`` to ``stop`` for all rows of x, results ``[rows,TOGETHER]``."""
+    stride, room = bytes_of_vector(form, width), 4 * TOGETHER
+    many, pairs = rows - rows % MANY, rows - rows % 2
+    for row in range(0, many, MANY):
+        some_rows(form, MANY, weight, scale, minimum, first, stop, width, x + row * stride, target + row * room)
+    for row in range(many, pairs, 2):
+        some_rows(form, 2, weight, scale, minimum, first, stop, width, x + row * stride, target + row * room)
+    if pairs < rows:
+        some_rows(form, 1, weight, scale, minimum, first, stop, width, x + pairs * stride, target + pairs * room)
+
+
+@function
+def finish(p, token, first, outputs, values):
+    """Add bias and residual to these outputs of all rows, and round once."""
+    bias, residual = word(p, BIAS), word(p, RESIDUAL)
+    for row in range(word(p, ROWS)):
+        start, place = row * TOGETHER, row * word(p, OUTPUTS) + first
+        if bias:
+            for i in range(outputs):
+                values[start + i] += load(token, bias, first + i)
+        if residual:
+            for i in range(outputs):
+                values[start + i] += load(token, residual, place + i)
+        for i in range(outputs):
+            store(token, word(p, Y), place + i, values[start + i])
 
 
 @function
@@ -114,12 +139,12 @@ def linear_runs(p, token, form):
     if start >= stop:
         return
     given, values = prologue(p, token, form), np.empty(rows * TOGETHER, np.float32)
-    x = given.ctypes.data
+    x, target = aligned(given), values.ctypes.data
     while start < stop:
-        for output in range(start, stop):
-            all_rows(form, rows, weight, scale, minimum, output, width, x, values, 0)
-            for row in range(rows):
-                finish(p, token, row, output, values[row * TOGETHER])
+        for first in range(start, stop, TOGETHER):
+            count = min(TOGETHER, stop - first)
+            all_rows(form, rows, weight, scale, minimum, first, first + count, width, x, target)
+            finish(p, token, first, count, values)
         start, stop = next_run(p)
     hold(given)
 
@@ -149,14 +174,13 @@ def gate_runs(p, token, form):
     if start >= stop:
         return
     x_wide, values = prologue(p, token, form), np.zeros((2, rows * TOGETHER), np.float32)
-    x = x_wide.ctypes.data
+    x, target = aligned(x_wide), values.ctypes.data
+    other = target + 4 * rows * TOGETHER
     while start < stop:
         for first in range(start, stop, TOGETHER):  # each matrix is read in one piece
             count = min(TOGETHER, stop - first)
-            for i in range(count):
-                all_rows(form, rows, gates, scale, minimum, first + i, width, x, values[0], i)
-            for i in range(count):
-                all_rows(form, rows, ups, up_scale, up_minimum, first + i, width, x, values[1], i)
+            all_rows(form, rows, gates, scale, minimum, first, first + count, width, x, target)
+            all_rows(form, rows, ups, up_scale, up_minimum, first, first + count, width, x, other)
             activate(values[0], word(p, ACT))
             for row in range(rows):
                 for i in range(count):

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
 LANES = 16
 """Numbers of a register: those of AVX-512; LLVM splits what a processor has no registers for."""
 SUMS = 2
+MANY = 4
+"""Vectors that share one reading of the weights, where there are so many."""
+NEIGHBOURS = 4 if dict(binding.get_host_cpu_features()).get("avx512f") else 1
+"""Rows of weights that then share one reading of the vectors: as many as the registers have room for sums."""
 
 FLOAT, HALF, BYTE = ir.FloatType(), ir.HalfType(), ir.IntType(8)
 INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -62,9 +66,29 @@ def spread(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     return builder.shuffle_vector(one, one, constant(0, INT32, lanes))
 
 
+def gathered(builder: ir.IRBuilder, values: Sequence[ir.Value]) -> ir.Value:
+    """Scalars side by side in a register; the scalar itself if it is one."""
+    if len(values) == 1:
+        return values[0]
+    register = ir.Constant(vector(values[0].type, len(values)), ir.Undefined)
+    for i, value in enumerate(values):
+        register = builder.insert_element(register, value, constant(i, INT32))
+    return register
+
+
 def pick(builder: ir.IRBuilder, value: ir.Value, places: Sequence[int]) -> ir.Value:
     """The numbers of a register at these places."""
     return builder.shuffle_vector(value, value, ir.Constant(vector(INT32, len(places)), list(places)))
+
+
+def portion(builder: ir.IRBuilder, value: ir.Value, index: int, parts: int) -> ir.Value:
+    """One of so many equal parts of a register; a scalar if a part is one number, or if the whole is one."""
+    if not isinstance(value.type, ir.VectorType):
+        return value
+    size = value.type.count // parts
+    if size == 1:
+        return builder.extract_element(value, constant(index, INT32))
+    return pick(builder, value, range(index * size, (index + 1) * size))
 
 
 def fold(builder: ir.IRBuilder, value: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
@@ -74,6 +98,21 @@ def fold(builder: ir.IRBuilder, value: ir.Value, combine: Callable[[ir.Value, ir
         half //= 2
         value = combine(pick(builder, value, range(half)), pick(builder, value, range(half, 2 * half)))
     return combine(*(builder.extract_element(value, constant(i, INT32)) for i in range(2)))
+
+
+def fold_each(builder: ir.IRBuilder, values: Sequence[ir.Value]) -> ir.Value:
+    """The sums of 1, 2, 4, … registers, side by side: in halves as by ``fold``, with fewer shuffles for many."""
+    if len(values) == 1:
+        return fold(builder, values[0], builder.fadd)
+    values, size = list(values), values[0].type.count
+    while size > 1:
+        size //= 2
+        pairs = [*zip(values[::2], values[1::2], strict=True)] if len(values) > 1 else [(values[0], values[0])]
+        count = values[0].type.count * min(2, len(values))  # in both of a pair
+        low = [first + i for first in range(0, count, 2 * size) for i in range(size)]
+        masks = [ir.Constant(vector(INT32, len(low)), [i + part for i in low]) for part in (0, size)]
+        values = [builder.fadd(*(builder.shuffle_vector(*pair, mask) for mask in masks)) for pair in pairs]
+    return values[0]
 
 
 def fma(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -110,38 +149,59 @@ def loop(
 
 
 def float_sums(
-    builder: ir.IRBuilder, token: types.Type, weights: ir.Value, width: ir.Value, vectors: Sequence[ir.Value]
-) -> list[ir.Value]:
-    """``Σ weights[k]·x[k]`` for ``width`` numbers at an address, with each of the float32 vectors at addresses.
+    builder: ir.IRBuilder,
+    token: types.Type,
+    weights: Sequence[ir.Value],
+    width: ir.Value,
+    vectors: Sequence[ir.Value],
+) -> ir.Value:
+    """``Σ weights[k]·x[k]`` of rows of ``width`` numbers with float32 vectors, all at addresses; 1, 2, 4, … of each.
 
-    The order of summation depends on the width alone.
+    The order of summation depends on the width alone: so many registers of every ``SUMS`` registers are added up, and
+    the rest one by one. For many vectors that is one loop after another, since all their sums would need more registers
+    than there are.
+
+    Returns:
+        The sums of the first vector with all rows, of the second, …, side by side.
     """
-    weights = builder.inttoptr(weights, stored(token).as_pointer())
-    pointers = [builder.inttoptr(x, FLOAT.as_pointer()) for x in vectors]
-    rows = len(pointers)
+    rows = [builder.inttoptr(w, stored(token).as_pointer()) for w in weights]
+    xs = [builder.inttoptr(x, FLOAT.as_pointer()) for x in vectors]
+    count = len(rows) * len(xs)
 
-    def add(lanes: int, sums: int) -> Body:
+    def add(*places: int) -> Body:
+        """Add products of registers at these places, to one sum for each place, vector and row."""
+
         def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            for i in range(sums):
-                here = builder.add(index, constant(lanes * i, INT64))
-                a = read_wide(builder, token, weights, here, lanes)
-                for row, x in enumerate(pointers):
-                    b = read(builder, FLOAT, x, here, lanes)
-                    totals[row * sums + i] = fma(builder, totals[row * sums + i], a, b)
+            for i, place in enumerate(places):
+                here = builder.add(index, constant(LANES * place, INT64))
+                found = [read_wide(builder, token, w, here, LANES) for w in rows]
+                for j, x in enumerate(xs):
+                    b, first = read(builder, FLOAT, x, here, LANES), i * count + j * len(rows)
+                    for at, a in enumerate(found, first):
+                        totals[at] = fma(builder, totals[at], a, b)
             return totals
 
         return body
+
+    def last(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+        a = [read_wide(builder, token, w, index, 1) for w in rows]
+        b = [read(builder, FLOAT, x, index, 1) for x in xs]
+        pairs = [(w, x) for x in b for w in a]
+        return [fma(builder, totals[0], *(gathered(builder, side) for side in zip(*pairs, strict=True)))]
 
     def whole(step: int) -> ir.Value:
         return builder.and_(width, constant(-step, INT64))
 
     start, first, second = constant(0, INT64), whole(LANES * SUMS), whole(LANES)
-    zeros = [constant(0.0, FLOAT, LANES)] * (SUMS * rows)
-    totals = loop(builder, start, first, LANES * SUMS, zeros, add(LANES, SUMS))
-    totals = [builder.fadd(totals[row * SUMS], totals[row * SUMS + 1]) for row in range(rows)]
-    totals = loop(builder, first, second, LANES, totals, add(LANES, 1))
-    totals = [fold(builder, total, builder.fadd) for total in totals]
-    return loop(builder, second, width, 1, totals, add(1, 1))
+    zeros = [constant(0.0, FLOAT, LANES)] * count
+    if len(xs) < MANY:
+        both = loop(builder, start, first, LANES * SUMS, zeros * SUMS, add(*range(SUMS)))
+        parts = [both[place * count : (place + 1) * count] for place in range(SUMS)]
+    else:
+        parts = [loop(builder, start, first, LANES * SUMS, zeros, add(place)) for place in range(SUMS)]
+    totals = [builder.fadd(*pair) for pair in zip(*parts, strict=True)]
+    totals = loop(builder, first, second, LANES, totals, add(0))
+    return loop(builder, second, width, 1, [fold_each(builder, totals)], last)[0]
 
 
 @intrinsic
@@ -150,6 +210,6 @@ def dot(context, token, weights, width, x):
 
     def generate(_, builder, signature, arguments):
         _, weights, width, x = arguments
-        return float_sums(builder, token, weights, width, [x])[0]
+        return float_sums(builder, token, [weights], width, [x])
 
     return types.float32(token, types.int64, types.int64, types.int64), generate

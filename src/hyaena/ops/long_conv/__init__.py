@@ -28,10 +28,12 @@ from hyaena.ops.long_conv.explicit import ExplicitFilter
 from hyaena.ops.long_conv.filters import (
     Evaluate,
     Filter,
+    Stop,
     by_document,
     complex_dtype,
     group_rows,
     group_state,
+    group_stops,
     ungroup_rows,
     ungroup_state,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "Method",
     "ModalFilter",
     "RealModalFilter",
+    "Stop",
     "TableStore",
     "Truncation",
     "by_document",
@@ -222,7 +225,7 @@ def long_conv(
 
 
 def long_conv_with_states(
-    x: Tensor, filter: Filter, state: Tensor | None, stops: Sequence[int], *, method: str = "auto"
+    x: Tensor, filter: Filter, state: Tensor | None, stops: Sequence[Stop], *, method: str = "auto"
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """``long_conv`` and ``long_conv_states``.
 
@@ -240,7 +243,7 @@ def long_conv_with_states(
 
 
 def _apply(
-    x: Tensor, filter: Filter, state: Tensor | None, method: str, reset: Tensor | None, stops: Sequence[int]
+    x: Tensor, filter: Filter, state: Tensor | None, method: str, reset: Tensor | None, stops: Sequence[Stop]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """See ``long_conv``; the states at the stops where the method computes them by the way, else none."""
     if x.ndim != 3 or x.shape[1] == 0:
@@ -265,7 +268,7 @@ def _apply(
         if together is None:
             y, *after = filter.methods[name](filter, *rows, reset)
         else:
-            y, last, states = together(*rows, stops)
+            y, last, states = together(*rows, group_stops(stops, channels, groups))
             after = [last, *states]
         y, after = ungroup_rows(y, batch), [ungroup_state(one, batch) for one in after]
         if filter.skip is not None:
@@ -274,7 +277,7 @@ def _apply(
     return y.to(x.dtype), last, states
 
 
-def long_conv_states(x: Tensor, filter: Filter, state: Tensor | None, stops: Sequence[int]) -> list[Tensor]:
+def long_conv_states(x: Tensor, filter: Filter, state: Tensor | None, stops: Sequence[Stop]) -> list[Tensor]:
     """The states of ``long_conv`` after the first steps of x, without the outputs.
 
     A kind of filter with a method ``states(x, state, stops)`` computes all of them together; where it has none, or the
@@ -282,7 +285,7 @@ def long_conv_states(x: Tensor, filter: Filter, state: Tensor | None, stops: Seq
 
     Args:
         x, filter, state: see ``long_conv``.
-        stops: numbers of steps, 1 … T, in rising order.
+        stops: numbers of steps, 1 … T, in rising order, or tensors int [B] of a number for each row.
 
     Returns:
         A state [B,D,…] for every stop.
@@ -294,11 +297,20 @@ def long_conv_states(x: Tensor, filter: Filter, state: Tensor | None, stops: Seq
         before = filter.initial_state(batch, channels) if state is None else state
         dtype = complex_dtype(filter.dtype) if before.is_complex() else filter.dtype
         rows = group_rows(x.to(filter.dtype), groups), group_state(before.to(dtype), groups)
-        found = None if together is None else together(*rows, stops)
+        found = None if together is None else together(*rows, group_stops(stops, channels, groups))
         if found is not None:
             return [ungroup_state(one, batch).to(dtype).contiguous() for one in found]
+    if any(isinstance(stop, Tensor) for stop in stops):
+        return [_state_by_rows(x, filter, before, stop) for stop in stops]
     states = []
     for start, stop in itertools.pairwise([0, *stops]):
         _, state = long_conv(x[:, start:stop], filter, state)
         states.append(state)
     return states
+
+
+def _state_by_rows(x: Tensor, filter: Filter, state: Tensor, stop: Stop) -> Tensor:
+    """The state of each row after its own number of steps, one row after another."""
+    counts = stop.tolist() if isinstance(stop, Tensor) else [stop] * len(x)
+    rows = [slice(row, row + 1) for row in range(len(x))]
+    return torch.cat([long_conv(x[row, :n], filter, state[row])[1] for row, n in zip(rows, counts, strict=True)])

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hyaena.ops.long_conv.filters import Stop
 from hyaena.ops.long_conv.modes import Modes, as_real_pairs, from_real_pairs, limit, narrow, powers, readout_pairs
 
 CHUNK = 32
@@ -84,8 +85,10 @@ class _Chunks:
         starts = torch.cat([state.transpose(0, 1).unsqueeze(2), local[:, :, :-1]], dim=2)
         self.starts = scan_chunks(starts, tables.hops((count - 1).bit_length()), self._unbroken)
 
-    def state(self, stop: int) -> Tensor:
-        """The state [B,F,N] after so many steps; with resets only after all of them."""
+    def state(self, stop: int | Tensor) -> Tensor:
+        """The state [B,F,N] after so many steps, or int [B] of each row; with resets only after all of them."""
+        if isinstance(stop, Tensor):
+            return self._state_of_rows(stop)
         chunk = min(stop // self.size, self.shape[1] - 1)
         steps = stop - chunk * self.size
         found = self.starts[:, :, chunk]
@@ -97,9 +100,21 @@ class _Chunks:
             found = carried + from_real_pairs(tail, self.like)
         return found.transpose(0, 1)
 
+    def _state_of_rows(self, stops: Tensor) -> Tensor:
+        """Nothing here waits for the device, and every row costs the same."""
+        batch, count = self.shape
+        rows = torch.arange(batch, device=stops.device)
+        chunks = (stops // self.size).clamp(max=count - 1)
+        steps = stops - chunks * self.size
+        places = torch.arange(self.size, device=stops.device) - self.size + steps[:, None]  # up to the last step
+        tails = self.values.unflatten(1, self.shape)[:, rows[:, None], chunks[:, None], places.clamp(min=0)]
+        tails = torch.where(places >= 0, tails, 0) @ self.gather
+        carried = self.starts[:, rows, chunks] * self.decay[..., steps].transpose(1, 2)  # [F,B,N]
+        return (carried + from_real_pairs(tails, self.like)).transpose(0, 1)
+
 
 def long_conv_blocked(
-    x: Tensor, tables: BlockTables, state: Tensor, reset: Tensor | None = None, stops: Sequence[int] = ()
+    x: Tensor, tables: BlockTables, state: Tensor, reset: Tensor | None = None, stops: Sequence[Stop] = ()
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """x real [B,T,F], state [B,F,N] -> y real [B,T,F], the final state, and the states after ``stops`` steps.
 
@@ -119,7 +134,7 @@ def long_conv_blocked(
     return y, chunks.state(length), [chunks.state(stop) for stop in stops]
 
 
-def states_blocked(x: Tensor, tables: BlockTables, state: Tensor, stops: Sequence[int]) -> list[Tensor]:
+def states_blocked(x: Tensor, tables: BlockTables, state: Tensor, stops: Sequence[Stop]) -> list[Tensor]:
     """The states alone that ``long_conv_blocked`` returns for ``stops``."""
     chunks = _Chunks(x, tables, state, None)
     return [chunks.state(stop) for stop in stops]

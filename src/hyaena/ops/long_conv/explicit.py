@@ -17,7 +17,7 @@ from torch import Tensor
 from hyaena.errors import InputError
 from hyaena.ops.long_conv.blocked import segmented_product
 from hyaena.ops.long_conv.fft import fft_size
-from hyaena.ops.long_conv.filters import SHORT, by_document, check_shape, wide_dtype
+from hyaena.ops.long_conv.filters import SHORT, Stop, by_document, check_shape, wide_dtype
 from hyaena.ops.long_conv.reference import fir_reference
 
 FEW = 8
@@ -65,9 +65,9 @@ class ExplicitFilter(NamedTuple):
             return "direct"
         return "fft"
 
-    def states(self, x: Tensor, state: Tensor, stops: Sequence[int]) -> list[Tensor] | None:
+    def states(self, x: Tensor, state: Tensor, stops: Sequence[Stop]) -> list[Tensor] | None:
         past = torch.cat([state, x.transpose(1, 2).to(state.dtype)], dim=-1)  # [B,F,W-1+T]
-        return [past[..., stop : stop + state.shape[-1]] for stop in stops]
+        return [window_at(past, stop, state.shape[-1]) for stop in stops]
 
     def evaluate(self, x: Tensor, state: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor]:
         """The filter by the method that suits its length: see ``Evaluate``."""
@@ -191,6 +191,14 @@ def next_window(x: Tensor, state: Tensor, reset: Tensor | None) -> Tensor:
         return after
     document = document_numbers(reset, window + 1)[:, -window:]
     return torch.where((document == document[:, -1:]).unsqueeze(1), after, 0)
+
+
+def window_at(past: Tensor, stop: Stop, size: int) -> Tensor:
+    """The window after so many steps: of past [B,F,size+T], which begins with the window before them, [B,F,size]."""
+    if not isinstance(stop, Tensor):
+        return past[..., stop : stop + size]
+    places = stop[:, None, None] + torch.arange(size, device=past.device)
+    return past.gather(-1, places.expand(-1, past.shape[1], -1))
 
 
 def document_numbers(reset: Tensor, taps: int) -> Tensor:

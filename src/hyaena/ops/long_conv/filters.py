@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,9 @@ from hyaena.errors import InputError
 Evaluate = Callable[[Any, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """``(filter, x, state, reset) -> (y, state)``: x real [B,T,F] in ``filter.dtype``, state [B,F,…], reset bool [B,T] or
 None. The skip is not part of y. ``by_document`` makes one of a function that cannot reset."""
+
+Stop = int | Tensor
+"""A number of steps, 1 … T, or a number for each row, int [B]."""
 
 SHORT = 16
 """Below this many steps the step loop is cheaper than building matrices or spectra."""
@@ -136,3 +139,9 @@ def ungroup_state(state: Tensor, batch: int) -> Tensor:
     if state.shape[0] == batch:
         return state
     return state.unflatten(0, (batch, -1)).movedim(1, 2).flatten(1, 2)
+
+
+def group_stops(stops: Sequence[Stop], channels: int, groups: int) -> list[Stop]:
+    """``group_rows`` of numbers of steps."""
+    repeats = channels // groups
+    return [stop.repeat_interleave(repeats) if isinstance(stop, Tensor) and repeats > 1 else stop for stop in stops]

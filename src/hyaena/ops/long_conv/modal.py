@@ -17,7 +17,7 @@ from hyaena.ops.long_conv.blocked import BlockTables, long_conv_blocked, states_
 from hyaena.ops.long_conv.canonical_fft import long_conv_canonical_fft
 from hyaena.ops.long_conv.exported import long_conv_exported
 from hyaena.ops.long_conv.fft import long_conv_fft
-from hyaena.ops.long_conv.filters import SHORT, by_document, check_shape, complex_dtype, wide_dtype
+from hyaena.ops.long_conv.filters import SHORT, Stop, by_document, check_shape, complex_dtype, wide_dtype
 from hyaena.ops.long_conv.modes import Modes, widen
 from hyaena.ops.long_conv.recurrence import long_conv_recurrence
 from hyaena.ops.long_conv.reference import long_conv_reference
@@ -111,11 +111,11 @@ class ModalFilter(NamedTuple):
             return "truncated"
         return _automatic(length)
 
-    def states(self, x: Tensor, state: Tensor, stops: Sequence[int]) -> list[Tensor] | None:
+    def states(self, x: Tensor, state: Tensor, stops: Sequence[Stop]) -> list[Tensor] | None:
         return states_blocked(x, self.block_tables(), state, stops) if state.is_complex() else None
 
     def blocked_with_states(
-        self, x: Tensor, state: Tensor, stops: Sequence[int]
+        self, x: Tensor, state: Tensor, stops: Sequence[Stop]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         return long_conv_blocked(x, self.block_tables(), state, None, stops)
 
@@ -193,13 +193,13 @@ class RealModalFilter(NamedTuple):
             return "truncated"
         return _automatic(length)
 
-    def states(self, x: Tensor, state: Tensor, stops: Sequence[int]) -> list[Tensor] | None:
+    def states(self, x: Tensor, state: Tensor, stops: Sequence[Stop]) -> list[Tensor] | None:
         if state.shape[-1] != self.log_poles.shape[1]:
             return None
         return states_blocked(x, self.block_tables(), state, stops)
 
     def blocked_with_states(
-        self, x: Tensor, state: Tensor, stops: Sequence[int]
+        self, x: Tensor, state: Tensor, stops: Sequence[Stop]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         return long_conv_blocked(x, self.block_tables(), state, None, stops)
 

@@ -19,7 +19,7 @@ from hyaena.ops.triton import pointwise
 from hyaena.ops.triton.decode import embed_argmax, gemv, narrow, rope_kv
 from hyaena.ops.triton.decode.attention import decode_attention
 from hyaena.ops.triton.decode.few_rows import Products
-from hyaena.ops.triton.hyena import explicit_launch, launch
+from hyaena.ops.triton.hyena import step_launch
 from hyaena.ops.triton.hyena.register import real_pairs
 
 
@@ -112,16 +112,44 @@ class FusedDecodeOperators(DecodeOperators):
     ) -> Tensor:
         if triton.unsupported_reason(z, short_weight, long_filter, state.long, None) is not None:
             return super().hyena(z, short_weight, short_bias, long_filter, state)
+        return self._hyena(z, short_weight, short_bias, long_filter, state, None)
+
+    def hyena_at(
+        self,
+        z: Tensor,
+        short_weight: Tensor,
+        short_bias: Tensor | None,
+        long_filter: Filter,
+        state: HyenaState,
+        source: Tensor,
+        target: Tensor,
+    ) -> Tensor:
+        odd = isinstance(long_filter, RealModalFilter) and long_filter.residues.shape[1] % 2
+        if odd or triton.unsupported_reason(z, short_weight, long_filter, state.long, None) is not None:
+            return super().hyena_at(z, short_weight, short_bias, long_filter, state, source, target)
+        return self._hyena(z, short_weight, short_bias, long_filter, state, (source.contiguous(), target.contiguous()))
+
+    def _hyena(
+        self,
+        z: Tensor,
+        short_weight: Tensor,
+        short_bias: Tensor | None,
+        long_filter: Filter,
+        state: HyenaState,
+        places: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         short, long = state
         if isinstance(long_filter, ExplicitFilter):
             given = (long_filter.taps, long_filter.skip, short, long, short, long)
-            return explicit_launch.step(z, short_weight, short_bias, *given, self.overlap).squeeze(1)
+            return step_launch.step_taps(z, short_weight, short_bias, *given, self.overlap, places).squeeze(1)
         assert isinstance(long_filter, ModalFilter | RealModalFilter)
         poles, residues, pairs = real_pairs(long_filter, long)
         assert pairs is not None
         filter = (poles, residues, long_filter.skip)
         real = isinstance(long_filter, RealModalFilter)
-        y = launch.step(z, short_weight, short_bias, *filter, short, pairs, short, pairs, self.overlap, real)
+        y = step_launch.step_modes(
+            z, short_weight, short_bias, *filter, short, pairs, short, pairs, self.overlap, real, places
+        )
         if real and long.shape[-1] % 2:  # a copy that one more mode made even
             long.copy_(pairs.flatten(2)[..., :-1])
         return y.squeeze(1)

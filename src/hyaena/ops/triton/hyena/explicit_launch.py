@@ -15,7 +15,6 @@ from hyaena.ops.triton.hyena.direct_backward import direct_backward_kernel
 from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
 from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel
 from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, power_of_two, window
-from hyaena.ops.triton.hyena.step import explicit_step_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of z, weight, bias, taps, skip, short and long."""
@@ -290,51 +289,6 @@ def _of_short_filter(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tens
     total = sums.sum(dim=(0, 1))  # [3K+3+W,D]
     dweight = total[: 3 * taps].view(3, taps, width // 3).flip(1).transpose(1, 2).reshape(width, taps)
     return dweight, total[3 * taps : 3 * taps + 3].reshape(width).clone(), total[3 * taps + 3 :]
-
-
-def step(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    taps: Tensor,
-    skip: Tensor | None,
-    short: Tensor,
-    long: Tensor,
-    short_out: Tensor,
-    long_out: Tensor,
-    overlap: bool = False,
-) -> Tensor:
-    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read."""
-    channels = z.shape[-1] // 3
-    groups, count = taps.shape
-    columns = power_of_two(count)
-    block = max(1, min(64, 2048 // columns))
-    y = z.new_empty(z.shape[0], 1, channels)
-    start: Any = explicit_step_kernel[(cdiv(channels, block), z.shape[0])]
-    start(
-        z.contiguous(),
-        weight.contiguous(),
-        z if bias is None else bias,
-        taps.contiguous(),
-        z if skip is None else skip,
-        short,
-        long,
-        y,
-        short_out,
-        long_out,
-        D=channels,
-        K=weight.shape[-1],
-        W=count,
-        WP=columns,
-        WIDTH=channels // groups,
-        BD=block,
-        HAS_BIAS=bias is not None,
-        HAS_SKIP=skip is not None,
-        OVERLAP=overlap,
-        launch_pdl=overlap,
-        num_warps=4,
-    )
-    return y
 
 
 def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:

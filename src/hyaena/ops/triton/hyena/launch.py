@@ -12,7 +12,6 @@ from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.hyena.backward import backward_chain_kernel, backward_gradients_kernel, backward_sums_kernel
 from hyaena.ops.triton.hyena.boundaries import boundaries_kernel
 from hyaena.ops.triton.hyena.forward import hyena_forward_kernel
-from hyaena.ops.triton.hyena.step import hyena_step_kernel
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of z, weight, bias, poles, residues, skip, short and long."""
@@ -48,8 +47,6 @@ class Operands(NamedTuple):
         """The same operands, each contiguous in memory."""
         return Operands(*(None if t is None else t.contiguous() for t in self[:-1]), self.real)  # type: ignore[arg-type]
 
-
-STEP_CHANNELS = 64
 
 EXCHANGE = 16384
 """Bytes of shared memory that Triton may use to rearrange states."""
@@ -278,51 +275,6 @@ def age(reset: Tensor) -> Tensor:
     """
     steps = torch.arange(reset.shape[1], device=reset.device)
     return (steps - torch.where(reset, steps, -(2**30)).cummax(dim=1).values).int()
-
-
-def step(
-    z: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    poles: Tensor,
-    residues: Tensor,
-    skip: Tensor | None,
-    short: Tensor,
-    long: Tensor,
-    short_out: Tensor,
-    long_out: Tensor,
-    overlap: bool = False,
-    real: bool = False,
-) -> Tensor:
-    """Launch the step kernel: shapes as in ``forward`` with T = 1; the outputs may be the states that are read;
-    ``real`` as in ``Operands``."""
-    channels, modes = poles.shape[:2]
-    y = z.new_empty(z.shape[0], 1, channels)
-    start: Any = hyena_step_kernel[(cdiv(channels, STEP_CHANNELS), z.shape[0])]
-    start(
-        z.contiguous(),
-        weight.contiguous(),
-        z if bias is None else bias,
-        poles.contiguous(),
-        residues.contiguous(),
-        z if skip is None else skip,
-        short,
-        long,
-        y,
-        short_out,
-        long_out,
-        D=channels,
-        N=modes,
-        K=weight.shape[-1],
-        BD=STEP_CHANNELS,
-        HAS_BIAS=bias is not None,
-        HAS_SKIP=skip is not None,
-        OVERLAP=overlap,
-        REAL=real,
-        launch_pdl=overlap,
-        num_warps=2,
-    )
-    return y
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from hyaena.errors import InputError
 from hyaena.ops.long_conv import ExplicitFilter, ModalFilter, RealModalFilter
 from hyaena.ops.triton.hyena import explicit_launch, launch
 from hyaena.ops.triton.hyena.launch import Gradients, Operands
+from hyaena.ops.triton.hyena.step_launch import step_modes, step_taps
 
 
 def fused_hyena(
@@ -107,7 +108,7 @@ def hyena_operator(
         long_out = poles.new_empty(z.shape[0], *poles.shape)
         short = torch.zeros_like(short_out) if short is None else short.contiguous()
         long = torch.zeros_like(long_out) if long is None else long.contiguous()
-        y = launch.step(z, weight, bias, poles, residues, skip, short, long, short_out, long_out, real=real)
+        y = step_modes(z, weight, bias, poles, residues, skip, short, long, short_out, long_out, real=real)
         return y, short_out, long_out
 
 
@@ -187,7 +188,7 @@ def explicit_operator(
         long_out = z.new_empty(batch, width // 3, taps.shape[1] - 1, dtype=torch.float32)
         short = torch.zeros_like(short_out) if short is None else short.contiguous()
         long = torch.zeros_like(long_out) if long is None else long.contiguous()
-        y = explicit_launch.step(z, weight, bias, taps, skip, short, long, short_out, long_out)
+        y = step_taps(z, weight, bias, taps, skip, short, long, short_out, long_out)
         return y, short_out, long_out
 
 
