@@ -58,7 +58,7 @@ def test_a_model_computes_with_the_widened_weights(name: str, config: ModelConfi
     expected = widened(model, path)(IDS)
     torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-5)
     distance = (expected - checkpoints.load_model(path)(IDS)).norm() / expected.norm()
-    assert 0 < distance < (0.06 if SCHEMES[name].bits == 8 else 0.4)
+    assert 0 < distance < (0.4 if SCHEMES[name].bits == 4 else 0.12 if name == "float8" else 0.06)
 
 
 @ALL

@@ -112,8 +112,8 @@ def load(
         fp8: how FP8 input projections are computed, which most Evo 2 models have: ``"auto"``, by the tensor cores of a
             Hopper GPU, and elsewhere as plain products; ``"exact"``, the same numbers on every device, slowly where
             there is no Hopper GPU; ``"off"``, as plain products. See docs/numerics.md.
-        weights: make the linear layers narrow while they are read: ``"int8"``, ``"int4"``, ``"int4-128"``, ``"q8_0"``
-            or ``"q4_0"``. See docs/quantization.md; ``hyaena quantize`` does it once for all.
+        weights: make the linear layers narrow while they are read: ``"int8"``, ``"int4"``, ``"int4-128"``,
+            ``"float8"``, ``"q8_0"`` or ``"q4_0"``. See docs/quantization.md; ``hyaena quantize`` does it once for all.
 
     Raises:
         HyaenaError: in one line, what is wrong and how to put it right.

@@ -2,7 +2,7 @@
 
 A weight matrix [E,D] is cut along D into groups; the numbers of a group share a scale and, in some schemes, a minimum:
 
-    w = scale·q                  8 bits, q in -128…127
+    w = scale·q                  8 bits, q in -128…127, or q an e4m3 number (4 exponent and 3 fraction bits)
     w = scale·(q - 8)            4 bits, q in 0…15, without minima
     w = scale·q + minimum        4 bits, with minima
 """
@@ -24,6 +24,7 @@ class Scheme:
         bits: of a number, 8 or 4.
         group: neighbouring numbers of a row that share a scale; None for whole rows.
         minima: whether a group has a minimum beside its scale.
+        floating: whether q is an e4m3 number, and no integer.
         scale_bytes: bytes of a scale and of a minimum, 4 (float32) or 2 (float16).
         head: the scheme of a head of its own in a model of this scheme: it is a small part of a model, and what it
             rounds is the logits.
@@ -33,6 +34,7 @@ class Scheme:
     bits: int
     group: int | None
     minima: bool = False
+    floating: bool = False
     scale_bytes: int = 2
     head: str = "int8"
 
@@ -64,6 +66,7 @@ SCHEMES: Mapping[str, Scheme] = {
         Scheme("int8", bits=8, group=None, scale_bytes=4),
         Scheme("int4", bits=4, group=32, minima=True),
         Scheme("int4-128", bits=4, group=128, minima=True),
+        Scheme("float8", bits=8, group=None, scale_bytes=4, floating=True),
         Scheme("q8_0", bits=8, group=32, head="q8_0"),  # the blocks of GGUF of these names
         Scheme("q4_0", bits=4, group=32, head="q8_0"),
     )

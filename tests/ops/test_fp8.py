@@ -216,3 +216,29 @@ def test_the_kernel_rounds_as_plain_torch_does() -> None:
         want = fp8.quantize_fp8(x, scale)
         same = (got[: len(x)].view(torch.uint8) == want.view(torch.uint8)) | (got[: len(x)].isnan() & want.isnan())
         assert same.all() and not got[len(x) :].view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 130])
+def test_rows_are_rounded_by_their_own_scales(rows: int) -> None:
+    """And their product with weights rounded by rows is that of the rounded numbers."""
+    x = (torch.randn(rows, 64) * torch.logspace(-3, 3, rows)[:, None]).to(DEVICE, torch.bfloat16)
+    w = torch.randn(48, 64, device=DEVICE) * torch.logspace(-2, 2, 48, device=DEVICE)[:, None]
+    x[0, :32] = 0
+    (xq, s), (wq, t) = fp8.quantize_rows(x), fp8.quantize_rows(w)
+    assert torch.equal(xq.float().abs().amax(1), torch.full((rows,), 448.0, device=DEVICE))
+    assert ((xq.double() * s - x.double()).norm(dim=1) < 0.04 * x.double().norm(dim=1)).all()
+    got = fp8.rowwise_product(x.view(1, rows, 64), wq, t)[0].double()
+    want = (xq.double() * s) @ (wq.double() * t).T
+    assert got.shape == (rows, 48) and ((got - want).norm(dim=1) < 0.004 * want.norm(dim=1)).all()
+    assert not fp8.quantize_rows(torch.zeros(1, 16))[0].float().any()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="the interpreter rounds to e4m3 otherwise than the GPU")
+def test_the_kernel_rounds_rows_as_plain_torch_does() -> None:
+    from hyaena.ops.triton import pointwise
+
+    x = (torch.randn(33, 4096) * torch.logspace(-9, 9, 33)[:, None]).to(DEVICE, torch.bfloat16)
+    x[3] = 0
+    (got, s), (want, t) = pointwise.quantize_rows(x), fp8.quantize_rows(x)
+    torch.testing.assert_close(s, t, rtol=1e-6, atol=0)
+    assert (got.float() != want.float()).float().mean() < 1e-3  # scales differ by a rounding

@@ -28,7 +28,7 @@ def defined(layer: Narrow) -> Tensor:
     for e in range(outputs):
         for d in range(inputs):
             if layer.bits == 8:
-                q = int(layer.codes[e, d])
+                q = float(layer.codes[e, d])
             else:
                 byte = int(layer.codes[e, d // 32 * 16 + d % 16])
                 q = byte >> 4 if d % 32 >= 16 else byte & 15
@@ -66,7 +66,7 @@ def test_the_product_is_that_of_the_widened_weight(
     x = numbers(2, 5, 128).to(dtype)
     expected = torch.nn.functional.linear(x, ops.widen(layer, dtype)) + layer.bias.to(dtype)  # type: ignore[union-attr]
     assert torch.equal(ops.linear(x, layer), expected)
-    monkeypatch.setattr(narrow, "TILE", 2 * 128)
+    monkeypatch.setattr(narrow, "TILE", {"cpu": 2 * 128})
     torch.testing.assert_close(ops.linear(x, layer), expected)
     torch.testing.assert_close(ops.linear(x, layer, residual=expected), 2 * expected)
 
@@ -75,7 +75,7 @@ def test_the_product_is_that_of_the_widened_weight(
 def test_gradients_pass_through_the_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = round_weight(numbers(7, 128), SCHEMES[name])
     x, other = (numbers(2, 5, 128).requires_grad_() for _ in range(2))
-    monkeypatch.setattr(narrow, "TILE", 3 * 128)
+    monkeypatch.setattr(narrow, "TILE", {"cpu": 3 * 128})
     upstream = numbers(2, 5, 7)
     ops.linear(x, layer).backward(upstream)
     torch.nn.functional.linear(other, ops.widen(layer, torch.float32)).backward(upstream)
@@ -94,6 +94,9 @@ def test_representable_weights_are_kept(name: str) -> None:
     scheme, inputs = SCHEMES[name], 256
     low, high = (-127, 127) if scheme.bits == 8 else (0, 15)
     q = torch.randint(low, high + 1, (4, inputs), generator=torch.Generator().manual_seed(0)).float()
+    if scheme.floating:
+        low, high = -448, 448
+        q = q.to(torch.float8_e4m3fn).float()
     groups = q.unflatten(1, (scheme.groups(inputs), -1))
     groups[..., 0], groups[..., 1] = low, high
     weight = (groups - (8 if name == "q4_0" else 0)).mul(0.125).flatten(1) + (0.5 if scheme.minima else 0)
@@ -109,6 +112,9 @@ def test_the_search_beats_the_whole_range(name: str) -> None:
         least = groups.amin(-1, keepdim=True).half().float()
         scale = ((groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15).half().float()
         plain = ((groups - least) / scale).round().clamp(0, 15) * scale + least
+    elif scheme.floating:
+        scale = groups.abs().amax(-1, keepdim=True) / 448
+        plain = (groups / scale).to(torch.float8_e4m3fn).float() * scale
     else:
         reach = 127 if scheme.bits == 8 else 7
         scale = groups.abs().amax(-1, keepdim=True) / reach
@@ -116,7 +122,7 @@ def test_the_search_beats_the_whole_range(name: str) -> None:
         plain = (groups / scale).round().clamp(-reach - (scheme.bits == 4), reach) * scale
     found = ops.widen(round_weight(weight, scheme), torch.float32)
     before, after = (plain.flatten(1) - weight).square().mean(), (found - weight).square().mean()
-    assert after < before * (0.97 if scheme.bits == 4 else 1.0)
+    assert after <= before * (0.97 if scheme.bits == 4 else 1.0)
 
 
 @ALL

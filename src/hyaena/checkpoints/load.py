@@ -26,6 +26,7 @@ from hyaena.formats.names import part
 from hyaena.formats.tensors import OPTIONAL, REPEATED, SCALES, check_repeated, check_tied, format_of
 from hyaena.layers import MIXERS, Mixers
 from hyaena.model import StripedHyena
+from hyaena.ops.fp8 import E4M3
 from hyaena.quant import fixed_tensors, quantized_layers
 from hyaena.schemes import scheme_of
 
@@ -397,4 +398,6 @@ def _with_progress(items: Sequence[Item]) -> Iterator[Item]:
 def _all_finite(tensor: Tensor) -> bool:
     # NaN and infinity survive a sum, which is one pass without a mask the size of the tensor, and many times faster.
     # A sum may also overflow by itself, so one that is not finite is looked at again.
+    if tensor.dtype == E4M3:
+        tensor = tensor.half()  # torch sums no numbers of 8 bits
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -45,6 +45,7 @@ from hyaena.formats.transformers import config as transformers_config
 from hyaena.formats.transformers import tensors as transformers_tensors
 from hyaena.layers import MIXERS
 from hyaena.model import StripedHyena
+from hyaena.ops.fp8 import E4M3
 from hyaena.quant import fixed_tensors
 from hyaena.tensor_files.gguf_file import BLOCKS, write_gguf
 from hyaena.tensor_files.gguf_file import SUFFIX as GGUF
@@ -250,7 +251,9 @@ def _cure_of_names(names: list[str]) -> str:
 
 def _is_finite_in(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor is finite when it is cast to a dtype; only its extremes are cast. NaN is an extreme."""
-    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).to(dtype).isfinite().all())
+    if tensor.dtype == E4M3:
+        tensor = tensor.half()  # torch compares no numbers of 8 bits
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).to(dtype).double().isfinite().all())
 
 
 def check_extra_files(extra_files: Mapping[str, bytes]) -> None:

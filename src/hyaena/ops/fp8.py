@@ -167,6 +167,40 @@ def fp8_product(xq: Tensor, quantized: Quantized, dtype: torch.dtype) -> Tensor:
     return y.to(dtype)
 
 
+def takes_rowwise(x: Tensor, outputs: int, inputs: int) -> bool:
+    """Whether :func:`rowwise_product` multiplies x with a weight of these sizes: in bfloat16, on a GPU with FP8."""
+    fits = x.is_cuda and x.dtype == torch.bfloat16 and outputs % ALIGNMENT == inputs % ALIGNMENT == 0
+    return fits and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
+def rowwise_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """``s_x·s_w·ACC(xq, codes)`` with x [...,K] rounded to ``s_x·xq`` by rows: bfloat16 [...,N].
+
+    Args:
+        x: bfloat16.
+        codes: e4m3 [N,K].
+        scale: s_w, float32 [N,1].
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if not len(rows):
+        return x.new_empty(*x.shape[:-1], len(codes))
+    if use_pointwise("auto", rows):
+        from hyaena.ops.triton import pointwise
+
+        xq, s = pointwise.quantize_rows(rows)
+    else:
+        xq, s = quantize_rows(rows)
+    y = torch._scaled_mm(xq, codes.t(), scale_a=s, scale_b=scale.t(), out_dtype=x.dtype, use_fast_accum=True)  # type: ignore[attr-defined]
+    return y.view(*x.shape[:-1], len(codes))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x [T,K] as s·xq with the largest number at ±448: xq e4m3 [T,K], s float32 [T,1]."""
+    scale = x.abs().amax(-1, keepdim=True).float() / FP8_LARGEST
+    scale = torch.where(scale > 0, scale, 1.0)
+    return quantize_fp8(x, 1 / scale), scale
+
+
 def accumulate(xq: Tensor, wq: Tensor, *, split: bool = False) -> Tensor:
     """ACC: ``xq·wqᵀ`` in the accumulator of Hopper's tensor cores, bit for bit; float32 [T,N].
 

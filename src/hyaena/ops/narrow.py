@@ -2,11 +2,13 @@
 
     w[e,d] = scale[e,g]·(q[e,d] - zero) + minimum[e,g],   g = d // group
 
-with zero = 8 for 4 bits without minima, and 0 otherwise. Two numbers of 4 bits share a byte: byte j of a block of 32
-columns holds column j in its low and column j + 16 in its high half, as the blocks of GGUF do.
+with zero = 8 for 4 bits without minima, and 0 otherwise. q is an integer, or an e4m3 number of 8 bits. Two numbers of
+4 bits share a byte: byte j of a block of 32 columns holds column j in its low and column j + 16 in its high half, as
+the blocks of GGUF do.
 
-A product widens the weight to the dtype of x some rows at a time, so that memory is that of one tile. Gradients pass
-through x only.
+A product widens the weight to the dtype of x some rows at a time, so that memory is that of one tile. Where a device
+multiplies e4m3 numbers, those of a pass without gradients are not widened, and x is rounded (``fp8.rowwise_product``).
+Gradients pass through x only.
 
 Shapes: E outputs, D inputs, G groups of a row.
 """
@@ -20,18 +22,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hyaena.ops.backend import use_pointwise, wants_gradients
+from hyaena.ops.fp8 import E4M3, rowwise_product, takes_rowwise
+
 BLOCK = 32
 """Columns whose 4-bit numbers share 16 bytes."""
 
-TILE = 1 << 22
-"""Numbers of a weight that are widened at a time."""
+TILE = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Numbers of a weight that are widened at a time: on a CPU as many as its cache holds, elsewhere a matrix of a 7B."""
 
 
 class Narrow(NamedTuple):
     """A linear layer with a narrow weight. Kernels may read it.
 
     Attributes:
-        codes: q; int8 [E,D], or uint8 [E,D/2] of two 4-bit numbers each.
+        codes: q; int8 or float8_e4m3fn [E,D], or uint8 [E,D/2] of two 4-bit numbers each.
         scale: [E,G].
         minimum: [E,G], or None.
         bias: [E], or None.
@@ -44,7 +49,12 @@ class Narrow(NamedTuple):
 
     @property
     def bits(self) -> int:
-        return 8 if self.codes.dtype == torch.int8 else 4
+        return 4 if self.codes.dtype == torch.uint8 else 8
+
+    @property
+    def floating(self) -> bool:
+        """Whether q are e4m3 numbers."""
+        return self.codes.dtype == E4M3
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,23 +94,35 @@ def narrow_linear(x: Tensor, layer: Narrow) -> Tensor:
     """``weight·x + bias``: x [...,D] -> [...,E], multiplied in the dtype of x."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = _Product.apply(x, layer) if torch.is_grad_enabled() and x.requires_grad else _product(x, layer)
+    if wants_gradients(x):
+        y: Any = _Product.apply(x, layer)
+    elif layer.floating and takes_rowwise(x, *layer.shape):
+        y = rowwise_product(x, layer.codes, layer.scale)
+    else:
+        y = _product(x, layer)
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
 def _tiles(layer: Narrow) -> Iterator[slice]:
     outputs, inputs = layer.shape
-    step = max(1, TILE // inputs)
+    step = max(1, TILE["cuda" if layer.codes.is_cuda else "cpu"] // inputs)
     for start in range(0, outputs, step):
         yield slice(start, min(start + step, outputs))
 
 
 def _product(x: Tensor, layer: Narrow) -> Tensor:
-    y = x.new_empty(*x.shape[:-1], layer.shape[0])
     with torch.autocast(x.device.type, enabled=False):
-        for rows in _tiles(layer):
-            y[..., rows] = torch.nn.functional.linear(x, widen(layer, x.dtype, rows))
-    return y
+        parts = [torch.nn.functional.linear(x, _widened(layer, x, rows)) for rows in _tiles(layer)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _widened(layer: Narrow, x: Tensor, rows: slice) -> Tensor:
+    """``widen`` for a product with x, by a kernel where there are any."""
+    if not use_pointwise("auto", x.detach()):
+        return widen(layer, x.dtype, rows)
+    from hyaena.ops.triton.widen import widen as by_kernel
+
+    return by_kernel(layer, x.dtype, rows)
 
 
 class _Product(torch.autograd.Function):
@@ -116,5 +138,5 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         dx = torch.zeros((), dtype=dy.dtype, device=dy.device)
         for rows in _tiles(ctx.layer):
-            dx = dx + dy[..., rows] @ widen(ctx.layer, dy.dtype, rows)
+            dx = dx + dy[..., rows] @ _widened(ctx.layer, dy, rows)
         return dx, None

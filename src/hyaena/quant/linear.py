@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hyaena.errors import InputError
 from hyaena.ops.narrow import Narrow, narrow_linear
-from hyaena.quant.rounding import round_weight
+from hyaena.quant.rounding import code_dtype, round_weight
 from hyaena.schemes import SCHEMES, Scheme
 
 TENSORS = ("codes", "scale", "minimum")
@@ -36,8 +36,9 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         groups = out_features, scheme.groups(in_features)
         dtype = torch.float32 if scheme.scale_bytes == 4 else torch.float16
-        kind = torch.int8 if scheme.bits == 8 else torch.uint8
-        self.register_buffer("codes", torch.zeros(out_features, in_features * scheme.bits // 8, dtype=kind))
+        self.register_buffer(
+            "codes", torch.zeros(out_features, in_features * scheme.bits // 8, dtype=code_dtype(scheme))
+        )
         self.register_buffer("scale", torch.zeros(groups, dtype=dtype))
         self.register_buffer("minimum", torch.zeros(groups, dtype=dtype) if scheme.minima else None)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None

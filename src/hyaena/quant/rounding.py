@@ -19,14 +19,15 @@ from torch import Tensor
 
 from hyaena.errors import InputError
 from hyaena.ops import cpu
+from hyaena.ops.fp8 import E4M3, FP8_LARGEST
 from hyaena.ops.narrow import Narrow, pack
 from hyaena.schemes import Scheme
 
 SHRINK = {8: (1.0, 0.97), 4: (1.0, 0.9, 0.8)}
-"""By bits: shares of a group's range that are tried."""
+"""By bits: shares of a group's range that are tried. Of e4m3 numbers the whole range alone: they lie densest near 0."""
 
-_NUMBERS = 1 << 18
-"""Numbers that are rounded at a time: they stay in the cache of a processor."""
+_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Numbers that are rounded at a time: on a processor as many as its cache holds."""
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def round_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) 
     groups = scheme.groups(weight.shape[1])
     dtype = torch.float32 if scheme.scale_bytes == 4 else torch.float16
     h = None if moments is None else _importance(moments.to(weight.device, torch.float32))
-    if weight.device.type == "cpu" and cpu.unsupported_reason(weight.dtype) is None:
+    if weight.device.type == "cpu" and cpu.unsupported_reason(weight.dtype) is None and not scheme.floating:
         from hyaena.quant.compiled import round_all  # numba takes a second to import
 
         tried = SHRINK[scheme.bits]
@@ -56,6 +57,11 @@ def round_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) 
     return Narrow(pack(codes) if scheme.bits == 4 else codes, scale, minimum if scheme.minima else None)
 
 
+def code_dtype(scheme: Scheme) -> torch.dtype:
+    """Of the stored numbers."""
+    return E4M3 if scheme.floating else torch.int8 if scheme.bits == 8 else torch.uint8
+
+
 def _round_tiles(weight: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [E,D], a byte each, scales and minima [E,G] of a weight [E,D], some rows at a time."""
     outputs, inputs = weight.shape
@@ -63,11 +69,11 @@ def _round_tiles(weight: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor |
     if h is not None:
         h = h.unflatten(0, (groups, -1)).t().unsqueeze(1)
     parts = []
-    step = max(1, _NUMBERS // inputs)
+    step = max(1, _NUMBERS["cuda" if weight.is_cuda else "cpu"] // inputs)
     for start in range(0, outputs, step):
         tile = weight[start : start + step].float().unflatten(-1, (groups, -1))
         q, scale, minimum = _round_groups(tile.permute(2, 0, 1).contiguous(), scheme, dtype, h)
-        parts.append((q.to(torch.uint8 if scheme.bits == 4 else torch.int8).permute(1, 2, 0), scale, minimum))
+        parts.append((q.to(code_dtype(scheme)).permute(1, 2, 0), scale, minimum))
     codes, scale, minimum = (torch.cat(part) for part in zip(*parts, strict=True))
     return codes.flatten(-2), scale, minimum
 
@@ -102,11 +108,14 @@ def _nearest(w: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tenso
     """q of w [group,E,G] for scales and minima [E,G]; that of 0 where the scale is 0."""
     low, high, zero = _limits(scheme)
     inverse = torch.where(scale != 0, 1 / scale, 0.0)
-    return (w * inverse).add_(zero - minimum * inverse).round_().clamp_(low, high)
+    q = (w * inverse).add_(zero - minimum * inverse).clamp_(low, high)
+    return q.to(E4M3).float() if scheme.floating else q.round_()
 
 
 def _limits(scheme: Scheme) -> tuple[int, int, int]:
     """The least and the largest q, and the q of weight 0 where there is no minimum."""
+    if scheme.floating:
+        return -int(FP8_LARGEST), int(FP8_LARGEST), 0
     if scheme.bits == 8:
         return -127, 127, 0
     return 0, 15, 0 if scheme.minima else 8
@@ -117,7 +126,7 @@ def _candidates(w: Tensor, scheme: Scheme, h: Tensor | None) -> Iterator[tuple[T
     high, zero = _limits(scheme)[1:]
     least, most = torch.aminmax(w, dim=0)
     none = torch.zeros_like(most)
-    for share in SHRINK[scheme.bits]:
+    for share in (1.0,) if scheme.floating else SHRINK[scheme.bits]:
         if scheme.minima:
             scale = (most - least) * (share / high)
             starts = [(scale, (most + least) / 2 - scale * (high / 2))]

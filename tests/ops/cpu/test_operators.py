@@ -41,6 +41,7 @@ PLAIN, COMPILED = DecodeOperators(), CompiledOperators()
 # One rounding of the result to its own dtype, and sums in another order: as for the operators of GPUs.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 DTYPES = list(TOLERANCE)
+INTEGERS = [name for name, scheme in SCHEMES.items() if not scheme.floating]
 ROUNDED = 1e-4
 """Of products with narrow weights: what they are multiplied with is rounded to 16 bits, each number by 2e-5 of most."""
 
@@ -371,7 +372,7 @@ def count(p):  # what numba compiles
     memory_take(p, 0)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inside", NORMS)
 @pytest.mark.parametrize(("batch", "rows", "width"), [(1, 17, 128), (3, 6, 2560), (2, 5, 896), (7, 90, 128)])
@@ -393,7 +394,7 @@ def test_narrow_products(
         close(got, want, dtype, ROUNDED)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INTEGERS)
 def test_what_narrow_weights_are_multiplied_with_is_rounded_to_16_bits_of_its_block(name: str) -> None:
     """Products with rows that have a single weight of 1 show the rounded numbers."""
     width = 384
@@ -409,7 +410,7 @@ def test_what_narrow_weights_are_multiplied_with_is_rounded_to_16_bits_of_its_bl
     assert bool((error <= most / 65534 + 1e-6 * exact.abs() + rest).all())
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", INTEGERS)
 def test_a_narrow_row_has_the_same_bits_beside_others_and_on_any_threads(name: str, threads: int) -> None:
     x, layer = torch.randn(7, 384), round_weight(torch.randn(301, 384), SCHEMES[name])
     together = COMPILED.linear(x, layer)
@@ -417,10 +418,15 @@ def test_a_narrow_row_has_the_same_bits_beside_others_and_on_any_threads(name: s
         assert torch.equal(COMPILED.linear(x[row : row + 1], layer)[0], together[row])
 
 
+def test_weights_of_8_bit_floating_point_are_widened() -> None:
+    x, layer = torch.randn(2, 128), round_weight(torch.randn(8, 128), SCHEMES["float8"])
+    assert torch.equal(COMPILED.linear(x, layer), PLAIN.linear(x, layer))
+
+
 def test_narrow_products_are_computed_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DecodeOperators, "linear", None)
     monkeypatch.setattr(DecodeOperators, "gate", None)
-    for scheme in SCHEMES.values():
+    for scheme in (SCHEMES[name] for name in INTEGERS):
         layer = round_weight(torch.randn(8, 128), scheme)
         COMPILED.linear(torch.randn(1, 128), layer)
         COMPILED.gate(torch.randn(1, 128), layer, layer, activation="silu")

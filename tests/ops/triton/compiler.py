@@ -88,20 +88,27 @@ def decoding() -> None:
     """Products of one row, of several, and of narrow weights, with every activation."""
     from hyaena.ops import ACTIVATIONS, Dense, Narrow, RMSNormWeight
     from hyaena.ops.triton.decode import few_rows, gemv, narrow
+    from hyaena.ops.triton.widen import widen
 
     weight, norm = numbers(512, WIDTH), RMSNormWeight(numbers(WIDTH), 1e-6, False)
     layer = Narrow(
         torch.zeros(512, WIDTH // 2, dtype=torch.uint8), *(torch.zeros(512, WIDTH // 32).half() for _ in range(2))
     )
     products = few_rows.Products(overlap=True)
-    for rows in (1, 8):
-        narrow.linear(numbers(rows, WIDTH), layer, norm=norm, residual=numbers(rows, 512), overlap=True)
+    narrow.linear(numbers(8, WIDTH).float(), layer, residual=numbers(8, 512).float(), overlap=True)
+    narrow.linear(numbers(1, WIDTH), layer, norm=norm, residual=numbers(1, 512), overlap=True)
+    products.linear(numbers(16, WIDTH), layer, residual=numbers(16, 512))
+    eight = torch.zeros(512, WIDTH, dtype=torch.int8), torch.zeros(512, 1)
+    for other in (Narrow(*eight), Narrow(eight[0].view(torch.float8_e4m3fn), eight[1])):
+        narrow.linear(numbers(1, WIDTH), other, overlap=True)
+        products.linear(numbers(16, WIDTH), other)
+        widen(other, torch.bfloat16)
     for rows in (16, 96):
         products.linear(numbers(rows, WIDTH), Dense(weight), residual=numbers(rows, 512))
     gemv.linear(numbers(1, WIDTH), Dense(weight), norm=norm, overlap=True)
     for activation in ACTIVATIONS:
         narrow.gate(numbers(1, WIDTH), layer, layer, norm=norm, activation=activation, overlap=True)
-        products.gate(numbers(16, WIDTH), weight, weight, activation=activation)
+        products.gate(numbers(16, WIDTH), Dense(weight), Dense(weight), activation=activation)
         gemv.gate(numbers(1, WIDTH), weight, weight, norm=norm, activation=activation, overlap=True)
 
 

@@ -27,7 +27,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
                   "explicit_backward_kernel", "toeplitz_forward_kernel"}),
         ("many_modes", {"modal_tables_kernel", "modal_forward_kernel"}),
         ("packed", {"_packed_hyena_kernel"}),
-        ("decoding", {"_rows_kernel", "_linear_kernel", "_gate_kernel"}),
+        ("decoding", {"_rows_kernel", "_linear_kernel", "_gate_kernel", "_widen_kernel"}),
     ],
 )  # fmt: skip
 def test_kernels_compile_for(capability: int, part: str, kernels: set[str], tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from device import DEVICE
+from hyaena import ops
 from hyaena.ops import Dense, RMSNormWeight
 from hyaena.ops.step import DecodeOperators
 from hyaena.ops.triton import can_overlap
 from hyaena.ops.triton.decode.few_rows import MOST_ROWS, Products, Tile, choose_tile
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
+from hyaena.quant import round_weight
+from hyaena.schemes import SCHEMES
 
 PLAIN = DecodeOperators()
 OVERLAP = can_overlap(torch.device(DEVICE))
@@ -19,7 +24,7 @@ OVERLAP = can_overlap(torch.device(DEVICE))
 TOLERANCE = {torch.float16: 4e-4, torch.bfloat16: 4e-3}
 
 
-def randn(*shape: int, dtype: torch.dtype) -> Tensor:
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(DEVICE, dtype)
 
 
@@ -50,7 +55,27 @@ def test_products(dtype: torch.dtype, tile: Tile, vectors: int, rows: int, width
         close(products.linear(x, Dense(a, bias), residual=residual), want)
     for activation in ("silu", "gelu", "identity"):
         want = PLAIN.gate(wide[0], Dense(wide[1]), Dense(wide[2]), activation=activation)
-        close(products.gate(x, a, b, activation=activation), want, roundings=1.5)  # the interpreter cuts bits off
+        got = products.gate(x, Dense(a), Dense(b), activation=activation)
+        close(got, want, roundings=1.5)  # the interpreter cuts bits off
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    ("vectors", "rows", "width", "tile"), [(3, 70, 384, TILES[0]), (17, 64, 256, TILES[1]), (9, 40, 640, TILES[2])]
+)
+def test_narrow_products(name: str, vectors: int, rows: int, width: int, tile: Tile) -> None:
+    padded = max(16, 1 << (vectors - 1).bit_length())
+    tiles = {("linear", padded, rows, width): tile, ("gate", padded, rows, width): replace(tile, splits=1)}
+    products = Products(overlap=OVERLAP, tiles=tiles)
+    x, bias, residual = (randn(*shape, dtype=torch.bfloat16) for shape in ((vectors, width), (rows,), (vectors, rows)))
+    a, b = (round_weight(randn(rows, width) / width**0.5 + 0.01, SCHEMES[name]) for _ in range(2))
+    wide = [Dense(ops.widen(layer, torch.float64)) for layer in (a, b)]
+    for _ in range(2):
+        got = products.linear(x, a._replace(bias=bias), residual=residual)
+        want = PLAIN.linear(x.double(), wide[0]._replace(bias=bias.double()), residual=residual.double())
+        close(got, want, roundings=2)
+    got = products.gate(x, a, b, activation="silu")
+    close(got, PLAIN.gate(x.double(), wide[0], wide[1], activation="silu"), roundings=4)
 
 
 def test_what_lies_behind_the_last_column_is_not_read() -> None:
@@ -81,10 +106,10 @@ def test_the_operators_of_a_step_take_them(inside: bool) -> None:
 def test_what_they_do_not_take() -> None:
     products = Products()
     a = randn(8, 32, dtype=torch.bfloat16)
-    assert products.takes(randn(MOST_ROWS, 32, dtype=torch.bfloat16), a)
-    assert not products.takes(randn(MOST_ROWS + 1, 32, dtype=torch.bfloat16), a)
-    assert not products.takes(randn(2, 32, dtype=torch.float16), a)
-    assert not products.takes(torch.randn(2, 32, device=DEVICE), a.float())  # the matrix units would round to tf32
+    assert products.takes(randn(MOST_ROWS, 32, dtype=torch.bfloat16), Dense(a))
+    assert not products.takes(randn(MOST_ROWS + 1, 32, dtype=torch.bfloat16), Dense(a))
+    assert not products.takes(randn(2, 32, dtype=torch.float16), Dense(a))
+    assert not products.takes(randn(2, 32), Dense(a.float()))  # the matrix units would round to tf32
 
 
 @pytest.mark.parametrize("vectors", [16, 64, 128])

@@ -50,7 +50,7 @@ class Matrix(NamedTuple):
 def _form(layer: Narrow) -> Any:
     """The token of the form of narrow weights, or None."""
     width, groups = layer.shape[1], layer.scale.shape[1]
-    if width % narrow.COLUMNS or layer.scale.dtype not in (torch.float32, torch.float16):
+    if layer.floating or width % narrow.COLUMNS or layer.scale.dtype not in (torch.float32, torch.float16):
         return None
     if layer.scale.dtype == torch.float32:
         return narrow.ROW8 if layer.bits == 8 and groups == 1 and layer.minimum is None else None

@@ -81,6 +81,18 @@ def _quantize_kernel(x, scale, y, count, size, BLOCK: tl.constexpr, LARGEST: tl.
     tl.store(y + i, v.to(tl.float8e4nv), mask=i < size)
 
 
+@triton.jit
+def _quantize_rows_kernel(x, y, scales, WIDTH: tl.constexpr, PAD: tl.constexpr, LARGEST: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, PAD)
+    v = tl.load(x + row * WIDTH + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    scale = tl.max(tl.abs(v), axis=0) / LARGEST
+    scale = tl.where(scale > 0, scale, 1.0)
+    v = tl.clamp(v * (1.0 / scale), -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y + row * WIDTH + i, v.to(tl.float8e4nv), mask=i < WIDTH)
+    tl.store(scales + row, scale)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = True, overlap: bool = False) -> Tensor:
     """Equals ``ops.rms_norm``: x [..., D], weight [D]. With ``overlap`` as a kernel of a step, see ``decode.pdl``."""
     x = x.contiguous()
@@ -138,6 +150,19 @@ def quantize_fp8(x: Tensor, scale: Tensor, rows: int) -> Tensor:
             x.contiguous(), scale, y, x.numel(), y.numel(), BLOCK=QUANTIZE_BLOCK, LARGEST=448.0, num_warps=4
         )
     return y
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Equals ``ops.fp8.quantize_rows``: x [T,K]."""
+    rows, width = x.shape
+    y = torch.empty(rows, width, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    padded = triton.next_power_of_2(width)
+    with _device(x):
+        _quantize_rows_kernel[(rows,)](
+            x.contiguous(), y, scales, WIDTH=width, PAD=padded, LARGEST=448.0, num_warps=min(16, max(1, padded // 1024))
+        )
+    return y, scales
 
 
 def _device(x: Tensor) -> AbstractContextManager[Any]:

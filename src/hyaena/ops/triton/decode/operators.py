@@ -60,14 +60,14 @@ class FusedDecodeOperators(DecodeOperators):
         return embed_argmax.argmax(logits, ids, overlap=self.overlap)
 
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
-        if isinstance(layer, Narrow) and len(x) <= narrow.MOST_ROWS and isinstance(norm, RMSNormWeight | None):
-            return narrow.linear(x, layer, norm=norm, residual=residual, overlap=self.overlap)
-        if not isinstance(layer, Dense) or not isinstance(norm, RMSNormWeight | None):
+        if not isinstance(layer, Dense | Narrow) or not isinstance(norm, RMSNormWeight | None):
             return super().linear(x, layer, norm=norm, residual=residual)
-        if x.shape[0] > 1:
-            if not self.products.takes(x, layer.weight):
-                return super().linear(x, layer, norm=norm, residual=residual)
+        if x.shape[0] > 1 and self.products.takes(x, layer):
             return self.products.linear(self.normalise(x, norm), layer, residual=residual)
+        if isinstance(layer, Narrow) and len(x) <= narrow.MOST_ROWS and narrow.takes(layer):
+            return narrow.linear(x, layer, norm=norm, residual=residual, overlap=self.overlap)
+        if not isinstance(layer, Dense) or len(x) > 1:
+            return super().linear(x, layer, norm=norm, residual=residual)
         rows, width = layer.weight.shape
         tile = self.tiles.get(("linear", rows, width))
         return gemv.linear(x, layer, norm=norm, residual=residual, tile=tile, overlap=self.overlap)
@@ -75,19 +75,15 @@ class FusedDecodeOperators(DecodeOperators):
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
         if not isinstance(norm, RMSNormWeight | None):
             return super().gate(x, gate, up, norm=norm, activation=activation)
-        if (
-            isinstance(gate, Narrow)
-            and isinstance(up, Narrow)
-            and len(x) <= narrow.MOST_ROWS
-            and narrow.alike(gate, up)
-        ):
-            return narrow.gate(x, gate, up, norm=norm, activation=activation, overlap=self.overlap)
-        if not isinstance(gate, Dense) or not isinstance(up, Dense) or not (gate.bias is up.bias is None):
+        if not together(gate, up):
             return super().gate(x, gate, up, norm=norm, activation=activation)
-        if x.shape[0] > 1:
-            if not self.products.takes(x, gate.weight, up.weight):
-                return super().gate(x, gate, up, norm=norm, activation=activation)
-            return self.products.gate(self.normalise(x, norm), gate.weight, up.weight, activation=activation)
+        assert isinstance(gate, Dense | Narrow) and isinstance(up, Dense | Narrow)
+        if x.shape[0] > 1 and self.products.takes(x, gate, up):
+            return self.products.gate(self.normalise(x, norm), gate, up, activation=activation)
+        if isinstance(gate, Narrow) and isinstance(up, Narrow) and len(x) <= narrow.MOST_ROWS and narrow.takes(gate):
+            return narrow.gate(x, gate, up, norm=norm, activation=activation, overlap=self.overlap)
+        if not isinstance(gate, Dense) or not isinstance(up, Dense) or len(x) > 1:
+            return super().gate(x, gate, up, norm=norm, activation=activation)
         rows, width = gate.weight.shape
         return gemv.gate(
             x,
@@ -157,3 +153,10 @@ class FusedDecodeOperators(DecodeOperators):
         if real and long.shape[-1] % 2:  # a copy that one more mode made even
             long.copy_(pairs.flatten(2)[..., :-1])
         return y.squeeze(1)
+
+
+def together(gate: Linear, up: Linear) -> bool:
+    """Whether two layers are of one kind and without biases, so that one kernel reads both."""
+    if isinstance(gate, Narrow):
+        return isinstance(up, Narrow) and narrow.alike(gate, up)
+    return isinstance(gate, Dense) and isinstance(up, Dense) and gate.bias is up.bias is None

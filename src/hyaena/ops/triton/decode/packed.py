@@ -21,13 +21,13 @@ from torch import Tensor
 from hyaena.ops.gate import gate as multiply_gate
 from hyaena.ops.hyena import HyenaState, RowTables
 from hyaena.ops.kv import KVState
-from hyaena.ops.linear import Dense, Linear, linear
+from hyaena.ops.linear import Linear, linear
 from hyaena.ops.long_conv import Filter, ModalFilter
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import Norm, StepContext
 from hyaena.ops.triton.decode import rope_kv
 from hyaena.ops.triton.decode.few_rows import Products
-from hyaena.ops.triton.decode.operators import FusedDecodeOperators
+from hyaena.ops.triton.decode.operators import FusedDecodeOperators, together
 from hyaena.ops.triton.decode.packed_attention import BLOCK_TOKENS, packed_attention
 from hyaena.ops.triton.decode.packed_hyena import packed_hyena
 
@@ -173,7 +173,7 @@ class PackedOperators(FusedDecodeOperators):
         return x.index_select(0, self.tables.last)
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
-        if isinstance(gate, Dense) and isinstance(up, Dense) and self.products.takes(x, gate.weight, up.weight):
+        if together(gate, up) and self.products.takes(x, gate, up):
             return super().gate(x, gate, up, norm=norm, activation=activation)
         x = self.normalise(x, norm)
         return multiply_gate(linear(x, gate), linear(x, up), activation, backend=self.backend)
