@@ -99,7 +99,7 @@ def check_forward(problem: Operands, tiling: Tiling | Walk) -> None:
 def check_backward(problem: Operands, tiling: Tiling | Walk, *, frozen: bool = False) -> None:
     """``frozen``: the gradients of the filters are not wanted."""
     leaves, *outputs = exact(problem)
-    slopes = [torch.randn_like(t) for t in outputs]
+    slopes = [torch.randn_like(t).to(problem.z.dtype).to(t.dtype) for t in outputs]  # what the kernels are given
     loss = sum((t * slope).sum() for t, slope in zip(outputs, slopes, strict=True))
     given = [t for t in leaves if t is not None]
     expected = dict(zip(map(id, given), torch.autograd.grad(loss, given), strict=True))
