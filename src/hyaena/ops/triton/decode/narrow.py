@@ -57,12 +57,10 @@ class Tile:
     programs: int
 
 
-def choose_tile(matrices: int, rows: int, units: int) -> Tile:
-    """For some matrices of so many rows and units in a row."""
+def choose_tile(matrices: int, units: int) -> Tile:
+    """For some matrices with so many units in a row: as many programs as their registers let run at the same time."""
     width = min(512, triton.next_power_of_2(units))
-    return Tile(
-        rows=4 // matrices, units=width, warps=max(4, width // 32), programs=4 if width <= 128 else 512 // width
-    )
+    return Tile(rows=4 // matrices, units=width, warps=max(4, width // 32), programs=4 if width <= 256 else 1)
 
 
 @triton.jit
@@ -428,7 +426,7 @@ def _options(
     layer: Narrow, matrices: int, norm: RMSNormWeight | None, tile: Tile | None
 ) -> tuple[Tile, dict[str, int | bool]]:
     outputs, inputs = layer.shape
-    tile = tile or choose_tile(matrices, outputs, layer.codes.shape[1] // UNIT)
+    tile = tile or choose_tile(matrices, layer.codes.shape[1] // UNIT)
     return tile, {
         "N": outputs, "K": inputs, "BN": tile.rows, "NU": tile.units, "BITS": layer.bits, "FLOATING": layer.floating,
         "GROUPS": layer.scale.shape[1], "MINIMA": layer.minimum is not None, "HAS_NORM": norm is not None,
