@@ -192,13 +192,14 @@ class HyenaMixer(nn.Module):
         last = (m.num_accepted_tokens[:rows].long() - 1).clamp(min=0)
         source = slots.gather(1, last[:, None]).squeeze(1)
         lengths = offsets[1 : rows + 1] - offsets[:rows]
+        operators, filters = step_operators(z), self.filters()
         for j in range(slots.shape[1]):
             # Rows with fewer drafts read their first token again; what it gives is kept nowhere. Nothing here waits for
             # the device, so that a CUDA graph can hold it.
             inside = lengths > j
             tokens = torch.where(inside, offsets[:rows] + j, offsets[:rows]).clamp(max=len(z) - 1)
             target = torch.where(inside, slots[:, j], NULL_BLOCK_ID)
-            out = step_operators(z).hyena_at(z[tokens], *self.filters(), states, source, target)
+            out = operators.hyena_at(z[tokens], *filters, states, source, target)
             y[tokens] = torch.where(inside[:, None], out, y[tokens])
             source = slots[:, j]
 
