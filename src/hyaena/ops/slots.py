@@ -82,7 +82,7 @@ class FloatSlots:
 
 
 class Int8Slots:
-    """8 bits a number, and a scale for each slot. NaN and infinity make the whole slot NaN."""
+    """8 bits a number, and a scale for each slot. NaN and infinity leave no finite number in a slot."""
 
     differentiable = False
 
