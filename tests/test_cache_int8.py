@@ -106,7 +106,9 @@ def test_bytes_are_those_of_the_sizes(model: StripedHyena) -> None:
     assert 0.51 < large.kv_bytes_per_token(1) / large.kv_bytes_per_token(2) < 0.52
 
 
-@pytest.mark.parametrize("config", [TINY_BYTES, replace(TINY_EVO2, tokenizer="bytes", vocab_size=259)], ids=["sh", "evo2"])
+@pytest.mark.parametrize(
+    "config", [TINY_BYTES, replace(TINY_EVO2, tokenizer="bytes", vocab_size=259)], ids=["sh", "evo2"]
+)
 def test_every_way_of_decoding_chooses_the_same_tokens(config: Any) -> None:
     torch.manual_seed(2)
     model = spread(config)
@@ -177,7 +179,10 @@ def test_gradients_are_refused_and_nothing_is_lost(model: StripedHyena) -> None:
     cache = model.make_cache(1)
     read(model, cache, ids)
     before = cache.snapshot()
-    with torch.enable_grad(), pytest.raises(UnsupportedError, match=r"in int8 carry no gradients: read under torch.no_g"):
+    with (
+        torch.enable_grad(),
+        pytest.raises(UnsupportedError, match=r"in int8 carry no gradients: read under torch.no_g"),
+    ):
         model(ids, cache=cache)
     assert cache.lengths == before.lengths
     assert torch.equal(read(model, cache, ids), read(model, before, ids))
@@ -185,7 +190,7 @@ def test_gradients_are_refused_and_nothing_is_lost(model: StripedHyena) -> None:
 
 def test_what_cannot_be_stored_is_refused(model: StripedHyena) -> None:
     for wrong in ("int4", "fp8", torch.int32):
-        with pytest.raises(InputError, match="not stored in .*choose a cache dtype among"):
+        with pytest.raises(InputError, match=r"not stored in .*choose a cache dtype among"):
             model.make_cache(1, dtype=wrong)
         with pytest.raises(InputError, match="not stored in"):
             model.cache_dtype = wrong

@@ -123,8 +123,8 @@ class StripedHyena(nn.Module):
         Args:
             batch_size: rows.
             max_length: the most tokens of a row; None for a growing cache.
-            dtype: of keys and values; ``cache_dtype`` unless given. States of Hyena layers are in the model's dtype, those
-                of long filters in float32 or wider.
+            dtype: of keys and values; ``cache_dtype`` unless given. States of Hyena layers are in the model's dtype,
+                those of long filters in float32 or wider.
             device: the model's unless given.
             method: how long convolutions will be evaluated. It matters for ``"truncated"``, which remembers a window of
                 inputs where every other method remembers modes; ``method="auto"`` then goes on from what it finds.

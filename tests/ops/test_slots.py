@@ -79,7 +79,9 @@ def rows_of(kind: str, lengths: list[int], keys: torch.Tensor, values: torch.Ten
         rows = ops.PagedKVState(*pool.layers[0])
     for i, length in enumerate(lengths):
         counts = [length if row == i else 0 for row in range(batch)]
-        rows.through(table).write_packed(keys[i : i + 1, :, :length], values[i : i + 1, :, :length], [0] * batch, counts)
+        rows.through(table).write_packed(
+            keys[i : i + 1, :, :length], values[i : i + 1, :, :length], [0] * batch, counts
+        )
     return rows, table
 
 

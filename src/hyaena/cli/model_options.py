@@ -49,7 +49,7 @@ def add_cache_option(group: argparse._ActionsContainer) -> None:
         "--cache-dtype",
         choices=("auto", *CACHE_DTYPES),
         default="auto",
-        help="of keys and values; int8 takes half the memory of 16 bits (docs/quantization.md); auto: that of the model",
+        help="of keys and values; int8 takes half the memory of 16 bits (docs/quantization.md); auto: the model's",
     )
 
 

@@ -260,8 +260,8 @@ def _check_metadata(metadata: Mapping[str, str], model: StripedHyena, name: str)
     if kept != found["cache_dtype"]:
         kept = printable(kept, limit=20)
         raise CheckpointError(
-            f"the prefix {name} holds keys and values in {kept}, and the model's caches are {found['cache_dtype']}: load "
-            f"the model with cache_dtype={kept!r}"
+            f"the prefix {name} holds keys and values in {kept}, and the model's caches are {found['cache_dtype']}: "
+            f"load the model with cache_dtype={kept!r}"
         )
     if metadata.get("weights") != _weights_digest(model):
         raise CheckpointError(f"the prefix {name} was read by a model with other weights: read its text again")

@@ -1,7 +1,7 @@
 """How a key, or a value, of one token and one head lies in a cache: in a slot of the storage.
 
-The dtype of the storage says what a slot is. In a floating-point dtype it is the head_dim numbers themselves. In int8 it
-is q, head_dim numbers in -127…127, and behind them the four bytes of a float32 scale:
+The dtype of the storage says what a slot is. In a floating-point dtype it is the head_dim numbers themselves. In int8
+it is q, head_dim numbers in -127…127, and behind them the four bytes of a float32 scale:
 
     x ≈ scale·q,    scale = max|x| / 127,    q = round(x / scale)        |x - scale·q| <= scale / 2
 

@@ -24,8 +24,8 @@ class ServerOptions:
     """A model, its adapters, and how they are served.
 
     Attributes:
-        model, revision, config, device, dtype, fp8, weights, cache_dtype: as in ``hub.load``; without a device, a GPU if
-            there is one.
+        model, revision, config, device, dtype, fp8, weights, cache_dtype: as in ``hub.load``; without a device, a GPU
+            if there is one.
         name: by which clients ask for the model; by default ``model``.
         adapters: names by which clients ask for them -> folders of LoRA adapters.
         chat_template: ``nous``, or a file with a Jinja template; by default what the folders of adapter and model have.

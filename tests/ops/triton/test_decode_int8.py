@@ -33,7 +33,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 
 
 def paged(lengths: list[int], groups: int, head_dim: int) -> tuple[PagedKVState, KVState, PageTable]:
-    """The same rows on pages in mixed order and in storage of their own; NaN as the scale of slots that are not valid."""
+    """The same rows on pages in mixed order and in storage of their own; NaN in slots that are not valid."""
     count = [-(-n // PAGE) for n in lengths]
     pool = PagePool(sum(count) + 1, [(groups, head_dim)], torch.int8, DEVICE)
     numbers = torch.randperm(pool.pages).tolist()

@@ -5,8 +5,8 @@ serves all query heads that share it. The pieces of a row depend on its length a
 that its numbers depend neither on threads nor on other rows.
 
 Where keys and values lie: a row of its own is ``[G,capacity]`` slots at an address of a table; on pages, slot s of a
-row is slot ``s % PAGE`` of page ``numbers[row, s // PAGE]`` of the storage ``[G,slots]`` of all rows. The scale of a slot
-in int8 (``ops.slots``) multiplies the score of a key, and the weight of a value: products see the whole numbers.
+row is slot ``s % PAGE`` of page ``numbers[row, s // PAGE]`` of the storage ``[G,slots]`` of all rows. The scale of a
+slot in int8 (``ops.slots``) multiplies the score of a key, and the weight of a value: products see the whole numbers.
 """
 
 from __future__ import annotations

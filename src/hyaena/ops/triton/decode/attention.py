@@ -151,7 +151,8 @@ def decode_attention(
         q, keys, values, capacities, pages, lengths, partial, weights, scale,
         HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=max(16, triton.next_power_of_2(share)),
         WIDTH=width, WIDTH_PAD=padded, SLOT=rows.slots.width(width), SPLITS=splits, BLOCK=block,
-        OPERAND=operand(q.dtype), WEIGHT=weight_operand(q.dtype, rows.dtype), TYPE=TYPES[rows.dtype], STAGES=3, TABLE=table, PAGE=page, OVERLAP=overlap,
+        OPERAND=operand(q.dtype), WEIGHT=weight_operand(q.dtype, rows.dtype), TYPE=TYPES[rows.dtype],
+        STAGES=3, TABLE=table, PAGE=page, OVERLAP=overlap,
         launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     _join_kernel[(batch * heads,)](

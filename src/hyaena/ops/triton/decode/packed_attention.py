@@ -30,8 +30,9 @@ BLOCK = 64
 def _packed_attention_kernel(q, keys, values, capacities, pages, blocks, lengths, out, scale,
                              HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SHARE_PAD: tl.constexpr,
                              TOKENS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, SLOT: tl.constexpr,
-                             BLOCK: tl.constexpr, OPERAND: tl.constexpr, WEIGHT: tl.constexpr, TYPE: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
-                             STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                             BLOCK: tl.constexpr, OPERAND: tl.constexpr, WEIGHT: tl.constexpr, TYPE: tl.constexpr,
+                             TABLE: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
+                             OVERLAP: tl.constexpr):  # fmt: skip
     """One block of tokens and one key head. Grid: (blocks, GROUPS)."""
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
@@ -106,8 +107,10 @@ def packed_attention(
     _packed_attention_kernel[(blocks.shape[0] // 3, groups)](
         q, keys, values, capacities, pages, blocks, lengths, out, scale,
         HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=triton.next_power_of_2(share), TOKENS=BLOCK_TOKENS,
-        WIDTH=width, WIDTH_PAD=padded, SLOT=rows.slots.width(width), BLOCK=min(BLOCK, TILE // (padded * q.element_size())),
-        OPERAND=operand(q.dtype), WEIGHT=weight_operand(q.dtype, rows.dtype), TYPE=TYPES[rows.dtype], TABLE=table, PAGE=page, STAGES=2, OVERLAP=overlap,
+        WIDTH=width, WIDTH_PAD=padded, SLOT=rows.slots.width(width),
+        BLOCK=min(BLOCK, TILE // (padded * q.element_size())), OPERAND=operand(q.dtype),
+        WEIGHT=weight_operand(q.dtype, rows.dtype), TYPE=TYPES[rows.dtype], TABLE=table, PAGE=page, STAGES=2,
+        OVERLAP=overlap,
         launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     return out

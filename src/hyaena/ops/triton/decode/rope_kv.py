@@ -25,9 +25,8 @@ HEADS_TOGETHER = 16
 @triton.jit(do_not_specialize_on_alignment=["pages", "owners", "lengths"])
 def _rotate_and_cache_kernel(qkv, keys, values, capacities, pages, owners, q, lengths, cos, sin,
                              HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr,
-                             HALF_PAD: tl.constexpr,
-                             BLOCK: tl.constexpr, TYPE: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
-                             OWNERS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                             HALF_PAD: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr, TABLE: tl.constexpr,
+                             PAGE: tl.constexpr, OWNERS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Some heads of one token. Heads: queries, keys, values, in the order of the projection."""
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
@@ -89,7 +88,8 @@ def rotate_and_cache(
     _rotate_and_cache_kernel[(batch, triton.cdiv(heads + 2 * groups, block))](
         qkv, keys, values, capacities, pages, owners, q, context.lengths, *context.rotary,
         HEADS=heads, GROUPS=groups, WIDTH=width, SLOT=rows.slots.width(width),
-        HALF_PAD=triton.next_power_of_2(width // 2), BLOCK=block, TYPE=TYPES[rows.dtype], TABLE=table, PAGE=page, OWNERS=owners is not None, OVERLAP=overlap,
+        HALF_PAD=triton.next_power_of_2(width // 2), BLOCK=block, TYPE=TYPES[rows.dtype], TABLE=table,
+        PAGE=page, OWNERS=owners is not None, OVERLAP=overlap,
         launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     return q
