@@ -117,7 +117,7 @@ def load(
         weights: make the linear layers narrow while they are read: ``"int8"``, ``"int4"``, ``"int4-128"``,
             ``"float8"``, ``"q8_0"`` or ``"q4_0"``. See docs/quantization.md; ``hyaena quantize`` does it once for all.
         cache_dtype: of keys and values in caches: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``; by
-            default, and for ``"auto"``, that of the weights. See docs/quantization.md, and ``StripedHyena.cache_dtype``.
+            default, and for ``"auto"``, that of the weights. See docs/quantization.md and ``StripedHyena.cache_dtype``.
 
     Raises:
         HyaenaError: in one line, what is wrong and how to put it right.
