@@ -3,7 +3,7 @@
 The dtype of the storage says what a slot is. In a floating-point dtype it is the head_dim numbers themselves. In int8
 it is q, head_dim numbers in -127…127, and behind them the four bytes of a float32 scale:
 
-    x ≈ scale·q,    scale = max|x| / 127,    q = round(x / scale)        |x - scale·q| <= scale / 2
+    x ≈ scale·q,    scale = max|x|·(1/127),    q = round(x / scale)        |x - scale·q| <= scale / 2
 
 One tensor holds both, so whatever moves slots (rows, pages, files) moves bytes and knows nothing of this.
 """
@@ -20,6 +20,8 @@ from hyaena.schemes import CACHE_DTYPES
 
 LARGEST = 127
 """Of q: as many numbers below 0 as above."""
+INVERSE = 1 / LARGEST
+"""A factor, in float32: a division by 127 is rounded differently by torch on a CPU and on a GPU."""
 SCALE_BYTES = 4
 
 
@@ -101,7 +103,7 @@ class Int8Slots:
 
     def encode(self, x: Tensor) -> Tensor:
         x = x.detach().float()
-        scale = x.abs().amax(-1, keepdim=True) / LARGEST
+        scale = x.abs().amax(-1, keepdim=True) * INVERSE
         # the largest number may be a little more than 127 scales, and a scale of 0 is that of zeros
         q = (x / scale.where(scale != 0, 1)).round_().clamp_(-LARGEST, LARGEST)
         return torch.cat([q.to(torch.int8), scale.view(torch.int8)], dim=-1)

@@ -36,7 +36,7 @@ from hyaena.ops.cpu.memory import (
 )
 from hyaena.ops.cpu.reads import mix, scores
 from hyaena.ops.pages import PAGE
-from hyaena.ops.slots import LARGEST
+from hyaena.ops.slots import INVERSE, LARGEST
 
 SPLIT = 256
 """Tokens of a piece, at least: long enough to hide what adding pieces costs, short enough to share out."""
@@ -90,7 +90,7 @@ def write_slot(kv_token, target, numbers, head_dim):
         most = rank(np.float32(0))
         for i in range(head_dim):
             most = max(most, rank(np.abs(load(FLOAT32, numbers, i))))  # NaN is the largest
-        scale = unrank(most) / np.float32(LARGEST)
+        scale = unrank(most) * np.float32(INVERSE)
         store(FLOAT32, target + head_dim, 0, scale)
         scale = np.float32(1) if scale == 0 else scale
     largest = np.float32(LARGEST)

@@ -14,7 +14,9 @@ from torch import Tensor
 from hyaena.ops.kv import KVState
 from hyaena.ops.pages import PAGE as TOKENS
 from hyaena.ops.pages import PagedRows
+from hyaena.ops.slots import INVERSE as FACTOR
 
+INVERSE = tl.constexpr(FACTOR)
 
 @triton.jit
 def row_storage(storage, row, TYPE: tl.constexpr, PAGE: tl.constexpr):
@@ -48,16 +50,32 @@ def first_slot(pages, row, at, TABLE: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
-def read_slots(storage, slot, valid, channel, WIDTH: tl.constexpr, SLOT: tl.constexpr, OPERAND: tl.constexpr):
-    """The numbers of slots [BLOCK,WIDTH_PAD], as OPERAND, and the scale of each [BLOCK]; 1 where they have none."""
+def read_slots(storage, slot, valid, channel, WIDTH: tl.constexpr, SLOT: tl.constexpr, OPERAND: tl.constexpr,
+               WORDS: tl.constexpr):  # fmt: skip
+    """The numbers of slots [BLOCK,WIDTH_PAD], as OPERAND, and the scale of each [BLOCK]; 1 where they have none.
+
+    With WORDS, numbers of int8 are read four at a time and taken apart in registers: a matrix unit wants those of
+    neighbouring slots side by side, which are single bytes in shared memory.
+    """
     slot = slot.to(tl.int64) * SLOT
-    keep = valid[:, None] & (channel < WIDTH)[None, :]
-    numbers = tl.load(storage + slot[:, None] + channel[None, :], mask=keep, other=0).to(OPERAND)
+    inside = channel < WIDTH
     if SLOT > WIDTH:
-        scales = (storage + WIDTH).to(tl.pointer_type(tl.float32))
-        return numbers, tl.load(scales + slot // 4, mask=valid, other=0.0)
+        words = storage.to(tl.pointer_type(tl.int32)) + slot // 4
+        scale = tl.load((words + WIDTH // 4).to(tl.pointer_type(tl.float32)), mask=valid, other=0.0)
+    if SLOT > WIDTH and WORDS:
+        FOURTH: tl.constexpr = channel.shape[0] // 4
+        word = tl.arange(0, FOURTH)
+        four = tl.load(words[:, None] + word[None, :], mask=valid[:, None] & (word < WIDTH // 4)[None, :], other=0)
+        even = tl.interleave((four << 24) >> 24, (four << 8) >> 24)
+        odd = tl.interleave((four << 16) >> 24, four >> 24)
+        return tl.interleave(even, odd).to(OPERAND), scale
     else:
-        return numbers, 1.0
+        keep = valid[:, None] & inside[None, :]
+        numbers = tl.load(storage + slot[:, None] + channel[None, :], mask=keep, other=0).to(OPERAND)
+        if SLOT > WIDTH:
+            return numbers, scale
+        else:
+            return numbers, 1.0
 
 
 @triton.jit
@@ -71,7 +89,7 @@ def write_slots(slot, first, second, mine, i, WIDTH: tl.constexpr, SLOT: tl.cons
     if SLOT > WIDTH:
         sizes = tl.maximum(_size_bits(first), _size_bits(second))  # as integers: NaN is the largest
         largest = tl.max(tl.where((i < HALF)[None, :], sizes, 0), axis=1)[:, None].to(tl.float32, bitcast=True)
-        scale = tl.math.div_rn(largest, 127.0)
+        scale = largest * INVERSE
         tl.store((slot + WIDTH).to(tl.pointer_type(tl.float32)), scale, mask=mine)
         divisor = tl.where(scale == 0.0, 1.0, scale)
         first, second = _rounded(tl.math.div_rn(first, divisor)), _rounded(tl.math.div_rn(second, divisor))
