@@ -268,13 +268,13 @@ def filled_cache(
     """A cache as if ``context`` tokens had been read, with room for more: random keys, values and states."""
     cache = model.make_cache(batch, max_length=context + room, method=method, dtype=dtype)
     for tensor in cache.tensors():
-        _randomise(tensor)
+        randomise(tensor)
     cache.lengths = [context] * batch
     return cache
 
 
-def _randomise(tensor: Tensor) -> None:
-    """Random numbers, or slots of them."""
+def randomise(tensor: Tensor) -> None:
+    """Fill with random numbers, or with slots of them."""
     if tensor.dtype != torch.int8:
         tensor.normal_()
         return

@@ -18,6 +18,7 @@ from hyaena.ops.slots import INVERSE as FACTOR
 
 INVERSE = tl.constexpr(FACTOR)
 
+
 @triton.jit
 def row_storage(storage, row, TYPE: tl.constexpr, PAGE: tl.constexpr):
     """A pointer to a row's storage of TYPE, from a table of addresses int64 [B]; the pool itself where it has pages.
