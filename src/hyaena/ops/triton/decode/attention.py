@@ -76,8 +76,8 @@ def _split_kernel(q, keys, values, capacities, pages, lengths, partial, weights,
         slot = at + tl.arange(0, BLOCK)
         valid = slot < end
         stored = first_slot(pages, row, at, TABLE, PAGE) + tl.arange(0, BLOCK)
-        ks, of_key = read_slots(k, stored, valid, channel, WIDTH, SLOT, OPERAND, False)
-        vs, of_value = read_slots(v, stored, valid, channel, WIDTH, SLOT, WEIGHT, True)
+        ks, of_key = read_slots(k, stored, valid, channel, WIDTH, SLOT, OPERAND)
+        vs, of_value = read_slots(v, stored, valid, channel, WIDTH, SLOT, WEIGHT)
         score = tl.dot(qs, tl.trans(ks), input_precision="ieee") * scale
         if SLOT > WIDTH:
             score *= of_key[None, :]

@@ -64,8 +64,8 @@ def _packed_attention_kernel(q, keys, values, capacities, pages, blocks, lengths
     for at in tl.range(0, end, BLOCK, num_stages=STAGES):
         slot = at + tl.arange(0, BLOCK)
         stored = first_slot(pages, row, at, TABLE, PAGE) + tl.arange(0, BLOCK)
-        ks, of_key = read_slots(k, stored, slot < end, channel, WIDTH, SLOT, OPERAND, False)
-        vs, of_value = read_slots(v, stored, slot < end, channel, WIDTH, SLOT, WEIGHT, True)
+        ks, of_key = read_slots(k, stored, slot < end, channel, WIDTH, SLOT, OPERAND)
+        vs, of_value = read_slots(v, stored, slot < end, channel, WIDTH, SLOT, WEIGHT)
         score = tl.dot(qs, tl.trans(ks), input_precision="ieee") * scale
         if SLOT > WIDTH:
             score *= of_key[None, :]

@@ -51,32 +51,16 @@ def first_slot(pages, row, at, TABLE: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
-def read_slots(storage, slot, valid, channel, WIDTH: tl.constexpr, SLOT: tl.constexpr, OPERAND: tl.constexpr,
-               WORDS: tl.constexpr):  # fmt: skip
-    """The numbers of slots [BLOCK,WIDTH_PAD], as OPERAND, and the scale of each [BLOCK]; 1 where they have none.
-
-    With WORDS, numbers of int8 are read four at a time and taken apart in registers: a matrix unit wants those of
-    neighbouring slots side by side, which are single bytes in shared memory.
-    """
+def read_slots(storage, slot, valid, channel, WIDTH: tl.constexpr, SLOT: tl.constexpr, OPERAND: tl.constexpr):
+    """The numbers of slots [BLOCK,WIDTH_PAD], as OPERAND, and the scale of each [BLOCK]; 1 where they have none."""
     slot = slot.to(tl.int64) * SLOT
-    inside = channel < WIDTH
+    keep = valid[:, None] & (channel < WIDTH)[None, :]
+    numbers = tl.load(storage + slot[:, None] + channel[None, :], mask=keep, other=0).to(OPERAND)
     if SLOT > WIDTH:
-        words = storage.to(tl.pointer_type(tl.int32)) + slot // 4
-        scale = tl.load((words + WIDTH // 4).to(tl.pointer_type(tl.float32)), mask=valid, other=0.0)
-    if SLOT > WIDTH and WORDS:
-        FOURTH: tl.constexpr = channel.shape[0] // 4
-        word = tl.arange(0, FOURTH)
-        four = tl.load(words[:, None] + word[None, :], mask=valid[:, None] & (word < WIDTH // 4)[None, :], other=0)
-        even = tl.interleave((four << 24) >> 24, (four << 8) >> 24)
-        odd = tl.interleave((four << 16) >> 24, four >> 24)
-        return tl.interleave(even, odd).to(OPERAND), scale
+        scales = (storage + WIDTH).to(tl.pointer_type(tl.float32))
+        return numbers, tl.load(scales + slot // 4, mask=valid, other=0.0)
     else:
-        keep = valid[:, None] & inside[None, :]
-        numbers = tl.load(storage + slot[:, None] + channel[None, :], mask=keep, other=0).to(OPERAND)
-        if SLOT > WIDTH:
-            return numbers, scale
-        else:
-            return numbers, 1.0
+        return numbers, 1.0
 
 
 @triton.jit
