@@ -1,4 +1,4 @@
-"""What narrow weights cost a model: its loss on a text, and what its Hyena layers remember of a long one.
+"""What narrow weights, and narrow keys and values, cost a model: loss on a text, and what Hyena layers remember of it.
 
     python scripts/build_corpus.py
     python -m benchmarks.narrow_loss cub corpus/heldout.jsonl --weights int8,int4
@@ -7,6 +7,9 @@ For each scheme: bytes of the weights; nats per token above the weights as they 
 everything computed in float32; and with ``--state N`` the distance of the states of all long filters after N tokens
 of the text in one piece, relative to their norm. ``--calibrate FILE`` weighs errors by what the model reads in that
 text, as ``hyaena quantize`` does.
+
+``--cache-dtype int8,…`` measures keys and values instead, with the weights in float32: windows are read through a cache
+of float32, and of each of these dtypes.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from hyaena.cli.quantize import CALIBRATION_TOKENS
 from hyaena.model import StripedHyena
 from hyaena.ops import HyenaState
 from hyaena.quant import collect_moments, narrow_linears, quantized_layers
-from hyaena.schemes import SCHEMES, scheme_of
+from hyaena.schemes import CACHE_DTYPES, SCHEMES, scheme_of
 from hyaena.sizes import ModelSizes
 from hyaena.tokenizers import Tokenizer
 from hyaena.train.corpus import Corpus, tokenize
@@ -42,6 +45,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("text", help="plain text or records, see `hyaena train`")
     parser.add_argument("--weights", default=",".join(SCHEMES), metavar="SCHEME,…")
+    parser.add_argument("--cache-dtype", metavar="DTYPE,…", help=f"measure these instead: {', '.join(CACHE_DTYPES)}")
     parser.add_argument("--window", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--state", type=int, default=0, metavar="N", help="tokens before states are compared")
     parser.add_argument("--calibrate", metavar="FILE")
@@ -51,6 +55,9 @@ def main() -> None:
     load = partial(hyaena.load, arguments.model, device=arguments.device, dtype="float32")
     model, tokenizer = load()
     corpus = read(arguments.text, tokenizer)
+    if arguments.cache_dtype:
+        compare_caches(model, corpus, arguments.cache_dtype.split(","), arguments.window, arguments.state)
+        return
     moments = {}
     if arguments.calibrate:
         ids = read(arguments.calibrate, tokenizer).tokens[:CALIBRATION_TOKENS]
@@ -73,6 +80,38 @@ def main() -> None:
             sep=", ",
             flush=True,
         )
+
+
+def compare_caches(model: StripedHyena, corpus: Corpus, dtypes: list[str], window: int, length: int) -> None:
+    """Print a line for a cache of float32, and for each dtype."""
+    first = wide = None
+    for dtype in ("float32", *dtypes):
+        began = time.perf_counter()
+        model.cache_dtype = dtype
+        loss, tokens = loss_through_cache(model, corpus, window)
+        states = after(model, corpus, length) if length else {}
+        first, wide = first or loss, wide or states
+        print(
+            f"keys and values in {dtype}: loss {loss:.5f} of {tokens:,} tokens, {loss - first:+.6f}",
+            *(f"states after {n:,} tokens {distance(states[n], wide[n]):.3%} apart" for n in states),
+            f"{time.perf_counter() - began:.0f} s",
+            sep=", ",
+            flush=True,
+        )
+
+
+@torch.inference_mode()
+def loss_through_cache(model: StripedHyena, corpus: Corpus, window: int) -> tuple[float, int]:
+    """Nats per token of windows of each document, each read in one pass into an empty cache; and how many tokens."""
+    total, count = 0.0, 0
+    for start, stop in zip(corpus.starts.tolist(), corpus.ends.tolist(), strict=True):
+        for begin in range(start, stop - 1, window):
+            ids = torch.tensor(corpus.tokens[begin : min(begin + window + 1, stop)], dtype=torch.long)
+            ids = ids.to(model.device)
+            logits = model(ids[None, :-1], cache=model.make_cache(1, max_length=window))[0]
+            total += float(torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="sum"))
+            count += len(ids) - 1
+    return total / count, count
 
 
 def read(source: str, tokenizer: Tokenizer) -> Corpus:

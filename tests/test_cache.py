@@ -310,7 +310,7 @@ def test_a_failing_pass_leaves_the_cache_as_it_was(model: StripedHyena) -> None:
 def test_bytes() -> None:
     cache = StripedHyena(CONFIG).make_cache(3, max_length=10, dtype=torch.bfloat16)
     keys = 2 * 3 * 2 * 10 * 4 * 2  # two stores, B, G, slots, head_dim, bytes
-    states = 2 * 3 * (3 * 16 * 2 * 2 + 16 * 2 * 8)  # two layers, B, short in bfloat16, long in complex64
+    states = 2 * 3 * (3 * 16 * 2 * 4 + 16 * 2 * 8)  # two layers, B, short in float32, long in complex64
     assert cache.nbytes == keys + states
 
 

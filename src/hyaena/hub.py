@@ -31,6 +31,7 @@ from hyaena.layers import MIXERS, Mixers
 from hyaena.model import StripedHyena
 from hyaena.ops import cpu
 from hyaena.ops.backend import log_once
+from hyaena.ops.slots import as_cache_dtype, slots_of
 from hyaena.schemes import scheme_of
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 
@@ -95,6 +96,7 @@ def load(
     mixers: Mixers = MIXERS,
     fp8: str = "auto",
     weights: str | None = None,
+    cache_dtype: str | torch.dtype | None = None,
 ) -> tuple[StripedHyena, Tokenizer]:
     """A model, in evaluation mode, and its tokenizer.
 
@@ -114,16 +116,18 @@ def load(
             there is no Hopper GPU; ``"off"``, as plain products. See docs/numerics.md.
         weights: make the linear layers narrow while they are read: ``"int8"``, ``"int4"``, ``"int4-128"``,
             ``"float8"``, ``"q8_0"`` or ``"q4_0"``. See docs/quantization.md; ``hyaena quantize`` does it once for all.
+        cache_dtype: of keys and values in caches: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"``; by
+            default, and for ``"auto"``, that of the weights. See docs/quantization.md and ``StripedHyena.cache_dtype``.
 
     Raises:
         HyaenaError: in one line, what is wrong and how to put it right.
     """
-    _check_options(dtype, device, weights, adapter)
+    _check_options(dtype, device, weights, adapter, cache_dtype)
     update = None if adapter is None else read_adapter(adapter)
     checkpoint = locate(source, revision=revision, config=config)
     check_fp8(fp8, checkpoint.config.fp8_input_projections)
     tokenizer = load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)  # before the large files
-    return _load(checkpoint, dtype, device, mixers, update, fp8, weights), tokenizer
+    return _load(checkpoint, dtype, device, mixers, update, fp8, weights, cache_dtype), tokenizer
 
 
 def load_model(
@@ -137,13 +141,14 @@ def load_model(
     mixers: Mixers = MIXERS,
     fp8: str = "auto",
     weights: str | None = None,
+    cache_dtype: str | torch.dtype | None = None,
 ) -> StripedHyena:
     """The model alone; the arguments are those of :func:`load`."""
-    _check_options(dtype, device, weights, adapter)
+    _check_options(dtype, device, weights, adapter, cache_dtype)
     update = None if adapter is None else read_adapter(adapter)
     checkpoint = locate(source, revision=revision, config=config)
     check_fp8(fp8, checkpoint.config.fp8_input_projections)
-    return _load(checkpoint, dtype, device, mixers, update, fp8, weights)
+    return _load(checkpoint, dtype, device, mixers, update, fp8, weights, cache_dtype)
 
 
 def load_tokenizer_of(
@@ -277,13 +282,27 @@ def _load(
     adapter: Adapter | None,
     fp8: str,
     weights: str | None,
+    cache_dtype: str | torch.dtype | None,
 ) -> StripedHyena:
+    check_cache_dtype(cache_dtype, checkpoint.config)
     dtype = choose_dtype(dtype, checkpoints.as_device(device))
     model = checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers, weights=weights)
     if adapter is not None:
         merge_adapter(model, adapter)
     set_fp8(model, fp8)
+    model.cache_dtype = cache_dtype
     return model
+
+
+def check_cache_dtype(value: str | torch.dtype | None, config: ModelConfig) -> None:
+    """Refuse, before weights are read, a dtype of keys and values that the model's caches cannot have.
+
+    Raises:
+        InputError: it is unknown, or its slots do not fit the model's heads.
+    """
+    kept = as_cache_dtype(value)
+    if kept is not None and "attention" in config.layer_types:
+        slots_of(kept).check(config.head_dim)
 
 
 def _check_options(
@@ -291,8 +310,10 @@ def _check_options(
     device: str | torch.device | None,
     weights: str | None,
     adapter: str | PathLike[str] | None,
+    cache_dtype: str | torch.dtype | None,
 ) -> None:
     """Refuse what cannot be used before anything is downloaded or read."""
+    as_cache_dtype(cache_dtype)
     choose_dtype(dtype, checkpoints.as_device(device))
     if weights is not None:
         scheme_of(weights)

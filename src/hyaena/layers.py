@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hyaena import ops
 from hyaena.config import ModelConfig, unknown_layer_kind
 from hyaena.context import ForwardContext
-from hyaena.errors import InputError
+from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, Float32Parameters, LongFilter, RealLongFilter, ShortFilter
 from hyaena.fp8 import FP8Linear
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, StepContext
@@ -34,7 +34,8 @@ class Mixer(Protocol):
     """What the first half of a layer must be able to do. A module of the user's own is as good as those below.
 
     A mixer that remembers keys and values may name their sizes, ``kv_shape() -> (G, head_dim)``. In a cache on pages
-    its state is a ``PagedKVState`` then; a mixer without that method has the state that ``make_state`` makes.
+    its state is a ``PagedKVState`` then, and it is given the dtype of the cache; a mixer without that method has the
+    state that ``make_state`` makes in the model's dtype.
 
     A mixer whose forward keeps packed documents (``context.reset``) and packed rows (``context.packing``) apart says so
     by ``packs = True``; one whose step leaves all that depends on other tokens of its row to ``context.operators``, so
@@ -166,10 +167,16 @@ class Attention(nn.Module):
         q = q[:, :, -keep:]
         kv = None if state is None else state.through(context.pages)
         if kv is not None and context.lengths is not None and context.counts is not None:
+            if k.requires_grad and not kv.slots.differentiable:
+                raise UnsupportedError(
+                    f"keys and values in {str(kv.dtype).removeprefix('torch.')} carry no gradients: read under "
+                    "torch.no_grad(), or leave the cache in the model's dtype"
+                )
             if context.packing is not None:
                 kv.write_packed(k, v, context.lengths, context.counts)
             else:
                 kv.write(k, v, context.lengths, None if context.padding is None else context.padding[1])
+            k, v = kv.slots.rounded(k), kv.slots.rounded(v)  # this pass sees the numbers that later ones will see
         if kv is None or context.lengths is None or not any(context.lengths):
             padding = None if context.padding is None else context.padding[0]
             y = ops.attention(q, k, v, padding=padding, documents=context.documents)
@@ -178,7 +185,7 @@ class Attention(nn.Module):
             for row, (start, stop) in enumerate(context.packing.spans):
                 run, here = kv.row(row, context.lengths[row] + stop - start), (..., slice(start, stop), slice(None))
                 run = run.with_newest(k[here], v[here]) if k.requires_grad else run
-                parts.append(ops.attention(q[here], run.keys.to(q), run.values.to(q)))
+                parts.append(ops.attention(q[here], *run.read(q)))
             y = torch.cat(parts, dim=2)
         else:
             y = self._attend_to_past(q, k, v, context, kv)
@@ -198,7 +205,7 @@ class Attention(nn.Module):
             if context.padding is not None and not context.lengths[rows.start]:  # they begin in this pass
                 parts.append(ops.attention(q[rows], k[rows], v[rows], padding=context.padding[0][rows]))
             else:
-                parts.append(ops.attention(q[rows], run.keys.to(q), run.values.to(q)))
+                parts.append(ops.attention(q[rows], *run.read(q)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def step(self, x: Tensor, norm: ops.Norm, state: KVState | PagedKVState, context: StepContext) -> Tensor:

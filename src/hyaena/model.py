@@ -38,6 +38,7 @@ from hyaena.layers import (
 )
 from hyaena.ops import PagedKVState, PagePool, StepContext
 from hyaena.ops.onednn import onednn_products
+from hyaena.ops.slots import as_cache_dtype, slots_of
 from hyaena.packing import Snapshots
 from hyaena.quant import narrow_linears
 from hyaena.schemes import SCHEMES
@@ -68,6 +69,7 @@ class StripedHyena(nn.Module):
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.weights is not None:
             narrow_linears(self, SCHEMES[config.weights])
+        self._cache_dtype: torch.dtype | None = None
         self.register_load_state_dict_pre_hook(_accept_original_names)
         if self.device.type != "meta":
             self.init_weights()
@@ -80,12 +82,38 @@ class StripedHyena(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of keys and values in the caches that are made for this model; the model's own unless set.
+
+        Set it to a dtype, a name of ``schemes.CACHE_DTYPES``, or ``"auto"`` for the model's own. ``"int8"`` takes about
+        half the memory of 16 bits; see ``ops.slots``.
+        """
+        return self._cache_dtype or self.dtype
+
+    @cache_dtype.setter
+    def cache_dtype(self, value: str | torch.dtype | None) -> None:
+        dtype = as_cache_dtype(value)
+        self._slot_dtype(dtype)
+        self._cache_dtype = dtype
+
+    def _slot_dtype(self, value: str | torch.dtype | None) -> torch.dtype:
+        """The dtype of keys and values that a caller chose.
+
+        Raises:
+            InputError: one that keys and values, or heads of this model, are not stored in.
+        """
+        dtype = as_cache_dtype(value) or self.cache_dtype
+        for _, head_dim in self._kv_shapes():
+            slots_of(dtype).check(head_dim)
+        return dtype
+
     def make_cache(
         self,
         batch_size: int = 1,
         *,
         max_length: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         device: torch.device | str | None = None,
         method: str = "auto",
         tolerance: float = ops.TRUNCATION_TOLERANCE,
@@ -95,22 +123,22 @@ class StripedHyena(nn.Module):
         Args:
             batch_size: rows.
             max_length: the most tokens of a row; None for a growing cache.
-            dtype: of keys, values and the short filters' windows; the model's unless given. States of long filters are
-                float32 or wider.
+            dtype: of keys and values; ``cache_dtype`` unless given. States of Hyena layers are in the model's dtype,
+                those of long filters in float32 or wider.
             device: the model's unless given.
             method: how long convolutions will be evaluated. It matters for ``"truncated"``, which remembers a window of
                 inputs where every other method remembers modes; ``method="auto"`` then goes on from what it finds.
             tolerance: the share of a filter's energy that ``"truncated"`` may drop; it decides the window of a layer.
 
         Raises:
-            InputError: a size below 1.
+            InputError: a size below 1, or a dtype that keys and values are not stored in.
             UnsupportedError: an unknown method, or a filter that cannot be cut; see ``ops.truncate``.
         """
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"a cache takes {name} as a whole number of at least 1, not {value!r}")
         device = torch.device(device) if device is not None else self.device
-        states = self._make_states(batch_size, max_length, dtype or self.dtype, device, method, tolerance)
+        states = self._make_states(batch_size, max_length, dtype, device, method, tolerance)
         return Cache(states, [0] * batch_size, [max_length] * batch_size, owner=self)
 
     def make_state(
@@ -119,7 +147,7 @@ class StripedHyena(nn.Module):
         batch_size: int = 1,
         *,
         max_length: int | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
         device: torch.device | str | None = None,
         method: str = "auto",
         tolerance: float = ops.TRUNCATION_TOLERANCE,
@@ -129,28 +157,31 @@ class StripedHyena(nn.Module):
         Args:
             index: of the layer.
         """
-        options: dict[str, Any] = {"max_length": max_length, "dtype": dtype or self.dtype}
+        mixer: Any = self.layers[index].mixer
+        kept = self._slot_dtype(dtype) if hasattr(mixer, "kv_shape") else self.dtype
+        options: dict[str, Any] = {"max_length": max_length, "dtype": kept}
         options["device"] = torch.device(device) if device is not None else self.device
         if ops.capabilities(method).state == "window":
             options |= {"method": method, "tolerance": tolerance}
         try:
-            return self.layers[index].mixer.make_state(batch_size, **options)  # type: ignore[union-attr, operator]
+            return mixer.make_state(batch_size, **options)
         except UnsupportedError as error:
             raise UnsupportedError(f"layer {index}: {error}") from None
 
     def make_page_pool(
-        self, pages: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self, pages: int, *, dtype: str | torch.dtype | None = None, device: torch.device | str | None = None
     ) -> PagePool:
         """Allocate pages for the keys and values of this model, which caches on them share.
 
         Args:
             pages: how many, of ``ops.PAGE`` tokens each; ``sizes.page_bytes`` says how large one is.
-            dtype, device: of keys and values; the model's unless given.
+            dtype: of keys and values; ``cache_dtype`` unless given.
+            device: the model's unless given.
 
         Raises:
-            InputError: fewer than one page, or a model without keys and values.
+            InputError: fewer than one page, a model without keys and values, or a dtype that they are not stored in.
         """
-        return PagePool(pages, self._kv_shapes(), dtype or self.dtype, device or self.device)
+        return PagePool(pages, self._kv_shapes(), self._slot_dtype(dtype), device or self.device)
 
     def _kv_shapes(self) -> list[tuple[int, int]]:
         """Key/value heads, and their channels, of the layers that remember keys and values."""
@@ -197,7 +228,7 @@ class StripedHyena(nn.Module):
         self,
         rows: int,
         max_length: int | None,
-        dtype: torch.dtype,
+        dtype: str | torch.dtype | None,
         device: torch.device,
         method: str,
         tolerance: float,

@@ -72,6 +72,9 @@ SCHEMES: Mapping[str, Scheme] = {
     )
 }
 
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+"""Names of the dtypes of keys and values in a cache; see ``ops.slots``."""
+
 
 def scheme_of(name: str) -> Scheme:
     """A scheme by its name.

@@ -29,7 +29,8 @@ class LayerSize:
         float32_parameters: those among them that are stored in float32 at least, such as poles and residues.
         matrices: shapes (outputs, inputs) of the linear layers among them that a scheme makes narrow.
         output_parameters: those among them that are applied only where an output is needed: the output projection.
-        kv_per_token: numbers cached for every token, in the model's dtype.
+        kv_per_token: numbers cached for every token, in the dtype of the cache.
+        kv_slots: keys and values of heads among them, each of which has a scale where the cache is int8.
         state: numbers of one sequence's state whatever its length, in the model's dtype.
         float32_state: numbers of that state that are stored in float32 at least; a complex number counts as two.
         activations_per_token: most numbers held for a token inside the mixer, in a pass without gradients.
@@ -41,6 +42,7 @@ class LayerSize:
     matrices: tuple[tuple[int, int], ...] = ()
     output_parameters: int = 0
     kv_per_token: int = 0
+    kv_slots: int = 0
     state: int = 0
     float32_state: int = 0
     activations_per_token: int = 0
@@ -62,6 +64,7 @@ def attention_size(config: ModelConfig) -> LayerSize:
         matrices=((qkv, d), (d, queries)),
         output_parameters=queries * d,
         kv_per_token=2 * keys,
+        kv_slots=2 * config.num_key_value_heads,
         activations_per_token=qkv + (queries + keys) + 3 * queries,
         flops_per_pair=4 * queries,  # two for the score, two for the weighted sum
     )
@@ -193,20 +196,26 @@ class ModelSizes:
     # --- caches and activations ----------------------------------------------------------------------------------
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        return self._sum(lambda layer: layer.kv_per_token) * itemsize
+        """Bytes of one token's keys and values in all layers; of one byte each (int8) with their scales in float32."""
+        scale = FLOAT32 if itemsize == 1 else 0
+        return self._sum(lambda layer: layer.kv_per_token * itemsize + layer.kv_slots * scale)
 
     def page_bytes(self, tokens: int, itemsize: int) -> int:
-        """Bytes of a page of keys and values for so many tokens, in all layers."""
+        """Bytes of a page of keys and values for so many tokens, in all layers; see ``kv_bytes_per_token``."""
         return tokens * self.kv_bytes_per_token(itemsize)
 
     def state_bytes(self, itemsize: int) -> int:
         """Bytes of one sequence's states in all layers, whatever its length; also those of a snapshot of them."""
         return self._sum(lambda layer: layer.state * itemsize + layer.float32_state * _float32(itemsize))
 
-    def cache_bytes(self, batch: int, length: int, itemsize: int) -> int:
-        """Bytes of a cache of ``batch`` rows of ``length`` tokens: ``B·(T·kv + state)``."""
-        return batch * (length * self.kv_bytes_per_token(itemsize) + self.state_bytes(itemsize))
+    def cache_bytes(self, batch: int, length: int, itemsize: int, kv_itemsize: int | None = None) -> int:
+        """Bytes of a cache of ``batch`` rows of ``length`` tokens: ``B·(T·kv + state)``.
+
+        Args:
+            itemsize: bytes of a number in the model's dtype.
+            kv_itemsize: of keys and values; ``itemsize`` unless given.
+        """
+        return batch * (length * self.kv_bytes_per_token(kv_itemsize or itemsize) + self.state_bytes(itemsize))
 
     def activation_bytes_per_token(self, itemsize: int) -> int:
         """Most bytes of activations of one token in a pass without gradients, with the fused kernels.
@@ -219,16 +228,17 @@ class ModelSizes:
 
     # --- work ----------------------------------------------------------------------------------------------------
 
-    def decode_bytes(self, batch: int, context: int, itemsize: int) -> int:
+    def decode_bytes(self, batch: int, context: int, itemsize: int, kv_itemsize: int | None = None) -> int:
         """Bytes of one decoding step: ``weights + B·(context·kv + 2·state)``.
 
         Every weight is read once, except for the rows of an untied embedding, of which a token needs one. Keys and
-        values of the context are read; states are read and written.
+        values of the context are read; states are read and written. Arguments as of ``cache_bytes``.
         """
         weights = self.weight_bytes(itemsize)
         if not self.config.tie_embeddings:
             weights -= self._embedding * itemsize
-        return weights + self.cache_bytes(batch, context, itemsize) + batch * self.state_bytes(itemsize)
+        cache = self.cache_bytes(batch, context, itemsize, kv_itemsize)
+        return weights + cache + batch * self.state_bytes(itemsize)
 
     def prefill_flops(self, length: int) -> int:
         """Operations of a prefill of one sequence: ``2·P·T + S·T²/2 + 2·V·D``.

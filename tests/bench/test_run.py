@@ -72,7 +72,9 @@ def made_up() -> Result:
         for b in (1, 2)
         for c in (20, 40)
     ]
-    return Result(config=CONFIG, dtype=torch.float32, device=CPU, prefills=prefills, decodes=decodes)
+    return Result(
+        config=CONFIG, dtype=torch.float32, cache_dtype=torch.float32, device=CPU, prefills=prefills, decodes=decodes
+    )
 
 
 def test_a_plan_is_measured_in_full() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is made for Linux only")
 
-from benchmarks.kernels import decode, few_rows, fp8, hyena, pages
+from benchmarks.kernels import cache_dtypes, decode, few_rows, fp8, hyena, pages
 
 from hyaena.bench import rates
 from hyaena.bench.rates import Sizes
@@ -79,6 +79,15 @@ def test_pages_and_storage_of_rows_side_by_side(tmp_path: Path, monkeypatch: pyt
     assert all(min(f["seconds"]) > 0 for f in found)
     known = json.loads((tmp_path / "pages.json").read_text(encoding="utf-8"))
     assert known["cache_gb"] < known["unshared_gb"]
+
+
+def test_dtypes_of_a_cache_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="the operators of a CPU are compiled by numba")
+    monkeypatch.setattr(cache_dtypes, "ROUNDS", 1)
+    cache_dtypes.main(["--quick", "--output", str(tmp_path)])
+    found = figures(tmp_path / "cache_dtypes.json")
+    assert [(f["name"], f["batch"]) for f in found if f["name"] == "int8"] == [("int8", 1), ("int8", 3)]
+    assert all(f["bound"] > 0 and min(f["seconds"]) > 0 for f in found)
 
 
 def test_rows_of_a_benchmark_share_what_they_should() -> None:

@@ -153,3 +153,19 @@ def test_what_cannot_be_captured_has_a_reason() -> None:
     kinds = dataclasses.replace(TINY, layer_types=("hyena_se", "attention"), se_filter_length=4)
     assert "layer 0" in str(ShortPasses.unsupported_reason(make(kinds)))
     assert "float64" in str(ShortPasses.unsupported_reason(make().double()))
+
+
+def test_passes_write_and_read_slots_of_int8() -> None:
+    """A number near the middle between two of 8 bits may go to either: no closer than a step of them."""
+    model = make()
+    model.cache_dtype = "int8"
+    pages = [[0, 3], [2, 1]]
+    cache, other = (model.make_paged_cache(model.make_page_pool(4), pages, max_length=2 * PAGE) for _ in range(2))
+    passes = ShortPasses(model, cache.pool, cuda_graph=CUDA)
+    for counts in ([70, 5], [3, 17], [1, 1]):
+        ids = prompts(counts)
+        torch.testing.assert_close(passes.read(ids, cache).logits, read(model, other, ids), atol=1e-2, rtol=1e-2)
+    assert cache.pool is not None and other.pool is not None
+    for one, two in zip(cache.pool.layers[0], other.pool.layers[0], strict=True):
+        apart = (one[:, :-1].int() - two[:, :-1].int())[..., : model.config.head_dim].abs()
+        assert int(apart.max()) <= 1 and float(apart.float().mean()) < 1e-3

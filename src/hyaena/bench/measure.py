@@ -17,6 +17,7 @@ from hyaena.errors import NonFiniteError
 from hyaena.fp8 import FP8Linear
 from hyaena.generation import choose_chunk
 from hyaena.model import StripedHyena
+from hyaena.ops.slots import slots_of
 from hyaena.ops.step import DecodeOperators
 from hyaena.sampling import SamplingParams, finite_rows, sample
 from hyaena.sizes import ModelSizes
@@ -236,7 +237,7 @@ def measure_decode(
     run = stepper(model, cache, decoding)
     first = wall_seconds(lambda: run(1))
     run(steps)
-    work = ModelSizes(model.config).decode_bytes(batch, context, model.dtype.itemsize)
+    work = ModelSizes(model.config).decode_bytes(batch, context, model.dtype.itemsize, model.cache_dtype.itemsize)
     work -= fp8_numbers(model) * (model.dtype.itemsize - 1)
     figure = in_turns(
         work,
@@ -262,14 +263,25 @@ def filled_cache(
     *,
     room: int,
     method: str = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Cache:
     """A cache as if ``context`` tokens had been read, with room for more: random keys, values and states."""
     cache = model.make_cache(batch, max_length=context + room, method=method, dtype=dtype)
     for tensor in cache.tensors():
-        tensor.normal_()
+        randomise(tensor)
     cache.lengths = [context] * batch
     return cache
+
+
+def randomise(tensor: Tensor) -> None:
+    """Fill with random numbers, or with slots of them."""
+    if tensor.dtype != torch.int8:
+        tensor.normal_()
+        return
+    slots = slots_of(tensor.dtype)
+    for row in tensor:  # one at a time: the numbers are wider than the slots
+        shape = (*row.shape[:-1], slots.head_dim(row.shape[-1]))
+        row.copy_(slots.encode(torch.randn(shape, device=row.device)))
 
 
 def stepper(

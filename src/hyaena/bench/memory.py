@@ -11,20 +11,23 @@ from hyaena.errors import CapacityError
 from hyaena.sizes import FLOAT32, ModelSizes
 
 
-def prefill_bytes(config: ModelConfig, length: int, chunk: int, itemsize: int) -> int:
-    """About what a prefill needs beside the weights: its cache, and a chunk's activations twice, for plain methods."""
+def prefill_bytes(config: ModelConfig, length: int, chunk: int, itemsize: int, kv_itemsize: int | None = None) -> int:
+    """About what a prefill needs beside the weights: its cache, and a chunk's activations twice, for plain methods.
+
+    ``kv_itemsize`` is of keys and values, see ``ModelSizes.cache_bytes``.
+    """
     activations = min(chunk, length) * ModelSizes(config).activation_bytes_per_token(itemsize)
-    return _cache_bytes(config, 1, length, itemsize) + 2 * activations
+    return _cache_bytes(config, 1, length, itemsize, kv_itemsize) + 2 * activations
 
 
-def decode_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:
+def decode_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int, kv_itemsize: int | None = None) -> int:
     """About what decoding needs beside the weights: its cache, and its logits in float32 four times."""
-    return _cache_bytes(config, batch, slots, itemsize) + 4 * batch * config.vocab_size * FLOAT32
+    return _cache_bytes(config, batch, slots, itemsize, kv_itemsize) + 4 * batch * config.vocab_size * FLOAT32
 
 
-def _cache_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int) -> int:
+def _cache_bytes(config: ModelConfig, batch: int, slots: int, itemsize: int, kv_itemsize: int | None) -> int:
     sizes = ModelSizes(config)
-    return sizes.cache_bytes(batch, slots, itemsize) + batch * sizes.state_bytes(itemsize)
+    return sizes.cache_bytes(batch, slots, itemsize, kv_itemsize) + batch * sizes.state_bytes(itemsize)
 
 
 def require_memory(needed: int, device: torch.device, what: str, remedy: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from hyaena.bench import machine
 from hyaena.bench.clock import Samples
 from hyaena.bench.measure import Figure
@@ -47,7 +49,8 @@ def as_dict(result: Result) -> dict[str, Any]:
         "model": {
             "config": result.config.to_dict(),
             "parameters": ModelSizes(result.config).parameters,
-            "dtype": _dtype(result),
+            "dtype": _name(result.dtype),
+            "cache_dtype": _name(result.cache_dtype),
         },
         "prefill": prefills,
         "decode": decodes,
@@ -71,7 +74,7 @@ def render(result: Result) -> str:
     """The page for a terminal."""
     facts = machine.describe(result.device)
     lines = [
-        f"{result.config.name}, {ModelSizes(result.config).parameters:,} parameters, {_dtype(result)}",
+        f"{result.config.name}, {ModelSizes(result.config).parameters:,} parameters, {_dtypes(result)}",
         f"{facts['device']}, {facts['cores']} cores, torch {facts['torch']}",
     ]
     if result.prefills:
@@ -125,8 +128,14 @@ def _share(share: float | None) -> str:
     return "?" if share is None else f"{share:.0%}"
 
 
-def _dtype(result: Result) -> str:
-    return str(result.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtypes(result: Result) -> str:
+    if result.cache_dtype == result.dtype:
+        return _name(result.dtype)
+    return f"{_name(result.dtype)}, keys and values in {_name(result.cache_dtype)}"
 
 
 def _percent(samples: Samples) -> str:

@@ -67,6 +67,7 @@ class Result:
 
     config: ModelConfig
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     device: torch.device
     prefills: list[Prefill] = field(default_factory=list)
     decodes: list[Decode] = field(default_factory=list)
@@ -79,6 +80,7 @@ def run(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
     progress: Callable[[str], object] = lambda text: None,
     found: Callable[[Result], object] = lambda result: None,
 ) -> Result:
@@ -90,6 +92,7 @@ def run(
         plan: what to measure.
         device: a CPU or a CUDA device.
         dtype: of the weights.
+        cache_dtype: of the keys and values of the model that ``make`` makes; ``dtype`` unless given.
         progress: called with what is about to be measured.
         found: called with all that is known after each figure, so that a later failure loses none of it.
 
@@ -101,8 +104,10 @@ def run(
     if device.type not in SIZES:
         raise UnsupportedError(f"bench has timers for {' and '.join(SIZES)} devices, not {device}: choose one of these")
     plan.check(config)
-    memory.require_memory(_needed(config, plan, device, dtype.itemsize), device, f"measuring {config.name}", _REMEDY)
-    result = Result(config=config, dtype=dtype, device=device)
+    cache_dtype = cache_dtype or dtype
+    needed = _needed(config, plan, device, dtype.itemsize, cache_dtype.itemsize)
+    memory.require_memory(needed, device, f"measuring {config.name}", _REMEDY)
+    result = Result(config=config, dtype=dtype, cache_dtype=cache_dtype, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         progress(f"making {config.name}")
         model = make()
@@ -129,15 +134,16 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return model.eval()
 
 
-def _needed(config: ModelConfig, plan: Plan, device: torch.device, itemsize: int) -> int:
+def _needed(config: ModelConfig, plan: Plan, device: torch.device, itemsize: int, kv_itemsize: int) -> int:
     """The most bytes that a plan allocates together."""
     chunk = plan.chunk or PREFILL_CHUNK.get(device.type, MIN_PREFILL_CHUNK)  # the least that is chosen
     slots = max(plan.contexts, default=0) + 1 + rounds_at_most(ROUNDS) * plan.steps
     most = max(
         SIZES[device.type].bytes,
-        memory.prefill_bytes(config, max(plan.lengths, default=1), chunk, itemsize),
+        memory.prefill_bytes(config, max(plan.lengths, default=1), chunk, itemsize, kv_itemsize),
         # a copy is measured between the steps, while the cache is there
-        memory.decode_bytes(config, max(plan.batches, default=1), slots, itemsize) + SIZES[device.type].bytes,
+        memory.decode_bytes(config, max(plan.batches, default=1), slots, itemsize, kv_itemsize)
+        + SIZES[device.type].bytes,
     )
     return ModelSizes(config).weight_bytes(itemsize) + most
 

@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     from hyaena.bench.run import Plan, Result
     from hyaena.bench.run import run as measure
     from hyaena.checkpoints import as_device
+    from hyaena.ops.slots import as_cache_dtype
 
     if args.plot is not None:
         plot.require_format(args.plot)
@@ -126,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
             plan,
             device=device,
             dtype=dtype,
+            cache_dtype=as_cache_dtype(args.cache_dtype) or dtype,
             progress=lambda text: print(f"{text} …", file=sys.stderr, flush=True),
             found=found,
         )
@@ -160,7 +162,7 @@ def _model(
     from hyaena.bench.run import SH_7B, random_model
     from hyaena.formats import read_config
     from hyaena.fp8 import check_fp8, set_fp8
-    from hyaena.hub import choose_dtype
+    from hyaena.hub import check_cache_dtype, choose_dtype
 
     dtype = choose_dtype(args.dtype, device)
     if dtype == "stored":
@@ -178,10 +180,12 @@ def _model(
         made = partial(checkpoints.load_model, checkpoint, device=device, dtype=wanted, weights=weights)
         config = replace(config, weights=weights or config.weights)
     check_fp8(args.fp8, config.fp8_input_projections)
+    check_cache_dtype(args.cache_dtype, config)
 
     def make() -> StripedHyena:
         model = made()
         set_fp8(model, args.fp8)
+        model.cache_dtype = args.cache_dtype
         return model
 
     return config, wanted, make

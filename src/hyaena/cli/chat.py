@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyaena.cli.model_options import add_cache_option
 from hyaena.errors import HyaenaError, InputError
 from hyaena.extras import require
 from hyaena.files import write_atomically
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter of the model, from PEFT or hyaena")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere as stored)")
+    add_cache_option(group)
     group.add_argument("--chat-template", metavar="NAME", help="nous, or a file with a Jinja template")
     group.add_argument("--system", metavar="TEXT", help="the message that stands before the conversation")
 
@@ -86,7 +88,12 @@ def run(args: argparse.Namespace) -> int:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = hub.load(
-        args.model, device=device, dtype=args.dtype, revision=args.revision, adapter=args.adapter
+        args.model,
+        device=device,
+        dtype=args.dtype,
+        revision=args.revision,
+        adapter=args.adapter,
+        cache_dtype=args.cache_dtype,
     )
     engine = Engine(model, tokenizer, EngineSettings(max_rows=1, max_waiting=1))
     engine.start()

@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         config=args.config,
         fp8=args.fp8,
         weights=args.weights,
+        cache_dtype=args.cache_dtype,
     )
     began = time.perf_counter()
     results = evals.evaluate(

@@ -178,7 +178,14 @@ def run(args: argparse.Namespace) -> int:
         encode_prompts(tokenizer, config, prompts, settings)  # before the weights are downloaded and read
     check_fp8(args.fp8, config.fp8_input_projections)
     model = hub.load_model(
-        args.model, device=device, dtype=args.dtype, adapter=args.adapter, fp8=args.fp8, weights=args.weights, **source
+        args.model,
+        device=device,
+        dtype=args.dtype,
+        adapter=args.adapter,
+        fp8=args.fp8,
+        weights=args.weights,
+        cache_dtype=args.cache_dtype,
+        **source,
     )
     load_seconds = time.perf_counter() - began
     if args.method == "truncated" and (windows := model.truncation_windows()):

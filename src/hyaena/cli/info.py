@@ -18,7 +18,7 @@ from hyaena.cli.formatting import binary_bytes, decimal_bytes, short_count
 from hyaena.config import ModelConfig, preset_names
 from hyaena.errors import InputError, printable
 from hyaena.formats import read_config
-from hyaena.schemes import SCHEMES
+from hyaena.schemes import CACHE_DTYPES, SCHEMES
 from hyaena.sizes import ModelSizes
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it is not beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--cache-dtype", choices=("auto", *CACHE_DTYPES), default="auto", help="count keys and values in it (auto)"
+    )
     parser.add_argument("--methods", action="store_true", help="instead: the ways to evaluate a long convolution")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(render_methods(table, width=width, plain=plain)))
         return 0
     config, checkpoint = _find(args.source, args.config, args.revision)
-    description = {"source": args.source, **describe(config, checkpoint)}
+    description = {"source": args.source, **describe(config, checkpoint, args.cache_dtype)}
     if args.json:
         text = json.dumps(description, indent=2, ensure_ascii=False)
         print(text if _can_print(text, sys.stdout.encoding) else json.dumps(description, indent=2))
@@ -116,8 +119,10 @@ def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelC
 # --- the description -------------------------------------------------------------------------------------------------
 
 
-def describe(config: ModelConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def describe(config: ModelConfig, checkpoint: Checkpoint | None, cache_dtype: str = "auto") -> dict[str, Any]:
     """Describe a model in plain values. Filters and stored bytes need a checkpoint.
+
+    ``cache_dtype`` is of keys and values, as in ``hub.load``.
 
     Raises:
         CheckpointError: its tensors are not those of the configuration.
@@ -134,13 +139,14 @@ def describe(config: ModelConfig, checkpoint: Checkpoint | None) -> dict[str, An
             "files": [str(path) for path in checkpoint.shards],
             "narrow": ModelSizes(config).narrow_bytes(),
         }
-    itemsize, sizes = {"float64": 8, "float32": 4}.get(dtype, 2), ModelSizes(config)
+    kept, sizes = dtype if cache_dtype == "auto" else cache_dtype, ModelSizes(config)
+    cache = _cache(sizes, *({"float64": 8, "float32": 4, "int8": 1}.get(name, 2) for name in (dtype, kept)))
     return {
         "config": config.to_dict(),
         "parameters": {"total": sizes.parameters, **sizes.parameters_by_part},
         "weights": weights,
         "by_scheme": _by_scheme(config),
-        "cache": {"dtype": dtype, **_cache(sizes, itemsize)},
+        "cache": {"dtype": dtype, "kv_dtype": kept, **cache},
         "filters": None if checkpoint is None else _filters(checkpoint),
     }
 
@@ -152,12 +158,12 @@ def _by_scheme(config: ModelConfig) -> dict[str, int]:
     return {name: ModelSizes(replace(config, weights=name)).weight_bytes(2) for name in fitting}
 
 
-def _cache(sizes: ModelSizes, itemsize: int) -> dict[str, int]:
+def _cache(sizes: ModelSizes, itemsize: int, kv_itemsize: int) -> dict[str, int]:
     """Bytes of a cache: keys and values of every token, and states of one sequence whatever its length."""
     return {
-        "bytes_per_token": sizes.kv_bytes_per_token(itemsize),
+        "bytes_per_token": sizes.kv_bytes_per_token(kv_itemsize),
         "bytes_per_sequence": sizes.state_bytes(itemsize),
-        "bytes_at_max_length": sizes.cache_bytes(1, sizes.config.max_length, itemsize),
+        "bytes_at_max_length": sizes.cache_bytes(1, sizes.config.max_length, itemsize, kv_itemsize),
     }
 
 
@@ -394,7 +400,8 @@ def _taps(length: int, groups: int | None) -> str:
 
 
 def _memory(cache: dict[str, Any], config: ModelConfig, width: int) -> Iterator[str]:
-    yield f"  cache, {cache['dtype']}"
+    kept = "" if cache["kv_dtype"] == cache["dtype"] else f", keys and values in {cache['kv_dtype']}"
+    yield f"  cache, {cache['dtype']}{kept}"
     rows = [
         ("per token", cache["bytes_per_token"], "keys and values"),
         ("per sequence", cache["bytes_per_sequence"], "Hyena states, whatever the length"),

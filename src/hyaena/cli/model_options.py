@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hyaena.errors import InputError
-from hyaena.schemes import SCHEMES
+from hyaena.schemes import CACHE_DTYPES, SCHEMES
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(group: argparse._ActionsContainer) -> None:
-    """Add the arguments of hub.load: --model, --config, --revision, --device, --dtype, --weights, --fp8."""
+    """Add the arguments of hub.load: --model, --config, --revision, --device, --dtype, and those of precision."""
     group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
     group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
     group.add_argument("--revision", help="the revision of a hub id")
@@ -28,7 +28,7 @@ def add_model_options(group: argparse._ActionsContainer) -> None:
 
 
 def add_precision_options(group: argparse._ActionsContainer) -> None:
-    """Add --weights and --fp8: the bits of linear layers."""
+    """Add --weights, --fp8 and --cache-dtype: the bits of linear layers, and of keys and values."""
     group.add_argument(
         "--weights",
         choices=tuple(SCHEMES),
@@ -39,6 +39,17 @@ def add_precision_options(group: argparse._ActionsContainer) -> None:
         choices=("auto", "exact", "off"),
         default="auto",
         help="the FP8 products of Evo 2: auto, on Hopper GPUs; exact, on other devices too, slowly; off (auto)",
+    )
+    add_cache_option(group)
+
+
+def add_cache_option(group: argparse._ActionsContainer) -> None:
+    """Add --cache-dtype: the bits of keys and values."""
+    group.add_argument(
+        "--cache-dtype",
+        choices=("auto", *CACHE_DTYPES),
+        default="auto",
+        help="of keys and values; int8 takes half the memory of 16 bits (docs/quantization.md); auto: the model's",
     )
 
 
@@ -89,6 +100,7 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
     origin = {"revision": args.revision, "config": args.config}
     config, tokenizer = hub.load_tokenizer_of(args.model, **origin)
     check_fp8(args.fp8, config.fp8_input_projections)
+    hub.check_cache_dtype(args.cache_dtype, config)
     with torch.device("meta"):
         shape = StripedHyena(config)
     options = {
@@ -99,5 +111,7 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
     }
     if args.weights is not None:
         options["--weights"] = args.weights
-    loading = {"dtype": args.dtype, "fp8": args.fp8, "weights": args.weights, **origin}
+    if args.cache_dtype != "auto":
+        options["--cache-dtype"] = args.cache_dtype
+    loading = {"dtype": args.dtype, "fp8": args.fp8, "weights": args.weights, "cache_dtype": args.cache_dtype, **origin}
     return PreparedModel(tokenizer, shape, device, options, args.model, loading)

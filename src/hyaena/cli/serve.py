@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         fp8=args.fp8,
         weights=args.weights,
+        cache_dtype=args.cache_dtype,
         name=args.name,
         adapters=adapters,
         chat_template=args.chat_template,

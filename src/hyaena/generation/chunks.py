@@ -39,7 +39,7 @@ def choose_chunk(model: StripedHyena, slots: int) -> int:
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free, but torch's
     free = torch.cuda.mem_get_info(device)[0] + kept
     sizes, itemsize = _sizes(model), model.dtype.itemsize
-    stored = slots * sizes.kv_bytes_per_token(itemsize)  # the states of Hyena layers do not grow
+    stored = slots * sizes.kv_bytes_per_token(model.cache_dtype.itemsize)  # the states of Hyena layers do not grow
     return fitting_chunk(free - stored, sizes.activation_bytes_per_token(itemsize))
 
 

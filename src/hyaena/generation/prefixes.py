@@ -234,7 +234,8 @@ def _tensors(cache: Cache, marks: Sequence[Mark], *, copy: bool = True) -> dict[
 def _identity(model: StripedHyena) -> dict[str, str]:
     """What must be equal for a cache to fit a model, beside its weights."""
     config = json.dumps(model.config.to_dict(), sort_keys=True)
-    return {"config": config, "dtype": str(model.dtype).removeprefix("torch.")}
+    dtype, kept = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, model.cache_dtype))
+    return {"config": config, "dtype": dtype, "cache_dtype": kept}
 
 
 def _weights_digest(model: StripedHyena) -> str:
@@ -255,6 +256,13 @@ def _check_metadata(metadata: Mapping[str, str], model: StripedHyena, name: str)
     if metadata.get("dtype") != found["dtype"]:
         dtype = printable(str(metadata.get("dtype")), limit=20)
         raise CheckpointError(f"the prefix {name} was read in {dtype}: load the model with dtype={dtype!r}")
+    kept = metadata.get("cache_dtype", found["dtype"])  # files of older versions do not say
+    if kept != found["cache_dtype"]:
+        kept = printable(kept, limit=20)
+        raise CheckpointError(
+            f"the prefix {name} holds keys and values in {kept}, and the model's caches are {found['cache_dtype']}: "
+            f"load the model with cache_dtype={kept!r}"
+        )
     if metadata.get("weights") != _weights_digest(model):
         raise CheckpointError(f"the prefix {name} was read by a model with other weights: read its text again")
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from hyaena.errors import InputError
+from hyaena.ops.slots import Slots, slots_of
 
 
 class KVStore(NamedTuple):
-    """Storage of rows that were allocated together: keys and values, each [b,G,capacity,head_dim]."""
+    """Storage of rows that were allocated together: slots of keys and of values, each [b,G,capacity,width]."""
 
     keys: Tensor
     values: Tensor
@@ -27,12 +28,17 @@ class Run(NamedTuple):
 
     Attributes:
         rows: their places in the batch.
-        keys, values: [b,G,length,head_dim], views of what they hold.
+        keys, values: [b,G,length,width], the slots that they hold, see ``ops.slots``.
     """
 
     rows: slice
     keys: Tensor
     values: Tensor
+
+    def read(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [b,G,length,head_dim], in the dtype of ``like``."""
+        slots = slots_of(self.keys.dtype)
+        return slots.decode(self.keys, like), slots.decode(self.values, like)
 
     def with_newest(self, keys: Tensor, values: Tensor) -> Run:
         """The run with its last tokens taken from keys and values [B,G,T,head_dim] of a pass, with their gradients."""
@@ -42,9 +48,10 @@ class Run(NamedTuple):
 
 
 class KVState:
-    """Keys and values [G,capacity,head_dim] of every row of a batch; see ``hyaena.cache.State`` for the verbs.
+    """Keys and values [G,capacity,width] of every row of a batch; see ``hyaena.cache.State`` for the verbs.
 
-    How many tokens a row holds is not kept here: all layers of a cache share those numbers.
+    How many tokens a row holds is not kept here: all layers of a cache share those numbers. What a slot of ``width``
+    numbers holds is said by the dtype, see ``ops.slots``.
 
     Attributes:
         rows: for each row its store and its place in that store.
@@ -64,13 +71,13 @@ class KVState:
         cls, batch: int, groups: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
     ) -> KVState:
         """Room for ``capacity`` tokens in each of ``batch`` rows."""
-        shape = (batch, groups, capacity, head_dim)
+        shape = (batch, groups, capacity, slots_of(dtype).width(head_dim))
         with torch.inference_mode(False):  # storage that is made in inference mode could not be written outside of it
             return cls.over(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
     @classmethod
     def over(cls, keys: Tensor, values: Tensor) -> KVState:
-        """The state whose storage these are, keys and values [B,G,capacity,head_dim]; new tokens are written there."""
+        """The state whose storage these are, keys and values [B,G,capacity,width]; new tokens are written there."""
         store = KVStore(keys, values)
         return cls([(store, i) for i in range(len(keys))])
 
@@ -109,11 +116,15 @@ class KVState:
 
     @property
     def head_dim(self) -> int:
-        return self.rows[0][0].keys.shape[3]
+        return self.slots.head_dim(self.rows[0][0].keys.shape[3])
 
     @property
     def dtype(self) -> torch.dtype:
         return self.rows[0][0].keys.dtype
+
+    @property
+    def slots(self) -> Slots:
+        return slots_of(self.dtype)
 
     def through(self, table: object) -> KVState:
         """The rows of a pass: these, whose storage is their own. Rows on pages are read through the table."""
@@ -127,7 +138,8 @@ class KVState:
             lengths: tokens that each row holds.
             padding: leading positions of each row of the new tokens that are padding and are not stored.
         """
-        keys, values, count = keys.detach(), values.detach(), keys.shape[2]
+        count = keys.shape[2]
+        keys, values = (self.slots.encode(t.detach()) for t in (keys, values))
         if padding is None:
             for run in self.runs(lengths, extra=count):
                 run.keys[:, :, -count:] = keys[run.rows]
@@ -139,9 +151,10 @@ class KVState:
 
     def write_packed(self, keys: Tensor, values: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> None:
         """Store new tokens [1,G,T,head_dim], ``counts`` of each row, one row after another; see ``write``."""
-        for row, (k, v) in enumerate(zip(keys.split(list(counts), 2), values.split(list(counts), 2), strict=True)):
+        pieces = (self.slots.encode(t.detach()).split(list(counts), 2) for t in (keys, values))
+        for row, (k, v) in enumerate(zip(*pieces, strict=True)):
             here = slice(lengths[row], lengths[row] + counts[row])
-            self.keys(row)[:, here], self.values(row)[:, here] = k[0].detach(), v[0].detach()
+            self.keys(row)[:, here], self.values(row)[:, here] = k[0], v[0]
 
     def row(self, row: int, length: int) -> Run:
         """A row that holds so many tokens, as a batch of one."""
@@ -216,8 +229,7 @@ class KVState:
 
     def blank(self, rows: int) -> KVState:
         """An empty state of this kind, with room for one token in each of so many rows, and with its tables made."""
-        groups, _, head_dim = self.keys(0).shape
-        state = KVState.allocate(rows, groups, 1, head_dim, self.dtype, self.keys(0).device)
+        state = KVState.allocate(rows, self.groups, 1, self.head_dim, self.dtype, self.keys(0).device)
         state.pointers()  # before rows are captured: a graph can make none
         return state
 
@@ -271,9 +283,8 @@ class KVState:
         for end in range(1, len(rows) + 1):
             if end < len(rows) and capacities[rows[end]] == capacities[rows[start]]:
                 continue
-            sample = self.keys(rows[start])
-            groups, head_dim = sample.shape[0], sample.shape[2]
-            part = KVState.allocate(end - start, groups, capacities[rows[start]], head_dim, sample.dtype, sample.device)
+            room, device = capacities[rows[start]], self.keys(rows[start]).device
+            part = KVState.allocate(end - start, self.groups, room, self.head_dim, self.dtype, device)
             for place, row in enumerate(rows[start:end]):
                 held = min(self.keys(row).shape[1], capacities[row])
                 part.keys(place)[:, :held] = self.keys(row)[:, :held]

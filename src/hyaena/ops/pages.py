@@ -16,6 +16,7 @@ from torch import Tensor
 from hyaena.arguments import whole
 from hyaena.errors import InputError
 from hyaena.ops.kv import Run
+from hyaena.ops.slots import Slots, slots_of
 
 PAGE = 64
 """Tokens of a page."""
@@ -73,8 +74,9 @@ class PageTable:
 class PagePool:
     """Storage for keys and values of all attention layers, in one allocation.
 
-    ``layers`` are its parts, one per attention layer: keys and values, each [G,pages+1,PAGE,head_dim]. The last page,
-    ``scratch``, belongs to nobody: what must be written and means nothing goes there.
+    ``layers`` are its parts, one per attention layer: slots of keys and of values (``ops.slots``), each
+    [G,pages+1,PAGE,width]. The last page, ``scratch``, belongs to nobody: what must be written and means nothing goes
+    there.
 
     Args:
         pages: how many, each of ``PAGE`` tokens.
@@ -91,6 +93,7 @@ class PagePool:
         self.pages = whole("pages", pages, "a whole number of pages, 1 or more", 1)
         if not shapes:
             raise InputError("the model has no layer with keys and values: it needs no pages, use make_cache")
+        shapes = [(groups, slots_of(dtype).width(head_dim)) for groups, head_dim in shapes]
         sizes = [groups * (self.pages + 1) * PAGE * width for groups, width in shapes for _ in range(2)]
         with torch.inference_mode(False):  # storage that is made in inference mode could not be written outside of it
             parts = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
@@ -103,7 +106,7 @@ class PagePool:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(G, head_dim) of each layer."""
-        return [(keys.shape[0], keys.shape[3]) for keys, _ in self.layers]
+        return [(keys.shape[0], slots_of(self.dtype).head_dim(keys.shape[3])) for keys, _ in self.layers]
 
     @property
     def scratch(self) -> int:
@@ -152,7 +155,7 @@ class PagedRows(NamedTuple):
     """Keys and values of one layer, seen through the table of a pass: the rows of ``KVState``, on pages.
 
     Attributes:
-        keys, values: [G,pages+1,PAGE,head_dim], a layer of a pool.
+        keys, values: [G,pages+1,PAGE,width], a layer of a pool.
         table: the pages of the rows.
     """
 
@@ -166,11 +169,15 @@ class PagedRows(NamedTuple):
 
     @property
     def head_dim(self) -> int:
-        return self.keys.shape[-1]
+        return self.slots.head_dim(self.keys.shape[-1])
 
     @property
     def dtype(self) -> torch.dtype:
         return self.keys.dtype
+
+    @property
+    def slots(self) -> Slots:
+        return slots_of(self.dtype)
 
     @property
     def longest(self) -> int:
@@ -196,9 +203,9 @@ class PagedRows(NamedTuple):
 
     def write_packed(self, keys: Tensor, values: Tensor, lengths: Sequence[int], counts: Sequence[int]) -> None:
         """Store new tokens [1,G,T,head_dim], ``counts`` of each row, one row after another."""
-        slots = self.table.slots(lengths, counts)
+        places = self.table.slots(lengths, counts)
         for stored, new in ((self.keys, keys), (self.values, values)):
-            stored.flatten(1, 2).index_copy_(1, slots, new[0].detach().to(stored.dtype))
+            stored.flatten(1, 2).index_copy_(1, places, self.slots.encode(new[0].detach()))
 
     def row(self, row: int, length: int) -> Run:
         """A row that holds so many tokens, as a batch of one: a copy, or a view where its pages follow one another."""

@@ -132,7 +132,7 @@ class DecodeOperators:
     def attend(self, q: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         """Attention of q [B,H,head_dim] to the tokens of each row; [B,H,head_dim]. Waits for the device."""
         parts = [
-            attention(q[run.rows].unsqueeze(2), run.keys.to(q), run.values.to(q)).squeeze(2)
+            attention(q[run.rows].unsqueeze(2), *run.read(q)).squeeze(2)
             for run in state.through(context.pages).runs(context.lengths.tolist())
         ]
         return torch.cat(parts)
@@ -190,11 +190,11 @@ class CompilableOperators(DecodeOperators):
         q, k, v, position = self._rotated(qkv, state, context)
         rows = torch.arange(len(q), device=q.device)
         for old, new in zip(state.store, (k, v), strict=True):
-            old[rows, :, position] = new.to(old.dtype)
+            old[rows, :, position] = state.slots.encode(new)
         return q
 
     def attend(self, q: Tensor, state: KVState, context: StepContext) -> Tensor:
-        keys, values = (t.to(q) for t in state.store)
+        keys, values = (state.slots.decode(t, q) for t in state.store)
         seen = torch.arange(keys.shape[2], device=q.device) < context.lengths[:, None]
         rows = q.unflatten(1, (keys.shape[1], -1))  # the queries that share a key head: every key is read once
         return sdpa(rows, keys, values, attn_mask=seen[:, None, None]).flatten(1, 2)

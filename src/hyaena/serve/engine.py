@@ -163,7 +163,7 @@ class Engine:
         sizes, itemsize = ModelSizes(model.config), model.dtype.itemsize
         self.state_bytes = sizes.state_bytes(itemsize)
         self.max_length = model.config.max_length or DEFAULT_MAX_LENGTH
-        pages = _count_pages(model, settings, sizes.page_bytes(PAGE, itemsize))
+        pages = _count_pages(model, settings, sizes.page_bytes(PAGE, model.cache_dtype.itemsize))
         self.max_length = min(self.max_length, pages * PAGE)
         chunk = settings.chunk or choose_chunk(model, pages * PAGE)
         self.scheduler = Scheduler(

@@ -24,8 +24,8 @@ class ServerOptions:
     """A model, its adapters, and how they are served.
 
     Attributes:
-        model, revision, config, device, dtype, fp8, weights: as in ``hub.load``; without a device, a GPU if there is
-            one.
+        model, revision, config, device, dtype, fp8, weights, cache_dtype: as in ``hub.load``; without a device, a GPU
+            if there is one.
         name: by which clients ask for the model; by default ``model``.
         adapters: names by which clients ask for them -> folders of LoRA adapters.
         chat_template: ``nous``, or a file with a Jinja template; by default what the folders of adapter and model have.
@@ -45,6 +45,7 @@ class ServerOptions:
     dtype: str | None = None
     fp8: str = "auto"
     weights: str | None = None
+    cache_dtype: str | None = None
     name: str | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
@@ -98,6 +99,7 @@ def load_server(options: ServerOptions) -> Server:
         config=options.config,
         fp8=options.fp8,
         weights=options.weights,
+        cache_dtype=options.cache_dtype,
     )
     metrics = Metrics(name)
     engine = Engine(model, tokenizer, options.engine, metrics, adapters)

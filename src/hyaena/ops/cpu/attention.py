@@ -5,7 +5,8 @@ serves all query heads that share it. The pieces of a row depend on its length a
 that its numbers depend neither on threads nor on other rows.
 
 Where keys and values lie: a row of its own is ``[G,capacity]`` slots at an address of a table; on pages, slot s of a
-row is slot ``s % PAGE`` of page ``numbers[row, s // PAGE]`` of the storage ``[G,slots]`` of all rows.
+row is slot ``s % PAGE`` of page ``numbers[row, s // PAGE]`` of the storage ``[G,slots]`` of all rows. The scale of a
+slot in int8 (``ops.slots``) multiplies the score of a key, and the weight of a value: products see the whole numbers.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from hyaena.ops.cpu.memory import (
     hold,
     kernel,
     load,
+    nearest,
     rank,
     real,
+    scale_size,
     short_word,
     size,
     store,
@@ -33,6 +36,7 @@ from hyaena.ops.cpu.memory import (
 )
 from hyaena.ops.cpu.reads import mix, scores
 from hyaena.ops.pages import PAGE
+from hyaena.ops.slots import INVERSE, LARGEST
 
 SPLIT = 256
 """Tokens of a piece, at least: long enough to hide what adding pieces costs, short enough to share out."""
@@ -46,13 +50,19 @@ PARTS, SCALE = 14, 15  # of attention
 
 
 @function
+def slot_size(kv_token, head_dim):
+    """Bytes of a slot."""
+    return head_dim * size(kv_token) + scale_size(kv_token)
+
+
+@function
 def place(p, kv_token, row, group, slot):
     """Bytes from ``base`` to a slot."""
-    pages, slot_bytes = word(p, PAGES), word(p, HEAD_DIM) * size(kv_token)
+    pages, stride = word(p, PAGES), slot_size(kv_token, word(p, HEAD_DIM))
     if pages == 0:
-        return (group * short_word(word(p, SLOTS), row) + slot) * slot_bytes
+        return (group * short_word(word(p, SLOTS), row) + slot) * stride
     page = short_word(pages, row * word(p, PAGES_WIDTH) + slot // PAGE)
-    return (group * word(p, SLOTS) + page * PAGE + slot % PAGE) * slot_bytes
+    return (group * word(p, SLOTS) + page * PAGE + slot % PAGE) * stride
 
 
 @function
@@ -73,14 +83,34 @@ def turn(token, source, target_token, target, half, cos, sin):
 
 
 @function
+def write_slot(kv_token, target, numbers, head_dim):
+    """Store float32 numbers in a slot, with their scale where it has one: those of ``ops.slots``, to the bit."""
+    scale = np.float32(1)
+    if scale_size(kv_token):
+        most = rank(np.float32(0))
+        for i in range(head_dim):
+            most = max(most, rank(np.abs(load(FLOAT32, numbers, i))))  # NaN is the largest
+        scale = unrank(most) * np.float32(INVERSE)
+        store(FLOAT32, target + head_dim, 0, scale)
+        scale = np.float32(1) if scale == 0 else scale
+    largest = np.float32(LARGEST)
+    for i in range(head_dim):
+        value = load(FLOAT32, numbers, i)
+        if scale_size(kv_token):
+            value = nearest(value / scale)
+            value = value if value > -largest else -largest  # NaN has no integer
+            value = value if value < largest else largest
+        store(kv_token, target, i, value)
+
+
+@function
 def rotate_rows(p, token, kv_token):
     """Rotate queries and keys, and store keys and values in the newest slots."""
     heads, groups, head_dim, itemsize = word(p, HEADS), word(p, GROUPS), word(p, HEAD_DIM), size(token)
     half = head_dim // 2
-    while True:
-        row = take(p, 0)
-        if row >= word(p, ROWS):
-            return
+    room = np.empty(head_dim, np.float32)
+    wide, row = room.ctypes.data, take(p, 0)
+    while row < word(p, ROWS):
         slot = short_word(word(p, LENGTHS), row) - 1
         cos, sin = word(p, COS) + slot * half * 4, word(p, SIN) + slot * half * 4
         source = word(p, Q) + row * (heads + 2 * groups) * head_dim * itemsize
@@ -92,15 +122,28 @@ def rotate_rows(p, token, kv_token):
             offset = place(p, kv_token, row, group, slot)
             key = source + (heads + group) * head_dim * itemsize
             value = source + (heads + groups + group) * head_dim * itemsize
-            turn(token, key, kv_token, keys + offset, half, cos, sin)
+            turn(token, key, FLOAT32, wide, half, cos, sin)
+            write_slot(kv_token, keys + offset, wide, head_dim)
             for i in range(head_dim):
-                store(kv_token, values + offset, i, load(token, value, i))
+                store(FLOAT32, wide, i, load(token, value, i))
+            write_slot(kv_token, values + offset, wide, head_dim)
+        row = take(p, 0)
+    hold(room)
+
+
+@function
+def times_scales(kv_token, slots, head_dim, count, numbers):
+    """Multiply a float32 number for each of ``count`` neighbouring slots by their scales, where they have some."""
+    if scale_size(kv_token):
+        for t in range(count):
+            scale = load(FLOAT32, slots + t * slot_size(kv_token, head_dim) + head_dim, 0)
+            store(FLOAT32, numbers, t, load(FLOAT32, numbers, t) * scale)
 
 
 @function
 def read_keys(kv_token, shared, keys, head_dim, queries, count, out, out_stride):
     """Scores of ``count`` neighbouring keys for all heads that share them: four heads at a time."""
-    stride, of_head, head = head_dim * size(kv_token), head_dim * 4, 0
+    stride, of_head, head = slot_size(kv_token, head_dim), head_dim * 4, 0
     while head + 4 <= shared:
         here, there = queries + head * of_head, out + head * out_stride
         scores(kv_token, 4, keys, stride, head_dim, here, count, there, out_stride)
@@ -109,12 +152,19 @@ def read_keys(kv_token, shared, keys, head_dim, queries, count, out, out_stride)
         here, there = queries + head * of_head, out + head * out_stride
         scores(kv_token, 1, keys, stride, head_dim, here, count, there, out_stride)
         head += 1
+    for head in range(shared):
+        times_scales(kv_token, keys, head_dim, count, out + head * out_stride)
 
 
 @function
 def read_values(kv_token, shared, values, head_dim, weights, weights_stride, count, out, out_stride):
-    """Add ``count`` neighbouring values times their weights to the results of all heads that share them."""
-    stride, head = head_dim * size(kv_token), 0
+    """Add ``count`` neighbouring values times their weights to the results of all heads that share them.
+
+    The weights are those of the numbers in the slots afterwards.
+    """
+    for head in range(shared):
+        times_scales(kv_token, values, head_dim, count, weights + head * weights_stride)
+    stride, head = slot_size(kv_token, head_dim), 0
     while head + 4 <= shared:
         here, there = weights + head * weights_stride, out + head * out_stride
         mix(kv_token, 4, values, stride, head_dim, here, weights_stride, count, there, out_stride)

@@ -1,7 +1,8 @@
 """Reading and writing memory in compiled kernels: numbers of every dtype become float32, and are rounded once.
 
 A kernel is given addresses. The dtype of the numbers there is a token, a number whose type names it, so that one
-function serves all dtypes and is compiled for those in use: ``FLOAT32``, ``BFLOAT16``, ``FLOAT16``.
+function serves all dtypes and is compiled for those in use: ``FLOAT32``, ``BFLOAT16``, ``FLOAT16``, and ``INT8`` for
+slots of keys and values with a scale behind them (``ops.slots``).
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from numba import cfunc, njit, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
-FLOAT32, BFLOAT16, FLOAT16 = np.float32(0), np.uint16(0), np.int16(0)
+from hyaena.ops.slots import SCALE_BYTES
+
+FLOAT32, BFLOAT16, FLOAT16, INT8 = np.float32(0), np.uint16(0), np.int16(0), np.int8(0)
 TOKENS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+SLOT_TOKENS = {**TOKENS, torch.int8: INT8}
+"""Of keys and values."""
 
 STAMP = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 """Of the source of all kernels. numba looks at the file of a kernel, not at those of the functions that it calls."""
@@ -48,7 +53,7 @@ def kernel(body: Callable[[int], None]) -> Any:
         return cfunc(signature, **_OPTIONS)(body)
 
 
-_INT16, _INT32, _INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_INT8, _INT16, _INT32, _INT64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOAT, _HALF = ir.FloatType(), ir.HalfType()
 
 
@@ -74,7 +79,10 @@ def load(context, token, address, index):
 
 @intrinsic
 def store(context, token, address, index, value):
-    """Write a float32 to ``address[index]``, rounded to the nearest number, to the even one of two."""
+    """Write a float32 to ``address[index]``, rounded to the nearest number, to the even one of two.
+
+    As int8 it must be a whole number that fits.
+    """
 
     def generate(generator, builder, signature, arguments):
         _, address, index, value = arguments
@@ -89,6 +97,8 @@ def store(context, token, address, index, value):
             bits = builder.select(builder.fcmp_unordered("uno", value, value), nan, rounded)
             upper = builder.trunc(builder.lshr(bits, ir.Constant(_INT32, 16)), _INT16)
             builder.store(upper, _place(builder, address, index, _INT16), align=2)
+        elif token == types.int8:
+            builder.store(builder.fptosi(value, _INT8), _place(builder, address, index, _INT8), align=1)
         else:
             builder.store(builder.fptrunc(value, _HALF), _place(builder, address, index, _HALF), align=2)
         return generator.get_dummy_value()
@@ -104,6 +114,26 @@ def size(context, token):
         return ir.Constant(_INT64, token.bitwidth // 8)
 
     return types.int64(token), generate
+
+
+@intrinsic
+def scale_size(context, token):
+    """Bytes of the scale behind the numbers of a slot; 0 where they have none."""
+
+    def generate(_, builder, signature, arguments):
+        return ir.Constant(_INT64, SCALE_BYTES if token == types.int8 else 0)
+
+    return types.int64(token), generate
+
+
+@intrinsic
+def nearest(context, value):
+    """The whole number nearest to a float32, the even one of two."""
+
+    def generate(_, builder, signature, arguments):
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [_FLOAT]), arguments)
+
+    return types.float32(types.float32), generate
 
 
 @intrinsic

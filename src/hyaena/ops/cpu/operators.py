@@ -13,7 +13,7 @@ from torch import Tensor
 from hyaena.ops.cpu import attention, products, team, tokens
 from hyaena.ops.cpu import hyena as hyena_kernels
 from hyaena.ops.cpu.matrices import Matrix
-from hyaena.ops.cpu.memory import TOKENS
+from hyaena.ops.cpu.memory import SLOT_TOKENS, TOKENS
 from hyaena.ops.cpu.program import Program, Recorder
 from hyaena.ops.hyena import HyenaState
 from hyaena.ops.kv import KVState
@@ -103,25 +103,25 @@ class CompiledOperators(DecodeOperators):
     def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         rows = state.through(context.pages)
         cos, sin = context.rotary
-        if not _alike(qkv) or rows.dtype not in TOKENS or cos.dtype != torch.float32:
+        if not _alike(qkv) or rows.dtype not in SLOT_TOKENS or cos.dtype != torch.float32:
             return super().rotate_and_cache(qkv, state, context)
         groups, head_dim = rows.groups, rows.head_dim
         heads = qkv.shape[1] // head_dim - 2 * groups
         q = qkv.new_empty(qkv.shape[0], heads, head_dim)
         words = (*_attention(qkv, heads, rows, context), q.data_ptr(), cos.data_ptr(), sin.data_ptr())
-        self._run(attention.rotate_and_cache(TOKENS[qkv.dtype], TOKENS[rows.dtype]), words, qkv.numel())
+        self._run(attention.rotate_and_cache(TOKENS[qkv.dtype], SLOT_TOKENS[rows.dtype]), words, qkv.numel())
         return q
 
     def attend(self, q: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         rows = state.through(context.pages)
-        if not _alike(q) or rows.dtype not in TOKENS:
+        if not _alike(q) or rows.dtype not in SLOT_TOKENS:
             return super().attend(q, state, context)
         batch, heads, head_dim = q.shape
         y, parts = torch.empty_like(q), self._room(batch * heads * attention.MOST_SPLITS * (head_dim + 2))
         tail = y.data_ptr(), parts.data_ptr(), _bits(head_dim**-0.5)
         words = (*_attention(q, heads, rows, context), *tail)
         work = 2 * sum(context.lengths.tolist()) * rows.groups * head_dim
-        self._run(attention.attend(TOKENS[q.dtype], TOKENS[rows.dtype]), words, work)
+        self._run(attention.attend(TOKENS[q.dtype], SLOT_TOKENS[rows.dtype]), words, work)
         return y
 
     def hyena(

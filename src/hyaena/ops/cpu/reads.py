@@ -1,6 +1,6 @@
 """Reading keys and values: products of keys with the queries that share them, and sums of values times weights.
 
-Eight sums of eight lanes each run side by side, whatever the number of queries, so that additions do not wait for one
+Eight sums of a register each run side by side, whatever the number of queries, so that additions do not wait for one
 another and a number that was read and widened serves all queries. A sum has one order, whatever the number of queries
 and the place of a key among others.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -21,6 +21,7 @@ from hyaena.ops.cpu.vectors import (
     constant,
     fma,
     loop,
+    portion,
     read,
     read_wide,
     spread,
@@ -28,20 +29,24 @@ from hyaena.ops.cpu.vectors import (
     vector,
 )
 
-LANES = 8
+LANES = 16 if dict(binding.get_host_cpu_features()).get("avx512f") else 8
+"""Numbers of a register."""
 SIDE_BY_SIDE = 8
 """Sums."""
 
+_EIGHT = 8
 _FOLDS = (([0, 8, 1, 9, 4, 12, 5, 13], 2), ([0, 1, 8, 9, 4, 5, 12, 13], 2), ([0, 1, 2, 3, 8, 9, 10, 11], 4))
-"""Places of one half of the lanes of two registers, and how far behind them the other half's are."""
+"""Places of one half of the lanes of two registers of eight, and how far behind them the other half's are."""
 
 
 def _fold_eight(builder: ir.IRBuilder, sums: Sequence[ir.Value]) -> list[ir.Value]:
     """The sum of the lanes of each of at most eight registers."""
     count = len(sums)
-    sums = [*sums, *[constant(0.0, FLOAT, LANES)] * (SIDE_BY_SIDE - count)]
+    if LANES > _EIGHT:
+        sums = [builder.fadd(*(portion(builder, total, half, 2) for half in range(2))) for total in sums]
+    sums = [*sums, *[constant(0.0, FLOAT, _EIGHT)] * (SIDE_BY_SIDE - count)]
     for places, distance in _FOLDS:
-        low, high = (ir.Constant(vector(INT32, LANES), [place + shift for place in places]) for shift in (0, distance))
+        low, high = (ir.Constant(vector(INT32, _EIGHT), [place + shift for place in places]) for shift in (0, distance))
         sums = [
             builder.fadd(builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high))
             for a, b in zip(sums[::2], sums[1::2], strict=True)

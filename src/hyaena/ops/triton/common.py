@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int8: tl.int8}
 """Triton's type of the numbers in a tensor."""
 
 

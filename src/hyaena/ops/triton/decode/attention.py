@@ -23,7 +23,7 @@ from hyaena.ops.kv import KVState
 from hyaena.ops.pages import PagedRows
 from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
-from hyaena.ops.triton.decode.rows import first_slot, page_operands, row_capacity, row_storage
+from hyaena.ops.triton.decode.rows import first_slot, page_operands, read_slots, row_capacity, row_storage
 
 BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""
@@ -48,9 +48,9 @@ def _split_range(lengths, row, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit
 def _split_kernel(q, keys, values, capacities, pages, lengths, partial, weights, scale,
                   HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SHARE_PAD: tl.constexpr,
-                  WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-                  OPERAND: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr, TABLE: tl.constexpr,
-                  PAGE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                  WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, SLOT: tl.constexpr, SPLITS: tl.constexpr,
+                  BLOCK: tl.constexpr, OPERAND: tl.constexpr, WEIGHT: tl.constexpr, TYPE: tl.constexpr,
+                  STAGES: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One split: its softmax over its own slots [HEADS/GROUPS,WIDTH], and the logarithm (base 2) of its normaliser."""
     gdc_wait(OVERLAP)
     row = tl.program_id(0) // GROUPS
@@ -65,7 +65,7 @@ def _split_kernel(q, keys, values, capacities, pages, lengths, partial, weights,
     query = (row * HEADS + group * SHARE + share).to(tl.int64)  # padded heads are never stored
     real = (share < SHARE)[:, None] & inside[None, :]
     qs = tl.load(q + query[:, None] * WIDTH + channel[None, :], mask=real, other=0.0).to(OPERAND)
-    base = group.to(tl.int64) * row_capacity(capacities, row, PAGE) * WIDTH
+    base = group.to(tl.int64) * row_capacity(capacities, row, PAGE) * SLOT
     k = row_storage(keys, row, TYPE, PAGE) + base
     v = row_storage(values, row, TYPE, PAGE) + base
 
@@ -76,17 +76,19 @@ def _split_kernel(q, keys, values, capacities, pages, lengths, partial, weights,
         slot = at + tl.arange(0, BLOCK)
         valid = slot < end
         stored = first_slot(pages, row, at, TABLE, PAGE) + tl.arange(0, BLOCK)
-        place = stored[:, None].to(tl.int64) * WIDTH + channel[None, :]
-        keep = valid[:, None] & inside[None, :]
-        ks = tl.load(k + place, mask=keep, other=0.0).to(OPERAND)
-        vs = tl.load(v + place, mask=keep, other=0.0).to(OPERAND)
+        ks, of_key = read_slots(k, stored, valid, channel, WIDTH, SLOT, OPERAND)
+        vs, of_value = read_slots(v, stored, valid, channel, WIDTH, SLOT, WEIGHT)
         score = tl.dot(qs, tl.trans(ks), input_precision="ieee") * scale
+        if SLOT > WIDTH:
+            score *= of_key[None, :]
         score = tl.where(valid[None, :], score, -float("inf"))
         higher = tl.maximum(best, tl.max(score, axis=1))
         shrink = tl.exp2(best - higher)
         p = tl.exp2(score - higher[:, None])
         total = total * shrink + tl.sum(p, axis=1)
-        out = out * shrink[:, None] + tl.dot(p.to(OPERAND), vs, input_precision="ieee")
+        if SLOT > WIDTH:
+            p *= of_value[None, :]
+        out = out * shrink[:, None] + tl.dot(p.to(WEIGHT), vs, input_precision="ieee")
         best = higher
     gdc_launch_dependents(OVERLAP)
     store = query * SPLITS + split
@@ -148,7 +150,8 @@ def decode_attention(
     _split_kernel[(batch * groups, splits)](
         q, keys, values, capacities, pages, lengths, partial, weights, scale,
         HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=max(16, triton.next_power_of_2(share)),
-        WIDTH=width, WIDTH_PAD=padded, SPLITS=splits, BLOCK=block, OPERAND=operand(q.dtype), TYPE=TYPES[rows.dtype],
+        WIDTH=width, WIDTH_PAD=padded, SLOT=rows.slots.width(width), SPLITS=splits, BLOCK=block,
+        OPERAND=operand(q.dtype), WEIGHT=weight_operand(q.dtype, rows.dtype), TYPE=TYPES[rows.dtype],
         STAGES=3, TABLE=table, PAGE=page, OVERLAP=overlap,
         launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
@@ -165,3 +168,8 @@ def operand(dtype: torch.dtype) -> tl.dtype:
     if dtype == torch.bfloat16:
         return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
     return tl.float16 if dtype == torch.float16 else tl.float32
+
+
+def weight_operand(dtype: torch.dtype, stored: torch.dtype) -> tl.dtype:
+    """What the weights of values are multiplied as, in which float16 has no digits left for a weight times a scale."""
+    return operand(torch.bfloat16 if (dtype, stored) == (torch.float16, torch.int8) else dtype)

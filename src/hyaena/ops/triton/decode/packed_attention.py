@@ -15,9 +15,9 @@ from torch import Tensor
 from hyaena.ops.kv import KVState
 from hyaena.ops.pages import PagedRows
 from hyaena.ops.triton.common import TYPES
-from hyaena.ops.triton.decode.attention import TILE, operand
+from hyaena.ops.triton.decode.attention import TILE, operand, weight_operand
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
-from hyaena.ops.triton.decode.rows import first_slot, page_operands, row_capacity, row_storage
+from hyaena.ops.triton.decode.rows import first_slot, page_operands, read_slots, row_capacity, row_storage
 
 BLOCK_TOKENS = 16
 """The most tokens of a program."""
@@ -29,9 +29,10 @@ BLOCK = 64
 @triton.jit(do_not_specialize_on_alignment=["pages", "blocks", "lengths"])
 def _packed_attention_kernel(q, keys, values, capacities, pages, blocks, lengths, out, scale,
                              HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SHARE_PAD: tl.constexpr,
-                             TOKENS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, BLOCK: tl.constexpr,
-                             OPERAND: tl.constexpr, TYPE: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
-                             STAGES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                             TOKENS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, SLOT: tl.constexpr,
+                             BLOCK: tl.constexpr, OPERAND: tl.constexpr, WEIGHT: tl.constexpr, TYPE: tl.constexpr,
+                             TABLE: tl.constexpr, PAGE: tl.constexpr, STAGES: tl.constexpr,
+                             OVERLAP: tl.constexpr):  # fmt: skip
     """One block of tokens and one key head. Grid: (blocks, GROUPS)."""
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
@@ -53,7 +54,7 @@ def _packed_attention_kernel(q, keys, values, capacities, pages, blocks, lengths
     qs = tl.load(q + place, mask=real, other=0.0).to(OPERAND)
     limit = start + token  # slots that the token sees
     end = start + count - 1
-    base = group.to(tl.int64) * row_capacity(capacities, row, PAGE) * WIDTH
+    base = group.to(tl.int64) * row_capacity(capacities, row, PAGE) * SLOT
     k = row_storage(keys, row, TYPE, PAGE) + base
     v = row_storage(values, row, TYPE, PAGE) + base
 
@@ -63,17 +64,19 @@ def _packed_attention_kernel(q, keys, values, capacities, pages, blocks, lengths
     for at in tl.range(0, end, BLOCK, num_stages=STAGES):
         slot = at + tl.arange(0, BLOCK)
         stored = first_slot(pages, row, at, TABLE, PAGE) + tl.arange(0, BLOCK)
-        there = stored[:, None].to(tl.int64) * WIDTH + channel[None, :]
-        keep = (slot < end)[:, None] & inside[None, :]
-        ks = tl.load(k + there, mask=keep, other=0.0).to(OPERAND)
-        vs = tl.load(v + there, mask=keep, other=0.0).to(OPERAND)
+        ks, of_key = read_slots(k, stored, slot < end, channel, WIDTH, SLOT, OPERAND)
+        vs, of_value = read_slots(v, stored, slot < end, channel, WIDTH, SLOT, WEIGHT)
         score = tl.dot(qs, tl.trans(ks), input_precision="ieee") * scale
+        if SLOT > WIDTH:
+            score *= of_key[None, :]
         score = tl.where(slot[None, :] < limit[:, None], score, -float("inf"))
         higher = tl.maximum(best, tl.max(score, axis=1))
         shrink = tl.exp2(best - higher)
         p = tl.exp2(score - higher[:, None])
         total = total * shrink + tl.sum(p, axis=1)
-        acc = acc * shrink[:, None] + tl.dot(p.to(OPERAND), vs, input_precision="ieee")
+        if SLOT > WIDTH:
+            p *= of_value[None, :]
+        acc = acc * shrink[:, None] + tl.dot(p.to(WEIGHT), vs, input_precision="ieee")
         best = higher
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=real)
 
@@ -104,8 +107,10 @@ def packed_attention(
     _packed_attention_kernel[(blocks.shape[0] // 3, groups)](
         q, keys, values, capacities, pages, blocks, lengths, out, scale,
         HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=triton.next_power_of_2(share), TOKENS=BLOCK_TOKENS,
-        WIDTH=width, WIDTH_PAD=padded, BLOCK=min(BLOCK, TILE // (padded * q.element_size())),
-        OPERAND=operand(q.dtype), TYPE=TYPES[rows.dtype], TABLE=table, PAGE=page, STAGES=2, OVERLAP=overlap,
+        WIDTH=width, WIDTH_PAD=padded, SLOT=rows.slots.width(width),
+        BLOCK=min(BLOCK, TILE // (padded * q.element_size())), OPERAND=operand(q.dtype),
+        WEIGHT=weight_operand(q.dtype, rows.dtype), TYPE=TYPES[rows.dtype], TABLE=table, PAGE=page, STAGES=2,
+        OVERLAP=overlap,
         launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     return out

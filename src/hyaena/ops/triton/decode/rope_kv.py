@@ -15,7 +15,7 @@ from hyaena.ops.pages import PagedRows
 from hyaena.ops.step import StepContext
 from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
-from hyaena.ops.triton.decode.rows import first_slot, page_operands, row_capacity, row_storage
+from hyaena.ops.triton.decode.rows import first_slot, page_operands, row_capacity, row_storage, write_slots
 
 HEADS_TOGETHER = 16
 """Heads of a program: with heads of 128 channels, 16 bytes of each half for each of 128 threads."""
@@ -24,9 +24,9 @@ HEADS_TOGETHER = 16
 # tables are parts of one tensor: no compilation for each of their alignments
 @triton.jit(do_not_specialize_on_alignment=["pages", "owners", "lengths"])
 def _rotate_and_cache_kernel(qkv, keys, values, capacities, pages, owners, q, lengths, cos, sin,
-                             HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HALF_PAD: tl.constexpr,
-                             BLOCK: tl.constexpr, TYPE: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
-                             OWNERS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                             HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr,
+                             HALF_PAD: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr, TABLE: tl.constexpr,
+                             PAGE: tl.constexpr, OWNERS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Some heads of one token. Heads: queries, keys, values, in the order of the projection."""
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
@@ -56,15 +56,11 @@ def _rotate_and_cache_kernel(qkv, keys, values, capacities, pages, owners, q, le
     tl.store(query, first.to(q.dtype.element_ty), mask=is_query)
     tl.store(query + HALF, second.to(q.dtype.element_ty), mask=is_query)
     group = head - HEADS
-    is_key = (group >= 0) & (group < GROUPS) & here
-    key = row_storage(keys, owner, TYPE, PAGE) + (group * capacity + slot) * WIDTH + i[None, :]
-    tl.store(key, first.to(TYPE), mask=is_key)
-    tl.store(key + HALF, second.to(TYPE), mask=is_key)
+    key = row_storage(keys, owner, TYPE, PAGE) + (group * capacity + slot) * SLOT
+    write_slots(key, first, second, (group >= 0) & (group < GROUPS), i, WIDTH, SLOT, TYPE)
     group -= GROUPS
-    is_value = (group >= 0) & (group < GROUPS) & here
-    value = row_storage(values, owner, TYPE, PAGE) + (group * capacity + slot) * WIDTH + i[None, :]
-    tl.store(value, a.to(TYPE), mask=is_value)
-    tl.store(value + HALF, b.to(TYPE), mask=is_value)
+    value = row_storage(values, owner, TYPE, PAGE) + (group * capacity + slot) * SLOT
+    write_slots(value, a.to(tl.float32), b.to(tl.float32), (group >= 0) & (group < GROUPS), i, WIDTH, SLOT, TYPE)
 
 
 def rotate_and_cache(
@@ -91,8 +87,9 @@ def rotate_and_cache(
     block = min(HEADS_TOGETHER, triton.next_power_of_2(heads + 2 * groups))
     _rotate_and_cache_kernel[(batch, triton.cdiv(heads + 2 * groups, block))](
         qkv, keys, values, capacities, pages, owners, q, context.lengths, *context.rotary,
-        HEADS=heads, GROUPS=groups, WIDTH=width, HALF_PAD=triton.next_power_of_2(width // 2), BLOCK=block,
-        TYPE=TYPES[rows.dtype], TABLE=table, PAGE=page, OWNERS=owners is not None, OVERLAP=overlap,
+        HEADS=heads, GROUPS=groups, WIDTH=width, SLOT=rows.slots.width(width),
+        HALF_PAD=triton.next_power_of_2(width // 2), BLOCK=block, TYPE=TYPES[rows.dtype], TABLE=table,
+        PAGE=page, OWNERS=owners is not None, OVERLAP=overlap,
         launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     return q

@@ -1,7 +1,8 @@
 """Where keys and values lie, as kernels see it: in storage of every row, or in pages of a pool.
 
 A row's own storage is found by tables of addresses and capacities on the device. Pages are found by a table of numbers.
-In kernels PAGE is the number of tokens of a page, 0 where rows have storage of their own.
+In kernels PAGE is the number of tokens of a page, 0 where rows have storage of their own; WIDTH the channels of a head,
+and SLOT the numbers of a slot: more than WIDTH where a scale lies behind them, see ``ops.slots``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from torch import Tensor
 from hyaena.ops.kv import KVState
 from hyaena.ops.pages import PAGE as TOKENS
 from hyaena.ops.pages import PagedRows
+from hyaena.ops.slots import INVERSE as FACTOR
+
+INVERSE = tl.constexpr(FACTOR)
 
 
 @triton.jit
@@ -44,6 +48,49 @@ def first_slot(pages, row, at, TABLE: tl.constexpr, PAGE: tl.constexpr):
         return page * PAGE + at % PAGE
     else:
         return at
+
+
+@triton.jit
+def read_slots(storage, slot, valid, channel, WIDTH: tl.constexpr, SLOT: tl.constexpr, OPERAND: tl.constexpr):
+    """The numbers of slots [BLOCK,WIDTH_PAD], as OPERAND, and the scale of each [BLOCK]; 1 where they have none."""
+    slot = slot.to(tl.int64) * SLOT
+    keep = valid[:, None] & (channel < WIDTH)[None, :]
+    numbers = tl.load(storage + slot[:, None] + channel[None, :], mask=keep, other=0).to(OPERAND)
+    if SLOT > WIDTH:
+        scales = (storage + WIDTH).to(tl.pointer_type(tl.float32))
+        return numbers, tl.load(scales + slot // 4, mask=valid, other=0.0)
+    else:
+        return numbers, 1.0
+
+
+@triton.jit
+def write_slots(slot, first, second, mine, i, WIDTH: tl.constexpr, SLOT: tl.constexpr, TYPE: tl.constexpr):
+    """Write both halves [BLOCK,HALF_PAD] of the numbers of slots, in float32, to those that are ``mine`` [BLOCK,1].
+
+    ``slot`` is a pointer to each [BLOCK,1]. The numbers and the scale are those of ``ops.slots``, to the bit.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    here = mine & (i < HALF)[None, :]
+    if SLOT > WIDTH:
+        sizes = tl.maximum(_size_bits(first), _size_bits(second))  # as integers: NaN is the largest
+        largest = tl.max(tl.where((i < HALF)[None, :], sizes, 0), axis=1)[:, None].to(tl.float32, bitcast=True)
+        scale = largest * INVERSE
+        tl.store((slot + WIDTH).to(tl.pointer_type(tl.float32)), scale, mask=mine)
+        divisor = tl.where(scale == 0.0, 1.0, scale)
+        first, second = _rounded(tl.math.div_rn(first, divisor)), _rounded(tl.math.div_rn(second, divisor))
+    tl.store(slot + i[None, :], first.to(TYPE), mask=here)
+    tl.store(slot + i[None, :] + HALF, second.to(TYPE), mask=here)
+
+
+@triton.jit
+def _size_bits(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _rounded(x):
+    """To the nearest whole number within -127…127, to the even one of two: float32 has no digits behind 3·2^22."""
+    return tl.minimum(tl.maximum((x + 12582912.0) - 12582912.0, -127.0), 127.0)
 
 
 def page_operands(rows: KVState | PagedRows) -> tuple[Tensor | None, int, int]:
