@@ -155,6 +155,7 @@ def _walk_back(
     walk: Walk,
     given: tuple[Tensor, Tensor] | None,
     parameters: bool,
+    turned: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of z, of the parameters (``sums`` of the kernel) and of both states.
 
@@ -176,6 +177,11 @@ def _walk_back(
     dshort_in, dlong_in = empty(batch, width, steps), empty(batch, channels, count - 1)
     ages = z if reset is None else age(reset)
     words = as_words(z, numbers)
+    if turned:
+        assert given is not None and numbers == 2
+        given = given[0].view(torch.int64), given[1].view(torch.int64)
+    elif given is not None:
+        given = as_words(given[0], numbers), as_words(given[1], numbers)
     start: Any = direct_backward_kernel[(cdiv(channels, keywords["BW"] * numbers), runs, batch)]
     start(
         words,
@@ -190,16 +196,18 @@ def _walk_back(
         z if reset is None else reset.view(torch.uint8),
         ages,
         z if dlong is None else dlong.contiguous(),
-        *((words, words) if given is None else (as_words(t, numbers) for t in given)),
+        *(given or (words, words)),
         as_words(dz, numbers),
         sums,
         dshort_in,
         dlong_in,
         length,
+        given[0].shape[2] if turned and given else 0,
         walk.run,
         HAS_DLONG=dlong is not None,
         PARAMETERS=parameters,
         GIVEN=given is not None,
+        TURNED=turned,
         **keywords,
     )
     if dshort is not None and steps:
@@ -364,7 +372,7 @@ def backward_products(
 ) -> Gradients:
     """``backward`` by matrix products, for any number of taps; ``tiling`` and ``walk`` None to choose."""
     operands = operands.contiguous()
-    z, weight, reset = operands.z, operands.weight, operands.reset
+    z, reset = operands.z, operands.reset
     if tiling is None and takes_registers(operands):
         g, dw, dtaps, dlong_in = backward_in_registers(dy.contiguous(), operands, parameters=parameters)
     else:
@@ -372,11 +380,32 @@ def backward_products(
         g, dw, dtaps, dlong_in = _share_of_filter(dy, operands, tiling, parameters)
     if dlong is not None and dlong_in.shape[2]:
         add_window_gradient(dw, dlong_in, dlong, None, None if reset is None else age(reset)[:, -1])
-    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk or Walk(), (g, dw), parameters)
+    dz, dweight, dbias, dskip, dshort_in = walk_back(dy, dshort, operands, (g, dw), walk, parameters=parameters)
+    return dz, dweight, dbias, dtaps if parameters else dbias.new_empty(0), dskip, dshort_in, dlong_in
+
+
+def walk_back(
+    dy: Tensor,
+    dshort: Tensor | None,
+    operands: Operands,
+    given: tuple[Tensor, Tensor],
+    walk: Walk | None = None,
+    *,
+    turned: bool = False,
+    parameters: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of z, weight, bias, skip and short, of what the long filter gave.
+
+    Args:
+        dy, dshort, operands, walk, parameters: as of ``backward_products``; of the long filter only the skip is read.
+        given: the long filter's output and the gradient of its input, both without the skip: [B,T,D], or ``turned``
+            [B,D,…] with time contiguous, a multiple of four steps of bfloat16.
+    """
+    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk or Walk(), given, parameters, turned)
     if not parameters:
-        return dz, *(sums.new_empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
-    dweight, dbias, of_skip = _of_short_filter(sums, weight)
-    return dz, dweight, dbias, dtaps, of_skip[0].clone(), dshort_in, dlong_in
+        return dz, *(sums.new_empty(0) for _ in range(3)), dshort_in  # type: ignore[return-value]
+    dweight, dbias, of_skip = _of_short_filter(sums, operands.weight)
+    return dz, dweight, dbias, of_skip[0].clone(), dshort_in
 
 
 def _share_of_filter(

@@ -1,0 +1,405 @@
+"""The operator with modes, backward: the long filter's share by matrix products, before the walk of ``direct_backward``.
+
+With w = u1·u0 and dg = dy·u2 cut into chunks of C steps, rows of matrices [chunks,C] of every channel, and a real pair
+for every complex number. Inside a chunk the filter is a Toeplitz product; between chunks it is its modes s, and b, the
+conjugate of the gradient of a state::
+
+    s[c+1] = p^C s[c] + Σ_i p^(C-1-i) w[c,i]            b[c-1] = p^C b[c] + R Σ_i p^(i+1) dg[c,i]
+    g[c,j] = Σ_{i<=j} h[j-i] w[c,i] + Re R p^(j+1) s[c]   dw[c,j] = Σ_{i>=j} h[i-j] dg[c,i] + Re p^(C-1-j) b[c]
+
+The parameters' gradients need no state inside a chunk, only four sums over chunks::
+
+    m[t] = Σ dg[c,i+t] w[c,i]     X[i] = Σ w[c,i] b[c]     Y[i] = Σ dg[c,i] s[c]     Z = Σ b[c] s[c]
+    conj dR = Σ_t p^t m[t] + Σ_i p^(i+1) Y[i]
+    conj dp = R Σ_t t p^(t-1) m[t] + R Σ_i (i+1) p^i Y[i] + Σ_i (C-1-i) p^(C-2-i) X[i] + C p^(C-1) Z
+
+So the cost of a number hardly grows with the modes. Products take bfloat16 factors: w, dg, states and powers in two
+terms where parameters or states depend on them, in one for g and dw, which are bfloat16.
+
+Three kernels: powers of the poles; w and dg with time contiguous; everything above, a program for every channel and row.
+Tuples hold terms, or the parts of a number: two, or one of real modes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hyaena.ops.triton.common import load_taps, power
+from hyaena.ops.triton.hyena.modal import multiply, terms
+
+
+@triton.jit
+def times(a, b):
+    """The product of two numbers of one or two parts."""
+    if len(a) == 1:
+        return (a[0] * b[0],)
+    return (a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0])
+
+
+@triton.jit
+def plus(a, b):
+    """The sum of two tuples."""
+    out = ()
+    for k in tl.static_range(len(a)):
+        out = out + (a[k] + b[k],)
+    return out
+
+
+@triton.jit
+def every_power(re, im, SIZE: tl.constexpr, REAL: tl.constexpr):
+    """p^0 … p^(SIZE-1) of float64 [1,NP]: two [SIZE,NP]; SIZE is a power of four at most 64."""
+    ROOT: tl.constexpr = 8 if SIZE == 64 else 4
+    NP: tl.constexpr = re.shape[1]
+    i = tl.arange(0, ROOT)[:, None]
+    none = tl.zeros((ROOT, NP), tl.float64)
+    low_re, low_im = power(re + none, im + none, i, 4, REAL)
+    high_re, high_im = power(re + none, im + none, i * ROOT, 6, REAL)
+    low_re, low_im = low_re[None, :, :], low_im[None, :, :]
+    high_re, high_im = high_re[:, None, :], high_im[:, None, :]
+    if REAL:
+        out_re = high_re * low_re
+        out_im = high_im * low_im
+    else:
+        out_re = high_re * low_re - high_im * low_im
+        out_im = high_re * low_im + high_im * low_re
+    return tl.reshape(out_re, (SIZE, NP)), tl.reshape(out_im, (SIZE, NP))
+
+
+@triton.jit
+def modal_powers_kernel(poles, residues, powers, hops, taps, D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+                        C: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Of every channel ``powers`` [D,C+1,PARTS,NP], p^0 … p^C, ``hops`` [D,M+1,PARTS,NP], p^0 … p^MC, ``taps`` [D,C].
+
+    ``poles`` and ``residues`` [D,N,PARTS] float32; of real modes the poles' logarithms. Grid: (D,). Powers are formed
+    in float64.
+    """
+    REAL: tl.constexpr = PARTS == 1
+    channel = tl.program_id(0)
+    mode = tl.arange(0, NP)[None, :]
+    at = (channel * N + mode) * PARTS
+    re = tl.load(poles + at, mask=mode < N, other=0.0).to(tl.float64)
+    im = tl.load(poles + at + (PARTS - 1), mask=mode < N, other=0.0).to(tl.float64)
+    if REAL:
+        re = tl.exp(re)
+    r_re = tl.load(residues + at, mask=mode < N, other=0.0).to(tl.float64)
+    r_im = tl.load(residues + at + (PARTS - 1), mask=mode < N, other=0.0).to(tl.float64)
+    step = tl.arange(0, C)[:, None]
+    out_re, out_im = every_power(re, im, C, REAL)
+    h = out_re * r_re
+    if not REAL:
+        h -= out_im * r_im
+    tl.store(taps + channel * C + tl.arange(0, C), tl.sum(h, axis=1).to(tl.float32))
+    to = powers + channel * ((C + 1) * PARTS * NP) + mode
+    tl.store(to + step * (PARTS * NP), out_re.to(tl.float32))
+    q_re, q_im = power(re, im, C + tl.zeros_like(mode), 8, REAL)
+    tl.store(to + C * (PARTS * NP), q_re.to(tl.float32))
+    if not REAL:
+        tl.store(to + (step * (PARTS * NP) + NP), out_im.to(tl.float32))
+        tl.store(to + (C * (PARTS * NP) + NP), q_im.to(tl.float32))
+    step = tl.arange(0, M)[:, None]
+    out_re, out_im = every_power(q_re, q_im, M, REAL)
+    to = hops + channel * ((M + 1) * PARTS * NP) + mode
+    tl.store(to + step * (PARTS * NP), out_re.to(tl.float32))
+    q_re, q_im = power(q_re, q_im, M + tl.zeros_like(mode), 8, REAL)
+    tl.store(to + M * (PARTS * NP), q_re.to(tl.float32))
+    if not REAL:
+        tl.store(to + (step * (PARTS * NP) + NP), out_im.to(tl.float32))
+        tl.store(to + (M * (PARTS * NP) + NP), q_im.to(tl.float32))
+
+
+@triton.jit
+def filtered(z, short, keep, t, T, taps, offset, inside, ROW: tl.constexpr, HAS_SHORT: tl.constexpr,
+             HAS_MASK: tl.constexpr):  # fmt: skip
+    """The short filter's output [TIME,BD] at steps t [TIME,1]."""
+    K: tl.constexpr = len(taps)
+    out = offset + tl.zeros((t.shape[0], inside.shape[1]), tl.float32)
+    for k in tl.static_range(K):
+        at = t - (K - 1 - k)
+        here = (at >= 0) & (at < T)
+        if HAS_MASK:
+            here = here & (tl.load(keep + at, mask=here, other=0) != 0)
+        x = tl.load(z + at.to(tl.int64) * ROW, mask=here & inside, other=0.0).to(tl.float32)
+        if HAS_SHORT:
+            x += tl.load(short + (at + K - 1) * ROW, mask=(at < 0) & inside, other=0.0).to(tl.float32)
+        out = tl.fma(taps[k], x, out)
+    return out
+
+
+@triton.jit
+def store_turned(out, x, size, t, channel, stop, D: tl.constexpr, FACTOR: tl.constexpr):
+    """Store the terms of x [TIME,BD] with time contiguous, rows of ``stop`` steps."""
+    parts = terms(x, FACTOR)
+    at = out + tl.trans(channel).to(tl.int64) * stop + tl.trans(t)
+    for k in tl.static_range(len(parts)):
+        tl.store(at + k * size, tl.trans(parts[k]), mask=tl.trans((t < stop) & (channel < D)))
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def modal_inputs_kernel(z, dy, weight, bias, short, keep, out, T, chunks, D: tl.constexpr, K: tl.constexpr,
+                        C: tl.constexpr, BD: tl.constexpr, FACTOR: tl.constexpr, TERMS: tl.constexpr,
+                        HAS_BIAS: tl.constexpr, HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+    """``out`` [2,TERMS,B,D,chunks·C]: w and dg, zero from T on. Grid: (chunks, blocks of BD channels, rows)."""
+    row = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0) * C + tl.arange(0, C)[:, None]
+    channel = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]
+    inside = channel < D
+    stop = chunks * C
+    size = tl.num_programs(2).to(tl.int64) * D * stop
+    z += row * T * (3 * D) + channel
+    dy += row * T * D + channel
+    short += row * (K - 1) * (3 * D) + channel
+    keep += row * T
+    out += row * D * stop
+    kept = t < T
+    if HAS_MASK:
+        kept = kept & (tl.load(keep + t, mask=t < T, other=0) != 0)
+    taps1, off1 = load_taps(weight, bias, D + channel, inside, K, HAS_BIAS)
+    taps0, off0 = load_taps(weight, bias, 2 * D + channel, inside, K, HAS_BIAS)
+    w = filtered(z + D, short + D, keep, t, T, taps1, off1, inside, 3 * D, HAS_SHORT, HAS_MASK)
+    w *= filtered(z + 2 * D, short + 2 * D, keep, t, T, taps0, off0, inside, 3 * D, HAS_SHORT, HAS_MASK)
+    store_turned(out, tl.where(kept, w, 0.0), size, t, channel, stop, D, FACTOR)
+    taps2, off2 = load_taps(weight, bias, channel, inside, K, HAS_BIAS)
+    dg = filtered(z, short, keep, t, T, taps2, off2, inside, 3 * D, HAS_SHORT, HAS_MASK)
+    dg *= tl.load(dy + t.to(tl.int64) * D, mask=kept & inside, other=0.0).to(tl.float32)
+    store_turned(out + TERMS * size, tl.where(kept, dg, 0.0), size, t, channel, stop, D, FACTOR)
+
+
+@triton.jit
+def compose(a_re, a_im, x_re, x_im, b_re, b_im, y_re, y_im):
+    """The step ``s -> a·s + x``, then ``s -> b·s + y``."""
+    return (
+        a_re * b_re - a_im * b_im,
+        a_re * b_im + a_im * b_re,
+        tl.fma(b_re, x_re, tl.fma(-b_im, x_im, y_re)),
+        tl.fma(b_re, x_im, tl.fma(b_im, x_re, y_im)),
+    )
+
+
+@triton.jit
+def compose_real(a, x, b, y):
+    """``compose`` of real modes."""
+    return a * b, tl.fma(b, x, y)
+
+
+@triton.jit
+def scan(decay, x, REVERSE: tl.constexpr):
+    """``s[m] = decay·s[m-1] + x[m]`` along the rows, or from the last one."""
+    every = tl.zeros_like(x[0])
+    if len(x) == 1:
+        _, re = tl.associative_scan((decay[0] + every, x[0]), 0, compose_real, reverse=REVERSE)
+        return (re,)
+    _, _, re, im = tl.associative_scan((decay[0] + every, decay[1] + every, x[0], x[1]), 0, compose, reverse=REVERSE)
+    return (re, im)
+
+
+@triton.jit
+def row_of(x, row):
+    """One row of every part, [1,NP]."""
+    out = ()
+    for k in tl.static_range(len(x)):
+        here = tl.arange(0, x[k].shape[0])[:, None] == row
+        out = out + (tl.sum(tl.where(here, x[k], 0.0), axis=0)[None, :],)
+    return out
+
+
+@triton.jit
+def load_parts(at, step: tl.constexpr, PARTS: tl.constexpr, inside):
+    """The parts of numbers, ``step`` apart."""
+    out = ()
+    for k in tl.static_range(PARTS):
+        out = out + (tl.load(at + k * step, mask=inside, other=0.0),)
+    return out
+
+
+@triton.jit
+def load_tile(x, size, begin, chunks, M: tl.constexpr, C: tl.constexpr, TERMS: tl.constexpr):
+    """The terms of M chunks from ``begin`` on, [M,C]."""
+    chunk = begin + tl.arange(0, M)[:, None]
+    out = ()
+    for k in tl.static_range(TERMS):
+        at = x + k * size + (chunk * C + tl.arange(0, C)[None, :])
+        out = out + (tl.load(at, mask=chunk < chunks, other=0.0),)
+    return out
+
+
+@triton.jit
+def into_modes(x, tables, FACTOR: tl.constexpr):
+    """The products of x, in terms, with every part of a table [C,NP], float32 [M,NP]."""
+    out = ()
+    for k in tl.static_range(len(tables)):
+        none = tl.zeros((x[0].shape[0], tables[k].shape[1]), tl.float32)
+        out = out + (multiply(x, terms(tables[k], FACTOR), none),)
+    return out
+
+
+@triton.jit
+def out_of_modes(total, s, tables, FACTOR: tl.constexpr):
+    """``total + Re(s·table)``, tables [NP,C]."""
+    total = multiply((s[0].to(FACTOR),), (tables[0].to(FACTOR),), total)
+    if len(s) == 2:
+        total = multiply((s[1].to(FACTOR),), ((-tables[1]).to(FACTOR),), total)
+    return total
+
+
+@triton.jit
+def add_outer(total, x, s, FACTOR: tl.constexpr):
+    """``total + xᵀ s`` for every part of s, x in terms and transposed."""
+    out = ()
+    for k in tl.static_range(len(s)):
+        out = out + (multiply(x, terms(s[k], FACTOR), total[k]),)
+    return out
+
+
+@triton.jit
+def turn(x):
+    """Every term, transposed."""
+    out = ()
+    for k in tl.static_range(len(x)):
+        out = out + (tl.trans(x[k]),)
+    return out
+
+
+@triton.jit
+def sum_rows(x):
+    """Every part summed over its rows, [1,NP]."""
+    out = ()
+    for k in tl.static_range(len(x)):
+        out = out + (tl.sum(x[k], axis=0)[None, :],)
+    return out
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def modal_products_kernel(x, powers, hops, taps, residues, long, states, g, dw, outers, sums, dlong_in, chunks,
+                          D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+                          PARTS: tl.constexpr, FACTOR: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
+                          HAS_LONG: tl.constexpr, PARAMETERS: tl.constexpr):  # fmt: skip
+    """g and dw [B,D,chunks·C] from w and dg, and the gradients of poles and residues. Grid: (D, rows).
+
+    ``x`` as ``modal_inputs_kernel`` makes it, ``powers``, ``hops`` and ``taps`` as ``modal_powers_kernel`` does;
+    ``states`` float32 [B,D,chunks+M,PARTS,N] and ``outers`` [B,D,C,C] are room for s and m; ``sums`` [B,D,2,N,PARTS] the
+    gradients of poles (of real modes: of their logarithms) and residues; ``dlong_in`` [B,D,N,PARTS].
+    """
+    row = tl.program_id(1).to(tl.int64) * D + tl.program_id(0)
+    size = tl.num_programs(1).to(tl.int64) * D * chunks * C
+    channel = tl.program_id(0)
+    x += row * chunks * C
+    slopes = x + TERMS * size
+    g += row * chunks * C
+    dw += row * chunks * C
+    states += row * (chunks + M) * (PARTS * N)
+    powers += channel * ((C + 1) * PARTS * NP)
+    hops += channel * ((M + 1) * PARTS * NP)
+    LINE: tl.constexpr = PARTS * NP
+    mode = tl.arange(0, NP)[None, :]
+    active = mode < N
+    step = tl.arange(0, C)[:, None]
+    place = tl.arange(0, M)[:, None]
+    residue = load_parts(residues + (channel * N + mode) * PARTS, 1, PARTS, active)
+    decay = load_parts(hops + LINE + mode, NP, PARTS, active)
+    whole = load_parts(hops + M * LINE + mode, NP, PARTS, active)
+    tiles = (chunks + M - 1) // M
+
+    # s after every chunk; that before the first is row 0
+    enter = load_parts(powers + (C - 1 - step) * LINE + mode, NP, PARTS, active)
+    after = load_parts(hops + (place + 1) * LINE + mode, NP, PARTS, active)
+    carry = ()
+    for k in tl.static_range(PARTS):
+        first = tl.zeros((1, NP), tl.float32)
+        if HAS_LONG:
+            first += tl.load(long + (row * N + mode) * PARTS + k, mask=active, other=0.0)
+        carry = carry + (first,)
+        tl.store(states + k * N + mode, first, mask=active)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        inner = scan(decay, into_modes(load_tile(x, size, tile * M, chunks, M, C, TERMS), enter, FACTOR), False)
+        s = plus(inner, times(after, carry))
+        for k in tl.static_range(PARTS):
+            tl.store(states + (tile * M + 1 + place) * (PARTS * N) + k * N + mode, s[k], mask=active)
+        carry = plus(row_of(inner, M - 1), times(whole, carry))
+    tl.debug_barrier()
+
+    lag = tl.trans(step) - step
+    h = tl.load(taps + channel * C + lag, mask=lag >= 0, other=0.0).to(FACTOR)
+    side = tl.arange(0, NP)[:, None]
+    column = tl.arange(0, C)[None, :]
+    shift = load_parts(powers + (column + 1) * LINE + side, NP, PARTS, side < N)
+    tall = load_parts(residues + (channel * N + side) * PARTS, 1, PARTS, side < N)
+    leave = times(tall, shift)
+    back = load_parts(powers + (C - 1 - column) * LINE + side, NP, PARTS, side < N)
+    gather = load_parts(powers + (step + 1) * LINE + mode, NP, PARTS, active)
+    behind = load_parts(hops + (M - 1 - place) * LINE + mode, NP, PARTS, active)
+    next = tl.minimum(place + 1, M - 1) + tl.zeros((M, NP), tl.int32)
+    total = tl.zeros((C, C), tl.float32)
+    of_w = ()
+    of_dg = ()
+    of_states = ()
+    carry = ()
+    for _ in tl.static_range(PARTS):
+        of_w = of_w + (tl.zeros((C, NP), tl.float32),)
+        of_dg = of_dg + (tl.zeros((C, NP), tl.float32),)
+        of_states = of_states + (tl.zeros((M, NP), tl.float32),)
+        carry = carry + (tl.zeros((1, NP), tl.float32),)
+    for turn_ in tl.range(0, tiles, num_stages=STAGES):
+        begin = (tiles - 1 - turn_) * M
+        w = load_tile(x, size, begin, chunks, M, C, TERMS)
+        d = load_tile(slopes, size, begin, chunks, M, C, TERMS)
+        s = load_parts(states + (begin + place) * (PARTS * N) + mode, N, PARTS, active & (begin + place < chunks))
+        to = (begin + place) * C + column
+        out = out_of_modes(multiply(w[:1], (h,), tl.zeros((M, C), tl.float32)), s, leave, FACTOR)
+        tl.store(g + to, out.to(g.dtype.element_ty), mask=begin + place < chunks)
+        inner = scan(decay, times(residue, into_modes(d, gather, FACTOR)), True)
+        b = ()
+        far = times(behind, carry)
+        for k in tl.static_range(PARTS):
+            b = b + (tl.where(place < M - 1, tl.gather(inner[k], next, 0), 0.0) + far[k],)
+        carry = plus(row_of(inner, 0), times(whole, carry))
+        out = out_of_modes(multiply(d[:1], (tl.trans(h),), tl.zeros((M, C), tl.float32)), b, back, FACTOR)
+        tl.store(dw + to, out.to(dw.dtype.element_ty), mask=begin + place < chunks)
+        if PARAMETERS:
+            turned = turn(d)
+            total = multiply(turned, w, total)
+            of_dg = add_outer(of_dg, turned, s, FACTOR)
+            of_w = add_outer(of_w, turn(w), b, FACTOR)
+            of_states = plus(of_states, times(b, s))
+
+    for k in tl.static_range(PARTS):
+        value = carry[k]
+        if k == 1:
+            value = -value
+        tl.store(dlong_in + (row * N + mode) * PARTS + k, value, mask=active)
+    if PARAMETERS:
+        outers += row * (C * C)
+        tl.store(outers + step * C + column, total)
+        tl.debug_barrier()
+        found = tl.load(outers + column * C + (column - step), mask=column >= step, other=0.0)
+        found = tl.sum(found, axis=1)[:, None]  # m of every lag
+        scaled = found * tl.maximum(step, 0)
+        here = load_parts(powers + step * LINE + mode, NP, PARTS, active)
+        last = load_parts(powers + tl.maximum(step - 1, 0) * LINE + mode, NP, PARTS, active)
+        ahead = load_parts(powers + tl.maximum(C - 2 - step, 0) * LINE + mode, NP, PARTS, active)
+        top = load_parts(powers + (C - 1) * LINE + mode, NP, PARTS, active)
+        inside = ()
+        lagged = ()
+        later = ()
+        for k in tl.static_range(PARTS):
+            inside = inside + (found * here[k],)
+            lagged = lagged + (scaled * last[k],)
+            later = later + (ahead[k] * (C - 1 - step),)
+        slope = times(here, of_dg)
+        rise = ()
+        for k in tl.static_range(PARTS):
+            rise = rise + (slope[k] * (step + 1),)
+        dr = sum_rows(plus(inside, times(gather, of_dg)))
+        dp = times(residue, sum_rows(plus(lagged, rise)))
+        dp = plus(dp, sum_rows(times(later, of_w)))
+        between = times(top, sum_rows(of_states))
+        for k in tl.static_range(PARTS):
+            dp = dp[:k] + (dp[k] + between[k] * C,) + dp[k + 1 :]
+        if PARTS == 1:
+            dp = times(dp, load_parts(powers + LINE + mode, NP, PARTS, active))
+        to = sums + row * (2 * N * PARTS) + mode * PARTS
+        tl.store(to, dp[0], mask=active)
+        tl.store(to + N * PARTS, dr[0], mask=active)
+        if PARTS == 2:
+            tl.store(to + 1, -dp[1], mask=active)
+            tl.store(to + N * PARTS + 1, -dr[1], mask=active)

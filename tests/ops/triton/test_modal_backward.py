@@ -1,0 +1,47 @@
+"""The gradients of modes by products, against the plain operator in float64."""
+
+import pytest
+import torch
+
+from device import DEVICE
+from hyaena.ops.triton.hyena.modal_backward_launch import Tiling, backward_products
+from tests.ops.triton.test_kernels import TOLERANCE, close, exact, make
+
+# Several tiles and chunks from few steps.
+SMALL = Tiling(chunk=16, chunks=16, channels=16)
+NARROW = 3 * TOLERANCE[torch.bfloat16]  # g, dw and the result are rounded
+PROBLEMS = {
+    "one step": dict(length=1),
+    "within a chunk": dict(length=9, modes=3),
+    "whole chunks": dict(length=32, taps=2),
+    "within a later tile": dict(length=300, batch=1),
+    "five taps, a block of channels more": dict(length=20, taps=5, channels=18),
+    "sixteen modes": dict(length=40, modes=16),
+    "real": dict(length=300, modes=2, real=True, batch=1),
+    "sixteen pairs of real modes": dict(length=40, modes=16, real=True),
+    "padded": dict(length=70, padded=True),
+    "bare": dict(length=70, bare=True),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gradients(name: str) -> None:
+    problem = make(**({"channels": 4, "modes": 3, "dtype": torch.bfloat16} | PROBLEMS[name]))
+    wide, y, window, _ = exact(problem)
+    dy, dwindow = torch.randn_like(y).to(problem.z.dtype), torch.randn_like(window).to(problem.z.dtype)
+    leaves = [t for t in wide if t is not None]
+    expected = iter(torch.autograd.grad((y * dy).sum() + (window * dwindow).sum(), leaves))
+    got = backward_products(dy, dwindow, problem, SMALL)
+    for value, leaf, name in zip(got, wide, problem._fields, strict=False):
+        if leaf is not None:
+            close(value, next(expected), 1e-4 if name in ("poles", "residues", "skip", "long") else NARROW)
+
+
+def test_frozen_filters() -> None:
+    problem = make(70, 4, dtype=torch.bfloat16)
+    dy = torch.randn(2, 70, 4, dtype=torch.bfloat16, device=DEVICE)
+    whole = backward_products(dy, None, problem, SMALL)
+    frozen = backward_products(dy, None, problem, SMALL, parameters=False)
+    for i in (0, 6, 7):
+        assert torch.equal(whole[i], frozen[i])
+    assert all(t.numel() == 0 for t in frozen[1:6])
