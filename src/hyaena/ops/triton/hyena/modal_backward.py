@@ -33,8 +33,10 @@ from hyaena.ops.triton.hyena.modal import multiply, terms
 def times(a, b):
     """The product of two numbers of one or two parts."""
     if len(a) == 1:
-        return (a[0] * b[0],)
-    return (a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0])
+        out = (a[0] * b[0],)
+    else:
+        out = (a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0])
+    return out
 
 
 @triton.jit
@@ -187,10 +189,10 @@ def scan(decay, x, REVERSE: tl.constexpr):
     """``s[m] = decay·s[m-1] + x[m]`` along the rows, or from the last one."""
     every = tl.zeros_like(x[0])
     if len(x) == 1:
-        _, re = tl.associative_scan((decay[0] + every, x[0]), 0, compose_real, reverse=REVERSE)
-        return (re,)
-    _, _, re, im = tl.associative_scan((decay[0] + every, decay[1] + every, x[0], x[1]), 0, compose, reverse=REVERSE)
-    return (re, im)
+        out = tl.associative_scan((decay[0] + every, x[0]), 0, compose_real, reverse=REVERSE)
+    else:
+        out = tl.associative_scan((decay[0] + every, decay[1] + every, x[0], x[1]), 0, compose, reverse=REVERSE)
+    return out[len(x) :]
 
 
 @triton.jit
@@ -315,7 +317,7 @@ def modal_products_kernel(x, powers, hops, taps, residues, long, states, g, dw, 
         s = plus(inner, times(after, carry))
         for k in tl.static_range(PARTS):
             tl.store(states + (tile * M + 1 + place) * (PARTS * N) + k * N + mode, s[k], mask=active)
-        carry = plus(row_of(inner, M - 1), times(whole, carry))
+        carry = row_of(s, M - 1)
     tl.debug_barrier()
 
     lag = tl.trans(step) - step
@@ -328,7 +330,7 @@ def modal_products_kernel(x, powers, hops, taps, residues, long, states, g, dw, 
     back = load_parts(powers + (C - 1 - column) * LINE + side, NP, PARTS, side < N)
     gather = load_parts(powers + (step + 1) * LINE + mode, NP, PARTS, active)
     behind = load_parts(hops + (M - 1 - place) * LINE + mode, NP, PARTS, active)
-    next = tl.minimum(place + 1, M - 1) + tl.zeros((M, NP), tl.int32)
+    next = (place + 1) % M + tl.zeros((M, NP), tl.int32)
     total = tl.zeros((C, C), tl.float32)
     of_w = ()
     of_dg = ()
@@ -349,10 +351,13 @@ def modal_products_kernel(x, powers, hops, taps, residues, long, states, g, dw, 
         tl.store(g + to, out.to(g.dtype.element_ty), mask=begin + place < chunks)
         inner = scan(decay, times(residue, into_modes(d, gather, FACTOR)), True)
         b = ()
+        edge = ()
         far = times(behind, carry)
         for k in tl.static_range(PARTS):
-            b = b + (tl.where(place < M - 1, tl.gather(inner[k], next, 0), 0.0) + far[k],)
-        carry = plus(row_of(inner, 0), times(whole, carry))
+            moved = tl.gather(inner[k], next, 0)
+            b = b + (tl.where(place < M - 1, moved, 0.0) + far[k],)
+            edge = edge + (moved,)
+        carry = plus(row_of(edge, M - 1), times(whole, carry))
         out = out_of_modes(multiply(d[:1], (tl.trans(h),), tl.zeros((M, C), tl.float32)), b, back, FACTOR)
         tl.store(dw + to, out.to(dw.dtype.element_ty), mask=begin + place < chunks)
         if PARAMETERS:
