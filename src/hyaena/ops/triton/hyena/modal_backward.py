@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.common import load_taps, power
+from hyaena.ops.triton.common import power
 from hyaena.ops.triton.hyena.modal import multiply, terms
 
 
@@ -69,45 +69,83 @@ def every_power(re, im, SIZE: tl.constexpr, REAL: tl.constexpr):
 
 
 @triton.jit
-def modal_powers_kernel(poles, residues, powers, hops, taps, D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-                        C: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Of every channel ``powers`` [D,C+1,PARTS,NP], p^0 … p^C, ``hops`` [D,M+1,PARTS,NP], p^0 … p^MC, ``taps`` [D,C].
+def join_parts(re, im, PARTS: tl.constexpr):
+    """Numbers [R,NP] with their parts side by side, [R,PARTS·NP]."""
+    if PARTS == 1:
+        out = re
+    else:
+        out = tl.reshape(tl.join(re, im), (re.shape[0], 2 * re.shape[1]))
+    return out
 
-    ``poles`` and ``residues`` [D,N,PARTS] float32; of real modes the poles' logarithms. Grid: (D,). Powers are formed
-    in float64.
+
+@triton.jit
+def split_parts(x, PARTS: tl.constexpr):
+    """The inverse of ``join_parts``: a tuple of the parts."""
+    if PARTS == 1:
+        out = (x,)
+    else:
+        out = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return out
+
+
+@triton.jit
+def modal_powers_kernel(poles, residues, powers, hops, out_of, taps, D: tl.constexpr, N: tl.constexpr,
+                        NP: tl.constexpr, C: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Tables of every channel, float32: p^0 … p^C, p^0 … p^MC, R·p^1 … R·p^C, and the first C taps.
+
+    ``powers`` [D,C+1,NP,PARTS], ``hops`` [D,M+1,NP,PARTS], ``out_of`` [D,C,NP,PARTS], ``taps`` [D,C]; ``poles`` and
+    ``residues`` [D,N,PARTS] float32; of real modes the poles' logarithms. Grid: (D,). Powers are formed in float64.
     """
     REAL: tl.constexpr = PARTS == 1
+    LINE: tl.constexpr = PARTS * NP
     channel = tl.program_id(0)
     mode = tl.arange(0, NP)[None, :]
+    column = tl.arange(0, LINE)[None, :]
     at = (channel * N + mode) * PARTS
-    re = tl.load(poles + at, mask=mode < N, other=0.0).to(tl.float64)
-    im = tl.load(poles + at + (PARTS - 1), mask=mode < N, other=0.0).to(tl.float64)
+    inside = mode < N
+    re = tl.load(poles + at, mask=inside, other=0.0).to(tl.float64)
+    im = tl.load(poles + at + (PARTS - 1), mask=inside, other=0.0).to(tl.float64)
     if REAL:
         re = tl.exp(re)
-    r_re = tl.load(residues + at, mask=mode < N, other=0.0).to(tl.float64)
-    r_im = tl.load(residues + at + (PARTS - 1), mask=mode < N, other=0.0).to(tl.float64)
+    r_re = tl.load(residues + at, mask=inside, other=0.0).to(tl.float64)
+    r_im = tl.load(residues + at + (PARTS - 1), mask=inside, other=0.0).to(tl.float64)
     step = tl.arange(0, C)[:, None]
     out_re, out_im = every_power(re, im, C, REAL)
-    h = out_re * r_re
-    if not REAL:
-        h -= out_im * r_im
-    tl.store(taps + channel * C + tl.arange(0, C), tl.sum(h, axis=1).to(tl.float32))
-    to = powers + channel * ((C + 1) * PARTS * NP) + mode
-    tl.store(to + step * (PARTS * NP), out_re.to(tl.float32))
+    to = powers + channel * ((C + 1) * LINE) + column
+    tl.store(to + step * LINE, join_parts(out_re, out_im, PARTS).to(tl.float32))
     q_re, q_im = power(re, im, C + tl.zeros_like(mode), 8, REAL)
-    tl.store(to + C * (PARTS * NP), q_re.to(tl.float32))
-    if not REAL:
-        tl.store(to + (step * (PARTS * NP) + NP), out_im.to(tl.float32))
-        tl.store(to + (C * (PARTS * NP) + NP), q_im.to(tl.float32))
+    tl.store(to + C * LINE, join_parts(q_re, q_im, PARTS).to(tl.float32))
+    if REAL:
+        h_re = out_re * r_re
+        h_im = h_re
+        next_re = h_re * re
+        next_im = next_re
+    else:
+        h_re = out_re * r_re - out_im * r_im
+        h_im = out_re * r_im + out_im * r_re
+        next_re = h_re * re - h_im * im
+        next_im = h_re * im + h_im * re
+    tl.store(taps + channel * C + tl.arange(0, C), tl.sum(h_re, axis=1).to(tl.float32))
+    to = out_of + channel * (C * LINE) + column
+    tl.store(to + step * LINE, join_parts(next_re, next_im, PARTS).to(tl.float32))
     step = tl.arange(0, M)[:, None]
     out_re, out_im = every_power(q_re, q_im, M, REAL)
-    to = hops + channel * ((M + 1) * PARTS * NP) + mode
-    tl.store(to + step * (PARTS * NP), out_re.to(tl.float32))
+    to = hops + channel * ((M + 1) * LINE) + column
+    tl.store(to + step * LINE, join_parts(out_re, out_im, PARTS).to(tl.float32))
     q_re, q_im = power(q_re, q_im, M + tl.zeros_like(mode), 8, REAL)
-    tl.store(to + M * (PARTS * NP), q_re.to(tl.float32))
-    if not REAL:
-        tl.store(to + (step * (PARTS * NP) + NP), out_im.to(tl.float32))
-        tl.store(to + (M * (PARTS * NP) + NP), q_im.to(tl.float32))
+    tl.store(to + M * LINE, join_parts(q_re, q_im, PARTS).to(tl.float32))
+
+
+@triton.jit
+def load_taps_of(weight, bias, channel, inside, K: tl.constexpr, D: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """``common.load_taps`` where the weight is [K,3D]: neighbouring channels are read together."""
+    taps = ()
+    for k in tl.static_range(K):
+        taps = taps + (tl.load(weight + k * (3 * D) + channel, mask=inside, other=0.0).to(tl.float32),)
+    offset = tl.zeros_like(taps[0])
+    if HAS_BIAS:
+        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    return taps, offset
 
 
 @triton.jit
@@ -156,12 +194,12 @@ def modal_inputs_kernel(z, dy, weight, bias, short, keep, out, T, chunks, D: tl.
     kept = t < T
     if HAS_MASK:
         kept = kept & (tl.load(keep + t, mask=t < T, other=0) != 0)
-    taps1, off1 = load_taps(weight, bias, D + channel, inside, K, HAS_BIAS)
-    taps0, off0 = load_taps(weight, bias, 2 * D + channel, inside, K, HAS_BIAS)
+    taps1, off1 = load_taps_of(weight, bias, D + channel, inside, K, D, HAS_BIAS)
+    taps0, off0 = load_taps_of(weight, bias, 2 * D + channel, inside, K, D, HAS_BIAS)
     w = filtered(z + D, short + D, keep, t, T, taps1, off1, inside, 3 * D, HAS_SHORT, HAS_MASK)
     w *= filtered(z + 2 * D, short + 2 * D, keep, t, T, taps0, off0, inside, 3 * D, HAS_SHORT, HAS_MASK)
     store_turned(out, tl.where(kept, w, 0.0), size, t, channel, stop, D, FACTOR)
-    taps2, off2 = load_taps(weight, bias, channel, inside, K, HAS_BIAS)
+    taps2, off2 = load_taps_of(weight, bias, channel, inside, K, D, HAS_BIAS)
     dg = filtered(z, short, keep, t, T, taps2, off2, inside, 3 * D, HAS_SHORT, HAS_MASK)
     dg *= tl.load(dy + t.to(tl.int64) * D, mask=kept & inside, other=0.0).to(tl.float32)
     store_turned(out + TERMS * size, tl.where(kept, dg, 0.0), size, t, channel, stop, D, FACTOR)
@@ -206,15 +244,6 @@ def row_of(x, row):
 
 
 @triton.jit
-def load_parts(at, step: tl.constexpr, PARTS: tl.constexpr, inside):
-    """The parts of numbers, ``step`` apart."""
-    out = ()
-    for k in tl.static_range(PARTS):
-        out = out + (tl.load(at + k * step, mask=inside, other=0.0),)
-    return out
-
-
-@triton.jit
 def load_tile(x, size, begin, chunks, M: tl.constexpr, C: tl.constexpr, TERMS: tl.constexpr):
     """The terms of M chunks from ``begin`` on, [M,C]."""
     chunk = begin + tl.arange(0, M)[:, None]
@@ -222,34 +251,6 @@ def load_tile(x, size, begin, chunks, M: tl.constexpr, C: tl.constexpr, TERMS: t
     for k in tl.static_range(TERMS):
         at = x + k * size + (chunk * C + tl.arange(0, C)[None, :])
         out = out + (tl.load(at, mask=chunk < chunks, other=0.0),)
-    return out
-
-
-@triton.jit
-def into_modes(x, tables, FACTOR: tl.constexpr):
-    """The products of x, in terms, with every part of a table [C,NP], float32 [M,NP]."""
-    out = ()
-    for k in tl.static_range(len(tables)):
-        none = tl.zeros((x[0].shape[0], tables[k].shape[1]), tl.float32)
-        out = out + (multiply(x, terms(tables[k], FACTOR), none),)
-    return out
-
-
-@triton.jit
-def out_of_modes(total, s, tables, FACTOR: tl.constexpr):
-    """``total + Re(s·table)``, tables [NP,C]."""
-    total = multiply((s[0].to(FACTOR),), (tables[0].to(FACTOR),), total)
-    if len(s) == 2:
-        total = multiply((s[1].to(FACTOR),), ((-tables[1]).to(FACTOR),), total)
-    return total
-
-
-@triton.jit
-def add_outer(total, x, s, FACTOR: tl.constexpr):
-    """``total + xᵀ s`` for every part of s, x in terms and transposed."""
-    out = ()
-    for k in tl.static_range(len(s)):
-        out = out + (multiply(x, terms(s[k], FACTOR), total[k]),)
     return out
 
 
@@ -263,25 +264,32 @@ def turn(x):
 
 
 @triton.jit
-def sum_rows(x):
-    """Every part summed over its rows, [1,NP]."""
-    out = ()
-    for k in tl.static_range(len(x)):
-        out = out + (tl.sum(x[k], axis=0)[None, :],)
-    return out
+def sum_rows(x, PARTS: tl.constexpr):
+    """Numbers [R,PARTS·NP] summed over their rows, a tuple of [1,NP]."""
+    return split_parts(tl.sum(x, axis=0)[None, :], PARTS)
+
+
+@triton.jit
+def times_joined(a, b, PARTS: tl.constexpr):
+    """The product of numbers with their parts side by side."""
+    out = times(split_parts(a, PARTS), split_parts(b, PARTS))
+    return join_parts(out[0], out[PARTS - 1], PARTS)
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def modal_products_kernel(x, powers, hops, taps, residues, long, states, g, dw, outers, sums, dlong_in, chunks,
+def modal_products_kernel(x, powers, hops, out_of, taps, residues, long, states, g, dw, outers, sums, dlong_in, chunks,
                           D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
                           PARTS: tl.constexpr, FACTOR: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
                           HAS_LONG: tl.constexpr, PARAMETERS: tl.constexpr):  # fmt: skip
     """g and dw [B,D,chunks·C] from w and dg, and the gradients of poles and residues. Grid: (D, rows).
 
-    ``x`` as ``modal_inputs_kernel`` makes it, ``powers``, ``hops`` and ``taps`` as ``modal_powers_kernel`` does;
-    ``states`` float32 [B,D,chunks+M,PARTS,N] and ``outers`` [B,D,C,C] are room for s and m; ``sums`` [B,D,2,N,PARTS] the
-    gradients of poles (of real modes: of their logarithms) and residues; ``dlong_in`` [B,D,N,PARTS].
+    ``x`` as ``modal_inputs_kernel`` makes it, ``powers``, ``hops``, ``out_of`` and ``taps`` as ``modal_powers_kernel``
+    does; ``states`` float32 [B,D,chunks+M,N,PARTS] and ``outers`` [B,D,C,C] are room for s and m; ``sums``
+    [B,D,2,N,PARTS] the gradients of poles (of real modes: of their logarithms) and residues; ``dlong_in`` [B,D,N,PARTS].
+    Numbers that are factors have their parts side by side, and are split for the scan.
     """
+    LINE: tl.constexpr = PARTS * NP
+    LIVE: tl.constexpr = PARTS * N
     row = tl.program_id(1).to(tl.int64) * D + tl.program_id(0)
     size = tl.num_programs(1).to(tl.int64) * D * chunks * C
     channel = tl.program_id(0)
@@ -289,67 +297,64 @@ def modal_products_kernel(x, powers, hops, taps, residues, long, states, g, dw, 
     slopes = x + TERMS * size
     g += row * chunks * C
     dw += row * chunks * C
-    states += row * (chunks + M) * (PARTS * N)
-    powers += channel * ((C + 1) * PARTS * NP)
-    hops += channel * ((M + 1) * PARTS * NP)
-    LINE: tl.constexpr = PARTS * NP
-    mode = tl.arange(0, NP)[None, :]
-    active = mode < N
+    states += row * (chunks + M) * LIVE
+    powers += channel * ((C + 1) * LINE)
+    hops += channel * ((M + 1) * LINE)
+    out_of += channel * (C * LINE)
+    line = tl.arange(0, LINE)[None, :]
+    active = line < LIVE
+    sign = 1.0 - 2.0 * (line % PARTS).to(tl.float32)  # of the conjugate
     step = tl.arange(0, C)[:, None]
     place = tl.arange(0, M)[:, None]
-    residue = load_parts(residues + (channel * N + mode) * PARTS, 1, PARTS, active)
-    decay = load_parts(hops + LINE + mode, NP, PARTS, active)
-    whole = load_parts(hops + M * LINE + mode, NP, PARTS, active)
+    decay = split_parts(tl.load(hops + LINE + line), PARTS)
+    whole = split_parts(tl.load(hops + M * LINE + line), PARTS)
     tiles = (chunks + M - 1) // M
 
     # s after every chunk; that before the first is row 0
-    enter = load_parts(powers + (C - 1 - step) * LINE + mode, NP, PARTS, active)
-    after = load_parts(hops + (place + 1) * LINE + mode, NP, PARTS, active)
-    carry = ()
-    for k in tl.static_range(PARTS):
-        first = tl.zeros((1, NP), tl.float32)
-        if HAS_LONG:
-            first += tl.load(long + (row * N + mode) * PARTS + k, mask=active, other=0.0)
-        carry = carry + (first,)
-        tl.store(states + k * N + mode, first, mask=active)
+    enter = terms(tl.load(powers + (C - 1 - step) * LINE + line), FACTOR)
+    after = split_parts(tl.load(hops + (place + 1) * LINE + line), PARTS)
+    start = tl.zeros((1, LINE), tl.float32)
+    if HAS_LONG:
+        start += tl.load(long + row * LIVE + line, mask=active, other=0.0)
+    tl.store(states + line, start, mask=active)
+    carry = split_parts(start, PARTS)
     for tile in tl.range(0, tiles, num_stages=STAGES):
-        inner = scan(decay, into_modes(load_tile(x, size, tile * M, chunks, M, C, TERMS), enter, FACTOR), False)
-        s = plus(inner, times(after, carry))
-        for k in tl.static_range(PARTS):
-            tl.store(states + (tile * M + 1 + place) * (PARTS * N) + k * N + mode, s[k], mask=active)
+        w = load_tile(x, size, tile * M, chunks, M, C, TERMS)
+        added = split_parts(multiply(w, enter, tl.zeros((M, LINE), tl.float32)), PARTS)
+        s = plus(scan(decay, added, False), times(after, carry))
+        to = states + (tile * M + 1 + place) * LIVE + line
+        tl.store(to, join_parts(s[0], s[PARTS - 1], PARTS), mask=active)
         carry = row_of(s, M - 1)
     tl.debug_barrier()
 
     lag = tl.trans(step) - step
     h = tl.load(taps + channel * C + lag, mask=lag >= 0, other=0.0).to(FACTOR)
-    side = tl.arange(0, NP)[:, None]
-    column = tl.arange(0, C)[None, :]
-    shift = load_parts(powers + (column + 1) * LINE + side, NP, PARTS, side < N)
-    tall = load_parts(residues + (channel * N + side) * PARTS, 1, PARTS, side < N)
-    leave = times(tall, shift)
-    back = load_parts(powers + (C - 1 - column) * LINE + side, NP, PARTS, side < N)
-    gather = load_parts(powers + (step + 1) * LINE + mode, NP, PARTS, active)
-    behind = load_parts(hops + (M - 1 - place) * LINE + mode, NP, PARTS, active)
+    reach = tl.load(out_of + step * LINE + line)
+    gather = terms(reach, FACTOR)
+    leave = tl.trans((reach * sign).to(FACTOR))
+    back = tl.trans((tl.load(powers + (C - 1 - step) * LINE + line) * sign).to(FACTOR))
+    behind = split_parts(tl.load(hops + (M - 1 - place) * LINE + line), PARTS)
     next = (place + 1) % M + tl.zeros((M, NP), tl.int32)
     total = tl.zeros((C, C), tl.float32)
-    of_w = ()
-    of_dg = ()
+    of_w = tl.zeros((C, LINE), tl.float32)
+    of_dg = tl.zeros((C, LINE), tl.float32)
     of_states = ()
     carry = ()
     for _ in tl.static_range(PARTS):
-        of_w = of_w + (tl.zeros((C, NP), tl.float32),)
-        of_dg = of_dg + (tl.zeros((C, NP), tl.float32),)
         of_states = of_states + (tl.zeros((M, NP), tl.float32),)
         carry = carry + (tl.zeros((1, NP), tl.float32),)
+    column = tl.arange(0, C)[None, :]
     for turn_ in tl.range(0, tiles, num_stages=STAGES):
         begin = (tiles - 1 - turn_) * M
         w = load_tile(x, size, begin, chunks, M, C, TERMS)
         d = load_tile(slopes, size, begin, chunks, M, C, TERMS)
-        s = load_parts(states + (begin + place) * (PARTS * N) + mode, N, PARTS, active & (begin + place < chunks))
+        s = tl.load(states + (begin + place) * LIVE + line, mask=active & (begin + place < chunks), other=0.0)
+        factor = terms(s, FACTOR)
         to = (begin + place) * C + column
-        out = out_of_modes(multiply(w[:1], (h,), tl.zeros((M, C), tl.float32)), s, leave, FACTOR)
+        out = multiply(w[:1], (h,), tl.zeros((M, C), tl.float32))
+        out = multiply(factor[:1], (leave,), out)
         tl.store(g + to, out.to(g.dtype.element_ty), mask=begin + place < chunks)
-        inner = scan(decay, times(residue, into_modes(d, gather, FACTOR)), True)
+        inner = scan(decay, split_parts(multiply(d, gather, tl.zeros((M, LINE), tl.float32)), PARTS), True)
         b = ()
         edge = ()
         far = times(behind, carry)
@@ -358,53 +363,39 @@ def modal_products_kernel(x, powers, hops, taps, residues, long, states, g, dw, 
             b = b + (tl.where(place < M - 1, moved, 0.0) + far[k],)
             edge = edge + (moved,)
         carry = plus(row_of(edge, M - 1), times(whole, carry))
-        out = out_of_modes(multiply(d[:1], (tl.trans(h),), tl.zeros((M, C), tl.float32)), b, back, FACTOR)
+        later = terms(join_parts(b[0], b[PARTS - 1], PARTS), FACTOR)
+        out = multiply(d[:1], (tl.trans(h),), tl.zeros((M, C), tl.float32))
+        out = multiply(later[:1], (back,), out)
         tl.store(dw + to, out.to(dw.dtype.element_ty), mask=begin + place < chunks)
         if PARAMETERS:
             turned = turn(d)
             total = multiply(turned, w, total)
-            of_dg = add_outer(of_dg, turned, s, FACTOR)
-            of_w = add_outer(of_w, turn(w), b, FACTOR)
-            of_states = plus(of_states, times(b, s))
+            of_dg = multiply(turned, factor, of_dg)
+            of_w = multiply(turn(w), later, of_w)
+            of_states = plus(of_states, times(b, split_parts(s, PARTS)))
 
-    for k in tl.static_range(PARTS):
-        value = carry[k]
-        if k == 1:
-            value = -value
-        tl.store(dlong_in + (row * N + mode) * PARTS + k, value, mask=active)
+    last = join_parts(carry[0], carry[PARTS - 1], PARTS)
+    tl.store(dlong_in + row * LIVE + line, last * sign, mask=active)
     if PARAMETERS:
         outers += row * (C * C)
         tl.store(outers + step * C + column, total)
         tl.debug_barrier()
         found = tl.load(outers + column * C + (column - step), mask=column >= step, other=0.0)
         found = tl.sum(found, axis=1)[:, None]  # m of every lag
-        scaled = found * tl.maximum(step, 0)
-        here = load_parts(powers + step * LINE + mode, NP, PARTS, active)
-        last = load_parts(powers + tl.maximum(step - 1, 0) * LINE + mode, NP, PARTS, active)
-        ahead = load_parts(powers + tl.maximum(C - 2 - step, 0) * LINE + mode, NP, PARTS, active)
-        top = load_parts(powers + (C - 1) * LINE + mode, NP, PARTS, active)
-        inside = ()
-        lagged = ()
-        later = ()
+        here = tl.load(powers + step * LINE + line)
+        last = tl.load(powers + tl.maximum(step - 1, 0) * LINE + line)
+        ahead = tl.load(powers + tl.maximum(C - 2 - step, 0) * LINE + line)
+        next_power = tl.load(powers + (step + 1) * LINE + line)
+        residue = split_parts(tl.load(residues + channel * LIVE + line, mask=active, other=0.0), PARTS)
+        dr = sum_rows(found * here + times_joined(next_power, of_dg, PARTS), PARTS)
+        own = found * step * last + times_joined(here, of_dg, PARTS) * (step + 1)
+        dp = times(residue, sum_rows(own, PARTS))
+        dp = plus(dp, sum_rows(times_joined(ahead * (C - 1 - step), of_w, PARTS), PARTS))
+        between = times(split_parts(tl.load(powers + (C - 1) * LINE + line), PARTS), of_states)
         for k in tl.static_range(PARTS):
-            inside = inside + (found * here[k],)
-            lagged = lagged + (scaled * last[k],)
-            later = later + (ahead[k] * (C - 1 - step),)
-        slope = times(here, of_dg)
-        rise = ()
-        for k in tl.static_range(PARTS):
-            rise = rise + (slope[k] * (step + 1),)
-        dr = sum_rows(plus(inside, times(gather, of_dg)))
-        dp = times(residue, sum_rows(plus(lagged, rise)))
-        dp = plus(dp, sum_rows(times(later, of_w)))
-        between = times(top, sum_rows(of_states))
-        for k in tl.static_range(PARTS):
-            dp = dp[:k] + (dp[k] + between[k] * C,) + dp[k + 1 :]
-        if PARTS == 1:
-            dp = times(dp, load_parts(powers + LINE + mode, NP, PARTS, active))
-        to = sums + row * (2 * N * PARTS) + mode * PARTS
-        tl.store(to, dp[0], mask=active)
-        tl.store(to + N * PARTS, dr[0], mask=active)
-        if PARTS == 2:
-            tl.store(to + 1, -dp[1], mask=active)
-            tl.store(to + N * PARTS + 1, -dr[1], mask=active)
+            dp = dp[:k] + (dp[k] + tl.sum(between[k], axis=0)[None, :] * C,) + dp[k + 1 :]
+        if PARTS == 1:  # of the logarithm
+            dp = times(dp, (tl.load(powers + LINE + line),))
+        to = sums + row * (2 * LIVE) + line
+        tl.store(to, join_parts(dp[0], dp[PARTS - 1], PARTS) * sign, mask=active)
+        tl.store(to + LIVE, join_parts(dr[0], dr[PARTS - 1], PARTS) * sign, mask=active)

@@ -86,7 +86,7 @@ def backward_products(
     start(
         z,
         dy,
-        weight,
+        weight.t().contiguous(),
         z if bias is None else bias,
         z if before is None else before,
         z if mask is None else mask.view(torch.uint8),
@@ -104,9 +104,9 @@ def backward_products(
     )
     line = parts * modal["NP"]
     powers, hops = empty(channels, tiling.chunk + 1, line), empty(channels, tiling.chunks + 1, line)
-    taps = empty(channels, tiling.chunk)
+    out_of, taps = empty(channels, tiling.chunk, line), empty(channels, tiling.chunk)
     start = modal_powers_kernel[(channels,)]
-    start(poles, residues, powers, hops, taps, num_warps=2, **shape, **modal)
+    start(poles, residues, powers, hops, out_of, taps, num_warps=2, **shape, **modal)
     g, dw = (z.new_empty(batch, channels, chunks * tiling.chunk) for _ in range(2))
     size = (batch, channels) if parameters else (0, 0)
     sums, dlong_in = empty(*size, 2, pairs, 2), empty(batch, channels, pairs, 2)
@@ -115,6 +115,7 @@ def backward_products(
         x,
         powers,
         hops,
+        out_of,
         taps,
         residues,
         residues if long is None else long,
