@@ -201,6 +201,23 @@ def test_forward_in_registers(name: str) -> None:
         close(value, want, TOLERANCE[value.dtype])
 
 
+@pytest.mark.parametrize("name", ["one block", "several runs", "five short taps", "padded", "bare"])
+def test_backward_in_registers(name: str) -> None:
+    problem = in_registers(name)
+    leaves, y, window, _ = exact(problem)
+    dy, dwindow = (torch.randn_like(t).to(problem.z.dtype) for t in (y, window))
+    given = [t for t in leaves if t is not None]
+    gradients = torch.autograd.grad((y * dy).sum() + (window * dwindow).sum(), given)
+    expected = dict(zip(map(id, given), gradients, strict=True))
+    tiling = toeplitz_launch.Tiling(warps=2, run=32)
+    got = toeplitz_launch.backward_in_registers(dy, dwindow, problem, tiling, tiling)
+    frozen = toeplitz_launch.backward_in_registers(dy, dwindow, problem, tiling, parameters=False)
+    for leaf, value, other, name in zip(leaves, got, frozen, problem._fields, strict=False):
+        if leaf is not None:
+            close(value, expected[id(leaf)], GRADIENT[problem.z.dtype])
+        assert other.numel() == 0 if name in ("weight", "bias", "taps", "skip") else torch.equal(other, value)
+
+
 @pytest.mark.parametrize(
     "change",
     [

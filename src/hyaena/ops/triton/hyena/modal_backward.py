@@ -16,8 +16,8 @@ The parameters' gradients need no state inside a chunk, only four sums over chun
 So the cost of a number hardly grows with the modes. Products take bfloat16 factors: w, dg, states and powers in two
 terms where parameters or states depend on them, in one for g and dw, which are bfloat16.
 
-Three kernels: powers of the poles; w and dg with time contiguous; everything above, a program for every channel and row.
-Tuples hold terms, or the parts of a number: two, or one of real modes.
+Four kernels: powers of the poles; w and dg with time contiguous; s, and b; everything else, a program for every channel
+and row. Tuples hold terms, or the parts of a number: two, or one of real modes.
 """
 
 from __future__ import annotations
@@ -277,123 +277,146 @@ def times_joined(a, b, PARTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def modal_products_kernel(x, powers, hops, out_of, taps, residues, long, states, g, dw, outers, sums, dlong_in, chunks,
-                          D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-                          PARTS: tl.constexpr, FACTOR: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
-                          HAS_LONG: tl.constexpr, PARAMETERS: tl.constexpr):  # fmt: skip
-    """g and dw [B,D,chunks·C] from w and dg, and the gradients of poles and residues. Grid: (D, rows).
+def modal_states_kernel(x, powers, hops, out_of, first, states, last, chunks, D: tl.constexpr, N: tl.constexpr,
+                        NP: tl.constexpr, C: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, FACTOR: tl.constexpr,
+                        TERMS: tl.constexpr, STAGES: tl.constexpr, REVERSE: tl.constexpr,
+                        HAS_FIRST: tl.constexpr):  # fmt: skip
+    """s before every chunk, from w, or with REVERSE b, from dg. Grid: (D, rows).
 
-    ``x`` as ``modal_inputs_kernel`` makes it, ``powers``, ``hops``, ``out_of`` and ``taps`` as ``modal_powers_kernel``
-    does; ``states`` float32 [B,D,chunks+M,N,PARTS] and ``outers`` [B,D,C,C] are room for s and m; ``sums``
-    [B,D,2,N,PARTS] the gradients of poles (of real modes: of their logarithms) and residues; ``dlong_in`` [B,D,N,PARTS].
-    Numbers that are factors have their parts side by side, and are split for the scan.
+    ``x`` as ``modal_inputs_kernel`` makes it, tables as ``modal_powers_kernel`` does. Row c of ``states`` float32
+    [B,D,chunks+M,N,PARTS] is s[c], or b[c-1]. ``first`` and ``last`` [B,D,N,PARTS] are the state before the first chunk
+    and the conjugate of b there.
     """
     LINE: tl.constexpr = PARTS * NP
     LIVE: tl.constexpr = PARTS * N
-    row = tl.program_id(1).to(tl.int64) * D + tl.program_id(0)
-    size = tl.num_programs(1).to(tl.int64) * D * chunks * C
     channel = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64) * D + channel
+    size = tl.num_programs(1).to(tl.int64) * D * chunks * C
     x += row * chunks * C
-    slopes = x + TERMS * size
-    g += row * chunks * C
-    dw += row * chunks * C
     states += row * (chunks + M) * LIVE
     powers += channel * ((C + 1) * LINE)
     hops += channel * ((M + 1) * LINE)
-    out_of += channel * (C * LINE)
     line = tl.arange(0, LINE)[None, :]
     active = line < LIVE
-    sign = 1.0 - 2.0 * (line % PARTS).to(tl.float32)  # of the conjugate
     step = tl.arange(0, C)[:, None]
     place = tl.arange(0, M)[:, None]
     decay = split_parts(tl.load(hops + LINE + line), PARTS)
-    whole = split_parts(tl.load(hops + M * LINE + line), PARTS)
     tiles = (chunks + M - 1) // M
-
-    # s after every chunk; that before the first is row 0
-    enter = terms(tl.load(powers + (C - 1 - step) * LINE + line), FACTOR)
-    after = split_parts(tl.load(hops + (place + 1) * LINE + line), PARTS)
     start = tl.zeros((1, LINE), tl.float32)
-    if HAS_LONG:
-        start += tl.load(long + row * LIVE + line, mask=active, other=0.0)
-    tl.store(states + line, start, mask=active)
+    if REVERSE:
+        x += TERMS * size
+        enter = tl.load(out_of + channel * (C * LINE) + step * LINE + line)
+        after = tl.load(hops + (M - place) * LINE + line)
+        tl.store(states + tiles * (M * LIVE) + line, start, mask=active)
+    else:
+        enter = tl.load(powers + (C - 1 - step) * LINE + line)
+        after = tl.load(hops + (place + 1) * LINE + line)
+        if HAS_FIRST:
+            start += tl.load(first + row * LIVE + line, mask=active, other=0.0)
+        tl.store(states + line, start, mask=active)
+        states += LIVE
+    enter = terms(enter, FACTOR)
+    after = split_parts(after, PARTS)
     carry = split_parts(start, PARTS)
-    for tile in tl.range(0, tiles, num_stages=STAGES):
-        w = load_tile(x, size, tile * M, chunks, M, C, TERMS)
-        added = split_parts(multiply(w, enter, tl.zeros((M, LINE), tl.float32)), PARTS)
-        s = plus(scan(decay, added, False), times(after, carry))
-        to = states + (tile * M + 1 + place) * LIVE + line
+    for i in tl.range(0, tiles, num_stages=STAGES):
+        begin = i * M
+        if REVERSE:
+            begin = (tiles - 1 - i) * M
+        added = multiply(load_tile(x, size, begin, chunks, M, C, TERMS), enter, tl.zeros((M, LINE), tl.float32))
+        s = plus(scan(decay, split_parts(added, PARTS), REVERSE), times(after, carry))
+        to = states + (begin + place) * LIVE + line
         tl.store(to, join_parts(s[0], s[PARTS - 1], PARTS), mask=active)
-        carry = row_of(s, M - 1)
-    tl.debug_barrier()
+        carry = row_of(s, 0 if REVERSE else M - 1)
+    if REVERSE:
+        end = join_parts(carry[0], carry[PARTS - 1], PARTS)
+        tl.store(last + row * LIVE + line, end * conjugate(line, PARTS), mask=active)
 
-    lag = tl.trans(step) - step
-    h = tl.load(taps + channel * C + lag, mask=lag >= 0, other=0.0).to(FACTOR)
-    reach = tl.load(out_of + step * LINE + line)
-    gather = terms(reach, FACTOR)
-    leave = tl.trans((reach * sign).to(FACTOR))
-    back = tl.trans((tl.load(powers + (C - 1 - step) * LINE + line) * sign).to(FACTOR))
-    behind = split_parts(tl.load(hops + (M - 1 - place) * LINE + line), PARTS)
-    next = (place + 1) % M + tl.zeros((M, NP), tl.int32)
+
+@triton.jit
+def conjugate(line, PARTS: tl.constexpr):
+    """The signs of the parts of a conjugate."""
+    return 1.0 - 2.0 * (line % PARTS).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def modal_products_kernel(x, powers, out_of, taps, residues, ahead, behind, g, dw, outers, sums, chunks,
+                          D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+                          PARTS: tl.constexpr, FACTOR: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
+                          EXACT: tl.constexpr, PARAMETERS: tl.constexpr):  # fmt: skip
+    """g and dw from w, dg and both states, and the gradients of poles and residues. Grid: (D, rows).
+
+    ``ahead`` and ``behind`` are what ``modal_states_kernel`` makes; ``g`` and ``dw`` [B,D/2,chunks·C,2]; ``outers``
+    [B,D,C,C] is room for m; ``sums`` [B,D,2,N,PARTS] are the gradients of poles (of real modes: of their logarithms)
+    and residues. Numbers have their parts side by side. With EXACT g and dw are right to their own rounding.
+    """
+    LINE: tl.constexpr = PARTS * NP
+    LIVE: tl.constexpr = PARTS * N
+    channel = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64) * D + channel
+    size = tl.num_programs(1).to(tl.int64) * D * chunks * C
+    x += row * chunks * C
+    slopes = x + TERMS * size
+    g += row // 2 * 2 * chunks * C + row % 2
+    dw += row // 2 * 2 * chunks * C + row % 2
+    ahead += row * (chunks + M) * LIVE
+    behind += row * (chunks + M) * LIVE + LIVE
+    powers += channel * ((C + 1) * LINE)
+    out_of += channel * (C * LINE)
+    line = tl.arange(0, LINE)[None, :]
+    active = line < LIVE
+    sign = conjugate(line, PARTS)
+    step = tl.arange(0, C)[:, None]
+    column = tl.arange(0, C)[None, :]
+    place = tl.arange(0, M)[:, None]
+    lag = column - step
+    MOST: tl.constexpr = 2 if EXACT else 1
+    h = terms(tl.load(taps + channel * C + lag, mask=lag >= 0, other=0.0), FACTOR)[:MOST]
+    leave = turn(terms(tl.load(out_of + step * LINE + line) * sign, FACTOR)[:MOST])
+    back = turn(terms(tl.load(powers + (C - 1 - step) * LINE + line) * sign, FACTOR)[:MOST])
     total = tl.zeros((C, C), tl.float32)
     of_w = tl.zeros((C, LINE), tl.float32)
     of_dg = tl.zeros((C, LINE), tl.float32)
-    of_states = ()
-    carry = ()
-    for _ in tl.static_range(PARTS):
-        of_states = of_states + (tl.zeros((M, NP), tl.float32),)
-        carry = carry + (tl.zeros((1, NP), tl.float32),)
-    column = tl.arange(0, C)[None, :]
-    for turn_ in tl.range(0, tiles, num_stages=STAGES):
-        begin = (tiles - 1 - turn_) * M
+    of_states = tl.zeros((M, LINE), tl.float32)
+    for i in tl.range(0, (chunks + M - 1) // M, num_stages=STAGES):
+        begin = i * M
         w = load_tile(x, size, begin, chunks, M, C, TERMS)
         d = load_tile(slopes, size, begin, chunks, M, C, TERMS)
-        s = tl.load(states + (begin + place) * LIVE + line, mask=active & (begin + place < chunks), other=0.0)
-        factor = terms(s, FACTOR)
-        to = (begin + place) * C + column
-        out = multiply(w[:1], (h,), tl.zeros((M, C), tl.float32))
-        out = multiply(factor[:1], (leave,), out)
+        here = active & (begin + place < chunks)
+        at = (begin + place) * LIVE + line
+        s = tl.load(ahead + at, mask=here, other=0.0)
+        b = tl.load(behind + at, mask=here, other=0.0)
+        s_terms = terms(s, FACTOR)
+        b_terms = terms(b, FACTOR)
+        to = ((begin + place) * C + column) * 2
+        out = multiply(w[:MOST], h, tl.zeros((M, C), tl.float32))
+        out = multiply(s_terms[:MOST], leave, out)
         tl.store(g + to, out.to(g.dtype.element_ty), mask=begin + place < chunks)
-        inner = scan(decay, split_parts(multiply(d, gather, tl.zeros((M, LINE), tl.float32)), PARTS), True)
-        b = ()
-        edge = ()
-        far = times(behind, carry)
-        for k in tl.static_range(PARTS):
-            moved = tl.gather(inner[k], next, 0)
-            b = b + (tl.where(place < M - 1, moved, 0.0) + far[k],)
-            edge = edge + (moved,)
-        carry = plus(row_of(edge, M - 1), times(whole, carry))
-        later = terms(join_parts(b[0], b[PARTS - 1], PARTS), FACTOR)
-        out = multiply(d[:1], (tl.trans(h),), tl.zeros((M, C), tl.float32))
-        out = multiply(later[:1], (back,), out)
+        out = multiply(d[:MOST], turn(h), tl.zeros((M, C), tl.float32))
+        out = multiply(b_terms[:MOST], back, out)
         tl.store(dw + to, out.to(dw.dtype.element_ty), mask=begin + place < chunks)
         if PARAMETERS:
             turned = turn(d)
             total = multiply(turned, w, total)
-            of_dg = multiply(turned, factor, of_dg)
-            of_w = multiply(turn(w), later, of_w)
-            of_states = plus(of_states, times(b, split_parts(s, PARTS)))
+            of_dg = multiply(turned, s_terms, of_dg)
+            of_w = multiply(turn(w), b_terms, of_w)
+            of_states += times_joined(b, s, PARTS)
 
-    last = join_parts(carry[0], carry[PARTS - 1], PARTS)
-    tl.store(dlong_in + row * LIVE + line, last * sign, mask=active)
     if PARAMETERS:
         outers += row * (C * C)
         tl.store(outers + step * C + column, total)
         tl.debug_barrier()
         found = tl.load(outers + column * C + (column - step), mask=column >= step, other=0.0)
         found = tl.sum(found, axis=1)[:, None]  # m of every lag
-        here = tl.load(powers + step * LINE + line)
-        last = tl.load(powers + tl.maximum(step - 1, 0) * LINE + line)
-        ahead = tl.load(powers + tl.maximum(C - 2 - step, 0) * LINE + line)
-        next_power = tl.load(powers + (step + 1) * LINE + line)
+        now = tl.load(powers + step * LINE + line)
+        before = tl.load(powers + tl.maximum(step - 1, 0) * LINE + line)
+        next = tl.load(powers + (step + 1) * LINE + line)
+        rest = tl.load(powers + tl.maximum(C - 2 - step, 0) * LINE + line) * (C - 1 - step)
+        whole = split_parts(tl.load(powers + (C - 1) * LINE + line) * C, PARTS)
         residue = split_parts(tl.load(residues + channel * LIVE + line, mask=active, other=0.0), PARTS)
-        dr = sum_rows(found * here + times_joined(next_power, of_dg, PARTS), PARTS)
-        own = found * step * last + times_joined(here, of_dg, PARTS) * (step + 1)
-        dp = times(residue, sum_rows(own, PARTS))
-        dp = plus(dp, sum_rows(times_joined(ahead * (C - 1 - step), of_w, PARTS), PARTS))
-        between = times(split_parts(tl.load(powers + (C - 1) * LINE + line), PARTS), of_states)
-        for k in tl.static_range(PARTS):
-            dp = dp[:k] + (dp[k] + tl.sum(between[k], axis=0)[None, :] * C,) + dp[k + 1 :]
+        dr = sum_rows(found * now + times_joined(next, of_dg, PARTS), PARTS)
+        own = found * step * before + times_joined(now, of_dg, PARTS) * (step + 1)
+        dp = plus(times(residue, sum_rows(own, PARTS)), sum_rows(times_joined(rest, of_w, PARTS), PARTS))
+        dp = plus(dp, times(whole, sum_rows(of_states, PARTS)))
         if PARTS == 1:  # of the logarithm
             dp = times(dp, (tl.load(powers + LINE + line),))
         to = sums + row * (2 * LIVE) + line

@@ -14,7 +14,12 @@ from hyaena.ops.triton.hyena import explicit_launch, launch
 from hyaena.ops.triton.hyena.explicit_operands import Operands as ExplicitOperands
 from hyaena.ops.triton.hyena.explicit_operands import rows_of
 from hyaena.ops.triton.hyena.launch import Gradients, Operands, cdiv, power_of_two
-from hyaena.ops.triton.hyena.modal_backward import modal_inputs_kernel, modal_powers_kernel, modal_products_kernel
+from hyaena.ops.triton.hyena.modal_backward import (
+    modal_inputs_kernel,
+    modal_powers_kernel,
+    modal_products_kernel,
+    modal_states_kernel,
+)
 
 SHORTEST = 2048
 """Steps below which the tables are not worth their making."""
@@ -28,15 +33,15 @@ class Tiling:
         chunk: steps of a chunk, 16 or 64.
         chunks: of a tile, 16 or 64.
         channels: of a program that transposes, a power of two.
-        warps: of a program of products.
-        stages: tiles of it under way together.
+        stages: tiles under way together.
+        exact: whether the filter's output and the gradient of its input are right to their own rounding.
     """
 
     chunk: int = 64
     chunks: int = 64
     channels: int = 64
-    warps: int = 4
     stages: int = 1
+    exact: bool = False
 
 
 def takes_products(operands: Operands, dlong: Tensor | None) -> bool:
@@ -107,29 +112,38 @@ def backward_products(
     out_of, taps = empty(channels, tiling.chunk, line), empty(channels, tiling.chunk)
     start = modal_powers_kernel[(channels,)]
     start(poles, residues, powers, hops, out_of, taps, num_warps=2, **shape, **modal)
-    g, dw = (z.new_empty(batch, channels, chunks * tiling.chunk) for _ in range(2))
+    dlong_in = empty(batch, channels, pairs, 2)
+
+    def states(*, reverse: bool) -> Tensor:
+        out = empty(batch, channels, chunks + tiling.chunks, parts * modes)
+        given = dlong_in if long is None else long
+        start: Any = modal_states_kernel[(channels, batch)]
+        start(
+            *(x, powers, hops, out_of, given, out, dlong_in, chunks),
+            REVERSE=reverse,
+            HAS_FIRST=long is not None,
+            STAGES=tiling.stages,
+            num_warps=4,
+            **shape,
+            **kinds,
+            **modal,
+        )
+        return out
+
+    ahead, behind = states(reverse=False), states(reverse=True)
+    g, dw = (z.new_empty(batch, channels // 2, chunks * tiling.chunk, 2) for _ in range(2))
     size = (batch, channels) if parameters else (0, 0)
-    sums, dlong_in = empty(*size, 2, pairs, 2), empty(batch, channels, pairs, 2)
+    sums = empty(*size, 2, pairs, 2)
     start = modal_products_kernel[(channels, batch)]
     start(
-        x,
-        powers,
-        hops,
-        out_of,
-        taps,
-        residues,
-        residues if long is None else long,
-        empty(batch, channels, chunks + tiling.chunks, parts * modes),
-        g,
-        dw,
+        *(x, powers, out_of, taps, residues, ahead, behind, g, dw),
         empty(*size, tiling.chunk, tiling.chunk),
         sums,
-        dlong_in,
         chunks,
+        EXACT=tiling.exact and narrow,
         STAGES=tiling.stages,
-        HAS_LONG=long is not None,
         PARAMETERS=parameters,
-        num_warps=tiling.warps,
+        num_warps=4,
         **shape,
         **kinds,
         **modal,
