@@ -34,6 +34,8 @@ class Tiling:
         chunks: of a tile, 16 or 64.
         channels: of a program that transposes, a power of two.
         stages: tiles under way together.
+        warps: of a program of products.
+        registers: of a thread of it at most; None to leave it to the compiler.
         exact: whether the filter's output and the gradient of its input are right to their own rounding.
     """
 
@@ -41,6 +43,8 @@ class Tiling:
     chunks: int = 64
     channels: int = 64
     stages: int = 1
+    warps: int = 4
+    registers: int | None = None
     exact: bool = False
 
 
@@ -143,7 +147,8 @@ def backward_products(
         EXACT=tiling.exact and narrow,
         STAGES=tiling.stages,
         PARAMETERS=parameters,
-        num_warps=4,
+        num_warps=tiling.warps,
+        maxnreg=tiling.registers,
         **shape,
         **kinds,
         **modal,
