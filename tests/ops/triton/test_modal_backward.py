@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tests.ops.triton.test_kernels import TOLERANCE, close, exact, make
 
 from device import DEVICE
 from hyaena.ops.triton.hyena.modal_backward_launch import Tiling, backward_products
-from tests.ops.triton.test_kernels import TOLERANCE, close, exact, make
 
 # Several tiles and chunks from few steps.
 SMALL = Tiling(chunk=16, chunks=16, channels=16)

@@ -151,19 +151,27 @@ def backward_step(t, end, T, x2, x1, x0, now1, now0, slope, taps2, off2, taps1, 
 
 @triton.jit
 def load_turned(x, word, t, steps, inside):
-    """Words of step t where time is contiguous: x int64 [D/2,steps], two steps each."""
-    pair = tl.load(x + word.to(tl.int64) * steps + t // 2, mask=inside, other=0)
-    return (pair >> (t % 2 * 32)).to(tl.int32)
+    """Four steps around t of both channels of words, int64 each: x [D/2,steps/16,2,4]."""
+    at = x + (word.to(tl.int64) * (steps // 2) + t // 16 * 8 + t % 16 // 4)
+    return tl.load(at, mask=inside, other=0), tl.load(at + 4, mask=inside, other=0)
 
 
 @triton.jit
-def load_turned_back(x, word, t, steps, inside, U: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr):
-    """The numbers of steps t, t-1 … t-U+1, where t is odd and U even."""
+def pick_turned(pair, i):
+    """Step i of four, as numbers."""
+    even = (pair[0] >> (i * 16)).to(tl.int32) << 16
+    odd = (pair[1] >> (i * 16)).to(tl.int32) << 16
+    return tl.join(even.to(tl.float32, bitcast=True), odd.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def load_turned_back(x, word, t, steps, inside, U: tl.constexpr):
+    """The numbers of steps t, t-1 … t-U+1, where t + 1 and U are multiples of four."""
     out = ()
-    at = x + word.to(tl.int64) * steps + t // 2
-    for k in tl.static_range(U // 2):
-        pair = tl.load(at - k, mask=inside, other=0)
-        out = out + (unpack((pair >> 32).to(tl.int32), P, TYPE), unpack(pair.to(tl.int32), P, TYPE))
+    for k in tl.static_range(U // 4):
+        pair = load_turned(x, word, t - 4 * k, steps, inside)
+        for i in tl.static_range(4):
+            out = out + (pick_turned(pair, 3 - i),)
     return out
 
 
@@ -174,8 +182,8 @@ def load_given(gs, dws, word, t, T, steps, inside, nothing, D: tl.constexpr, P: 
     g = nothing
     dw = nothing
     if TURNED:
-        g = unpack(load_turned(gs, word, t, steps, inside & (t < T)), P, TYPE)
-        dw = unpack(load_turned(dws, word, t, steps, inside & (t < T)), P, TYPE)
+        g = pick_turned(load_turned(gs, word, t, steps, inside & (t < T)), t % 4)
+        dw = pick_turned(load_turned(dws, word, t, steps, inside & (t < T)), t % 4)
     elif GIVEN:
         g = unpack(tl.load(gs + t * (D // P), mask=inside & (t < T), other=0), P, TYPE)
         dw = unpack(tl.load(dws + t * (D // P), mask=inside & (t < T), other=0), P, TYPE)
@@ -205,7 +213,7 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
     Of the short filter's inputs a thread holds the windows of the step at which w enters, W-1 steps before the current
     one; ``later`` holds the gradients of u of the steps behind. ``z``, ``dy``, ``short`` and ``dz`` are in words.
     With GIVEN, ``gs`` and ``dws`` [B,T,D], in words, are what ``explicit_backward`` made of a long filter, and W is 1.
-    With TURNED they come from ``modal_backward``, words [B,D/2,2·steps] as [B,D/2,steps] int64.
+    With TURNED they come from ``modal_backward``, [B,D/2,steps/16,2,16] bfloat16 as int64.
     ``sums`` [B,runs,3K+3+W,D]: the taps of the three blocks, each from the newest, the three biases, the long filter
     from the newest tap.
     """
@@ -225,8 +233,8 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
     taps1, off1 = load_taps(weight, bias, D + channel, real, K, HAS_BIAS)
     taps0, off0 = load_taps(weight, bias, 2 * D + channel, real, K, HAS_BIAS)
     if TURNED:
-        gs += row * (D // 2) * steps
-        dws += row * (D // 2) * steps
+        gs += row * (D // 2) * (steps // 2)
+        dws += row * (D // 2) * (steps // 2)
     else:
         gs += row * T * (D // P) + word
         dws += row * T * (D // P) + word
@@ -331,8 +339,8 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
         given_gs = ()
         given_dws = ()
         if TURNED:
-            given_gs = load_turned_back(gs, word, begin, steps, inside, U, P, TYPE)
-            given_dws = load_turned_back(dws, word, begin, steps, inside, U, P, TYPE)
+            given_gs = load_turned_back(gs, word, begin, steps, inside, U)
+            given_dws = load_turned_back(dws, word, begin, steps, inside, U)
         for i in tl.static_range(U):
             t = begin - i
             if not TURNED:

@@ -208,7 +208,7 @@ def _walk_back(
         dshort_in,
         dlong_in,
         length,
-        given[0].shape[2] if turned and given else 0,
+        given[0].shape[2] * 2 if turned and given else 0,
         walk.run,
         HAS_DLONG=dlong is not None,
         PARAMETERS=parameters,
@@ -396,7 +396,7 @@ def walk_back(
     Args:
         dy, dshort, operands, walk, parameters: as of ``backward_products``; of the long filter only the skip is read.
         given: the long filter's output and the gradient of its input, both without the skip: [B,T,D], or ``turned``
-            [B,D/2,…,2], with an even number of steps for every pair of channels.
+            [B,D/2,…,2,16], 16 steps of both channels of a pair together.
     """
     dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk or Walk(), given, parameters, turned)
     if not parameters:

@@ -1,4 +1,4 @@
-"""The operator with modes, backward: the long filter's share by matrix products, before the walk of ``direct_backward``.
+"""The operator with modes, backward: the long filter's share by matrix products, before ``direct_backward``.
 
 With w = u1·u0 and dg = dy·u2 cut into chunks of C steps, rows of matrices [chunks,C] of every channel, and a real pair
 for every complex number. Inside a chunk the filter is a Toeplitz product; between chunks it is its modes s, and b, the
@@ -32,7 +32,7 @@ from hyaena.ops.triton.hyena.modal import multiply, terms
 @triton.jit
 def times(a, b):
     """The product of two numbers of one or two parts."""
-    if len(a) == 1:
+    if len(a) == 1:  # noqa: SIM108, one branch is compiled
         out = (a[0] * b[0],)
     else:
         out = (a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0])
@@ -71,7 +71,7 @@ def every_power(re, im, SIZE: tl.constexpr, REAL: tl.constexpr):
 @triton.jit
 def join_parts(re, im, PARTS: tl.constexpr):
     """Numbers [R,NP] with their parts side by side, [R,PARTS·NP]."""
-    if PARTS == 1:
+    if PARTS == 1:  # noqa: SIM108, one branch is compiled
         out = re
     else:
         out = tl.reshape(tl.join(re, im), (re.shape[0], 2 * re.shape[1]))
@@ -81,7 +81,7 @@ def join_parts(re, im, PARTS: tl.constexpr):
 @triton.jit
 def split_parts(x, PARTS: tl.constexpr):
     """The inverse of ``join_parts``: a tuple of the parts."""
-    if PARTS == 1:
+    if PARTS == 1:  # noqa: SIM108, one branch is compiled
         out = (x,)
     else:
         out = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
@@ -345,9 +345,9 @@ def modal_products_kernel(x, powers, out_of, taps, residues, ahead, behind, g, d
                           EXACT: tl.constexpr, PARAMETERS: tl.constexpr):  # fmt: skip
     """g and dw from w, dg and both states, and the gradients of poles and residues. Grid: (D, rows).
 
-    ``ahead`` and ``behind`` are what ``modal_states_kernel`` makes; ``g`` and ``dw`` [B,D/2,chunks·C,2]; ``outers``
-    [B,D,C,C] is room for m; ``sums`` [B,D,2,N,PARTS] are the gradients of poles (of real modes: of their logarithms)
-    and residues. Numbers have their parts side by side. With EXACT g and dw are right to their own rounding.
+    ``ahead`` and ``behind`` are what ``modal_states_kernel`` makes; ``g`` and ``dw`` [B,D/2,chunks·C/16,2,16], so that a
+    program writes whole sectors; ``outers`` [B,D,C,C] is room for m; ``sums`` [B,D,2,N,PARTS] are the gradients of poles
+    (of real modes: of their logarithms) and residues. Numbers have their parts side by side. With EXACT g and dw are right to their own rounding.
     """
     LINE: tl.constexpr = PARTS * NP
     LIVE: tl.constexpr = PARTS * N
@@ -356,8 +356,8 @@ def modal_products_kernel(x, powers, out_of, taps, residues, ahead, behind, g, d
     size = tl.num_programs(1).to(tl.int64) * D * chunks * C
     x += row * chunks * C
     slopes = x + TERMS * size
-    g += row // 2 * 2 * chunks * C + row % 2
-    dw += row // 2 * 2 * chunks * C + row % 2
+    g += row // 2 * 2 * chunks * C + row % 2 * 16
+    dw += row // 2 * 2 * chunks * C + row % 2 * 16
     ahead += row * (chunks + M) * LIVE
     behind += row * (chunks + M) * LIVE + LIVE
     powers += channel * ((C + 1) * LINE)
@@ -387,7 +387,7 @@ def modal_products_kernel(x, powers, out_of, taps, residues, ahead, behind, g, d
         b = tl.load(behind + at, mask=here, other=0.0)
         s_terms = terms(s, FACTOR)
         b_terms = terms(b, FACTOR)
-        to = ((begin + place) * C + column) * 2
+        to = (begin + place) * (2 * C) + (column // 16 * 32 + column % 16)
         out = multiply(w[:MOST], h, tl.zeros((M, C), tl.float32))
         out = multiply(s_terms[:MOST], leave, out)
         tl.store(g + to, out.to(g.dtype.element_ty), mask=begin + place < chunks)

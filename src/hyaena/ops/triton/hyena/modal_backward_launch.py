@@ -1,4 +1,4 @@
-"""Launcher of the backward kernels of modes as products: which problems go to them, their scratch memory, their grids."""
+"""Launcher of the backward kernels of modes as products: which problems go to them, scratch memory, grids."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ class Tiling:
         chunks: of a tile, 16 or 64.
         channels: of a program that transposes, a power of two.
         stages: tiles under way together.
-        warps: of a program of products.
-        registers: of a thread of it at most; None to leave it to the compiler.
         exact: whether the filter's output and the gradient of its input are right to their own rounding.
     """
 
@@ -43,9 +41,7 @@ class Tiling:
     chunks: int = 64
     channels: int = 64
     stages: int = 1
-    warps: int = 4
-    registers: int | None = None
-    exact: bool = False
+    exact: bool = True
 
 
 def takes_products(operands: Operands, dlong: Tensor | None) -> bool:
@@ -76,7 +72,7 @@ def backward_products(
     """
     operands, dy = operands.contiguous(), dy.contiguous()
     z, weight, bias, poles, residues, skip, short, long, mask, _, real = operands
-    batch, length, width = z.shape
+    batch, length, _ = z.shape
     channels, pairs = poles.shape[:2]
     tiling = tiling or Tiling()
     chunks = cdiv(length, tiling.chunk)
@@ -135,7 +131,7 @@ def backward_products(
         return out
 
     ahead, behind = states(reverse=False), states(reverse=True)
-    g, dw = (z.new_empty(batch, channels // 2, chunks * tiling.chunk, 2) for _ in range(2))
+    g, dw = (z.new_empty(batch, channels // 2, chunks * tiling.chunk // 16, 2, 16) for _ in range(2))
     size = (batch, channels) if parameters else (0, 0)
     sums = empty(*size, 2, pairs, 2)
     start = modal_products_kernel[(channels, batch)]
@@ -147,8 +143,7 @@ def backward_products(
         EXACT=tiling.exact and narrow,
         STAGES=tiling.stages,
         PARAMETERS=parameters,
-        num_warps=tiling.warps,
-        maxnreg=tiling.registers,
+        num_warps=4,
         **shape,
         **kinds,
         **modal,

@@ -169,8 +169,7 @@ def toeplitz_taps_kernel(z, dy, weight, bias, short, long, keep, outers, T, run,
                          EMULATED: tl.constexpr):  # fmt: skip
     """The sums of dA. Grid and arguments as of the forward kernel.
 
-    ``outers`` float32 [B,runs,blocks of 16 channels,PAST+1,8,32]: the sums of dA_k as lanes have them, see
-    ``toeplitz_launch.places``.
+    ``outers`` float32 [B,runs,blocks of 16 channels,PAST+1,8,32]: the sums of dA_k as lanes have them.
     """
     PAST: tl.constexpr = (W + 14) // 16
     ROW: tl.constexpr = 3 * D // 2
@@ -204,7 +203,7 @@ def toeplitz_taps_kernel(z, dy, weight, bias, short, long, keep, outers, T, run,
     rounds = (last - lowest + 15) // 16
     for back in tl.range(0, rounds, num_stages=1):
         start = lowest + (rounds - 1 - back) * 16
-        slopes, kept = load_slopes(dy, keep, start, c, T, D, HAS_MASK)
+        slopes, _ = load_slopes(dy, keep, start, c, T, D, HAS_MASK)
         words2 = load_span(z_2, short_2, keep, start, c, T, K - 1, ROW, HAS_SHORT, HAS_MASK)
         words1 = load_span(z_1, short_1, keep, start, c, stop, K - 1, ROW, HAS_SHORT, HAS_MASK)
         words0 = load_span(z_0, short_0, keep, start, c, stop, K - 1, ROW, HAS_SHORT, HAS_MASK)
@@ -230,6 +229,29 @@ def toeplitz_taps_kernel(z, dy, weight, bias, short, long, keep, outers, T, run,
         turned = turned[: 4 * PAST]
     for i in tl.static_range(8 * (PAST + 1)):
         tl.store(outers + i * 32, sums[i])
+
+
+@triton.jit
+def slot(step):
+    """Where a step of a block stands among the 16 of a factor."""
+    return step // 4 * 2 + step % 2 + step % 4 // 2 * 8
+
+
+@triton.jit
+def toeplitz_diagonals_kernel(outers, dtaps, W: tl.constexpr, WP: tl.constexpr):
+    """``dtaps`` [F,W], the diagonals of ``outers`` [F,PAST+1,8,32]. Grid: (F,); WP is W as a power of two."""
+    PAST: tl.constexpr = (W + 14) // 16
+    lag = tl.arange(0, WP)[:, None]
+    later = tl.arange(0, 16)[None, :]
+    earlier = (later + 16 - lag % 16) % 16
+    block = (lag + earlier - later) // 16
+    row = slot(later)
+    column = slot(earlier)
+    value = column // 8 * 4 + row // 8 * 2 + column % 2
+    at = outers + tl.program_id(0) * ((PAST + 1) * 256) + block * 256 + value * 32 + row % 8 * 4 + column % 8 // 2
+    total = tl.sum(tl.load(at, mask=lag < W, other=0.0), axis=1)
+    lag = tl.arange(0, WP)
+    tl.store(dtaps + tl.program_id(0) * W + lag, total, mask=lag < W)
 
 
 @triton.jit(do_not_specialize=["T", "run"])

@@ -17,9 +17,13 @@ from hyaena.ops.triton.hyena.explicit_operands import (
     of_short_filter,
     rows_of,
 )
-from hyaena.ops.triton.hyena.launch import as_words, cdiv, window
+from hyaena.ops.triton.hyena.launch import as_words, cdiv, power_of_two, window
 from hyaena.ops.triton.hyena.toeplitz import MOST_SHORT_TAPS, toeplitz_forward_kernel
-from hyaena.ops.triton.hyena.toeplitz_backward import toeplitz_gradients_kernel, toeplitz_taps_kernel
+from hyaena.ops.triton.hyena.toeplitz_backward import (
+    toeplitz_diagonals_kernel,
+    toeplitz_gradients_kernel,
+    toeplitz_taps_kernel,
+)
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,19 @@ class Tiling:
         blocks: of 16 steps, in a round.
         run: steps of a program, a multiple of a round; None for as many as fill the device evenly.
         resident: programs that a processor has room for, by their registers.
+        registers: of a thread at most; None to leave it to the compiler.
     """
 
     warps: int = 4
     blocks: int = 2
     run: int | None = None
     resident: int = 3
+    registers: int | None = None
 
 
 FORWARD = Tiling()
 BACKWARD = Tiling(blocks=1, resident=2)
-TAPS = Tiling(blocks=1, resident=2)
+TAPS = Tiling(blocks=1)
 
 
 def choose_run(length: int, blocks: int, past: int, slots: int) -> int:
@@ -140,6 +146,7 @@ def _keywords(operands: Operands, tiling: Tiling) -> dict[str, Any]:
         "EMULATED": interpreted(),
         "num_warps": tiling.warps,
         "num_stages": 1,
+        "maxnreg": tiling.registers,
     }
 
 
@@ -152,9 +159,9 @@ def backward_in_registers(
     *,
     parameters: bool = True,
 ) -> Gradients:
-    """``explicit_launch.backward`` of problems that the kernels take, with no gradient of the long filter's last state."""
+    """``explicit_launch.backward`` of problems that the kernels take, without a gradient of the last window of w."""
     operands, dy = operands.contiguous(), dy.contiguous()
-    z, weight, bias, taps, skip, _, _, mask, _ = operands
+    z, weight, _, taps, skip, _, _, mask, _ = operands
     batch, _, width = z.shape
     groups, count = taps.shape
     channels, steps = width // 3, weight.shape[1] - 1
@@ -196,21 +203,9 @@ def backward_in_registers(
     words, weights, biases, _, *rest = _arguments(operands, before, ())
     start = toeplitz_taps_kernel[grid]
     start(words, as_words(dy, 2), weights, biases, *rest, outers, z.shape[1], tiling.run, **_keywords(operands, tiling))
-    total = outers.sum(dim=(0, 1)).view(groups, -1, size).sum(1)
-    one_hot = (places(count, z.device)[:, None] == torch.arange(count, device=z.device)).float()
+    total = outers.view(-1, groups, channels // groups // 16, size).sum(dim=(0, 2))
+    dtaps = empty(groups, count)
+    start = toeplitz_diagonals_kernel[(groups,)]
+    start(total, dtaps, W=count, WP=power_of_two(count))
     dweight, dbias, of_skip = of_short_filter(sums, weight)
-    return dz, dweight, dbias, total @ one_hot, of_skip[0].clone(), dshort_in, dlong_in
-
-
-def places(count: int, device: torch.device) -> Tensor:
-    """The lag of every sum that a warp of the backward kernel has, [blocks·8·32], for so many taps."""
-    lane = torch.arange(32, device=device)
-    value = torch.arange(8, device=device)[:, None]
-
-    def step(slot: Tensor) -> Tensor:
-        return slot % 8 // 2 * 4 + slot % 2 + slot // 8 * 2
-
-    later = step(lane // 4 + value % 4 // 2 * 8)
-    earlier = step(value // 4 * 8 + lane % 4 * 2 + value % 2)
-    block = torch.arange((count + 14) // 16 + 1, device=device)[:, None, None]
-    return (block * 16 + later - earlier).flatten()
+    return dz, dweight, dbias, dtaps, of_skip[0].clone(), dshort_in, dlong_in
