@@ -345,9 +345,10 @@ def modal_products_kernel(x, powers, out_of, taps, residues, ahead, behind, g, d
                           EXACT: tl.constexpr, PARAMETERS: tl.constexpr):  # fmt: skip
     """g and dw from w, dg and both states, and the gradients of poles and residues. Grid: (D, rows).
 
-    ``ahead`` and ``behind`` are what ``modal_states_kernel`` makes; ``g`` and ``dw`` [B,D/2,chunks·C/16,2,16], so that a
-    program writes whole sectors; ``outers`` [B,D,C,C] is room for m; ``sums`` [B,D,2,N,PARTS] are the gradients of poles
-    (of real modes: of their logarithms) and residues. Numbers have their parts side by side. With EXACT g and dw are right to their own rounding.
+    ``ahead`` and ``behind`` are what ``modal_states_kernel`` makes; ``g`` and ``dw`` [B,D/2,chunks·C/16,2,16], so
+    that a program writes whole sectors; ``outers`` [B,D,C,C] is room for m; ``sums`` [B,D,2,N,PARTS] are the gradients
+    of poles (of real modes: of their logarithms) and residues. Numbers have their parts side by side. With EXACT g and
+    dw are right to their own rounding.
     """
     LINE: tl.constexpr = PARTS * NP
     LIVE: tl.constexpr = PARTS * N
