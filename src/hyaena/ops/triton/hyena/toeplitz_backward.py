@@ -203,7 +203,7 @@ def toeplitz_taps_kernel(z, dy, weight, bias, short, long, keep, outers, T, run,
     rounds = (last - lowest + 15) // 16
     for back in tl.range(0, rounds, num_stages=1):
         start = lowest + (rounds - 1 - back) * 16
-        slopes, _ = load_slopes(dy, keep, start, c, T, D, HAS_MASK)
+        slopes, _kept = load_slopes(dy, keep, start, c, T, D, HAS_MASK)
         words2 = load_span(z_2, short_2, keep, start, c, T, K - 1, ROW, HAS_SHORT, HAS_MASK)
         words1 = load_span(z_1, short_1, keep, start, c, stop, K - 1, ROW, HAS_SHORT, HAS_MASK)
         words0 = load_span(z_0, short_0, keep, start, c, stop, K - 1, ROW, HAS_SHORT, HAS_MASK)
