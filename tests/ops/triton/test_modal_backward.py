@@ -5,6 +5,7 @@ import torch
 from tests.ops.triton.test_kernels import TOLERANCE, close, exact, make
 
 from device import DEVICE
+from hyaena.ops.triton.hyena import launch, modal_backward_launch
 from hyaena.ops.triton.hyena.modal_backward_launch import Tiling, backward_products
 
 # Several tiles and chunks from few steps.
@@ -45,3 +46,16 @@ def test_frozen_filters() -> None:
     for i in (0, 6, 7):
         assert torch.equal(whole[i], frozen[i])
     assert all(t.numel() == 0 for t in frozen[1:6])
+
+
+@pytest.mark.parametrize("change", ["documents", "few modes", "short", "float32", "a gradient of the state"])
+def test_other_problems_take_the_recurrence(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make(
+        8 if change == "short" else 2048,
+        modes=1 if change == "few modes" else 8,
+        dtype=torch.float32 if change == "float32" else torch.bfloat16,
+        documents=change == "documents",
+    )
+    dlong = torch.zeros(2, 5, 8, 2) if change == "a gradient of the state" else None
+    monkeypatch.setattr(launch, "backward", lambda *args, **options: "recurrence")
+    assert modal_backward_launch.backward(problem.z, None, dlong, problem) == "recurrence"

@@ -40,7 +40,7 @@ class Tiling:
     chunk: int = 64
     chunks: int = 64
     channels: int = 64
-    stages: int = 1
+    stages: int = 2
     exact: bool = True
 
 
@@ -80,7 +80,12 @@ def backward_products(
     factor, parts, modes = torch.bfloat16 if narrow else torch.float32, 2 - real, pairs * (1 + real)
     shape: dict[str, Any] = {"D": channels, "C": tiling.chunk}
     kinds: dict[str, Any] = {"FACTOR": TYPES[factor], "TERMS": 1 + narrow}
-    modal: dict[str, Any] = {"N": modes, "NP": max(16, power_of_two(modes)), "M": tiling.chunks, "PARTS": parts}
+    modal: dict[str, Any] = {
+        "N": modes,
+        "NP": max(16 // parts, power_of_two(modes)),
+        "M": tiling.chunks,
+        "PARTS": parts,
+    }
 
     def empty(*size: int) -> Tensor:
         return poles.new_empty(*size)

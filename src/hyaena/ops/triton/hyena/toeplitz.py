@@ -111,7 +111,7 @@ def load_blocks(taps, g, c, W: tl.constexpr, BLOCKS: tl.constexpr, TURNED: tl.co
     for k in tl.static_range(BLOCKS):
         for second in tl.static_range(2):
             for part in tl.static_range(2):
-                between = (g // 2 * 4 + g % 2 + 2 * second) - (c * 4 + 2 * part)
+                between = g // 2 * 4 + g % 2 - c * 4 + 2 * (second - part)  # equal factors are loaded once
                 lag = 16 * k + (-between if TURNED else between)
                 next = lag + (1 if TURNED else -1)
                 low = tl.load(taps + lag, mask=(lag >= 0) & (lag < W), other=0.0).to(tl.float32)

@@ -35,14 +35,12 @@ class Tiling:
         blocks: of 16 steps, in a round.
         run: steps of a program, a multiple of a round; None for as many as fill the device evenly.
         resident: programs that a processor has room for, by their registers.
-        registers: of a thread at most; None to leave it to the compiler.
     """
 
     warps: int = 4
     blocks: int = 2
     run: int | None = None
     resident: int = 3
-    registers: int | None = None
 
 
 FORWARD = Tiling()
@@ -146,7 +144,6 @@ def _keywords(operands: Operands, tiling: Tiling) -> dict[str, Any]:
         "EMULATED": interpreted(),
         "num_warps": tiling.warps,
         "num_stages": 1,
-        "maxnreg": tiling.registers,
     }
 
 
