@@ -51,8 +51,8 @@ def test_frozen_filters() -> None:
 @pytest.mark.parametrize("change", ["documents", "few modes", "short", "float32", "a gradient of the state"])
 def test_other_problems_take_the_recurrence(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make(
-        8 if change == "short" else 2048,
-        modes=1 if change == "few modes" else 8,
+        8 if change == "short" else modal_backward_launch.SHORTEST,
+        modes=4 if change == "few modes" else 8,
         dtype=torch.float32 if change == "float32" else torch.bfloat16,
         documents=change == "documents",
     )

@@ -21,8 +21,11 @@ from hyaena.ops.triton.hyena.modal_backward import (
     modal_states_kernel,
 )
 
-SHORTEST = 2048
-"""Steps below which the tables are not worth their making."""
+FEWEST_MODES = 5
+"""Complex modes, or pairs of real ones, from which products are faster than the recurrence."""
+
+SHORTEST = 8192
+"""Steps from which that was measured."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,16 @@ class Tiling:
     chunk: int = 64
     chunks: int = 64
     channels: int = 64
-    stages: int = 2
+    stages: int = 1
     exact: bool = True
 
 
 def takes_products(operands: Operands, dlong: Tensor | None) -> bool:
-    """Whether products are faster than the recurrence: bfloat16, no packed documents, a full device."""
+    """Whether products are faster than the recurrence: bfloat16, many modes, no packed documents, a full device."""
     z, modes = operands.z, operands.poles.shape[1]
     if z.dtype != torch.bfloat16 or operands.reset is not None or dlong is not None or z.shape[1] < SHORTEST:
         return False
-    if z.device.type != "cuda" or modes <= 2 or z.shape[2] % 2:
+    if z.device.type != "cuda" or modes < FEWEST_MODES or z.shape[2] % 2:
         return False
     return z.shape[0] * operands.poles.shape[0] >= 8 * torch.cuda.get_device_properties(z.device).multi_processor_count
 
@@ -80,12 +83,7 @@ def backward_products(
     factor, parts, modes = torch.bfloat16 if narrow else torch.float32, 2 - real, pairs * (1 + real)
     shape: dict[str, Any] = {"D": channels, "C": tiling.chunk}
     kinds: dict[str, Any] = {"FACTOR": TYPES[factor], "TERMS": 1 + narrow}
-    modal: dict[str, Any] = {
-        "N": modes,
-        "NP": max(16 // parts, power_of_two(modes)),
-        "M": tiling.chunks,
-        "PARTS": parts,
-    }
+    modal: dict[str, Any] = {"N": modes, "NP": max(16, power_of_two(modes)), "M": tiling.chunks, "PARTS": parts}
 
     def empty(*size: int) -> Tensor:
         return poles.new_empty(*size)
