@@ -24,8 +24,10 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
     ("part", "kernels"),
     [
         ("taps", {"direct_forward_kernel", "direct_backward_kernel", "explicit_forward_kernel",
-                  "explicit_backward_kernel", "toeplitz_forward_kernel"}),
-        ("many_modes", {"modal_tables_kernel", "modal_forward_kernel"}),
+                  "explicit_backward_kernel", "toeplitz_forward_kernel", "toeplitz_gradients_kernel",
+                  "toeplitz_taps_kernel", "toeplitz_diagonals_kernel"}),
+        ("many_modes", {"modal_tables_kernel", "modal_forward_kernel", "modal_inputs_kernel", "modal_powers_kernel",
+                        "modal_states_kernel", "modal_products_kernel", "direct_backward_kernel"}),
         ("packed", {"_packed_hyena_kernel"}),
         ("decoding", {"_rows_kernel", "_linear_kernel", "_gate_kernel", "_widen_kernel"}),
     ],

@@ -185,20 +185,48 @@ OF_REGISTERS = {
 }
 
 
-def in_registers(name: str) -> Operands:
-    size = {"groups": 2, "width": 16, "dtype": torch.bfloat16, "taps_dtype": torch.bfloat16} | OF_REGISTERS[name]
-    problem = make(**size)
+def in_registers(**size) -> Operands:
+    problem = make(**({"groups": 2, "width": 16, "dtype": torch.bfloat16, "taps_dtype": torch.bfloat16} | size))
     assert toeplitz_launch.takes_registers(problem)
     return problem
 
 
 @pytest.mark.parametrize("name", OF_REGISTERS)
 def test_forward_in_registers(name: str) -> None:
-    problem = in_registers(name)
+    problem = in_registers(**OF_REGISTERS[name])
     _, *expected = exact(problem)
     got = toeplitz_launch.forward_in_registers(problem, IN_REGISTERS)
     for value, want in zip(got, expected, strict=True):
         close(value, want, TOLERANCE[value.dtype])
+
+
+@pytest.mark.parametrize(
+    "size",
+    [dict(length=40, count=20, padded=True), dict(length=33, count=17, taps=5, bare=True)],
+    ids=["padded", "bare, five short taps"],
+)
+def test_backward_in_registers(size: dict) -> None:
+    problem = in_registers(groups=1, batch=1, **size)
+    leaves, y, window, _ = exact(problem)
+    dy, dwindow = (torch.randn_like(t).to(problem.z.dtype) for t in (y, window))
+    given = [t for t in leaves if t is not None]
+    gradients = torch.autograd.grad((y * dy).sum() + (window * dwindow).sum(), given)
+    expected = dict(zip(map(id, given), gradients, strict=True))
+    tiling = toeplitz_launch.Tiling(warps=1, run=32)
+    got = toeplitz_launch.backward_in_registers(dy, dwindow, problem, tiling, tiling)
+    for leaf, value in zip(leaves, got, strict=True):
+        if leaf is not None:
+            close(value, expected[id(leaf)], GRADIENT[problem.z.dtype])
+
+
+def test_backward_in_registers_of_frozen_filters() -> None:
+    problem = in_registers(groups=1, batch=1, length=16, count=16)
+    dy = torch.randn_like(problem.z[..., :16])
+    tiling = toeplitz_launch.Tiling(warps=1, run=32)
+    got = toeplitz_launch.backward_in_registers(dy, None, problem, tiling, tiling)
+    frozen = toeplitz_launch.backward_in_registers(dy, None, problem, tiling, parameters=False)
+    for name, value, other in zip(problem._fields, got, frozen, strict=False):
+        assert other.numel() == 0 if name in ("weight", "bias", "taps", "skip") else torch.equal(other, value)
 
 
 @pytest.mark.parametrize(

@@ -150,12 +150,41 @@ def backward_step(t, end, T, x2, x1, x0, now1, now0, slope, taps2, off2, taps1, 
 
 
 @triton.jit
-def load_given(gs, dws, t, T, inside, nothing, D: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
-               GIVEN: tl.constexpr):  # fmt: skip
+def load_turned(x, word, t, steps, inside):
+    """Four steps around t of both channels of words, int64 each: x [D/2,steps/16,2,4]."""
+    at = x + (word.to(tl.int64) * (steps // 2) + t // 16 * 8 + t % 16 // 4)
+    return tl.load(at, mask=inside, other=0), tl.load(at + 4, mask=inside, other=0)
+
+
+@triton.jit
+def pick_turned(pair, i):
+    """Step i of four, as numbers."""
+    even = (pair[0] >> (i * 16)).to(tl.int32) << 16
+    odd = (pair[1] >> (i * 16)).to(tl.int32) << 16
+    return tl.join(even.to(tl.float32, bitcast=True), odd.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def load_turned_back(x, word, t, steps, inside, U: tl.constexpr):
+    """The numbers of steps t, t-1 … t-U+1, where t + 1 and U are multiples of four."""
+    out = ()
+    for k in tl.static_range(U // 4):
+        pair = load_turned(x, word, t - 4 * k, steps, inside)
+        for i in tl.static_range(4):
+            out = out + (pick_turned(pair, 3 - i),)
+    return out
+
+
+@triton.jit
+def load_given(gs, dws, word, t, T, steps, inside, nothing, D: tl.constexpr, P: tl.constexpr, TYPE: tl.constexpr,
+               GIVEN: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
     """The long filter's output and the gradient of w at step t, where they are given."""
     g = nothing
     dw = nothing
-    if GIVEN:
+    if TURNED:
+        g = pick_turned(load_turned(gs, word, t, steps, inside & (t < T)), t % 4)
+        dw = pick_turned(load_turned(dws, word, t, steps, inside & (t < T)), t % 4)
+    elif GIVEN:
         g = unpack(tl.load(gs + t * (D // P), mask=inside & (t < T), other=0), P, TYPE)
         dw = unpack(tl.load(dws + t * (D // P), mask=inside & (t < T), other=0), P, TYPE)
     return g, dw
@@ -170,19 +199,21 @@ def window_gradient(dlong, t, T, last_age, real, W: tl.constexpr, HAS_RESET: tl.
     return tl.load(dlong + (t - T + W - 1), mask=real & kept, other=0.0)
 
 
-@triton.jit(do_not_specialize=["T", "run"])
+@triton.jit(do_not_specialize=["T", "steps", "run"])
 def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, reset, ages, dlong, gs, dws, dz, sums,
-                           dshort_in, dlong_in, T, run,
+                           dshort_in, dlong_in, T, steps, run,
                            TYPE: tl.constexpr, D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr,
                            P: tl.constexpr, BW: tl.constexpr, U: tl.constexpr,
                            HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_SHORT: tl.constexpr,
                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RESET: tl.constexpr,
-                           HAS_DLONG: tl.constexpr, PARAMETERS: tl.constexpr, GIVEN: tl.constexpr):  # fmt: skip
+                           HAS_DLONG: tl.constexpr, PARAMETERS: tl.constexpr, GIVEN: tl.constexpr,
+                           TURNED: tl.constexpr):  # fmt: skip
     """The gradient of z and partial sums of the parameters'. Grid as forward; a run is walked from its end.
 
     Of the short filter's inputs a thread holds the windows of the step at which w enters, W-1 steps before the current
     one; ``later`` holds the gradients of u of the steps behind. ``z``, ``dy``, ``short`` and ``dz`` are in words.
     With GIVEN, ``gs`` and ``dws`` [B,T,D], in words, are what ``explicit_backward`` made of a long filter, and W is 1.
+    With TURNED they come from ``modal_backward``, [B,D/2,steps/16,2,16] bfloat16 as int64.
     ``sums`` [B,runs,3K+3+W,D]: the taps of the three blocks, each from the newest, the three biases, the long filter
     from the newest tap.
     """
@@ -201,8 +232,12 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
     taps2, off2 = load_taps(weight, bias, channel, real, K, HAS_BIAS)
     taps1, off1 = load_taps(weight, bias, D + channel, real, K, HAS_BIAS)
     taps0, off0 = load_taps(weight, bias, 2 * D + channel, real, K, HAS_BIAS)
-    gs += row * T * (D // P) + word
-    dws += row * T * (D // P) + word
+    if TURNED:
+        gs += row * (D // 2) * (steps // 2)
+        dws += row * (D // 2) * (steps // 2)
+    else:
+        gs += row * T * (D // P) + word
+        dws += row * T * (D // P) + word
     nothing = tl.zeros(channel.shape, tl.float32)
     kernel = (nothing,)
     if not GIVEN:
@@ -282,7 +317,7 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
         slope = unpack(tl.load(dy + t * (D // P), mask=inside & (t < T), other=0), P, TYPE)
         if HAS_MASK:
             slope = tl.where(is_set(keep, t, T), slope, 0.0)
-        given_g, given_dw = load_given(gs, dws, t, T, inside, nothing, D, P, TYPE, GIVEN)
+        given_g, given_dw = load_given(gs, dws, word, t, T, steps, inside, nothing, D, P, TYPE, GIVEN, TURNED)
         (dz2, dz1, dz0, v2, v1, v0, u1s, u0s, ws, dgs, later2, later1, later0, totals2, totals1, totals0,
          totals) = backward_step(
             t, end, T, x2, x1, x0, now1, now0, slope, taps2, off2, taps1, off1, taps0, off0, kernel, v2, v1, v0, u1s,
@@ -303,11 +338,15 @@ def direct_backward_kernel(z, dy, weight, bias, taps, skip, short, long, keep, r
         slopes = ()
         given_gs = ()
         given_dws = ()
+        if TURNED:
+            given_gs = load_turned_back(gs, word, begin, steps, inside, U)
+            given_dws = load_turned_back(dws, word, begin, steps, inside, U)
         for i in tl.static_range(U):
             t = begin - i
-            given_g, given_dw = load_given(gs, dws, t, T, inside, nothing, D, P, TYPE, GIVEN)
-            given_gs = given_gs + (given_g,)
-            given_dws = given_dws + (given_dw,)
+            if not TURNED:
+                given_g, given_dw = load_given(gs, dws, word, t, T, steps, inside, nothing, D, P, TYPE, GIVEN, False)
+                given_gs = given_gs + (given_g,)
+                given_dws = given_dws + (given_dw,)
             a2 = a2 + (load_word(z_2, short_2, keep, t - S, T, inside, S, ROW, P, TYPE, HAS_SHORT, HAS_MASK),)
             a1 = a1 + (load_word(z_1, short_1, keep, t - S - W + 1, T, inside, S, ROW, P, TYPE, HAS_SHORT, HAS_MASK),)
             a0 = a0 + (load_word(z_0, short_0, keep, t - S - W + 1, T, inside, S, ROW, P, TYPE, HAS_SHORT, HAS_MASK),)

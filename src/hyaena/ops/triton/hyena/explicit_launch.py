@@ -14,7 +14,13 @@ from hyaena.ops.triton.hyena.direct import direct_forward_kernel
 from hyaena.ops.triton.hyena.direct_backward import direct_backward_kernel
 from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
 from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel
-from hyaena.ops.triton.hyena.explicit_operands import Gradients, Operands, rows_of
+from hyaena.ops.triton.hyena.explicit_operands import (
+    Gradients,
+    Operands,
+    add_window_gradient,
+    of_short_filter,
+    rows_of,
+)
 from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, find_boundaries, power_of_two, segment_bits, window
 from hyaena.ops.triton.hyena.toeplitz_launch import backward_in_registers, forward_in_registers, takes_registers
 
@@ -142,7 +148,7 @@ def backward_direct(
     dz, sums, dshort_in, dlong_in = _walk_back(dy, dshort, dlong, operands, walk or Walk(), None, parameters)
     if not parameters:
         return dz, *(sums.new_empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
-    dweight, dbias, of_taps = _of_short_filter(sums, operands.weight)
+    dweight, dbias, of_taps = of_short_filter(sums, operands.weight)
     dtaps = of_taps.view(count, groups, -1).sum(-1).t().contiguous()
     return dz, dweight, dbias, dtaps, of_taps[0].clone(), dshort_in, dlong_in
 
@@ -155,6 +161,7 @@ def _walk_back(
     walk: Walk,
     given: tuple[Tensor, Tensor] | None,
     parameters: bool,
+    turned: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of z, of the parameters (``sums`` of the kernel) and of both states.
 
@@ -176,6 +183,11 @@ def _walk_back(
     dshort_in, dlong_in = empty(batch, width, steps), empty(batch, channels, count - 1)
     ages = z if reset is None else age(reset)
     words = as_words(z, numbers)
+    if turned:
+        assert given is not None and numbers == 2
+        given = given[0].flatten(2).view(torch.int64), given[1].flatten(2).view(torch.int64)
+    elif given is not None:
+        given = as_words(given[0], numbers), as_words(given[1], numbers)
     start: Any = direct_backward_kernel[(cdiv(channels, keywords["BW"] * numbers), runs, batch)]
     start(
         words,
@@ -190,29 +202,23 @@ def _walk_back(
         z if reset is None else reset.view(torch.uint8),
         ages,
         z if dlong is None else dlong.contiguous(),
-        *((words, words) if given is None else (as_words(t, numbers) for t in given)),
+        *(given or (words, words)),
         as_words(dz, numbers),
         sums,
         dshort_in,
         dlong_in,
         length,
+        given[0].shape[2] * 2 if turned and given else 0,
         walk.run,
         HAS_DLONG=dlong is not None,
         PARAMETERS=parameters,
         GIVEN=given is not None,
+        TURNED=turned,
         **keywords,
     )
     if dshort is not None and steps:
         add_window_gradient(dz, dshort_in, dshort, mask, None if reset is None else ages[:, -1])
     return dz, sums, dshort_in, dlong_in
-
-
-def _of_short_filter(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of weight and bias, and what ``sums`` has of the long filter: [3D,K], [3D], [W,D]."""
-    width, taps = weight.shape
-    total = sums.sum(dim=(0, 1))  # [3K+3+W,D]
-    dweight = total[: 3 * taps].view(3, taps, width // 3).flip(1).transpose(1, 2).reshape(width, taps)
-    return dweight, total[3 * taps : 3 * taps + 3].reshape(width).clone(), total[3 * taps + 3 :]
 
 
 def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
@@ -348,6 +354,8 @@ def backward(
         argument was None. Those of the filters are empty tensors without ``parameters``.
     """
     few = operands.taps.shape[1] <= FEW_TAPS
+    if not few and dlong is None and takes_registers(operands):
+        return backward_in_registers(dy, dshort, operands, parameters=parameters)
     launch = backward_direct if few else backward_products
     return launch(dy, dshort, dlong, operands, parameters=parameters)
 
@@ -364,25 +372,46 @@ def backward_products(
 ) -> Gradients:
     """``backward`` by matrix products, for any number of taps; ``tiling`` and ``walk`` None to choose."""
     operands = operands.contiguous()
-    z, weight, reset = operands.z, operands.weight, operands.reset
-    if tiling is None and takes_registers(operands):
-        g, dw, dtaps, dlong_in = backward_in_registers(dy.contiguous(), operands, parameters=parameters)
-    else:
-        tiling = tiling or choose_tiling(BACKWARD, z.dtype)
-        g, dw, dtaps, dlong_in = _share_of_filter(dy, operands, tiling, parameters)
+    z, reset = operands.z, operands.reset
+    tiling = tiling or choose_tiling(BACKWARD, z.dtype)
+    g, dw, dtaps, dlong_in = _share_of_filter(dy, operands, tiling, parameters)
     if dlong is not None and dlong_in.shape[2]:
         add_window_gradient(dw, dlong_in, dlong, None, None if reset is None else age(reset)[:, -1])
-    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk or Walk(), (g, dw), parameters)
+    dz, dweight, dbias, dskip, dshort_in = walk_back(dy, dshort, operands, (g, dw), walk, parameters=parameters)
+    return dz, dweight, dbias, dtaps if parameters else dbias.new_empty(0), dskip, dshort_in, dlong_in
+
+
+def walk_back(
+    dy: Tensor,
+    dshort: Tensor | None,
+    operands: Operands,
+    given: tuple[Tensor, Tensor],
+    walk: Walk | None = None,
+    *,
+    turned: bool = False,
+    parameters: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of z, weight, bias, skip and short, of what the long filter gave.
+
+    Args:
+        dy, dshort, operands, walk, parameters: as of ``backward_products``; of the long filter only the skip is read.
+        given: the long filter's output and the gradient of its input, both without the skip: [B,T,D], or ``turned``
+            [B,D/2,…,2,16], 16 steps of both channels of a pair together.
+    """
+    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk or Walk(), given, parameters, turned)
     if not parameters:
-        return dz, *(sums.new_empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
-    dweight, dbias, of_skip = _of_short_filter(sums, weight)
-    return dz, dweight, dbias, dtaps, of_skip[0].clone(), dshort_in, dlong_in
+        return dz, *(sums.new_empty(0) for _ in range(3)), dshort_in  # type: ignore[return-value]
+    dweight, dbias, of_skip = of_short_filter(sums, operands.weight)
+    return dz, dweight, dbias, of_skip[0].clone(), dshort_in
 
 
 def _share_of_filter(
     dy: Tensor, operands: Operands, tiling: Tiling, parameters: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``toeplitz_launch.backward_in_registers``, for every problem."""
+    """The long filter's output and the gradient of its input without the skip, in the dtype of z, and more gradients.
+
+    Those are of the taps [F,W], empty without ``parameters``, and of the state before z [B,D,W-1], float32.
+    """
     z, weight, bias, taps, _, _, long, _, _ = operands
     batch, length, width = z.shape
     plan = _products(operands, tiling)
@@ -423,20 +452,3 @@ def _share_of_filter(
     if parameters:
         dtaps = dtaps.view(batch * plan.sets, groups, -1, count).sum(dim=(0, 2))
     return g, dw, dtaps, dlong_in
-
-
-def add_window_gradient(
-    dz: Tensor, dshort_in: Tensor, dshort: Tensor, mask: Tensor | None, last_age: Tensor | None
-) -> None:
-    """Add, in place, the gradient of the short filter's state after z to those of z and of the state before."""
-    steps, length = dshort.shape[-1], dz.shape[1]
-    if last_age is not None:  # steps before the last document are not in the state
-        ago = torch.arange(steps - 1, -1, -1, device=dz.device)
-        dshort = dshort.masked_fill((ago > last_age[:, None])[:, None], 0.0)
-    inside = min(steps, length)
-    recent = dshort[..., steps - inside :].transpose(1, 2)
-    if mask is not None:
-        recent = recent * mask[:, length - inside :, None]
-    dz[:, length - inside :] += recent
-    if length < steps:
-        dshort_in[..., length:] += dshort[..., : steps - length]

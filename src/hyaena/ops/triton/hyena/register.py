@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hyaena.errors import InputError
 from hyaena.ops.long_conv import ExplicitFilter, ModalFilter, RealModalFilter
-from hyaena.ops.triton.hyena import explicit_launch, launch, modal_launch
+from hyaena.ops.triton.hyena import explicit_launch, modal_backward_launch, modal_launch
 from hyaena.ops.triton.hyena.launch import Gradients, Operands
 from hyaena.ops.triton.hyena.step_launch import step_modes, step_taps
 
@@ -144,7 +144,7 @@ def hyena_backward_operator(
     """Compute the gradients, as ``launch.backward`` does."""
     operands = Operands(z, weight, bias, poles, residues, skip, short, long, mask, reset, real)
     with _device(z):
-        return launch.backward(dy, dshort, dlong, operands, parameters=parameters)
+        return modal_backward_launch.backward(dy, dshort, dlong, operands, parameters=parameters)
 
 
 @hyena_backward_operator.register_fake

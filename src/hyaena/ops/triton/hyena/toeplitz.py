@@ -111,7 +111,7 @@ def load_blocks(taps, g, c, W: tl.constexpr, BLOCKS: tl.constexpr, TURNED: tl.co
     for k in tl.static_range(BLOCKS):
         for second in tl.static_range(2):
             for part in tl.static_range(2):
-                between = (g // 2 * 4 + g % 2 + 2 * second) - (c * 4 + 2 * part)
+                between = g // 2 * 4 + g % 2 - c * 4 + 2 * (second - part)  # equal factors are loaded once
                 lag = 16 * k + (-between if TURNED else between)
                 next = lag + (1 if TURNED else -1)
                 low = tl.load(taps + lag, mask=(lag >= 0) & (lag < W), other=0.0).to(tl.float32)
@@ -194,8 +194,7 @@ def load_before(z, short, keep, begin, REACH: tl.constexpr, ROW: tl.constexpr, H
 @triton.jit
 def walk_round(z_2, z_1, z_0, keep, y, long_out, start, first, stop, T, left, c, filters2, filters1, filters0, gains,
                blocks, past, before2, before1, before0, D: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
-               U: tl.constexpr, WHOLE: tl.constexpr, HAS_MASK: tl.constexpr, GATED: tl.constexpr,
-               EMULATED: tl.constexpr):  # fmt: skip
+               U: tl.constexpr, WHOLE: tl.constexpr, HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """U blocks of the forward kernel: what the next ones need of them. All steps are before ``stop`` if WHOLE."""
     PAST: tl.constexpr = len(past) // 4
     ROW: tl.constexpr = 3 * D // 2
@@ -207,9 +206,7 @@ def walk_round(z_2, z_1, z_0, keep, y, long_out, start, first, stop, T, left, c,
     chunk = tl.cast(start, tl.int64) * ROW + c * (4 * ROW)
     words1 = load_block_words(z_1 + chunk, start, c, 0, stop, kept, U, ROW, WHOLE, HAS_MASK)
     words0 = load_block_words(z_0 + chunk, start, c, 0, stop, kept, U, ROW, WHOLE, HAS_MASK)
-    words2 = words1
-    if GATED:
-        words2 = load_block_words(z_2 + chunk, start, c, 0, stop, kept, U, ROW, WHOLE, HAS_MASK)
+    words2 = load_block_words(z_2 + chunk, start, c, 0, stop, kept, U, ROW, WHOLE, HAS_MASK)
     to = y + (tl.cast(start, tl.int64) * (D // 2) + c * (4 * (D // 2)))
     none = tl.zeros_like(gains[0])
     totals = ()  # meanwhile, what the blocks before this round give
@@ -245,16 +242,12 @@ def walk_round(z_2, z_1, z_0, keep, y, long_out, start, first, stop, T, left, c,
             high = multiply(w, blocks[4 * k + 2 : 4 * k + 4], high, EMULATED)
         even = (low[0], low[1], high[0], high[1])
         odd = (low[2], low[3], high[2], high[3])
-        if GATED:
-            even_2, odd_2 = filter_words(words2[4 * i : 4 * i + 4], before2, filters2, left, c, EMULATED)
-            before2 = words2[4 * i + 5 - K : 4 * i + 4]
+        even_2, odd_2 = filter_words(words2[4 * i : 4 * i + 4], before2, filters2, left, c, EMULATED)
+        before2 = words2[4 * i + 5 - K : 4 * i + 4]
         for j in tl.static_range(4):
             t = start + c * 4 + (16 * i + j)
-            a = even[j]
-            b = odd[j]
-            if GATED:
-                a = tl.fma(gains[0], even_w[j], a) * even_2[j]
-                b = tl.fma(gains[1], odd_w[j], b) * odd_2[j]
+            a = tl.fma(gains[0], even_w[j], even[j]) * even_2[j]
+            b = tl.fma(gains[1], odd_w[j], odd[j]) * odd_2[j]
             if HAS_MASK:
                 a = tl.where(kept[4 * i + j], a, 0.0)
                 b = tl.where(kept[4 * i + j], b, 0.0)
@@ -263,7 +256,7 @@ def walk_round(z_2, z_1, z_0, keep, y, long_out, start, first, stop, T, left, c,
             else:
                 written = (t >= first) & (t < stop)
             tl.store(to + (16 * i + j) * (D // 2), pack(a, b, EMULATED), mask=written)
-        if GATED & (stop == T) & (start + 16 * U > T - W):
+        if (stop == T) & (start + 16 * U > T - W):
             for j in tl.static_range(4):
                 t = start + c * 4 + (16 * i + j)
                 saved = (t > T - W) & (t < T)
@@ -276,14 +269,12 @@ def walk_round(z_2, z_1, z_0, keep, y, long_out, start, first, stop, T, left, c,
 def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, long_out, T, run, D: tl.constexpr,
                             K: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr,
                             U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_SHORT: tl.constexpr,
-                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, GATED: tl.constexpr,
-                            EMULATED: tl.constexpr):  # fmt: skip
+                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (16·WARPS channels, runs of ``run`` steps, rows).
 
     WIDTH channels, a multiple of 16, share a filter; T is at least W-1. ``z``, ``short`` [B,K-1,3D] and ``y`` are in
     words of two numbers, ``long`` and ``long_out`` float32 [B,D,W-1], ``keep`` uint8 [B,T]. U blocks make a round.
-    A run begins with the blocks that its filter still remembers. Without GATED ``y`` is the long filter's output alone,
-    without skip and gate, and ``long_out`` is not written.
+    A run begins with the blocks that its filter still remembers.
     """
     PAST: tl.constexpr = (W + 14) // 16
     ROW: tl.constexpr = 3 * D // 2
@@ -331,8 +322,8 @@ def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, l
     for start in tl.range(begin, whole, 16 * U, num_stages=1):
         past, before2, before1, before0 = walk_round(
             z_2, z_1, z_0, keep, y, long_out, start, first, stop, T, left, c, filters2, filters1, filters0, gains,
-            blocks, past, before2, before1, before0, D, K, W, U, True, HAS_MASK, GATED, EMULATED)  # fmt: skip
+            blocks, past, before2, before1, before0, D, K, W, U, True, HAS_MASK, EMULATED)  # fmt: skip
     if whole < stop:
         walk_round(
             z_2, z_1, z_0, keep, y, long_out, whole, first, stop, T, left, c, filters2, filters1, filters0, gains,
-            blocks, past, before2, before1, before0, D, K, W, U, False, HAS_MASK, GATED, EMULATED)  # fmt: skip
+            blocks, past, before2, before1, before0, D, K, W, U, False, HAS_MASK, EMULATED)  # fmt: skip

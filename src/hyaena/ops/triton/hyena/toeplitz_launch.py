@@ -10,10 +10,20 @@ import torch
 from torch import Tensor
 
 from hyaena.ops.triton import interpreted
-from hyaena.ops.triton.hyena.explicit_operands import Operands, rows_of
-from hyaena.ops.triton.hyena.launch import as_words, cdiv, window
+from hyaena.ops.triton.hyena.explicit_operands import (
+    Gradients,
+    Operands,
+    add_window_gradient,
+    of_short_filter,
+    rows_of,
+)
+from hyaena.ops.triton.hyena.launch import as_words, cdiv, power_of_two, window
 from hyaena.ops.triton.hyena.toeplitz import MOST_SHORT_TAPS, toeplitz_forward_kernel
-from hyaena.ops.triton.hyena.toeplitz_backward import toeplitz_backward_kernel
+from hyaena.ops.triton.hyena.toeplitz_backward import (
+    toeplitz_diagonals_kernel,
+    toeplitz_gradients_kernel,
+    toeplitz_taps_kernel,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Tiling:
 
 FORWARD = Tiling()
 BACKWARD = Tiling(blocks=1, resident=2)
+TAPS = Tiling(blocks=1)
 
 
 def choose_run(length: int, blocks: int, past: int, slots: int) -> int:
@@ -62,18 +73,12 @@ def takes_registers(operands: Operands) -> bool:
 def forward_in_registers(operands: Operands, tiling: Tiling | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """``explicit_launch.forward`` of problems that the kernel takes; ``tiling`` None to choose."""
     operands = operands.contiguous()
-    z, before = operands.z, rows_of(operands.short, operands.z)
-    long_out = z.new_empty(z.shape[0], z.shape[2] // 3, operands.taps.shape[1] - 1, dtype=torch.float32)
-    y = _filter(operands, before, long_out, tiling or FORWARD, gated=True)
-    return y, window(z, before, operands.mask, None, operands.weight.shape[1] - 1), long_out
-
-
-def _filter(operands: Operands, before: Tensor | None, long_out: Tensor, tiling: Tiling, *, gated: bool) -> Tensor:
-    """Launch the forward kernel."""
-    z, _, _, _, skip, *_ = operands
+    z, skip = operands.z, operands.skip
     batch, length, width = z.shape
+    before = rows_of(operands.short, z)
     y = z.new_empty(batch, length, width // 3)
-    tiling = _fit(operands, tiling)
+    long_out = z.new_empty(batch, width // 3, operands.taps.shape[1] - 1, dtype=torch.float32)
+    tiling = _fit(operands, tiling or FORWARD)
     start: Any = toeplitz_forward_kernel[_grid(operands, tiling)]
     start(
         *_arguments(operands, before, (z if skip is None else skip,)),
@@ -83,10 +88,9 @@ def _filter(operands: Operands, before: Tensor | None, long_out: Tensor, tiling:
         tiling.run,
         U=tiling.blocks,
         HAS_SKIP=skip is not None,
-        GATED=gated,
         **_keywords(operands, tiling),
     )
-    return y
+    return y, window(z, before, operands.mask, None, operands.weight.shape[1] - 1), long_out
 
 
 def _fit(operands: Operands, tiling: Tiling) -> Tiling:
@@ -145,65 +149,60 @@ def _keywords(operands: Operands, tiling: Tiling) -> dict[str, Any]:
 
 def backward_in_registers(
     dy: Tensor,
+    dshort: Tensor | None,
     operands: Operands,
     tiling: Tiling | None = None,
-    filter_tiling: Tiling | None = None,
+    taps_tiling: Tiling | None = None,
     *,
     parameters: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The long filter's share of ``explicit_launch.backward``.
-
-    Returns:
-        The filter's output without the skip, the gradient of its input without the skip [B,T,D], both in the dtype of
-        z, the gradients of the taps [F,W] and of the state before z [B,D,W-1], float32. That of the taps is empty
-        without ``parameters``.
-    """
-    operands = operands.contiguous()
-    tiling = _fit(operands, tiling or BACKWARD)
-    z, before = operands.z, rows_of(operands.short, operands.z)
-    batch, length, width = z.shape
-    groups, count = operands.taps.shape
-    channels = width // 3
-    grid = _grid(operands, tiling)
+) -> Gradients:
+    """``explicit_launch.backward`` of problems that the kernels take, without a gradient of the last window of w."""
+    operands, dy = operands.contiguous(), dy.contiguous()
+    z, weight, _, taps, skip, _, _, mask, _ = operands
+    batch, _, width = z.shape
+    groups, count = taps.shape
+    channels, steps = width // 3, weight.shape[1] - 1
+    before = rows_of(operands.short, z)
 
     def empty(*size: int) -> Tensor:
         return z.new_empty(*size, dtype=torch.float32)
 
-    dlong_in = empty(batch, channels, count - 1)
-    g = _filter(operands, before, dlong_in, filter_tiling or FORWARD, gated=False)
-    dw = torch.empty_like(g)
-    size = ((count + 14) // 16 + 1) * 256
-    outers = empty(batch, grid[1], channels // 16, size if parameters else 0)
-    start: Any = toeplitz_backward_kernel[grid]
-    first, *rest = _arguments(operands, before, ())
+    tiling = _fit(operands, tiling or BACKWARD)
+    grid = _grid(operands, tiling)
+    dz = torch.empty_like(z)
+    sums = empty(batch, 4 * grid[1], 3 * steps + 7, channels) if parameters else empty(0)
+    dshort_in, dlong_in = empty(batch, width, steps), empty(batch, channels, count - 1)
+    first, *rest = _arguments(operands, before, (z if skip is None else skip,))
+    start: Any = toeplitz_gradients_kernel[grid]
     start(
         first,
         as_words(dy, 2),
         *rest,
-        as_words(dw, 2),
-        outers,
+        as_words(dz, 2),
+        sums,
+        dshort_in,
         dlong_in,
-        length,
+        z.shape[1],
         tiling.run,
+        HAS_SKIP=skip is not None,
         PARAMETERS=parameters,
         **_keywords(operands, tiling),
     )
+    if dshort is not None:
+        add_window_gradient(dz, dshort_in, dshort, mask, None)
     if not parameters:
-        return g, dw, empty(0), dlong_in
-    sums = outers.sum(dim=(0, 1)).view(groups, -1, size).sum(1)
-    one_hot = (places(count, z.device)[:, None] == torch.arange(count, device=z.device)).double()
-    return g, dw, (sums.double() @ one_hot).float(), dlong_in
+        return dz, *(empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
 
-
-def places(count: int, device: torch.device) -> Tensor:
-    """The lag of every sum that a warp of the backward kernel has, [blocks·8·32], for so many taps."""
-    lane = torch.arange(32, device=device)
-    value = torch.arange(8, device=device)[:, None]
-
-    def step(slot: Tensor) -> Tensor:
-        return slot % 8 // 2 * 4 + slot % 2 + slot // 8 * 2
-
-    later = step(lane // 4 + value % 4 // 2 * 8)
-    earlier = step(value // 4 * 8 + lane % 4 * 2 + value % 2)
-    block = torch.arange((count + 14) // 16 + 1, device=device)[:, None, None]
-    return (block * 16 + later - earlier).flatten()
+    tiling = _fit(operands, taps_tiling or TAPS)
+    grid = _grid(operands, tiling)
+    size = ((count + 14) // 16 + 1) * 256
+    outers = empty(batch, grid[1], channels // 16, size)
+    words, weights, biases, _, *rest = _arguments(operands, before, ())
+    start = toeplitz_taps_kernel[grid]
+    start(words, as_words(dy, 2), weights, biases, *rest, outers, z.shape[1], tiling.run, **_keywords(operands, tiling))
+    total = outers.view(-1, groups, channels // groups // 16, size).sum(dim=(0, 2))
+    dtaps = empty(groups, count)
+    start = toeplitz_diagonals_kernel[(groups,)]
+    start(total, dtaps, W=count, WP=power_of_two(count))
+    dweight, dbias, of_skip = of_short_filter(sums, weight)
+    return dz, dweight, dbias, dtaps, of_skip[0].clone(), dshort_in, dlong_in
