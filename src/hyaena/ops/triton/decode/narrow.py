@@ -49,18 +49,56 @@ class Tile:
         rows: of each matrix, at a time; a power of two.
         units: of a row that threads share; a power of two.
         programs: on a processor; together they take one block of rows after another.
+        ahead: blocks on their way to the cache of the device, beyond those on their way to registers.
+        lead: blocks that are left when the next kernel is launched.
     """
 
     rows: int
     units: int
     warps: int
     programs: int
+    ahead: int = 0
+    lead: int = 1
+    mode: int = 1
 
 
 def choose_tile(matrices: int, units: int) -> Tile:
     """For some matrices with so many units in a row: as many programs as their registers let run at the same time."""
     width = min(512, triton.next_power_of_2(units))
     return Tile(rows=4 // matrices, units=width, warps=max(4, width // 32), programs=4 if width <= 256 else 1)
+
+
+@triton.jit
+def prefetch(p, BYTES: tl.constexpr, here, MODE: tl.constexpr):
+    """Let the cache of the device fetch bytes from p on, both multiples of 16, if here; one thread does."""
+    if MODE == 1:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $2; "
+            "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
+            "=r,l,r,r", [p.to(tl.int64), here.to(tl.int32), tl.full((), BYTES, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    elif MODE == 2:
+        LINES: tl.constexpr = (BYTES + 127) // 128
+        i = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
+            "=r,l,r", [p.to(tl.int64) + 128 * i, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def prefetch_block(w, s, m, block, N: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr,
+                   BN: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+    """Let the cache of the device fetch a block of rows of each matrix, and what belongs to them."""
+    here = (block + 1) * BN <= N
+    first = (block * BN).to(tl.int64)
+    SCALES: tl.constexpr = BN * GROUPS * 2
+    for i in tl.static_range(len(w)):
+        prefetch(w[i] + first * (UNITS * 4), BN * UNITS * 16, here, MODE)
+        if (GROUPS > 1) & (SCALES % 16 == 0):
+            prefetch(s[i] + first * GROUPS, SCALES, here, MODE)
+            if MINIMA:
+                prefetch(m[i] + first * GROUPS, SCALES, here, MODE)
 
 
 @triton.jit
@@ -288,21 +326,20 @@ def read_whole_vector(x, g, eps, K: tl.constexpr, UNITS: tl.constexpr, NU: tl.co
 
 
 @triton.jit
-def products(pieces, vector, factor, s, first, N: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
+def products(pieces, vector, factor, s, rows, N: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
              NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, MINIMA: tl.constexpr,
              ASM: tl.constexpr):  # fmt: skip
     """A block of rows of ``w[i]·norm(x)`` for every matrix i: a tuple of float32 [BN]."""
     GROUPED: tl.constexpr = (GROUPS > 1) | MINIMA
-    rows = first + tl.arange(0, BN)
+    factors = ()
+    for i in tl.static_range(len(s)):  # before the products, which take as long as the reads
+        factors = factors + (factor if GROUPED else factor * tl.load(s[i] + rows, mask=rows < N, other=0.0),)
     out = ()
     for i in tl.static_range(len(s)):
         sums = tl.zeros((BN, NU), tl.float32)
         for piece in tl.static_range(len(vector)):
             sums = add_units(sums, pieces[piece * len(s) + i], vector[piece], BITS, FLOATING, GROUPED, MINIMA, ASM)
-        y = tl.sum(sums, axis=1) * factor
-        if not GROUPED:
-            y *= tl.load(s[i] + rows, mask=rows < N, other=0.0)
-        out = out + (y,)
+        out = out + (tl.sum(sums, axis=1) * factors[i],)
     return out
 
 
@@ -310,23 +347,31 @@ def products(pieces, vector, factor, s, first, N: tl.constexpr, GROUPS: tl.const
 def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
                    NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
                    MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
-                   HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                   HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, AHEAD: tl.constexpr, LEAD: tl.constexpr,
+                   MODE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     UNITS: tl.constexpr = K * BITS // 128
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
     pieces = read_block((w,), (s,), (m,), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
+    for i in tl.static_range(AHEAD):
+        prefetch_block((w,), (s,), (m,), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN,
+                       MODE)  # fmt: skip
     gdc_wait(OVERLAP)
     vector, factor = read_whole_vector(x + r * K, g, eps, K, UNITS, NU, BITS, FLOATING, HAS_NORM, EPS_INSIDE)
     for block in range(tl.program_id(1), BLOCKS, tl.num_programs(1)):
         following = read_block((w,), (s,), (m,), block + tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN, NU)
-        if block + tl.num_programs(1) >= BLOCKS:
+        if AHEAD > 0:
+            prefetch_block((w,), (s,), (m,), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN,
+                           MODE)  # fmt: skip
+        if block + LEAD * tl.num_programs(1) >= BLOCKS:
             gdc_launch_dependents(OVERLAP)
-        y = products(pieces, vector, factor, (s,), block * BN, N, GROUPS, BN, NU, BITS, FLOATING, MINIMA, ASM)[0]
         rows = block * BN + tl.arange(0, BN)
+        more = tl.zeros((BN,), tl.float32)
         if HAS_BIAS:
-            y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+            more += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
-            y += tl.load(residual + r * N + rows, mask=rows < N, other=0.0).to(tl.float32)
+            more += tl.load(residual + r * N + rows, mask=rows < N, other=0.0).to(tl.float32)
+        y = more + products(pieces, vector, factor, (s,), rows, N, GROUPS, BN, NU, BITS, FLOATING, MINIMA, ASM)[0]
         tl.store(out + r * N + rows, y.to(out.dtype.element_ty), mask=rows < N)
         pieces = following
 
@@ -335,19 +380,26 @@ def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: 
 def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
                  NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
                  MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
-                 ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, LEAD: tl.constexpr, MODE: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
     UNITS: tl.constexpr = K * BITS // 128
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
     pieces = read_block((w, w2), (s, s2), (m, m2), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
+    for i in tl.static_range(AHEAD):
+        prefetch_block((w, w2), (s, s2), (m, m2), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN,
+                       MODE)  # fmt: skip
     gdc_wait(OVERLAP)
     vector, factor = read_whole_vector(x + r * K, g, eps, K, UNITS, NU, BITS, FLOATING, HAS_NORM, EPS_INSIDE)
     for block in range(tl.program_id(1), BLOCKS, tl.num_programs(1)):
         following = read_block((w, w2), (s, s2), (m, m2), block + tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN, NU)
-        if block + tl.num_programs(1) >= BLOCKS:
+        if AHEAD > 0:
+            prefetch_block((w, w2), (s, s2), (m, m2), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN,
+                           MODE)  # fmt: skip
+        if block + LEAD * tl.num_programs(1) >= BLOCKS:
             gdc_launch_dependents(OVERLAP)
-        a, b = products(pieces, vector, factor, (s, s2), block * BN, N, GROUPS, BN, NU, BITS, FLOATING, MINIMA, ASM)
         rows = block * BN + tl.arange(0, BN)
+        a, b = products(pieces, vector, factor, (s, s2), rows, N, GROUPS, BN, NU, BITS, FLOATING, MINIMA, ASM)
         tl.store(out + r * N + rows, (activate(a, ACTIVATION) * b).to(out.dtype.element_ty), mask=rows < N)
         pieces = following
 
@@ -430,5 +482,6 @@ def _options(
     return tile, {
         "N": outputs, "K": inputs, "BN": tile.rows, "NU": tile.units, "BITS": layer.bits, "FLOATING": layer.floating,
         "GROUPS": layer.scale.shape[1], "MINIMA": layer.minimum is not None, "HAS_NORM": norm is not None,
+        "AHEAD": 0 if triton.knobs.runtime.interpret else tile.ahead, "LEAD": tile.lead, "MODE": tile.mode,
         "EPS_INSIDE": norm is None or norm.eps_inside_root, "ASM": not triton.knobs.runtime.interpret,
     }  # fmt: skip
