@@ -65,7 +65,7 @@ def test_products(dtype: torch.dtype, tile: Tile, vectors: int, rows: int, width
 )
 def test_narrow_products(name: str, vectors: int, rows: int, width: int, tile: Tile) -> None:
     padded = max(16, 1 << (vectors - 1).bit_length())
-    tiles = {("linear", padded, rows, width): tile, ("gate", padded, rows, width): replace(tile, splits=1)}
+    tiles = {("linear", padded, rows, width): replace(tile, width=2 * tile.width)}
     products = Products(overlap=OVERLAP, tiles=tiles)
     x, bias, residual = (randn(*shape, dtype=torch.bfloat16) for shape in ((vectors, width), (rows,), (vectors, rows)))
     a, b = (round_weight(randn(rows, width) / width**0.5 + 0.01, SCHEMES[name]) for _ in range(2))
