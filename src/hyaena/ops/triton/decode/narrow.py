@@ -212,13 +212,11 @@ def planes(v, inverse):
 def multiply(words, high, low, SIGNED: tl.constexpr, ASM: tl.constexpr):
     """``Σ q·x/step`` of the bytes of some words, int32 [BN,NU]."""
     zero = tl.zeros(words[0].shape, tl.int32)
-    total = zero
+    upper, lower = zero, zero
     for i in tl.static_range(len(words)):
-        total = dot_bytes(words[i], high[i][None, :] + zero, total, SIGNED, True, ASM)
-    total = total << 8
-    for i in tl.static_range(len(words)):
-        total = dot_bytes(words[i], low[i][None, :] + zero, total, SIGNED, False, ASM)
-    return total
+        upper = dot_bytes(words[i], high[i][None, :] + zero, upper, SIGNED, True, ASM)
+        lower = dot_bytes(words[i], low[i][None, :] + zero, lower, SIGNED, False, ASM)
+    return (upper << 8) + lower
 
 
 @triton.jit
