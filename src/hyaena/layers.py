@@ -203,10 +203,11 @@ class Attention(nn.Module):
 
     def step(self, x: Tensor, norm: ops.Norm, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         operators = context.operators
-        qkv = operators.linear(x, record(self.qkv_proj), norm=norm)
+        out = record(self.o_proj)
+        qkv = operators.linear(x, record(self.qkv_proj), norm=norm, then=out)
         q = operators.rotate_and_cache(qkv, state, context)
         y = operators.attend(q, state, context)
-        return operators.linear(y.flatten(1), record(self.o_proj), residual=x)
+        return operators.linear(y.flatten(1), out, residual=x)
 
     def output_projection(self) -> nn.Module:
         return self.o_proj
@@ -290,9 +291,10 @@ class Hyena(nn.Module):
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
         operators, short = context.operators, self.short_filter
-        z = operators.linear(x, record(self.in_proj), norm=norm)
+        out = record(self.out_proj)
+        z = operators.linear(x, record(self.in_proj), norm=norm, then=out)
         y = operators.hyena(z, short.weight, short.bias, self.long_filter.view(), state)  # type: ignore[operator]
-        return operators.linear(y, record(self.out_proj), residual=x)
+        return operators.linear(y, out, residual=x)
 
     def output_projection(self) -> nn.Module:
         return self.out_proj

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from hyaena.ops.linear import Dense, Linear
 from hyaena.ops.narrow import Narrow
-from hyaena.ops.triton import pointwise
 from hyaena.ops.triton.common import activate
 from hyaena.ops.triton.decode.attention import operand
 from hyaena.ops.triton.decode.narrow import takes as takes_narrow
@@ -64,13 +63,13 @@ def choose_tile(vectors: int, matrices: int, rows: int, width: int, *, narrow: b
     As many programs as run at the same time, two on each of 132 processors; one, with more in flight, where the vectors
     take half of the traffic. Four for a narrow matrix, whose numbers wait for being widened.
     """
+    blocks = triton.cdiv(rows, 64)
+    if narrow:
+        return replace(Tile(), splits=divide(blocks, width, 528))
     if matrices == 2:
         if vectors > 64:
             return Tile(rows=128, width=64, stages=3, warps=8)
         return Tile(stages=3) if vectors <= 32 else Tile(width=64, stages=4)
-    blocks = triton.cdiv(rows, 64)
-    if narrow:
-        return replace(Tile(), splits=divide(blocks, width, 528))
     if vectors > 64 and blocks > 64:
         return Tile(rows=128, width=64, splits=2 if blocks <= 96 else 1, stages=4, warps=8)
     if vectors > 32 and blocks > 400:
@@ -264,7 +263,7 @@ def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K
     """Rows BN of ``w·x``, or of ``act(w·x)·(v·x)`` with GATE. Grid: (rows of the matrix / BN, SPLITS).
 
     Args:
-        scales: of a narrow matrix (BITS 8 or 4), which has no GATE: its scales and minima.
+        scales: of narrow matrices (BITS 8 or 4): scales and minima of each.
     """
     gdc_wait(OVERLAP)
     block = tl.program_id(0)
@@ -293,28 +292,44 @@ def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K
                                  WHOLE)  # fmt: skip
             xs = tl.trans(read_vectors(x, row, start + tl.arange(0, BK), K, WHOLE)).to(OPERAND)
             sums = tl.dot(ws, xs, sums)
+            if GATE:
+                vs = read_eight_bits(v, scales[2], line, start, inside, K, GROUPS, EACH, BK, FLOATING, ASM, OPERAND,
+                                     WHOLE)  # fmt: skip
+                others = tl.dot(vs, xs, others)
         else:
             ws = read_four_bits(w, scales[0], scales[1], line, start // 8, inside, K, GROUPS, EACH, BK // 8, MINIMA,
                                 ASM, OPERAND, WHOLE)  # fmt: skip
+            if GATE:
+                vs = read_four_bits(v, scales[2], scales[3], line, start // 8, inside, K, GROUPS, EACH, BK // 8, MINIMA,
+                                    ASM, OPERAND, WHOLE)  # fmt: skip
             for i in tl.static_range(4):
                 xs = tl.trans(read_vectors(x, row, start + in_turns_columns(BK // 8, i), K, WHOLE)).to(OPERAND)
                 sums = tl.dot(ws[i], xs, sums)
+                if GATE:
+                    others = tl.dot(vs[i], xs, others)
     gdc_launch_dependents(OVERLAP)
     last = True
     if SPLITS > 1:
         place = n[:, None].to(tl.int64) * BM + m[None, :]
         size = tl.num_programs(0).to(tl.int64) * BN * BM
         tl.store(partial + part * size + place, sums)
+        if GATE:
+            tl.store(partial + (SPLITS + part) * size + place, others)
         tl.debug_barrier()
         last = tl.atomic_add(tickets + block, 1, sem="acq_rel") == SPLITS - 1
         if last:
             tl.store(tickets + block, 0)
             sums = tl.zeros((BN, BM), tl.float32)
+            others = tl.zeros((BN, BM), tl.float32)
             for other in tl.static_range(SPLITS):
                 sums += tl.load(partial + other * size + place, cache_modifier=".cg")
+                if GATE:
+                    others += tl.load(partial + (SPLITS + other) * size + place, cache_modifier=".cg")
     if last:
         if BITS == 8 and GROUPS == 1:
             sums *= tl.load(scales[0] + n, mask=inside, other=0.0)[:, None]
+            if GATE:
+                others *= tl.load(scales[2] + n, mask=inside, other=0.0)[:, None]
         if GATE:
             sums = activate(sums, ACTIVATION) * others
         finish(sums, bias, residual, out, n, m, M, N, HAS_BIAS, HAS_RESIDUAL)
@@ -350,38 +365,36 @@ class Products:
 
     def gate(self, x: Tensor, gate: Dense | Narrow, up: Dense | Narrow, *, activation: str) -> Tensor:
         """``act(gate·x) · (up·x)``: x [M,K], weights [N,K], of one kind and without biases -> [M,N]."""
-        if isinstance(gate, Dense) and isinstance(up, Dense):
-            return self._launch(x, gate, up.weight, None, activation)
-        return pointwise.gate(self.linear(x, gate), self.linear(x, up), activation)
+        return self._launch(x, gate, up, None, activation)
 
     def _launch(
         self,
         x: Tensor,
         layer: Dense | Narrow,
-        v: Tensor | None,
+        other: Dense | Narrow | None,
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
         w, scales, form = _operands(layer, x.dtype)
-        bias = layer.bias
+        v, more, _ = (w, (), None) if other is None else _operands(other, x.dtype)
+        bias, matrices = layer.bias, 1 if other is None else 2
         vectors, width = x.shape
         rows = len(w)
         padded = max(16, triton.next_power_of_2(vectors))
-        tile = self.tiles.get(("linear" if v is None else "gate", padded, rows, width))
-        tile = tile or choose_tile(padded, 1 if v is None else 2, rows, width, narrow=isinstance(layer, Narrow))
-        assert tile.splits == 1 or v is None, "the sums of a gate are not divided"
+        tile = self.tiles.get(("linear" if other is None else "gate", padded, rows, width))
+        tile = tile or choose_tile(padded, matrices, rows, width, narrow=isinstance(layer, Narrow))
         blocks = triton.cdiv(rows, tile.rows)
         out = x.new_empty(vectors, rows)
         partial = tickets = out
         if tile.splits > 1:
-            partial = x.new_empty(tile.splits * blocks * tile.rows * padded, dtype=torch.float32)
+            partial = x.new_empty(matrices * tile.splits * blocks * tile.rows * padded, dtype=torch.float32)
             tickets = self._counters(blocks, x.device)
         _rows_kernel[(blocks, tile.splits)](
-            x, w, w if v is None else v, scales, w if bias is None else bias, x if residual is None else residual, out,
+            x, w, v, scales + more, w if bias is None else bias, x if residual is None else residual, out,
             partial, tickets, vectors, rows, width,
             BM=padded, BN=tile.rows, BK=tile.width, SPLITS=tile.splits,
             WHOLE=rows % tile.rows == 0 and width % (tile.width * tile.splits) == 0, **form,
-            GATE=v is not None, ACTIVATION=activation, HAS_BIAS=bias is not None,
+            GATE=other is not None, ACTIVATION=activation, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None, OPERAND=operand(x.dtype), STAGES=tile.stages,
             OVERLAP=self.overlap, launch_pdl=self.overlap, num_warps=tile.warps,
         )  # fmt: skip

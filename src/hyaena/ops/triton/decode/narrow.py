@@ -41,6 +41,10 @@ UNIT = 16
 """Bytes of a unit, which belong to one group."""
 
 
+FETCHED = 1 << 24
+"""Bytes of a tensor that the device fetches while small kernels run: 5 µs of its memory, and less than its cache."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """What a program reads.
@@ -59,7 +63,6 @@ class Tile:
     programs: int
     ahead: int = 0
     lead: int = 1
-    mode: int = 1
 
 
 def choose_tile(matrices: int, units: int) -> Tile:
@@ -69,36 +72,38 @@ def choose_tile(matrices: int, units: int) -> Tile:
 
 
 @triton.jit
-def prefetch(p, BYTES: tl.constexpr, here, MODE: tl.constexpr):
-    """Let the cache of the device fetch bytes from p on, both multiples of 16, if here; one thread does."""
-    if MODE == 1:
-        tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $2; "
-            "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
-            "=r,l,r,r", [p.to(tl.int64), here.to(tl.int32), tl.full((), BYTES, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    elif MODE == 2:
-        LINES: tl.constexpr = (BYTES + 127) // 128
-        i = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
-        tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.u32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
-            "=r,l,r", [p.to(tl.int64) + 128 * i, here.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+def prefetch(p, size, here):
+    """Let the cache of the device fetch so many bytes from p on, both multiples of 16, if here; one thread does."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $2; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
+        "=r,l,r,r", [p.to(tl.int64), here.to(tl.int32), size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def prefetch_block(w, s, m, block, N: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr,
-                   BN: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+                   BN: tl.constexpr):  # fmt: skip
     """Let the cache of the device fetch a block of rows of each matrix, and what belongs to them."""
     here = (block + 1) * BN <= N
     first = (block * BN).to(tl.int64)
     SCALES: tl.constexpr = BN * GROUPS * 2
     for i in tl.static_range(len(w)):
-        prefetch(w[i] + first * (UNITS * 4), BN * UNITS * 16, here, MODE)
+        prefetch(w[i] + first * (UNITS * 4), tl.full((), BN * UNITS * 16, tl.int32), here)
         if (GROUPS > 1) & (SCALES % 16 == 0):
-            prefetch(s[i] + first * GROUPS, SCALES, here, MODE)
+            prefetch(s[i] + first * GROUPS, tl.full((), SCALES, tl.int32), here)
             if MINIMA:
-                prefetch(m[i] + first * GROUPS, SCALES, here, MODE)
+                prefetch(m[i] + first * GROUPS, tl.full((), SCALES, tl.int32), here)
+
+
+@triton.jit
+def prefetch_share(then, BYTES: tl.constexpr):
+    """Let the cache of the device fetch this program's share of some tensors of bytes."""
+    for i in tl.static_range(len(BYTES)):
+        share = tl.cdiv(BYTES[i] // 16, tl.num_programs(1)) * 16
+        begin = tl.program_id(1) * share
+        size = tl.minimum(share, BYTES[i] - begin)
+        prefetch(then[i] + begin, size, size > 0)
 
 
 @triton.jit
@@ -342,27 +347,27 @@ def products(pieces, vector, factor, s, rows, N: tl.constexpr, GROUPS: tl.conste
 
 
 @triton.jit
-def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
+def _linear_kernel(x, g, w, s, m, bias, residual, out, then, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
                    NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
                    MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
                    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, AHEAD: tl.constexpr, LEAD: tl.constexpr,
-                   MODE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                   BYTES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     UNITS: tl.constexpr = K * BITS // 128
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
     pieces = read_block((w,), (s,), (m,), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
     for i in tl.static_range(AHEAD):
-        prefetch_block((w,), (s,), (m,), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN,
-                       MODE)  # fmt: skip
+        prefetch_block((w,), (s,), (m,), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN)
     gdc_wait(OVERLAP)
     vector, factor = read_whole_vector(x + r * K, g, eps, K, UNITS, NU, BITS, FLOATING, HAS_NORM, EPS_INSIDE)
     for block in range(tl.program_id(1), BLOCKS, tl.num_programs(1)):
         following = read_block((w,), (s,), (m,), block + tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN, NU)
         if AHEAD > 0:
-            prefetch_block((w,), (s,), (m,), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN,
-                           MODE)  # fmt: skip
+            prefetch_block((w,), (s,), (m,), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN)
         if block + LEAD * tl.num_programs(1) >= BLOCKS:
             gdc_launch_dependents(OVERLAP)
+        if block + tl.num_programs(1) >= BLOCKS:
+            prefetch_share(then, BYTES)
         rows = block * BN + tl.arange(0, BN)
         more = tl.zeros((BN,), tl.float32)
         if HAS_BIAS:
@@ -378,22 +383,19 @@ def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: 
 def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
                  NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
                  MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
-                 ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, LEAD: tl.constexpr, MODE: tl.constexpr,
-                 OVERLAP: tl.constexpr):  # fmt: skip
+                 ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, LEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     UNITS: tl.constexpr = K * BITS // 128
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
     pieces = read_block((w, w2), (s, s2), (m, m2), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
     for i in tl.static_range(AHEAD):
-        prefetch_block((w, w2), (s, s2), (m, m2), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN,
-                       MODE)  # fmt: skip
+        prefetch_block((w, w2), (s, s2), (m, m2), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN)
     gdc_wait(OVERLAP)
     vector, factor = read_whole_vector(x + r * K, g, eps, K, UNITS, NU, BITS, FLOATING, HAS_NORM, EPS_INSIDE)
     for block in range(tl.program_id(1), BLOCKS, tl.num_programs(1)):
         following = read_block((w, w2), (s, s2), (m, m2), block + tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN, NU)
         if AHEAD > 0:
-            prefetch_block((w, w2), (s, s2), (m, m2), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN,
-                           MODE)  # fmt: skip
+            prefetch_block((w, w2), (s, s2), (m, m2), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN)
         if block + LEAD * tl.num_programs(1) >= BLOCKS:
             gdc_launch_dependents(OVERLAP)
         rows = block * BN + tl.arange(0, BN)
@@ -408,16 +410,18 @@ def linear(
     *,
     norm: RMSNormWeight | None = None,
     residual: Tensor | None = None,
+    then: Narrow | None = None,
     tile: Tile | None = None,
     overlap: bool = False,
 ) -> Tensor:
-    """``residual + weight·norm(x) + bias``: x [R,D] -> [R,E]."""
+    """``residual + weight·norm(x) + bias``: x [R,D] -> [R,E]; the cache of the device fetches the weights of ``then``."""
     out = x.new_empty(len(x), layer.shape[0])
     tile, options = _options(layer, 1, norm, tile)
+    ahead = () if then is None or triton.knobs.runtime.interpret else _bytes(then)
     _linear_kernel[_grid(out, tile)](
         x, x if norm is None else norm.weight, *_matrix(layer), x if layer.bias is None else layer.bias,
-        x if residual is None else residual, out, 0.0 if norm is None else norm.eps, **options,
-        HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None, OVERLAP=overlap, launch_pdl=overlap,
+        x if residual is None else residual, out, ahead, 0.0 if norm is None else norm.eps, **options,
+        BYTES=tuple(t.numel() for t in ahead), HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None, OVERLAP=overlap, launch_pdl=overlap,
         num_warps=tile.warps,
     )  # fmt: skip
     return out
@@ -461,6 +465,12 @@ def _matrix(layer: Narrow) -> tuple[Tensor, Tensor, Tensor]:
     return layer.codes.view(torch.int32), layer.scale, layer.scale if layer.minimum is None else layer.minimum
 
 
+def _bytes(layer: Narrow) -> tuple[Tensor, ...]:
+    """The weight of a layer as bytes, as far as the device fetches it early."""
+    parts = (layer.scale, layer.codes) if layer.minimum is None else (layer.scale, layer.minimum, layer.codes)
+    return tuple(t.view(torch.uint8).flatten()[: min(FETCHED, t.nbytes // 16 * 16)] for t in parts if t.data_ptr() % 16 == 0)
+
+
 def _grid(out: Tensor, tile: Tile) -> tuple[int, int]:
     """Vectors, and the programs that share the rows of a matrix."""
     return out.shape[0], min(triton.cdiv(out.shape[1], tile.rows), tile.programs * processors(out.device))
@@ -480,6 +490,6 @@ def _options(
     return tile, {
         "N": outputs, "K": inputs, "BN": tile.rows, "NU": tile.units, "BITS": layer.bits, "FLOATING": layer.floating,
         "GROUPS": layer.scale.shape[1], "MINIMA": layer.minimum is not None, "HAS_NORM": norm is not None,
-        "AHEAD": 0 if triton.knobs.runtime.interpret else tile.ahead, "LEAD": tile.lead, "MODE": tile.mode,
+        "AHEAD": 0 if triton.knobs.runtime.interpret else tile.ahead, "LEAD": tile.lead,
         "EPS_INSIDE": norm is None or norm.eps_inside_root, "ASM": not triton.knobs.runtime.interpret,
     }  # fmt: skip
