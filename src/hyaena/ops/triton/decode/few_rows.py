@@ -65,7 +65,8 @@ def choose_tile(vectors: int, matrices: int, rows: int, width: int, *, narrow: b
     """
     blocks = triton.cdiv(rows, 64)
     if narrow:
-        return replace(Tile(), splits=divide(blocks, width, 528))
+        tile = Tile(width=256, stages=3) if vectors <= 32 and matrices == 1 else Tile()
+        return replace(tile, splits=divide(blocks, width, 528))
     if matrices == 2:
         if vectors > 64:
             return Tile(rows=128, width=64, stages=3, warps=8)

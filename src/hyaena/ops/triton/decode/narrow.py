@@ -356,6 +356,8 @@ def _linear_kernel(x, g, w, s, m, bias, residual, out, then, eps, N: tl.constexp
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
     pieces = read_block((w,), (s,), (m,), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
+    if HAS_NORM and AHEAD > 0:
+        prefetch(g, tl.full((), K * (g.dtype.element_ty.primitive_bitwidth // 8), tl.int32), tl.program_id(1) == 0)
     for i in tl.static_range(AHEAD):
         prefetch_block((w,), (s,), (m,), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN)
     gdc_wait(OVERLAP)
@@ -388,14 +390,20 @@ def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, N: tl.constexpr, K: tl.con
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
     pieces = read_block((w, w2), (s, s2), (m, m2), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
+    if HAS_NORM and AHEAD > 0:
+        prefetch(g, tl.full((), K * (g.dtype.element_ty.primitive_bitwidth // 8), tl.int32), tl.program_id(1) == 0)
     for i in tl.static_range(AHEAD):
-        prefetch_block((w, w2), (s, s2), (m, m2), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN)
+        prefetch_block(
+            (w, w2), (s, s2), (m, m2), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN
+        )
     gdc_wait(OVERLAP)
     vector, factor = read_whole_vector(x + r * K, g, eps, K, UNITS, NU, BITS, FLOATING, HAS_NORM, EPS_INSIDE)
     for block in range(tl.program_id(1), BLOCKS, tl.num_programs(1)):
         following = read_block((w, w2), (s, s2), (m, m2), block + tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN, NU)
         if AHEAD > 0:
-            prefetch_block((w, w2), (s, s2), (m, m2), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN)
+            prefetch_block(
+                (w, w2), (s, s2), (m, m2), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN
+            )
         if block + LEAD * tl.num_programs(1) >= BLOCKS:
             gdc_launch_dependents(OVERLAP)
         rows = block * BN + tl.arange(0, BN)
@@ -414,15 +422,18 @@ def linear(
     tile: Tile | None = None,
     overlap: bool = False,
 ) -> Tensor:
-    """``residual + weight·norm(x) + bias``: x [R,D] -> [R,E]; the cache of the device fetches the weights of ``then``."""
+    """``residual + weight·norm(x) + bias``: x [R,D] -> [R,E].
+
+    The cache of the device fetches the weights of ``then`` behind those of the layer, where kernels overlap.
+    """
     out = x.new_empty(len(x), layer.shape[0])
-    tile, options = _options(layer, 1, norm, tile)
-    ahead = () if then is None or triton.knobs.runtime.interpret else _bytes(then)
+    tile, options = _options(1, norm, tile, overlap, layer)
+    ahead = () if then is None or not overlap else _bytes(then)
     _linear_kernel[_grid(out, tile)](
         x, x if norm is None else norm.weight, *_matrix(layer), x if layer.bias is None else layer.bias,
         x if residual is None else residual, out, ahead, 0.0 if norm is None else norm.eps, **options,
-        BYTES=tuple(t.numel() for t in ahead), HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None, OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=tile.warps,
+        BYTES=tuple(t.numel() for t in ahead), HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None,
+        launch_pdl=overlap, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -439,10 +450,10 @@ def gate(
 ) -> Tensor:
     """``act(gate·norm(x)) · (up·norm(x))``: x [R,D] -> [R,E]; both matrices of one scheme and shape."""
     out = x.new_empty(len(x), gate.shape[0])
-    tile, options = _options(gate, 2, norm, tile)
+    tile, options = _options(2, norm, tile, overlap, gate, up)
     _gate_kernel[_grid(out, tile)](
         x, x if norm is None else norm.weight, *_matrix(gate), *_matrix(up), out, 0.0 if norm is None else norm.eps,
-        **options, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap, num_warps=tile.warps,
+        **options, ACTIVATION=activation, launch_pdl=overlap, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -468,7 +479,9 @@ def _matrix(layer: Narrow) -> tuple[Tensor, Tensor, Tensor]:
 def _bytes(layer: Narrow) -> tuple[Tensor, ...]:
     """The weight of a layer as bytes, as far as the device fetches it early."""
     parts = (layer.scale, layer.codes) if layer.minimum is None else (layer.scale, layer.minimum, layer.codes)
-    return tuple(t.view(torch.uint8).flatten()[: min(FETCHED, t.nbytes // 16 * 16)] for t in parts if t.data_ptr() % 16 == 0)
+    return tuple(
+        t.view(torch.uint8).flatten()[: min(FETCHED, t.nbytes // 16 * 16)] for t in parts if t.data_ptr() % 16 == 0
+    )
 
 
 def _grid(out: Tensor, tile: Tile) -> tuple[int, int]:
@@ -483,13 +496,15 @@ def processors(device: torch.device) -> int:
 
 
 def _options(
-    layer: Narrow, matrices: int, norm: RMSNormWeight | None, tile: Tile | None
+    matrices: int, norm: RMSNormWeight | None, tile: Tile | None, overlap: bool, *layers: Narrow
 ) -> tuple[Tile, dict[str, int | bool]]:
-    outputs, inputs = layer.shape
+    layer, (outputs, inputs) = layers[0], layers[0].shape
     tile = tile or choose_tile(matrices, layer.codes.shape[1] // UNIT)
+    tensors = [*layers[0][:3], *layers[-1][:3], None if norm is None else norm.weight]
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
     return tile, {
         "N": outputs, "K": inputs, "BN": tile.rows, "NU": tile.units, "BITS": layer.bits, "FLOATING": layer.floating,
         "GROUPS": layer.scale.shape[1], "MINIMA": layer.minimum is not None, "HAS_NORM": norm is not None,
-        "AHEAD": 0 if triton.knobs.runtime.interpret else tile.ahead, "LEAD": tile.lead,
+        "AHEAD": tile.ahead if overlap and aligned else 0, "LEAD": tile.lead, "OVERLAP": overlap,
         "EPS_INSIDE": norm is None or norm.eps_inside_root, "ASM": not triton.knobs.runtime.interpret,
     }  # fmt: skip
