@@ -61,12 +61,16 @@ def choose_tile(vectors: int, matrices: int, rows: int, width: int, *, narrow: b
     """For so many vectors, and matrices of ``rows`` rows and ``width`` columns each.
 
     As many programs as run at the same time, two on each of 132 processors; one, with more in flight, where the vectors
-    take half of the traffic. Four for a narrow matrix, whose numbers wait for being widened.
+    take half of the traffic. Four for a narrow matrix, whose numbers wait for being widened, and two for two of them,
+    which take twice the registers.
     """
     blocks = triton.cdiv(rows, 64)
     if narrow:
-        tile = Tile(width=256, stages=3) if vectors <= 32 and matrices == 1 else Tile()
-        return replace(tile, splits=divide(blocks, width, 528))
+        if vectors > 32:
+            return Tile(splits=divide(blocks, width, 528))
+        if matrices == 2:
+            return Tile(width=256, stages=2, splits=divide(blocks, width, 264))
+        return Tile(width=256, stages=3, splits=divide(blocks, width, 528))
     if matrices == 2:
         if vectors > 64:
             return Tile(rows=128, width=64, stages=3, warps=8)
