@@ -203,11 +203,10 @@ class Attention(nn.Module):
 
     def step(self, x: Tensor, norm: ops.Norm, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         operators = context.operators
-        out = record(self.o_proj)
-        qkv = operators.linear(x, record(self.qkv_proj), norm=norm, then=out)
+        qkv = operators.linear(x, record(self.qkv_proj), norm=norm)
         q = operators.rotate_and_cache(qkv, state, context)
         y = operators.attend(q, state, context)
-        return operators.linear(y.flatten(1), out, residual=x)
+        return operators.linear(y.flatten(1), record(self.o_proj), residual=x)
 
     def output_projection(self) -> nn.Module:
         return self.o_proj
@@ -291,10 +290,9 @@ class Hyena(nn.Module):
 
     def step(self, x: Tensor, norm: ops.Norm, state: HyenaState, context: StepContext) -> Tensor:
         operators, short = context.operators, self.short_filter
-        out = record(self.out_proj)
-        z = operators.linear(x, record(self.in_proj), norm=norm, then=out)
+        z = operators.linear(x, record(self.in_proj), norm=norm)
         y = operators.hyena(z, short.weight, short.bias, self.long_filter.view(), state)  # type: ignore[operator]
-        return operators.linear(y, out, residual=x)
+        return operators.linear(y, record(self.out_proj), residual=x)
 
     def output_projection(self) -> nn.Module:
         return self.out_proj

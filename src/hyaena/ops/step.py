@@ -98,20 +98,8 @@ class DecodeOperators:
         logprobs = -(wide - best[:, None]).logsumexp(dim=-1)  # large logits cost no digits
         return torch.stack([ids.double(), logprobs.double(), finite.double()], dim=1)
 
-    def linear(
-        self,
-        x: Tensor,
-        layer: Linear,
-        *,
-        norm: Norm | None = None,
-        residual: Tensor | None = None,
-        then: Linear | None = None,
-    ) -> Tensor:
-        """``residual + weight·norm(x) + bias``: x [B,D] -> [B,E].
-
-        ``then`` is the layer that multiplies next, after operators that read little: a kernel may let the device fetch
-        its weights meanwhile.
-        """
+    def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        """``residual + weight·norm(x) + bias``: x [B,D] -> [B,E]."""
         return linear(self.normalise(x, norm), layer, residual=residual)
 
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:

@@ -363,7 +363,7 @@ def test_narrow_products(name: str, batch: int, rows: int, width: int, inside: b
     roundings = 2  # of the norm of several rows, and of the result
     if dtype == torch.float32:  # of x to 16 bits of the largest number beside it; of x and sums of eight to float16
         roundings = 1000 if name == "float8" else 200
-    close(fused.linear(x, a, norm=norm, then=b), PLAIN.linear(x.double(), dense[0], norm=wide), dtype, roundings)
+    close(fused.linear(x, a, norm=norm), PLAIN.linear(x.double(), dense[0], norm=wide), dtype, roundings)
     got = fused.linear(x, a._replace(bias=bias), norm=norm, residual=residual)
     want = PLAIN.linear(x.double(), Dense(dense[0].weight, bias.double()), norm=wide, residual=residual.double())
     close(got, want, dtype, roundings)

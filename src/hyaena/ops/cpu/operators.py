@@ -77,15 +77,7 @@ class CompiledOperators(DecodeOperators):
         self._run(tokens.choose(TOKENS[logits.dtype]), words, len(logits) * GRAIN)  # a row is the work of one thread
         return outputs
 
-    def linear(
-        self,
-        x: Tensor,
-        layer: Linear,
-        *,
-        norm: Norm | None = None,
-        residual: Tensor | None = None,
-        then: Linear | None = None,
-    ) -> Tensor:
+    def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         if not isinstance(layer, Dense | Narrow) or not _multiplies(x, norm, layer.bias, residual):
             return super().linear(x, layer, norm=norm, residual=residual)
         matrix = Matrix.of(layer, x)

@@ -12,7 +12,8 @@ largest of them, as high and low bytes, and an instruction multiplies four bytes
 
 exactly in int32. Scales and minima are applied once for a unit, in float32. e4m3 numbers become pairs of float16 by a
 shift and meet x as pairs of float16; the sums of a unit are float16, too. No number changes threads before the last
-sum. Programs stay and take one block of rows after another, of which the next is on its way: x is prepared once.
+sum. Programs stay and take one block of rows after another, of which the next is on its way: x is prepared once. Blocks
+further ahead are on their way to the cache of the device, also while a program waits for its predecessor.
 
 Several vectors are further programs, which find the weights in the cache of the device; ``few_rows`` multiplies vectors
 of 16 bits together. The reference is ``ops.narrow_linear``.
@@ -41,10 +42,6 @@ UNIT = 16
 """Bytes of a unit, which belong to one group."""
 
 
-FETCHED = 1 << 24
-"""Bytes of a tensor that the device fetches while small kernels run: 5 µs of its memory, and less than its cache."""
-
-
 @dataclass(frozen=True)
 class Tile:
     """What a program reads.
@@ -65,10 +62,20 @@ class Tile:
     lead: int = 1
 
 
-def choose_tile(matrices: int, units: int) -> Tile:
-    """For some matrices with so many units in a row: as many programs as their registers let run at the same time."""
-    width = min(512, triton.next_power_of_2(units))
-    return Tile(rows=4 // matrices, units=width, warps=max(4, width // 32), programs=4 if width <= 256 else 1)
+def choose_tile(bits: int, matrices: int, units: int) -> Tile:
+    """For some matrices of numbers of so many bits, with so many units in a row.
+
+    Whole rows, or half of those that would leave no registers for a second block; as many programs as their registers
+    let run at the same time. Only numbers of 4 bits, whose blocks are short, gain by what is fetched further ahead.
+    """
+    width = triton.next_power_of_2(units)
+    if matrices == 2:
+        return Tile(rows=2, units=min(128, width), warps=4, programs=4)
+    ahead = 4 if bits == 4 else 0
+    if units <= 256:
+        return Tile(rows=2, units=width, warps=max(4, width // 32), programs=5 if width <= 128 else 4, ahead=ahead)
+    width = min(512, width // 2)
+    return Tile(rows=2, units=width, warps=width // 32, programs=1, ahead=ahead, lead=4 if ahead else 1)
 
 
 @triton.jit
@@ -94,16 +101,6 @@ def prefetch_block(w, s, m, block, N: tl.constexpr, UNITS: tl.constexpr, GROUPS:
             prefetch(s[i] + first * GROUPS, tl.full((), SCALES, tl.int32), here)
             if MINIMA:
                 prefetch(m[i] + first * GROUPS, tl.full((), SCALES, tl.int32), here)
-
-
-@triton.jit
-def prefetch_share(then, BYTES: tl.constexpr):
-    """Let the cache of the device fetch this program's share of some tensors of bytes."""
-    for i in tl.static_range(len(BYTES)):
-        share = tl.cdiv(BYTES[i] // 16, tl.num_programs(1)) * 16
-        begin = tl.program_id(1) * share
-        size = tl.minimum(share, BYTES[i] - begin)
-        prefetch(then[i] + begin, size, size > 0)
 
 
 @triton.jit
@@ -347,11 +344,11 @@ def products(pieces, vector, factor, s, rows, N: tl.constexpr, GROUPS: tl.conste
 
 
 @triton.jit
-def _linear_kernel(x, g, w, s, m, bias, residual, out, then, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
+def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
                    NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
                    MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
                    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, AHEAD: tl.constexpr, LEAD: tl.constexpr,
-                   BYTES: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                   OVERLAP: tl.constexpr):  # fmt: skip
     UNITS: tl.constexpr = K * BITS // 128
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
@@ -368,8 +365,6 @@ def _linear_kernel(x, g, w, s, m, bias, residual, out, then, eps, N: tl.constexp
             prefetch_block((w,), (s,), (m,), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN)
         if block + LEAD * tl.num_programs(1) >= BLOCKS:
             gdc_launch_dependents(OVERLAP)
-        if block + tl.num_programs(1) >= BLOCKS:
-            prefetch_share(then, BYTES)
         rows = block * BN + tl.arange(0, BN)
         more = tl.zeros((BN,), tl.float32)
         if HAS_BIAS:
@@ -418,21 +413,16 @@ def linear(
     *,
     norm: RMSNormWeight | None = None,
     residual: Tensor | None = None,
-    then: Narrow | None = None,
     tile: Tile | None = None,
     overlap: bool = False,
 ) -> Tensor:
-    """``residual + weight·norm(x) + bias``: x [R,D] -> [R,E].
-
-    The cache of the device fetches the weights of ``then`` behind those of the layer, where kernels overlap.
-    """
+    """``residual + weight·norm(x) + bias``: x [R,D] -> [R,E]."""
     out = x.new_empty(len(x), layer.shape[0])
     tile, options = _options(1, norm, tile, overlap, layer)
-    ahead = () if then is None or not overlap else _bytes(then)
     _linear_kernel[_grid(out, tile)](
         x, x if norm is None else norm.weight, *_matrix(layer), x if layer.bias is None else layer.bias,
-        x if residual is None else residual, out, ahead, 0.0 if norm is None else norm.eps, **options,
-        BYTES=tuple(t.numel() for t in ahead), HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None,
+        x if residual is None else residual, out, 0.0 if norm is None else norm.eps, **options,
+        HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None,
         launch_pdl=overlap, num_warps=tile.warps,
     )  # fmt: skip
     return out
@@ -476,14 +466,6 @@ def _matrix(layer: Narrow) -> tuple[Tensor, Tensor, Tensor]:
     return layer.codes.view(torch.int32), layer.scale, layer.scale if layer.minimum is None else layer.minimum
 
 
-def _bytes(layer: Narrow) -> tuple[Tensor, ...]:
-    """The weight of a layer as bytes, as far as the device fetches it early."""
-    parts = (layer.scale, layer.codes) if layer.minimum is None else (layer.scale, layer.minimum, layer.codes)
-    return tuple(
-        t.view(torch.uint8).flatten()[: min(FETCHED, t.nbytes // 16 * 16)] for t in parts if t.data_ptr() % 16 == 0
-    )
-
-
 def _grid(out: Tensor, tile: Tile) -> tuple[int, int]:
     """Vectors, and the programs that share the rows of a matrix."""
     return out.shape[0], min(triton.cdiv(out.shape[1], tile.rows), tile.programs * processors(out.device))
@@ -499,7 +481,7 @@ def _options(
     matrices: int, norm: RMSNormWeight | None, tile: Tile | None, overlap: bool, *layers: Narrow
 ) -> tuple[Tile, dict[str, int | bool]]:
     layer, (outputs, inputs) = layers[0], layers[0].shape
-    tile = tile or choose_tile(matrices, layer.codes.shape[1] // UNIT)
+    tile = tile or choose_tile(layer.bits, matrices, layer.codes.shape[1] // UNIT)
     tensors = [*layers[0][:3], *layers[-1][:3], None if norm is None else norm.weight]
     aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
     return tile, {

@@ -59,22 +59,13 @@ class FusedDecodeOperators(DecodeOperators):
     def argmax(self, logits: Tensor, ids: Tensor) -> Tensor:
         return embed_argmax.argmax(logits, ids, overlap=self.overlap)
 
-    def linear(
-        self,
-        x: Tensor,
-        layer: Linear,
-        *,
-        norm: Norm | None = None,
-        residual: Tensor | None = None,
-        then: Linear | None = None,
-    ) -> Tensor:
+    def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         if not isinstance(layer, Dense | Narrow) or not isinstance(norm, RMSNormWeight | None):
             return super().linear(x, layer, norm=norm, residual=residual)
         if x.shape[0] > 1 and self.products.takes(x, layer):
             return self.products.linear(self.normalise(x, norm), layer, residual=residual)
         if isinstance(layer, Narrow) and len(x) <= narrow.MOST_ROWS and narrow.takes(layer):
-            then = then if isinstance(then, Narrow) else None
-            return narrow.linear(x, layer, norm=norm, residual=residual, then=then, overlap=self.overlap)
+            return narrow.linear(x, layer, norm=norm, residual=residual, overlap=self.overlap)
         if not isinstance(layer, Dense) or len(x) > 1:
             return super().linear(x, layer, norm=norm, residual=residual)
         rows, width = layer.weight.shape
