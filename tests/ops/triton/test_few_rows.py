@@ -43,7 +43,7 @@ def test_products(dtype: torch.dtype, tile: Tile, vectors: int, rows: int, width
     """In any tile, at sizes that it divides and others; twice, since what programs tell one another is used again."""
     padded = max(16, 1 << (vectors - 1).bit_length())
     tiles = {("linear", padded, rows, width): tile}
-    tiles["gate", padded, rows, width] = Tile(tile.rows, tile.width, 1, 2, tile.warps)
+    tiles["gate", padded, rows, width] = Tile(tile.rows, tile.width, tile.splits, 2, tile.warps)
     products = Products(overlap=OVERLAP, tiles=tiles)
     x, residual = randn(vectors, width, dtype=dtype), randn(vectors, rows, dtype=dtype)
     a, b = (randn(rows, width, dtype=dtype) / width**0.5 for _ in range(2))
@@ -65,7 +65,7 @@ def test_products(dtype: torch.dtype, tile: Tile, vectors: int, rows: int, width
 )
 def test_narrow_products(name: str, vectors: int, rows: int, width: int, tile: Tile) -> None:
     padded = max(16, 1 << (vectors - 1).bit_length())
-    tiles = {("linear", padded, rows, width): tile, ("gate", padded, rows, width): replace(tile, splits=1)}
+    tiles = {(kind, padded, rows, width): replace(tile, width=2 * tile.width) for kind in ("linear", "gate")}
     products = Products(overlap=OVERLAP, tiles=tiles)
     x, bias, residual = (randn(*shape, dtype=torch.bfloat16) for shape in ((vectors, width), (rows,), (vectors, rows)))
     a, b = (round_weight(randn(rows, width) / width**0.5 + 0.01, SCHEMES[name]) for _ in range(2))

@@ -26,12 +26,11 @@ from torch import Tensor
 
 from hyaena.ops.linear import Dense, Linear
 from hyaena.ops.narrow import Narrow
-from hyaena.ops.triton import pointwise
 from hyaena.ops.triton.common import activate
 from hyaena.ops.triton.decode.attention import operand
 from hyaena.ops.triton.decode.narrow import takes as takes_narrow
 from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
-from hyaena.ops.triton.widen import columns, numbers
+from hyaena.ops.triton.widen import numbers
 
 MOST_ROWS = 128
 """Vectors that one program multiplies at the most."""
@@ -45,7 +44,7 @@ class Tile:
 
     Attributes:
         rows: of the matrix, in a program: a power of two, at least 16.
-        width: of K in a piece, a power of two, at least 64.
+        width: of K in a piece, a power of two, at least 64; for 4 bits at least 128.
         splits: programs that share a row.
         stages: pieces in flight, the one that is multiplied among them.
         warps: of a program.
@@ -62,13 +61,20 @@ def choose_tile(vectors: int, matrices: int, rows: int, width: int, *, narrow: b
     """For so many vectors, and matrices of ``rows`` rows and ``width`` columns each.
 
     As many programs as run at the same time, two on each of 132 processors; one, with more in flight, where the vectors
-    take half of the traffic. Four for a narrow matrix, whose numbers wait for being widened.
+    take half of the traffic. Four for a narrow matrix, whose numbers wait for being widened, and two for two of them,
+    which take twice the registers.
     """
+    blocks = triton.cdiv(rows, 64)
+    if narrow:
+        if vectors > 32:
+            return Tile(splits=divide(blocks, width, 528))
+        if matrices == 2:
+            return Tile(width=256, stages=2, splits=divide(blocks, width, 264))
+        return Tile(width=256, stages=3, splits=divide(blocks, width, 528))
     if matrices == 2:
         if vectors > 64:
             return Tile(rows=128, width=64, stages=3, warps=8)
         return Tile(stages=3) if vectors <= 32 else Tile(width=64, stages=4)
-    blocks = triton.cdiv(rows, 64)
     if vectors > 64 and blocks > 64:
         return Tile(rows=128, width=64, splits=2 if blocks <= 96 else 1, stages=4, warps=8)
     if vectors > 32 and blocks > 400:
@@ -76,14 +82,18 @@ def choose_tile(vectors: int, matrices: int, rows: int, width: int, *, narrow: b
     tile = Tile(stages=4)
     if vectors > 64 and width < 8192:
         tile = Tile(width=64, stages=6)
-    splits, most = 1, 264 if vectors <= 32 else 200
-    if narrow:
-        tile, most = Tile(stages=4), 528
-    while splits < 8 and 2 * splits * blocks <= most and width // (2 * splits) >= 512:
-        splits *= 2
+    splits = divide(blocks, width, 264 if vectors <= 32 else 200)
     if 32 < vectors <= 64 and splits * blocks > 132:
         tile = Tile(stages=3)
     return replace(tile, splits=splits)
+
+
+def divide(blocks: int, width: int, most: int) -> int:
+    """Programs that share the rows of a block, so that there are ``most`` in all, and each has enough to read."""
+    splits = 1
+    while splits < 8 and 2 * splits * blocks <= most and width // (2 * splits) >= 512:
+        splits *= 2
+    return splits
 
 
 @triton.jit
@@ -106,7 +116,7 @@ def read_vectors(x, row, k, K, WHOLE: tl.constexpr):
 
 
 def instructions(floating: bool, minima: bool, half: bool) -> str:
-    """What makes operands, two of them in a register, of four bytes of 4-bit or e4m3 numbers.
+    """What makes operands, two of them in a register, of a word of 4-bit or e4m3 numbers.
 
     A 4-bit number is put behind the leading one of 1 + q/128 in bfloat16, or of 1024 + q in float16, which a product
     and a sum make q, or q - 8; another product and sum scale it. Scales are rounded to the dtype of the operands.
@@ -126,62 +136,114 @@ def instructions(floating: bool, minima: bool, half: bool) -> str:
     out.append(f"shr.u32 c, a, 4; shr.u32 d, b, 4; mov.b32 f, {factor}; mov.b32 l, {less if minima else eight};")
     out.append("mov.b32 z, 0x80008000;")
     for i, name in enumerate("abcd"):
-        scale, least = f"${5 + i % 2}", f"${7 + i % 2}" if minima else "z"
         out.append(f"lop3.b32 {name}, {name}, 0x000F000F, {one}, 0xEA; fma.rn.{kind} {name}, {name}, f, l;")
-        out.append(f"fma.rn.{kind} ${i}, {name}, {scale}, {least};")
+        out.append(f"fma.rn.{kind} ${i}, {name}, $5, {'$6' if minima else 'z'};")
     return " ".join([*out, "}"])
 
 
 @triton.jit
-def read_units(s, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, WHOLE: tl.constexpr):
-    """Of bytes ``first`` and following, the numbers of their groups, float32 [BN,BJ]; 16 bytes belong to one."""
-    u = first // 16 + tl.arange(0, BJ // 16)
-    place = n.to(tl.int64)[:, None] * GROUPS + (u // (LINE // 16 // GROUPS))[None, :]
-    here = inside[:, None] & (u < LINE // 16)[None, :]
-    found = tl.load(s + place, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
-    return tl.reshape(tl.broadcast_to(found[:, :, None], (n.shape[0], BJ // 16, 16)), (n.shape[0], BJ))
+def read_groups(s, n, first, inside, UNITS, GROUPS, EACH: tl.constexpr, BU: tl.constexpr, WHOLE: tl.constexpr):
+    """Numbers of the groups of units ``first`` and following, float32 [BN,BU]; a group has EACH units of 16 bytes."""
+    u = first + tl.arange(0, BU)
+    here = inside[:, None] & (u < UNITS)[None, :]
+    place = n.to(tl.int64)[:, None] * GROUPS + (u // EACH)[None, :]
+    return tl.load(s + place, mask=None if WHOLE else here, other=None if WHOLE else 0.0).to(tl.float32)
 
 
 @triton.jit
-def read_narrow(w, s, m, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, BITS: tl.constexpr,
-                FLOATING: tl.constexpr, GROUPED: tl.constexpr, MINIMA: tl.constexpr, ASM: tl.constexpr,
-                OPERAND: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """Bytes ``first`` and following of the program's rows as operands [BN,BJ]: a tuple of the numbers, or of halves."""
+def for_words(found, OPERAND: tl.constexpr, ASM: tl.constexpr):
+    """[BN,BU] -> [BN,4*BU], for the words of each unit: rounded, and for instructions two of the same in a word."""
+    found = found.to(OPERAND)
+    if len(ASM) > 0:
+        found = found.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        found = found | (found << 16)
+    BN: tl.constexpr = found.shape[0]
+    BU: tl.constexpr = found.shape[1]
+    return tl.reshape(tl.broadcast_to(found[:, :, None], (BN, BU, 4)), (BN, 4 * BU))
+
+
+@triton.jit
+def in_turns(words):
+    """[BN,BW] -> [BN,BW]: of sixteen words, the first of each four, then the second, and so on.
+
+    A thread has words t and t + 4 of eight as operands, so those that it has are 16 bytes of memory.
+    """
+    BN: tl.constexpr = words.shape[0]
+    BW: tl.constexpr = words.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(words, (BN, BW // 16, 4, 4)), (0, 1, 3, 2)), (BN, BW))
+
+
+@triton.jit
+def in_turns_columns(BW: tl.constexpr, i: tl.constexpr):
+    """Columns of the numbers that ``operands`` makes of words, the i-th of its results: [2*BW]."""
+    k = tl.arange(0, 2 * BW)
+    return 32 * (k // 32 * 4 + k // 2 % 4) + 4 * (k // 8 % 4) + k % 2 + (2 * (i % 2) + 16 * (i // 2))
+
+
+@triton.jit
+def operands(words, scale, least, MINIMA: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr):
+    """4-bit numbers of words [BN,BW]: four tensors [BN,2*BW], of columns ``in_turns_columns``."""
+    BN: tl.constexpr = words.shape[0]
+    BW: tl.constexpr = words.shape[1]
+    out = ()
+    if len(ASM) > 0:
+        found = tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r,r,r", [words, scale, least], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        for i in tl.static_range(4):
+            pair = in_turns(found[i])
+            low = (pair & 0xFFFF).to(tl.int16).to(OPERAND, bitcast=True)
+            high = (pair >> 16).to(tl.int16).to(OPERAND, bitcast=True)
+            out = out + (tl.reshape(tl.join(low, high), (BN, 2 * BW)),)
+    else:
+        words = in_turns(words)
+        scale = in_turns(scale)
+        least = in_turns(least)
+        for i in tl.static_range(4):
+            byte = words >> (16 * (i % 2) + 4 * (i // 2))
+            low = (byte & 15).to(tl.float32)
+            high = ((byte >> 8) & 15).to(tl.float32)
+            if not MINIMA:
+                low -= 8.0
+                high -= 8.0
+            pair = tl.join(low * scale + least, high * scale + least)
+            out = out + (tl.reshape(pair, (BN, 2 * BW)).to(OPERAND),)
+    return out
+
+
+@triton.jit
+def read_four_bits(w, s, m, n, first, inside, K, GROUPS: tl.constexpr, EACH: tl.constexpr, BW: tl.constexpr,
+                   MINIMA: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """Words ``first`` and following of the program's rows as ``operands``."""
+    j = first + tl.arange(0, BW)
+    here = inside[:, None] & (j < K // 8)[None, :]
+    words = tl.load(w + n.to(tl.int64)[:, None] * (K // 8) + j[None, :], mask=None if WHOLE else here,
+                    other=None if WHOLE else 0, eviction_policy="evict_first")  # fmt: skip
+    scale = for_words(read_groups(s, n, first // 4, inside, K // 32, GROUPS, EACH, BW // 4, WHOLE), OPERAND, ASM)
+    least = tl.zeros_like(scale)
+    if MINIMA:
+        least = for_words(read_groups(m, n, first // 4, inside, K // 32, GROUPS, EACH, BW // 4, WHOLE), OPERAND, ASM)
+    return operands(words, scale, least, MINIMA, ASM, OPERAND)
+
+
+@triton.jit
+def read_eight_bits(w, s, n, first, inside, K, GROUPS: tl.constexpr, EACH: tl.constexpr, BJ: tl.constexpr,
+                    FLOATING: tl.constexpr, ASM: tl.constexpr, OPERAND: tl.constexpr,
+                    WHOLE: tl.constexpr):  # fmt: skip
+    """Bytes ``first`` and following of the program's rows as operands [BN,BJ]."""
     j = first + tl.arange(0, BJ)
-    here = inside[:, None] & (j < LINE)[None, :]
-    codes = tl.load(w + n.to(tl.int64)[:, None] * LINE + j[None, :], mask=None if WHOLE else here,
+    here = inside[:, None] & (j < K)[None, :]
+    codes = tl.load(w + n.to(tl.int64)[:, None] * K + j[None, :], mask=None if WHOLE else here,
                     other=None if WHOLE else 0, eviction_policy="evict_first")  # fmt: skip
     if FLOATING and len(ASM) > 0:
-        return (tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=OPERAND.value, is_pure=True, pack=4),)
-    if BITS == 4 and len(ASM) > 0:
-        scale = read_units(s, n, first, inside, LINE, GROUPS, BJ, WHOLE).to(OPERAND)
-        if MINIMA:
-            least = read_units(m, n, first, inside, LINE, GROUPS, BJ, WHOLE).to(OPERAND)
-            return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r,r,r,r,r", [codes, scale, least],
-                                             dtype=(OPERAND.value, OPERAND.value), is_pure=True, pack=4)  # fmt: skip
-        else:
-            return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r,r,r", [codes, scale],
-                                             dtype=(OPERAND.value, OPERAND.value), is_pure=True, pack=4)  # fmt: skip
-    return widened(codes, s, m, n, first, inside, LINE, GROUPS, BJ, BITS, FLOATING, GROUPED, MINIMA, OPERAND, WHOLE)
-
-
-@triton.jit
-def widened(codes, s, m, n, first, inside, LINE, GROUPS, BJ: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr,
-            GROUPED: tl.constexpr, MINIMA: tl.constexpr, OPERAND: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """What ``read_narrow`` returns, without instructions for it."""
-    found = numbers(codes, BITS, FLOATING, MINIMA)
-    scale, least = 1.0, 0.0
-    if GROUPED:
-        scale = read_units(s, n, first, inside, LINE, GROUPS, BJ, WHOLE)
-        if MINIMA:
-            least = read_units(m, n, first, inside, LINE, GROUPS, BJ, WHOLE)
-    out = ()
-    for i in tl.static_range(len(found)):
-        wide = found[i]
-        if GROUPED:
-            wide = wide * scale + least
-        out = out + (wide.to(OPERAND),)
-    return out
+        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=OPERAND.value, is_pure=True, pack=4)
+    wide = numbers(codes, 8, FLOATING, False)[0]
+    if GROUPS > 1:
+        scale = read_groups(s, n, first // 16, inside, K // 16, GROUPS, EACH, BJ // 16, WHOLE)
+        BN: tl.constexpr = codes.shape[0]
+        wide *= tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, BJ // 16, 16)), (BN, BJ))
+    return wide.to(OPERAND)
 
 
 @triton.jit
@@ -199,23 +261,23 @@ def finish(y, bias, residual, out, n, m, M, N, HAS_BIAS: tl.constexpr, HAS_RESID
 @triton.jit
 def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, WHOLE: tl.constexpr,
-                 BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr,
-                 ASM: tl.constexpr, GATE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
-                 HAS_RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
+                 BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr,
+                 MINIMA: tl.constexpr, ASM: tl.constexpr, GATE: tl.constexpr, ACTIVATION: tl.constexpr,
+                 HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, STAGES: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
     """Rows BN of ``w·x``, or of ``act(w·x)·(v·x)`` with GATE. Grid: (rows of the matrix / BN, SPLITS).
 
     Args:
-        scales: of a narrow matrix (BITS 8 or 4), which has no GATE: its scales and minima.
+        scales: of narrow matrices (BITS 8 or 4): scales and minima of each.
     """
-    GROUPED: tl.constexpr = (GROUPS > 1) | MINIMA
     gdc_wait(OVERLAP)
     block = tl.program_id(0)
     part = tl.program_id(1)
     n = block * BN + tl.arange(0, BN)
     m = tl.arange(0, BM)
     inside = n < N
-    at = tl.where(inside, n, 0).to(tl.int64)[:, None] * K
+    line = tl.where(inside, n, 0)
+    at = line.to(tl.int64)[:, None] * K
     row = tl.where(m < M, m, 0).to(tl.int64)[:, None] * K
     width = tl.cdiv(tl.cdiv(K, SPLITS), BK) * BK
     begin = part * width
@@ -230,31 +292,49 @@ def _rows_kernel(x, w, v, scales, bias, residual, out, partial, tickets, M, N, K
             if GATE:
                 vs = read_piece(v, at, k, inside, K, WHOLE)
                 others = tl.dot(vs.to(OPERAND), xs, others)
+        elif BITS == 8:
+            ws = read_eight_bits(w, scales[0], line, start, inside, K, GROUPS, EACH, BK, FLOATING, ASM, OPERAND,
+                                 WHOLE)  # fmt: skip
+            xs = tl.trans(read_vectors(x, row, start + tl.arange(0, BK), K, WHOLE)).to(OPERAND)
+            sums = tl.dot(ws, xs, sums)
+            if GATE:
+                vs = read_eight_bits(v, scales[2], line, start, inside, K, GROUPS, EACH, BK, FLOATING, ASM, OPERAND,
+                                     WHOLE)  # fmt: skip
+                others = tl.dot(vs, xs, others)
         else:
-            BJ: tl.constexpr = BK * BITS // 8
-            first = start * BITS // 8
-            ws = read_narrow(w, scales[0], scales[1], tl.where(inside, n, 0), first, inside, K * BITS // 8, GROUPS, BJ,
-                             BITS, FLOATING, GROUPED, MINIMA, ASM, OPERAND, WHOLE)  # fmt: skip
-            j = first + tl.arange(0, BJ)
-            for i in tl.static_range(8 // BITS):
-                xs = tl.trans(read_vectors(x, row, columns(j, i, BITS), K, WHOLE)).to(OPERAND)
+            ws = read_four_bits(w, scales[0], scales[1], line, start // 8, inside, K, GROUPS, EACH, BK // 8, MINIMA,
+                                ASM, OPERAND, WHOLE)  # fmt: skip
+            if GATE:
+                vs = read_four_bits(v, scales[2], scales[3], line, start // 8, inside, K, GROUPS, EACH, BK // 8, MINIMA,
+                                    ASM, OPERAND, WHOLE)  # fmt: skip
+            for i in tl.static_range(4):
+                xs = tl.trans(read_vectors(x, row, start + in_turns_columns(BK // 8, i), K, WHOLE)).to(OPERAND)
                 sums = tl.dot(ws[i], xs, sums)
+                if GATE:
+                    others = tl.dot(vs[i], xs, others)
     gdc_launch_dependents(OVERLAP)
     last = True
     if SPLITS > 1:
         place = n[:, None].to(tl.int64) * BM + m[None, :]
         size = tl.num_programs(0).to(tl.int64) * BN * BM
         tl.store(partial + part * size + place, sums)
+        if GATE:
+            tl.store(partial + (SPLITS + part) * size + place, others)
         tl.debug_barrier()
         last = tl.atomic_add(tickets + block, 1, sem="acq_rel") == SPLITS - 1
         if last:
             tl.store(tickets + block, 0)
             sums = tl.zeros((BN, BM), tl.float32)
+            others = tl.zeros((BN, BM), tl.float32)
             for other in tl.static_range(SPLITS):
                 sums += tl.load(partial + other * size + place, cache_modifier=".cg")
+                if GATE:
+                    others += tl.load(partial + (SPLITS + other) * size + place, cache_modifier=".cg")
     if last:
-        if BITS < 16 and not GROUPED:
+        if BITS == 8 and GROUPS == 1:
             sums *= tl.load(scales[0] + n, mask=inside, other=0.0)[:, None]
+            if GATE:
+                others *= tl.load(scales[2] + n, mask=inside, other=0.0)[:, None]
         if GATE:
             sums = activate(sums, ACTIVATION) * others
         finish(sums, bias, residual, out, n, m, M, N, HAS_BIAS, HAS_RESIDUAL)
@@ -290,38 +370,36 @@ class Products:
 
     def gate(self, x: Tensor, gate: Dense | Narrow, up: Dense | Narrow, *, activation: str) -> Tensor:
         """``act(gate·x) · (up·x)``: x [M,K], weights [N,K], of one kind and without biases -> [M,N]."""
-        if isinstance(gate, Dense) and isinstance(up, Dense):
-            return self._launch(x, gate, up.weight, None, activation)
-        return pointwise.gate(self.linear(x, gate), self.linear(x, up), activation)
+        return self._launch(x, gate, up, None, activation)
 
     def _launch(
         self,
         x: Tensor,
         layer: Dense | Narrow,
-        v: Tensor | None,
+        other: Dense | Narrow | None,
         residual: Tensor | None,
         activation: str,
     ) -> Tensor:
         w, scales, form = _operands(layer, x.dtype)
-        bias = layer.bias
+        v, more, _ = (w, (), None) if other is None else _operands(other, x.dtype)
+        bias, matrices = layer.bias, 1 if other is None else 2
         vectors, width = x.shape
         rows = len(w)
         padded = max(16, triton.next_power_of_2(vectors))
-        tile = self.tiles.get(("linear" if v is None else "gate", padded, rows, width))
-        tile = tile or choose_tile(padded, 1 if v is None else 2, rows, width, narrow=isinstance(layer, Narrow))
-        assert tile.splits == 1 or v is None, "the sums of a gate are not divided"
+        tile = self.tiles.get(("linear" if other is None else "gate", padded, rows, width))
+        tile = tile or choose_tile(padded, matrices, rows, width, narrow=isinstance(layer, Narrow))
         blocks = triton.cdiv(rows, tile.rows)
         out = x.new_empty(vectors, rows)
         partial = tickets = out
         if tile.splits > 1:
-            partial = x.new_empty(tile.splits * blocks * tile.rows * padded, dtype=torch.float32)
+            partial = x.new_empty(matrices * tile.splits * blocks * tile.rows * padded, dtype=torch.float32)
             tickets = self._counters(blocks, x.device)
         _rows_kernel[(blocks, tile.splits)](
-            x, w, w if v is None else v, scales, w if bias is None else bias, x if residual is None else residual, out,
+            x, w, v, scales + more, w if bias is None else bias, x if residual is None else residual, out,
             partial, tickets, vectors, rows, width,
             BM=padded, BN=tile.rows, BK=tile.width, SPLITS=tile.splits,
             WHOLE=rows % tile.rows == 0 and width % (tile.width * tile.splits) == 0, **form,
-            GATE=v is not None, ACTIVATION=activation, HAS_BIAS=bias is not None,
+            GATE=other is not None, ACTIVATION=activation, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None, OPERAND=operand(x.dtype), STAGES=tile.stages,
             OVERLAP=self.overlap, launch_pdl=self.overlap, num_warps=tile.warps,
         )  # fmt: skip
@@ -337,10 +415,12 @@ class Products:
 def _operands(layer: Dense | Narrow, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...], dict[str, object]]:
     """The numbers of a matrix [N,…], scales and minima of narrow ones, and the constants that say what they are."""
     if isinstance(layer, Dense):
-        return layer.weight, (), {"BITS": 16, "FLOATING": True, "GROUPS": 1, "MINIMA": False, "ASM": ""}
+        return layer.weight, (), {"BITS": 16, "FLOATING": True, "GROUPS": 1, "EACH": 1, "MINIMA": False, "ASM": ""}
     codes, scale, minimum, _ = layer
     by_hand = not triton.knobs.runtime.interpret and (layer.floating or layer.bits == 4)
     asm = instructions(layer.floating, minimum is not None, dtype == torch.float16) if by_hand else ""
-    form = {"FLOATING": layer.floating, "GROUPS": scale.shape[1], "MINIMA": minimum is not None, "ASM": asm}
-    numbers = codes.view(torch.int8) if layer.floating else codes
+    units = codes.shape[1] // 16
+    form = {"FLOATING": layer.floating, "GROUPS": scale.shape[1], "EACH": units // scale.shape[1]}
+    form |= {"MINIMA": minimum is not None, "ASM": asm}
+    numbers = codes.view(torch.int32) if layer.bits == 4 else codes.view(torch.int8)
     return numbers, (scale, scale if minimum is None else minimum), {"BITS": layer.bits, **form}

@@ -12,7 +12,8 @@ largest of them, as high and low bytes, and an instruction multiplies four bytes
 
 exactly in int32. Scales and minima are applied once for a unit, in float32. e4m3 numbers become pairs of float16 by a
 shift and meet x as pairs of float16; the sums of a unit are float16, too. No number changes threads before the last
-sum. Programs stay and take one block of rows after another, of which the next is on its way: x is prepared once.
+sum. Programs stay and take one block of rows after another, of which the next is on its way: x is prepared once. Blocks
+further ahead are on their way to the cache of the device, also while a program waits for its predecessor.
 
 Several vectors are further programs, which find the weights in the cache of the device; ``few_rows`` multiplies vectors
 of 16 bits together. The reference is ``ops.narrow_linear``.
@@ -49,18 +50,57 @@ class Tile:
         rows: of each matrix, at a time; a power of two.
         units: of a row that threads share; a power of two.
         programs: on a processor; together they take one block of rows after another.
+        ahead: blocks on their way to the cache of the device, beyond those on their way to registers.
+        lead: blocks that are left when the next kernel is launched.
     """
 
     rows: int
     units: int
     warps: int
     programs: int
+    ahead: int = 0
+    lead: int = 1
 
 
-def choose_tile(matrices: int, units: int) -> Tile:
-    """For some matrices with so many units in a row: as many programs as their registers let run at the same time."""
-    width = min(512, triton.next_power_of_2(units))
-    return Tile(rows=4 // matrices, units=width, warps=max(4, width // 32), programs=4 if width <= 256 else 1)
+def choose_tile(bits: int, matrices: int, units: int) -> Tile:
+    """For some matrices of numbers of so many bits, with so many units in a row.
+
+    Whole rows, or half of those that would leave no registers for a second block; as many programs as their registers
+    let run at the same time. Only numbers of 4 bits, whose blocks are short, gain by what is fetched further ahead.
+    """
+    width = triton.next_power_of_2(units)
+    if matrices == 2:
+        return Tile(rows=2, units=min(128, width), warps=4, programs=4)
+    ahead = 4 if bits == 4 else 0
+    if units <= 256:
+        return Tile(rows=2, units=width, warps=max(4, width // 32), programs=5 if width <= 128 else 4, ahead=ahead)
+    width = min(512, width // 2)
+    return Tile(rows=2, units=width, warps=width // 32, programs=1, ahead=ahead, lead=4 if ahead else 1)
+
+
+@triton.jit
+def prefetch(p, size, here):
+    """Let the cache of the device fetch so many bytes from p on, both multiples of 16, if here; one thread does."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $2; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
+        "=r,l,r,r", [p.to(tl.int64), here.to(tl.int32), size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def prefetch_block(w, s, m, block, N: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, MINIMA: tl.constexpr,
+                   BN: tl.constexpr):  # fmt: skip
+    """Let the cache of the device fetch a block of rows of each matrix, and what belongs to them."""
+    here = (block + 1) * BN <= N
+    first = (block * BN).to(tl.int64)
+    SCALES: tl.constexpr = BN * GROUPS * 2
+    for i in tl.static_range(len(w)):
+        prefetch(w[i] + first * (UNITS * 4), tl.full((), BN * UNITS * 16, tl.int32), here)
+        if (GROUPS > 1) & (SCALES % 16 == 0):
+            prefetch(s[i] + first * GROUPS, tl.full((), SCALES, tl.int32), here)
+            if MINIMA:
+                prefetch(m[i] + first * GROUPS, tl.full((), SCALES, tl.int32), here)
 
 
 @triton.jit
@@ -174,13 +214,11 @@ def planes(v, inverse):
 def multiply(words, high, low, SIGNED: tl.constexpr, ASM: tl.constexpr):
     """``Σ q·x/step`` of the bytes of some words, int32 [BN,NU]."""
     zero = tl.zeros(words[0].shape, tl.int32)
-    total = zero
+    upper, lower = zero, zero
     for i in tl.static_range(len(words)):
-        total = dot_bytes(words[i], high[i][None, :] + zero, total, SIGNED, True, ASM)
-    total = total << 8
-    for i in tl.static_range(len(words)):
-        total = dot_bytes(words[i], low[i][None, :] + zero, total, SIGNED, False, ASM)
-    return total
+        upper = dot_bytes(words[i], high[i][None, :] + zero, upper, SIGNED, True, ASM)
+        lower = dot_bytes(words[i], low[i][None, :] + zero, lower, SIGNED, False, ASM)
+    return (upper << 8) + lower
 
 
 @triton.jit
@@ -288,21 +326,20 @@ def read_whole_vector(x, g, eps, K: tl.constexpr, UNITS: tl.constexpr, NU: tl.co
 
 
 @triton.jit
-def products(pieces, vector, factor, s, first, N: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
+def products(pieces, vector, factor, s, rows, N: tl.constexpr, GROUPS: tl.constexpr, BN: tl.constexpr,
              NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, MINIMA: tl.constexpr,
              ASM: tl.constexpr):  # fmt: skip
     """A block of rows of ``w[i]·norm(x)`` for every matrix i: a tuple of float32 [BN]."""
     GROUPED: tl.constexpr = (GROUPS > 1) | MINIMA
-    rows = first + tl.arange(0, BN)
+    factors = ()
+    for i in tl.static_range(len(s)):  # before the products, which take as long as the reads
+        factors = factors + (factor if GROUPED else factor * tl.load(s[i] + rows, mask=rows < N, other=0.0),)
     out = ()
     for i in tl.static_range(len(s)):
         sums = tl.zeros((BN, NU), tl.float32)
         for piece in tl.static_range(len(vector)):
             sums = add_units(sums, pieces[piece * len(s) + i], vector[piece], BITS, FLOATING, GROUPED, MINIMA, ASM)
-        y = tl.sum(sums, axis=1) * factor
-        if not GROUPED:
-            y *= tl.load(s[i] + rows, mask=rows < N, other=0.0)
-        out = out + (y,)
+        out = out + (tl.sum(sums, axis=1) * factors[i],)
     return out
 
 
@@ -310,23 +347,31 @@ def products(pieces, vector, factor, s, first, N: tl.constexpr, GROUPS: tl.const
 def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
                    NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
                    MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
-                   HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                   HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, AHEAD: tl.constexpr, LEAD: tl.constexpr,
+                   OVERLAP: tl.constexpr):  # fmt: skip
     UNITS: tl.constexpr = K * BITS // 128
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
     pieces = read_block((w,), (s,), (m,), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
+    if HAS_NORM and AHEAD > 0:
+        prefetch(g, tl.full((), K * (g.dtype.element_ty.primitive_bitwidth // 8), tl.int32), tl.program_id(1) == 0)
+    for i in tl.static_range(AHEAD):
+        prefetch_block((w,), (s,), (m,), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN)
     gdc_wait(OVERLAP)
     vector, factor = read_whole_vector(x + r * K, g, eps, K, UNITS, NU, BITS, FLOATING, HAS_NORM, EPS_INSIDE)
     for block in range(tl.program_id(1), BLOCKS, tl.num_programs(1)):
         following = read_block((w,), (s,), (m,), block + tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN, NU)
-        if block + tl.num_programs(1) >= BLOCKS:
+        if AHEAD > 0:
+            prefetch_block((w,), (s,), (m,), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN)
+        if block + LEAD * tl.num_programs(1) >= BLOCKS:
             gdc_launch_dependents(OVERLAP)
-        y = products(pieces, vector, factor, (s,), block * BN, N, GROUPS, BN, NU, BITS, FLOATING, MINIMA, ASM)[0]
         rows = block * BN + tl.arange(0, BN)
+        more = tl.zeros((BN,), tl.float32)
         if HAS_BIAS:
-            y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+            more += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
-            y += tl.load(residual + r * N + rows, mask=rows < N, other=0.0).to(tl.float32)
+            more += tl.load(residual + r * N + rows, mask=rows < N, other=0.0).to(tl.float32)
+        y = more + products(pieces, vector, factor, (s,), rows, N, GROUPS, BN, NU, BITS, FLOATING, MINIMA, ASM)[0]
         tl.store(out + r * N + rows, y.to(out.dtype.element_ty), mask=rows < N)
         pieces = following
 
@@ -335,19 +380,29 @@ def _linear_kernel(x, g, w, s, m, bias, residual, out, eps, N: tl.constexpr, K: 
 def _gate_kernel(x, g, w, s, m, w2, s2, m2, out, eps, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr,
                  NU: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr, GROUPS: tl.constexpr,
                  MINIMA: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, ASM: tl.constexpr,
-                 ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, LEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     UNITS: tl.constexpr = K * BITS // 128
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     r = tl.program_id(0)
     pieces = read_block((w, w2), (s, s2), (m, m2), tl.program_id(1), N, UNITS, GROUPS, MINIMA, BN, NU)
+    if HAS_NORM and AHEAD > 0:
+        prefetch(g, tl.full((), K * (g.dtype.element_ty.primitive_bitwidth // 8), tl.int32), tl.program_id(1) == 0)
+    for i in tl.static_range(AHEAD):
+        prefetch_block(
+            (w, w2), (s, s2), (m, m2), tl.program_id(1) + (i + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN
+        )
     gdc_wait(OVERLAP)
     vector, factor = read_whole_vector(x + r * K, g, eps, K, UNITS, NU, BITS, FLOATING, HAS_NORM, EPS_INSIDE)
     for block in range(tl.program_id(1), BLOCKS, tl.num_programs(1)):
         following = read_block((w, w2), (s, s2), (m, m2), block + tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN, NU)
-        if block + tl.num_programs(1) >= BLOCKS:
+        if AHEAD > 0:
+            prefetch_block(
+                (w, w2), (s, s2), (m, m2), block + (AHEAD + 1) * tl.num_programs(1), N, UNITS, GROUPS, MINIMA, BN
+            )
+        if block + LEAD * tl.num_programs(1) >= BLOCKS:
             gdc_launch_dependents(OVERLAP)
-        a, b = products(pieces, vector, factor, (s, s2), block * BN, N, GROUPS, BN, NU, BITS, FLOATING, MINIMA, ASM)
         rows = block * BN + tl.arange(0, BN)
+        a, b = products(pieces, vector, factor, (s, s2), rows, N, GROUPS, BN, NU, BITS, FLOATING, MINIMA, ASM)
         tl.store(out + r * N + rows, (activate(a, ACTIVATION) * b).to(out.dtype.element_ty), mask=rows < N)
         pieces = following
 
@@ -363,12 +418,12 @@ def linear(
 ) -> Tensor:
     """``residual + weight·norm(x) + bias``: x [R,D] -> [R,E]."""
     out = x.new_empty(len(x), layer.shape[0])
-    tile, options = _options(layer, 1, norm, tile)
+    tile, options = _options(1, norm, tile, overlap, layer)
     _linear_kernel[_grid(out, tile)](
         x, x if norm is None else norm.weight, *_matrix(layer), x if layer.bias is None else layer.bias,
         x if residual is None else residual, out, 0.0 if norm is None else norm.eps, **options,
-        HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None, OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=tile.warps,
+        HAS_BIAS=layer.bias is not None, HAS_RESIDUAL=residual is not None,
+        launch_pdl=overlap, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -385,10 +440,10 @@ def gate(
 ) -> Tensor:
     """``act(gate·norm(x)) · (up·norm(x))``: x [R,D] -> [R,E]; both matrices of one scheme and shape."""
     out = x.new_empty(len(x), gate.shape[0])
-    tile, options = _options(gate, 2, norm, tile)
+    tile, options = _options(2, norm, tile, overlap, gate, up)
     _gate_kernel[_grid(out, tile)](
         x, x if norm is None else norm.weight, *_matrix(gate), *_matrix(up), out, 0.0 if norm is None else norm.eps,
-        **options, ACTIVATION=activation, OVERLAP=overlap, launch_pdl=overlap, num_warps=tile.warps,
+        **options, ACTIVATION=activation, launch_pdl=overlap, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -423,12 +478,15 @@ def processors(device: torch.device) -> int:
 
 
 def _options(
-    layer: Narrow, matrices: int, norm: RMSNormWeight | None, tile: Tile | None
+    matrices: int, norm: RMSNormWeight | None, tile: Tile | None, overlap: bool, *layers: Narrow
 ) -> tuple[Tile, dict[str, int | bool]]:
-    outputs, inputs = layer.shape
-    tile = tile or choose_tile(matrices, layer.codes.shape[1] // UNIT)
+    layer, (outputs, inputs) = layers[0], layers[0].shape
+    tile = tile or choose_tile(layer.bits, matrices, layer.codes.shape[1] // UNIT)
+    tensors = [*layers[0][:3], *layers[-1][:3], None if norm is None else norm.weight]
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
     return tile, {
         "N": outputs, "K": inputs, "BN": tile.rows, "NU": tile.units, "BITS": layer.bits, "FLOATING": layer.floating,
         "GROUPS": layer.scale.shape[1], "MINIMA": layer.minimum is not None, "HAS_NORM": norm is not None,
+        "AHEAD": tile.ahead if overlap and aligned else 0, "LEAD": tile.lead, "OVERLAP": overlap,
         "EPS_INSIDE": norm is None or norm.eps_inside_root, "ASM": not triton.knobs.runtime.interpret,
     }  # fmt: skip
