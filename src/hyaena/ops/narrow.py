@@ -100,7 +100,7 @@ def narrow_linear(x: Tensor, layer: Narrow) -> Tensor:
     elif layer.floating and takes_rowwise(x, *layer.shape):
         y = rowwise_product(x, layer.codes, layer.scale)
     else:
-        y = _few_rows(x, layer)
+        y = _unwidened_product(x, layer)
         y = _product(x, layer) if y is None else y
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
@@ -112,16 +112,18 @@ def _tiles(layer: Narrow) -> Iterator[slice]:
         yield slice(start, min(start + step, outputs))
 
 
-def _few_rows(x: Tensor, layer: Narrow) -> Tensor | None:
-    """The product without bias by a kernel that reads the weight narrow, where there is one for x.
+def _unwidened_product(x: Tensor, layer: Narrow) -> Tensor | None:
+    """The product without bias by a kernel for CPUs that reads the weight narrow, where there is one for x.
 
-    It rounds x to 16 bits of a block, which is finer than any 16-bit dtype, but not than float32.
+    That for few rows rounds x to 16 bits of a block, which is finer than any 16-bit dtype, but not than float32.
     """
     if x.dtype == torch.float32 or not _compiled(x):
         return None
     from hyaena.ops.cpu.operators import few_rows
+    from hyaena.ops.cpu.tiles import many_rows
 
-    return few_rows(x, layer)
+    y = many_rows(x, layer)
+    return few_rows(x, layer) if y is None else y
 
 
 def _compiled(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -19,7 +20,7 @@ from hyaena.ops.cpu import team
 from hyaena.ops.cpu.matrices import form_of
 from hyaena.ops.cpu.memory import STAMP, TOKENS, function, kernel, take, word
 from hyaena.ops.cpu.narrow import COLUMNS, FORMS
-from hyaena.ops.cpu.vectors import BYTE, FLOAT, HALF, INT32, INT64, constant, fma, loop, read, rounded, spread
+from hyaena.ops.cpu.vectors import BYTE, FLOAT, HALF, INT32, INT64, constant, fma, loop, read, rounded, spread, stored
 from hyaena.ops.narrow import Narrow
 
 GRAIN = 1 << 15
@@ -29,51 +30,69 @@ GRAIN = 1 << 15
 ROWS, WIDTH, STEP, CODES, SCALES, MINIMA, TARGET = range(1, 8)
 
 
+def wide_block(
+    builder: ir.IRBuilder,
+    form: types.Type,
+    row: ir.Value,
+    block: ir.Value,
+    blocks: ir.Value,
+    matrix: Sequence[ir.Value],
+) -> ir.Value:
+    """The ``COLUMNS`` numbers of a block of a row, of so many blocks, as float32; a NaN among them has few bits set.
+
+    Args:
+        builder: of the kernel.
+        form: the token of the weights' form.
+        row, block, blocks: which, and how many a row has.
+        matrix: addresses of codes, scales and minima; those that a form does not have are not read.
+    """
+    bits, group, has_minima = FORMS[form]
+    floats, half = HALF if group else FLOAT, COLUMNS // 2
+    kinds = BYTE, floats, floats
+    codes, scales, minima = (builder.inttoptr(a, kind.as_pointer()) for a, kind in zip(matrix, kinds, strict=True))
+    block = builder.add(builder.mul(row, blocks), block)
+
+    def of_group(address: ir.Value) -> ir.Value:
+        place = builder.udiv(block, constant(group, INT64)) if group else row
+        found = read(builder, floats, address, place, 1)
+        found = builder.fpext(found, FLOAT) if group else found
+        unordered = builder.fcmp_unordered("uno", found, found)
+        return spread(builder, builder.select(unordered, constant(math.nan, FLOAT), found), COLUMNS)
+
+    wide = ir.VectorType(INT32, COLUMNS)
+    if bits == 8:
+        place = builder.mul(block, constant(COLUMNS, INT64))
+        numbers = builder.sext(read(builder, BYTE, codes, place, COLUMNS), wide)
+    else:
+        pairs = read(builder, BYTE, codes, builder.mul(block, constant(half, INT64)), half)
+        low, high = builder.and_(pairs, constant(15, BYTE, half)), builder.lshr(pairs, constant(4, BYTE, half))
+        numbers = builder.zext(builder.shuffle_vector(low, high, ir.Constant(wide, [*range(COLUMNS)])), wide)
+        if not has_minima:
+            numbers = builder.sub(numbers, constant(8, INT32, COLUMNS))
+    values = builder.sitofp(numbers, ir.VectorType(FLOAT, COLUMNS))
+    if has_minima:
+        return fma(builder, of_group(minima), values, of_group(scales))
+    return builder.fmul(values, of_group(scales))
+
+
 @intrinsic
 def write_wide(context, token, form, row, width, codes, scales, minima, target):
     """Write a row of a narrow matrix at these addresses to that row of ``target``, in the token's dtype."""
-    bits, blocks, has_minima = FORMS[form]
-    half = COLUMNS // 2
 
     def generate(context, builder, signature, arguments):
-        _, _, row, width, *addresses = arguments
-        floats = HALF if blocks else FLOAT
-        kinds = BYTE, floats, floats, rounded(builder, token, constant(0.0, FLOAT)).type
-        codes, scales, minima, target = (
-            builder.inttoptr(address, kind.as_pointer()) for address, kind in zip(addresses, kinds, strict=True)
-        )
-        per_row = builder.udiv(width, constant(COLUMNS, INT64))
-        first = builder.mul(row, per_row)
-
-        def of_group(address: ir.Value, block: ir.Value) -> ir.Value:
-            group = builder.udiv(block, constant(blocks, INT64)) if blocks else row
-            found = read(builder, floats, address, group, 1)
-            found = builder.fpext(found, FLOAT) if blocks else found
-            unordered = builder.fcmp_unordered("uno", found, found)  # then all products are NaN, none is looked at
-            return spread(builder, builder.select(unordered, constant(math.nan, FLOAT), found), COLUMNS)
+        _, _, row, width, *matrix, target = arguments
+        blocks = builder.udiv(width, constant(COLUMNS, INT64))
+        first = builder.mul(row, width)
+        target = builder.inttoptr(target, stored(token).as_pointer())
 
         def body(block: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-            place = builder.mul(block, constant(COLUMNS, INT64))
-            if bits == 8:
-                numbers = builder.sext(read(builder, BYTE, codes, place, COLUMNS), ir.VectorType(INT32, COLUMNS))
-            else:
-                pairs = read(builder, BYTE, codes, builder.mul(block, constant(half, INT64)), half)
-                low, high = builder.and_(pairs, constant(15, BYTE, half)), builder.lshr(pairs, constant(4, BYTE, half))
-                both = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(INT32, COLUMNS), [*range(COLUMNS)]))
-                numbers = builder.zext(both, ir.VectorType(INT32, COLUMNS))
-                if not has_minima:
-                    numbers = builder.sub(numbers, constant(8, INT32, COLUMNS))
-            values = builder.sitofp(numbers, ir.VectorType(FLOAT, COLUMNS))
-            if has_minima:
-                values = fma(builder, of_group(minima, block), values, of_group(scales, block))
-            else:
-                values = builder.fmul(values, of_group(scales, block))
+            values = wide_block(builder, form, row, block, blocks, matrix)
             out = rounded(builder, token, values, ordinary=True)
-            there = builder.gep(target, [place])
+            there = builder.gep(target, [builder.add(first, builder.mul(block, constant(COLUMNS, INT64)))])
             builder.store(out, builder.bitcast(there, out.type.as_pointer()), align=2)
             return carried
 
-        loop(builder, first, builder.add(first, per_row), 1, [], body)
+        loop(builder, constant(0, INT64), blocks, 1, [], body)
         return context.get_dummy_value()
 
     integers = [types.int64] * 6
