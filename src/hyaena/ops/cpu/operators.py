@@ -26,7 +26,7 @@ from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 MOST_ROWS = 64
 """Rows up to which products are computed here; above, a matrix product of torch reuses what it reads more often."""
 
-TILED_ROWS, TILED_NARROW_ROWS = (8, 12 << 20), (16, 1 << 25)
+TILED_ROWS, TILED_NARROW_ROWS = (8, 9 << 20), (16, 1 << 25)
 """Where the processor multiplies tiles of bfloat16, torch's products win over the calls of an unrecorded step above so
 many rows and numbers of a matrix times rows; of a dense matrix, and of a narrow one, which is widened first."""
 
