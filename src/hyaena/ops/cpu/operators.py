@@ -14,7 +14,7 @@ from hyaena.ops.cpu import attention, multiplies_tiles, products, team, tokens
 from hyaena.ops.cpu import hyena as hyena_kernels
 from hyaena.ops.cpu.matrices import Matrix
 from hyaena.ops.cpu.memory import TOKENS
-from hyaena.ops.cpu.program import Program, Recorder, recording
+from hyaena.ops.cpu.program import Program, Recorder
 from hyaena.ops.hyena import HyenaState
 from hyaena.ops.kv import KVState
 from hyaena.ops.linear import Dense, Linear
@@ -177,7 +177,7 @@ class CompiledOperators(DecodeOperators):
 def few_rows(x: Tensor, layer: Narrow) -> Tensor | None:
     """``weight·x``: x [...,D] -> [...,E], without bias; None where ``CompiledOperators`` would not compute it."""
     rows = x.reshape(-1, x.shape[-1])
-    matrix = Matrix.of(layer, rows) if _multiplies(rows, None) and not recording() else None
+    matrix = Matrix.of(layer, rows) if _multiplies(rows, None) else None
     if matrix is None or len(rows) > _most_rows(x.dtype, matrix):
         return None
     y = CompiledOperators().linear(rows, layer._replace(bias=None))
