@@ -38,7 +38,7 @@ class Precision:
     """One precision on both sides.
 
     Attributes:
-        name: ours: a dtype, or a scheme of narrow weights (computed in float32).
+        name: ours: a dtype, or a scheme of narrow weights, computed in the dtype that ``dtype="auto"`` takes here.
         kind: llama.cpp's, of all its matrices.
         same: of the largest logit: how far llama.cpp may be from transformers with the same numbers. From bfloat16 on
             it rounds what goes into a product as well, to bfloat16 or to blocks of 8 bits.
@@ -57,12 +57,26 @@ class Precision:
         if self.name in ("float32", "bfloat16"):
             return models.striped(quick).to(getattr(torch, self.name))
         torch.manual_seed(0)
-        return StripedHyena(replace(models.TINY if quick else models.STRIPED, weights=self.name)).eval()
+        model = StripedHyena(replace(models.TINY if quick else models.STRIPED, weights=self.name)).eval()
+        return model.to(_automatic())
 
     def wide(self, *, quick: bool) -> tuple[str, StripedHyena]:
-        """Our model with the weights that ``dtype="auto"`` takes on this processor, and their name."""
-        dtype = torch.bfloat16 if cpu.multiplies_bfloat16() else torch.float32
-        return str(dtype).removeprefix("torch."), models.striped(quick).to(dtype)
+        """Our model with weights of the dtype that a narrow one computes in, and its name."""
+        return _name(_automatic()), models.striped(quick).to(_automatic())
+
+    @property
+    def described(self) -> str:
+        """For the name of a row."""
+        return self.name if self.name in ("float32", "bfloat16") else f"{self.name} and {_name(_automatic())}"
+
+
+def _automatic() -> torch.dtype:
+    """The dtype that ``dtype="auto"`` takes on this processor."""
+    return torch.bfloat16 if cpu.multiplies_bfloat16() else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 FLOAT32 = Precision("float32", "F32", 1e-5, (1.0, 1.1, 1.4), (1.0, 1.3))
@@ -169,7 +183,7 @@ class Pair:
         rounds = max(1, min(7, int(PATIENCE / (length * self.seconds)))) if self.seconds else 7
         seconds = take_turns(sides, rounds)
         self.seconds = sum(s.median for s in seconds.values()) / length
-        what = f"prefill of {length:,} tokens in {self.precision.name}, {models.size_of(self.model)}"
+        what = f"prefill of {length:,} tokens in {self.precision.described}, {models.size_of(self.model)}"
         rates = {name: s.map(lambda t: length / t) for name, s in seconds.items()}
         rows = [_row(what, rates, self.name, "ours / llama.cpp", target)]
         if wide:
@@ -195,7 +209,7 @@ class Pair:
             side.run()
         seconds = take_turns(sides, rounds)
         rates = {name: s.map(lambda t: steps / t) for name, s in seconds.items()}
-        what = f"decoding at context {context:,} in {self.precision.name} ({way}), {models.size_of(self.model)}"
+        what = f"decoding at context {context:,} in {self.precision.described} ({way}), {models.size_of(self.model)}"
         return [_row(what, rates, self.name, "ours / llama.cpp", target)]
 
 

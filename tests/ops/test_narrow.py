@@ -63,12 +63,49 @@ def test_the_product_is_that_of_the_widened_weight(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = round_weight(numbers(7, 128), SCHEMES[name])._replace(bias=numbers(7))
-    x = numbers(2, 5, 128).to(dtype)
+    x = numbers(2, 35, 128).to(dtype)
     expected = torch.nn.functional.linear(x, ops.widen(layer, dtype)) + layer.bias.to(dtype)  # type: ignore[union-attr]
     assert torch.equal(ops.linear(x, layer), expected)
     monkeypatch.setattr(narrow, "TILE", {"cpu": 2 * 128})
     torch.testing.assert_close(ops.linear(x, layer), expected)
     torch.testing.assert_close(ops.linear(x, layer, residual=expected), 2 * expected)
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_kernel_widens_to_the_same_numbers(name: str, dtype: torch.dtype) -> None:
+    compiled = pytest.importorskip("hyaena.ops.cpu.widen")
+    layer = round_weight(numbers(301, 384), SCHEMES[name])
+    for rows in (slice(None), slice(3, 200), slice(0, 0)):
+        found = compiled.widen(layer, dtype, rows)
+        if SCHEMES[name].floating:
+            assert found is None
+        else:
+            error = 1e-6 if dtype == torch.float32 else 0.0
+            torch.testing.assert_close(found, ops.widen(layer, dtype, rows), rtol=error, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["int8", "q8_0", "int4"])
+def test_a_kernel_keeps_what_is_not_finite(name: str) -> None:
+    compiled = pytest.importorskip("hyaena.ops.cpu.widen")
+    layer = round_weight(numbers(4, 64), SCHEMES[name])
+    layer.scale[0], layer.scale[1] = torch.inf, -torch.inf
+    layer.scale[2].view(torch.int16).fill_(-1)  # a NaN all of whose bits are set
+    torch.testing.assert_close(
+        compiled.widen(layer, torch.bfloat16, slice(None)), ops.widen(layer, torch.bfloat16), equal_nan=True
+    )
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(128,), (0, 128), (1, 128), (2, 3, 128)])
+def test_few_rows_are_the_product_of_many(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Compiled kernels round x to 16 bits of its block, and the result once."""
+    layer = round_weight(numbers(7, 128), SCHEMES[name])._replace(bias=numbers(7))
+    x = numbers(*shape).to(dtype)
+    exact = x.double() @ ops.widen(layer, torch.float64).T + layer.bias.double()  # type: ignore[union-attr]
+    error = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(ops.linear(x, layer).double(), exact, rtol=error, atol=error * 12)
 
 
 @ALL

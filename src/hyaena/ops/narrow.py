@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hyaena.ops import cpu
 from hyaena.ops.backend import use_pointwise, wants_gradients
 from hyaena.ops.fp8 import E4M3, rowwise_product, takes_rowwise
 
 BLOCK = 32
 """Columns whose 4-bit numbers share 16 bytes."""
 
-TILE = {"cpu": 1 << 22, "cuda": 1 << 26}
+TILE = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Numbers of a weight that are widened at a time: on a CPU as many as its cache holds, elsewhere a matrix of a 7B."""
 
 
@@ -99,7 +100,8 @@ def narrow_linear(x: Tensor, layer: Narrow) -> Tensor:
     elif layer.floating and takes_rowwise(x, *layer.shape):
         y = rowwise_product(x, layer.codes, layer.scale)
     else:
-        y = _product(x, layer)
+        y = _unwidened_product(x, layer)
+        y = _product(x, layer) if y is None else y
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
@@ -110,6 +112,29 @@ def _tiles(layer: Narrow) -> Iterator[slice]:
         yield slice(start, min(start + step, outputs))
 
 
+def _unwidened_product(x: Tensor, layer: Narrow) -> Tensor | None:
+    """The product without bias by a kernel for CPUs that reads the weight narrow, where there is one for x.
+
+    That for few rows rounds x to 16 bits of a block, which is finer than any 16-bit dtype, but not than float32.
+    """
+    if x.dtype == torch.float32 or not _compiled(x):
+        return None
+    from hyaena.ops.cpu.operators import few_rows
+    from hyaena.ops.cpu.program import recording
+    from hyaena.ops.cpu.tiles import many_rows
+
+    if recording():  # a program would leave these out, and not what torch computes
+        return None
+    y = many_rows(x, layer)
+    return few_rows(x, layer) if y is None else y
+
+
+def _compiled(x: Tensor) -> bool:
+    """Whether kernels for a CPU may compute with x."""
+    plain = type(x) is Tensor and x.device.type == "cpu"
+    return plain and cpu.unsupported_reason(x.dtype) is None and not torch.compiler.is_compiling()
+
+
 def _product(x: Tensor, layer: Narrow) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         parts = [torch.nn.functional.linear(x, _widened(layer, x, rows)) for rows in _tiles(layer)]
@@ -118,11 +143,17 @@ def _product(x: Tensor, layer: Narrow) -> Tensor:
 
 def _widened(layer: Narrow, x: Tensor, rows: slice) -> Tensor:
     """``widen`` for a product with x, by a kernel where there are any."""
-    if not use_pointwise("auto", x.detach()):
-        return widen(layer, x.dtype, rows)
-    from hyaena.ops.triton.widen import widen as by_kernel
+    if use_pointwise("auto", x.detach()):
+        from hyaena.ops.triton.widen import widen as by_kernel
 
-    return by_kernel(layer, x.dtype, rows)
+        return by_kernel(layer, x.dtype, rows)
+    if _compiled(x):
+        from hyaena.ops.cpu.widen import widen as by_compiled
+
+        wide = by_compiled(layer, x.dtype, rows)
+        if wide is not None:
+            return wide
+    return widen(layer, x.dtype, rows)
 
 
 class _Product(torch.autograd.Function):

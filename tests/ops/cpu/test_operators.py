@@ -33,6 +33,7 @@ from hyaena.schemes import SCHEMES
 pytest.importorskip("numba", reason="the kernels are compiled by numba")
 
 from hyaena.ops.cpu import memory, operators, team
+from hyaena.ops.cpu.matrices import Matrix
 from hyaena.ops.cpu.memory import take as memory_take
 from hyaena.ops.cpu.operators import CompiledOperators
 from hyaena.ops.cpu.reading import BLOCK, sums_of_squares
@@ -416,6 +417,33 @@ def test_a_narrow_row_has_the_same_bits_beside_others_and_on_any_threads(name: s
     together = COMPILED.linear(x, layer)
     for row in range(7):
         assert torch.equal(COMPILED.linear(x[row : row + 1], layer)[0], together[row])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_narrow_product_that_is_no_kernel_of_the_step_is_repeated_with_it(rows: int) -> None:
+    """As in a mixer of one's own: the step is then not recorded."""
+    layer, x = round_weight(torch.randn(64, 128), SCHEMES["int8"]), torch.randn(rows, 128).bfloat16()
+    _, again = CompiledOperators().record(lambda: ops.linear(x, layer))
+    x.copy_(torch.randn(rows, 128))
+    close(again(), ops.linear(x, layer), torch.bfloat16)
+
+
+def test_processors_that_multiply_tiles_leave_many_rows_of_large_matrices_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def most(dtype: torch.dtype, *shape: int, scheme: str | None = None) -> int:
+        dense = Dense(torch.zeros(*shape, dtype=dtype))
+        layer = dense if scheme is None else round_weight(torch.ones(*shape), SCHEMES[scheme])
+        matrix = Matrix.of(layer, torch.zeros(1, shape[1], dtype=dtype))
+        assert matrix is not None
+        return operators._most_rows(dtype, matrix)
+
+    monkeypatch.setattr(operators, "multiplies_tiles", lambda: True)
+    assert most(torch.bfloat16, 1024, 1024) == 9 and most(torch.bfloat16, 64, 64) == operators.MOST_ROWS
+    assert most(torch.bfloat16, 4096, 1024) == 8 and most(torch.bfloat16, 1024, 1024, scheme="q8_0") == 32
+    assert most(torch.float32, 1024, 1024) == operators.MOST_ROWS
+    monkeypatch.setattr(operators, "multiplies_tiles", lambda: False)
+    assert most(torch.bfloat16, 4096, 1024) == operators.MOST_ROWS
 
 
 def test_weights_of_8_bit_floating_point_are_widened() -> None:

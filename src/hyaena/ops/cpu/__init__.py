@@ -24,8 +24,18 @@ def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16 numbers, which torch uses: AMX, AVX-512 BF16,
     or those of ARM. Others widen every number first, which makes prefill slower than in float32.
     """
+    return _has("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+
+
+@functools.cache
+def multiplies_tiles() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 numbers (AMX), which torch's products use."""
+    return _has("amx_bf16")
+
+
+def _has(*names: str) -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    return any(capabilities.get(name, False) for name in names)
 
 
 @functools.cache

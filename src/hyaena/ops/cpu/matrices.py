@@ -37,7 +37,7 @@ class Matrix(NamedTuple):
                 return None
             outputs, width = weight.shape
             return cls(TOKENS[weight.dtype], outputs, width, width * weight.element_size(), (weight.data_ptr(), 0, 0))
-        form = _form(layer) if isinstance(layer, Narrow) else None
+        form = form_of(layer) if isinstance(layer, Narrow) else None
         if form is None or not isinstance(layer, Narrow):
             return None
         codes, scale, minimum = layer.codes, layer.scale, layer.minimum
@@ -47,8 +47,8 @@ class Matrix(NamedTuple):
         return cls(form, *layer.shape, codes.shape[1], addresses)
 
 
-def _form(layer: Narrow) -> Any:
-    """The token of the form of narrow weights, or None."""
+def form_of(layer: Narrow) -> Any:
+    """The token of the form of narrow weights; None where kernels do not take them."""
     width, groups = layer.shape[1], layer.scale.shape[1]
     if layer.floating or width % narrow.COLUMNS or layer.scale.dtype not in (torch.float32, torch.float16):
         return None

@@ -20,6 +20,7 @@ from numba import cfunc, njit, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
+from hyaena.ops.cpu.vectors import rounded
 from hyaena.ops.slots import SCALE_BYTES
 
 FLOAT32, BFLOAT16, FLOAT16, INT8 = np.float32(0), np.uint16(0), np.int16(0), np.int8(0)
@@ -86,21 +87,11 @@ def store(context, token, address, index, value):
 
     def generate(generator, builder, signature, arguments):
         _, address, index, value = arguments
-        if token == types.float32:
-            builder.store(value, _place(builder, address, index, _FLOAT), align=4)
-        elif token == types.uint16:
-            bits = builder.bitcast(value, _INT32)
-            half = builder.and_(builder.lshr(bits, ir.Constant(_INT32, 16)), ir.Constant(_INT32, 1))
-            rounded = builder.add(bits, builder.add(half, ir.Constant(_INT32, 0x7FFF)))
-            # a NaN keeps its sign and becomes quiet: adding could carry it to infinity
-            nan = builder.or_(bits, ir.Constant(_INT32, 0x400000))
-            bits = builder.select(builder.fcmp_unordered("uno", value, value), nan, rounded)
-            upper = builder.trunc(builder.lshr(bits, ir.Constant(_INT32, 16)), _INT16)
-            builder.store(upper, _place(builder, address, index, _INT16), align=2)
-        elif token == types.int8:
+        if token == types.int8:
             builder.store(builder.fptosi(value, _INT8), _place(builder, address, index, _INT8), align=1)
         else:
-            builder.store(builder.fptrunc(value, _HALF), _place(builder, address, index, _HALF), align=2)
+            number = rounded(builder, token, value)
+            builder.store(number, _place(builder, address, index, number.type), align=2)
         return generator.get_dummy_value()
 
     return types.void(token, types.int64, types.int64, types.float32), generate

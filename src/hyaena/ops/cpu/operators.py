@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hyaena.ops.cpu import attention, products, team, tokens
+from hyaena.ops.cpu import attention, multiplies_tiles, products, team, tokens
 from hyaena.ops.cpu import hyena as hyena_kernels
 from hyaena.ops.cpu.matrices import Matrix
 from hyaena.ops.cpu.memory import SLOT_TOKENS, TOKENS
@@ -26,6 +26,10 @@ from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 MOST_ROWS = 64
 """Rows up to which products are computed here; above, a matrix product of torch reuses what it reads more often."""
 
+TILED_ROWS, TILED_NARROW_ROWS = (8, 9 << 20), (16, 1 << 25)
+"""Where the processor multiplies tiles of bfloat16, torch's products win over the calls of an unrecorded step above so
+many rows and numbers of a matrix times rows; of a dense matrix, and of a narrow one, which is widened first."""
+
 GRAIN = 1 << 14
 """Numbers for which a thread is worth waking, above all where other processes want the cores."""
 
@@ -34,7 +38,7 @@ class CompiledOperators(DecodeOperators):
     """Every weight and every valid slot is read once, at the bandwidth of memory, by torch's own threads.
 
     The numbers of a row do not depend on other rows, nor on the number of threads. Layers that are not plain weights,
-    other dtypes, other kinds of filters, and products of more than ``MOST_ROWS`` rows, are computed by the plain
+    other dtypes, other kinds of filters, and products of more rows than ``_most_rows``, are computed by the plain
     operators.
     """
 
@@ -81,7 +85,7 @@ class CompiledOperators(DecodeOperators):
         if not isinstance(layer, Dense | Narrow) or not _multiplies(x, norm, layer.bias, residual):
             return super().linear(x, layer, norm=norm, residual=residual)
         matrix = Matrix.of(layer, x)
-        if matrix is None:
+        if matrix is None or len(x) > _most_rows(x.dtype, matrix):
             return super().linear(x, layer, norm=norm, residual=residual)
         y = x.new_empty(x.shape[0], matrix.outputs)
         bias, residual_ = (0 if t is None else t.data_ptr() for t in (layer.bias, residual))
@@ -92,7 +96,7 @@ class CompiledOperators(DecodeOperators):
     def gate(self, x: Tensor, gate: Linear, up: Linear, *, norm: Norm | None = None, activation: str) -> Tensor:
         known = isinstance(gate, Dense | Narrow) and isinstance(up, Dense | Narrow) and gate.bias is up.bias is None
         first, second = (Matrix.of(gate, x), Matrix.of(up, x)) if known and _multiplies(x, norm) else (None, None)
-        if first is None or second is None or first[:-1] != second[:-1]:
+        if first is None or second is None or first[:-1] != second[:-1] or len(x) > _most_rows(x.dtype, first):
             return super().gate(x, gate, up, norm=norm, activation=activation)
         y = x.new_empty(x.shape[0], first.outputs)
         words = (*_product(x, first, norm), y.data_ptr(), *first.addresses, *second.addresses)
@@ -170,6 +174,16 @@ class CompiledOperators(DecodeOperators):
         team.run(kernel.address, arguments, _threads(work))
 
 
+def few_rows(x: Tensor, layer: Narrow) -> Tensor | None:
+    """``weight·x``: x [...,D] -> [...,E], without bias; None where ``CompiledOperators`` would not compute it."""
+    rows = x.reshape(-1, x.shape[-1])
+    matrix = Matrix.of(layer, rows) if _multiplies(rows, None) else None
+    if matrix is None or len(rows) > _most_rows(x.dtype, matrix):
+        return None
+    y = CompiledOperators().linear(rows, layer._replace(bias=None))
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
 def _threads(work: int) -> int:
     """As many threads as have ``GRAIN`` of so many numbers, torch's at most."""
     return min(torch.get_num_threads(), max(1, work // GRAIN))
@@ -177,8 +191,15 @@ def _threads(work: int) -> int:
 
 def _multiplies(x: Tensor, norm: Norm | None, *others: Tensor | None) -> bool:
     """Whether the kernels of products take x, a norm, and what is added."""
-    few = len(x) <= MOST_ROWS and isinstance(norm, RMSNormWeight | None)
-    return few and _alike(x, *others, None if norm is None else norm.weight)
+    return isinstance(norm, RMSNormWeight | None) and _alike(x, *others, None if norm is None else norm.weight)
+
+
+def _most_rows(dtype: torch.dtype, matrix: Matrix) -> int:
+    """Rows up to which the kernels multiply with a matrix: a choice of speed, measured with whole steps."""
+    if dtype != torch.bfloat16 or not multiplies_tiles():
+        return MOST_ROWS
+    rows, work = TILED_ROWS if matrix.form is TOKENS[dtype] else TILED_NARROW_ROWS
+    return min(MOST_ROWS, max(rows, work // (matrix.outputs * matrix.width)))
 
 
 def _alike(x: Tensor, *others: Tensor | None) -> bool:

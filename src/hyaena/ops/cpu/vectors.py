@@ -60,6 +60,28 @@ def read_wide(builder: ir.IRBuilder, token: types.Type, address: ir.Value, index
     return builder.sitofp(found, floats) if token == types.int8 else builder.fpext(found, floats)
 
 
+def rounded(builder: ir.IRBuilder, token: types.Type, value: ir.Value, *, ordinary: bool = False) -> ir.Value:
+    """float32 numbers as they are stored for a token: rounded to the nearest number, to the even one of two.
+
+    ``ordinary`` says that no NaN is among them but those that arithmetic makes, which need no care.
+    """
+    lanes = value.type.count if isinstance(value.type, ir.VectorType) else 1
+    if token == types.float32:
+        return value
+    if token == types.int16:
+        return builder.fptrunc(value, vector(HALF, lanes))
+    bits = builder.bitcast(value, vector(INT32, lanes))
+    upper = builder.lshr(bits, constant(16, INT32, lanes))
+    odd = builder.and_(upper, constant(1, INT32, lanes))
+    nearest = builder.add(bits, builder.add(odd, constant(0x7FFF, INT32, lanes)))
+    if not ordinary:  # a NaN keeps its sign and becomes quiet: adding could carry it to infinity
+        nan = builder.or_(bits, constant(0x400000, INT32, lanes))
+        nearest = builder.select(builder.fcmp_unordered("uno", value, value), nan, nearest)
+    if lanes == 1:
+        return builder.trunc(builder.lshr(nearest, constant(16, INT32)), INT16)
+    return pick(builder, builder.bitcast(nearest, vector(INT16, 2 * lanes)), range(1, 2 * lanes, 2))
+
+
 def spread(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     """A scalar in every place of a register."""
     one = builder.insert_element(ir.Constant(vector(value.type, lanes), ir.Undefined), value, constant(0, INT32))
