@@ -21,11 +21,11 @@ def test_tokens_of_a_turn_arrive_in_order_and_wake_the_loop_once() -> None:
             return wake(*args, **kwargs)
 
         loop.call_soon_threadsafe = counted  # pyright: ignore[reportAttributeAccessIssue]
-        turn = threading.Thread(target=lambda: [mailbox.put(loop, queues[i % 3], i) for i in range(30)])
+        turn = threading.Thread(target=lambda: [mailbox.put(loop, queues[i % 3].put_nowait, i) for i in range(30)])
         turn.start()
         turn.join()  # the loop waits here, as it does for the interpreter's lock
         found = [[await queue.get() for _ in range(10)] for queue in queues]
-        mailbox.put(loop, queues[0], 30)
+        mailbox.put(loop, queues[0].put_nowait, 30)
         found[0].append(await asyncio.wait_for(queues[0].get(), 5))
         return found, woken
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ Life = tuple[Key, int]
 Rows = EagerDecoder[Life] | PipelinedDecoder[Life] | IsolatedDecoder[Life]
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """A token that was chosen for a request.
 
     Attributes:
@@ -95,7 +93,7 @@ class Runner:
 
         Args:
             plan: of the scheduler.
-            rows: of all requests in the plan and among those that are decoded.
+            rows: of the requests whose prompts are read.
             top: how many of the most probable tokens to report.
 
         Returns:
@@ -268,7 +266,7 @@ def _make_rows(model: StripedHyena, max_rows: int, decoding: Decoding, isolated:
 
 
 def _unpack(output: StepOutput) -> list[Chosen]:
-    return [Chosen(*row) for row in zip(output.tokens, output.logprobs, output.top, output.finite, strict=True)]
+    return list(map(Chosen, output.tokens, output.logprobs, output.top, output.finite))
 
 
 def _state_snapshot(cache: Cache, saved: Mapping[int, Any], length: int) -> StateSnapshot:
