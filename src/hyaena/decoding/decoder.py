@@ -110,7 +110,7 @@ class Decoder:
         self.retired: set[int] = set()
         self.cuda_graph = cuda_graph
         self.graphs: dict[Shape, Graph] = {}
-        self.steps: dict[int, Callable[[], Tensor]] = {}  # by places, as operators recorded them
+        self.steps: dict[tuple[int, bool], Callable[[], Tensor]] = {}  # by places and greedy, as operators recorded them
         self.pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     @property
@@ -163,20 +163,19 @@ class Decoder:
         Raises:
             CapacityError: a row that is not retired has reached its limit; nothing was started.
         """
-        for row, length in enumerate(self.static.lengths):
-            if length >= self.static.room(row) and row not in self.retired:
+        for row, (length, room) in enumerate(zip(self.static.lengths, self.static.rooms, strict=True)):
+            if length >= room and row not in self.retired:
                 raise CapacityError(self._full(row))
         if not self.rows:
             raise InputError("the decoder has no rows: add some")
         self.static.upload_pages()
         if self.model.device.type != "cuda":
             self.sampler.prepare()
-            self.pending.append((self._step(self._shape()), None))
+            self.pending.append((self._step(self._shape()).clone(), None))  # the next step may write to the same memory
         else:
             with torch.cuda.device(self.model.device):  # graphs and kernels go to the current one
                 self.pending.append(self._launch())
-        pairs = zip(self.static.lengths, self.static.limits, strict=True)
-        self.static.lengths = [min(length + 1, limit) for length, limit in pairs]
+        self.static.lengths = list(map(min, [length + 1 for length in self.static.lengths], self.static.limits))
 
     def _full(self, row: int) -> str:
         length, limit, pages = self.static.lengths[row], self.static.limits[row], self.static.pages[row]
@@ -285,12 +284,17 @@ class Decoder:
             raise AssertionError("rows join and leave between steps only: fetch what was launched")
 
     def _step(self, shape: Shape) -> Tensor:
-        places = shape.places
-        if places in self.steps:
-            logits = self.steps[places]()
+        places, ids, greedy = shape.places, self.ids[: shape.places], self.sampler.greedy
+
+        def take() -> Tensor:
+            logits = self._logits(places)
+            return self.operators.argmax(logits, ids) if greedy else logits  # an operator, recorded with the others
+
+        if (places, greedy) in self.steps:
+            result = self.steps[places, greedy]()
         else:
-            logits, self.steps[places] = self.operators.record(lambda: self._logits(places))
-        return self.sampler.sample(logits, self.ids[:places], self.operators)
+            result, self.steps[places, greedy] = self.operators.record(take)
+        return result if greedy else self.sampler.sample(result, ids, self.operators)
 
     def _logits(self, places: int) -> Tensor:
         static = self.static

@@ -61,7 +61,7 @@ class Metrics:
         self.registry.register(self.first_token)
         self.registry.register(self.next_token)
         self.latency = make(Histogram, "e2e_request_latency_seconds", "From arrival to the end.", buckets=_LONG)
-        self._seen_preemptions = 0
+        self._load = (0, 0, 0, 0, 0)  # as it was recorded: requests, pages, snapshots, pre-emptions
 
     def tokens(self, count: int, seconds: float, *, first: bool, adapter: str = "") -> None:
         """Count tokens of so many requests that came so long after the request, or after the token before each."""
@@ -79,17 +79,20 @@ class Metrics:
         self.latency.labels(model).observe(seconds)
 
     def observe_load(self, engine: Engine) -> None:
-        """Record what the engine holds at this moment."""
+        """Record what the engine holds at this moment, where that has changed."""
         scheduler, pages = engine.scheduler, engine.scheduler.pages
-        used = pages.count - pages.free
+        used, snapshots, preemptions = pages.count - pages.free, scheduler.prefix.snapshots, scheduler.preemptions
+        load = (scheduler.running, scheduler.waiting, used, snapshots, preemptions)
+        if load == self._load:
+            return
         self.running.set(scheduler.running)
         self.waiting.set(scheduler.waiting)
         self.kv_usage.set(used / pages.count)
         self.kv_bytes.set(used * engine.runner.pool.page_bytes)
         self.state_bytes.set(scheduler.running * engine.state_bytes)
-        self.snapshot_bytes.set(scheduler.prefix.snapshots * engine.state_bytes)
-        self.preemptions.inc(scheduler.preemptions - self._seen_preemptions)
-        self._seen_preemptions = scheduler.preemptions
+        self.snapshot_bytes.set(snapshots * engine.state_bytes)
+        self.preemptions.inc(preemptions - self._load[-1])
+        self._load = load
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
