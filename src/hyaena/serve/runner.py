@@ -124,7 +124,7 @@ class Runner:
     def prepare(self) -> None:
         """Make ready what the next request needs, while nobody waits for a token."""
         for lane in self._lanes.values():
-            lane.prepare_row()
+            lane.prepare()
 
     def close(self) -> None:
         """Wait for the device."""
@@ -159,10 +159,12 @@ class Lane:
         self._lives: dict[Key, Life] = {}  # the decoder's key of a row; a row that comes back has another
         self._count = itertools.count()
 
-    def prepare_row(self) -> None:
-        """Make the cache of the next row, which takes some milliseconds on a GPU."""
+    def prepare(self) -> None:
+        """Make the cache of the next row, which takes some milliseconds on a GPU, and what its pass needs."""
         if self._spare is None:
             self._spare = self._empty.with_pages([])
+        if self._short is not None:
+            self._short.prepare()
 
     def start(self, start: Start) -> None:
         """Set up a row."""
