@@ -111,7 +111,7 @@ class Decoder:
         self.cuda_graph = cuda_graph
         self.graphs: dict[Shape, Graph] = {}
         self.steps: dict[tuple[int, bool], Callable[[], Tensor]] = {}  # by places and greedy, as operators recorded them
-        self.pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.pending: deque[Callable[[], StepOutput]] = deque()
 
     @property
     def rows(self) -> int:
@@ -171,7 +171,8 @@ class Decoder:
         self.static.upload_pages()
         if self.model.device.type != "cuda":
             self.sampler.prepare()
-            self.pending.append((self._step(self._shape()).clone(), None))  # the next step may write to the same memory
+            output = StepOutput.unpack(self._step(self._shape()))  # the next step may write to the same memory
+            self.pending.append(lambda: output)
         else:
             with torch.cuda.device(self.model.device):  # graphs and kernels go to the current one
                 self.pending.append(self._launch())
@@ -183,7 +184,7 @@ class Decoder:
             return f"row {row} holds {length} tokens on {len(pages)} pages of {PAGE}: extend it by a page"
         return f"row {row} holds {length} of at most {limit} tokens: make its cache with a larger max_length"
 
-    def _launch(self) -> tuple[Tensor, torch.cuda.Event]:
+    def _launch(self) -> Callable[[], StepOutput]:
         self.sampler.prepare()
         shape = self._shape()
         if self.cuda_graph:
@@ -196,16 +197,18 @@ class Decoder:
         host.copy_(packed, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return host, event
+
+        def wait() -> StepOutput:
+            event.synchronize()
+            return StepOutput.unpack(host[: self.rows])
+
+        return wait
 
     def fetch(self) -> StepOutput:
         """The outputs of the oldest step that was not fetched, of the rows that are here."""
         if not self.pending:
             raise InputError("no step is to be fetched: launch one")
-        packed, event = self.pending.popleft()
-        if event is not None:
-            event.synchronize()
-        return StepOutput.unpack(packed[: self.rows])
+        return self.pending.popleft()()
 
     @torch.inference_mode()
     def retire(self, row: int) -> None:
@@ -284,17 +287,17 @@ class Decoder:
             raise AssertionError("rows join and leave between steps only: fetch what was launched")
 
     def _step(self, shape: Shape) -> Tensor:
-        places, ids, greedy = shape.places, self.ids[: shape.places], self.sampler.greedy
-
-        def take() -> Tensor:
-            logits = self._logits(places)
-            return self.operators.argmax(logits, ids) if greedy else logits  # an operator, recorded with the others
-
-        if (places, greedy) in self.steps:
-            result = self.steps[places, greedy]()
+        key = shape.places, self.sampler.greedy
+        if key in self.steps:
+            result = self.steps[key]()
         else:
-            result, self.steps[places, greedy] = self.operators.record(take)
-        return result if greedy else self.sampler.sample(result, ids, self.operators)
+            result, self.steps[key] = self.operators.record(lambda: self._take(*key))
+        return result if self.sampler.greedy else self.sampler.sample(result, self.ids[: shape.places], self.operators)
+
+    def _take(self, places: int, greedy: bool) -> Tensor:
+        """The logits of a step, or what ``sampler.sample`` returns where that is an operator like the others."""
+        logits = self._logits(places)
+        return self.operators.argmax(logits, self.ids[:places]) if greedy else logits
 
     def _logits(self, places: int) -> Tensor:
         static = self.static

@@ -43,13 +43,13 @@ class StepOutput:
     @classmethod
     def unpack(cls, packed: Tensor) -> StepOutput:
         """Read what ``pack_outputs`` returned; copies it to the host if it is not there."""
-        tokens, logprobs, finite, *rest = packed.T.tolist()
+        tokens, logprobs, finite, *rest = zip(*packed.tolist(), strict=True)
         count = len(rest) // 2
         ids = [map(int, column) for column in rest[count:]]
         columns = [zip(*pair, strict=True) for pair in zip(ids, rest[:count], strict=True)]
         return cls(
             tokens=list(map(int, tokens)),
-            logprobs=logprobs,
+            logprobs=list(logprobs),
             top=list(zip(*columns, strict=True)) if columns else [()] * len(tokens),
             finite=list(map(bool, finite)),
         )
