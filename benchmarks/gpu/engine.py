@@ -23,7 +23,7 @@ IDLE = 0.02
 FIRST_TOKEN = 1.5
 """Time to first token over the larger of the bandwidth and the FLOP bound."""
 ALONE = 8
-"""Rows of the round before the requests that end one after another, when all others have ended."""
+"""Rows of the round before the requests that end some steps after one another, when all others have ended."""
 REQUESTS = 1.3
 """Total time of all requests over the sum of the bounds of their prefill and their decoding."""
 
@@ -139,7 +139,7 @@ def time_requests(session: GpuSession, shapes: list[tuple[int, int]]) -> tuple[f
     rng, warm = random.Random(2), shapes[: session.sizes.rows + session.sizes.rows // 4]
     with running(session, max_rows=session.sizes.rows, max_waiting=len(shapes)) as made:
         # a round that compiles the kernels and captures the graphs of every number of rows: they end one by one
-        counts = [2 + i % 32 if i >= ALONE else 40 + i for i in range(len(warm))]
+        counts = [2 + i % 32 + max(0, 8 * (i + 1 + ALONE - len(warm))) for i in range(len(warm))]
         for tokens in [submit(made, prompt_of(rng, n), new) for (n, _), new in zip(warm, counts, strict=True)]:
             collect(tokens)
         began = time.perf_counter()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,6 +112,8 @@ class Decoder:
         self.cuda_graph = cuda_graph
         self.graphs: dict[Shape, Graph] = {}
         self.steps: dict[tuple[int, bool], Callable[[], Tensor]] = {}  # by places and greedy, as operators recorded them
+        # Of those, the greedy ones on a CPU by rows, and their outputs: nothing of torch is called in them.
+        self.repeated: dict[int, tuple[Callable[[], Tensor], np.ndarray[Any, Any]]] = {}
         self.pending: deque[Callable[[], StepOutput]] = deque()
 
     @property
@@ -155,8 +158,8 @@ class Decoder:
         if self.static.positions != positions:
             self.graphs.clear()  # they read the rotary table of fewer positions
             self.steps.clear()
+            self.repeated.clear()
 
-    @torch.inference_mode()
     def launch(self) -> None:
         """Start a step; on a CUDA device, without waiting for it.
 
@@ -168,15 +171,25 @@ class Decoder:
                 raise CapacityError(self._full(row))
         if not self.rows:
             raise InputError("the decoder has no rows: add some")
-        self.static.upload_pages()
-        if self.model.device.type != "cuda":
-            self.sampler.prepare()
-            output = StepOutput.unpack(self._step(self._shape()))  # the next step may write to the same memory
+        if self.rows in self.repeated and self.sampler.greedy and self.static.uploaded:
+            again, numbers = self.repeated[self.rows]
+            again()
+            output = StepOutput.unpack(numbers)
             self.pending.append(lambda: output)
         else:
+            self._start()
+        self.static.lengths = list(map(min, [length + 1 for length in self.static.lengths], self.static.limits))
+
+    @torch.inference_mode()
+    def _start(self) -> None:
+        self.static.upload_pages()
+        self.sampler.prepare()
+        if self.model.device.type == "cuda":
             with torch.cuda.device(self.model.device):  # graphs and kernels go to the current one
                 self.pending.append(self._launch())
-        self.static.lengths = list(map(min, [length + 1 for length in self.static.lengths], self.static.limits))
+            return
+        output = StepOutput.unpack(self._step(self._shape()))
+        self.pending.append(lambda: output)
 
     def _full(self, row: int) -> str:
         length, limit, pages = self.static.lengths[row], self.static.limits[row], self.static.pages[row]
@@ -185,7 +198,6 @@ class Decoder:
         return f"row {row} holds {length} of at most {limit} tokens: make its cache with a larger max_length"
 
     def _launch(self) -> Callable[[], StepOutput]:
-        self.sampler.prepare()
         shape = self._shape()
         if self.cuda_graph:
             if shape not in self.graphs:
@@ -287,12 +299,19 @@ class Decoder:
             raise AssertionError("rows join and leave between steps only: fetch what was launched")
 
     def _step(self, shape: Shape) -> Tensor:
-        key = shape.places, self.sampler.greedy
-        if key in self.steps:
-            result = self.steps[key]()
+        places, greedy = shape.places, self.sampler.greedy
+        if (places, greedy) in self.steps:
+            result = self.steps[places, greedy]()
         else:
-            result, self.steps[key] = self.operators.record(lambda: self._take(*key))
-        return result if self.sampler.greedy else self.sampler.sample(result, self.ids[: shape.places], self.operators)
+
+            def take() -> Tensor:
+                return self._take(places, greedy)
+
+            result, again = self.operators.record(take)
+            self.steps[places, greedy] = again
+            if greedy and again is not take:
+                self.repeated[places] = again, result.numpy()
+        return result if greedy else self.sampler.sample(result, self.ids[:places], self.operators)
 
     def _take(self, places: int, greedy: bool) -> Tensor:
         """The logits of a step, or what ``sampler.sample`` returns where that is an operator like the others."""

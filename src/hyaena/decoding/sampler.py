@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class StepOutput:
     finite: list[bool]
 
     @classmethod
-    def unpack(cls, packed: Tensor) -> StepOutput:
+    def unpack(cls, packed: Tensor | np.ndarray[Any, Any]) -> StepOutput:
         """Read what ``pack_outputs`` returned; copies it to the host if it is not there."""
         tokens, logprobs, finite, *rest = zip(*packed.tolist(), strict=True)
         count = len(rest) // 2

@@ -7,10 +7,9 @@ graph per bucket of tokens, of rows and of copied states, and tables on the devi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,31 +46,25 @@ MOST_PAST = 4096
 
 
 class Answers(NamedTuple):
-    """What a pass leaves on the device.
+    """What a pass leaves.
 
     Attributes:
-        logits: [R,V], behind the last token of every row.
-        ids: [R], the most probable tokens.
-        packed: float64 [R,3], see ``DecodeOperators.argmax``.
+        logits: [R,V], behind the last token of every row, on the device.
+        ids: [R], the most probable tokens, on the device.
+        packed: float64 [R,3], see ``DecodeOperators.argmax``, on the host. The next pass writes there.
+        arrived: when ``packed`` has come; None where nothing is waited for.
     """
 
     logits: Tensor
     ids: Tensor
     packed: Tensor
+    arrived: torch.cuda.Event | None = None
 
-    def fetch(self) -> Callable[[], StepOutput]:
-        """Begin to copy the most probable tokens to the host; a function that waits for them."""
-        if not self.packed.is_cuda:
-            return partial(StepOutput.unpack, self.packed)
-        packed = self.packed.to("cpu", non_blocking=True)  # pinned, so that it is not waited for
-        arrived = torch.cuda.Event()
-        arrived.record()
-
-        def wait() -> StepOutput:
-            arrived.synchronize()
-            return StepOutput.unpack(packed)
-
-        return wait
+    def output(self) -> StepOutput:
+        """Wait for the most probable tokens."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return StepOutput.unpack(self.packed)
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,8 @@ class Captured:
     Attributes:
         host: their tables on the host.
         numbers: the same on the device.
-        graph: what runs a pass, and where it leaves its answers; None without graphs.
+        graph: what copies the tables, runs a pass and copies the chosen tokens to the host, and where it leaves its
+            answers; None without graphs.
     """
 
     host: PackedHost
@@ -169,17 +163,18 @@ class ShortPasses:
         with on, cache.reading(self.model, rows, cache.lengths, counts):  # graphs and kernels go to the current device
             captured = self._capture(shape)
             captured.host.fill(ids, cache.lengths, stops, cache.pages)
-            captured.host.send(captured.numbers)
             mine = self._tensors(rows)
             theirs = [t for state in cache.states if isinstance(state, HyenaState) for t in state.tensors()]
             if any(cache.lengths) or not self._clean:
                 copy_all(list(zip(mine, theirs, strict=True)))
             self._clean = False
             if captured.graph is None:
+                captured.numbers.copy_(captured.host.numbers)
                 answers = self._run(shape, captured.numbers)
             else:
                 graph, answers = captured.graph
                 graph.replay()
+                captured.host.sent()
             copy_all(list(zip(theirs, mine, strict=True)))
             cache.commit(cache.states, counts)
         place = 0
@@ -190,7 +185,8 @@ class ShortPasses:
                     if isinstance(copies, HyenaState):
                         snapshots.put(layer, row, stop, copies.select([place]))
                 place += 1
-        return Answers(*(t[:rows] for t in answers))
+        logits, ids, packed, _ = answers
+        return Answers(logits[:rows], ids[:rows], packed[:rows], captured.host.read)
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -241,8 +237,12 @@ class ShortPasses:
             others = [captured.graph[0] for captured in self._captured.values() if captured.graph is not None]
             made = torch.cuda.CUDAGraph()
             pool = others[0].pool() if others else None
+            packed = torch.empty(shape.rows, 3, dtype=torch.float64, pin_memory=True, device="cpu")
             with torch.cuda.graph(made, pool=pool, capture_error_mode="thread_local"):
-                graph = made, self._run(shape, numbers)
+                numbers.copy_(host.numbers, non_blocking=True)
+                answers = self._run(shape, numbers)
+                packed.copy_(answers.packed, non_blocking=True)
+            graph = made, answers._replace(packed=packed)
         self._captured[shape] = Captured(host, numbers, graph)
         return self._captured[shape]
 

@@ -143,6 +143,11 @@ class StaticCache:
         width = 0 if self.device_pages is None else self.device_pages.shape[1]  # pages behind it have no positions
         self._changes |= {(row, place): page for place, page in enumerate(pages, first) if place < width}
 
+    @property
+    def uploaded(self) -> bool:
+        """Whether the table on the device is up to date."""
+        return not self._changes
+
     def upload_pages(self) -> None:
         """Bring the table on the device up to date, without waiting for the device."""
         if self._changes and self.device_pages is not None:

@@ -401,10 +401,11 @@ class Engine:
 
     def _deliver(self, chosen: Sequence[tuple[int, Chosen]]) -> None:
         """Hand tokens to their requests, and count them together. Those that end come last: they see what was counted."""
-        now, waits, ended = time.monotonic(), Counter[tuple[float, bool, str]](), []
+        now, waits = time.monotonic(), Counter[tuple[float, bool, str]]()
+        ended: dict[int, tuple[_Active, Delta]] = {}
         for key, token in chosen:
             active = self._requests.get(key)
-            if active is None:  # it ended while its step was computed
+            if active is None or key in ended:  # it ended while its step was computed
                 continue
             delta = self._take(active, token, now)
             if delta is None:
@@ -414,11 +415,11 @@ class Engine:
             if delta.finish_reason is None:
                 _call(active.sink, delta)
             else:
-                ended.append((active, delta))
+                ended[key] = active, delta
         for (seconds, first, adapter), count in waits.items():
             self.metrics.tokens(count, seconds, first=first, adapter=adapter)
         page_ends = self.runner.page_ends() if ended else {}
-        for active, delta in ended:
+        for active, delta in ended.values():
             self.scheduler.finish(active.key, page_ends.get(active.key))
             self._end(active, delta)
 

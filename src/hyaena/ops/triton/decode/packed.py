@@ -103,13 +103,17 @@ class PackedHost:
         shape: of the passes.
         scratch: the page that belongs to nobody.
         pinned: the memory can be copied to a GPU without being waited for.
+
+    Attributes:
+        numbers: the tables, int32 [``sum(shape.sizes)``].
+        read: of the last pass, when it has read them; None unless pinned.
     """
 
     def __init__(self, shape: PackedShape, scratch: int, *, pinned: bool) -> None:
         self.numbers = torch.empty(sum(shape.sizes), dtype=torch.int32, pin_memory=pinned, device="cpu")
         self._all = self.numbers.numpy()
         self._tables: Any = PackedTables(*(cast("Any", table.numpy()) for table in PackedTables.over(self.numbers, shape)))
-        self._sent = torch.cuda.Event() if pinned else None
+        self.read = torch.cuda.Event() if pinned else None
         t = self._tables
         self._all[:] = 0
         t.owners[:], t.lengths[:], t.pages[:] = shape.rows, 1, scratch
@@ -130,8 +134,8 @@ class PackedHost:
             stops: of each row, see ``PackedTables``.
             pages: of each row, those that hold its tokens at least.
         """
-        if self._sent is not None:
-            self._sent.synchronize()  # what was written before is on its way
+        if self.read is not None:
+            self.read.synchronize()
         t, place, stop, block = self._tables, 0, 0, 0
         self._all[:] = self._blank
         for row, (tokens, past, cuts, numbers) in enumerate(zip(ids, pasts, stops, pages, strict=True)):
@@ -150,11 +154,10 @@ class PackedHost:
             t.pages[row, : len(here)] = here
             place = end
 
-    def send(self, numbers: Tensor) -> None:
-        """Copy the tables to a tensor on the device, without waiting for it."""
-        numbers.copy_(self.numbers, non_blocking=True)
-        if self._sent is not None:
-            self._sent.record()
+    def sent(self) -> None:
+        """Say that all that reads the tables was launched: they are filled again when it has ended."""
+        if self.read is not None:
+            self.read.record()
 
 
 class PackedHyenaState(NamedTuple):
