@@ -404,7 +404,7 @@ class Cache:
         """
         pool = self._paged("with_pages")
         if self.lengths != [0]:
-            raise InputError(f"with_pages takes a cache of one empty row as its model, not rows of {self.lengths} tokens")
+            raise InputError(f"with_pages takes a cache of one empty row, not one of rows of {self.lengths} tokens")
         numbers, rows = [pool.check(row) for row in pages], len(pages)
         owner = None if self._owner is None else self._owner()
         states = [state.blank(rows) for state in self.states]

@@ -111,8 +111,8 @@ class Decoder:
         self.retired: set[int] = set()
         self.cuda_graph = cuda_graph
         self.graphs: dict[Shape, Graph] = {}
-        self.steps: dict[tuple[int, bool], Callable[[], Tensor]] = {}  # by places and greedy, as operators recorded them
-        # Of those, the greedy ones on a CPU by rows, and their outputs: nothing of torch is called in them.
+        self.steps: dict[tuple[int, bool], Callable[[], Tensor]] = {}  # by places and greedy, as operators take them
+        # The greedy ones that were recorded, by rows, and where they leave their outputs: they call nothing of torch.
         self.repeated: dict[int, tuple[Callable[[], Tensor], np.ndarray[Any, Any]]] = {}
         self.pending: deque[Callable[[], StepOutput]] = deque()
 

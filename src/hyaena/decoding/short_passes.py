@@ -94,6 +94,7 @@ class ShortPasses:
 
     def __init__(self, model: StripedHyena, pool: PagePool, *, cuda_graph: bool) -> None:
         from hyaena.ops.triton.decode.few_rows import Products
+
         self.model, self.pool, self.cuda_graph = model, pool, cuda_graph
         self.width = pages_for(MOST_PAST + TOKENS[-1])
         self.overlap = triton.can_overlap(model.device)

@@ -21,7 +21,6 @@ from hyaena.serve.service import (
     reason,
 )
 
-
 ENCODER = json.JSONEncoder(separators=(",", ":"))
 """All in ASCII: many clients take U+2028, U+2029 or U+0085 in a text for the end of an event's line."""
 

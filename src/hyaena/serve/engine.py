@@ -400,7 +400,7 @@ class Engine:
             self.runner.prepare()
 
     def _deliver(self, chosen: Sequence[tuple[int, Chosen]]) -> None:
-        """Hand tokens to their requests, and count them together. Those that end come last: they see what was counted."""
+        """Hand tokens to their requests, and count them together; requests that end see what was counted."""
         now, waits = time.monotonic(), Counter[tuple[float, bool, str]]()
         ended: dict[int, tuple[_Active, Delta]] = {}
         for key, token in chosen:

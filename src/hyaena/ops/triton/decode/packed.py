@@ -112,9 +112,9 @@ class PackedHost:
     def __init__(self, shape: PackedShape, scratch: int, *, pinned: bool) -> None:
         self.numbers = torch.empty(sum(shape.sizes), dtype=torch.int32, pin_memory=pinned, device="cpu")
         self._all = self.numbers.numpy()
-        self._tables: Any = PackedTables(*(cast("Any", table.numpy()) for table in PackedTables.over(self.numbers, shape)))
+        t: Any = PackedTables(*(cast("Any", table.numpy()) for table in PackedTables.over(self.numbers, shape)))
         self.read = torch.cuda.Event() if pinned else None
-        t = self._tables
+        self._tables = t
         self._all[:] = 0
         t.owners[:], t.lengths[:], t.pages[:] = shape.rows, 1, scratch
         self._blank = self._all.copy()  # padding only
