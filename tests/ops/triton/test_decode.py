@@ -290,6 +290,20 @@ def test_the_hyena_step_with_other_filters(dtype: torch.dtype, kind: str) -> Non
     assert state.long.data_ptr() == place
 
 
+@pytest.mark.parametrize("groups", [1, 3, 6])
+def test_the_hyena_step_of_a_filter_that_many_channels_share(groups: int) -> None:
+    """48 channels, in programs of 16: their filter is that of one program, of each, or of half a program."""
+    long_filter = ExplicitFilter(randn(groups, 128), randn(48))
+    z, weight = randn(2, 144), randn(144, 3)
+    state, other = (
+        HyenaState(torch.ones(2, 144, 2, device=DEVICE), torch.ones(2, 48, 127, device=DEVICE)) for _ in "ab"
+    )
+    for _ in range(2):
+        got = FusedDecodeOperators().hyena(z, weight, None, long_filter, state)
+        close(got, PLAIN.hyena(z, weight, None, long_filter, other), torch.float32)
+        close(state.long, other.long, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embed_counts_a_token_and_looks_it_up(dtype: torch.dtype) -> None:
     table, ids = randn(11, 40, dtype=dtype), torch.tensor([10, 0, 3], device=DEVICE)

@@ -16,7 +16,7 @@ from hyaena.ops.triton.hyena.explicit import explicit_forward_kernel
 from hyaena.ops.triton.hyena.explicit_backward import explicit_backward_kernel
 from hyaena.ops.triton.hyena.explicit_operands import Gradients, Operands, rows_of
 from hyaena.ops.triton.hyena.launch import age, as_words, cdiv, find_boundaries, power_of_two, segment_bits, window
-from hyaena.ops.triton.hyena.toeplitz_launch import forward_in_registers, takes_registers
+from hyaena.ops.triton.hyena.toeplitz_launch import backward_in_registers, forward_in_registers, takes_registers
 
 
 @dataclass(frozen=True)
@@ -364,9 +364,27 @@ def backward_products(
 ) -> Gradients:
     """``backward`` by matrix products, for any number of taps; ``tiling`` and ``walk`` None to choose."""
     operands = operands.contiguous()
-    z, weight, bias, taps, _, _, long, _, reset = operands
+    z, weight, reset = operands.z, operands.weight, operands.reset
+    if tiling is None and takes_registers(operands):
+        g, dw, dtaps, dlong_in = backward_in_registers(dy.contiguous(), operands, parameters=parameters)
+    else:
+        tiling = tiling or choose_tiling(BACKWARD, z.dtype)
+        g, dw, dtaps, dlong_in = _share_of_filter(dy, operands, tiling, parameters)
+    if dlong is not None and dlong_in.shape[2]:
+        add_window_gradient(dw, dlong_in, dlong, None, None if reset is None else age(reset)[:, -1])
+    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk or Walk(), (g, dw), parameters)
+    if not parameters:
+        return dz, *(sums.new_empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
+    dweight, dbias, of_skip = _of_short_filter(sums, weight)
+    return dz, dweight, dbias, dtaps, of_skip[0].clone(), dshort_in, dlong_in
+
+
+def _share_of_filter(
+    dy: Tensor, operands: Operands, tiling: Tiling, parameters: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``toeplitz_launch.backward_in_registers``, for every problem."""
+    z, weight, bias, taps, _, _, long, _, _ = operands
     batch, length, width = z.shape
-    tiling = tiling or choose_tiling(BACKWARD, z.dtype)
     plan = _products(operands, tiling)
     groups, count = taps.shape
     g, dw = (z.new_empty(batch, length, width // 3) for _ in range(2))
@@ -402,14 +420,9 @@ def backward_products(
         PARAMETERS=parameters,
         **plan.keywords,
     )
-    if dlong is not None and count > 1:
-        add_window_gradient(dw, dlong_in, dlong, None, None if reset is None else age(reset)[:, -1])
-    dz, sums, dshort_in, _ = _walk_back(dy, dshort, None, operands, walk or Walk(), (g, dw), parameters)
-    if not parameters:
-        return dz, *(empty(0) for _ in range(4)), dshort_in, dlong_in  # type: ignore[return-value]
-    dweight, dbias, of_skip = _of_short_filter(sums, weight)
-    dtaps = dtaps.view(batch * plan.sets, groups, -1, count).sum(dim=(0, 2))
-    return dz, dweight, dbias, dtaps, of_skip[0].clone(), dshort_in, dlong_in
+    if parameters:
+        dtaps = dtaps.view(batch * plan.sets, groups, -1, count).sum(dim=(0, 2))
+    return g, dw, dtaps, dlong_in
 
 
 def add_window_gradient(

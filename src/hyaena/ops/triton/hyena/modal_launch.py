@@ -40,13 +40,13 @@ class Tiling:
     steps: int = 16
     words: int = 8
     warps: int = 4
-    stages: int = 2
+    stages: int = 3
     registers: int | None = None
 
 
 def choose_tiling(modes: int) -> Tiling:
     """The matrices of more modes leave registers for half a tile."""
-    return Tiling() if modes <= 8 else Tiling(segments=8, steps=8, registers=168)
+    return Tiling() if modes <= 8 else Tiling(segments=8, steps=8, stages=2, registers=168)
 
 
 def takes_products(operands: Operands) -> bool:

@@ -137,38 +137,46 @@ def explicit_step_kernel(z, weight, bias, taps, skip, short, long, y, short_out,
     """``hyena_step_kernel`` for W explicit taps; WP is W rounded up to a power of two, WIDTH channels share a filter.
 
     The window moves by one number: every number of it is read once and written once. Grid: (channels / BD, rows), since
-    a row has more numbers than the filters.
+    a row has more numbers than the filters. Channels are counted from the program's first: offsets that the compiler
+    knows to be small share one address. Where the channels of a program share a filter, its taps are read once.
     """
-    channel = tl.program_id(0) * BD + tl.arange(0, BD)
-    inside = channel < D
-    taps2 = read_filter(weight, bias, channel, inside, K, HAS_BIAS)
-    taps1 = read_filter(weight, bias, D + channel, inside, K, HAS_BIAS)
-    taps0 = read_filter(weight, bias, 2 * D + channel, inside, K, HAS_BIAS)
+    start = tl.program_id(0) * BD
+    channel = tl.arange(0, BD)
+    inside = start + channel < D if D % BD else channel < BD
+    taps2 = read_filter(weight + start * K, bias + start, channel, inside, K, HAS_BIAS)
+    taps1 = read_filter(weight + (D + start) * K, bias + D + start, channel, inside, K, HAS_BIAS)
+    taps0 = read_filter(weight + (2 * D + start) * K, bias + 2 * D + start, channel, inside, K, HAS_BIAS)
     number = tl.arange(0, WP)[None, :]  # in the window, the oldest input first; the newest is w itself
     older = inside[:, None] & (number < W - 1)
     at = channel[:, None] * (W - 1) + number
-    h = tl.load(taps + channel[:, None] // WIDTH * W + (W - 1 - number), mask=older, other=0.0).to(tl.float32)
-    direct = tl.load(taps + channel // WIDTH * W, mask=inside, other=0.0).to(tl.float32)
+    if WIDTH % BD == 0:
+        filter = taps + start // WIDTH * W
+        h = tl.load(filter + (W - 1 - number), mask=number < W - 1, other=0.0).to(tl.float32)
+        direct = tl.load(filter).to(tl.float32)
+    else:
+        filter = taps + (start + channel) // WIDTH * W
+        h = tl.load(filter[:, None] + (W - 1 - number), mask=older, other=0.0).to(tl.float32)
+        direct = tl.load(filter, mask=inside, other=0.0).to(tl.float32)
     if HAS_SKIP:
-        direct += tl.load(skip + channel, mask=inside, other=0.0).to(tl.float32)
+        direct += tl.load(skip + start + channel, mask=inside, other=0.0).to(tl.float32)
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
-    here = z + row * 3 * D
-    old_short = state_of(short, sources, row, short_stride, 3 * D * (K - 1), PLACES)
-    new_short = state_of(short_out, targets, row, short_stride, 3 * D * (K - 1), PLACES)
-    old_long = state_of(long, sources, row, long_stride, D * (W - 1), PLACES)
-    new_long = state_of(long_out, targets, row, long_stride, D * (W - 1), PLACES)
+    here = z + row * 3 * D + start
+    old_short = state_of(short, sources, row, short_stride, 3 * D * (K - 1), PLACES) + start * (K - 1)
+    new_short = state_of(short_out, targets, row, short_stride, 3 * D * (K - 1), PLACES) + start * (K - 1)
+    old_long = state_of(long, sources, row, long_stride, D * (W - 1), PLACES) + start * (W - 1)
+    new_long = state_of(long_out, targets, row, long_stride, D * (W - 1), PLACES) + start * (W - 1)
     window2 = read_window(here, old_short, channel, inside, K)
-    window1 = read_window(here, old_short, D + channel, inside, K)
-    window0 = read_window(here, old_short, 2 * D + channel, inside, K)
+    window1 = read_window(here + D, old_short + D * (K - 1), channel, inside, K)
+    window0 = read_window(here + 2 * D, old_short + 2 * D * (K - 1), channel, inside, K)
     past = tl.load(old_long + at, mask=older, other=0.0)
     w = filter_step(taps1, window1, K) * filter_step(taps0, window0, K)
     out = (direct * w + tl.sum(h * past, axis=1)) * filter_step(taps2, window2, K)
-    tl.store(y + row * D + channel, out.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + row * D + start + channel, out.to(y.dtype.element_ty), mask=inside)
     tl.debug_barrier()  # the window may move in place
     tl.store(new_long + at - 1, past, mask=older & (number > 0))
     tl.store(new_long + channel * (W - 1) + W - 2, w, mask=inside & (W > 1))
     write_window(window2, new_short, channel, inside, K)
-    write_window(window1, new_short, D + channel, inside, K)
-    write_window(window0, new_short, 2 * D + channel, inside, K)
+    write_window(window1, new_short + D * (K - 1), channel, inside, K)
+    write_window(window0, new_short + 2 * D * (K - 1), channel, inside, K)

@@ -55,6 +55,17 @@ def pack(low, high, EMULATED: tl.constexpr):
 
 
 @triton.jit
+def pack_block(even, odd, EMULATED: tl.constexpr):
+    """Four steps of both channels of a word as a left factor."""
+    return (
+        pack(even[0], even[1], EMULATED),
+        pack(odd[0], odd[1], EMULATED),
+        pack(even[2], even[3], EMULATED),
+        pack(odd[2], odd[3], EMULATED),
+    )
+
+
+@triton.jit
 def from_lane(x, lane, EMULATED: tl.constexpr):
     """x of another lane of the warp."""
     if EMULATED:
@@ -94,38 +105,54 @@ def multiply(a, b, c, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def load_blocks(taps, g, c, W: tl.constexpr, BLOCKS: tl.constexpr, EMULATED: tl.constexpr):
-    """The right factors A_kᵀ, four words each: (first and second half of s) for steps 4c, 4c+1 and for 4c+2, 4c+3."""
+def load_blocks(taps, g, c, W: tl.constexpr, BLOCKS: tl.constexpr, TURNED: tl.constexpr, EMULATED: tl.constexpr):
+    """The right factors A_kᵀ, or A_k if TURNED, four words each: two for each half of their columns."""
     blocks = ()
     for k in tl.static_range(BLOCKS):
         for second in tl.static_range(2):
             for part in tl.static_range(2):
-                lag = 16 * k + (g // 2 * 4 + g % 2 + 2 * second) - (c * 4 + 2 * part)
+                between = (g // 2 * 4 + g % 2 + 2 * second) - (c * 4 + 2 * part)
+                lag = 16 * k + (-between if TURNED else between)
+                next = lag + (1 if TURNED else -1)
                 low = tl.load(taps + lag, mask=(lag >= 0) & (lag < W), other=0.0).to(tl.float32)
-                high = tl.load(taps + lag - 1, mask=(lag >= 1) & (lag <= W), other=0.0).to(tl.float32)
+                high = tl.load(taps + next, mask=(next >= 0) & (next < W), other=0.0).to(tl.float32)
                 blocks = blocks + (pack(low, high, EMULATED),)
     return blocks
 
 
 @triton.jit
-def load_block_words(at, start, c, low, high, inside, kept, U: tl.constexpr, ROW: tl.constexpr, HAS_MASK: tl.constexpr):
-    """A lane's four words of each of U blocks, zero outside low … high-1 and at padding."""
+def load_block_words(at, start, c, low, high, kept, U: tl.constexpr, ROW: tl.constexpr, WHOLE: tl.constexpr,
+                     HAS_MASK: tl.constexpr):  # fmt: skip
+    """A lane's four words of each of U blocks, zero at padding and, unless WHOLE, outside low … high-1."""
     words = ()
     for i in tl.static_range(4 * U):
         t = start + c * 4 + (i // 4 * 16 + i % 4)
-        here = inside & (t >= low) & (t < high)
-        if HAS_MASK:
-            here = here & kept[i]
-        words = words + (tl.load(at + (i // 4 * 16 + i % 4) * ROW, mask=here, other=0),)
+        place = at + (i // 4 * 16 + i % 4) * ROW
+        if WHOLE and not HAS_MASK:
+            word = tl.load(place)
+        elif WHOLE:
+            word = tl.load(place, mask=kept[i], other=0)
+        elif HAS_MASK:
+            word = tl.load(place, mask=kept[i] & (t >= low) & (t < high), other=0)
+        else:
+            word = tl.load(place, mask=(t >= low) & (t < high), other=0)
+        words = words + (word,)
     return words
 
 
 @triton.jit
-def filter_words(words, before, even, odd, lane, c, EMULATED: tl.constexpr):
-    """The short filter at a lane's four steps of a block: two tuples of 4, of the word's two channels.
+def load_filters(weight, bias, word, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Taps and bias of the short filters of a word's two channels."""
+    every = word >= 0
+    even = load_taps(weight, bias, word * 2, every, K, HAS_BIAS)
+    return even, load_taps(weight, bias, word * 2 + 1, every, K, HAS_BIAS)
 
-    ``before`` are the last words of the block before, right in the last lane of four; ``even`` and ``odd`` taps and
-    bias of the two channels.
+
+@triton.jit
+def filter_words(words, before, filters, lane, c, EMULATED: tl.constexpr):
+    """The short filters at a lane's four steps of a block: two tuples of 4, of the word's two channels.
+
+    ``before`` are the last words of the block before, right in the last lane of four.
     """
     REACH: tl.constexpr = len(before)
     previous = ()
@@ -140,40 +167,123 @@ def filter_words(words, before, even, odd, lane, c, EMULATED: tl.constexpr):
     us = ()
     vs = ()
     for i in tl.static_range(4):
-        u, low = convolve(even[0], even[1], low, half(words[i], False))
-        v, high = convolve(odd[0], odd[1], high, half(words[i], True))
+        u, low = convolve(filters[0][0], filters[0][1], low, half(words[i], False))
+        v, high = convolve(filters[1][0], filters[1][1], high, half(words[i], True))
         us = us + (u,)
         vs = vs + (v,)
     return us, vs
 
 
 @triton.jit
-def load_before(z, short, keep, begin, inside, REACH: tl.constexpr, ROW: tl.constexpr, HAS_SHORT: tl.constexpr,
+def load_before(z, short, keep, begin, REACH: tl.constexpr, ROW: tl.constexpr, HAS_SHORT: tl.constexpr,
                 HAS_MASK: tl.constexpr):  # fmt: skip
     """The words of the steps before ``begin``, zero at padding, from the state where ``begin`` is 0."""
     words = ()
     for k in tl.static_range(REACH):
         t = begin - REACH + k
-        here = inside & (begin > 0)
+        here = begin > 0
         if HAS_MASK:
             here = here & (tl.load(keep + t, mask=begin > 0, other=0) != 0)
         word = tl.load(z + tl.cast(t, tl.int64) * ROW, mask=here, other=0)
         if HAS_SHORT:
-            word = tl.where(begin > 0, word, tl.load(short + k * ROW, mask=inside, other=0))
+            word = tl.where(begin == 0, tl.load(short + k * ROW), word)
         words = words + (word,)
     return words
+
+
+@triton.jit
+def walk_round(z_2, z_1, z_0, keep, y, long_out, start, first, stop, T, left, c, filters2, filters1, filters0, gains,
+               blocks, past, before2, before1, before0, D: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+               U: tl.constexpr, WHOLE: tl.constexpr, HAS_MASK: tl.constexpr, GATED: tl.constexpr,
+               EMULATED: tl.constexpr):  # fmt: skip
+    """U blocks of the forward kernel: what the next ones need of them. All steps are before ``stop`` if WHOLE."""
+    PAST: tl.constexpr = len(past) // 4
+    ROW: tl.constexpr = 3 * D // 2
+    kept = ()
+    if HAS_MASK:
+        for i in tl.static_range(4 * U):
+            t = start + c * 4 + (i // 4 * 16 + i % 4)
+            kept = kept + (tl.load(keep + t, mask=t < stop, other=0) != 0,)
+    chunk = tl.cast(start, tl.int64) * ROW + c * (4 * ROW)
+    words1 = load_block_words(z_1 + chunk, start, c, 0, stop, kept, U, ROW, WHOLE, HAS_MASK)
+    words0 = load_block_words(z_0 + chunk, start, c, 0, stop, kept, U, ROW, WHOLE, HAS_MASK)
+    words2 = words1
+    if GATED:
+        words2 = load_block_words(z_2 + chunk, start, c, 0, stop, kept, U, ROW, WHOLE, HAS_MASK)
+    to = y + (tl.cast(start, tl.int64) * (D // 2) + c * (4 * (D // 2)))
+    none = tl.zeros_like(gains[0])
+    totals = ()  # meanwhile, what the blocks before this round give
+    for i in tl.static_range(U):
+        low = (none, none, none, none)
+        high = (none, none, none, none)
+        for k in tl.static_range(i + 1, PAST + 1):
+            w = past[4 * (PAST + i - k) : 4 * (PAST + i - k) + 4]
+            low = multiply(w, blocks[4 * k : 4 * k + 2], low, EMULATED)
+            high = multiply(w, blocks[4 * k + 2 : 4 * k + 4], high, EMULATED)
+        totals = totals + low + high
+    for i in tl.static_range(U):
+        even_1, odd_1 = filter_words(words1[4 * i : 4 * i + 4], before1, filters1, left, c, EMULATED)
+        even_0, odd_0 = filter_words(words0[4 * i : 4 * i + 4], before0, filters0, left, c, EMULATED)
+        before1 = words1[4 * i + 5 - K : 4 * i + 4]
+        before0 = words0[4 * i + 5 - K : 4 * i + 4]
+        even_w = ()
+        odd_w = ()
+        for j in tl.static_range(4):
+            a = even_1[j] * even_0[j]
+            b = odd_1[j] * odd_0[j]
+            if HAS_MASK:
+                a = tl.where(kept[4 * i + j], a, 0.0)
+                b = tl.where(kept[4 * i + j], b, 0.0)
+            even_w = even_w + (a,)
+            odd_w = odd_w + (b,)
+        past = past + pack_block(even_w, odd_w, EMULATED)
+        low = totals[8 * i : 8 * i + 4]
+        high = totals[8 * i + 4 : 8 * i + 8]
+        for k in tl.static_range(min(i, PAST) + 1):
+            w = past[4 * (PAST + i - k) : 4 * (PAST + i - k) + 4]
+            low = multiply(w, blocks[4 * k : 4 * k + 2], low, EMULATED)
+            high = multiply(w, blocks[4 * k + 2 : 4 * k + 4], high, EMULATED)
+        even = (low[0], low[1], high[0], high[1])
+        odd = (low[2], low[3], high[2], high[3])
+        if GATED:
+            even_2, odd_2 = filter_words(words2[4 * i : 4 * i + 4], before2, filters2, left, c, EMULATED)
+            before2 = words2[4 * i + 5 - K : 4 * i + 4]
+        for j in tl.static_range(4):
+            t = start + c * 4 + (16 * i + j)
+            a = even[j]
+            b = odd[j]
+            if GATED:
+                a = tl.fma(gains[0], even_w[j], a) * even_2[j]
+                b = tl.fma(gains[1], odd_w[j], b) * odd_2[j]
+            if HAS_MASK:
+                a = tl.where(kept[4 * i + j], a, 0.0)
+                b = tl.where(kept[4 * i + j], b, 0.0)
+            if WHOLE:  # noqa: SIM108, one branch is compiled
+                written = start >= first
+            else:
+                written = (t >= first) & (t < stop)
+            tl.store(to + (16 * i + j) * (D // 2), pack(a, b, EMULATED), mask=written)
+        if GATED & (stop == T) & (start + 16 * U > T - W):
+            for j in tl.static_range(4):
+                t = start + c * 4 + (16 * i + j)
+                saved = (t > T - W) & (t < T)
+                tl.store(long_out + (t - T + W - 1), even_w[j], mask=saved)
+                tl.store(long_out + (t - T + W - 1) + (W - 1), odd_w[j], mask=saved)
+    return past[4 * U :], before2, before1, before0
 
 
 @triton.jit(do_not_specialize=["T", "run"])
 def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, long_out, T, run, D: tl.constexpr,
                             K: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr,
                             U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_SHORT: tl.constexpr,
-                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, GATED: tl.constexpr,
+                            EMULATED: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (16·WARPS channels, runs of ``run`` steps, rows).
 
     WIDTH channels, a multiple of 16, share a filter; T is at least W-1. ``z``, ``short`` [B,K-1,3D] and ``y`` are in
     words of two numbers, ``long`` and ``long_out`` float32 [B,D,W-1], ``keep`` uint8 [B,T]. U blocks make a round.
-    A run begins with the blocks that its filter still remembers.
+    A run begins with the blocks that its filter still remembers. Without GATED ``y`` is the long filter's output alone,
+    without skip and gate, and ``long_out`` is not written.
     """
     PAST: tl.constexpr = (W + 14) // 16
     ROW: tl.constexpr = 3 * D // 2
@@ -182,7 +292,6 @@ def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, l
     c = lane % 4
     left = lane % 32 // 4 * 4 + (c + 3) % 4  # the lane whose steps come before
     word = (tl.program_id(0) * WARPS + lane // 32) * 8 + g
-    inside = word < D // 2
     row = tl.program_id(2).to(tl.int64)
     z_2, z_1, z_0 = thirds(z + row * T * ROW + word, ROW)
     short_2, short_1, short_0 = thirds(short + row * (K - 1) * ROW + word, ROW)
@@ -193,20 +302,15 @@ def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, l
     T = tl.cast(T, tl.int32)
     first = tl.program_id(1) * run
     stop = tl.minimum(first + run, T)
-    begin = tl.maximum(first - 16 * PAST, 0)
+    begin = tl.maximum(first - (PAST + U - 1) // U * (16 * U), 0)
 
-    even2 = load_taps(weight, bias, word * 2, inside, K, HAS_BIAS)
-    even1 = load_taps(weight, bias, D + word * 2, inside, K, HAS_BIAS)
-    even0 = load_taps(weight, bias, 2 * D + word * 2, inside, K, HAS_BIAS)
-    odd2 = load_taps(weight, bias, word * 2 + 1, inside, K, HAS_BIAS)
-    odd1 = load_taps(weight, bias, D + word * 2 + 1, inside, K, HAS_BIAS)
-    odd0 = load_taps(weight, bias, 2 * D + word * 2 + 1, inside, K, HAS_BIAS)
-    gain_even = tl.zeros_like(even0[1])
-    gain_odd = tl.zeros_like(even0[1])
+    filters2 = load_filters(weight, bias, word, K, HAS_BIAS)
+    filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)
+    filters0 = load_filters(weight, bias, D + word, K, HAS_BIAS)
+    gains = (tl.zeros_like(filters0[0][1]), tl.zeros_like(filters0[0][1]))
     if HAS_SKIP:
-        gain_even = tl.load(skip + word * 2, mask=inside, other=0.0).to(tl.float32)
-        gain_odd = tl.load(skip + word * 2 + 1, mask=inside, other=0.0).to(tl.float32)
-    blocks = load_blocks(taps + tl.minimum(word, D // 2 - 1) * 2 // WIDTH * W, g, c, W, PAST + 1, EMULATED)
+        gains = (tl.load(skip + word * 2).to(tl.float32), tl.load(skip + word * 2 + 1).to(tl.float32))
+    blocks = load_blocks(taps + word * 2 // WIDTH * W, g, c, W, PAST + 1, False, EMULATED)
 
     past = ()  # w of the blocks before, the oldest first, as left factors
     for i in tl.static_range(PAST):
@@ -216,69 +320,19 @@ def toeplitz_forward_kernel(z, weight, bias, taps, skip, short, long, keep, y, l
                 if HAS_LONG:
                     t = (i - PAST) * 16 + c * 4 + part * 2
                     at = long + odd * (W - 1) + (W - 1) + t
-                    low = tl.load(at, mask=inside & (begin == 0) & (t > -W), other=0.0)
-                    high = tl.load(at + 1, mask=inside & (begin == 0) & (t + 1 > -W), other=0.0)
+                    low = tl.load(at, mask=(begin == 0) & (t > -W), other=0.0)
+                    high = tl.load(at + 1, mask=(begin == 0) & (t + 1 > -W), other=0.0)
                     factor = pack(low, high, EMULATED)
                 past = past + (factor,)
-    before2 = load_before(z_2, short_2, keep, begin, inside, K - 1, ROW, HAS_SHORT, HAS_MASK)
-    before1 = load_before(z_1, short_1, keep, begin, inside, K - 1, ROW, HAS_SHORT, HAS_MASK)
-    before0 = load_before(z_0, short_0, keep, begin, inside, K - 1, ROW, HAS_SHORT, HAS_MASK)
-    for start in tl.range(begin, stop, 16 * U, num_stages=1):
-        kept = ()
-        if HAS_MASK:
-            for i in tl.static_range(4 * U):
-                t = start + c * 4 + (i // 4 * 16 + i % 4)
-                kept = kept + (tl.load(keep + t, mask=t < stop, other=0) != 0,)
-        chunk = tl.cast(start, tl.int64) * ROW + c * (4 * ROW)
-        words1 = load_block_words(z_1 + chunk, start, c, begin, stop, inside, kept, U, ROW, HAS_MASK)
-        words0 = load_block_words(z_0 + chunk, start, c, begin, stop, inside, kept, U, ROW, HAS_MASK)
-        words2 = load_block_words(z_2 + chunk, start, c, first - K, stop, inside, kept, U, ROW, HAS_MASK)
-        to = y + (tl.cast(start, tl.int64) * (D // 2) + c * (4 * (D // 2)))
-        for i in tl.static_range(U):
-            even_1, odd_1 = filter_words(words1[4 * i : 4 * i + 4], before1, even1, odd1, left, c, EMULATED)
-            even_0, odd_0 = filter_words(words0[4 * i : 4 * i + 4], before0, even0, odd0, left, c, EMULATED)
-            before1 = words1[4 * i + 5 - K : 4 * i + 4]
-            before0 = words0[4 * i + 5 - K : 4 * i + 4]
-            even_w = ()
-            odd_w = ()
-            for j in tl.static_range(4):
-                a = even_1[j] * even_0[j]
-                b = odd_1[j] * odd_0[j]
-                if HAS_MASK:
-                    a = tl.where(kept[4 * i + j], a, 0.0)
-                    b = tl.where(kept[4 * i + j], b, 0.0)
-                even_w = even_w + (a,)
-                odd_w = odd_w + (b,)
-            past = past + (
-                pack(even_w[0], even_w[1], EMULATED),
-                pack(odd_w[0], odd_w[1], EMULATED),
-                pack(even_w[2], even_w[3], EMULATED),
-                pack(odd_w[2], odd_w[3], EMULATED),
-            )
-            none = tl.zeros_like(gain_even)
-            sums = (none, none, none, none)
-            more = (none, none, none, none)
-            for k in tl.static_range(PAST + 1):
-                w = past[4 * (PAST - k) : 4 * (PAST - k) + 4]
-                sums = multiply(w, blocks[4 * k : 4 * k + 2], sums, EMULATED)
-                more = multiply(w, blocks[4 * k + 2 : 4 * k + 4], more, EMULATED)
-            past = past[4:]
-            even_2, odd_2 = filter_words(words2[4 * i : 4 * i + 4], before2, even2, odd2, left, c, EMULATED)
-            before2 = words2[4 * i + 5 - K : 4 * i + 4]
-            even_g = (sums[0], sums[1], more[0], more[1])
-            odd_g = (sums[2], sums[3], more[2], more[3])
-            for j in tl.static_range(4):
-                t = start + c * 4 + (16 * i + j)
-                a = tl.fma(gain_even, even_w[j], even_g[j]) * even_2[j]
-                b = tl.fma(gain_odd, odd_w[j], odd_g[j]) * odd_2[j]
-                if HAS_MASK:
-                    a = tl.where(kept[4 * i + j], a, 0.0)
-                    b = tl.where(kept[4 * i + j], b, 0.0)
-                written = inside & (t >= first) & (t < stop)
-                tl.store(to + (16 * i + j) * (D // 2), pack(a, b, EMULATED), mask=written)
-            if (stop == T) & (start + 16 * U > T - W):
-                for j in tl.static_range(4):
-                    t = start + c * 4 + (16 * i + j)
-                    saved = inside & (t > T - W) & (t < T)
-                    tl.store(long_out + (t - T + W - 1), even_w[j], mask=saved)
-                    tl.store(long_out + (t - T + W - 1) + (W - 1), odd_w[j], mask=saved)
+    before2 = load_before(z_2, short_2, keep, begin, K - 1, ROW, HAS_SHORT, HAS_MASK)
+    before1 = load_before(z_1, short_1, keep, begin, K - 1, ROW, HAS_SHORT, HAS_MASK)
+    before0 = load_before(z_0, short_0, keep, begin, K - 1, ROW, HAS_SHORT, HAS_MASK)
+    whole = begin + (stop - begin) // (16 * U) * (16 * U)
+    for start in tl.range(begin, whole, 16 * U, num_stages=1):
+        past, before2, before1, before0 = walk_round(
+            z_2, z_1, z_0, keep, y, long_out, start, first, stop, T, left, c, filters2, filters1, filters0, gains,
+            blocks, past, before2, before1, before0, D, K, W, U, True, HAS_MASK, GATED, EMULATED)  # fmt: skip
+    if whole < stop:
+        walk_round(
+            z_2, z_1, z_0, keep, y, long_out, whole, first, stop, T, left, c, filters2, filters1, filters0, gains,
+            blocks, past, before2, before1, before0, D, K, W, U, False, HAS_MASK, GATED, EMULATED)  # fmt: skip
