@@ -186,8 +186,8 @@ class ShortPasses:
                     if isinstance(copies, HyenaState):
                         snapshots.put(layer, row, stop, copies.select([place]))
                 place += 1
-        logits, ids, packed, _ = answers
-        return Answers(logits[:rows], ids[:rows], packed[:rows], captured.host.read)
+        first = (t[:rows] for t in (answers.logits, answers.ids, answers.packed))
+        return Answers(*first, captured.host.read)
 
     @torch.inference_mode()
     def prepare(self) -> None:
