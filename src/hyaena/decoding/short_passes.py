@@ -186,8 +186,7 @@ class ShortPasses:
                     if isinstance(copies, HyenaState):
                         snapshots.put(layer, row, stop, copies.select([place]))
                 place += 1
-        first = (t[:rows] for t in (answers.logits, answers.ids, answers.packed))
-        return Answers(*first, captured.host.read)
+        return Answers(answers.logits[:rows], answers.ids[:rows], answers.packed[:rows], captured.host.read)
 
     @torch.inference_mode()
     def prepare(self) -> None:
