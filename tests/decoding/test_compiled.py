@@ -136,6 +136,24 @@ def test_a_recorded_step_has_the_bits_of_calls(name: str, dtype: torch.dtype, mo
                 decoder.add(cache, ids, [SamplingParams()], [SamplingParams().generator()])
 
 
+def test_greedy_steps_after_and_before_sampled_ones() -> None:
+    """The outputs of recorded steps lie in the same memory; what was looked at does not change with the next step."""
+    model = spread(CONFIGS["sh"])
+    decoders = [
+        decoder_of(model, *prompts(model), choose_operators(model, compiled=compiled)) for compiled in (True, False)
+    ]
+    for top in (0, 0, 2, 0, 0, 0):
+        outputs = []
+        for decoder in decoders:
+            decoder.sampler.top = top
+            decoder.launch(), decoder.launch()
+            outputs.append([decoder.fetch(), decoder.fetch()])
+        ours, wanted = outputs
+        assert [output.tokens for output in ours] == [output.tokens for output in wanted]
+        assert ours[0].logprobs == pytest.approx(wanted[0].logprobs, abs=1e-4)
+        assert [len(row) for row in ours[1].top] == [top] * len(ours[1].tokens)
+
+
 def test_what_torch_computes_in_a_step_is_not_left_out() -> None:
     """A mixer of the user's that computes something itself: the step is not recorded."""
 

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from typing import Any
 
-from hyaena.serve.service import Mailbox
+from hyaena.serve.service import Inbox, Mailbox
 
 
 def test_tokens_of_a_turn_arrive_in_order_and_wake_the_loop_once() -> None:
@@ -32,3 +32,20 @@ def test_tokens_of_a_turn_arrive_in_order_and_wake_the_loop_once() -> None:
     found, woken = asyncio.run(receive())
     assert found == [[*range(0, 31, 3)], [*range(1, 30, 3)], [*range(2, 30, 3)]]
     assert woken == 2
+
+
+def test_a_reader_takes_all_that_has_come() -> None:
+    async def read() -> list[list[int]]:
+        inbox: Inbox[int] = Inbox(asyncio.get_running_loop())
+        inbox.put(0)
+        inbox.put(1)
+        found = [await inbox.take()]
+        waiting = asyncio.ensure_future(inbox.take())
+        await asyncio.sleep(0)
+        for i in (2, 3):  # before the reader goes on
+            inbox.put(i)
+        found.append(await waiting)
+        inbox.put(4)
+        return [*found, await asyncio.wait_for(inbox.take(), 5)]
+
+    assert asyncio.run(read()) == [[0, 1], [2, 3], [4]]
