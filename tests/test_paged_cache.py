@@ -235,18 +235,21 @@ def test_copies_of_an_empty_row_are_as_good_as_new_ones(model: StripedHyena) -> 
     pool = poisoned_pool(model, 8)
     empty = model.make_paged_cache(pool, [[]], max_length=200)
     ids = tokens(1, 100)
-    copies = [empty.with_pages(pages) for pages in ([5, 2], [7, 0])]
+    copies = [empty.with_pages([pages]) for pages in ([5, 2], [7, 0])]
     want = read(model, model.make_paged_cache(pool, [[1, 3]], max_length=200), ids)
     for cache in copies:
         assert torch.equal(read(model, cache, ids), want)
         assert cache.limits == [200]
+    both = empty.with_pages([[5, 2], [7, 0]])
+    assert both.limits == [200, 200] and both.pages == [[5, 2], [7, 0]]
+    torch.testing.assert_close(read(model, both, ids.expand(2, -1)), want.expand(2, -1, -1))
     assert empty.lengths == [0] and not any(t.any() for t in empty.tensors())
     with pytest.raises(InputError, match="one empty row"):
-        copies[0].with_pages([4])
+        copies[0].with_pages([[4]])
     with pytest.raises(InputError, match="a number from 0 to 7"):
-        empty.with_pages([8])
+        empty.with_pages([[8]])
     with pytest.raises(InputError, match="make_paged_cache"):
-        model.make_cache(1).with_pages([0])
+        model.make_cache(1).with_pages([[0]])
 
 
 def test_bad_inputs_of_paged_caches(model: StripedHyena) -> None:

@@ -22,6 +22,8 @@ IDLE = 0.02
 """Seconds between two requests to an idle engine."""
 FIRST_TOKEN = 1.5
 """Time to first token over the larger of the bandwidth and the FLOP bound."""
+ALONE = 8
+"""Rows of the round before the requests that end some steps after one another, when all others have ended."""
 REQUESTS = 1.3
 """Total time of all requests over the sum of the bounds of their prefill and their decoding."""
 
@@ -137,7 +139,8 @@ def time_requests(session: GpuSession, shapes: list[tuple[int, int]]) -> tuple[f
     rng, warm = random.Random(2), shapes[: session.sizes.rows + session.sizes.rows // 4]
     with running(session, max_rows=session.sizes.rows, max_waiting=len(shapes)) as made:
         # a round that compiles the kernels and captures the graphs of every number of rows: they end one by one
-        for tokens in [submit(made, prompt_of(rng, n), 2 + i % 32) for i, (n, _) in enumerate(warm)]:
+        counts = [2 + i % 32 + max(0, 8 * (i + 1 + ALONE - len(warm))) for i in range(len(warm))]
+        for tokens in [submit(made, prompt_of(rng, n), new) for (n, _), new in zip(warm, counts, strict=True)]:
             collect(tokens)
         began = time.perf_counter()
         waiting = [submit(made, prompt_of(rng, n), new) for n, new in shapes]

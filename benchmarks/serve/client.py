@@ -79,15 +79,31 @@ async def _read(reader: asyncio.StreamReader, answer: Answer) -> None:
         answer.text = (await reader.read()).decode()
         answer.whole = True
         return
-    async for line in reader:
-        if not line.startswith(b"data: "):
-            continue  # the length of a chunk, or the end of an event
-        if line == b"data: [DONE]\n":
-            answer.whole = True
-            continue
-        event = json.loads(line[6:])
-        if "error" in event:
-            answer.error = event["error"]["message"]
-        elif event["choices"]:
-            answer.times.append(time.perf_counter())
-            answer.text += event["choices"][0].get("text") or ""
+    came: list[tuple[float, bytes]] = []  # looked at when all is there: until then the server needs the processor
+    try:
+        while data := await reader.read(2**16):
+            came.append((time.perf_counter(), data))
+    finally:
+        _take(came, answer)
+
+
+def _take(came: list[tuple[float, bytes]], answer: Answer) -> None:
+    """The events of a stream; each came with the bytes that end its line."""
+    line = b""
+    for at, data in came:
+        *lines, line = (line + data).split(b"\n")
+        for one in lines:
+            if one.startswith(b"data: "):  # others are the length of a chunk, or the end of an event
+                _event(one[6:], at, answer)
+
+
+def _event(data: bytes, at: float, answer: Answer) -> None:
+    if data == b"[DONE]":
+        answer.whole = True
+        return
+    event = json.loads(data)
+    if "error" in event:
+        answer.error = event["error"]["message"]
+    elif event["choices"]:
+        answer.times.append(at)
+        answer.text += event["choices"][0].get("text") or ""

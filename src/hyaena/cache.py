@@ -396,18 +396,19 @@ class Cache:
             _check_room(row, self.lengths[row], numbers)
             self.pages[row] = numbers
 
-    def with_pages(self, pages: Sequence[int]) -> Cache:
-        """A copy of a cache of one empty row, on these pages: sooner made than another by ``make_paged_cache``.
+    def with_pages(self, pages: Sequence[Sequence[int]]) -> Cache:
+        """A cache like one of an empty row, with rows on these pages: sooner made than another by ``make_paged_cache``.
 
         Raises:
             InputError: not a cache on pages, not one empty row, or numbers that are no pages of the pool.
         """
         pool = self._paged("with_pages")
         if self.lengths != [0]:
-            raise InputError(f"with_pages copies a cache of one empty row, and its rows hold {self.lengths} tokens")
-        states = [state.select([0], self.limits[0]) for state in self.states]
+            raise InputError(f"with_pages takes a cache of one empty row, not one of rows of {self.lengths} tokens")
+        numbers, rows = [pool.check(row) for row in pages], len(pages)
         owner = None if self._owner is None else self._owner()
-        return Cache(states, [0], self.limits, owner=owner, pool=pool, pages=[pool.check(pages)])
+        states = [state.blank(rows) for state in self.states]
+        return Cache(states, [0] * rows, self.limits * rows, owner=owner, pool=pool, pages=numbers)
 
     def snapshot_states(self, row: int) -> StateSnapshot:
         """Copy what all layers remember of a row but its pages, which later rows may share as far as they are full."""

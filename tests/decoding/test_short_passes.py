@@ -128,6 +128,20 @@ def test_states_are_copied_inside_a_pass() -> None:
                     torch.testing.assert_close(a, b, **CLOSE)
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+def test_new_rows_begin_empty_behind_others(prepared: bool) -> None:
+    model = make()
+    cache, other = pools(model, 2)
+    assert cache.pool is not None
+    passes = ShortPasses(model, cache.pool, cuda_graph=CUDA)
+    passes.read(prompts([3, 8]), model.make_paged_cache(cache.pool, cache.pages, max_length=4 * PAGE))
+    if prepared:
+        passes.prepare()
+    ids = prompts([3, 8])  # in the same slots
+    torch.testing.assert_close(passes.read(ids, cache).logits, read(model, other, ids), **CLOSE)
+    compare(model, cache, other)
+
+
 def test_what_does_not_fit() -> None:
     model = make()
     cache, _ = pools(model, 2)

@@ -114,8 +114,9 @@ def test_nan_ends_one_request_only_and_leaves_nothing_behind() -> None:
 
         def together(prompts: list[list[int]]) -> list[Any]:
             """Answers to prompts that are read in one pass."""
-            release = threading.Event()
-            server.engine.call(once(lambda: release.wait(PATIENCE)))
+            begun, release = threading.Event(), threading.Event()
+            server.engine.call(once(lambda: begun.set() or release.wait(PATIENCE)))
+            assert begun.wait(PATIENCE)  # before that the engine still takes requests
             with ThreadPoolExecutor(len(prompts)) as threads:
                 asked = [threads.submit(ask, prompt) for prompt in prompts]
                 until(lambda: server.engine._waiting == len(prompts))

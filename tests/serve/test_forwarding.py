@@ -127,7 +127,7 @@ def test_metrics_of_several_servers_are_told_apart() -> None:
     for name, tokens in (("a", 3), ("b", 5)):
         metrics = Metrics("cub")
         for _ in range(tokens):
-            metrics.token(0.1, first=False)
+            metrics.tokens(1, 0.1, first=False)
         texts[name] = metrics.text().decode()
     lines = merged(texts).decode().splitlines()
     assert 'hyaena:generation_tokens_total{model_name="cub",replica="a"} 3.0' in lines

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,8 +111,10 @@ class Decoder:
         self.retired: set[int] = set()
         self.cuda_graph = cuda_graph
         self.graphs: dict[Shape, Graph] = {}
-        self.steps: dict[int, Callable[[], Tensor]] = {}  # by places, as operators recorded them
-        self.pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.steps: dict[tuple[int, bool], Callable[[], Tensor]] = {}  # by places and greedy, as operators take them
+        # The greedy ones that were recorded, by rows, and where they leave their outputs: they call nothing of torch.
+        self.repeated: dict[int, tuple[Callable[[], Tensor], np.ndarray[Any, Any]]] = {}
+        self.pending: deque[Callable[[], StepOutput]] = deque()
 
     @property
     def rows(self) -> int:
@@ -155,28 +158,38 @@ class Decoder:
         if self.static.positions != positions:
             self.graphs.clear()  # they read the rotary table of fewer positions
             self.steps.clear()
+            self.repeated.clear()
 
-    @torch.inference_mode()
     def launch(self) -> None:
         """Start a step; on a CUDA device, without waiting for it.
 
         Raises:
             CapacityError: a row that is not retired has reached its limit; nothing was started.
         """
-        for row, length in enumerate(self.static.lengths):
-            if length >= self.static.room(row) and row not in self.retired:
+        for row, (length, room) in enumerate(zip(self.static.lengths, self.static.rooms, strict=True)):
+            if length >= room and row not in self.retired:
                 raise CapacityError(self._full(row))
         if not self.rows:
             raise InputError("the decoder has no rows: add some")
-        self.static.upload_pages()
-        if self.model.device.type != "cuda":
-            self.sampler.prepare()
-            self.pending.append((self._step(self._shape()), None))
+        if self.rows in self.repeated and self.sampler.greedy and self.static.uploaded:
+            again, numbers = self.repeated[self.rows]
+            again()
+            output = StepOutput.unpack(numbers)
+            self.pending.append(lambda: output)
         else:
+            self._start()
+        self.static.lengths = list(map(min, [length + 1 for length in self.static.lengths], self.static.limits))
+
+    @torch.inference_mode()
+    def _start(self) -> None:
+        self.static.upload_pages()
+        self.sampler.prepare()
+        if self.model.device.type == "cuda":
             with torch.cuda.device(self.model.device):  # graphs and kernels go to the current one
                 self.pending.append(self._launch())
-        pairs = zip(self.static.lengths, self.static.limits, strict=True)
-        self.static.lengths = [min(length + 1, limit) for length, limit in pairs]
+            return
+        output = StepOutput.unpack(self._step(self._shape()))
+        self.pending.append(lambda: output)
 
     def _full(self, row: int) -> str:
         length, limit, pages = self.static.lengths[row], self.static.limits[row], self.static.pages[row]
@@ -184,8 +197,7 @@ class Decoder:
             return f"row {row} holds {length} tokens on {len(pages)} pages of {PAGE}: extend it by a page"
         return f"row {row} holds {length} of at most {limit} tokens: make its cache with a larger max_length"
 
-    def _launch(self) -> tuple[Tensor, torch.cuda.Event]:
-        self.sampler.prepare()
+    def _launch(self) -> Callable[[], StepOutput]:
         shape = self._shape()
         if self.cuda_graph:
             if shape not in self.graphs:
@@ -197,16 +209,18 @@ class Decoder:
         host.copy_(packed, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return host, event
+
+        def wait() -> StepOutput:
+            event.synchronize()
+            return StepOutput.unpack(host[: self.rows])
+
+        return wait
 
     def fetch(self) -> StepOutput:
         """The outputs of the oldest step that was not fetched, of the rows that are here."""
         if not self.pending:
             raise InputError("no step is to be fetched: launch one")
-        packed, event = self.pending.popleft()
-        if event is not None:
-            event.synchronize()
-        return StepOutput.unpack(packed[: self.rows])
+        return self.pending.popleft()()
 
     @torch.inference_mode()
     def retire(self, row: int) -> None:
@@ -285,12 +299,24 @@ class Decoder:
             raise AssertionError("rows join and leave between steps only: fetch what was launched")
 
     def _step(self, shape: Shape) -> Tensor:
-        places = shape.places
-        if places in self.steps:
-            logits = self.steps[places]()
+        places, greedy = shape.places, self.sampler.greedy
+        if (places, greedy) in self.steps:
+            result = self.steps[places, greedy]()
         else:
-            logits, self.steps[places] = self.operators.record(lambda: self._logits(places))
-        return self.sampler.sample(logits, self.ids[:places], self.operators)
+
+            def take() -> Tensor:
+                return self._take(places, greedy)
+
+            result, again = self.operators.record(take)
+            self.steps[places, greedy] = again
+            if greedy and again is not take:
+                self.repeated[places] = again, result.numpy()
+        return result if greedy else self.sampler.sample(result, self.ids[:places], self.operators)
+
+    def _take(self, places: int, greedy: bool) -> Tensor:
+        """The logits of a step, or what ``sampler.sample`` returns where that is an operator like the others."""
+        logits = self._logits(places)
+        return self.operators.argmax(logits, self.ids[:places]) if greedy else logits
 
     def _logits(self, places: int) -> Tensor:
         static = self.static

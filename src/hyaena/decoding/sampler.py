@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,18 +43,17 @@ class StepOutput:
     finite: list[bool]
 
     @classmethod
-    def unpack(cls, packed: Tensor) -> StepOutput:
+    def unpack(cls, packed: Tensor | np.ndarray[Any, Any]) -> StepOutput:
         """Read what ``pack_outputs`` returned; copies it to the host if it is not there."""
-        rows = packed.tolist()
-        count = (packed.shape[1] - 3) // 2
+        tokens, logprobs, finite, *rest = zip(*packed.tolist(), strict=True)
+        count = len(rest) // 2
+        ids = [map(int, column) for column in rest[count:]]
+        columns = [zip(*pair, strict=True) for pair in zip(ids, rest[:count], strict=True)]
         return cls(
-            tokens=[int(row[0]) for row in rows],
-            logprobs=[row[1] for row in rows],
-            top=[
-                tuple((int(i), value) for value, i in zip(row[3 : 3 + count], row[3 + count :], strict=True))
-                for row in rows
-            ],
-            finite=[bool(row[2]) for row in rows],
+            tokens=list(map(int, tokens)),
+            logprobs=list(logprobs),
+            top=list(zip(*columns, strict=True)) if columns else [()] * len(tokens),
+            finite=list(map(bool, finite)),
         )
 
 
@@ -87,6 +88,11 @@ class GraphSampler:
         self.vocab_size = vocab_size
         self.seen: Tensor | None = None  # bool [max_rows,V], where a repetition penalty needs it
         self.bias: Tensor | None = None  # float32 [max_rows,V], where a row has a bias
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every row takes the most probable token, and nothing else is asked of a step."""
+        return self.features == SamplingFeatures() and self.seen is None and self.top == 0
 
     def mutated_tensors(self, places: int) -> list[Tensor]:
         """What a step changes and would change again if repeated."""
@@ -143,7 +149,7 @@ class GraphSampler:
         """
         count = logits.shape[0]
         seen = None if self.seen is None else self.seen[:count]
-        if self.features == SamplingFeatures() and seen is None and self.top == 0:
+        if self.greedy:
             return operators.argmax(logits, ids)
         bias = self.bias[:count] if self.bias is not None and self.features.bias else None
         finite = finite_rows(logits, bias)

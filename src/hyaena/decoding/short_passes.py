@@ -7,10 +7,10 @@ graph per bucket of tokens, of rows and of copied states, and tables on the devi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from hyaena.ops import (
 from hyaena.ops.state import copy_all
 from hyaena.packing import Snapshots
 
+if TYPE_CHECKING:  # Triton comes with torch on CUDA machines only
+    from hyaena.ops.triton.decode.packed import PackedHost, PackedShape
+
 TOKENS = (16, 32, 64, 128, 256, 512)
 """Places of tokens that passes are captured for."""
 ROWS = (1, 4, 16)
@@ -43,31 +46,41 @@ MOST_PAST = 4096
 
 
 class Answers(NamedTuple):
-    """What a pass leaves on the device.
+    """What a pass leaves.
 
     Attributes:
-        logits: [R,V], behind the last token of every row.
-        ids: [R], the most probable tokens.
-        packed: float64 [R,3], see ``DecodeOperators.argmax``.
+        logits: [R,V], behind the last token of every row, on the device.
+        ids: [R], the most probable tokens, on the device.
+        packed: float64 [R,3], see ``DecodeOperators.argmax``, on the host. The next pass writes there.
+        arrived: when ``packed`` has come; None where nothing is waited for.
     """
 
     logits: Tensor
     ids: Tensor
     packed: Tensor
+    arrived: torch.cuda.Event | None = None
 
-    def fetch(self) -> Callable[[], StepOutput]:
-        """Begin to copy the most probable tokens to the host; a function that waits for them."""
-        if not self.packed.is_cuda:
-            return partial(StepOutput.unpack, self.packed)
-        packed = self.packed.to("cpu", non_blocking=True)  # pinned, so that it is not waited for
-        arrived = torch.cuda.Event()
-        arrived.record()
+    def output(self) -> StepOutput:
+        """Wait for the most probable tokens."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return StepOutput.unpack(self.packed)
 
-        def wait() -> StepOutput:
-            arrived.synchronize()
-            return StepOutput.unpack(packed)
 
-        return wait
+@dataclass(frozen=True)
+class Captured:
+    """What belongs to passes of one shape.
+
+    Attributes:
+        host: their tables on the host.
+        numbers: the same on the device.
+        graph: what copies the tables, runs a pass and copies the chosen tokens to the host, and where it leaves its
+            answers; None without graphs.
+    """
+
+    host: PackedHost
+    numbers: Tensor
+    graph: tuple[torch.cuda.CUDAGraph, Answers] | None
 
 
 class ShortPasses:
@@ -80,15 +93,15 @@ class ShortPasses:
     """
 
     def __init__(self, model: StripedHyena, pool: PagePool, *, cuda_graph: bool) -> None:
-        from hyaena.ops.triton.decode.few_rows import Products  # Triton comes with torch on CUDA machines only
-        from hyaena.ops.triton.decode.packed import PackedShape
+        from hyaena.ops.triton.decode.few_rows import Products
 
         self.model, self.pool, self.cuda_graph = model, pool, cuda_graph
         self.width = pages_for(MOST_PAST + TOKENS[-1])
         self.overlap = triton.can_overlap(model.device)
         self.products = Products(overlap=self.overlap)
         self._views: dict[int, list[Tensor]] = {}
-        self._captured: dict[PackedShape, tuple[Any, Tensor, Answers]] = {}
+        self._captured: dict[PackedShape, Captured] = {}
+        self._clean = True  # the states of all rows are those of empty rows
         with torch.inference_mode():
             self.rotary = model.rotary(torch.arange(self.width * PAGE, device=model.device), model.dtype)
             blank = model.make_paged_cache(pool, [[]]).states
@@ -122,7 +135,7 @@ class ShortPasses:
             and len(counts) <= ROWS[-1]
             and stops <= STOPS[-1]
             and max(cache.lengths) <= MOST_PAST
-            and all(state.short.dtype == self.model.dtype for state in cache.states if isinstance(state, HyenaState))
+            and next(iter(_dtypes(cache)), self.model.dtype) == self.model.dtype
         )
 
     @torch.inference_mode()
@@ -137,7 +150,7 @@ class ShortPasses:
         Raises:
             CapacityError: a row of the cache would pass its maximum length, or its pages.
         """
-        from hyaena.ops.triton.decode.packed import PackedShape, PackedTables
+        from hyaena.ops.triton.decode.packed import PackedShape
 
         counts, rows = [len(row) for row in ids], len(ids)
         stops = [sorted(snapshots.stops.get(row, ())) if snapshots is not None else [] for row in range(rows)]
@@ -149,17 +162,20 @@ class ShortPasses:
         )
         on = torch.cuda.device(self.model.device) if self.model.device.type == "cuda" else nullcontext()
         with on, cache.reading(self.model, rows, cache.lengths, counts):  # graphs and kernels go to the current device
-            graph, numbers, answers = self._capture(shape)
-            host = torch.empty(len(numbers), dtype=torch.int32, pin_memory=numbers.is_cuda, device="cpu")
-            PackedTables.over(host, shape).fill(ids, cache.lengths, stops, cache.pages, self.pool.scratch)
-            numbers.copy_(host, non_blocking=True)
+            captured = self._capture(shape)
+            captured.host.fill(ids, cache.lengths, stops, cache.pages)
             mine = self._tensors(rows)
             theirs = [t for state in cache.states if isinstance(state, HyenaState) for t in state.tensors()]
-            copy_all(list(zip(mine, theirs, strict=True)))
-            if graph is not None:
+            if any(cache.lengths) or not self._clean:
+                copy_all(list(zip(mine, theirs, strict=True)))
+            self._clean = False
+            if captured.graph is None:
+                captured.numbers.copy_(captured.host.numbers)
+                answers = self._run(shape, captured.numbers)
+            else:
+                graph, answers = captured.graph
                 graph.replay()
-            if answers is None:
-                answers = self._run(shape, numbers)
+                captured.host.sent()
             copy_all(list(zip(theirs, mine, strict=True)))
             cache.commit(cache.states, counts)
         place = 0
@@ -170,7 +186,15 @@ class ShortPasses:
                     if isinstance(copies, HyenaState):
                         snapshots.put(layer, row, stop, copies.select([place]))
                 place += 1
-        return Answers(*(t[:rows] for t in answers))
+        return Answers(answers.logits[:rows], answers.ids[:rows], answers.packed[:rows], captured.host.read)
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Empty the states, so that a pass over new rows need not: its answer is waited for."""
+        if not self._clean:
+            zero: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
+            zero(self._tensors(ROWS[-1]))
+            self._clean = True
 
     def _tensors(self, rows: int) -> list[Tensor]:
         """The states of the first rows, of all layers: the same views each time, since making them takes the host."""
@@ -179,7 +203,7 @@ class ShortPasses:
             self._views[rows] = [t for state in states for t in state.tensors()]
         return self._views[rows]
 
-    def _run(self, shape: Any, numbers: Tensor) -> Answers:
+    def _run(self, shape: PackedShape, numbers: Tensor) -> Answers:
         from hyaena.ops.triton.decode.packed import PackedHyenaState, PackedOperators, PackedTables
 
         tables = PackedTables.over(numbers, shape)
@@ -195,25 +219,34 @@ class ShortPasses:
         ids = torch.empty(shape.rows, dtype=torch.int64, device=logits.device)
         return Answers(logits, ids, operators.argmax(logits, ids))
 
-    def _capture(self, shape: Any) -> tuple[Any, Tensor, Answers | None]:
-        """The graph of a shape, the tensor of its tables, and where it leaves its answers; None without graphs."""
-        from hyaena.ops.triton.decode.packed import PackedTables
+    def _capture(self, shape: PackedShape) -> Captured:
+        """What belongs to passes of a shape; the graph is captured on first use."""
+        from hyaena.ops.triton.decode.packed import PackedHost
 
         if shape in self._captured:
             return self._captured[shape]
-        host = torch.empty(sum(shape.sizes), dtype=torch.int32, device="cpu")
-        PackedTables.over(host, shape).fill([], [], [], [], self.pool.scratch)  # padding only: nothing of rows changes
-        numbers = host.to(self.model.device)
-        if not self.cuda_graph:
-            return None, numbers, None
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles kernels, and lets libraries allocate
-            self._run(shape, numbers)
-        torch.cuda.current_stream().wait_stream(stream)
-        pool = next(iter(self._captured.values()))[0].pool() if self._captured else None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            answers = self._run(shape, numbers)
-        self._captured[shape] = graph, numbers, answers
+        device = self.model.device
+        host = PackedHost(shape, self.pool.scratch, pinned=device.type == "cuda")
+        numbers, graph = host.numbers.to(device, copy=True), None  # padding only: nothing of rows changes
+        if self.cuda_graph:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles kernels, and lets libraries allocate
+                self._run(shape, numbers)
+            torch.cuda.current_stream().wait_stream(stream)
+            others = [captured.graph[0] for captured in self._captured.values() if captured.graph is not None]
+            made = torch.cuda.CUDAGraph()
+            pool = others[0].pool() if others else None
+            packed = torch.empty(shape.rows, 3, dtype=torch.float64, pin_memory=True, device="cpu")
+            with torch.cuda.graph(made, pool=pool, capture_error_mode="thread_local"):
+                numbers.copy_(host.numbers, non_blocking=True)
+                answers = self._run(shape, numbers)
+                packed.copy_(answers.packed, non_blocking=True)
+            graph = made, answers._replace(packed=packed)
+        self._captured[shape] = Captured(host, numbers, graph)
         return self._captured[shape]
+
+
+def _dtypes(cache: Cache) -> Iterator[torch.dtype]:
+    """Of the Hyena states of each layer: they are made together, so all are one."""
+    return (state.short.dtype for state in cache.states if isinstance(state, HyenaState))

@@ -31,6 +31,7 @@ class StaticCache:
         states: one per layer, updated in place.
         lengths: tokens of each row in use, as the host counts them.
         limits: the most tokens of each row in use.
+        rooms: the most tokens that each row may hold now: its limit, or what its pages reach.
         device_lengths, device_limits: int32 [max_rows], the same on the device; 0 and 1 where there is no row.
         rotary: cos and sin of every position that a row may have.
         pool: of the pages of all rows; None where rows have storage of their own.
@@ -45,6 +46,7 @@ class StaticCache:
         self.scratch: list[Any] = []
         self.lengths: list[int] = []
         self.limits: list[int] = []
+        self.rooms: list[int] = []
         self.device_lengths = torch.zeros(max_rows, dtype=torch.int32, device=model.device)
         self.device_limits = torch.ones(max_rows, dtype=torch.int32, device=model.device)
         self.rotary = self._rotary(1)
@@ -103,6 +105,7 @@ class StaticCache:
         cache.take()
         self.lengths += lengths
         self.limits += limits
+        self.rooms += limits
         self._count(start)
         self.pages += [[] for _ in lengths]
         for i, numbers in enumerate(pages):
@@ -124,24 +127,26 @@ class StaticCache:
         """Add pages behind those of a row; steps that are launched from now on know them."""
         self._change(row, len(self.pages[row]), pages)
         self.pages[row] += pages
-
-    def room(self, row: int) -> int:
-        """The most tokens that a row may hold now: its limit, or what its pages reach."""
-        limit = self.limits[row]
-        return limit if self.pool is None else min(limit, PAGE * len(self.pages[row]))
+        if self.pool is not None:
+            self.rooms[row] = min(self.limits[row], PAGE * len(self.pages[row]))
 
     def retire(self, row: int) -> None:
         """Let steps that are launched from now on write nothing of a row to pages, which others may have by then."""
         if self.pool is not None:
             self.pages[row] = []
-            self.extend(row, [self.pool.scratch])
             self.lengths[row] = self.limits[row] = 1
+            self.extend(row, [self.pool.scratch])
             self.device_lengths[row] = self.device_limits[row] = 1
 
     def _change(self, row: int, first: int, pages: Sequence[int]) -> None:
         assert self.device_pages is not None or not pages
         width = 0 if self.device_pages is None else self.device_pages.shape[1]  # pages behind it have no positions
         self._changes |= {(row, place): page for place, page in enumerate(pages, first) if place < width}
+
+    @property
+    def uploaded(self) -> bool:
+        """Whether the table on the device is up to date."""
+        return not self._changes
 
     def upload_pages(self) -> None:
         """Bring the table on the device up to date, without waiting for the device."""
@@ -171,6 +176,7 @@ class StaticCache:
         self._vacate(len(rows), before)
         self.lengths = [self.lengths[row] for row in rows]
         self.limits = [self.limits[row] for row in rows]
+        self.rooms = [self.rooms[row] for row in rows]
         self.pages = [self.pages[row] for row in rows]
         self.device_lengths[len(rows) : before] = 0
         self.device_limits[len(rows) : before] = 1

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -93,7 +94,6 @@ class Row:
         repeat: how many rows of the call have the same prompt and come before it.
         tokens: the completion so far.
         first_token_at: seconds from the call to its first token.
-        generator: its own random numbers.
     """
 
     index: int
@@ -107,8 +107,10 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     first_token_at: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.generator = self.params.generator(self.prompt, self.repeat)
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Its own random numbers."""
+        return self.params.generator(self.prompt, self.repeat)
 
     def take(self, token: int, now: float) -> tuple[str, FinishReason | None]:
         """Add a token; return the text to show and why the row ends, if it does."""

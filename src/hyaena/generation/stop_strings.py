@@ -21,6 +21,8 @@ class StopStringFilter:
 
     def push(self, token: int) -> tuple[str, bool]:
         """Add a token; return the text to show now, and whether a stop string is complete."""
+        if not self._stops:
+            return self._stream.push(token), False
         return self._show(self._stream.push(token), last=False)
 
     def finish(self) -> tuple[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from hyaena.serve.service import (
     new_id,
     reason,
 )
+
+ENCODER = json.JSONEncoder(separators=(",", ":"))
+"""All in ASCII: many clients take U+2028, U+2029 or U+0085 in a text for the end of an event's line."""
 
 
 class CompletionAnswer:
@@ -39,6 +43,8 @@ class CompletionAnswer:
             "model": served.name,
         }
         self._offsets: dict[int, int] = {}  # characters of what a choice has sent
+        self._begun: set[int] = set()  # choices of which something was sent
+        self._plain = body.logprobs is None and not body.return_token_ids and not prefixes
 
     def _prefix(self, choice: Choice) -> tuple[str, list[TokenInfo]]:
         return self.prefixes[choice.index // (self.body.n or 1)] if self.prefixes else ("", [])
@@ -57,17 +63,20 @@ class CompletionAnswer:
             made["token_ids"] = [info.token for info in tokens]
         return made
 
-    def first(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
-        """What a stream begins with."""
+    def first(self, choices: Sequence[Choice]) -> list[str]:
+        """What a stream begins with: choices as JSON."""
         return []
 
-    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        """One token of a stream."""
+    def part(self, choice: Choice, delta: Delta) -> str:
+        """One token of a stream: a choice as JSON."""
+        if self._plain and delta.finish_reason is None:  # without the encoder, which takes longer
+            return f'{{"index":{choice.index},"text":{json.dumps(delta.text)},"logprobs":null,"finish_reason":null}}'
         text, tokens = delta.text, list(infos([delta]))
-        if len(choice.deltas) == 1:
+        if choice.index not in self._begun:
+            self._begun.add(choice.index)
             prefix, before = self._prefix(choice)
             text, tokens = prefix + text, before + tokens
-        return self.frame | {"choices": [self._choice(choice.index, text, tokens, reason(delta))]}
+        return ENCODER.encode(self._choice(choice.index, text, tokens, reason(delta)))
 
     def whole(self, choices: Sequence[Choice], generation: Generation | None) -> dict[str, Any]:
         """The answer without streaming; ``generation`` is None where the request wants no new token."""
@@ -100,24 +109,19 @@ class ChatAnswer:
     def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
         return chat_logprobs(self.served.tokenizer, list(infos(deltas))) if self.body.logprobs else None
 
-    def first(self, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    def first(self, choices: Sequence[Choice]) -> list[str]:
+        """See ``CompletionAnswer``."""
         delta = {"role": "assistant", "content": ""}
         return [
-            self.frame | {"choices": [{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}]}
+            ENCODER.encode({"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None})
             for choice in choices
         ]
 
-    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        return self.frame | {
-            "choices": [
-                {
-                    "index": choice.index,
-                    "delta": {"content": delta.text} if delta.text else {},
-                    "logprobs": self._logprobs([delta]),
-                    "finish_reason": reason(delta),
-                }
-            ]
-        }
+    def part(self, choice: Choice, delta: Delta) -> str:
+        """See ``CompletionAnswer``."""
+        said = {"content": delta.text} if delta.text else {}
+        made = {"index": choice.index, "delta": said, "logprobs": self._logprobs([delta])}
+        return ENCODER.encode(made | {"finish_reason": reason(delta)})
 
     def whole(self, choices: Sequence[Choice], generation: Generation) -> dict[str, Any]:
         made = [

@@ -7,11 +7,12 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from hyaena.adapters import Adapter, with_adapter
 from hyaena.arguments import require_ids
@@ -95,8 +96,7 @@ class Request:
     adapter: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Delta:
+class Delta(NamedTuple):
     """One token of a request, or its end by an error.
 
     Attributes:
@@ -391,44 +391,50 @@ class Engine:
         scheduler, requests = self.scheduler, self._requests
         plan = scheduler.plan(self.runner.page_ends(), read=read)
         top = max((active.request.top for active in requests.values()), default=0)
-        rows = {key: active.row for key, active in requests.items()}
+        rows = {read.key: requests[read.key].row for read in plan.reads}
         chosen = self.runner.run(plan, rows, top)
         scheduler.done(plan)
-        for key, token in chosen:
-            if key in requests:  # others ended while their step was computed
-                self._deliver(requests[key], token)
+        self._deliver(chosen)
         self.metrics.observe_load(self)
         if not plan.reads:
             self.runner.prepare()
 
-    def _deliver(self, active: _Active, chosen: Chosen) -> None:
-        """Hand a token to its request."""
-        now = time.monotonic()
+    def _deliver(self, chosen: Sequence[tuple[int, Chosen]]) -> None:
+        """Hand tokens to their requests, and count them together; requests that end see what was counted."""
+        now, waits = time.monotonic(), Counter[tuple[float, bool, str]]()
+        ended: dict[int, tuple[_Active, Delta]] = {}
+        for key, token in chosen:
+            active = self._requests.get(key)
+            if active is None or key in ended:  # it ended while its step was computed
+                continue
+            delta = self._take(active, token, now)
+            if delta is None:
+                continue
+            waits[now - (active.last_token or active.arrived), not active.last_token, active.request.adapter] += 1
+            active.last_token = now
+            if delta.finish_reason is None:
+                _call(active.sink, delta)
+            else:
+                ended[key] = active, delta
+        for (seconds, first, adapter), count in waits.items():
+            self.metrics.tokens(count, seconds, first=first, adapter=adapter)
+        page_ends = self.runner.page_ends() if ended else {}
+        for active, delta in ended.values():
+            self.scheduler.finish(active.key, page_ends.get(active.key))
+            self._end(active, delta)
+
+    def _take(self, active: _Active, chosen: Chosen, now: float) -> Delta | None:
+        """Add a token to its request; None where the request failed."""
         try:
             if not chosen.finite:
                 raise NonFiniteError("the model produced NaN or infinity for this prompt")
             text, reason = active.row.take(chosen.token, now)
         except HyaenaError as error:  # of this request alone, such as a token that the tokenizer does not know
             self._fail(active, str(error))
-            return
-        self.scheduler.append(active.key, chosen.token)
-        job = self.scheduler.jobs[active.key]
-        delta = Delta(
-            token=chosen.token,
-            text=text,
-            logprob=chosen.logprob,
-            top=chosen.top[: active.request.top],
-            finish_reason=reason,
-            cached_tokens=job.cached or 0,
-        )
-        if reason is None:
-            _call(active.sink, delta)  # first: a client waits for it
-        seconds = now - (active.last_token or active.arrived)
-        self.metrics.token(seconds, first=not active.last_token, adapter=active.request.adapter)
-        active.last_token = now
-        if reason is not None:
-            self.scheduler.finish(active.key, self.runner.page_ends().get(active.key))
-            self._end(active, delta)
+            return None
+        job = self.scheduler.append(active.key, chosen.token)
+        top = chosen.top[: active.request.top] if chosen.top else ()
+        return Delta(chosen.token, text, chosen.logprob, top, reason, job.cached or 0)
 
     def _fail(self, active: _Active, message: str) -> None:
         self.scheduler.finish(active.key)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -54,18 +56,21 @@ class Metrics:
         self.prefix_queries = make(Counter, "prefix_cache_queries", "Tokens of prompts that were looked up.")
         self.prefix_hits = make(Counter, "prefix_cache_hits", "Tokens of prompts that the prefix cache spared.")
         self.finished_requests = make(Counter, "request_success", "Requests that ended, by reason.", "finished_reason")
-        self.first_token = make(
-            Histogram, "time_to_first_token_seconds", "From arrival to the first token.", buckets=_LONG
-        )
-        self.next_token = make(Histogram, "inter_token_latency_seconds", "From a token to the next.", buckets=_SHORT)
+        self.first_token = Times("time_to_first_token_seconds", "From arrival to the first token.", _LONG)
+        self.next_token = Times("inter_token_latency_seconds", "From a token to the next.", _SHORT)
+        self.registry.register(self.first_token)
+        self.registry.register(self.next_token)
         self.latency = make(Histogram, "e2e_request_latency_seconds", "From arrival to the end.", buckets=_LONG)
-        self._seen_preemptions = 0
+        self._generated: dict[str, Counter] = {}  # by model: looking a label up takes longer than counting
+        self._load = (0, 0, 0, 0, 0)  # as it was recorded: requests, pages, snapshots, pre-emptions
 
-    def token(self, seconds: float, *, first: bool, adapter: str = "") -> None:
-        """Count a token that came so long after the request, or after the token before it."""
+    def tokens(self, count: int, seconds: float, *, first: bool, adapter: str = "") -> None:
+        """Count tokens of so many requests that came so long after the request, or after the token before each."""
         model = adapter or self.name
-        self.generated_tokens.labels(model).inc()
-        (self.first_token if first else self.next_token).labels(model).observe(seconds)
+        if model not in self._generated:
+            self._generated[model] = self.generated_tokens.labels(model)
+        self._generated[model].inc(count)
+        (self.first_token if first else self.next_token).observe(model, seconds, count)
 
     def finished(self, reason: str, *, prompt: int, cached: int, seconds: float, adapter: str = "") -> None:
         """Count a request that ended."""
@@ -77,21 +82,53 @@ class Metrics:
         self.latency.labels(model).observe(seconds)
 
     def observe_load(self, engine: Engine) -> None:
-        """Record what the engine holds at this moment."""
+        """Record what the engine holds at this moment, where that has changed."""
         scheduler, pages = engine.scheduler, engine.scheduler.pages
-        used = pages.count - pages.free
+        used, snapshots, preemptions = pages.count - pages.free, scheduler.prefix.snapshots, scheduler.preemptions
+        load = (scheduler.running, scheduler.waiting, used, snapshots, preemptions)
+        if load == self._load:
+            return
         self.running.set(scheduler.running)
         self.waiting.set(scheduler.waiting)
         self.kv_usage.set(used / pages.count)
         self.kv_bytes.set(used * engine.runner.pool.page_bytes)
         self.state_bytes.set(scheduler.running * engine.state_bytes)
-        self.snapshot_bytes.set(scheduler.prefix.snapshots * engine.state_bytes)
-        self.preemptions.inc(scheduler.preemptions - self._seen_preemptions)
-        self._seen_preemptions = scheduler.preemptions
+        self.snapshot_bytes.set(snapshots * engine.state_bytes)
+        self.preemptions.inc(preemptions - self._load[-1])
+        self._load = load
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+class Times(Collector):
+    """A histogram of seconds by model that counts equal ones together: the rows of a turn get their tokens at one time.
+
+    Args:
+        name: without our prefix.
+        text: what is measured.
+        limits: of the buckets, rising.
+    """
+
+    def __init__(self, name: str, text: str, limits: Sequence[float]) -> None:
+        self.name, self.text, self.limits = "hyaena:" + name, text, limits
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+
+    def observe(self, model: str, seconds: float, count: int) -> None:
+        """Count so many values; from one thread."""
+        counts = self._counts.setdefault(model, [0] * (len(self.limits) + 1))
+        counts[bisect_left(self.limits, seconds)] += count
+        self._sums[model] = self._sums.get(model, 0.0) + count * seconds
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self.name, self.text, labels=("model_name",))
+        names = [*map(str, self.limits), "+Inf"]
+        for model, counts in list(self._counts.items()):
+            buckets = list(zip(names, accumulate(counts), strict=True))
+            family.add_metric((model,), buckets, self._sums[model])
+        return [family]
 
 
 def merged(texts: Mapping[str, str]) -> bytes:

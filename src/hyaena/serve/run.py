@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from hyaena.errors import InputError, printable
 from hyaena.serve.engine import Engine
+from hyaena.serve.protocol import ApiError
 
 GRACE = 5.0
 """Seconds between the end of draining and the end of the process, in which last answers are sent."""
@@ -149,6 +151,13 @@ class _HttpConnection(AutoHTTPProtocol):
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what the parser does not take in the form of the API."""
+        body = json.dumps(ApiError(400, msg).body).encode()
+        head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)  # type: ignore[attr-defined]
+        self.transport.close()  # type: ignore[attr-defined]
 
     def _watch(self, before: object) -> None:
         self._watching = asyncio.get_running_loop().call_later(HEADER_SECONDS, self._check, before)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ Life = tuple[Key, int]
 Rows = EagerDecoder[Life] | PipelinedDecoder[Life] | IsolatedDecoder[Life]
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """A token that was chosen for a request.
 
     Attributes:
@@ -95,7 +93,7 @@ class Runner:
 
         Args:
             plan: of the scheduler.
-            rows: of all requests in the plan and among those that are decoded.
+            rows: of the requests whose prompts are read.
             top: how many of the most probable tokens to report.
 
         Returns:
@@ -126,7 +124,7 @@ class Runner:
     def prepare(self) -> None:
         """Make ready what the next request needs, while nobody waits for a token."""
         for lane in self._lanes.values():
-            lane.prepare_row()
+            lane.prepare()
 
     def close(self) -> None:
         """Wait for the device."""
@@ -157,28 +155,40 @@ class Lane:
             self._short = ShortPasses(model, pool, cuda_graph=True)
         self._packed = all(getattr(layer.mixer, "packs", False) for layer in model.layers)
         self._snapshots = snapshots
+        self._new: dict[Key, Sequence[int]] = {}  # pages of rows of which nothing was read: they have no cache yet
         self._reading: dict[Key, Cache] = {}
         self._lives: dict[Key, Life] = {}  # the decoder's key of a row; a row that comes back has another
         self._count = itertools.count()
 
-    def prepare_row(self) -> None:
-        """Make the cache of the next row, which takes some milliseconds on a GPU."""
+    def prepare(self) -> None:
+        """Make the cache of the next row, which takes some milliseconds on a GPU, and what its pass needs."""
         if self._spare is None:
-            self._spare = self._empty.with_pages([])
+            self._spare = self._empty.with_pages([[]])
+        if self._short is not None:
+            self._short.prepare()
 
     def start(self, start: Start) -> None:
         """Set up a row."""
-        cache, self._spare = self._spare or self._empty.with_pages([]), None
-        cache.set_pages(0, start.pages)
-        if start.snapshot is not None:
-            cache.restore_states(0, self._snapshots[start.snapshot])
+        if start.snapshot is None:
+            self._new[start.key] = start.pages
+            return
+        cache = self._make([start.pages])
+        cache.restore_states(0, self._snapshots[start.snapshot])
         self._reading[start.key] = cache
+
+    def _make(self, pages: Sequence[Sequence[int]]) -> Cache:
+        """A cache of new rows on these pages."""
+        if self._spare is None or len(pages) > 1:
+            return self._empty.with_pages(pages)
+        cache, self._spare = self._spare, None
+        cache.set_pages(0, pages[0])
+        return cache
 
     def drop(self, keys: Sequence[Key]) -> None:
         """Drop rows."""
         decoding = []
         for key in keys:
-            if self._reading.pop(key, None) is None:
+            if self._new.pop(key, None) is None and self._reading.pop(key, None) is None:
                 decoding.append(self._lives.pop(key))
         if decoding:
             self.rows.remove(decoding)
@@ -200,18 +210,21 @@ class Lane:
 
     def read(self, reads: Sequence[Read], rows: Mapping[Key, Row], top: int) -> list[tuple[Key, Chosen]]:
         """One pass over prompts; the first tokens of those that were read to their end."""
-        cache = self._reading[reads[0].key]
-        if len(reads) > 1:  # the last of their rows, which go on to the decoder together
-            cache.extend([self._reading[read.key] for read in reads[1:]])
+        reads = sorted(reads, key=lambda read: read.key in self._new)  # new rows are made together
+        caches = [self._reading.pop(read.key) for read in reads if read.key not in self._new]
+        if new := [self._new.pop(read.key) for read in reads if read.key in self._new]:
+            caches.append(self._make(new))
+        cache = caches[0]
+        if len(caches) > 1:
+            cache.extend(caches[1:])
         answers = self._pass(cache, reads)
         for token in reads[0].replay:  # of one row alone
             ids = torch.tensor([[token]], device=self.model.device)
             answers = self.model(ids, cache=cache, logits_to_keep=1)[:, -1]
-        if not reads[0].last:
+        if not reads[0].last:  # it is alone
+            self._reading[reads[0].key] = cache
             return []
-        keys = [read.key for read in reads]
-        for key in keys:
-            del self._reading[key]
+        keys = [read.key for read in reads]  # they go on to the decoder together
         output = self._begin(keys, [rows[key] for key in keys], cache, answers, top)
         return list(zip(keys, _unpack(output), strict=True))
 
@@ -248,9 +261,8 @@ class Lane:
         lives = [self._lives[key] for key in keys]
         greedy = not top and SamplingFeatures.of(params) == SamplingFeatures()
         if isinstance(answers, Answers) and greedy:  # the host works while the device does
-            wait = answers.fetch()
             self.rows.add(lives, steps, cache, answers.ids, params, generators)
-            return wait()
+            return answers.output()
         logits = answers.logits if isinstance(answers, Answers) else answers
         seen = seen_tokens(rows, logits)
         ids, output = sample_outputs(logits, params, generators, seen, top)
@@ -268,7 +280,7 @@ def _make_rows(model: StripedHyena, max_rows: int, decoding: Decoding, isolated:
 
 
 def _unpack(output: StepOutput) -> list[Chosen]:
-    return [Chosen(*row) for row in zip(output.tokens, output.logprobs, output.top, output.finite, strict=True)]
+    return list(map(Chosen, output.tokens, output.logprobs, output.top, output.finite))
 
 
 def _state_snapshot(cache: Cache, saved: Mapping[int, Any], length: int) -> StateSnapshot:

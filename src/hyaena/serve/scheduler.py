@@ -212,12 +212,13 @@ class Scheduler:
         self.jobs[key] = job
         self._waiting.append(job)
 
-    def append(self, key: Key, token: int) -> None:
-        """Add a token that was chosen for a row."""
+    def append(self, key: Key, token: int) -> Job:
+        """Add a token that was chosen for a row; the job that has it."""
         job = self.jobs[key]
         job.tokens.append(token)
         if job.phase is Phase.DECODING:
             job.read = len(job.tokens) - 1
+        return job
 
     def finish(self, key: Key, page_end: int | None = None) -> None:
         """A request has ended or was cancelled: its row goes; the prefix cache keeps the pages that it can use.

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from hyaena.errors import CapacityError, HyaenaError, InputError
@@ -101,15 +101,15 @@ def reason(delta: Delta) -> str | None:
 
 
 class Mailbox:
-    """Hands tokens from the engine's thread to queues of one event loop, which is woken once for those of a turn."""
+    """Hands tokens from the engine's thread to receivers in an event loop, which is woken once for those of a turn."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._waiting: deque[tuple[Callable[[Any], object], Any]] = deque()
         self._woken = False
 
-    def put(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], item: Any) -> None:
-        """From any thread."""
-        self._waiting.append((queue, item))
+    def put(self, loop: asyncio.AbstractEventLoop, receive: Callable[[Any], object], item: Any) -> None:
+        """From any thread; ``receive`` is called with the item in the thread of the loop."""
+        self._waiting.append((receive, item))
         if not self._woken:
             self._woken = True
             loop.call_soon_threadsafe(self._deliver)
@@ -117,8 +117,35 @@ class Mailbox:
     def _deliver(self) -> None:
         self._woken = False  # first: what is put from now on wakes the loop again
         while self._waiting:
-            queue, item = self._waiting.popleft()
-            queue.put_nowait(item)
+            receive, item = self._waiting.popleft()
+            receive(item)
+
+
+class Inbox(Generic[T]):
+    """What has come for a task of an event loop, which takes all of it at a time.
+
+    Args:
+        loop: in whose thread everything happens.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._items: list[T] = []
+        self._came: asyncio.Future[None] | None = None  # of the task, while it waits
+
+    def put(self, item: T) -> None:
+        """Add an item."""
+        self._items.append(item)
+        if self._came is not None and not self._came.done():
+            self._came.set_result(None)
+
+    async def take(self) -> list[T]:
+        """All items, at least one."""
+        while not self._items:
+            self._came = self._loop.create_future()
+            await self._came
+        items, self._items = self._items, []
+        return items
 
 
 _mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
@@ -152,8 +179,8 @@ class Generation:
         self.served = served
         count = body.n or 1
         self.choices = [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
-        self._queue: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()  # None: the time is over
         self._loop = asyncio.get_running_loop()
+        self._inbox: Inbox[tuple[int, Delta] | None] = Inbox(self._loop)  # None: the time is over
         self._written = 0  # tokens
         firsts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()  # of every prompt
         self._firsts = frozenset(choice.index for choice in firsts)
@@ -191,36 +218,49 @@ class Generation:
             except BaseException:
                 self._cancel()
                 raise
-        self._timer = self._loop.call_later(limits.seconds, self._queue.put_nowait, None)
+        self._timer = self._loop.call_later(limits.seconds, self._inbox.put, None)
 
     def _sink(self, index: int) -> Callable[[Delta], None]:
         mailbox = _mailboxes.setdefault(self._loop, Mailbox())
-        return lambda delta: mailbox.put(self._loop, self._queue, (index, delta))
+        loop, receive = self._loop, self._inbox.put
+        return lambda delta: mailbox.put(loop, receive, (index, delta))
 
-    async def events(self) -> AsyncGenerator[tuple[Choice, Delta]]:
-        """Tokens as they come. Leaving the loop early cancels what has not ended.
+    async def events(self) -> AsyncGenerator[list[tuple[Choice, Delta]]]:
+        """Tokens as they come, those of one turn together. Leaving the loop early cancels what has not ended.
 
         Raises:
             ApiError: the request took too long, or one of its samples failed.
         """
         try:
             while self._keys:
-                taken = await self._queue.get()
-                if taken is None:
-                    raise too_late()
-                index, delta = taken
-                choice = self.choices[index]
-                if index in self._firsts and not choice.deltas:
-                    self._cached += delta.cached_tokens
-                self._written += delta.token is not None
-                choice.deltas.append(delta)
-                if delta.finish_reason is not None:
-                    del self._keys[index]
-                if delta.error is not None:
-                    raise ApiError(500, delta.error, code="generation_failed")
-                yield choice, delta
+                tokens, problem = [], None
+                for taken in await self._inbox.take():
+                    problem = self._failure(taken)
+                    if taken is None or problem is not None:
+                        break
+                    tokens.append(self._note(*taken))
+                if tokens:
+                    yield tokens
+                if problem is not None:
+                    raise problem
         finally:
             self.close()
+
+    def _failure(self, taken: tuple[int, Delta] | None) -> ApiError | None:
+        if taken is None:
+            return too_late()
+        return None if taken[1].error is None else ApiError(500, taken[1].error, code="generation_failed")
+
+    def _note(self, index: int, delta: Delta) -> tuple[Choice, Delta]:
+        """Count a token."""
+        choice = self.choices[index]
+        if index in self._firsts and not choice.deltas:
+            self._cached += delta.cached_tokens
+        self._written += delta.token is not None
+        choice.deltas.append(delta)
+        if delta.finish_reason is not None:
+            del self._keys[index]
+        return choice, delta
 
     def close(self) -> None:
         """Cancel what has not ended."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from hyaena.serve.answers import ChatAnswer, CompletionAnswer
+from hyaena.serve.answers import ENCODER, ChatAnswer, CompletionAnswer
 from hyaena.serve.guards import while_connected
 from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody
 from hyaena.serve.reading import read_prefixes
@@ -67,15 +66,16 @@ def add_writing(app: FastAPI, server: Server) -> None:
 def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body: GenerationBody) -> Response:
     """Server-sent events, one per token, then usage where the client wants it, then ``[DONE]``."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
-    extra = {"usage": None} if with_usage else {}
+    frame = answer.frame | ({"usage": None} if with_usage else {})
+    head = f'data: {ENCODER.encode(frame)[:-1]},"choices":['  # the same in every event
 
     async def events() -> AsyncIterator[str]:
         try:
             for part in answer.first(generation.choices):
-                yield _event(part | extra)
-            async with contextlib.aclosing(generation.events()) as tokens:
-                async for choice, delta in tokens:
-                    yield _event(answer.part(choice, delta) | extra)
+                yield f"{head}{part}]}}\n\n"
+            async with contextlib.aclosing(generation.events()) as turns:
+                async for tokens in turns:
+                    yield "".join([f"{head}{answer.part(choice, delta)}]}}\n\n" for choice, delta in tokens])
             if with_usage:
                 yield _event(answer.frame | {"choices": [], "usage": generation.usage()})
         except ApiError as error:
@@ -99,12 +99,8 @@ class _EventStream(StreamingResponse):
             self.generation.close()
 
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
-
-
 def _event(data: Mapping[str, Any]) -> str:
-    # All in ASCII: many clients take U+2028, U+2029 or U+0085 in a text for the end of the line.
-    return f"data: {_ENCODER.encode(data)}\n\n"
+    return f"data: {ENCODER.encode(data)}\n\n"
 
 
 async def _collect(generation: Generation, request: Request) -> list[Choice]:

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from hyaena.ops.cpu.memory import STAMP, exp, function, hold, kernel, load, real, store, take, word
+from hyaena.ops.cpu.memory import STAMP, exp, function, hold, kernel, load, prefetch, real, size, store, take, word
 from hyaena.ops.cpu.narrow import bytes_of_vector, is_narrow, neighbours, round_vector, write_sums
 from hyaena.ops.cpu.vectors import MANY
 
@@ -102,12 +102,29 @@ def some_rows(form, count, weight, scale, minimum, first, stop, width, x, target
 
 
 @function
-def all_rows(form, rows, weight, scale, minimum, first, stop, width, x, target):
-    """Outputs from ``first`` to ``stop`` for all rows of x, results ``[rows,TOGETHER]``."""
+def bring(form, weight, output, width, part, parts):
+    """Have one of so many parts of the weights of the ``TOGETHER`` outputs from ``output`` on brought to the cache."""
+    if is_narrow(form):
+        return
+    count = TOGETHER * width * size(form)
+    start = weight + output * width * size(form)
+    for place in range(start + part * count // parts, start + (part + 1) * count // parts, 64):
+        prefetch(place)
+
+
+@function
+def all_rows(form, rows, weight, scale, minimum, first, stop, end, width, x, target):
+    """Outputs from ``first`` to ``stop`` for all rows of x, results ``[rows,TOGETHER]``.
+
+    The weights of the next outputs, before ``end``, are on their way meanwhile: else the first rows of x would wait for
+    them, and the processor would not read ahead while the others are multiplied.
+    """
     stride, room = bytes_of_vector(form, width), 4 * TOGETHER
     many, pairs = rows - rows % MANY, rows - rows % 2
     for row in range(0, many, MANY):
         some_rows(form, MANY, weight, scale, minimum, first, stop, width, x + row * stride, target + row * room)
+        if stop < end and many > MANY:
+            bring(form, weight, stop, width, row // MANY, many // MANY)
     for row in range(many, pairs, 2):
         some_rows(form, 2, weight, scale, minimum, first, stop, width, x + row * stride, target + row * room)
     if pairs < rows:
@@ -138,12 +155,14 @@ def linear_runs(p, token, form):
     start, stop = next_run(p)
     if start >= stop:
         return
+    if rows > MANY:
+        bring(form, weight, start, width, 0, 1)
     given, values = prologue(p, token, form), np.empty(rows * TOGETHER, np.float32)
     x, target = aligned(given), values.ctypes.data
     while start < stop:
         for first in range(start, stop, TOGETHER):
             count = min(TOGETHER, stop - first)
-            all_rows(form, rows, weight, scale, minimum, first, first + count, width, x, target)
+            all_rows(form, rows, weight, scale, minimum, first, first + count, stop, width, x, target)
             finish(p, token, first, count, values)
         start, stop = next_run(p)
     hold(given)
@@ -173,14 +192,17 @@ def gate_runs(p, token, form):
     start, stop = next_run(p)
     if start >= stop:
         return
+    if rows > MANY:
+        bring(form, gates, start, width, 0, 1)
+        bring(form, ups, start, width, 0, 1)
     x_wide, values = prologue(p, token, form), np.zeros((2, rows * TOGETHER), np.float32)
     x, target = aligned(x_wide), values.ctypes.data
     other = target + 4 * rows * TOGETHER
     while start < stop:
         for first in range(start, stop, TOGETHER):  # each matrix is read in one piece
             count = min(TOGETHER, stop - first)
-            all_rows(form, rows, gates, scale, minimum, first, first + count, width, x, target)
-            all_rows(form, rows, ups, up_scale, up_minimum, first, first + count, width, x, other)
+            all_rows(form, rows, gates, scale, minimum, first, first + count, stop, width, x, target)
+            all_rows(form, rows, ups, up_scale, up_minimum, first, first + count, stop, width, x, other)
             activate(values[0], word(p, ACT))
             for row in range(rows):
                 for i in range(count):

@@ -73,16 +73,16 @@ def choose_tile(vectors: int, matrices: int, rows: int, width: int, *, narrow: b
         return Tile(width=256, stages=3, splits=divide(blocks, width, 528))
     if matrices == 2:
         if vectors > 64:
-            return Tile(rows=128, width=64, stages=3, warps=8)
+            return Tile(width=64, stages=3)
         return Tile(stages=3) if vectors <= 32 else Tile(width=64, stages=4)
-    if vectors > 64 and blocks > 64:
-        return Tile(rows=128, width=64, splits=2 if blocks <= 96 else 1, stages=4, warps=8)
+    if vectors > 64 and blocks > 96:
+        return Tile(rows=128, width=64, stages=4, warps=8)
     if vectors > 32 and blocks > 400:
         return Tile(rows=128, width=64, stages=4)
     tile = Tile(stages=4)
     if vectors > 64 and width < 8192:
         tile = Tile(width=64, stages=6)
-    splits = divide(blocks, width, 264 if vectors <= 32 else 200)
+    splits = divide(blocks, width, 264 if vectors <= 32 else 200 if vectors <= 64 else 132)
     if 32 < vectors <= 64 and splits * blocks > 132:
         tile = Tile(stages=3)
     return replace(tile, splits=splits)

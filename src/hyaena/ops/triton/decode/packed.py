@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,50 +95,69 @@ class PackedTables(NamedTuple):
         tables = cls(*numbers.split(shape.sizes))
         return tables._replace(pages=tables.pages.view(shape.rows + 1, shape.pages))
 
+
+class PackedHost:
+    """The tables of passes of one shape on the host, in memory that each pass fills anew and one copy sends.
+
+    Args:
+        shape: of the passes.
+        scratch: the page that belongs to nobody.
+        pinned: the memory can be copied to a GPU without being waited for.
+
+    Attributes:
+        numbers: the tables, int32 [``sum(shape.sizes)``].
+        read: of the last pass, when it has read them; None unless pinned.
+    """
+
+    def __init__(self, shape: PackedShape, scratch: int, *, pinned: bool) -> None:
+        self.numbers = torch.empty(sum(shape.sizes), dtype=torch.int32, pin_memory=pinned, device="cpu")
+        self._all = self.numbers.numpy()
+        t: Any = PackedTables(*(cast("Any", table.numpy()) for table in PackedTables.over(self.numbers, shape)))
+        self.read = torch.cuda.Event() if pinned else None
+        self._tables = t
+        self._all[:] = 0
+        t.owners[:], t.lengths[:], t.pages[:] = shape.rows, 1, scratch
+        self._blank = self._all.copy()  # padding only
+
     def fill(
         self,
         ids: Sequence[Sequence[int]],
         pasts: Sequence[int],
         stops: Sequence[Sequence[int]],
         pages: Sequence[Sequence[int]],
-        scratch: int,
     ) -> None:
-        """Write tables on the host.
+        """Write the tables of a pass.
 
         Args:
             ids: of each row.
             pasts: tokens that each row holds before.
-            stops: of each row, see above.
+            stops: of each row, see ``PackedTables``.
             pages: of each row, those that hold its tokens at least.
-            scratch: the page that belongs to nobody.
         """
-        counts = np.array([len(row) for row in ids], np.int32)
-        total, rows = int(counts.sum()), len(counts)
-        begins = counts.cumsum() - counts
-        t: Any = PackedTables(*(cast("Any", table.numpy()) for table in self))
-        for table in t:
-            table[:] = 0
-        t.owners[:], t.lengths[:], t.pages[:] = len(t.pages) - 1, 1, scratch
-        owners = np.arange(rows).repeat(counts)
-        t.ids[:total] = [token for row in ids for token in row]
-        t.owners[:total] = owners
-        t.lengths[:total] = np.arange(1, total + 1) + (np.array(pasts, np.int32) - begins)[owners]
-        t.begins[:rows], t.counts[:rows], t.last[:rows] = begins, counts, begins + counts - 1
-        ends = np.cumsum([len(row) for row in stops])
-        t.stop_begins[1 : rows + 1] = ends
-        t.stop_begins[rows + 1 :] = ends[-1:].sum()
-        flat = [stop for row in stops for stop in row]
-        t.stops[: len(flat)] = flat
-        blocks = [
-            number
-            for row, (begin, count) in enumerate(zip(begins.tolist(), counts.tolist(), strict=True))
-            for first in range(0, count, BLOCK_TOKENS)
-            for number in (row, begin + first, min(BLOCK_TOKENS, count - first))
-        ]
-        t.blocks[: len(blocks)] = blocks
-        for row, numbers in enumerate(pages):
+        if self.read is not None:
+            self.read.synchronize()
+        t, place, stop, block = self._tables, 0, 0, 0
+        self._all[:] = self._blank
+        for row, (tokens, past, cuts, numbers) in enumerate(zip(ids, pasts, stops, pages, strict=True)):
+            end = place + len(tokens)
+            t.ids[place:end] = tokens
+            t.owners[place:end] = row
+            t.lengths[place:end] = range(past + 1, past + 1 + len(tokens))
+            t.begins[row], t.counts[row], t.last[row] = place, len(tokens), end - 1
+            t.stops[stop : stop + len(cuts)] = cuts
+            stop += len(cuts)
+            t.stop_begins[row + 1 :] = stop
+            runs = [n for at in range(place, end, BLOCK_TOKENS) for n in (row, at, min(BLOCK_TOKENS, end - at))]
+            t.blocks[block : block + len(runs)] = runs
+            block += len(runs)
             here = numbers[: t.pages.shape[1]]
             t.pages[row, : len(here)] = here
+            place = end
+
+    def sent(self) -> None:
+        """Say that all that reads the tables was launched: they are filled again when it has ended."""
+        if self.read is not None:
+            self.read.record()
 
 
 class PackedHyenaState(NamedTuple):
