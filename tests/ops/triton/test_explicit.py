@@ -226,7 +226,10 @@ def test_backward_in_registers_of_frozen_filters() -> None:
     got = toeplitz_launch.backward_in_registers(dy, None, problem, tiling, tiling)
     frozen = toeplitz_launch.backward_in_registers(dy, None, problem, tiling, parameters=False)
     for name, value, other in zip(problem._fields, got, frozen, strict=False):
-        assert other.numel() == 0 if name in ("weight", "bias", "taps", "skip") else torch.equal(other, value)
+        if name in ("weight", "bias", "taps", "skip"):
+            assert other.numel() == 0
+        else:
+            close(other, value, GRADIENT[problem.z.dtype])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_frozen_filters() -> None:
     whole = backward_products(dy, None, problem, SMALL)
     frozen = backward_products(dy, None, problem, SMALL, parameters=False)
     for i in (0, 6, 7):
-        assert torch.equal(whole[i], frozen[i])
+        close(frozen[i], whole[i], NARROW)
     assert all(t.numel() == 0 for t in frozen[1:6])
 
 
