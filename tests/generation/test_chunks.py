@@ -39,7 +39,8 @@ def test_the_largest_power_of_two_that_fits(free: int, expected: int) -> None:
 
 def test_the_memory_of_a_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig.from_name("sh-7b")
-    model: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
+    dtype = torch.bfloat16
+    model: Any = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, cache_dtype=dtype, config=config)
     free = 3_000_000_000
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free - 500_000_000, 24_000_000_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 15_500_000_000)
@@ -48,6 +49,8 @@ def test_the_memory_of_a_device_decides(monkeypatch: pytest.MonkeyPatch) -> None
     assert choose_chunk(model, 1000) == 8192 < (free - 1000 * 65536) / 2 / 118_784 < 16384
     assert choose_chunk(model, 20_000) == 4096 < (free - 20_000 * 65536) / 2 / 118_784 < 8192
     assert choose_chunk(model, 131_072) == 2048
+    model.cache_dtype = torch.int8  # 33 KiB a token in place of 64
+    assert choose_chunk(model, 20_000) == 8192 < (free - 20_000 * 33_792) / 2 / 118_784 < 16384
     model.device = torch.device("cpu")
     assert choose_chunk(model, 1000) == 512
 

@@ -93,8 +93,8 @@ def resident() -> int:
 
 
 def own_threads() -> int:
-    """Threads beside those of asyncio's pool, which grows with the work up to its bound."""
-    return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
+    """Threads beside those of the event loop's pool, which grows with the work up to its bound."""
+    return sum(not thread.name.startswith(("asyncio_", "uvloop_")) for thread in threading.enumerate())
 
 
 def assert_nothing_left(server: Live) -> None:

@@ -175,8 +175,8 @@ IN_REGISTERS = toeplitz_launch.Tiling(warps=2, blocks=2, run=32)
 OF_REGISTERS = {
     "one block": dict(length=16, count=16),
     "shorter than a block": dict(length=9, count=9),
-    "several runs": dict(length=50, groups=3, count=20),
-    "long taps": dict(length=66, groups=1, count=66),
+    "several runs": dict(length=50, groups=2, count=20),
+    "long taps": dict(length=50, groups=1, count=50),
     "wide groups": dict(length=20, groups=1, width=48, count=18),
     "two short taps": dict(length=40, count=17, taps=2),
     "five short taps": dict(length=40, count=18, taps=5),
