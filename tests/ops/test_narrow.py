@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hyaena import ops
 from hyaena.errors import InputError
@@ -106,6 +107,24 @@ def test_few_rows_are_the_product_of_many(name: str, dtype: torch.dtype, shape: 
     exact = x.double() @ ops.widen(layer, torch.float64).T + layer.bias.double()  # type: ignore[union-attr]
     error = 1e-4 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(ops.linear(x, layer).double(), exact, rtol=error, atol=error * 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_who_follows_what_torch_computes_misses_no_kernel(dtype: torch.dtype, rows: int) -> None:
+    layer = round_weight(numbers(48, 64), SCHEMES["int8"])
+    x, other = numbers(rows, 64).to(dtype), numbers(rows, 64).to(dtype)
+    weight = ops.widen(layer, dtype)
+
+    def product(x: Tensor) -> Tensor:
+        return ops.linear(x, layer)
+
+    want = torch.nn.functional.linear(other, weight)
+    torch.testing.assert_close(torch.vmap(product)(other.view(2, -1, 64)).view_as(want), want)
+    _, tangent = torch.func.jvp(product, (x,), (other,))
+    torch.testing.assert_close(tangent, want)
+    torch.testing.assert_close(make_fx(product)(x)(other), want)
+    torch.testing.assert_close(torch.jit.trace(product, (x,), check_trace=False)(other), want)
 
 
 @ALL

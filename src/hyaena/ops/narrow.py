@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
 
 from hyaena.ops import cpu
 from hyaena.ops.backend import use_pointwise, wants_gradients
@@ -120,19 +123,23 @@ def _unwidened_product(x: Tensor, layer: Narrow) -> Tensor | None:
     if x.dtype == torch.float32 or not _compiled(x):
         return None
     from hyaena.ops.cpu.operators import few_rows
-    from hyaena.ops.cpu.program import recording
     from hyaena.ops.cpu.tiles import many_rows
 
-    if recording():  # a program would leave these out, and not what torch computes
-        return None
     y = many_rows(x, layer)
     return few_rows(x, layer) if y is None else y
 
 
 def _compiled(x: Tensor) -> bool:
     """Whether kernels for a CPU may compute with x."""
-    plain = type(x) is Tensor and x.device.type == "cpu"
-    return plain and cpu.unsupported_reason(x.dtype) is None and not torch.compiler.is_compiling()
+    plain = type(x) is Tensor and x.device.type == "cpu" and not is_functorch_wrapped_tensor(x)
+    return plain and cpu.unsupported_reason(x.dtype) is None and not torch.compiler.is_compiling() and not _followed(x)
+
+
+def _followed(x: Tensor) -> bool:
+    """Whether somebody follows what torch computes with x, and would miss a kernel: forward derivatives, a trace, or a
+    mode of dispatch, such as that in which a step is recorded.
+    """
+    return unpack_dual(x).tangent is not None or torch.jit.is_tracing() or _len_torch_dispatch_stack() > 0
 
 
 def _product(x: Tensor, layer: Narrow) -> Tensor:

@@ -9,7 +9,6 @@ wait for one another.
 from __future__ import annotations
 
 from array import array
-from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -66,14 +65,6 @@ def _kernel() -> Any:
     return entry
 
 
-_recording = ContextVar("recording", default=False)
-
-
-def recording() -> bool:
-    """Whether this thread records a step."""
-    return _recording.get()
-
-
 class Program:
     """Kernels with their arguments, in the order in which a step called them.
 
@@ -111,7 +102,7 @@ class Program:
 class Recorder(TorchDispatchMode):
     """While this is entered, notes whether torch computes anything itself, which a program would leave out.
 
-    Kernels that no program would hold must not run meanwhile: see ``recording``.
+    Kernels that no program would hold must not run meanwhile: ``ops.narrow`` leaves products to torch in such modes.
 
     Attributes:
         program: what kernels are added to; None once torch has computed.
@@ -120,14 +111,6 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.program: Program | None = Program()
-
-    def __enter__(self) -> Recorder:
-        self._before = _recording.set(True)
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        _recording.reset(self._before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
