@@ -36,6 +36,8 @@ class ForwardContext:
         method: how long convolutions are evaluated; see ``ops.METHODS``.
         backend: what evaluates the operators; see ``ops.resolve_backend``.
         snapshots: where states inside the pass are copied to, or None.
+        kv_dtype: the dtype of a cache in which keys and values are seen as if they were stored, where a layer has no state;
+            None to see them as they are.
     """
 
     lengths: Sequence[int] | None
@@ -51,6 +53,7 @@ class ForwardContext:
     method: str
     backend: ops.Backend
     snapshots: Snapshots | None = None
+    kv_dtype: torch.dtype | None = None
 
     @classmethod
     def of(
@@ -66,11 +69,13 @@ class ForwardContext:
         backend: ops.Backend,
         dtype: torch.dtype,
         snapshots: Snapshots | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> ForwardContext:
         """Check the arguments of a forward pass and compute what its layers share.
 
         Args:
             rotary: the model's rotary tables by position and dtype, see ``layers.Rotary``.
+            kv_dtype: see the attribute.
 
         The others are those of ``StripedHyena.forward``.
 
@@ -124,6 +129,7 @@ class ForwardContext:
             method=method,
             backend=backend,
             snapshots=snapshots,
+            kv_dtype=kv_dtype,
         )
 
     def evaluate(

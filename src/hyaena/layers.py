@@ -27,6 +27,7 @@ from hyaena.filters import ExplicitLongFilter, Float32Parameters, LongFilter, Re
 from hyaena.fp8 import FP8Linear
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, StepContext
 from hyaena.ops.hyena import RowTables, hyena_packed, packs_in_one_kernel
+from hyaena.ops.slots import slots_of
 from hyaena.quant import QuantizedLinear
 
 
@@ -177,6 +178,9 @@ class Attention(nn.Module):
             else:
                 kv.write(k, v, context.lengths, None if context.padding is None else context.padding[1])
             k, v = kv.slots.rounded(k), kv.slots.rounded(v)  # this pass sees the numbers that later ones will see
+        elif context.kv_dtype is not None:
+            slots = slots_of(context.kv_dtype)
+            k, v = slots.rounded(k), slots.rounded(v)
         if kv is None or context.lengths is None or not any(context.lengths):
             padding = None if context.padding is None else context.padding[0]
             y = ops.attention(q, k, v, padding=padding, documents=context.documents)

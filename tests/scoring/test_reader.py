@@ -81,6 +81,18 @@ def test_scores_depend_on_neither_packing_nor_chunks(name: str, lengths: list[in
     agree(make(CONFIGS[name]), random_texts(lengths), 1e-6, tokens_per_pass=tokens_per_pass)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nor_do_they_where_keys_and_values_are_rounded(name: str) -> None:
+    model, texts = make(CONFIGS[name]), random_texts([3, 40, 21])
+    exact = scores(model, texts)
+    model.cache_dtype = "int8"
+    together = scores(model, texts)
+    for size in (1, 7, 30):
+        for one, other in zip(scores(model, texts, tokens_per_pass=size), together, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+    assert any(float((one[0] - other[0]).abs().max()) > 1e-5 for one, other in zip(exact, together, strict=True))
+
+
 @pytest.mark.parametrize("name", ["sh", "evo"])
 def test_in_float32_they_agree_to_rounding(name: str) -> None:
     model, texts = make(CONFIGS[name], torch.float32), random_texts([200, 3, 90, 1, 150, 64])

@@ -176,6 +176,7 @@ class Reader:
             method=self.method,
             backend=ops.resolve_backend("auto", device=model.device, dtype=model.dtype, gradients=False),
             dtype=model.dtype,
+            kv_dtype=model.cache_dtype,  # a text of one pass, too, is read as a cache would hold it
         )
 
 
