@@ -162,6 +162,10 @@ def test_prefixes_go_through_files_of_their_own_dtype(tmp_path: Path) -> None:
     model.cache_dtype = "auto"
     with pytest.raises(CheckpointError, match=r"keys and values in int8, and .* float32: load .* cache_dtype='int8'"):
         load_prefix(path, model)
+    later = made.save(tmp_path / "later")  # its cache is what it was
+    model.cache_dtype = "int8"
+    assert generate(model, TOKENIZER, " are", prefix=load_prefix(later, model), **options).tokens == want.tokens
+    model.cache_dtype = "auto"
     with pytest.raises(InputError, match="different sizes or dtypes cannot be joined: make the caches with one dtype"):
         Cache.merge([made.cache, model.make_cache(1)])
 

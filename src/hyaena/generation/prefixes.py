@@ -29,6 +29,7 @@ from hyaena.cache import Cache, Mark
 from hyaena.errors import CheckpointError, InputError, printable
 from hyaena.generation.chunks import choose_chunk
 from hyaena.model import StripedHyena
+from hyaena.ops import KVState
 from hyaena.tokenizers import Tokenizer, token_ids
 
 MARK_DISTANCE = 2048
@@ -110,7 +111,8 @@ class Prefix:
         path = Path(path)
         tensors = {"ids": torch.tensor(self.ids, device="cpu")} | _tensors(self.cache, self._marks)
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"format": _FORMAT, **_identity(self.model), "weights": _weights_digest(self.model)}
+        kept = {state.dtype for state in self.cache.states if isinstance(state, KVState)} or {self.model.cache_dtype}
+        metadata = {"format": _FORMAT, **_identity(self.model, kept.pop()), "weights": _weights_digest(self.model)}
         metadata["marks"] = json.dumps([mark.lengths[0] for mark in self._marks])
         files.write_atomically(path, lambda file: file.write(save(stored, metadata)))
         return path
@@ -231,10 +233,10 @@ def _tensors(cache: Cache, marks: Sequence[Mark], *, copy: bool = True) -> dict[
     return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in named.items()}  # files have real ones
 
 
-def _identity(model: StripedHyena) -> dict[str, str]:
-    """What must be equal for a cache to fit a model, beside its weights."""
+def _identity(model: StripedHyena, cache_dtype: torch.dtype) -> dict[str, str]:
+    """What must be equal for a cache of this dtype to fit a model, beside its weights."""
     config = json.dumps(model.config.to_dict(), sort_keys=True)
-    dtype, kept = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, model.cache_dtype))
+    dtype, kept = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, cache_dtype))
     return {"config": config, "dtype": dtype, "cache_dtype": kept}
 
 
@@ -250,7 +252,7 @@ def _weights_digest(model: StripedHyena) -> str:
 def _check_metadata(metadata: Mapping[str, str], model: StripedHyena, name: str) -> None:
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(f"{name} is no prefix of this version of hyaena: make it with Prefix.save")
-    found = _identity(model)
+    found = _identity(model, model.cache_dtype)
     if metadata.get("config") != found["config"]:
         raise CheckpointError(f"the prefix {name} was read by a model of another configuration: read its text again")
     if metadata.get("dtype") != found["dtype"]:
