@@ -109,6 +109,17 @@ def test_few_rows_are_the_product_of_many(name: str, dtype: torch.dtype, shape: 
     torch.testing.assert_close(ops.linear(x, layer).double(), exact, rtol=error, atol=error * 12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_wrong_inputs_are_refused(dtype: torch.dtype, rows: int) -> None:
+    layer = round_weight(numbers(48, 64), SCHEMES["int8"])
+    for width in (32, 65, 128):
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            ops.linear(numbers(rows, width).to(dtype), layer)
+    away = layer._replace(codes=layer.codes.to("meta"), scale=layer.scale.to("meta"))
+    ops.linear(numbers(rows, 64).to(dtype), away)  # what torch makes of two devices, and no crash
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [4, 40])
 def test_who_follows_what_torch_computes_misses_no_kernel(dtype: torch.dtype, rows: int) -> None:

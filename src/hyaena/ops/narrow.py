@@ -122,6 +122,8 @@ def _unwidened_product(x: Tensor, layer: Narrow) -> Tensor | None:
     """
     if x.dtype == torch.float32 or not _compiled(x):
         return None
+    if x.shape[-1:] != layer.shape[1:] or layer.codes.device != x.device:  # torch says what is wrong; a kernel crashes
+        return None
     from hyaena.ops.cpu.operators import few_rows
     from hyaena.ops.cpu.tiles import many_rows
 
