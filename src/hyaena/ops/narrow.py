@@ -6,9 +6,9 @@ with zero = 8 for 4 bits without minima, and 0 otherwise. q is an integer, or an
 4 bits share a byte: byte j of a block of 32 columns holds column j in its low and column j + 16 in its high half, as
 the blocks of GGUF do.
 
-A product widens the weight to the dtype of x some rows at a time, so that memory is that of one tile. Where a device
-multiplies e4m3 numbers, those of a pass without gradients are not widened, and x is rounded (``fp8.rowwise_product``).
-Gradients pass through x only.
+A product widens the weight to the dtype of x some rows at a time, so that memory is that of one tile; kernels for CPUs
+read it narrow. Where a device multiplies e4m3 numbers, those of a pass without gradients are not widened, and x is
+rounded (``fp8.rowwise_product``). Gradients pass through x only.
 
 Shapes: E outputs, D inputs, G groups of a row.
 """
