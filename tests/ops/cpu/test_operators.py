@@ -323,6 +323,14 @@ def test_the_most_probable_token(threads: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got[finite], want[finite], rtol=1e-6, atol=1e-5)
 
 
+def test_logits_that_are_all_nan_with_a_sign(threads: int) -> None:
+    """What infinity less infinity is on x86: a search for the largest must not go on behind the logits."""
+    logits = torch.full((3, 700), -torch.nan)
+    assert logits.signbit().all()
+    got = COMPILED.argmax(logits, ids := torch.ones(3, dtype=torch.int64))
+    assert ids.tolist() == [0, 0, 0] and got[:, 2].tolist() == [0, 0, 0]
+
+
 def test_reading_reads_every_block() -> None:
     x = torch.randn(5 * BLOCK)
     torch.testing.assert_close(sums_of_squares(x), x.square().view(5, BLOCK).sum(1))

@@ -66,7 +66,7 @@ def choose_row(p, token, row):
         if most > best:
             best, start = most, first
     chosen = start
-    while rank(load(token, logits, chosen)) != best:
+    while chosen < width - 1 and rank(load(token, logits, chosen)) != best:  # none is, where all are a NaN with a sign
         chosen += 1
     largest, total = load(token, logits, chosen), np.float32(0)
     for k in range(width):
