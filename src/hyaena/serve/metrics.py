@@ -118,9 +118,10 @@ class Times(Collector):
 
     def observe(self, model: str, seconds: float, count: int) -> None:
         """Count so many values; from one thread."""
+        self._sums.setdefault(model, 0.0)  # first: another thread collects what has counts
         counts = self._counts.setdefault(model, [0] * (len(self.limits) + 1))
         counts[bisect_left(self.limits, seconds)] += count
-        self._sums[model] = self._sums.get(model, 0.0) + count * seconds
+        self._sums[model] += count * seconds
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self.name, self.text, labels=("model_name",))

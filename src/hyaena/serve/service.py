@@ -239,6 +239,8 @@ class Generation:
                     if taken is None or problem is not None:
                         break
                     tokens.append(self._note(*taken))
+                    if not self._keys:  # all is here: what comes behind it, such as the end of the time, is nothing
+                        break
                 if tokens:
                     yield tokens
                 if problem is not None:
