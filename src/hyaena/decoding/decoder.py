@@ -333,7 +333,7 @@ class Decoder:
     def _shape(self) -> Shape:
         sampler = self.sampler
         places = _bucket(self.rows) if self.cuda_graph else self.rows
-        return Shape(places, self.static.positions, sampler.features, sampler.top, sampler.seen is not None)
+        return Shape(places, self.static.positions, sampler.features, sampler.top, sampler.features.penalty)
 
     def _capture(self, shape: Shape) -> Graph:
         """Run the step once, which compiles kernels and lets libraries allocate, undo it, and capture it."""

@@ -92,7 +92,7 @@ class GraphSampler:
     @property
     def greedy(self) -> bool:
         """Whether every row takes the most probable token, and nothing else is asked of a step."""
-        return self.features == SamplingFeatures() and self.seen is None and self.top == 0
+        return self.features == SamplingFeatures() and self.top == 0
 
     def mutated_tensors(self, places: int) -> list[Tensor]:
         """What a step changes and would change again if repeated."""
@@ -148,7 +148,8 @@ class GraphSampler:
         The next step reads the ids whatever the host does later: they are 0 where logits are not finite.
         """
         count = logits.shape[0]
-        seen = None if self.seen is None else self.seen[:count]
+        # Rows with a penalty bring what they have seen, so nothing is noted while there are none.
+        seen = self.seen[:count] if self.seen is not None and self.features.penalty else None
         if self.greedy:
             return operators.argmax(logits, ids)
         bias = self.bias[:count] if self.bias is not None and self.features.bias else None
