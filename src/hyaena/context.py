@@ -36,8 +36,8 @@ class ForwardContext:
         method: how long convolutions are evaluated; see ``ops.METHODS``.
         backend: what evaluates the operators; see ``ops.resolve_backend``.
         snapshots: where states inside the pass are copied to, or None.
-        kv_dtype: the dtype of a cache in which keys and values are seen as if they were stored, where a layer has no state;
-            None to see them as they are.
+        kv_dtype: the dtype of a cache as whose keys and values those of layers without a state are seen; None to see
+            them as they are.
     """
 
     lengths: Sequence[int] | None

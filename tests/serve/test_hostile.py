@@ -208,7 +208,7 @@ RAW_REQUESTS: list[tuple[str, bytes, set[int]]] = [
     ("no HTTP", b"hello\r\n\r\n", {400}),
     ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
     ("unknown version", request(line=b"POST / HTTP/9.9"), {400, 405, 505}),
-    ("unknown method", request(line=b"BREW /v1/completions HTTP/1.1"), {400, 405}),
+    ("unknown method", request(line=b"BREW /v1/completions HTTP/1.1"), {405}),
     ("a body with GET", request(line=b"GET /v1/completions HTTP/1.1"), {405}),
     ("unknown path", request(line=b"GET /v2 HTTP/1.1"), {404}),
     ("long path", request(line=b"GET /" + b"a" * 30_000 + b" HTTP/1.1"), {404, 414}),

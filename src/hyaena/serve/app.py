@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import hyaena
 from hyaena.errors import printable
-from hyaena.serve.guards import AccessLog, AllowedHosts, Authentication, BodyLimit, HostNamed
+from hyaena.serve.guards import AccessLog, AllowedHosts, Authentication, BodyLimit
 from hyaena.serve.metrics import MEDIA_TYPE, Metrics
 from hyaena.serve.playground import add_playground
 from hyaena.serve.protocol import ApiError
@@ -90,7 +90,6 @@ def make_app(
         app.add_middleware(Authentication, keys=keys)
     if hosts:
         app.add_middleware(AllowedHosts, hosts=hosts)
-    app.add_middleware(HostNamed)
     app.add_middleware(AccessLog, log_bodies=log_prompts)
     return app
 

@@ -109,23 +109,6 @@ class Authentication:
         await _answer(error, scope, receive, send)
 
 
-class HostNamed:
-    """Refuses requests of HTTP/1.1 that name no host, which not every parser does.
-
-    Args:
-        app: behind it.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["http_version"] == "1.1" and "host" not in Headers(scope=scope):
-            await _answer(ApiError(400, "the request has no Host: name the host"), scope, receive, send)
-            return
-        await self.app(scope, receive, send)
-
-
 class AllowedHosts:
     """Refuses requests for other hosts than the server's own.
 

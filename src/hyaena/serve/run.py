@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hyaena.errors import InputError, printable
 from hyaena.serve.engine import Engine
@@ -126,8 +126,11 @@ class HttpServer(uvicorn.Server):
         self.end()
 
 
-class _HttpConnection(AutoHTTPProtocol):
-    """A connection that is closed when its client does not send a whole request, or does not read the answer."""
+class _HttpConnection(H11Protocol):
+    """A connection that is closed when its client does not send a whole request, or does not read the answer.
+
+    httptools would parse sooner, but takes heads without end, and drops the bodies of requests that offer an upgrade.
+    """
 
     _stalled: asyncio.TimerHandle | None = None
 
