@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
 
 from hyaena.ops import cpu
 from hyaena.ops.backend import use_pointwise, wants_gradients
@@ -141,7 +141,8 @@ def _followed(x: Tensor) -> bool:
     """Whether somebody follows what torch computes with x, and would miss a kernel: forward derivatives, a trace, or a
     mode of dispatch, such as that in which a step is recorded.
     """
-    return unpack_dual(x).tangent is not None or torch.jit.is_tracing() or _len_torch_dispatch_stack() > 0
+    traced = _get_tracing_state() is not None or _len_torch_dispatch_stack() > 0
+    return traced or unpack_dual(x).tangent is not None
 
 
 def _product(x: Tensor, layer: Narrow) -> Tensor:
