@@ -237,8 +237,11 @@ def test_wrong_requests_are_refused(server: Live, data: bytes, wanted: set[int])
         (request(JSON + LENGTH, GOOD) + request(JSON + LENGTH + b"Connection: close\r\n", GOOD), 2),
         (request(JSON + b"Transfer-Encoding: chunked\r\nConnection: close\r\n", b"%x\r\n%b\r\n0\r\n\r\n"
          % (len(GOOD), GOOD)), 1),
+        (request(JSON + LENGTH + b"Connection: Upgrade, close\r\nUpgrade: h2c\r\n", GOOD), 1),
+        (request(JSON + LENGTH + b"Connection: Upgrade\r\nUpgrade: h2c\r\n", GOOD)
+         + request(JSON + LENGTH + b"Connection: Upgrade, close\r\nUpgrade: h2c\r\n", GOOD), 2),
     ],
-    ids=["HTTP/1.0", "expect", "pipelined", "chunked"],
+    ids=["HTTP/1.0", "expect", "pipelined", "chunked", "upgrade", "upgrades"],
 )  # fmt: skip
 def test_unusual_requests_are_answered(server: Live, data: bytes, count: int) -> None:
     with server.connect() as connection:
@@ -261,6 +264,45 @@ def test_clients_that_leave_in_the_middle_are_forgotten(server: Live) -> None:
     server.wait_idle()
     with server.client() as client:
         assert client.get("/health").status_code == 200
+
+
+def test_http_1_0_has_no_chunks(server: Live) -> None:
+    data = body(stream=True, max_tokens=3, ignore_eos=True)
+    head = JSON + b"Content-Length: %d\r\n" % len(data)
+    with server.connect() as connection:
+        connection.sendall(request(head, data, line=b"POST /v1/completions HTTP/1.0"))
+        got = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, rest = got.partition(b"\r\n\r\n")
+    assert b"chunked" not in head.lower() and rest.startswith(b"data: {") and rest.endswith(b"}\n\ndata: [DONE]\n\n")
+    assert all(event.startswith(b"data: ") for event in rest.split(b"\n\n")[:-1])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_that_leave_behind_another_request_are_forgotten(stream: bool) -> None:
+    data = body(stream=stream, max_tokens=100, ignore_eos=True)
+    begun, release = threading.Event(), threading.Event()
+    with live(StripedHyena(replace(TINY, vocab_size=259)), kv_bytes=2**22) as server:
+        held = server.engine.call(once(lambda: (begun.set(), release.wait(PATIENCE))))
+        assert begun.wait(PATIENCE)
+        with server.connect() as connection:
+            connection.sendall(request(JSON + b"Content-Length: %d\r\n" % len(data), data))
+            connection.sendall(request(line=b"GET /health HTTP/1.1"))
+            until(lambda: server.engine._waiting == 1)
+        until(lambda: server.engine._commands.qsize() == 2)  # the request, and its end
+        release.set()
+        held.result(PATIENCE)
+        server.wait_idle()
+
+
+@pytest.mark.parametrize("start", [b"GET /", request()[:-2] + b"X-A: "])
+def test_heads_without_end_are_cut(server: Live, start: bytes) -> None:
+    sent = len(start)
+    with server.connect() as connection, pytest.raises(OSError, match=r"reset|pipe"):
+        connection.sendall(start)
+        while sent < 2**26:
+            connection.sendall(b"a" * 2**16)
+            sent += 2**16
+    assert sent < 2**25
 
 
 def test_bodies_and_headers_that_do_not_come_end(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
