@@ -248,6 +248,9 @@ def test_copies_of_an_empty_row_are_as_good_as_new_ones(model: StripedHyena) -> 
         copies[0].with_pages([[4]])
     with pytest.raises(InputError, match="a number from 0 to 7"):
         empty.with_pages([[8]])
+    for wrong in ([], [5, 2]):
+        with pytest.raises(InputError, match="a list of page numbers for each row"):
+            empty.with_pages(wrong)
     with pytest.raises(InputError, match="make_paged_cache"):
         model.make_cache(1).with_pages([[0]])
 

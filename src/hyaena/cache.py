@@ -397,14 +397,21 @@ class Cache:
             self.pages[row] = numbers
 
     def with_pages(self, pages: Sequence[Sequence[int]]) -> Cache:
-        """A cache like one of an empty row, with rows on these pages: sooner made than another by ``make_paged_cache``.
+        """Make a cache of empty rows on these pages, in less time than ``make_paged_cache`` takes.
+
+        This cache, of one empty row, says what states and limits the rows have.
+
+        Args:
+            pages: of each row.
 
         Raises:
-            InputError: not a cache on pages, not one empty row, or numbers that are no pages of the pool.
+            InputError: not a cache on pages, not one empty row, no rows, or numbers that are no pages of the pool.
         """
         pool = self._paged("with_pages")
         if self.lengths != [0]:
             raise InputError(f"with_pages takes a cache of one empty row, not one of rows of {self.lengths} tokens")
+        if not pages or not all(isinstance(row, Sequence) for row in pages):
+            raise InputError("with_pages takes a list of page numbers for each row, of one row at least")
         numbers, rows = [pool.check(row) for row in pages], len(pages)
         owner = None if self._owner is None else self._owner()
         states = [state.blank(rows) for state in self.states]

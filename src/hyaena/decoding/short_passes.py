@@ -51,7 +51,8 @@ class Answers(NamedTuple):
     Attributes:
         logits: [R,V], behind the last token of every row, on the device.
         ids: [R], the most probable tokens, on the device.
-        packed: float64 [R,3], see ``DecodeOperators.argmax``, on the host. The next pass writes there.
+        packed: float64 [R,3], see ``DecodeOperators.argmax``, on the host. The next pass of the
+            same shape writes there: call ``output`` before it.
         arrived: when ``packed`` has come; None where nothing is waited for.
     """
 
