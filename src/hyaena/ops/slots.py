@@ -1,4 +1,4 @@
-"""How a key, or a value, of one token and one head lies in a cache: in a slot of the storage.
+"""How a cache stores the key or the value of one token and one head: in a slot.
 
 The dtype of the storage says what a slot is. In a floating-point dtype it is the head_dim numbers themselves. In int8
 it is q, head_dim numbers in -127…127, and behind them the four bytes of a float32 scale:
@@ -129,7 +129,7 @@ def slots_of(dtype: torch.dtype) -> Slots:
 
 
 def as_cache_dtype(value: object) -> torch.dtype | None:
-    """The dtype of keys and values that a name or a dtype stands for; None for ``"auto"``, the model's own.
+    """Convert a name or a dtype to the dtype of keys and values; None for ``"auto"``, the model's own.
 
     Raises:
         InputError: keys and values are not stored in it.
