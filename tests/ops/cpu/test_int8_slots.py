@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,20 +12,10 @@ from hyaena.ops.step import DecodeOperators
 
 pytest.importorskip("numba", reason="the kernels are compiled by numba")
 
-from hyaena.ops.cpu import operators
 from hyaena.ops.cpu.operators import CompiledOperators
 
 PLAIN, COMPILED, INT8 = DecodeOperators(), CompiledOperators(), slots_of(torch.int8)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(operators, "GRAIN", 1)  # so that small work is shared out as well
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:

@@ -67,15 +67,6 @@ def kv_state(capacities: list[int], groups: int, head_dim: int, dtype: torch.dty
     return state
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(operators, "GRAIN", 1)  # so that small work is shared out as well
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 NORMS = [None, True, False]
 
 

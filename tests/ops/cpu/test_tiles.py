@@ -18,14 +18,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize(("rows", "outputs", "width"), [(32, 32, 128), (77, 301, 384), (65, 96, 2048), (200, 33, 256)])
 def test_tiles_give_the_product_of_the_widened_weight(
