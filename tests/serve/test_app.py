@@ -143,7 +143,10 @@ def test_ids_come_with_logprobs_where_asked(client: TestClient) -> None:
         assert all(chr(number) == text for text, number in numbers.items() if len(text) == 1)
     body = {"prompt": "import ", "max_tokens": 6, "temperature": 0, "stream": True, "return_token_ids": True}
     parts = events(client.post("/v1/completions", json=body))
-    assert [part["choices"][0]["token_ids"] for part in parts] == [[token] for token in ids[8:]]
+    parts = [part["choices"][0] for part in parts]
+    assert [token for part in parts for token in part["token_ids"]] == ids[8:]
+    assert all(part["text"] == "".join(part["token_texts"]) for part in parts)
+    assert all(len(part["token_texts"]) == len(part["token_ids"]) for part in parts)
     assert "token_ids" not in complete(client, logprobs=1)["choices"][0]
 
 

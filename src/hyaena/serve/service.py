@@ -7,17 +7,16 @@ import contextlib
 import math
 import time
 import uuid
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple, TypeVar
 
 from hyaena.errors import CapacityError, HyaenaError, InputError
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.conversation import ChatTemplate
+from hyaena.serve.delivery import Delivery
 from hyaena.serve.engine import Delta, Engine, EngineDeadError, QueueFullError, Request
 from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, as_prompts, usage
 from hyaena.tokenizers import Tokenizer
@@ -88,67 +87,21 @@ class Choice:
 
     @property
     def text(self) -> str:
-        return "".join(delta.text for delta in self.deltas)
+        return text_of(self.deltas)
 
     @property
     def finish_reason(self) -> str | None:
         return reason(self.deltas[-1]) if self.deltas else None
 
 
+def text_of(deltas: Sequence[Delta]) -> str:
+    """What tokens add to a text."""
+    return deltas[0].text if len(deltas) == 1 else "".join([delta.text for delta in deltas])
+
+
 def reason(delta: Delta) -> str | None:
     """The API's word for why a request ended."""
     return "stop" if delta.finish_reason == "eos" else delta.finish_reason
-
-
-class Mailbox:
-    """Hands tokens from the engine's thread to receivers in an event loop, which is woken once for those of a turn."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[Callable[[Any], object], Any]] = deque()
-        self._woken = False
-
-    def put(self, loop: asyncio.AbstractEventLoop, receive: Callable[[Any], object], item: Any) -> None:
-        """From any thread; ``receive`` is called with the item in the thread of the loop."""
-        self._waiting.append((receive, item))
-        if not self._woken:
-            self._woken = True
-            loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._woken = False  # first: what is put from now on wakes the loop again
-        while self._waiting:
-            receive, item = self._waiting.popleft()
-            receive(item)
-
-
-class Inbox(Generic[T]):
-    """What has come for a task of an event loop, which takes all of it at a time.
-
-    Args:
-        loop: in whose thread everything happens.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._items: list[T] = []
-        self._came: asyncio.Future[None] | None = None  # of the task, while it waits
-
-    def put(self, item: T) -> None:
-        """Add an item."""
-        self._items.append(item)
-        if self._came is not None and not self._came.done():
-            self._came.set_result(None)
-
-    async def take(self) -> list[T]:
-        """All items, at least one."""
-        while not self._items:
-            self._came = self._loop.create_future()
-            await self._came
-        items, self._items = self._items, []
-        return items
-
-
-_mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
 
 
 class Generation:
@@ -160,6 +113,7 @@ class Generation:
         body: of the client, checked.
         top: how many alternatives are reported.
         limits: of the server.
+        delivery: of the event loop that runs.
         max_new_tokens: of every sample.
 
     Raises:
@@ -174,13 +128,12 @@ class Generation:
         *,
         top: int,
         limits: Limits,
+        delivery: Delivery,
         max_new_tokens: int,
     ) -> None:
         self.served = served
         count = body.n or 1
         self.choices = [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
-        self._loop = asyncio.get_running_loop()
-        self._inbox: Inbox[tuple[int, Delta] | None] = Inbox(self._loop)  # None: the time is over
         self._written = 0  # tokens
         firsts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()  # of every prompt
         self._firsts = frozenset(choice.index for choice in firsts)
@@ -212,37 +165,54 @@ class Generation:
                 for choice in self.choices
             ]
             served.engine.check(*requests)
+            self._delivery = delivery
+            self._inbox = delivery.open(paced=bool(body.stream))  # of (choice, token), or None: the time is over
             try:
                 for choice, request in zip(self.choices, requests, strict=True):
                     self._keys[choice.index] = served.engine.submit(request, self._sink(choice.index), checked=True)
             except BaseException:
-                self._cancel()
+                self._leave()
                 raise
-        self._timer = self._loop.call_later(limits.seconds, self._inbox.put, None)
+        self._timer = delivery.loop.call_later(limits.seconds, self._expire)
 
     def _sink(self, index: int) -> Callable[[Delta], None]:
-        mailbox = _mailboxes.setdefault(self._loop, Mailbox())
-        loop, receive = self._loop, self._inbox.put
-        return lambda delta: mailbox.put(loop, receive, (index, delta))
+        """Hands over the tokens of a choice: the first one of a stream and the end of every choice at once."""
+        put, inbox = self._delivery.put, self._inbox
+        urgent = inbox.paced
 
-    async def events(self) -> AsyncGenerator[list[tuple[Choice, Delta]]]:
-        """Tokens as they come, those of one turn together. Leaving the loop early cancels what has not ended.
+        def sink(delta: Delta) -> None:
+            nonlocal urgent
+            put(inbox, (index, delta), urgent=urgent or delta.finish_reason is not None)
+            urgent = False
+
+        return sink
+
+    def _expire(self) -> None:
+        self._delivery.put(self._inbox, None, urgent=True)
+
+    async def events(self) -> AsyncGenerator[list[tuple[Choice, list[Delta]]]]:
+        """Tokens as they come: the choices of which there are some, each with those that came together.
+
+        Leaving the loop early cancels what has not ended.
 
         Raises:
             ApiError: the request took too long, or one of its samples failed.
         """
         try:
             while self._keys:
-                tokens, problem = [], None
+                came: dict[int, list[Delta]] = {}
+                problem = None
                 for taken in await self._inbox.take():
                     problem = self._failure(taken)
                     if taken is None or problem is not None:
                         break
-                    tokens.append(self._note(*taken))
+                    index, delta = taken
+                    self._note(index, delta)
+                    came.setdefault(index, []).append(delta)
                     if not self._keys:  # all is here: what comes behind it, such as the end of the time, is nothing
                         break
-                if tokens:
-                    yield tokens
+                if came:
+                    yield [(self.choices[index], deltas) for index, deltas in came.items()]
                 if problem is not None:
                     raise problem
         finally:
@@ -253,7 +223,7 @@ class Generation:
             return too_late()
         return None if taken[1].error is None else ApiError(500, taken[1].error, code="generation_failed")
 
-    def _note(self, index: int, delta: Delta) -> tuple[Choice, Delta]:
+    def _note(self, index: int, delta: Delta) -> None:
         """Count a token."""
         choice = self.choices[index]
         if index in self._firsts and not choice.deltas:
@@ -262,14 +232,14 @@ class Generation:
         choice.deltas.append(delta)
         if delta.finish_reason is not None:
             del self._keys[index]
-        return choice, delta
 
     def close(self) -> None:
         """Cancel what has not ended."""
         self._timer.cancel()
-        self._cancel()
+        self._leave()
 
-    def _cancel(self) -> None:
+    def _leave(self) -> None:
+        self._delivery.close(self._inbox)
         for key in self._keys.values():
             self.served.engine.cancel(key)
         self._keys = {}
@@ -408,33 +378,59 @@ def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else MIN_LOGPROB
 
 
-@dataclass(frozen=True)
-class TokenInfo:
-    """A token, its log-probability (None where nothing predicts it) and the most probable ones in its place."""
+class TokenInfo(NamedTuple):
+    """A token of an answer.
+
+    Attributes:
+        token: its id.
+        logprob: its log-probability; None where nothing predicts it.
+        top: the most probable ones in its place.
+        text: what it added to the text of the answer: nothing while a character or a stop string was unfinished.
+    """
 
     token: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+    text: str = ""
 
 
-def infos(deltas: Sequence[Delta]) -> Iterator[TokenInfo]:
+def infos(deltas: Sequence[Delta]) -> list[TokenInfo]:
     """The tokens of a choice."""
-    return (TokenInfo(delta.token, delta.logprob, delta.top) for delta in deltas if delta.token is not None)
+    return [
+        TokenInfo(delta.token, delta.logprob, delta.top, delta.text) for delta in deltas if delta.token is not None
+    ]
+
+
+class TextOffsets:
+    """Where the tokens of a text begin, in characters.
+
+    Args:
+        tokenizer: of the tokens.
+        after: tokens before the text, which are not counted.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
+        self._tokenizer, self._stream, self._length = tokenizer, tokenizer.stream(after=after), 0
+
+    def next(self, token: int) -> int:
+        """The place of the next token: of the character that its first byte belongs to."""
+        before = self._length
+        self._length += len(self._stream.push(token))
+        return max(before, self._length - len(self._tokenizer.token_bytes(token).decode(errors="replace")))
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[TokenInfo], offset: int = 0, *, with_ids: bool = False
-) -> tuple[dict[str, Any], int]:
-    """The form of /v1/completions, and the number of characters up to its end; ``offset``: those before its start.
+    tokenizer: Tokenizer, tokens: Sequence[TokenInfo], offsets: TextOffsets, *, with_ids: bool = False
+) -> dict[str, Any]:
+    """The form of /v1/completions.
 
     ``with_ids`` adds ``top_token_ids``, which has an id for every text in ``top_logprobs``.
     """
-    texts, values, offsets, tops, ids = [], [], [], [], []
+    texts, values, places, tops, ids = [], [], [], [], []
     for info in tokens:
         text = token_text(tokenizer, info.token)
         texts.append(text)
-        offsets.append(offset)
-        offset += len(tokenizer.token_bytes(info.token).decode(errors="replace"))
+        places.append(offsets.next(info.token))
         if info.logprob is None:
             for column in (values, tops, ids):
                 column.append(None)
@@ -444,8 +440,8 @@ def completion_logprobs(
         values.append(finite(info.logprob))
         tops.append({name: finite(logprob) for name, (_, logprob) in named.items()})
         ids.append({name: token for name, (token, _) in named.items()})
-    made = {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
-    return made | ({"top_token_ids": ids} if with_ids else {}), offset
+    made = {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": places}
+    return made | ({"top_token_ids": ids} if with_ids else {})
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenInfo]) -> dict[str, Any]:

@@ -37,7 +37,13 @@ def add_writing(app: FastAPI, server: Server) -> None:
         generation = None
         if count:
             generation = Generation(
-                served, prompts, body, top=body.logprobs or 0, limits=server.limits, max_new_tokens=count
+                served,
+                prompts,
+                body,
+                top=body.logprobs or 0,
+                limits=server.limits,
+                delivery=server.delivery(),
+                max_new_tokens=count,
             )
         answer = CompletionAnswer(served, body, prefixes)
         if body.stream and generation is not None:
@@ -54,7 +60,13 @@ def add_writing(app: FastAPI, server: Server) -> None:
             raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
         count = new_tokens(served, body, [prompt], server.limits, server.limits.new_tokens)
         generation = Generation(
-            served, [prompt], body, top=body.top_logprobs or 0, limits=server.limits, max_new_tokens=count
+            served,
+            [prompt],
+            body,
+            top=body.top_logprobs or 0,
+            limits=server.limits,
+            delivery=server.delivery(),
+            max_new_tokens=count,
         )
         answer = ChatAnswer(served, body)
         if body.stream:
@@ -64,7 +76,10 @@ def add_writing(app: FastAPI, server: Server) -> None:
 
 
 def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body: GenerationBody) -> Response:
-    """Server-sent events, one per token, then usage where the client wants it, then ``[DONE]``."""
+    """Server-sent events: tokens, then usage where the client wants it, then ``[DONE]``.
+
+    The tokens of a choice that came together share an event, see ``Delivery``.
+    """
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     frame = answer.frame | ({"usage": None} if with_usage else {})
     head = f'data: {ENCODER.encode(frame)[:-1]},"choices":['  # the same in every event
@@ -73,9 +88,9 @@ def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body:
         try:
             for part in answer.first(generation.choices):
                 yield f"{head}{part}]}}\n\n"
-            async with contextlib.aclosing(generation.events()) as turns:
-                async for tokens in turns:
-                    yield "".join([f"{head}{answer.part(choice, delta)}]}}\n\n" for choice, delta in tokens])
+            async with contextlib.aclosing(generation.events()) as tokens:
+                async for parts in tokens:
+                    yield "".join([f"{head}{answer.part(choice, deltas)}]}}\n\n" for choice, deltas in parts])
             if with_usage:
                 yield _event(answer.frame | {"choices": [], "usage": generation.usage()})
         except ApiError as error:
