@@ -12,7 +12,7 @@ from hyaena.serve.delivery import Delivery
 from hyaena.serve.engine import Engine, EngineSettings
 from hyaena.serve.metrics import Times
 from hyaena.serve.protocol import CompletionBody
-from hyaena.serve.service import Generation, Limits, Served
+from hyaena.serve.service import Generation, Limits, Served, too_late
 from hyaena.tokenizers import ByteTokenizer
 
 
@@ -29,7 +29,7 @@ def test_an_answer_that_is_complete_is_not_late() -> None:
         )
         while len(generation._inbox.items) < 3:
             await asyncio.sleep(0.01)
-        generation._expire()
+        generation.fail(too_late())
         return [delta.finish_reason async for parts in generation.events() for _, deltas in parts for delta in deltas]
 
     try:

@@ -234,13 +234,18 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client closed the connection", code="disconnected")
+            raise client_left()
         return task.result()
     finally:
         for one in (task, gone):
             one.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await one
+
+
+def client_left() -> ApiError:
+    """What ends the work for a client that has left; nobody reads it."""
+    return ApiError(499, "the client closed the connection", code="disconnected")
 
 
 async def _disconnected(request: Request) -> None:

@@ -166,14 +166,14 @@ class Generation:
             ]
             served.engine.check(*requests)
             self._delivery = delivery
-            self._inbox = delivery.open(paced=bool(body.stream))  # of (choice, token), or None: the time is over
+            self._inbox = delivery.open(paced=bool(body.stream))  # of (choice, token), or what ends all
             try:
                 for choice, request in zip(self.choices, requests, strict=True):
                     self._keys[choice.index] = served.engine.submit(request, self._sink(choice.index), checked=True)
             except BaseException:
                 self._leave()
                 raise
-        self._timer = delivery.loop.call_later(limits.seconds, self._expire)
+        self._timer = delivery.loop.call_later(limits.seconds, lambda: self.fail(too_late()))
 
     def _sink(self, index: int) -> Callable[[Delta], None]:
         """Hands over the tokens of a choice: the first one of a stream and the end of every choice at once."""
@@ -187,8 +187,9 @@ class Generation:
 
         return sink
 
-    def _expire(self) -> None:
-        self._delivery.put(self._inbox, None, urgent=True)
+    def fail(self, error: ApiError) -> None:
+        """End it with an error, behind the tokens that are here."""
+        self._delivery.put(self._inbox, error, urgent=True)
 
     async def events(self) -> AsyncGenerator[list[tuple[Choice, list[Delta]]]]:
         """Tokens as they come: the choices of which there are some, each with those that came together.
@@ -196,17 +197,20 @@ class Generation:
         Leaving the loop early cancels what has not ended.
 
         Raises:
-            ApiError: the request took too long, or one of its samples failed.
+            ApiError: one of its samples failed, or what ``fail`` was called with.
         """
         try:
             while self._keys:
                 came: dict[int, list[Delta]] = {}
                 problem = None
                 for taken in await self._inbox.take():
-                    problem = self._failure(taken)
-                    if taken is None or problem is not None:
+                    if isinstance(taken, ApiError):
+                        problem = taken
                         break
                     index, delta = taken
+                    if delta.error is not None:
+                        problem = ApiError(500, delta.error, code="generation_failed")
+                        break
                     self._note(index, delta)
                     came.setdefault(index, []).append(delta)
                     if not self._keys:  # all is here: what comes behind it, such as the end of the time, is nothing
@@ -217,11 +221,6 @@ class Generation:
                     raise problem
         finally:
             self.close()
-
-    def _failure(self, taken: tuple[int, Delta] | None) -> ApiError | None:
-        if taken is None:
-            return too_late()
-        return None if taken[1].error is None else ApiError(500, taken[1].error, code="generation_failed")
 
     def _note(self, index: int, delta: Delta) -> None:
         """Count a token."""

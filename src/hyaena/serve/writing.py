@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from hyaena.serve.answers import ENCODER, ChatAnswer, CompletionAnswer
-from hyaena.serve.guards import while_connected
+from hyaena.serve.guards import client_left, while_connected
 from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody
 from hyaena.serve.reading import read_prefixes
 from hyaena.serve.service import Choice, Generation, chat_prompt, completion_prompts, new_tokens
@@ -100,18 +100,31 @@ def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body:
     return _EventStream(generation, events())
 
 
-class _EventStream(StreamingResponse):
-    """Sends events of a generation, which ends with it: also where a client left before the first could be sent."""
+class _EventStream(Response):
+    """Sends events of a generation, which ends with it, and with its client: also before the first could be sent."""
+
+    media_type = "text/event-stream"
 
     def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.generation = generation
+        self.status_code, self.background = 200, None
+        self.init_headers({"Cache-Control": "no-cache"})
+        self.generation, self.events = generation, events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watching = asyncio.ensure_future(self._watch(receive))
         try:
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for events in self.events:
+                await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
+            watching.cancel()
             self.generation.close()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.generation.fail(client_left())
 
 
 def _event(data: Mapping[str, Any]) -> str:
