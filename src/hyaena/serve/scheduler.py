@@ -241,6 +241,11 @@ class Scheduler:
         return len(self._active)
 
     @property
+    def running_keys(self) -> list[Key]:
+        """Requests that are read or decoded, in order of arrival."""
+        return [job.key for job in self._active]
+
+    @property
     def idle(self) -> bool:
         """Whether a turn would do nothing."""
         return not self.jobs and not self._drop
@@ -301,8 +306,8 @@ class Scheduler:
     def _grow(self, plan: Plan) -> None:
         """Pages for the next tokens of decoding rows, oldest first; where there are none the youngest rows give way."""
         for job in list(self._active):
-            if job.phase is not Phase.DECODING:
-                continue
+            if len(job.tokens) + STEPS_AHEAD <= len(job.pages) * self.page_size or job.phase is not Phase.DECODING:
+                continue  # as almost always
             need = self._pages_for(min(len(job.tokens) + STEPS_AHEAD, job.most)) - len(job.pages)
             if need > 0 and self._obtain(need, job):
                 new = self.pages.take(need)
