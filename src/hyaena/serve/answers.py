@@ -123,6 +123,9 @@ class ChatAnswer:
     def part(self, choice: Choice, deltas: Sequence[Delta]) -> str:
         """See ``CompletionAnswer``."""
         text = text_of(deltas)
+        if not self.body.logprobs and deltas[-1].finish_reason is None:
+            said = f'{{"content":{json.dumps(text)}}}' if text else "{}"
+            return f'{{"index":{choice.index},"delta":{said},"logprobs":null,"finish_reason":null}}'
         made = {"index": choice.index, "delta": {"content": text} if text else {}, "logprobs": self._logprobs(deltas)}
         return ENCODER.encode(made | {"finish_reason": reason(deltas[-1])})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -55,6 +56,15 @@ def listen(host: str, port: int) -> socket.socket:
         opened.close()
         raise InputError(f"cannot listen at {printable(host)}, port {port}: {error.strerror}; choose another") from None
     return opened
+
+
+def leave_out_of_collections() -> None:
+    """Have the garbage collector look at what comes from now on only.
+
+    What was loaded stays to the end. To look at all of it takes 0.16 s, in which every stream stands still.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def log_requests(*, quiet: bool = False) -> None:
@@ -179,6 +189,7 @@ def serve(app: ASGIApp, opened: socket.socket, engines: Sequence[Engine], *, dra
     Its status is 0, or 1 where an engine did not end after the second signal: it was in the middle of a long pass.
     The interpreter is not asked to free all that was loaded: on a busy machine it takes seconds for that.
     """
+    leave_out_of_collections()
     ended = HttpServer(app, engines, drain=drain).serve_on(opened)
     logging.shutdown()
     sys.stderr.flush()

@@ -79,7 +79,7 @@ class Served:
 
 @dataclass
 class Choice:
-    """What one of the requested samples has come to."""
+    """What one of the requested samples has come to; a stream keeps no tokens."""
 
     index: int
     prompt: Sequence[int]
@@ -136,7 +136,8 @@ class Generation:
         self.choices = [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
         self._written = 0  # tokens
         firsts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()  # of every prompt
-        self._firsts = frozenset(choice.index for choice in firsts)
+        self._firsts = {choice.index for choice in firsts}  # that have not begun
+        self._kept = not body.stream
         self._cached, self._read = 0, sum(len(choice.prompt) for choice in firsts)
         self._keys: dict[int, int] = {}  # of choices that have not ended
         tokenizer = served.tokenizer
@@ -192,7 +193,8 @@ class Generation:
         self._delivery.put(self._inbox, error, urgent=True)
 
     async def events(self) -> AsyncGenerator[list[tuple[Choice, list[Delta]]]]:
-        """Tokens as they come: the choices of which there are some, each with those that came together.
+        """Tokens as they come: the choices of which there are some, each with those that came together, or one by one
+        where the interval is 0.
 
         Leaving the loop early cancels what has not ended.
 
@@ -201,7 +203,7 @@ class Generation:
         """
         try:
             while self._keys:
-                came: dict[int, list[Delta]] = {}
+                came: dict[int, tuple[Choice, list[Delta]]] = {}
                 problem = None
                 for taken in await self._inbox.take():
                     if isinstance(taken, ApiError):
@@ -212,11 +214,14 @@ class Generation:
                         problem = ApiError(500, delta.error, code="generation_failed")
                         break
                     self._note(index, delta)
-                    came.setdefault(index, []).append(delta)
+                    part = index if self._delivery.interval else len(came)
+                    if part not in came:
+                        came[part] = self.choices[index], []
+                    came[part][1].append(delta)
                     if not self._keys:  # all is here: what comes behind it, such as the end of the time, is nothing
                         break
                 if came:
-                    yield [(self.choices[index], deltas) for index, deltas in came.items()]
+                    yield list(came.values())
                 if problem is not None:
                     raise problem
         finally:
@@ -224,11 +229,12 @@ class Generation:
 
     def _note(self, index: int, delta: Delta) -> None:
         """Count a token."""
-        choice = self.choices[index]
-        if index in self._firsts and not choice.deltas:
+        if index in self._firsts:
+            self._firsts.remove(index)
             self._cached += delta.cached_tokens
         self._written += delta.token is not None
-        choice.deltas.append(delta)
+        if self._kept:
+            self.choices[index].deltas.append(delta)
         if delta.finish_reason is not None:
             del self._keys[index]
 
