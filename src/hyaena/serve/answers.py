@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from hyaena.serve.engine import Delta
-from hyaena.serve.protocol import ChatBody, CompletionBody, usage
+from hyaena.serve.protocol import ChatBody, CompletionBody
 from hyaena.serve.service import (
     Choice,
     Generation,
     Served,
     TextOffsets,
     TokenInfo,
+    Unwritten,
     chat_logprobs,
     completion_logprobs,
     infos,
@@ -80,16 +81,16 @@ class CompletionAnswer:
 
     def part(self, choice: Choice, deltas: Sequence[Delta]) -> str:
         """Tokens of a stream that came together: a choice as JSON."""
-        if self._plain and deltas[-1].finish_reason is None:  # without the encoder, which takes longer
+        ended = reason(deltas)
+        if self._plain and ended is None:  # without the encoder, which takes longer
             text = json.dumps(text_of(deltas))
             return f'{{"index":{choice.index},"text":{text},"logprobs":null,"finish_reason":null}}'
-        return ENCODER.encode(self._choice(choice, deltas, reason(deltas[-1])))
+        return ENCODER.encode(self._choice(choice, deltas, ended))
 
-    def whole(self, choices: Sequence[Choice], generation: Generation | None) -> dict[str, Any]:
-        """The answer without streaming; ``generation`` is None where the request wants no new token."""
-        made = [self._choice(choice, choice.deltas, choice.finish_reason or "length") for choice in choices]
-        used = generation.usage() if generation else usage(sum(len(choice.prompt) for choice in choices), 0, 0)
-        return self.frame | {"choices": made, "usage": used}
+    def whole(self, generation: Generation | Unwritten) -> dict[str, Any]:
+        """The answer without streaming."""
+        made = [self._choice(choice, choice.deltas, choice.finish_reason) for choice in generation.choices]
+        return self.frame | {"choices": made, "usage": generation.usage()}
 
 
 class ChatAnswer:
@@ -123,13 +124,15 @@ class ChatAnswer:
     def part(self, choice: Choice, deltas: Sequence[Delta]) -> str:
         """See ``CompletionAnswer``."""
         text = text_of(deltas)
-        if not self.body.logprobs and deltas[-1].finish_reason is None:
+        ended = reason(deltas)
+        if not self.body.logprobs and ended is None:
             said = f'{{"content":{json.dumps(text)}}}' if text else "{}"
             return f'{{"index":{choice.index},"delta":{said},"logprobs":null,"finish_reason":null}}'
         made = {"index": choice.index, "delta": {"content": text} if text else {}, "logprobs": self._logprobs(deltas)}
-        return ENCODER.encode(made | {"finish_reason": reason(deltas[-1])})
+        return ENCODER.encode(made | {"finish_reason": ended})
 
-    def whole(self, choices: Sequence[Choice], generation: Generation) -> dict[str, Any]:
+    def whole(self, generation: Generation | Unwritten) -> dict[str, Any]:
+        """See ``CompletionAnswer``."""
         made = [
             {
                 "index": choice.index,
@@ -137,6 +140,6 @@ class ChatAnswer:
                 "logprobs": self._logprobs(choice.deltas),
                 "finish_reason": choice.finish_reason,
             }
-            for choice in choices
+            for choice in generation.choices
         ]
         return self.frame | {"choices": made, "usage": generation.usage()}

@@ -91,7 +91,7 @@ class Choice:
 
     @property
     def finish_reason(self) -> str | None:
-        return reason(self.deltas[-1]) if self.deltas else None
+        return reason(self.deltas)
 
 
 def text_of(deltas: Sequence[Delta]) -> str:
@@ -99,9 +99,16 @@ def text_of(deltas: Sequence[Delta]) -> str:
     return deltas[0].text if len(deltas) == 1 else "".join([delta.text for delta in deltas])
 
 
-def reason(delta: Delta) -> str | None:
-    """The API's word for why a request ended."""
-    return "stop" if delta.finish_reason == "eos" else delta.finish_reason
+def reason(deltas: Sequence[Delta]) -> str | None:
+    """The API's word for why a choice ended with these tokens; "length" for one without any."""
+    last = deltas[-1].finish_reason if deltas else "length"
+    return "stop" if last == "eos" else last
+
+
+def make_choices(prompts: Sequence[Sequence[int]], body: GenerationBody) -> list[Choice]:
+    """The choices of a body, each prompt sampled ``body.n`` times."""
+    count = body.n or 1
+    return [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
 
 
 class Generation:
@@ -133,7 +140,7 @@ class Generation:
     ) -> None:
         self.served = served
         count = body.n or 1
-        self.choices = [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
+        self.choices = make_choices(prompts, body)
         self._written = 0  # tokens
         firsts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()  # of every prompt
         self._firsts = {choice.index for choice in firsts}  # that have not begun
@@ -252,6 +259,32 @@ class Generation:
     def usage(self) -> dict[str, Any]:
         """Tokens of all choices so far; a prompt counts once, however often it was sampled."""
         return usage(self._read, self._written, self._cached)
+
+
+class Unwritten:
+    """A body that wants no new token, in the form of a generation: it ends as it begins.
+
+    Args:
+        prompts, body: see ``Generation``.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], body: GenerationBody) -> None:
+        self.choices = make_choices(prompts, body)
+        self._read = sum(map(len, prompts))
+
+    async def events(self) -> AsyncGenerator[list[tuple[Choice, list[Delta]]]]:
+        """Every choice, without tokens."""
+        yield [(choice, []) for choice in self.choices]
+
+    def fail(self, error: ApiError) -> None:
+        """Nothing runs that could."""
+
+    def close(self) -> None:
+        """Nothing runs that would have to be cancelled."""
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens of the prompts."""
+        return usage(self._read, 0, 0)
 
 
 @contextlib.contextmanager

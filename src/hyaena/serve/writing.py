@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -15,7 +15,7 @@ from hyaena.serve.answers import ENCODER, ChatAnswer, CompletionAnswer
 from hyaena.serve.guards import client_left, while_connected
 from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody
 from hyaena.serve.reading import read_prefixes
-from hyaena.serve.service import Choice, Generation, chat_prompt, completion_prompts, new_tokens
+from hyaena.serve.service import Generation, Unwritten, chat_prompt, completion_prompts, new_tokens
 
 if TYPE_CHECKING:
     from hyaena.serve.app import Server
@@ -34,7 +34,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
         prompts = await completion_prompts(served, body)
         count = new_tokens(served, body, prompts, server.limits, DEFAULT_COMPLETION_TOKENS)
         prefixes = await read_prefixes(server, served, request, body, prompts)
-        generation = None
+        generation = Unwritten(prompts, body)
         if count:
             generation = Generation(
                 served,
@@ -46,10 +46,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
                 max_new_tokens=count,
             )
         answer = CompletionAnswer(served, body, prefixes)
-        if body.stream and generation is not None:
-            return _stream(answer, generation, body)
-        choices = await _collect(generation, request) if generation else _unwritten(prompts, body)
-        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(choices, generation)))
+        return _stream(answer, generation, body) if body.stream else await _whole(answer, generation, request)
 
     @app.post("/v1/chat/completions", tags=["generation"])
     async def chats(body: ChatBody, request: Request) -> Response:
@@ -69,13 +66,12 @@ def add_writing(app: FastAPI, server: Server) -> None:
             max_new_tokens=count,
         )
         answer = ChatAnswer(served, body)
-        if body.stream:
-            return _stream(answer, generation, body)
-        choices = await _collect(generation, request)
-        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(choices, generation)))
+        return _stream(answer, generation, body) if body.stream else await _whole(answer, generation, request)
 
 
-def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body: GenerationBody) -> Response:
+def _stream(
+    answer: CompletionAnswer | ChatAnswer, generation: Generation | Unwritten, body: GenerationBody
+) -> Response:
     """Server-sent events: tokens, then usage where the client wants it, then ``[DONE]``.
 
     The tokens of a choice that came together share an event, see ``Delivery``.
@@ -105,7 +101,7 @@ class _EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
+    def __init__(self, generation: Generation | Unwritten, events: AsyncIterator[str]) -> None:
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-cache"})
         self.generation, self.events = generation, events
@@ -131,19 +127,15 @@ def _event(data: Mapping[str, Any]) -> str:
     return f"data: {ENCODER.encode(data)}\n\n"
 
 
-async def _collect(generation: Generation, request: Request) -> list[Choice]:
+async def _whole(
+    answer: CompletionAnswer | ChatAnswer, generation: Generation | Unwritten, request: Request
+) -> Response:
     """Wait for all samples; a client that leaves ends them."""
 
-    async def read() -> list[Choice]:
+    async def read() -> None:
         async with contextlib.aclosing(generation.events()) as events:
             async for _ in events:
                 pass
-        return generation.choices
 
-    return await while_connected(request, read())
-
-
-def _unwritten(prompts: Sequence[Sequence[int]], body: CompletionBody) -> list[Choice]:
-    """The choices of a body that asks for no new token."""
-    count = body.n or 1
-    return [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
+    await while_connected(request, read())
+    return await asyncio.to_thread(lambda: JSONResponse(answer.whole(generation)))
