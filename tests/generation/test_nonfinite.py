@@ -12,8 +12,8 @@ import torch
 
 import hyaena
 from hyaena.config import ModelConfig
-from hyaena.generation import nonfinite
 from hyaena.errors import NonFiniteError
+from hyaena.generation import nonfinite
 from hyaena.generation.nonfinite import explain_non_finite, remedy
 from hyaena.model import StripedHyena
 from hyaena.scoring.edits import Edit, iter_edit_scores
@@ -37,9 +37,13 @@ def test_the_position_is_that_of_the_whole_sequence(chunk: int, monkeypatch: pyt
     with torch.no_grad():
         model.embed_tokens.weight[9] = math.inf
     usual = "check the weights with `hyaena info`, or compute in float32"
-    assert explain_non_finite(model, [1, 2, 3, 4, 9, 5, 9]) == f"they first appear in the embedding, at token 4; {usual}"
+    assert (
+        explain_non_finite(model, [1, 2, 3, 4, 9, 5, 9]) == f"they first appear in the embedding, at token 4; {usual}"
+    )
     model.cache_dtype = "float16"
-    assert explain_non_finite(model, [1, 2, 3, 4, 9, 5, 9]) == f"they first appear in the embedding, at token 4; {usual}"
+    assert (
+        explain_non_finite(model, [1, 2, 3, 4, 9, 5, 9]) == f"they first appear in the embedding, at token 4; {usual}"
+    )
 
 
 @pytest.mark.parametrize("method", ["recurrence", "blocked"])

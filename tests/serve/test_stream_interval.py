@@ -81,7 +81,9 @@ def test_a_stream_says_what_the_whole_answer_says(shared: Live, options: dict[st
     *parts, last = stream(shared, **body)
     assert last["usage"]["completion_tokens"] == want["usage"]["completion_tokens"]
     assert all(len(part["choices"]) == 1 for part in parts)
-    mine = [[part["choices"][0] for part in parts if part["choices"][0]["index"] == i] for i in range(len(want["choices"]))]
+    mine = [
+        [part["choices"][0] for part in parts if part["choices"][0]["index"] == i] for i in range(len(want["choices"]))
+    ]
     assert len(parts) < last["usage"]["completion_tokens"] / 2
     for found, whole in zip(mine, want["choices"], strict=True):
         assert "".join(part["text"] for part in found) == whole["text"]

@@ -71,9 +71,7 @@ class CompletionAnswer:
         tokenizer = self.served.tokenizer
         if choice.index not in self._offsets:
             self._offsets[choice.index] = TextOffsets(tokenizer, () if self.prefixes else choice.prompt)
-        return completion_logprobs(
-            tokenizer, tokens, self._offsets[choice.index], with_ids=self.body.return_token_ids
-        )
+        return completion_logprobs(tokenizer, tokens, self._offsets[choice.index], with_ids=self.body.return_token_ids)
 
     def first(self, choices: Sequence[Choice]) -> list[str]:
         """What a stream begins with: choices as JSON."""

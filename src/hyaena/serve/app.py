@@ -32,7 +32,7 @@ class Server:
         models: the first one answers requests that name no model.
         metrics: that the engines count in.
         limits: of every request.
-        stream_interval: seconds between the events of a stream; tokens that come sooner share one. 0: an event for each.
+        stream_interval: seconds between the events of a stream; tokens that come sooner share one. 0: each has its own.
     """
 
     def __init__(

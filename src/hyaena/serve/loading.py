@@ -65,7 +65,9 @@ class ServerOptions:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        real("stream_interval", self.stream_interval, "a number of seconds from 0 to 10", lambda value: 0 <= value <= 10)
+        real(
+            "stream_interval", self.stream_interval, "a number of seconds from 0 to 10", lambda value: 0 <= value <= 10
+        )
 
 
 def check_names(adapters: Iterable[str], model: str) -> None:

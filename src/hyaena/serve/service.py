@@ -434,9 +434,7 @@ class TokenInfo(NamedTuple):
 
 def infos(deltas: Sequence[Delta]) -> list[TokenInfo]:
     """The tokens of a choice."""
-    return [
-        TokenInfo(delta.token, delta.logprob, delta.top, delta.text) for delta in deltas if delta.token is not None
-    ]
+    return [TokenInfo(delta.token, delta.logprob, delta.top, delta.text) for delta in deltas if delta.token is not None]
 
 
 class TextOffsets:
