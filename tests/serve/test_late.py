@@ -30,7 +30,11 @@ def test_an_answer_that_is_complete_is_not_late() -> None:
         while len(generation._inbox.items) < 3:
             await asyncio.sleep(0.01)
         generation.fail(too_late())
-        return [delta.finish_reason async for parts in generation.events() for _, deltas in parts for delta in deltas]
+        found = []
+        while parts := await generation.next():
+            found += [delta.finish_reason for _, deltas in parts for delta in deltas]
+        generation.close()
+        return found
 
     try:
         assert asyncio.run(read()) == [None, None, "length"]

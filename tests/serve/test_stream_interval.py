@@ -26,8 +26,9 @@ from hyaena.serve.answers import ChatAnswer, CompletionAnswer
 from hyaena.serve.delivery import Inbox
 from hyaena.serve.engine import Delta
 from hyaena.serve.loading import ServerOptions
+from hyaena.serve.logprobs import TextOffsets
 from hyaena.serve.protocol import ChatBody, CompletionBody
-from hyaena.serve.service import Choice, TextOffsets, text_of
+from hyaena.serve.service import Choice, text_of
 from hyaena.tokenizers import ByteTokenizer
 from serve.clients import PATIENCE, once, until
 from serve.live import Live, live

@@ -8,17 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from hyaena.serve.engine import Delta
+from hyaena.serve.logprobs import TextOffsets, TokenInfo, chat_logprobs, completion_logprobs, infos
 from hyaena.serve.protocol import ChatBody, CompletionBody
 from hyaena.serve.service import (
     Choice,
     Generation,
     Served,
-    TextOffsets,
-    TokenInfo,
     Unwritten,
-    chat_logprobs,
-    completion_logprobs,
-    infos,
     new_id,
     reason,
     text_of,

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from hyaena.scoring import embed_steps, score_steps
 from hyaena.serve.guards import while_connected
+from hyaena.serve.logprobs import TokenInfo
 from hyaena.serve.protocol import (
     ApiError,
     CompletionBody,
@@ -23,7 +24,7 @@ from hyaena.serve.protocol import (
     TokenizeBody,
     as_prompts,
 )
-from hyaena.serve.service import Served, TokenInfo, aside, chat_prompt, encode_all, errors_of_clients, too_late
+from hyaena.serve.service import Served, aside, chat_prompt, encode_all, errors_of_clients, too_late
 from hyaena.serve.work import Steps
 
 if TYPE_CHECKING:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from hyaena.errors import CapacityError, HyaenaError, InputError
 from hyaena.model import StripedHyena
@@ -28,9 +27,6 @@ LONG = 2**14
 
 _texts = ThreadPoolExecutor(2, thread_name_prefix="hyaena-texts")
 """Two long texts are encoded at a time; others wait, and the streams still get most of the interpreter."""
-
-MIN_LOGPROB = -9999.0
-"""Sent in place of -infinity, which JSON does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +90,10 @@ class Choice:
         return reason(self.deltas)
 
 
+Parts = list[tuple[Choice, list[Delta]]]
+"""Choices, each with tokens that came together."""
+
+
 def text_of(deltas: Sequence[Delta]) -> str:
     """What tokens add to a text."""
     return deltas[0].text if len(deltas) == 1 else "".join([delta.text for delta in deltas])
@@ -141,6 +141,7 @@ class Generation:
         self.served = served
         count = body.n or 1
         self.choices = make_choices(prompts, body)
+        self._problem: ApiError | None = None  # that ends it, behind the tokens that are here
         self._written = 0  # tokens
         firsts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()  # of every prompt
         self._firsts = {choice.index for choice in firsts}  # that have not begun
@@ -199,40 +200,34 @@ class Generation:
         """End it with an error, behind the tokens that are here."""
         self._delivery.put(self._inbox, error, urgent=True)
 
-    async def events(self) -> AsyncGenerator[list[tuple[Choice, list[Delta]]]]:
-        """Tokens as they come: the choices of which there are some, each with those that came together, or one by one
-        where the interval is 0.
+    async def next(self) -> Parts:
+        """Tokens that have come: the choices of which there are some, each with those that came together.
 
-        Leaving the loop early cancels what has not ended.
+        With an interval of 0 they come one by one. Nothing comes when all choices have ended.
 
         Raises:
             ApiError: one of its samples failed, or what ``fail`` was called with.
         """
-        try:
-            while self._keys:
-                came: dict[int, tuple[Choice, list[Delta]]] = {}
-                problem = None
-                for taken in await self._inbox.take():
-                    if isinstance(taken, ApiError):
-                        problem = taken
-                        break
-                    index, delta = taken
-                    if delta.error is not None:
-                        problem = ApiError(500, delta.error, code="generation_failed")
-                        break
-                    self._note(index, delta)
-                    part = index if self._delivery.interval else len(came)
-                    if part not in came:
-                        came[part] = self.choices[index], []
-                    came[part][1].append(delta)
-                    if not self._keys:  # all is here: what comes behind it, such as the end of the time, is nothing
-                        break
-                if came:
-                    yield list(came.values())
-                if problem is not None:
-                    raise problem
-        finally:
-            self.close()
+        if self._problem is not None:
+            raise self._problem
+        if not self._keys:
+            return []
+        came: dict[int, tuple[Choice, list[Delta]]] = {}
+        for taken in await self._inbox.take():
+            self._problem = _problem(taken)
+            if self._problem is not None:
+                break
+            index, delta = taken
+            self._note(index, delta)
+            part = index if self._delivery.interval else len(came)
+            if part not in came:
+                came[part] = self.choices[index], []
+            came[part][1].append(delta)
+            if not self._keys:  # all is here: what comes behind it, such as the end of the time, is nothing
+                break
+        if self._problem is not None and not came:
+            raise self._problem
+        return list(came.values())
 
     def _note(self, index: int, delta: Delta) -> None:
         """Count a token."""
@@ -261,6 +256,14 @@ class Generation:
         return usage(self._read, self._written, self._cached)
 
 
+def _problem(taken: tuple[int, Delta] | ApiError) -> ApiError | None:
+    """Why a generation ends with what has come, if it does not end well."""
+    if isinstance(taken, ApiError):
+        return taken
+    error = taken[1].error
+    return None if error is None else ApiError(500, error, code="generation_failed")
+
+
 class Unwritten:
     """A body that wants no new token, in the form of a generation: it ends as it begins.
 
@@ -270,11 +273,13 @@ class Unwritten:
 
     def __init__(self, prompts: Sequence[Sequence[int]], body: GenerationBody) -> None:
         self.choices = make_choices(prompts, body)
+        self._parts: Parts = [(choice, []) for choice in self.choices]
         self._read = sum(map(len, prompts))
 
-    async def events(self) -> AsyncGenerator[list[tuple[Choice, list[Delta]]]]:
-        """Every choice, without tokens."""
-        yield [(choice, []) for choice in self.choices]
+    async def next(self) -> Parts:
+        """Every choice, without tokens; then nothing."""
+        parts, self._parts = self._parts, []
+        return parts
 
     def fail(self, error: ApiError) -> None:
         """Nothing runs that could."""
@@ -394,104 +399,6 @@ def new_tokens(
     if wanted == 0 and not (isinstance(body, CompletionBody) and body.echo):
         raise ApiError(400, "max_tokens must be at least 1, or echo true", param="max_tokens")
     return wanted
-
-
-# --- log-probabilities in the two forms of the API -------------------------------------------------------------------
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text; one that is no text of its own as its bytes, ``bytes:\\xe2``."""
-    name = next((name for name, number in tokenizer.special_tokens.items() if number == token), None)
-    if name is not None:
-        return name
-    data = tokenizer.token_bytes(token)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
-    return logprob if math.isfinite(logprob) else MIN_LOGPROB
-
-
-class TokenInfo(NamedTuple):
-    """A token of an answer.
-
-    Attributes:
-        token: its id.
-        logprob: its log-probability; None where nothing predicts it.
-        top: the most probable ones in its place.
-        text: what it added to the text of the answer: nothing while a character or a stop string was unfinished.
-    """
-
-    token: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
-    text: str = ""
-
-
-def infos(deltas: Sequence[Delta]) -> list[TokenInfo]:
-    """The tokens of a choice."""
-    return [TokenInfo(delta.token, delta.logprob, delta.top, delta.text) for delta in deltas if delta.token is not None]
-
-
-class TextOffsets:
-    """Where the tokens of a text begin, in characters.
-
-    Args:
-        tokenizer: of the tokens.
-        after: tokens before the text, which are not counted.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
-        self._tokenizer, self._stream, self._length = tokenizer, tokenizer.stream(after=after), 0
-
-    def next(self, token: int) -> int:
-        """The place of the next token: of the character that its first byte belongs to."""
-        before = self._length
-        self._length += len(self._stream.push(token))
-        return max(before, self._length - len(self._tokenizer.token_bytes(token).decode(errors="replace")))
-
-
-def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[TokenInfo], offsets: TextOffsets, *, with_ids: bool = False
-) -> dict[str, Any]:
-    """The form of /v1/completions.
-
-    ``with_ids`` adds ``top_token_ids``, which has an id for every text in ``top_logprobs``.
-    """
-    texts, values, places, tops, ids = [], [], [], [], []
-    for info in tokens:
-        text = token_text(tokenizer, info.token)
-        texts.append(text)
-        places.append(offsets.next(info.token))
-        if info.logprob is None:
-            for column in (values, tops, ids):
-                column.append(None)
-            continue
-        named = {token_text(tokenizer, token): (token, logprob) for token, logprob in reversed(info.top)}
-        named[text] = (info.token, info.logprob)
-        values.append(finite(info.logprob))
-        tops.append({name: finite(logprob) for name, (_, logprob) in named.items()})
-        ids.append({name: token for name, (token, _) in named.items()})
-    made = {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": places}
-    return made | ({"top_token_ids": ids} if with_ids else {})
-
-
-def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
-    """The form of /v1/chat/completions."""
-
-    def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        data = list(tokenizer.token_bytes(token))
-        return {"token": token_text(tokenizer, token), "logprob": finite(logprob or 0.0), "bytes": data}
-
-    return {
-        "content": [
-            entry(info.token, info.logprob) | {"top_logprobs": [entry(*pair) for pair in info.top]} for info in tokens
-        ]
-    }
 
 
 def new_id(prefix: str) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -46,7 +45,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
                 max_new_tokens=count,
             )
         answer = CompletionAnswer(served, body, prefixes)
-        return _stream(answer, generation, body) if body.stream else await _whole(answer, generation, request)
+        return _EventStream(answer, generation, body) if body.stream else await _whole(answer, generation, request)
 
     @app.post("/v1/chat/completions", tags=["generation"])
     async def chats(body: ChatBody, request: Request) -> Response:
@@ -66,56 +65,56 @@ def add_writing(app: FastAPI, server: Server) -> None:
             max_new_tokens=count,
         )
         answer = ChatAnswer(served, body)
-        return _stream(answer, generation, body) if body.stream else await _whole(answer, generation, request)
-
-
-def _stream(
-    answer: CompletionAnswer | ChatAnswer, generation: Generation | Unwritten, body: GenerationBody
-) -> Response:
-    """Server-sent events: tokens, then usage where the client wants it, then ``[DONE]``.
-
-    The tokens of a choice that came together share an event, see ``Delivery``.
-    """
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    frame = answer.frame | ({"usage": None} if with_usage else {})
-    head = f'data: {ENCODER.encode(frame)[:-1]},"choices":['  # the same in every event
-
-    async def events() -> AsyncIterator[str]:
-        try:
-            for part in answer.first(generation.choices):
-                yield f"{head}{part}]}}\n\n"
-            async with contextlib.aclosing(generation.events()) as tokens:
-                async for parts in tokens:
-                    yield "".join([f"{head}{answer.part(choice, deltas)}]}}\n\n" for choice, deltas in parts])
-            if with_usage:
-                yield _event(answer.frame | {"choices": [], "usage": generation.usage()})
-        except ApiError as error:
-            yield _event(error.body)
-        yield "data: [DONE]\n\n"
-
-    return _EventStream(generation, events())
+        return _EventStream(answer, generation, body) if body.stream else await _whole(answer, generation, request)
 
 
 class _EventStream(Response):
-    """Sends events of a generation, which ends with it, and with its client: also before the first could be sent."""
+    """Server-sent events: tokens, then usage where the client wants it, then ``[DONE]``.
+
+    The tokens of a choice that came together share an event, see ``Delivery``. The generation ends with the stream, and
+    with its client: also before the first event could be sent.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation | Unwritten, events: AsyncIterator[str]) -> None:
+    def __init__(
+        self, answer: CompletionAnswer | ChatAnswer, generation: Generation | Unwritten, body: GenerationBody
+    ) -> None:
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-cache"})
-        self.generation, self.events = generation, events
+        self.answer, self.generation = answer, generation
+        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
+        frame = answer.frame | ({"usage": None} if self._with_usage else {})
+        self._head = f'data: {ENCODER.encode(frame)[:-1]},"choices":['  # the same in every event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watching = asyncio.ensure_future(self._watch(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for events in self.events:
-                await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            end = await self._send_tokens(send)
+            await send({"type": "http.response.body", "body": end.encode(), "more_body": False})
         finally:
             watching.cancel()
             self.generation.close()
+
+    async def _send_tokens(self, send: Send) -> str:
+        """Send events as tokens come; the last ones."""
+        answer, generation = self.answer, self.generation
+        try:
+            events = self._events(answer.first(generation.choices))
+            while True:
+                if events:
+                    await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+                if not (parts := await generation.next()):
+                    break
+                events = self._events([answer.part(*part) for part in parts])
+            end = _event(answer.frame | {"choices": [], "usage": generation.usage()}) if self._with_usage else ""
+        except ApiError as error:
+            end = _event(error.body)
+        return f"{end}data: [DONE]\n\n"
+
+    def _events(self, parts: Sequence[str]) -> str:
+        return "".join([f"{self._head}{part}]}}\n\n" for part in parts])
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -133,9 +132,11 @@ async def _whole(
     """Wait for all samples; a client that leaves ends them."""
 
     async def read() -> None:
-        async with contextlib.aclosing(generation.events()) as events:
-            async for _ in events:
-                pass
+        while await generation.next():
+            pass
 
-    await while_connected(request, read())
+    try:
+        await while_connected(request, read())
+    finally:
+        generation.close()
     return await asyncio.to_thread(lambda: JSONResponse(answer.whole(generation)))
