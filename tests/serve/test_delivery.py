@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyaena.serve.delivery import Delivery, Inbox
+from hyaena.serve.delivery import MOST, Delivery, Inbox
 from serve.clients import PATIENCE
 
 
@@ -196,6 +196,34 @@ def test_threads_and_readers_lose_nothing() -> None:
         return found
 
     assert asyncio.run(receive()) == [list(range(count))] * 8
+
+
+def test_a_reader_that_finds_very_many_lets_others_go_on() -> None:
+    async def read() -> tuple[list[int], int]:
+        delivery, turns = Delivery(asyncio.get_running_loop(), 0), 0
+        inbox: Inbox[int] = delivery.open(paced=True)
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.ensure_future(other())
+        for number in range(10 * MOST + 1):
+            delivery.put(inbox, number, urgent=False)
+        found, began = [], turns
+        while len(found) < 10 * MOST + 1:
+            taken = await asyncio.wait_for(inbox.take(), 5)
+            assert len(taken) <= MOST
+            found += taken
+        task.cancel()
+        delivery.put(inbox, -1, urgent=False)
+        assert await asyncio.wait_for(inbox.take(), 5) == [-1]
+        return found, turns - began
+
+    found, turns = asyncio.run(read())
+    assert found == list(range(10 * MOST + 1)) and turns >= 10
 
 
 def test_a_reader_that_is_cancelled_loses_nothing() -> None:

@@ -11,6 +11,9 @@ T = TypeVar("T")
 STREAM_INTERVAL = 0.02
 """Seconds between the events of a stream: about one picture of a screen, which shows 60 a second."""
 
+MOST = 256
+"""Items that a task takes at a time: with all that is reported of them, they take some ten milliseconds to be sent."""
+
 
 class Inbox(Generic[T]):
     """What has come for one task, which takes all of it when it is told to.
@@ -27,6 +30,7 @@ class Inbox(Generic[T]):
         self.items: deque[T] = deque()
         self._loop = loop
         self._due = False
+        self._rest = False  # whether it has not taken all of what it was told of
         self._came: asyncio.Future[None] | None = None  # of the task, while it waits
 
     def tell(self) -> bool:
@@ -39,13 +43,16 @@ class Inbox(Generic[T]):
         return True
 
     async def take(self) -> list[T]:
-        """All items, at least one, when the task is told."""
+        """The items, at least one, when the task is told; of very many the first, and others have a turn."""
+        if self._rest:
+            await asyncio.sleep(0)
         while not self._due:
             self._came = self._loop.create_future()
             await self._came
         self._due, taken = False, []
-        while self.items:  # the engine may be adding to them
+        while self.items and len(taken) < MOST:  # the engine may be adding to them
             taken.append(self.items.popleft())
+        self._rest = self._due = bool(self.items) and len(taken) == MOST
         return taken
 
 
