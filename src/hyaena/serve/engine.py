@@ -374,6 +374,7 @@ class Engine:
         self._requests[active.key] = active
         row, request = active.row, active.request
         self.scheduler.add(active.key, row.prompt, row.max_new_tokens, request.salt, request.adapter)
+        self.metrics.observe_load(self)
 
     def _cancel(self, key: int) -> None:
         active = self._requests.get(key)
@@ -394,7 +395,8 @@ class Engine:
         chosen = self.runner.run(plan, rows, top)
         scheduler.done(plan)
         self._deliver(chosen)
-        self.metrics.observe_load(self)
+        if not plan.steps_only:
+            self.metrics.observe_load(self)
         if not plan.reads:
             self.runner.prepare()
 

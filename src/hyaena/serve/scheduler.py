@@ -145,6 +145,11 @@ class Plan:
     grow: dict[Key, list[int]] = field(default_factory=dict)
     decode: list[str] = field(default_factory=list)
 
+    @property
+    def steps_only(self) -> bool:
+        """Whether rows only take a step, as in almost all turns."""
+        return not (self.copy or self.drop or self.start or self.forget or self.reads or self.grow)
+
 
 class Scheduler:
     """See the module.
