@@ -23,7 +23,7 @@ from hyaena.errors import InputError
 from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
 from hyaena.serve.answers import ChatAnswer, CompletionAnswer
-from hyaena.serve.delivery import Inbox
+from hyaena.serve.delivery import Delivery
 from hyaena.serve.engine import Delta
 from hyaena.serve.loading import ServerOptions
 from hyaena.serve.logprobs import TextOffsets
@@ -185,7 +185,7 @@ def test_streams_that_are_left_with_held_tokens_leave_nothing() -> None:
             with client.stream("POST", "/v1/completions", json=body) as answer:
                 next(events(answer.iter_lines()))
             server.wait_idle()
-        until(lambda: gc.collect() >= 0 and not any(type(one) is Inbox for one in gc.get_objects()))
+        until(lambda: not any(one._open for one in gc.get_objects() if type(one) is Delivery))
 
 
 # --- forms ----------------------------------------------------------------------------------------------------------
