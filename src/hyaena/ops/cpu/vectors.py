@@ -15,6 +15,8 @@ from numba.extending import intrinsic
 
 LANES = 16
 """Numbers of a register: those of AVX-512; LLVM splits what a processor has no registers for."""
+EIGHT = 8
+"""Numbers that are finished together."""
 SUMS = 2
 MANY = 4
 """Vectors that share one reading of the weights, where there are so many."""
@@ -42,6 +44,12 @@ def read(builder: ir.IRBuilder, kind: ir.Type, address: ir.Value, index: ir.Valu
     """``lanes`` numbers from the pointer ``address[index]`` on."""
     place = builder.gep(address, [index], inbounds=True)
     return builder.load(builder.bitcast(place, vector(kind, lanes).as_pointer()), align=1)
+
+
+def write(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, index: ir.Value) -> None:
+    """Numbers to the pointer ``address[index]``."""
+    place = builder.gep(address, [index], inbounds=True)
+    builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=1)
 
 
 def stored(token: types.Type) -> ir.Type:
@@ -142,6 +150,14 @@ def fma(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.
     return builder.fadd(total, builder.fmul(a, b, flags=FUSED), flags=FUSED)
 
 
+def bring_line(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Have the cache line at an address brought to the first cache, without waiting for it."""
+    place = builder.inttoptr(address, BYTE.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [place.type, INT32, INT32, INT32])
+    code = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+    builder.call(code, [place, *(constant(number, INT32) for number in (0, 3, 1))])  # to read, all caches, data
+
+
 def loop(
     builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, carried: Sequence[ir.Value], body: Body
 ) -> list[ir.Value]:
@@ -170,18 +186,28 @@ def loop(
     return results
 
 
+def in_pieces(builder: ir.IRBuilder, count: ir.Value, some: Callable[[int], Body]) -> None:
+    """Run ``some(lanes)`` for every number of ``count``: eight at a time, and the rest one by one."""
+    whole = builder.and_(count, constant(-EIGHT, INT64))
+    loop(builder, constant(0, INT64), whole, EIGHT, [], some(EIGHT))
+    loop(builder, whole, count, 1, [], some(1))
+
+
 def float_sums(
     builder: ir.IRBuilder,
     token: types.Type,
     weights: Sequence[ir.Value],
     width: ir.Value,
     vectors: Sequence[ir.Value],
+    ahead: ir.Value,
+    pace: ir.Value,
 ) -> ir.Value:
     """``Σ weights[k]·x[k]`` of rows of ``width`` numbers with float32 vectors, all at addresses; 1, 2, 4, … of each.
 
     The order of summation depends on the width alone: so many registers of every ``SUMS`` registers are added up, and
     the rest one by one. For many vectors that is one loop after another, since all their sums would need more registers
-    than there are.
+    than there are; for each register of a row, one line of memory from ``ahead`` on is then brought to the cache, and
+    the next one is ``pace`` bytes further.
 
     Returns:
         The sums of the first vector with all rows, of the second, …, side by side.
@@ -205,6 +231,16 @@ def float_sums(
 
         return body
 
+    def add_and_bring(place: int) -> Body:
+        """The same at one place, and one line brought."""
+
+        def body(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+            *totals, line = carried
+            bring_line(builder, line)
+            return [*add(place)(index, totals), builder.add(line, pace)]
+
+        return body
+
     def last(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
         a = [read_wide(builder, token, w, index, 1) for w in rows]
         b = [read(builder, FLOAT, x, index, 1) for x in xs]
@@ -220,10 +256,75 @@ def float_sums(
         both = loop(builder, start, first, LANES * SUMS, zeros * SUMS, add(*range(SUMS)))
         parts = [both[place * count : (place + 1) * count] for place in range(SUMS)]
     else:
-        parts = [loop(builder, start, first, LANES * SUMS, zeros, add(place)) for place in range(SUMS)]
+        parts, line = [], ahead
+        for place in range(SUMS):
+            *totals, line = loop(builder, start, first, LANES * SUMS, [*zeros, line], add_and_bring(place))
+            parts.append(totals)
     totals = [builder.fadd(*pair) for pair in zip(*parts, strict=True)]
     totals = loop(builder, first, second, LANES, totals, add(0))
     return loop(builder, second, width, 1, [fold_each(builder, totals)], last)[0]
+
+
+@intrinsic
+def prefetch(context, address):
+    """Have the cache line at an address brought to the first cache, without waiting for it."""
+
+    def generate(generator, builder, signature, arguments):
+        bring_line(builder, *arguments)
+        return generator.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def add_numbers(context, token, source, count, target):
+    """Add ``count`` numbers of the token's dtype to float32 numbers, both at addresses."""
+
+    def generate(context, builder, signature, arguments):
+        _, source, count, target = arguments
+        numbers, sums = (
+            builder.inttoptr(source, stored(token).as_pointer()),
+            builder.inttoptr(target, FLOAT.as_pointer()),
+        )
+
+        def some(lanes: int) -> Body:
+            def body(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+                total = builder.fadd(
+                    read(builder, FLOAT, sums, index, lanes), read_wide(builder, token, numbers, index, lanes)
+                )
+                write(builder, total, sums, index)
+                return carried
+
+            return body
+
+        in_pieces(builder, count, some)
+        return context.get_dummy_value()
+
+    return types.void(token, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def put_numbers(context, token, source, count, target):
+    """Store ``count`` float32 numbers as numbers of the token's dtype, both at addresses."""
+
+    def generate(context, builder, signature, arguments):
+        _, source, count, target = arguments
+        numbers, there = (
+            builder.inttoptr(source, FLOAT.as_pointer()),
+            builder.inttoptr(target, stored(token).as_pointer()),
+        )
+
+        def some(lanes: int) -> Body:
+            def body(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+                write(builder, rounded(builder, token, read(builder, FLOAT, numbers, index, lanes)), there, index)
+                return carried
+
+            return body
+
+        in_pieces(builder, count, some)
+        return context.get_dummy_value()
+
+    return types.void(token, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -232,6 +333,7 @@ def dot(context, token, weights, width, x):
 
     def generate(_, builder, signature, arguments):
         _, weights, width, x = arguments
-        return float_sums(builder, token, [weights], width, [x])
+        nothing = constant(0, INT64)
+        return float_sums(builder, token, [weights], width, [x], nothing, nothing)
 
     return types.float32(token, types.int64, types.int64, types.int64), generate
