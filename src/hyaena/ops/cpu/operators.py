@@ -143,7 +143,6 @@ class CompiledOperators(DecodeOperators):
             z.data_ptr(),
             z.shape[0],
             channels,
-            short_weight.shape[1],
             short_weight.data_ptr(),
             0 if short_bias is None else short_bias.data_ptr(),
             short.data_ptr(),
@@ -155,7 +154,8 @@ class CompiledOperators(DecodeOperators):
             0 if skip is None else skip.data_ptr(),
             y.data_ptr(),
         )
-        self._run(hyena_kernels.step(TOKENS[z.dtype], TOKENS[short.dtype], kind), words, z.numel() * (16 + a.shape[1]))
+        kernel = hyena_kernels.step(TOKENS[z.dtype], TOKENS[short.dtype], kind, short_weight.shape[1])
+        self._run(kernel, words, z.numel() * (16 + a.shape[1]))
         return y
 
     def _room(self, count: int) -> Tensor:
