@@ -34,7 +34,8 @@ from hyaena.ops.cpu.memory import (
     unrank,
     word,
 )
-from hyaena.ops.cpu.reads import mix, scores
+from hyaena.ops.cpu.reads import MOST_HEADS, mix, scores
+from hyaena.ops.cpu.vectors import put_numbers
 from hyaena.ops.pages import PAGE
 from hyaena.ops.slots import INVERSE, LARGEST
 
@@ -141,38 +142,53 @@ def times_scales(kv_token, slots, head_dim, count, numbers):
 
 
 @function
-def read_keys(kv_token, shared, keys, head_dim, queries, count, out, out_stride):
-    """Scores of ``count`` neighbouring keys for all heads that share them: four heads at a time."""
-    stride, of_head, head = slot_size(kv_token, head_dim), head_dim * 4, 0
-    while head + 4 <= shared:
-        here, there = queries + head * of_head, out + head * out_stride
-        scores(kv_token, 4, keys, stride, head_dim, here, count, there, out_stride)
-        head += 4
-    while head < shared:
-        here, there = queries + head * of_head, out + head * out_stride
-        scores(kv_token, 1, keys, stride, head_dim, here, count, there, out_stride)
-        head += 1
-    for head in range(shared):
+def some_scores(kv_token, heads, keys, head_dim, queries, count, out, out_stride):
+    """Scores of ``count`` neighbouring keys for so many heads, a literal."""
+    scores(kv_token, heads, keys, slot_size(kv_token, head_dim), head_dim, queries, count, out, out_stride)
+    for head in range(heads):
         times_scales(kv_token, keys, head_dim, count, out + head * out_stride)
 
 
 @function
-def read_values(kv_token, shared, values, head_dim, weights, weights_stride, count, out, out_stride):
-    """Add ``count`` neighbouring values times their weights to the results of all heads that share them.
+def read_keys(kv_token, shared, keys, head_dim, queries, count, out, out_stride):
+    """Scores of ``count`` neighbouring keys for all heads that share them: ``MOST_HEADS`` at a time."""
+    for head in range(0, shared, MOST_HEADS):
+        here, there, rest = queries + head * head_dim * 4, out + head * out_stride, shared - head
+        if rest >= MOST_HEADS:
+            some_scores(kv_token, MOST_HEADS, keys, head_dim, here, count, there, out_stride)
+        elif rest == 3:
+            some_scores(kv_token, 3, keys, head_dim, here, count, there, out_stride)
+        elif rest == 2:
+            some_scores(kv_token, 2, keys, head_dim, here, count, there, out_stride)
+        else:
+            some_scores(kv_token, 1, keys, head_dim, here, count, there, out_stride)
+
+
+@function
+def mix_some(kv_token, heads, values, head_dim, weights, weights_stride, count, out, out_stride):
+    """Add ``count`` neighbouring values times their weights to the results of so many heads, a literal.
 
     The weights are those of the numbers in the slots afterwards.
     """
-    for head in range(shared):
+    for head in range(heads):
         times_scales(kv_token, values, head_dim, count, weights + head * weights_stride)
-    stride, head = slot_size(kv_token, head_dim), 0
-    while head + 4 <= shared:
-        here, there = weights + head * weights_stride, out + head * out_stride
-        mix(kv_token, 4, values, stride, head_dim, here, weights_stride, count, there, out_stride)
-        head += 4
-    while head < shared:
-        here, there = weights + head * weights_stride, out + head * out_stride
-        mix(kv_token, 1, values, stride, head_dim, here, weights_stride, count, there, out_stride)
-        head += 1
+    stride = slot_size(kv_token, head_dim)
+    mix(kv_token, heads, values, stride, head_dim, weights, weights_stride, count, out, out_stride)
+
+
+@function
+def read_values(kv_token, shared, values, head_dim, weights, weights_stride, count, out, out_stride):
+    """Add neighbouring values times their weights to the results of all heads that share them."""
+    for head in range(0, shared, MOST_HEADS):
+        here, there, rest = weights + head * weights_stride, out + head * out_stride, shared - head
+        if rest >= MOST_HEADS:
+            mix_some(kv_token, MOST_HEADS, values, head_dim, here, weights_stride, count, there, out_stride)
+        elif rest == 3:
+            mix_some(kv_token, 3, values, head_dim, here, weights_stride, count, there, out_stride)
+        elif rest == 2:
+            mix_some(kv_token, 2, values, head_dim, here, weights_stride, count, there, out_stride)
+        else:
+            mix_some(kv_token, 1, values, head_dim, here, weights_stride, count, there, out_stride)
 
 
 @function
@@ -216,15 +232,29 @@ def read_piece(p, kv_token, row, group, start, count, queries, weights, part):
 
 
 @function
+def pieces_of(length):
+    """How many pieces a row has that holds so many tokens."""
+    return (length + piece_of(length) - 1) // piece_of(length)
+
+
+@function
+def divide(p, token, row, head, part, total):
+    """The result of a head: weighted values by the sum of their weights."""
+    head_dim = word(p, HEAD_DIM)
+    for i in range(head_dim):
+        store(FLOAT32, part, i, load(FLOAT32, part, i) / total)
+    put_numbers(token, part, head_dim, word(p, Y) + (row * word(p, HEADS) + head) * head_dim * size(token))
+
+
+@function
 def add_pieces(p, token):
-    """The result of every head from its pieces."""
+    """The result of every head of a row of several pieces from these."""
     heads, groups, head_dim = word(p, HEADS), word(p, GROUPS), word(p, HEAD_DIM)
     shared, stride = heads // groups, (head_dim + 2) * 4
     step = shared * stride  # from piece to piece
     for row in range(word(p, ROWS)):
-        length = short_word(word(p, LENGTHS), row)
-        used = (length + piece_of(length) - 1) // piece_of(length)
-        for head in range(heads):
+        used = pieces_of(short_word(word(p, LENGTHS), row))
+        for head in range(heads if used > 1 else 0):
             first = word(p, PARTS) + (row * groups + head // shared) * MOST_SPLITS * step + head % shared * stride
             largest = np.float32(-np.inf)
             for split in range(used):
@@ -240,21 +270,17 @@ def add_pieces(p, token):
                     if split:
                         value += load(FLOAT32, first, 2 + i)
                     store(FLOAT32, first, 2 + i, value)
-            for i in range(head_dim):
-                store(token, word(p, Y), (row * heads + head) * head_dim + i, load(FLOAT32, first, 2 + i) / total)
+            divide(p, token, row, head, first + 8, total)
 
 
 @function
 def attend_pieces(p, token, kv_token):
-    """Attention of every row; the thread that finishes the last piece adds them."""
+    """Attention of every row. The thread that finishes the last piece of all adds those of rows that have several."""
     rows, heads, groups, head_dim = word(p, ROWS), word(p, HEADS), word(p, GROUPS), word(p, HEAD_DIM)
-    scale, shared, longest = np.float32(real(p, SCALE)), heads // groups, 0
-    for row in range(rows):
-        longest = max(longest, short_word(word(p, LENGTHS), row))
-    splits = 0
+    scale, shared, longest, splits = np.float32(real(p, SCALE)), heads // groups, 0, 0
     for row in range(rows):
         length = short_word(word(p, LENGTHS), row)
-        splits = max(splits, (length + piece_of(length) - 1) // piece_of(length))
+        longest, splits = max(longest, length), max(splits, pieces_of(length))
     pieces = rows * groups * splits
     piece = take(p, 0)
     if piece >= pieces:
@@ -272,6 +298,10 @@ def attend_pieces(p, token, kv_token):
             part = word(p, PARTS) + ((row * groups + group) * MOST_SPLITS + split) * shared * (head_dim + 2) * 4
             count = min(length - start, piece_of(length))
             read_piece(p, kv_token, row, group, start, count, queries, weights, part)
+            if count == length:
+                for head in range(shared):
+                    here = part + head * (head_dim + 2) * 4
+                    divide(p, token, row, group * shared + head, here + 8, load(FLOAT32, here, 1))
         if take(p, 1) == pieces - 1:
             add_pieces(p, token)
         piece = take(p, 0)

@@ -25,11 +25,13 @@ from hyaena.ops.cpu.vectors import (
     fold,
     fold_each,
     gathered,
+    lanes_of,
     loop,
     pick,
     read,
     read_wide,
     rounded,
+    some_of,
     spread,
     stored,
     vector,
@@ -40,34 +42,23 @@ CHANNELS = 4
 """Of a long filter that are computed together: their sums are folded in one."""
 
 
-def _lanes(value: ir.Value) -> int:
-    return value.type.count if isinstance(value.type, ir.VectorType) else 1
-
-
-def _some(builder: ir.IRBuilder, value: ir.Value, places: Sequence[int]) -> ir.Value:
-    """The numbers of a register at these places; a scalar for one place, or where it is one."""
-    if _lanes(value) == 1:
-        return value if len(places) == 1 else spread(builder, value, len(places))
-    return builder.extract_element(value, constant(places[0], INT32)) if len(places) == 1 else pick(builder, value, places)
-
-
 def _every(builder: ir.IRBuilder, value: ir.Value, first: int, step: int) -> ir.Value:
-    return _some(builder, value, range(first, _lanes(value), step))
+    return some_of(builder, value, range(first, lanes_of(value), step))
 
 
 def _beside(builder: ir.IRBuilder, before: ir.Value, last: ir.Value, channels: int) -> ir.Value:
     """For each channel its share of ``before``, and then its one number of ``last``."""
-    held = _lanes(before) // channels
+    held = lanes_of(before) // channels
     total = channels * (held + 1)
-    first = _some(builder, before, [min(i, channels * held - 1) for i in range(total)])
-    second = _some(builder, last, [min(i, channels - 1) for i in range(total)])
+    first = some_of(builder, before, [min(i, channels * held - 1) for i in range(total)])
+    second = some_of(builder, last, [min(i, channels - 1) for i in range(total)])
     places = [total + c if k == held else c * held + k for c in range(channels) for k in range(held + 1)]
     return builder.shuffle_vector(first, second, ir.Constant(vector(INT32, total), places))
 
 
 def _without_first(builder: ir.IRBuilder, line: ir.Value, length: int) -> ir.Value:
     """What ``_beside`` returned, without the first number of each channel."""
-    return _some(builder, line, [i for i in range(_lanes(line)) if i % length])
+    return some_of(builder, line, [i for i in range(lanes_of(line)) if i % length])
 
 
 @intrinsic

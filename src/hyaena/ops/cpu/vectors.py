@@ -73,7 +73,7 @@ def rounded(builder: ir.IRBuilder, token: types.Type, value: ir.Value, *, ordina
 
     ``ordinary`` says that no NaN is among them but those that arithmetic makes, which need no care.
     """
-    lanes = value.type.count if isinstance(value.type, ir.VectorType) else 1
+    lanes = lanes_of(value)
     if token == types.float32:
         return value
     if token == types.int16:
@@ -111,14 +111,22 @@ def pick(builder: ir.IRBuilder, value: ir.Value, places: Sequence[int]) -> ir.Va
     return builder.shuffle_vector(value, value, ir.Constant(vector(INT32, len(places)), list(places)))
 
 
+def lanes_of(value: ir.Value) -> int:
+    """Numbers of a register; 1 of a scalar."""
+    return value.type.count if isinstance(value.type, ir.VectorType) else 1
+
+
+def some_of(builder: ir.IRBuilder, value: ir.Value, places: Sequence[int]) -> ir.Value:
+    """The numbers of a register, or of a scalar, at these places; a scalar for one place."""
+    if lanes_of(value) == 1:
+        return spread(builder, value, len(places)) if len(places) > 1 else value
+    return pick(builder, value, places) if len(places) > 1 else builder.extract_element(value, constant(places[0], INT32))
+
+
 def portion(builder: ir.IRBuilder, value: ir.Value, index: int, parts: int) -> ir.Value:
     """One of so many equal parts of a register; a scalar if a part is one number, or if the whole is one."""
-    if not isinstance(value.type, ir.VectorType):
-        return value
-    size = value.type.count // parts
-    if size == 1:
-        return builder.extract_element(value, constant(index, INT32))
-    return pick(builder, value, range(index * size, (index + 1) * size))
+    size = max(1, lanes_of(value) // parts)
+    return some_of(builder, value, range(index * size, (index + 1) * size))
 
 
 def fold(builder: ir.IRBuilder, value: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
