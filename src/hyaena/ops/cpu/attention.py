@@ -142,30 +142,30 @@ def times_scales(kv_token, slots, head_dim, count, numbers):
 
 
 @function
-def some_scores(kv_token, heads, keys, head_dim, queries, count, out, out_stride):
+def some_scores(kv_token, heads, keys, head_dim, queries, count, out, out_stride, beside):
     """Scores of ``count`` neighbouring keys for so many heads, a literal."""
-    scores(kv_token, heads, keys, slot_size(kv_token, head_dim), head_dim, queries, count, out, out_stride)
+    scores(kv_token, heads, keys, slot_size(kv_token, head_dim), head_dim, queries, count, out, out_stride, beside)
     for head in range(heads):
         times_scales(kv_token, keys, head_dim, count, out + head * out_stride)
 
 
 @function
-def read_keys(kv_token, shared, keys, head_dim, queries, count, out, out_stride):
+def read_keys(kv_token, shared, keys, head_dim, queries, count, out, out_stride, beside):
     """Scores of ``count`` neighbouring keys for all heads that share them: ``MOST_HEADS`` at a time."""
     for head in range(0, shared, MOST_HEADS):
         here, there, rest = queries + head * head_dim * 4, out + head * out_stride, shared - head
         if rest >= MOST_HEADS:
-            some_scores(kv_token, MOST_HEADS, keys, head_dim, here, count, there, out_stride)
+            some_scores(kv_token, MOST_HEADS, keys, head_dim, here, count, there, out_stride, beside)
         elif rest == 3:
-            some_scores(kv_token, 3, keys, head_dim, here, count, there, out_stride)
+            some_scores(kv_token, 3, keys, head_dim, here, count, there, out_stride, beside)
         elif rest == 2:
-            some_scores(kv_token, 2, keys, head_dim, here, count, there, out_stride)
+            some_scores(kv_token, 2, keys, head_dim, here, count, there, out_stride, beside)
         else:
-            some_scores(kv_token, 1, keys, head_dim, here, count, there, out_stride)
+            some_scores(kv_token, 1, keys, head_dim, here, count, there, out_stride, beside)
 
 
 @function
-def mix_some(kv_token, heads, values, head_dim, weights, weights_stride, count, out, out_stride):
+def mix_some(kv_token, heads, values, head_dim, weights, weights_stride, count, out, out_stride, beside):
     """Add ``count`` neighbouring values times their weights to the results of so many heads, a literal.
 
     The weights are those of the numbers in the slots afterwards.
@@ -173,22 +173,22 @@ def mix_some(kv_token, heads, values, head_dim, weights, weights_stride, count, 
     for head in range(heads):
         times_scales(kv_token, values, head_dim, count, weights + head * weights_stride)
     stride = slot_size(kv_token, head_dim)
-    mix(kv_token, heads, values, stride, head_dim, weights, weights_stride, count, out, out_stride)
+    mix(kv_token, heads, values, stride, head_dim, weights, weights_stride, count, out, out_stride, beside)
 
 
 @function
-def read_values(kv_token, shared, values, head_dim, weights, weights_stride, count, out, out_stride):
+def read_values(kv_token, shared, values, head_dim, weights, weights_stride, count, out, out_stride, beside):
     """Add neighbouring values times their weights to the results of all heads that share them."""
     for head in range(0, shared, MOST_HEADS):
         here, there, rest = weights + head * weights_stride, out + head * out_stride, shared - head
         if rest >= MOST_HEADS:
-            mix_some(kv_token, MOST_HEADS, values, head_dim, here, weights_stride, count, there, out_stride)
+            mix_some(kv_token, MOST_HEADS, values, head_dim, here, weights_stride, count, there, out_stride, beside)
         elif rest == 3:
-            mix_some(kv_token, 3, values, head_dim, here, weights_stride, count, there, out_stride)
+            mix_some(kv_token, 3, values, head_dim, here, weights_stride, count, there, out_stride, beside)
         elif rest == 2:
-            mix_some(kv_token, 2, values, head_dim, here, weights_stride, count, there, out_stride)
+            mix_some(kv_token, 2, values, head_dim, here, weights_stride, count, there, out_stride, beside)
         else:
-            mix_some(kv_token, 1, values, head_dim, here, weights_stride, count, there, out_stride)
+            mix_some(kv_token, 1, values, head_dim, here, weights_stride, count, there, out_stride, beside)
 
 
 @function
@@ -212,23 +212,30 @@ def piece_of(length):
 
 
 @function
-def read_piece(p, kv_token, row, group, start, count, queries, weights, part):
-    """Attention of a group's queries to one piece: largest score, sum of weights, and weighted values, per head."""
+def read_piece(p, kv_token, row, group, start, count, queries, weights, part, following):
+    """Attention of a group's queries to one piece: largest score, sum of weights, and weighted values, per head.
+
+    Values are on their way while keys are multiplied, and then the keys of the piece that follows, see ``piece_at``.
+    """
     shared, head_dim = word(p, HEADS) // word(p, GROUPS), word(p, HEAD_DIM)
     keys, values = base(p, row, KEYS), base(p, row, VALUES)
     room, stride = count * 4, (head_dim + 2) * 4
     for t in range(0, count, PAGE):
         here, some = place(p, kv_token, row, group, start + t), min(PAGE, count - t)
-        read_keys(kv_token, shared, keys + here, head_dim, queries, some, weights + t * 4, room)
+        read_keys(kv_token, shared, keys + here, head_dim, queries, some, weights + t * 4, room, values + here)
     for head in range(shared):
         largest, total = normalise(weights + head * room, count)
         store(FLOAT32, part + head * stride, 0, largest)
         store(FLOAT32, part + head * stride, 1, total)
         for i in range(head_dim):
             store(FLOAT32, part + head * stride, 2 + i, np.float32(0))
+    next_row, next_group, next_start, next_count = following
     for t in range(0, count, PAGE):
-        here, some = place(p, kv_token, row, group, start + t), min(PAGE, count - t)
-        read_values(kv_token, shared, values + here, head_dim, weights + t * 4, room, some, part + 8, stride)
+        here, some = values + place(p, kv_token, row, group, start + t), min(PAGE, count - t)
+        beside = here
+        if t < next_count:
+            beside = base(p, next_row, KEYS) + place(p, kv_token, next_row, next_group, next_start + t)
+        read_values(kv_token, shared, here, head_dim, weights + t * 4, room, some, part + 8, stride, beside)
 
 
 @function
@@ -274,6 +281,18 @@ def add_pieces(p, token):
 
 
 @function
+def piece_at(p, piece, pieces, splits):
+    """Row, group, first token and number of tokens of a piece; none where there is no such piece."""
+    groups = word(p, GROUPS)
+    row, group = piece // (splits * groups), piece // splits % groups
+    if piece >= pieces:
+        return row, group, 0, 0
+    length = short_word(word(p, LENGTHS), row)
+    start = piece % splits * piece_of(length)
+    return row, group, start, max(0, min(length - start, piece_of(length)))
+
+
+@function
 def attend_pieces(p, token, kv_token):
     """Attention of every row. The thread that finishes the last piece of all adds those of rows that have several."""
     rows, heads, groups, head_dim = word(p, ROWS), word(p, HEADS), word(p, GROUPS), word(p, HEAD_DIM)
@@ -281,30 +300,30 @@ def attend_pieces(p, token, kv_token):
     for row in range(rows):
         length = short_word(word(p, LENGTHS), row)
         longest, splits = max(longest, length), max(splits, pieces_of(length))
-    pieces = rows * groups * splits
+    pieces, of_head = rows * groups * splits, (head_dim + 2) * 4
     piece = take(p, 0)
     if piece >= pieces:
         return
     wide, room = np.empty(shared * head_dim, np.float32), np.empty(shared * piece_of(longest), np.float32)
     queries, weights = wide.ctypes.data, room.ctypes.data
+    here = piece_at(p, piece, pieces, splits)
     while piece < pieces:
-        split, group, row = piece % splits, piece // splits % groups, piece // (splits * groups)
-        length = short_word(word(p, LENGTHS), row)
-        start = split * piece_of(length)
-        if start < length:
+        upcoming = take(p, 0)
+        following = piece_at(p, upcoming, pieces, splits)
+        row, group, start, count = here
+        if count:
             first = (row * heads + group * shared) * head_dim
             for i in range(shared * head_dim):
                 store(FLOAT32, queries, i, load(token, word(p, Q), first + i) * scale)
-            part = word(p, PARTS) + ((row * groups + group) * MOST_SPLITS + split) * shared * (head_dim + 2) * 4
-            count = min(length - start, piece_of(length))
-            read_piece(p, kv_token, row, group, start, count, queries, weights, part)
-            if count == length:
+            part = word(p, PARTS) + ((row * groups + group) * MOST_SPLITS + piece % splits) * shared * of_head
+            read_piece(p, kv_token, row, group, start, count, queries, weights, part, following)
+            if count == short_word(word(p, LENGTHS), row):
                 for head in range(shared):
-                    here = part + head * (head_dim + 2) * 4
-                    divide(p, token, row, group * shared + head, here + 8, load(FLOAT32, here, 1))
+                    sums = part + head * of_head
+                    divide(p, token, row, group * shared + head, sums + 8, load(FLOAT32, sums, 1))
         if take(p, 1) == pieces - 1:
             add_pieces(p, token)
-        piece = take(p, 0)
+        piece, here = upcoming, following
     hold(wide)
     hold(room)
 

@@ -20,6 +20,7 @@ from hyaena.ops.cpu.vectors import (
     INT64,
     LANES,
     Body,
+    bring_line,
     constant,
     fma,
     fold,
@@ -60,6 +61,9 @@ def _without_first(builder: ir.IRBuilder, line: ir.Value, length: int) -> ir.Val
     """What ``_beside`` returned, without the first number of each channel."""
     return some_of(builder, line, [i for i in range(lanes_of(line)) if i % length])
 
+AHEAD = 1024
+"""Numbers of a state that lie between what is read and what is brought to the cache meanwhile."""
+
 
 @intrinsic
 def short_filters(context, token, short_token, taps, inputs, weights, bias, windows, count, out):
@@ -89,6 +93,7 @@ def short_filters(context, token, short_token, taps, inputs, weights, bias, wind
                 place = builder.mul(channel, constant(held, INT64))
                 line = numbers = read_wide(builder, token, x, channel, channels)
                 if held:
+                    bring_line(builder, builder.gep(window, [builder.add(place, constant(AHEAD, INT64))]))
                     before = read_wide(builder, short_token, window, place, channels * held)
                     line = _beside(builder, before, numbers, channels)
                 first = builder.mul(channel, constant(length, INT64))
@@ -153,6 +158,7 @@ def complex_filters(context, poles, residues, state, modes, shared, first, count
                     def add(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
                         results = []
                         for total, number, place, x in zip(totals, numbers, places, given, strict=True):
+                            bring_line(builder, builder.gep(state, [builder.add(place, constant(AHEAD, INT64))]))
                             pole = read(builder, FLOAT, poles, builder.add(number, index), lanes)
                             residue = read(builder, FLOAT, residues, builder.add(number, index), lanes)
                             at = builder.add(place, index)

@@ -17,6 +17,7 @@ from hyaena.ops.cpu.vectors import (
     FLOAT,
     INT64,
     Body,
+    bring_line,
     constant,
     fma,
     fold_each,
@@ -58,7 +59,7 @@ def _whole(builder: ir.IRBuilder, count: ir.Value, step: int) -> ir.Value:
 
 
 @intrinsic
-def scores(context, token, heads, keys, stride, head_dim, queries, count, out, out_stride):
+def scores(context, token, heads, keys, stride, head_dim, queries, count, out, out_stride, beside):
     """Products of neighbouring keys with the queries of some heads, float32.
 
     Args:
@@ -67,13 +68,14 @@ def scores(context, token, heads, keys, stride, head_dim, queries, count, out, o
         keys: the address of the first of ``count`` keys, ``stride`` bytes apart.
         queries: the address of float32 [heads,head_dim].
         out: the address of the scores of the first head; those of the next are ``out_stride`` bytes further.
+        beside: what is as far behind this address as a key is behind the first is brought to the cache meanwhile.
     """
     if not isinstance(heads, types.IntegerLiteral):
         return None
     rows = heads.literal_value
 
     def generate(context, builder, signature, arguments):
-        _, _, keys, stride, head_dim, queries, count, out, out_stride = arguments
+        _, _, keys, stride, head_dim, queries, count, out, out_stride, beside = arguments
         size = builder.mul(head_dim, constant(4, INT64))
         of_heads = [builder.inttoptr(q, FLOAT.as_pointer()) for q in _rows(builder, queries, size, rows)]
         outs = _rows(builder, out, out_stride, rows)
@@ -88,7 +90,14 @@ def scores(context, token, heads, keys, stride, head_dim, queries, count, out, o
                     builder.inttoptr(key, stored(token).as_pointer()) for key in _rows(builder, first, stride, together)
                 ]
 
+                there = builder.add(beside, builder.mul(t, stride))
+                others = [
+                    builder.inttoptr(place, stored(token).as_pointer()) for place in _rows(builder, there, stride, together)
+                ]
+
                 def add(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+                    for other in others:
+                        bring_line(builder, builder.gep(other, [index]))
                     wide = [read_wide(builder, token, key, index, LANES) for key in pointers]
                     xs = [read(builder, FLOAT, q, index, LANES) for q in of_heads]
                     return [fma(builder, total, wide[i], xs[head]) for total, (head, i) in zip(totals, places, strict=True)]
@@ -117,11 +126,11 @@ def scores(context, token, heads, keys, stride, head_dim, queries, count, out, o
         loop(builder, whole, count, 1, [], some(1))
         return context.get_dummy_value()
 
-    return types.void(token, heads, *[types.int64] * 7), generate
+    return types.void(token, heads, *[types.int64] * 8), generate
 
 
 @intrinsic
-def mix(context, token, heads, values, stride, head_dim, weights, weights_stride, count, out, out_stride):
+def mix(context, token, heads, values, stride, head_dim, weights, weights_stride, count, out, out_stride, beside):
     """Add neighbouring values times their weights to the results of some heads, float32.
 
     Args:
@@ -130,13 +139,14 @@ def mix(context, token, heads, values, stride, head_dim, weights, weights_stride
         values: the address of the first of ``count`` values, ``stride`` bytes apart.
         weights: the address of the weights of the first head; those of the next are ``weights_stride`` bytes further.
         out: the address of the result of the first head; that of the next is ``out_stride`` bytes further.
+        beside: what is as far behind this address as a value is behind the first is brought to the cache meanwhile.
     """
     if not isinstance(heads, types.IntegerLiteral):
         return None
     rows = heads.literal_value
 
     def generate(context, builder, signature, arguments):
-        _, _, values, stride, head_dim, weights, weights_stride, count, out, out_stride = arguments
+        _, _, values, stride, head_dim, weights, weights_stride, count, out, out_stride, beside = arguments
         of_heads, outs = _rows(builder, weights, weights_stride, rows), _rows(builder, out, out_stride, rows)
 
         def channels(lanes: int, registers: int) -> Body:
@@ -149,6 +159,10 @@ def mix(context, token, heads, values, stride, head_dim, weights, weights_stride
                 def term(t: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
                     value = builder.add(values, builder.mul(t, stride))
                     value = builder.inttoptr(value, stored(token).as_pointer())
+                    other = builder.add(beside, builder.mul(t, stride))
+                    other = builder.inttoptr(other, stored(token).as_pointer())
+                    for place in here if lanes > 1 else ():
+                        bring_line(builder, builder.gep(other, [place]))
                     wide = [read_wide(builder, token, value, place, lanes) for place in here]
                     for head, address in enumerate(of_heads):
                         weight = builder.load(_float_place(builder, address, t, 1), align=4)
@@ -173,4 +187,4 @@ def mix(context, token, heads, values, stride, head_dim, weights, weights_stride
         loop(builder, whole, head_dim, 1, [], channels(1, 1))
         return context.get_dummy_value()
 
-    return types.void(token, heads, *[types.int64] * 8), generate
+    return types.void(token, heads, *[types.int64] * 9), generate

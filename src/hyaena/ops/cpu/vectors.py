@@ -158,9 +158,10 @@ def fma(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.
     return builder.fadd(total, builder.fmul(a, b, flags=FUSED), flags=FUSED)
 
 
-def bring_line(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Have the cache line at an address brought to the first cache, without waiting for it."""
-    place = builder.inttoptr(address, BYTE.as_pointer())
+def bring_line(builder: ir.IRBuilder, place: ir.Value) -> None:
+    """Have the cache line at an address, a number or a pointer, brought to the first cache, without waiting for it."""
+    cast = builder.bitcast if isinstance(place.type, ir.PointerType) else builder.inttoptr
+    place = cast(place, BYTE.as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [place.type, INT32, INT32, INT32])
     code = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
     builder.call(code, [place, *(constant(number, INT32) for number in (0, 3, 1))])  # to read, all caches, data
