@@ -37,16 +37,23 @@ UP, UP_SCALE, UP_MINIMUM, ACT = BIAS, RESIDUAL, 17, 18  # of a gate, which has n
 
 
 @function
-def next_run(p):
-    """The outputs, first and behind the last, that nobody has taken: a share of what is left, at least ``LEAST``."""
+def next_run(p, seen, stop):
+    """The outputs, first and behind the last, that nobody has taken: a share of what is left, at least ``LEAST``.
+
+    Args:
+        seen, stop: how many runs lie before a place, and that place: those that the last call returned, 0 at first.
+
+    Returns:
+        The first output, the one behind the last, and how many runs end there.
+    """
     ticket, total, least, parts = take(p, 0), word(p, OUTPUTS), word(p, LEAST), 2 * word(p, THREADS)
-    start = stop = 0
-    for _ in range(ticket + 1):
+    start = stop
+    for _ in range(seen, ticket + 1):
         start = stop
         if start >= total:
             break
         stop = start + -(-max(least, (total - start) // parts) // TOGETHER) * TOGETHER
-    return start, min(total, stop)
+    return start, min(total, stop), ticket + 1
 
 
 @function
@@ -159,7 +166,7 @@ def linear_runs(p, token, form):
     """``residual + weight·norm(x) + bias`` for the runs that this thread takes."""
     rows, width = word(p, ROWS), word(p, WIDTH)
     weight, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
-    start, stop = next_run(p)
+    start, stop, seen = next_run(p, 0, 0)
     if start >= stop:
         return
     if rows > MANY:
@@ -169,7 +176,9 @@ def linear_runs(p, token, form):
     target = values.ctypes.data
     while start < stop:
         count = min(TOGETHER, stop - start)
-        following, end = (start + count, stop) if start + count < stop else next_run(p)
+        following, end = start + count, stop
+        if following >= stop:
+            following, end, seen = next_run(p, seen, stop)
         upcoming = following if following < end else -1
         all_rows(form, rows, weight, scale, minimum, start, start + count, width, x, target, upcoming)
         finish(p, token, start, count, target)
@@ -199,7 +208,7 @@ def gate_runs(p, token, form):
     rows, width, outputs = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS)
     gates, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
     ups, up_scale, up_minimum = word(p, UP), word(p, UP_SCALE), word(p, UP_MINIMUM)
-    start, stop = next_run(p)
+    start, stop, seen = next_run(p, 0, 0)
     if start >= stop:
         return
     if rows > MANY:
@@ -211,7 +220,9 @@ def gate_runs(p, token, form):
     other = target + 4 * rows * TOGETHER
     while start < stop:
         count = min(TOGETHER, stop - start)
-        following, end = (start + count, stop) if start + count < stop else next_run(p)
+        following, end = start + count, stop
+        if following >= stop:
+            following, end, seen = next_run(p, seen, stop)
         upcoming = following if following < end else -1
         all_rows(form, rows, gates, scale, minimum, start, start + count, width, x, target, upcoming)
         all_rows(form, rows, ups, up_scale, up_minimum, start, start + count, width, x, other, upcoming)
