@@ -34,7 +34,7 @@ from hyaena.ops.cpu.memory import (
     unrank,
     word,
 )
-from hyaena.ops.cpu.reads import MOST_HEADS, mix, scores
+from hyaena.ops.cpu.reads import mix, scores
 from hyaena.ops.cpu.vectors import put_numbers
 from hyaena.ops.pages import PAGE
 from hyaena.ops.slots import INVERSE, LARGEST
@@ -43,6 +43,8 @@ SPLIT = 256
 """Tokens of a piece, at least: long enough to hide what adding pieces costs, short enough to share out."""
 MOST_SPLITS = 64
 """Pieces of a row."""
+MOST_HEADS = 4
+"""Heads that are computed together, unless only 5 or 7 come out even."""
 
 # Places of the arguments; 0 counts pieces and 1 those that are finished.
 Q, ROWS, HEADS, GROUPS, HEAD_DIM, LENGTHS, KEYS, VALUES, SLOTS, PAGES, PAGES_WIDTH, Y = range(2, 14)
@@ -142,53 +144,28 @@ def times_scales(kv_token, slots, head_dim, count, numbers):
 
 
 @function
-def some_scores(kv_token, heads, keys, head_dim, queries, count, out, out_stride, beside):
-    """Scores of ``count`` neighbouring keys for so many heads, a literal."""
-    scores(kv_token, heads, keys, slot_size(kv_token, head_dim), head_dim, queries, count, out, out_stride, beside)
-    for head in range(heads):
+def read_keys(kv_token, heads, shared, keys, head_dim, queries, count, out, out_stride, beside):
+    """Scores of ``count`` neighbouring keys for all heads that share them."""
+    stride, of_head = slot_size(kv_token, head_dim), head_dim * 4
+    for head in range(0, shared, heads):
+        here, there = queries + head * of_head, out + head * out_stride
+        scores(kv_token, heads, keys, stride, head_dim, here, count, there, out_stride, beside)
+    for head in range(shared):
         times_scales(kv_token, keys, head_dim, count, out + head * out_stride)
 
 
 @function
-def read_keys(kv_token, shared, keys, head_dim, queries, count, out, out_stride, beside):
-    """Scores of ``count`` neighbouring keys for all heads that share them: ``MOST_HEADS`` at a time."""
-    for head in range(0, shared, MOST_HEADS):
-        here, there, rest = queries + head * head_dim * 4, out + head * out_stride, shared - head
-        if rest >= MOST_HEADS:
-            some_scores(kv_token, MOST_HEADS, keys, head_dim, here, count, there, out_stride, beside)
-        elif rest == 3:
-            some_scores(kv_token, 3, keys, head_dim, here, count, there, out_stride, beside)
-        elif rest == 2:
-            some_scores(kv_token, 2, keys, head_dim, here, count, there, out_stride, beside)
-        else:
-            some_scores(kv_token, 1, keys, head_dim, here, count, there, out_stride, beside)
-
-
-@function
-def mix_some(kv_token, heads, values, head_dim, weights, weights_stride, count, out, out_stride, beside):
-    """Add ``count`` neighbouring values times their weights to the results of so many heads, a literal.
+def read_values(kv_token, heads, shared, values, head_dim, weights, weights_stride, count, out, out_stride, beside):
+    """Add ``count`` neighbouring values times their weights to the results of all heads that share them.
 
     The weights are those of the numbers in the slots afterwards.
     """
-    for head in range(heads):
+    for head in range(shared):
         times_scales(kv_token, values, head_dim, count, weights + head * weights_stride)
     stride = slot_size(kv_token, head_dim)
-    mix(kv_token, heads, values, stride, head_dim, weights, weights_stride, count, out, out_stride, beside)
-
-
-@function
-def read_values(kv_token, shared, values, head_dim, weights, weights_stride, count, out, out_stride, beside):
-    """Add neighbouring values times their weights to the results of all heads that share them."""
-    for head in range(0, shared, MOST_HEADS):
-        here, there, rest = weights + head * weights_stride, out + head * out_stride, shared - head
-        if rest >= MOST_HEADS:
-            mix_some(kv_token, MOST_HEADS, values, head_dim, here, weights_stride, count, there, out_stride, beside)
-        elif rest == 3:
-            mix_some(kv_token, 3, values, head_dim, here, weights_stride, count, there, out_stride, beside)
-        elif rest == 2:
-            mix_some(kv_token, 2, values, head_dim, here, weights_stride, count, there, out_stride, beside)
-        else:
-            mix_some(kv_token, 1, values, head_dim, here, weights_stride, count, there, out_stride, beside)
+    for head in range(0, shared, heads):
+        here, there = weights + head * weights_stride, out + head * out_stride
+        mix(kv_token, heads, values, stride, head_dim, here, weights_stride, count, there, out_stride, beside)
 
 
 @function
@@ -212,7 +189,7 @@ def piece_of(length):
 
 
 @function
-def read_piece(p, kv_token, row, group, start, count, queries, weights, part, following):
+def read_piece(p, kv_token, heads, row, group, start, count, queries, weights, part, following):
     """Attention of a group's queries to one piece: largest score, sum of weights, and weighted values, per head.
 
     Values are on their way while keys are multiplied, and then the keys of the piece that follows, see ``piece_at``.
@@ -222,7 +199,7 @@ def read_piece(p, kv_token, row, group, start, count, queries, weights, part, fo
     room, stride = count * 4, (head_dim + 2) * 4
     for t in range(0, count, PAGE):
         here, some = place(p, kv_token, row, group, start + t), min(PAGE, count - t)
-        read_keys(kv_token, shared, keys + here, head_dim, queries, some, weights + t * 4, room, values + here)
+        read_keys(kv_token, heads, shared, keys + here, head_dim, queries, some, weights + t * 4, room, values + here)
     for head in range(shared):
         largest, total = normalise(weights + head * room, count)
         store(FLOAT32, part + head * stride, 0, largest)
@@ -235,7 +212,7 @@ def read_piece(p, kv_token, row, group, start, count, queries, weights, part, fo
         beside = here
         if t < next_count:
             beside = base(p, next_row, KEYS) + place(p, kv_token, next_row, next_group, next_start + t)
-        read_values(kv_token, shared, here, head_dim, weights + t * 4, room, some, part + 8, stride, beside)
+        read_values(kv_token, heads, shared, here, head_dim, weights + t * 4, room, some, part + 8, stride, beside)
 
 
 @function
@@ -293,7 +270,7 @@ def piece_at(p, piece, pieces, splits):
 
 
 @function
-def attend_pieces(p, token, kv_token):
+def attend_pieces(p, token, kv_token, together):
     """Attention of every row. The thread that finishes the last piece of all adds those of rows that have several."""
     rows, heads, groups, head_dim = word(p, ROWS), word(p, HEADS), word(p, GROUPS), word(p, HEAD_DIM)
     scale, shared, longest, splits = np.float32(real(p, SCALE)), heads // groups, 0, 0
@@ -316,7 +293,7 @@ def attend_pieces(p, token, kv_token):
             for i in range(shared * head_dim):
                 store(FLOAT32, queries, i, load(token, word(p, Q), first + i) * scale)
             part = word(p, PARTS) + ((row * groups + group) * MOST_SPLITS + piece % splits) * shared * of_head
-            read_piece(p, kv_token, row, group, start, count, queries, weights, part, following)
+            read_piece(p, kv_token, together, row, group, start, count, queries, weights, part, following)
             if count == short_word(word(p, LENGTHS), row):
                 for head in range(shared):
                     sums = part + head * of_head
@@ -342,15 +319,22 @@ def rotate_and_cache(token, kv_token):
     return entry
 
 
+def together_of(shared: int) -> int:
+    """How many of the heads that share keys and values are computed together: they come out even."""
+    dividing = [count for count in range(1, 2 * MOST_HEADS) if shared % count == 0]
+    few = max(count for count in dividing if count <= MOST_HEADS)
+    return few if few > 1 else max(dividing)
+
+
 @lru_cache(maxsize=None, typed=True)
-def attend(token, kv_token):
-    """The kernel of attention for activations, and keys and values, of these dtypes."""
+def attend(token, kv_token, together):
+    """The kernel of attention for activations, and keys and values, of these dtypes, and so many heads together."""
 
     stamp = STAMP
 
     @kernel
     def entry(p):
         _ = stamp
-        attend_pieces(p, token, kv_token)
+        attend_pieces(p, token, kv_token, together)
 
     return entry

@@ -61,6 +61,7 @@ def _without_first(builder: ir.IRBuilder, line: ir.Value, length: int) -> ir.Val
     """What ``_beside`` returned, without the first number of each channel."""
     return some_of(builder, line, [i for i in range(lanes_of(line)) if i % length])
 
+
 AHEAD = 1024
 """Numbers of a state that lie between what is read and what is brought to the cache meanwhile."""
 
@@ -164,7 +165,10 @@ def complex_filters(context, poles, residues, state, modes, shared, first, count
                             at = builder.add(place, index)
                             s = read(builder, FLOAT, state, at, lanes)
                             x = builder.shuffle_vector(spread(builder, x, lanes), nothing, real)
-                            turned = builder.fmul(pick(builder, pole, [i + 1 for i in even]), pick(builder, s, [i ^ 1 for i in range(lanes)]))
+                            turned = builder.fmul(
+                                pick(builder, pole, [i + 1 for i in even]),
+                                pick(builder, s, [i ^ 1 for i in range(lanes)]),
+                            )
                             new = fma(builder, x, pick(builder, pole, even), s)
                             new = builder.fsub(new, builder.fmul(turned, signs))
                             write(builder, new, state, at)

@@ -29,6 +29,7 @@ from hyaena.ops.cpu.vectors import (
     INT64,
     MANY,
     NEIGHBOURS,
+    NEIGHBOURS_OF_FEW,
     constant,
     float_sums,
     fma,
@@ -319,7 +320,8 @@ def neighbours(context, form, rows):
 
 
 def _neighbours(form: types.Type, rows: int) -> int:
-    return NEIGHBOURS if rows == MANY and form not in FORMS else 1
+    few = 1 if form in FORMS else NEIGHBOURS_OF_FEW
+    return NEIGHBOURS if rows == MANY and form not in FORMS else few
 
 
 @intrinsic

@@ -125,7 +125,8 @@ class CompiledOperators(DecodeOperators):
         tail = y.data_ptr(), parts.data_ptr(), _bits(head_dim**-0.5)
         words = (*_attention(q, heads, rows, context), *tail)
         work = 2 * sum(context.lengths.tolist()) * rows.groups * head_dim
-        self._run(attention.attend(TOKENS[q.dtype], SLOT_TOKENS[rows.dtype]), words, work)
+        kernel = attention.attend(TOKENS[q.dtype], SLOT_TOKENS[rows.dtype], attention.together_of(heads // rows.groups))
+        self._run(kernel, words, work)
         return y
 
     def hyena(

@@ -1,8 +1,8 @@
 """Reading keys and values: products of keys with the queries that share them, and sums of values times weights.
 
-Eight or more sums of a register each run side by side, so that additions do not wait for one another, and a number that
-was read and widened serves all queries. A sum has one order, whatever the number of queries
-and the place of a key among others.
+Several sums of a register each run side by side, so that additions do not wait for one another, and a number that was
+read and widened serves all queries. A sum has one order, whatever the number of queries and the place of a key among
+others. What is read next is brought to the cache meanwhile.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ from hyaena.ops.cpu.vectors import (
 LANES = 16 if dict(binding.get_host_cpu_features()).get("avx512f") else 8
 """Numbers of a register."""
 SIDE_BY_SIDE = 8
-"""Sums, or as many as a register has numbers, of scores."""
-MOST_HEADS = 4
-"""That share a reading."""
+"""Sums, and of scores as many as a register has numbers, if those are more: they are folded into one."""
 
 
 def _float_place(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, lanes: int) -> ir.Value:
@@ -64,7 +62,7 @@ def scores(context, token, heads, keys, stride, head_dim, queries, count, out, o
 
     Args:
         token: of the keys.
-        heads: a literal, ``MOST_HEADS`` at most.
+        heads: a literal, ``SIDE_BY_SIDE`` at most.
         keys: the address of the first of ``count`` keys, ``stride`` bytes apart.
         queries: the address of float32 [heads,head_dim].
         out: the address of the scores of the first head; those of the next are ``out_stride`` bytes further.
@@ -92,7 +90,8 @@ def scores(context, token, heads, keys, stride, head_dim, queries, count, out, o
 
                 there = builder.add(beside, builder.mul(t, stride))
                 others = [
-                    builder.inttoptr(place, stored(token).as_pointer()) for place in _rows(builder, there, stride, together)
+                    builder.inttoptr(place, stored(token).as_pointer())
+                    for place in _rows(builder, there, stride, together)
                 ]
 
                 def add(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
@@ -100,7 +99,9 @@ def scores(context, token, heads, keys, stride, head_dim, queries, count, out, o
                         bring_line(builder, builder.gep(other, [index]))
                     wide = [read_wide(builder, token, key, index, LANES) for key in pointers]
                     xs = [read(builder, FLOAT, q, index, LANES) for q in of_heads]
-                    return [fma(builder, total, wide[i], xs[head]) for total, (head, i) in zip(totals, places, strict=True)]
+                    return [
+                        fma(builder, total, wide[i], xs[head]) for total, (head, i) in zip(totals, places, strict=True)
+                    ]
 
                 def last(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
                     wide = [read_wide(builder, token, key, index, 1) for key in pointers]
@@ -135,7 +136,7 @@ def mix(context, token, heads, values, stride, head_dim, weights, weights_stride
 
     Args:
         token: of the values.
-        heads: a literal, ``MOST_HEADS`` at most.
+        heads: a literal, ``SIDE_BY_SIDE`` at most.
         values: the address of the first of ``count`` values, ``stride`` bytes apart.
         weights: the address of the weights of the first head; those of the next are ``weights_stride`` bytes further.
         out: the address of the result of the first head; that of the next is ``out_stride`` bytes further.

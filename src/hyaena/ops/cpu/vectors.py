@@ -1,8 +1,8 @@
 """Sums of products of a row of weights with vectors, as instructions of wide registers, and what they are built of.
 
 A compiler turns the plain loop into one sum of one register's width, whose additions wait for one another: it reads at
-half the bandwidth of memory. Several sums hide that, and the weights are still read in the order in which they lie,
-which is what processors read ahead. Several vectors share one reading and widening of the weights.
+half the bandwidth of memory. Sums of two neighbouring rows hide that. Several vectors share one reading and widening of
+the weights.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ LANES = 16
 """Numbers of a register: those of AVX-512; LLVM splits what a processor has no registers for."""
 EIGHT = 8
 """Numbers that are finished together."""
-SUMS = 2
 MANY = 4
 """Vectors that share one reading of the weights, where there are so many."""
 NEIGHBOURS = 4 if dict(binding.get_host_cpu_features()).get("avx512f") else 1
 """Rows of weights that then share one reading of the vectors: as many as the registers have room for sums."""
+NEIGHBOURS_OF_FEW = 2
+"""Rows of weights for fewer vectors, so that the additions of a sum, which wait for one another, do not hold it up."""
 
 FLOAT, HALF, BYTE = ir.FloatType(), ir.HalfType(), ir.IntType(8)
 INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -120,7 +121,9 @@ def some_of(builder: ir.IRBuilder, value: ir.Value, places: Sequence[int]) -> ir
     """The numbers of a register, or of a scalar, at these places; a scalar for one place."""
     if lanes_of(value) == 1:
         return spread(builder, value, len(places)) if len(places) > 1 else value
-    return pick(builder, value, places) if len(places) > 1 else builder.extract_element(value, constant(places[0], INT32))
+    return (
+        pick(builder, value, places) if len(places) > 1 else builder.extract_element(value, constant(places[0], INT32))
+    )
 
 
 def portion(builder: ir.IRBuilder, value: ir.Value, index: int, parts: int) -> ir.Value:
@@ -213,9 +216,8 @@ def float_sums(
 ) -> ir.Value:
     """``Σ weights[k]·x[k]`` of rows of ``width`` numbers with float32 vectors, all at addresses; 1, 2, 4, … of each.
 
-    The order of summation depends on the width alone: so many registers of every ``SUMS`` registers are added up, and
-    the rest one by one. For many vectors that is one loop after another, since all their sums would need more registers
-    than there are; for each register of a row, one line of memory from ``ahead`` on is then brought to the cache, and
+    The order of summation depends on the width alone: registers are added up one after another, and the rest one by
+    one. With many vectors, one line of memory from ``ahead`` on is brought to the cache for each register of a row, and
     the next one is ``pace`` bytes further.
 
     Returns:
@@ -223,32 +225,18 @@ def float_sums(
     """
     rows = [builder.inttoptr(w, stored(token).as_pointer()) for w in weights]
     xs = [builder.inttoptr(x, FLOAT.as_pointer()) for x in vectors]
-    count = len(rows) * len(xs)
+    zeros = [constant(0.0, FLOAT, LANES)] * (len(rows) * len(xs))
 
-    def add(*places: int) -> Body:
-        """Add products of registers at these places, to one sum for each place, vector and row."""
-
-        def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            for i, place in enumerate(places):
-                here = builder.add(index, constant(LANES * place, INT64))
-                found = [read_wide(builder, token, w, here, LANES) for w in rows]
-                for j, x in enumerate(xs):
-                    b, first = read(builder, FLOAT, x, here, LANES), i * count + j * len(rows)
-                    for at, a in enumerate(found, first):
-                        totals[at] = fma(builder, totals[at], a, b)
-            return totals
-
-        return body
-
-    def add_and_bring(place: int) -> Body:
-        """The same at one place, and one line brought."""
-
-        def body(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-            *totals, line = carried
+    def add(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        totals, lines = carried[: len(zeros)], carried[len(zeros) :]
+        for line in lines:
             bring_line(builder, line)
-            return [*add(place)(index, totals), builder.add(line, pace)]
-
-        return body
+        found = [read_wide(builder, token, w, index, LANES) for w in rows]
+        for j, x in enumerate(xs):
+            b = read(builder, FLOAT, x, index, LANES)
+            for at, a in enumerate(found, j * len(rows)):
+                totals[at] = fma(builder, totals[at], a, b)
+        return [*totals, *(builder.add(line, pace) for line in lines)]
 
     def last(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
         a = [read_wide(builder, token, w, index, 1) for w in rows]
@@ -256,22 +244,9 @@ def float_sums(
         pairs = [(w, x) for x in b for w in a]
         return [fma(builder, totals[0], *(gathered(builder, side) for side in zip(*pairs, strict=True)))]
 
-    def whole(step: int) -> ir.Value:
-        return builder.and_(width, constant(-step, INT64))
-
-    start, first, second = constant(0, INT64), whole(LANES * SUMS), whole(LANES)
-    zeros = [constant(0.0, FLOAT, LANES)] * count
-    if len(xs) < MANY:
-        both = loop(builder, start, first, LANES * SUMS, zeros * SUMS, add(*range(SUMS)))
-        parts = [both[place * count : (place + 1) * count] for place in range(SUMS)]
-    else:
-        parts, line = [], ahead
-        for place in range(SUMS):
-            *totals, line = loop(builder, start, first, LANES * SUMS, [*zeros, line], add_and_bring(place))
-            parts.append(totals)
-    totals = [builder.fadd(*pair) for pair in zip(*parts, strict=True)]
-    totals = loop(builder, first, second, LANES, totals, add(0))
-    return loop(builder, second, width, 1, [fold_each(builder, totals)], last)[0]
+    whole, lines = builder.and_(width, constant(-LANES, INT64)), [ahead] if len(xs) == MANY else []
+    totals = loop(builder, constant(0, INT64), whole, LANES, [*zeros, *lines], add)[: len(zeros)]
+    return loop(builder, whole, width, 1, [fold_each(builder, totals)], last)[0]
 
 
 @intrinsic
@@ -334,15 +309,3 @@ def put_numbers(context, token, source, count, target):
         return context.get_dummy_value()
 
     return types.void(token, types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def dot(context, token, weights, width, x):
-    """``Σ weights[k]·x[k]`` for ``width`` numbers of the token's dtype and as many float32 numbers, float32."""
-
-    def generate(_, builder, signature, arguments):
-        _, weights, width, x = arguments
-        nothing = constant(0, INT64)
-        return float_sums(builder, token, [weights], width, [x], nothing, nothing)
-
-    return types.float32(token, types.int64, types.int64, types.int64), generate
