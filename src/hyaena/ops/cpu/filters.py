@@ -7,8 +7,8 @@ of one, and what a channel sums up is folded within it. The order of a sum depen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import reduce
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -41,10 +41,8 @@ from hyaena.ops.cpu.vectors import (
 
 CHANNELS = 4
 """Of a long filter that are computed together: their sums are folded in one."""
-
-
-def _every(builder: ir.IRBuilder, value: ir.Value, first: int, step: int) -> ir.Value:
-    return some_of(builder, value, range(first, lanes_of(value), step))
+AHEAD = 1024
+"""Numbers of a state that lie between what is read and what is brought to the cache meanwhile."""
 
 
 def _beside(builder: ir.IRBuilder, before: ir.Value, last: ir.Value, channels: int) -> ir.Value:
@@ -57,23 +55,14 @@ def _beside(builder: ir.IRBuilder, before: ir.Value, last: ir.Value, channels: i
     return builder.shuffle_vector(first, second, ir.Constant(vector(INT32, total), places))
 
 
-def _without_first(builder: ir.IRBuilder, line: ir.Value, length: int) -> ir.Value:
-    """What ``_beside`` returned, without the first number of each channel."""
-    return some_of(builder, line, [i for i in range(lanes_of(line)) if i % length])
-
-
-AHEAD = 1024
-"""Numbers of a state that lie between what is read and what is brought to the cache meanwhile."""
-
-
 @intrinsic
-def short_filters(context, token, short_token, taps, inputs, weights, bias, windows, count, out):
-    """Short filters of ``count`` neighbouring channels, ``Σ w[k]·x[t-T+1+k] + bias``, whose windows move on; float32.
+def short_filters(context, token, short_token, taps, inputs, weights, windows, count, out):
+    """Short filters of ``count`` neighbouring channels, ``Σ w[k]·x[t-T+1+k]``, whose windows move on; float32.
 
     Args:
-        token, short_token: of inputs, weights and bias, and of the windows.
+        token, short_token: of inputs and weights, and of the windows.
         taps: T, a literal; a window holds the T-1 inputs before, oldest first.
-        inputs, weights, bias, windows: addresses [C], [C,T], [C] or 0, [C,T-1].
+        inputs, weights, windows: addresses [C], [C,T], [C,T-1].
         out: the address of float32 [C].
     """
     if not isinstance(taps, types.IntegerLiteral):
@@ -82,48 +71,61 @@ def short_filters(context, token, short_token, taps, inputs, weights, bias, wind
     held = length - 1
 
     def generate(context, builder, signature, arguments):
-        _, _, _, inputs, weights, bias, windows, count, out = arguments
-        x, w, b = (builder.inttoptr(a, stored(token).as_pointer()) for a in (inputs, weights, bias))
+        _, _, _, inputs, weights, windows, count, out = arguments
+        x, w = (builder.inttoptr(a, stored(token).as_pointer()) for a in (inputs, weights))
         window = builder.inttoptr(windows, stored(short_token).as_pointer())
         result = builder.inttoptr(out, FLOAT.as_pointer())
 
-        def some(channels: int, biased: bool) -> Body:
+        def some(channels: int) -> Body:
             lanes = channels * length
 
             def body(channel: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
                 place = builder.mul(channel, constant(held, INT64))
-                line = numbers = read_wide(builder, token, x, channel, channels)
+                line = read_wide(builder, token, x, channel, channels)
                 if held:
                     bring_line(builder, builder.gep(window, [builder.add(place, constant(AHEAD, INT64))]))
                     before = read_wide(builder, short_token, window, place, channels * held)
-                    line = _beside(builder, before, numbers, channels)
+                    line = _beside(builder, before, line, channels)
+                    later = some_of(builder, line, [i for i in range(lanes) if i % length])
+                    write(builder, rounded(builder, short_token, later), window, place)
                 first = builder.mul(channel, constant(length, INT64))
                 products = builder.fmul(line, read_wide(builder, token, w, first, lanes))
-                terms = [_every(builder, products, k, length) for k in range(length)]
-                if biased:
-                    terms.append(read_wide(builder, token, b, channel, channels))
+                terms = [some_of(builder, products, range(k, lanes, length)) for k in range(length)]
                 write(builder, reduce(builder.fadd, terms), result, channel)
-                if held:
-                    later = _without_first(builder, line, length)
-                    write(builder, rounded(builder, short_token, later), window, place)
                 return carried
 
             return body
 
-        def all_channels(biased: bool) -> None:
-            together = max(1, LANES // length)
-            whole = builder.mul(builder.udiv(count, constant(together, INT64)), constant(together, INT64))
-            loop(builder, constant(0, INT64), whole, together, [], some(together, biased))
-            loop(builder, whole, count, 1, [], some(1, biased))
-
-        with builder.if_else(builder.icmp_signed("!=", bias, constant(0, INT64))) as (given, missing):
-            with given:
-                all_channels(True)
-            with missing:
-                all_channels(False)
+        together = constant(max(1, LANES // length), INT64)
+        whole = builder.mul(builder.udiv(count, together), together)
+        loop(builder, constant(0, INT64), whole, together.constant, [], some(together.constant))
+        loop(builder, whole, count, 1, [], some(1))
         return context.get_dummy_value()
 
-    return types.void(token, short_token, taps, *[types.int64] * 6), generate
+    return types.void(token, short_token, taps, *[types.int64] * 5), generate
+
+
+class _Modes(NamedTuple):
+    """Where a channel's modes lie: the pointers to its poles, residues and state, and its input."""
+
+    poles: ir.Value
+    residues: ir.Value
+    state: ir.Value
+    x: ir.Value
+
+    def step(self, builder: ir.IRBuilder, index: ir.Value, lanes: int, total: ir.Value) -> ir.Value:
+        """Move ``lanes`` numbers of the state on, real and imaginary parts side by side, and add their ``Re R·s``."""
+        own, other = [i - i % 2 for i in range(lanes)], [i ^ 1 for i in range(lanes)]
+        signs = ir.Constant(vector(FLOAT, lanes), [1.0, -1.0] * (lanes // 2))
+        real = ir.Constant(vector(INT32, lanes), [lanes * (i % 2) + i for i in range(lanes)])
+        bring_line(builder, builder.gep(self.state, [builder.add(index, constant(AHEAD, INT64))]))
+        pole, residue, s = (read(builder, FLOAT, a, index, lanes) for a in (self.poles, self.residues, self.state))
+        x = builder.shuffle_vector(spread(builder, self.x, lanes), constant(0.0, FLOAT, lanes), real)
+        turned = builder.fmul(pick(builder, pole, [i + 1 for i in own]), pick(builder, s, other))
+        straight = fma(builder, x, pick(builder, pole, own), s)
+        new = builder.fsub(straight, builder.fmul(turned, signs))
+        write(builder, new, self.state, index)
+        return fma(builder, total, new, builder.fmul(residue, signs))
 
 
 @intrinsic
@@ -137,43 +139,25 @@ def complex_filters(context, poles, residues, state, modes, shared, first, count
     """
 
     def generate(context, builder, signature, arguments):
-        poles, residues, state, modes, shared, first, count, inputs, out = (
-            arguments[i] if i in (3, 4, 5, 6) else builder.inttoptr(arguments[i], FLOAT.as_pointer()) for i in range(9)
+        *addresses, modes, shared, first, count, inputs, out = arguments
+        poles, residues, state, inputs, out = (
+            builder.inttoptr(address, FLOAT.as_pointer()) for address in (*addresses, inputs, out)
         )
         width = builder.mul(modes, constant(2, INT64))
 
+        def modes_of(channel: ir.Value) -> _Modes:
+            number = builder.mul(builder.udiv(builder.add(first, channel), shared), width)
+            place = builder.mul(channel, width)
+            pointers = (builder.gep(a, [at]) for a, at in ((poles, number), (residues, number), (state, place)))
+            return _Modes(*pointers, read(builder, FLOAT, inputs, channel, 1))
+
         def some(channels: int) -> Body:
             def body(channel: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-                here = [builder.add(channel, constant(i, INT64)) for i in range(channels)]
-                filters = [builder.udiv(builder.add(first, c), shared) for c in here]
-                numbers = [builder.mul(f, width) for f in filters]
-                places = [builder.mul(c, width) for c in here]
-                given = [read(builder, FLOAT, inputs, c, 1) for c in here]
+                every = [modes_of(builder.add(channel, constant(i, INT64))) for i in range(channels)]
 
                 def terms(lanes: int) -> Body:
-                    even = [i - i % 2 for i in range(lanes)]
-                    signs = ir.Constant(vector(FLOAT, lanes), [1.0, -1.0] * (lanes // 2))
-                    nothing = constant(0.0, FLOAT, lanes)
-                    real = ir.Constant(vector(INT32, lanes), [lanes * (i % 2) + i for i in range(lanes)])
-
                     def add(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-                        results = []
-                        for total, number, place, x in zip(totals, numbers, places, given, strict=True):
-                            bring_line(builder, builder.gep(state, [builder.add(place, constant(AHEAD, INT64))]))
-                            pole = read(builder, FLOAT, poles, builder.add(number, index), lanes)
-                            residue = read(builder, FLOAT, residues, builder.add(number, index), lanes)
-                            at = builder.add(place, index)
-                            s = read(builder, FLOAT, state, at, lanes)
-                            x = builder.shuffle_vector(spread(builder, x, lanes), nothing, real)
-                            turned = builder.fmul(
-                                pick(builder, pole, [i + 1 for i in even]),
-                                pick(builder, s, [i ^ 1 for i in range(lanes)]),
-                            )
-                            new = fma(builder, x, pick(builder, pole, even), s)
-                            new = builder.fsub(new, builder.fmul(turned, signs))
-                            write(builder, new, state, at)
-                            results.append(fma(builder, total, new, builder.fmul(residue, signs)))
-                        return results
+                        return [m.step(builder, index, lanes, t) for m, t in zip(every, totals, strict=True)]
 
                     return add
 
@@ -181,8 +165,7 @@ def complex_filters(context, poles, residues, state, modes, shared, first, count
                 wide = loop(builder, start, whole, LANES, [constant(0.0, FLOAT, LANES)] * channels, terms(LANES))
                 rest = loop(builder, whole, width, 2, [constant(0.0, FLOAT, 2)] * channels, terms(2))
                 others = gathered(builder, [fold(builder, total, builder.fadd) for total in rest])
-                total = builder.fadd(fold_each(builder, wide), others)
-                write(builder, total, out, channel)
+                write(builder, builder.fadd(fold_each(builder, wide), others), out, channel)
                 return carried
 
             return body

@@ -12,7 +12,7 @@ import numpy as np
 
 from hyaena.ops.cpu.filters import complex_filters, short_filters
 from hyaena.ops.cpu.memory import FLOAT32, STAMP, expm1, function, hold, kernel, load, size, store, take, word
-from hyaena.ops.cpu.vectors import put_numbers
+from hyaena.ops.cpu.vectors import add_numbers, put_numbers
 
 BLOCK = 128
 """Channels that a thread takes together."""
@@ -84,17 +84,12 @@ def step_blocks(p, token, short_token, kind, taps):
         count = min(BLOCK, channels - first)
         for part in range(3):
             channel = part * channels + first
-            short_filters(
-                token,
-                short_token,
-                taps,
-                word(p, Z) + (row * 3 * channels + channel) * size(token),
-                word(p, SHORT_WEIGHT) + channel * taps * size(token),
-                bias + channel * size(token) if bias else 0,
-                word(p, SHORT) + (row * 3 * channels + channel) * (taps - 1) * size(short_token),
-                count,
-                filtered.ctypes.data + part * BLOCK * 4,
-            )
+            place, target = row * 3 * channels + channel, filtered.ctypes.data + part * BLOCK * 4
+            x, weights = word(p, Z) + place * size(token), word(p, SHORT_WEIGHT) + channel * taps * size(token)
+            windows = word(p, SHORT) + place * (taps - 1) * size(short_token)
+            short_filters(token, short_token, taps, x, weights, windows, count, target)
+            if bias:
+                add_numbers(token, bias + channel * size(token), count, target)
         for i in range(count):
             inputs[i] *= factors[i]
         long_filters(p, token, kind, row, first, count, inputs.ctypes.data, results.ctypes.data)

@@ -128,8 +128,8 @@ def bring(form, weight, output, width):
 def all_rows(form, rows, weight, scale, minimum, first, stop, width, x, target, following):
     """Outputs from ``first`` to ``stop`` for all rows of x, results ``[rows,TOGETHER]``.
 
-    The weights of the ``following`` outputs are brought meanwhile, evenly: else the first rows of x would wait for them,
-    and the processor would not read ahead while the others are multiplied. Negative where nothing follows.
+    The weights of the ``following`` outputs are brought meanwhile, evenly: else the first rows of x would wait for
+    them, and the processor would not read ahead while the others are multiplied. Negative where nothing follows.
     """
     stride, room = bytes_of_vector(form, width), 4 * TOGETHER
     many, pairs, step = rows - rows % MANY, rows - rows % 2, neighbours(form, MANY)

@@ -7,8 +7,6 @@ others. What is read next is brought to the cache meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
