@@ -8,7 +8,7 @@ of one, and what a channel sums up is folded within it. The order of a sum depen
 from __future__ import annotations
 
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -113,7 +113,7 @@ class _Modes(NamedTuple):
     state: ir.Value
     x: ir.Value
 
-    def step(self, builder: ir.IRBuilder, index: ir.Value, lanes: int, total: ir.Value) -> ir.Value:
+    def step(self, builder: Any, index: ir.Value, lanes: int, total: ir.Value) -> ir.Value:
         """Move ``lanes`` numbers of the state on, real and imaginary parts side by side, and add their ``Re R·s``."""
         own, other = [i - i % 2 for i in range(lanes)], [i ^ 1 for i in range(lanes)]
         signs = ir.Constant(vector(FLOAT, lanes), [1.0, -1.0] * (lanes // 2))
@@ -148,8 +148,8 @@ def complex_filters(context, poles, residues, state, modes, shared, first, count
         def modes_of(channel: ir.Value) -> _Modes:
             number = builder.mul(builder.udiv(builder.add(first, channel), shared), width)
             place = builder.mul(channel, width)
-            pointers = (builder.gep(a, [at]) for a, at in ((poles, number), (residues, number), (state, place)))
-            return _Modes(*pointers, read(builder, FLOAT, inputs, channel, 1))
+            own = builder.gep(poles, [number]), builder.gep(residues, [number]), builder.gep(state, [place])
+            return _Modes(*own, read(builder, FLOAT, inputs, channel, 1))
 
         def some(channels: int) -> Body:
             def body(channel: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:

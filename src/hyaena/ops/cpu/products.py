@@ -21,7 +21,7 @@ from hyaena.ops.cpu.vectors import LANES, MANY, add_numbers, prefetch, put_numbe
 
 LEAST_BYTES = 1 << 13
 """Weights of the shortest run, about."""
-TOGETHER = 8
+TOGETHER = 16
 """Outputs that are computed for all rows before the next ones, or before those of a gate's other matrix: of
 ``neighbours`` a multiple."""
 
@@ -162,6 +162,12 @@ def finish(p, token, first, outputs, values):
 
 
 @function
+def together(rows):
+    """Outputs that are computed for so many rows of x before the next ones: their weights stay in the first cache."""
+    return TOGETHER // 2 if rows >= MANY else TOGETHER
+
+
+@function
 def linear_runs(p, token, form):
     """``residual + weight·norm(x) + bias`` for the runs that this thread takes."""
     rows, width = word(p, ROWS), word(p, WIDTH)
@@ -175,7 +181,7 @@ def linear_runs(p, token, form):
     values = np.empty(rows * TOGETHER, np.float32)
     target = values.ctypes.data
     while start < stop:
-        count = min(TOGETHER, stop - start)
+        count = min(together(rows), stop - start)
         following, end = start + count, stop
         if following >= stop:
             following, end, seen = next_run(p, seen, stop)
@@ -219,7 +225,7 @@ def gate_runs(p, token, form):
     target = values.ctypes.data
     other = target + 4 * rows * TOGETHER
     while start < stop:
-        count = min(TOGETHER, stop - start)
+        count = min(together(rows), stop - start)
         following, end = start + count, stop
         if following >= stop:
             following, end, seen = next_run(p, seen, stop)
