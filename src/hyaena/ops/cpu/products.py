@@ -22,8 +22,8 @@ from hyaena.ops.cpu.vectors import LANES, MANY, add_numbers, prefetch, put_numbe
 LEAST_BYTES = 1 << 13
 """Weights of the shortest run, about."""
 TOGETHER = 16
-"""Outputs that are computed for all rows before the next ones, or before those of a gate's other matrix: of
-``neighbours`` a multiple."""
+"""Outputs that are computed for all rows before the next ones, or before those of a gate's other matrix, at most: of
+``neighbours`` a multiple. Runs consist of so many, but for the last."""
 
 LINE = 16
 """float32 numbers of a cache line."""
@@ -104,35 +104,35 @@ def prologue(p, token, form):
 
 
 @function
-def some_rows(form, count, weight, scale, minimum, first, stop, width, x, target, ahead, pace):
-    """Outputs from ``first`` to ``stop`` for ``count`` rows of x, results ``[count,TOGETHER]``.
+def some_rows(form, count, weight, scale, minimum, first, stop, width, x, target, room, ahead, pace):
+    """Outputs from ``first`` to ``stop`` for ``count`` rows of x, whose results are ``room`` bytes apart.
 
     Meanwhile each of them brings what lies as far behind ``ahead`` as its weights lie behind those of the first.
     """
     step = neighbours(form, count)
     for output in range(first, stop, step):
         place, here = target + 4 * (output - first), ahead + (output - first) * width * size(form)
-        write_sums(form, count, weight, scale, minimum, output, stop - 1, width, x, place, 4 * TOGETHER, here, pace)
+        write_sums(form, count, weight, scale, minimum, output, stop - 1, width, x, place, room, here, pace)
 
 
 @function
-def bring(form, weight, output, width):
-    """Have the weights of the ``TOGETHER`` outputs from ``output`` on brought to the cache."""
+def bring(form, weight, output, count, width):
+    """Have the weights of ``count`` outputs from ``output`` on brought to the cache."""
     if not is_narrow(form):
         start = weight + output * width * size(form)
-        for place in range(start, start + TOGETHER * width * size(form), 64):
+        for place in range(start, start + count * width * size(form), 64):
             prefetch(place)
 
 
 @function
-def all_rows(form, rows, weight, scale, minimum, first, stop, width, x, target, following):
-    """Outputs from ``first`` to ``stop`` for all rows of x, results ``[rows,TOGETHER]``.
+def all_rows(form, rows, weight, scale, minimum, first, stop, width, x, target, room, following):
+    """Outputs from ``first`` to ``stop`` for all rows of x, whose results are ``room`` bytes apart.
 
     The weights of the ``following`` outputs are brought meanwhile, evenly: else the first rows of x would wait for
     them, and the processor would not read ahead while the others are multiplied. Negative where nothing follows.
     """
-    stride, room = bytes_of_vector(form, width), 4 * TOGETHER
-    many, pairs, step = rows - rows % MANY, rows - rows % 2, neighbours(form, MANY)
+    stride, step = bytes_of_vector(form, width), neighbours(form, MANY)
+    many, pairs = rows - rows % MANY, rows - rows % 2
     ahead, part, pace = weight + first * width * size(form), 0, 0
     if following >= 0 and many > MANY:
         parts = many // MANY
@@ -140,20 +140,22 @@ def all_rows(form, rows, weight, scale, minimum, first, stop, width, x, target, 
         part, pace = step * width * size(form) // parts, step * LANES * size(form) // parts
     for row in range(0, many, MANY):
         here, there = x + row * stride, target + row * room
-        some_rows(form, MANY, weight, scale, minimum, first, stop, width, here, there, ahead, pace)
+        some_rows(form, MANY, weight, scale, minimum, first, stop, width, here, there, room, ahead, pace)
         ahead += part
     for row in range(many, pairs, 2):
-        some_rows(form, 2, weight, scale, minimum, first, stop, width, x + row * stride, target + row * room, 0, 0)
+        here, there = x + row * stride, target + row * room
+        some_rows(form, 2, weight, scale, minimum, first, stop, width, here, there, room, 0, 0)
     if pairs < rows:
-        some_rows(form, 1, weight, scale, minimum, first, stop, width, x + pairs * stride, target + pairs * room, 0, 0)
+        here, there = x + pairs * stride, target + pairs * room
+        some_rows(form, 1, weight, scale, minimum, first, stop, width, here, there, room, 0, 0)
 
 
 @function
-def finish(p, token, first, outputs, values):
+def finish(p, token, first, outputs, values, room):
     """Add bias and residual to these outputs of all rows, and round once."""
     bias, residual = word(p, BIAS), word(p, RESIDUAL)
     for row in range(word(p, ROWS)):
-        here, offset = values + 4 * row * TOGETHER, (row * word(p, OUTPUTS) + first) * size(token)
+        here, offset = values + row * room, (row * word(p, OUTPUTS) + first) * size(token)
         if bias:
             add_numbers(token, bias + first * size(token), outputs, here)
         if residual:
@@ -170,24 +172,24 @@ def together(rows):
 @function
 def linear_runs(p, token, form):
     """``residual + weight·norm(x) + bias`` for the runs that this thread takes."""
-    rows, width = word(p, ROWS), word(p, WIDTH)
+    rows, width, block = word(p, ROWS), word(p, WIDTH), together(word(p, ROWS))
     weight, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
     start, stop, seen = next_run(p, 0, 0)
     if start >= stop:
         return
     if rows > MANY:
-        bring(form, weight, start, width)
+        bring(form, weight, start, block, width)
     x, given = prologue(p, token, form)
-    values = np.empty(rows * TOGETHER, np.float32)
+    values = np.empty(rows * block, np.float32)
     target = values.ctypes.data
     while start < stop:
-        count = min(together(rows), stop - start)
+        count = min(block, stop - start)
         following, end = start + count, stop
         if following >= stop:
             following, end, seen = next_run(p, seen, stop)
         upcoming = following if following < end else -1
-        all_rows(form, rows, weight, scale, minimum, start, start + count, width, x, target, upcoming)
-        finish(p, token, start, count, target)
+        all_rows(form, rows, weight, scale, minimum, start, start + count, width, x, target, 4 * block, upcoming)
+        finish(p, token, start, count, target, 4 * block)
         start, stop = following, end
     hold(given)
     hold(values)
@@ -211,33 +213,33 @@ def activate(values, activation):
 @function
 def gate_runs(p, token, form):
     """``act(gate·norm(x)) · (up·norm(x))`` for the runs that this thread takes."""
-    rows, width, outputs = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS)
+    rows, width, outputs, block = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS), together(word(p, ROWS))
     gates, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
     ups, up_scale, up_minimum = word(p, UP), word(p, UP_SCALE), word(p, UP_MINIMUM)
     start, stop, seen = next_run(p, 0, 0)
     if start >= stop:
         return
     if rows > MANY:
-        bring(form, gates, start, width)
-        bring(form, ups, start, width)
+        bring(form, gates, start, block, width)
+        bring(form, ups, start, block, width)
     x, given = prologue(p, token, form)
-    values = np.zeros((2, rows * TOGETHER), np.float32)
+    values = np.zeros((2, rows * block), np.float32)
     target = values.ctypes.data
-    other = target + 4 * rows * TOGETHER
+    other = target + 4 * rows * block
     while start < stop:
-        count = min(together(rows), stop - start)
+        count = min(block, stop - start)
         following, end = start + count, stop
         if following >= stop:
             following, end, seen = next_run(p, seen, stop)
         upcoming = following if following < end else -1
-        all_rows(form, rows, gates, scale, minimum, start, start + count, width, x, target, upcoming)
-        all_rows(form, rows, ups, up_scale, up_minimum, start, start + count, width, x, other, upcoming)
+        all_rows(form, rows, gates, scale, minimum, start, start + count, width, x, target, 4 * block, upcoming)
+        all_rows(form, rows, ups, up_scale, up_minimum, start, start + count, width, x, other, 4 * block, upcoming)
         activate(values[0], word(p, ACT))
-        for i in range(rows * TOGETHER):
+        for i in range(rows * block):
             values[0, i] *= values[1, i]
         for row in range(rows):
             place = (row * outputs + start) * size(token)
-            put_numbers(token, target + 4 * row * TOGETHER, count, word(p, Y) + place)
+            put_numbers(token, target + 4 * row * block, count, word(p, Y) + place)
         start, stop = following, end
     hold(given)
     hold(values)
