@@ -159,20 +159,23 @@ def tile_steps():
 
 
 @triton.jit
-def load_tile(z, start, T, first, kept, ROW: tl.constexpr, WORDS: tl.constexpr, HAS_MASK: tl.constexpr):
+def load_tile(z, start, T, first, kept, ROW: tl.constexpr, WORDS: tl.constexpr, HAS_MASK: tl.constexpr,
+              EARLY: tl.constexpr = False):  # fmt: skip
     """The words [TILE,WORDS] of a tile, rows as in ``tile_steps``, zero at T and later, and at padding."""
     step = tile_steps()[:, None]
     here = start + step < T
     if HAS_MASK:
         here = here & (tl.load(kept + start + step, mask=here, other=0) != 0)
     at = z + tl.cast(start, tl.int64) * ROW + step * ROW
-    return tl.load(at + (first + tl.arange(0, WORDS)[None, :]), mask=here, other=0)
+    return tl.load(at + (first + tl.arange(0, WORDS)[None, :]), mask=here, other=0, volatile=EARLY)
 
 
 @triton.jit
-def to_lanes(tile):
+def to_lanes(tile, THROUGH: tl.constexpr = False):
     """A tile [TILE,WORDS] as eight tensors, a lane's steps: four of each of its two segments."""
     WORDS: tl.constexpr = tile.shape[1]
+    if THROUGH:
+        tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tl.int32, is_pure=False, pack=1)
     x = tl.permute(tl.reshape(tile, (8, 32, WORDS)), (2, 1, 0))
     return unstack(tl.reshape(x, (WORDS * 32, 8)))
 
@@ -252,20 +255,32 @@ def find_states(w, enter, decays, carry, lane, REAL: tl.constexpr, EMULATED: tl.
 
 
 @triton.jit
-def load_enter(poles, channel, quad, lane, D: tl.constexpr, N: tl.constexpr, REAL: tl.constexpr):
-    """Rows of Gᵀ of four modes: a lane's four steps, its column lane // 4, float32."""
+def load_enter(poles, channel, quad, lane, D: tl.constexpr, N: tl.constexpr, REAL: tl.constexpr, BACK: tl.constexpr):
+    """Rows of Gᵀ of four modes: a lane's four steps, its column lane // 4, float32. BACK: p^(i+1), not p^(15-i)."""
     g = lane // 4
     mode = quad * 4 + g // 2
-    re, im = powers(poles, channel, mode, 12 - lane % 4 * 4, D, N, 4, REAL)
+    re, im = powers(poles, channel, mode, lane % 4 * 4 + 1 if BACK else 12 - lane % 4 * 4, D, N, 4, REAL)
     p_re, p_im = pole(poles, (channel * N + mode) * 2, mode < N, REAL)
     out = ()
     for _ in tl.static_range(4):
-        out = (tl.where(g % 2 == 0, re, im).to(tl.float32),) + out
+        now = tl.where(g % 2 == 0, re, im).to(tl.float32)
+        if BACK:  # noqa: SIM108, one branch is compiled
+            out = out + (now,)
+        else:
+            out = (now,) + out
         if REAL:
             re, im = re * p_re, im * p_im
         else:
             re, im = re * p_re - im * p_im, re * p_im + im * p_re
     return out
+
+
+@triton.jit
+def as_right_factor(rows, EMULATED: tl.constexpr):
+    """A lane's four numbers of a right factor as its two terms, two words each."""
+    a = split(rows[0], rows[1], EMULATED)
+    b = split(rows[2], rows[3], EMULATED)
+    return (a[0], b[0]), (a[1], b[1])
 
 
 @triton.jit
@@ -292,8 +307,8 @@ def sum_columns(x, lane, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def as_local(taps, skip, lane, EMULATED: tl.constexpr):
-    """Hᵀ as a right factor, four words, two for each half of its columns, from the sums of ``add_taps``."""
+def as_local(taps, skip, lane, BACK: tl.constexpr, EMULATED: tl.constexpr):
+    """Hᵀ, or H if BACK, as a right factor, four words, two for each half of its columns, from the sums of ``add_taps``."""
     tap = tl.zeros(lane.shape, tl.int32)  # h[lane]
     back = 15 - lane % 16
     for i in tl.static_range(4):
@@ -305,41 +320,45 @@ def as_local(taps, skip, lane, EMULATED: tl.constexpr):
     for second in tl.static_range(2):
         for part in tl.static_range(2):
             lag = g // 2 * 4 + g % 2 + 2 * second - lane % 4 * 4 - 2 * part
+            lag = -lag if BACK else lag
+            next = lag + 1 if BACK else lag - 1
             low = tl.where(lag >= 0, from_lane(tap, tl.maximum(lag, 0), EMULATED), 0)
-            high = tl.where(lag >= 1, from_lane(tap, tl.maximum(lag - 1, 0), EMULATED), 0)
+            high = tl.where(next >= 0, from_lane(tap, tl.maximum(next, 0), EMULATED), 0)
             out = out + (pack(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True), EMULATED),)
     return out
 
 
 @triton.jit
 def load_leave(poles, residues, channel, block, lane, D: tl.constexpr, N: tl.constexpr, REAL: tl.constexpr,
-               EMULATED: tl.constexpr):  # fmt: skip
-    """Rᵀ of up to eight modes as right factors of two terms, one for each half of their columns."""
+               BACK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+    """Rᵀ of up to eight modes as right factors of two terms, one for each half of their columns.
+
+    BACK: r p^(15-j), not r p^(j+1).
+    """
     PARTS: tl.constexpr = 2 if N > 4 else 1
     step = lane // 8 * 4 + lane // 4 % 2
     highs = ((), ())
     lows = ((), ())
     for part in tl.static_range(PARTS):
         mode = block * 8 + part * 4 + lane % 4
-        re, im = powers(poles, channel, mode, step + 1, D, N, 4, REAL)
+        re, im = powers(poles, channel, mode, 13 - step if BACK else step + 1, D, N, 4, REAL)
         p_re, p_im = powers(poles, channel, mode, 2 + tl.zeros_like(mode), D, N, 2, REAL)
         at = residues + (channel * N + mode) * 2
         r_re = tl.load(at, mask=mode < N, other=0.0).to(tl.float64)
         r_im = tl.load(at + 1, mask=mode < N, other=0.0).to(tl.float64)
-        new_highs = ()
-        new_lows = ()
-        for second in tl.static_range(2):
+        both = ()
+        for _ in tl.static_range(2):
             if REAL:
                 a, b = r_re * re, r_im * im
                 re, im = re * p_re, im * p_im
             else:
                 a, b = r_re * re - r_im * im, -(r_re * im + r_im * re)
                 re, im = re * p_re - im * p_im, re * p_im + im * p_re
-            h, k = split(a.to(tl.float32), b.to(tl.float32), EMULATED)
-            new_highs = new_highs + (highs[second] + (h,),)
-            new_lows = new_lows + (lows[second] + (k,),)
-        highs = new_highs
-        lows = new_lows
+            both = both + (split(a.to(tl.float32), b.to(tl.float32), EMULATED),)
+        first = both[1 if BACK else 0]
+        second = both[0 if BACK else 1]
+        highs = (highs[0] + (first[0],), highs[1] + (second[0],))
+        lows = (lows[0] + (first[1],), lows[1] + (second[1],))
     return (highs[0], lows[0]), (highs[1], lows[1])
 
 
@@ -439,15 +458,28 @@ def finish(z_1, z_0, short_1, short_0, keep, poles, filters1, filters0, enter, d
     return after
 
 
+@triton.jit
+def store_states(to, states, word, lane, D: tl.constexpr, N: tl.constexpr):
+    """Store states [D,N,2] of both channels of a word, in the first four lanes."""
+    QUADS: tl.constexpr = len(states) // 2
+    for e in tl.static_range(2):
+        for q in tl.static_range(QUADS):
+            mode = 4 * q + lane % 4
+            at = to + ((word * 2 + e) * N + mode) * 2
+            tl.store(at, states[e * QUADS + q][0], mask=(lane < 4) & (mode < N))
+            tl.store(at + 1, states[e * QUADS + q][1], mask=(lane < 4) & (mode < N))
+
+
 @triton.jit(do_not_specialize=["T"])
 def segments_forward_kernel(z, weight, bias, poles, residues, skip, short, long, keep, y, long_out, T,
                             REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                            WORDS: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
-                            HAS_SKIP: tl.constexpr, HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr,
-                            EMULATED: tl.constexpr):  # fmt: skip
+                            WORDS: tl.constexpr, STAGES: tl.constexpr, THROUGH: tl.constexpr, HAS_BIAS: tl.constexpr,
+                            HAS_SKIP: tl.constexpr, HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr,
+                            HAS_MASK: tl.constexpr, STATES_ONLY: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of WORDS words, rows); a warp for every word.
 
     ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of two numbers, ``keep`` uint8 [B,T]; T is at least a tile.
+    STATES_ONLY: ``long_out`` [B,tiles,D,N,2] are the states before the tiles, and nothing else is computed.
     """
     ROW: tl.constexpr = 3 * D // 2
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
@@ -477,11 +509,9 @@ def segments_forward_kernel(z, weight, bias, poles, residues, skip, short, long,
         taps = (none, none, none, none)
         for q in tl.static_range(QUADS):
             mode = 4 * q + lane % 4
-            rows = load_enter(poles, channel, q, lane, D, N, REAL)
+            rows = load_enter(poles, channel, q, lane, D, N, REAL, False)
             taps = add_taps(taps, residues, channel, q, rows, lane, N, REAL)
-            first_steps = split(rows[0], rows[1], EMULATED)
-            last_steps = split(rows[2], rows[3], EMULATED)
-            enter = enter + (((first_steps[0], last_steps[0]), (first_steps[1], last_steps[1])),)
+            enter = enter + (as_right_factor(rows, EMULATED),)
             decays = decays + (load_decays(poles, channel, mode, D, N, REAL),)
             re = none
             im = none
@@ -493,35 +523,47 @@ def segments_forward_kernel(z, weight, bias, poles, residues, skip, short, long,
         gain = none
         if HAS_SKIP:
             gain = tl.load(skip + channel).to(tl.float32)
-        local = local + (as_local(taps, gain, lane, EMULATED),)
+        local = local + (as_local(taps, gain, lane, False, EMULATED),)
         for q in tl.static_range(BLOCKS):
-            leave = leave + load_leave(poles, residues, channel, q, lane, D, N, REAL, EMULATED)
+            leave = leave + load_leave(poles, residues, channel, q, lane, D, N, REAL, False, EMULATED)
 
     before2 = load_before_tile(z_2 + word, short_2, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
     before1 = load_before_tile(z_1 + word, short_1, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
     before0 = load_before_tile(z_0 + word, short_0, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
     if STAGES == 1:
-        next1 = load_tile(z_1, 0, T, first, keep, ROW, WORDS, HAS_MASK)
-        next0 = load_tile(z_0, 0, T, first, keep, ROW, WORDS, HAS_MASK)
-        next2 = load_tile(z_2, 0, T, first, keep, ROW, WORDS, HAS_MASK)
+        next1 = load_tile(z_1, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
+        next0 = load_tile(z_0, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
+        if not STATES_ONLY:
+            next2 = load_tile(z_2, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
     for start in tl.range(0, T, TILE, num_stages=STAGES):
         if STAGES == 1:
-            words1 = to_lanes(next1)
-            words0 = to_lanes(next0)
-            words2 = to_lanes(next2)
-            next1 = load_tile(z_1, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK)
-            next0 = load_tile(z_0, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK)
-            next2 = load_tile(z_2, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK)
+            tile1 = next1
+            tile0 = next0
+            next1 = load_tile(z_1, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
+            next0 = load_tile(z_0, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
+            if not STATES_ONLY:
+                tile2 = next2
+                next2 = load_tile(z_2, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
         else:
-            words1 = to_lanes(load_tile(z_1, start, T, first, keep, ROW, WORDS, HAS_MASK))
-            words0 = to_lanes(load_tile(z_0, start, T, first, keep, ROW, WORDS, HAS_MASK))
-            words2 = to_lanes(load_tile(z_2, start, T, first, keep, ROW, WORDS, HAS_MASK))
+            tile1 = load_tile(z_1, start, T, first, keep, ROW, WORDS, HAS_MASK)
+            tile0 = load_tile(z_0, start, T, first, keep, ROW, WORDS, HAS_MASK)
+            if not STATES_ONLY:
+                tile2 = load_tile(z_2, start, T, first, keep, ROW, WORDS, HAS_MASK)
+        words1 = to_lanes(tile1, THROUGH)
+        words0 = to_lanes(tile0, THROUGH)
+        if not STATES_ONLY:
+            words2 = to_lanes(tile2, THROUGH)
         us1 = filter_segments(words1, before1, filters1, lane, EMULATED)
         us0 = filter_segments(words0, before0, filters0, lane, EMULATED)
-        us2 = filter_segments(words2, before2, filters2, lane, EMULATED)
+        if STATES_ONLY:
+            at_states = long_out + (row * ((T + TILE - 1) // TILE) + start // TILE) * (D * N * 2)
+            store_states(at_states, carry, word, lane, D, N)
+        else:
+            us2 = filter_segments(words2, before2, filters2, lane, EMULATED)
         before1 = words1[9 - K :]
         before0 = words0[9 - K :]
-        before2 = words2[9 - K :]
+        if not STATES_ONLY:
+            before2 = words2[9 - K :]
         whole = start + TILE <= T  # the state before a part of a tile is the start of what follows the loop
         ys = ()
         after = ()
@@ -531,8 +573,9 @@ def segments_forward_kernel(z, weight, bias, poles, residues, skip, short, long,
                 w = keep_steps(w, keep, start, 0, T, lane, True)
             w = as_factors(w, EMULATED)
             none = tl.zeros(lane.shape, tl.float32)
-            low = multiply(w[0], local[e][0:2], (none, none, none, none), EMULATED)
-            high = multiply(w[0], local[e][2:4], (none, none, none, none), EMULATED)
+            if not STATES_ONLY:
+                low = multiply(w[0], local[e][0:2], (none, none, none, none), EMULATED)
+                high = multiply(w[0], local[e][2:4], (none, none, none, none), EMULATED)
             for q in tl.static_range(BLOCKS):
                 terms = ()
                 for i in tl.static_range(2 if QUADS > 1 else 1):
@@ -544,30 +587,31 @@ def segments_forward_kernel(z, weight, bias, poles, residues, skip, short, long,
                     im = tl.where(whole, end[1], begin[1])
                     after = after + ((re, im),)
                     terms = terms + split(s[0], s[1], EMULATED) + split(s[2], s[3], EMULATED)
-                s = (terms[0::2], terms[1::2])
-                low = multiply_terms(s, leave[e * BLOCKS * 2 + q * 2], low, EMULATED)
-                high = multiply_terms(s, leave[e * BLOCKS * 2 + q * 2 + 1], high, EMULATED)
-            ys = ys + ((low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]),)
+                if not STATES_ONLY:
+                    s = (terms[0::2], terms[1::2])
+                    low = multiply_terms(s, leave[e * BLOCKS * 2 + q * 2], low, EMULATED)
+                    high = multiply_terms(s, leave[e * BLOCKS * 2 + q * 2 + 1], high, EMULATED)
+            if not STATES_ONLY:
+                ys = ys + ((low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]),)
         carry = after
-        even = products(ys[0], us2[0])
-        odd = products(ys[1], us2[1])
-        if HAS_MASK:
-            even = keep_steps(even, keep, start, 0, T, lane, True)
-            odd = keep_steps(odd, keep, start, 0, T, lane, True)
-        out = ()
-        for i in tl.static_range(8):
-            out = out + (pack(even[i], odd[i], EMULATED),)
-        step = tile_steps()[:, None]
-        to = y + tl.cast(start, tl.int64) * (D // 2) + step * (D // 2)
-        tl.store(to + (first + tl.arange(0, WORDS)[None, :]), from_lanes(out), mask=start + step < T)
+        if not STATES_ONLY:
+            even = products(ys[0], us2[0])
+            odd = products(ys[1], us2[1])
+            if HAS_MASK:
+                even = keep_steps(even, keep, start, 0, T, lane, True)
+                odd = keep_steps(odd, keep, start, 0, T, lane, True)
+            out = ()
+            for i in tl.static_range(8):
+                out = out + (pack(even[i], odd[i], EMULATED),)
+            step = tile_steps()[:, None]
+            to = y + tl.cast(start, tl.int64) * (D // 2) + step * (D // 2)
+            tl.store(to + (first + tl.arange(0, WORDS)[None, :]), from_lanes(out), mask=start + step < T)
 
     count = T % TILE
+    if STATES_ONLY:
+        count = 0
     if count > 0:
         carry = finish(z_1, z_0, short_1, short_0, keep, poles, filters1, filters0, enter, decays, carry, count, T, word,
                        first, lane, D, N, K, WORDS, REAL, HAS_SHORT, HAS_MASK, EMULATED)  # fmt: skip
-    for e in tl.static_range(2):
-        for q in tl.static_range(QUADS):
-            mode = 4 * q + lane % 4
-            at_state = long_out + row * D * N * 2 + ((word * 2 + e) * N + mode) * 2
-            tl.store(at_state, carry[e * QUADS + q][0], mask=(lane < 4) & (mode < N))
-            tl.store(at_state + 1, carry[e * QUADS + q][1], mask=(lane < 4) & (mode < N))
+    if not STATES_ONLY:
+        store_states(long_out + row * D * N * 2, carry, word, lane, D, N)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from hyaena.ops.triton import interpreted
-from hyaena.ops.triton.hyena.explicit_operands import rows_of
-from hyaena.ops.triton.hyena.launch import Operands, as_words, window
+from hyaena.ops.triton.hyena.explicit_operands import add_window_gradient, rows_of
+from hyaena.ops.triton.hyena.launch import Gradients, Operands, as_words, cdiv, power_of_two, window
 from hyaena.ops.triton.hyena.segments import segments_forward_kernel
+from hyaena.ops.triton.hyena.segments_backward import segments_backward_kernel, segments_gradients_kernel
 
 
-def forward_segments(operands: Operands, words: int = 8, registers: int | None = 128, stages: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def forward_segments(operands: Operands, words: int = 8, registers: int | None = 128, stages: int = 3, through: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """``launch.forward`` of problems that the kernel takes."""
     operands = operands.contiguous()
     z, weight, bias, poles, residues, skip, short, long, mask, _, real = operands
@@ -43,13 +44,93 @@ def forward_segments(operands: Operands, words: int = 8, registers: int | None =
         K=weight.shape[1],
         WORDS=words,
         STAGES=stages,
+        THROUGH=through,
         HAS_BIAS=bias is not None,
         HAS_SKIP=skip is not None,
         HAS_SHORT=before is not None,
         HAS_LONG=long is not None,
         HAS_MASK=mask is not None,
+        STATES_ONLY=False,
         EMULATED=interpreted(),
         num_warps=words,
         maxnreg=registers,
     )
     return y, window(z, before, mask, None, weight.shape[1] - 1), long_out
+
+
+def backward_segments(
+    dy: Tensor,
+    dshort: Tensor | None,
+    operands: Operands,
+    words: int = 8,
+    registers: int | None = 255,
+    stages: int = 1,
+    through: bool = False,
+    passes: tuple[int, bool, int] = (3, True, 128),
+    *,
+    parameters: bool = True,
+) -> Gradients:
+    """``launch.backward`` of problems that the kernels take: no state, no mask, no gradient of the modes' last state."""
+    operands, dy = operands.contiguous(), dy.contiguous()
+    z, weight, bias, poles, residues, skip, _, _, _, _, real = operands
+    batch, length, width = z.shape
+    channels, modes = poles.shape[:2]
+    taps = weight.shape[1]
+    tiles = cdiv(length, 256)
+
+    def empty(*size: int) -> Tensor:
+        return poles.new_empty(*size)
+
+    states = empty(batch, tiles, channels, modes, 2)
+    numbers, grid = as_words(z, 2), (channels // (2 * words), batch)
+    shape: dict[str, Any] = {"REAL": real, "D": channels, "N": modes, "K": taps, "WORDS": words}
+    shape |= {"HAS_BIAS": bias is not None, "HAS_SKIP": skip is not None, "EMULATED": interpreted()}
+    given = (z if bias is None else bias, poles, residues, poles if skip is None else skip)
+    start: Any = segments_forward_kernel[grid]
+    start(
+        *(numbers, weight, *given, numbers, poles, z, numbers, states, length),
+        STAGES=passes[0],
+        THROUGH=passes[1],
+        HAS_SHORT=False,
+        HAS_LONG=False,
+        HAS_MASK=False,
+        STATES_ONLY=True,
+        num_warps=words,
+        maxnreg=passes[2],
+        **shape,
+    )
+    dz = torch.empty_like(z)
+    some = batch if parameters else 0
+    of_filters = empty(some, taps + 1, width)
+    outers, of_states = empty(some, channels, 16, 16), empty(some, channels, modes, 2)
+    of_w, of_g = empty(some, channels, 16, modes, 2), empty(some, channels, 16, modes, 2)
+    start = segments_backward_kernel[grid]
+    start(
+        *(numbers, as_words(dy, 2), weight, *given, states, as_words(dz, 2)),
+        *(of_filters, outers, of_w, of_g, of_states, length),
+        STAGES=stages,
+        THROUGH=through,
+        PARAMETERS=parameters,
+        num_warps=words,
+        maxnreg=registers,
+        **shape,
+    )
+    dshort_in, dlong_in = empty(batch, width, taps - 1), empty(batch, channels, modes, 2)
+    if dshort is not None:
+        add_window_gradient(dz, dshort_in, dshort, None, None)
+    if not parameters:
+        dweight, dbias, dpoles, dresidues, dskip = (empty(0) for _ in range(5))
+        return dz, dweight, dbias, dpoles, dresidues, dskip, dshort_in, dlong_in
+    dpoles, dresidues, dskip = torch.empty_like(poles), torch.empty_like(poles), empty(channels)
+    start = segments_gradients_kernel[(channels,)]
+    start(
+        *(poles, residues, outers, of_w, of_g, of_states, dpoles, dresidues, dskip, batch),
+        REAL=real,
+        D=channels,
+        N=modes,
+        NP=power_of_two(modes),
+        num_warps=1,
+    )
+    total = of_filters.sum(0)
+    dweight = total[:taps].t().contiguous()
+    return dz, dweight, total[taps].clone(), dpoles, dresidues, dskip, dshort_in, dlong_in
