@@ -26,17 +26,16 @@ from hyaena.ops.triton.common import convolve, power
 from hyaena.ops.triton.hyena.direct import thirds
 from hyaena.ops.triton.hyena.forward import move
 from hyaena.ops.triton.hyena.segments import (
-    TILE,
-    add_taps,
-    as_factors,
-    as_local,
-    as_right_factor,
     find_states,
+)
+from hyaena.ops.triton.hyena.segments_lanes import (
+    TILE,
+    add_later,
+    as_factors,
+    first_to_last,
     from_lanes,
+    lane_after,
     load_before_tile,
-    load_decays,
-    load_enter,
-    load_leave,
     load_tile,
     multiply_terms,
     products,
@@ -44,81 +43,15 @@ from hyaena.ops.triton.hyena.segments import (
     sum_columns,
     tile_steps,
     to_lanes,
+    turn,
+)
+from hyaena.ops.triton.hyena.segments_tables import (
+    load_entry,
+    load_leaves,
+    load_terms,
+    read_decays,
 )
 from hyaena.ops.triton.hyena.toeplitz import from_lane, half, load_filters, multiply, pack
-
-
-@triton.jit
-def add_later(q, re, im, distance, lane, REAL: tl.constexpr, EMULATED: tl.constexpr):
-    """``q·s' + s``, s' that of the lane so many after, zero where there is none."""
-    if EMULATED:
-        at = tl.minimum(tl.arange(0, re.shape[0]) + distance, re.shape[0] - 1)
-        there = lane + distance < 32
-        a = tl.where(there, tl.gather(re, at, 0), 0.0)
-        b = tl.where(there, tl.gather(im, at, 0), 0.0)
-        re, im = move(q, a, b, re, im, REAL)
-    elif REAL:
-        re, im = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .f32 a, b;"
-            "shfl.sync.down.b32 a|p, $2, $6, 31, 0xffffffff; shfl.sync.down.b32 b|p, $3, $6, 31, 0xffffffff;"
-            "mov.f32 $0, $2; mov.f32 $1, $3;"
-            "@p fma.rn.f32 $0, $4, a, $0; @p fma.rn.f32 $1, $5, b, $1;}",
-            "=&f,=&f,f,f,f,f,r",
-            [re, im, q[0], q[1], distance],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        re, im = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .f32 a, b, m;"
-            "shfl.sync.down.b32 a|p, $2, $6, 31, 0xffffffff; shfl.sync.down.b32 b|p, $3, $6, 31, 0xffffffff;"
-            "mov.f32 $0, $2; mov.f32 $1, $3; neg.f32 m, $5;"
-            "@p fma.rn.f32 $0, $4, a, $0; @p fma.rn.f32 $1, $4, b, $1;"
-            "@p fma.rn.f32 $0, m, b, $0; @p fma.rn.f32 $1, $5, a, $1;}",
-            "=&f,=&f,f,f,f,f,r",
-            [re, im, q[0], q[1], distance],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    return re, im
-
-
-@triton.jit
-def lane_after(x, other, lane, EMULATED: tl.constexpr):
-    """x of the lane four after, ``other`` where there is none."""
-    if EMULATED:
-        at = tl.minimum(tl.arange(0, x.shape[0]) + 4, x.shape[0] - 1)
-        out = tl.where(lane < 28, tl.gather(x, at, 0), other)
-    else:
-        out = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .b32 a; shfl.sync.down.b32 a|p, $1, 4, 31, 0xffffffff; selp.b32 $0, a, $2, p;}",
-            "=f,f,f",
-            [x, other],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return out
-
-
-@triton.jit
-def first_to_last(x, lane, EMULATED: tl.constexpr):
-    """x of the first four lanes in the last four, zero in the others."""
-    if EMULATED:
-        at = tl.maximum(tl.arange(0, x.shape[0]) - 28, 0)
-        out = tl.where(lane >= 28, tl.gather(x, at, 0), 0.0)
-    else:
-        out = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .b32 a; shfl.sync.up.b32 a|p, $1, 28, 0, 0xffffffff; selp.b32 $0, a, 0, p;}",
-            "=f,f",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return out
 
 
 @triton.jit
@@ -140,33 +73,6 @@ def find_adjoints(dg, enter, decays, carry, lane, REAL: tl.constexpr, EMULATED: 
     before = move(decays[4], carry[0], carry[1], re, im, REAL)
     first = move(decays[0], second_re, second_im, c, d, REAL)
     return (first[0], first[1], second_re, second_im), before
-
-
-@triton.jit
-def turn_word(x, lane, EMULATED: tl.constexpr):
-    """Lane (g, c) has numbers 2c and 2c+1 of row g of a matrix [8,8] of bfloat16: the same of the matrix turned."""
-    if EMULATED:
-        base = tl.arange(0, x.shape[0]) // 32 * 32 + lane % 4 * 8 + lane // 8
-        low = tl.gather(x, base, 0)
-        high = tl.gather(x, base + 4, 0)
-        odd = lane // 4 % 2 == 1
-        low = tl.where(odd, low >> 16, low) & 0xFFFF
-        high = tl.where(odd, high >> 16, high) & 0xFFFF
-        out = low | (high << 16)
-    else:
-        out = tl.inline_asm_elementwise(
-            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return out
-
-
-@triton.jit
-def turn(words, lane, EMULATED: tl.constexpr):
-    """Every word of a tuple, turned."""
-    out = ()
-    for i in tl.static_range(len(words)):
-        out = out + (turn_word(words[i], lane, EMULATED),)
-    return out
 
 
 @triton.jit
@@ -275,10 +181,10 @@ def zeros(COUNT: tl.constexpr, like):
 
 
 @triton.jit(do_not_specialize=["T"])
-def segments_backward_kernel(z, dy, weight, bias, poles, residues, skip, states, dz, of_filters, outers, of_w, of_g,
+def segments_backward_kernel(z, dy, weight, bias, tables, decays, states, dz, of_filters, outers, of_w, of_g,
                              of_states, T, REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                             WORDS: tl.constexpr, STAGES: tl.constexpr, THROUGH: tl.constexpr, HAS_BIAS: tl.constexpr,
-                             HAS_SKIP: tl.constexpr, PARAMETERS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+                             WORDS: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
+                             PARAMETERS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """The gradient of z, and the sums that those of the parameters are made of. Grid: (blocks of WORDS words, rows).
 
     ``z``, ``dy`` and ``dz`` are in words of two numbers; ``states`` [B,tiles,D,N,2] precede the tiles. Sums, float32:
@@ -288,6 +194,7 @@ def segments_backward_kernel(z, dy, weight, bias, poles, residues, skip, states,
     ROW: tl.constexpr = 3 * D // 2
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
     BLOCKS: tl.constexpr = (QUADS + 1) // 2
+    ENTRIES: tl.constexpr = 1 + QUADS + (QUADS if QUADS > 1 else 1)
     SUMS: tl.constexpr = K + 1 if HAS_BIAS else K
     index = tl.arange(0, 32 * WORDS)
     lane = index % 32
@@ -305,33 +212,6 @@ def segments_backward_kernel(z, dy, weight, bias, poles, residues, skip, states,
     filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)
     filters0 = load_filters(weight, bias, D + word, K, HAS_BIAS)
     none = tl.zeros(lane.shape, tl.float32)
-    local = ()
-    local_back = ()
-    enter = ()
-    enter_back = ()
-    leave = ()
-    leave_back = ()
-    decays = ()
-    for e in tl.static_range(2):
-        channel = word * 2 + e
-        taps = (none, none, none, none)
-        for q in tl.static_range(QUADS):
-            rows = load_enter(poles, channel, q, lane, D, N, REAL, False)
-            taps = add_taps(taps, residues, channel, q, rows, lane, N, REAL)
-            enter = enter + (as_right_factor(rows, EMULATED),)
-            rows = load_enter(poles, channel, q, lane, D, N, REAL, True)
-            enter_back = enter_back + (as_right_factor(rows, EMULATED),)
-            decays = decays + (load_decays(poles, channel, 4 * q + lane % 4, D, N, REAL),)
-        gain = none
-        if HAS_SKIP:
-            gain = tl.load(skip + channel).to(tl.float32)
-        local = local + (as_local(taps, gain, lane, False, EMULATED),)
-        local_back = local_back + (as_local(taps, gain, lane, True, EMULATED),)
-        for q in tl.static_range(BLOCKS):
-            leave = leave + load_leave(poles, residues, channel, q, lane, D, N, REAL, False, EMULATED)
-            leave_back = leave_back + load_leave(poles, residues, channel, q, lane, D, N, REAL, True, EMULATED)
-
-    no_bits = tl.zeros(lane.shape, tl.int32)
     carry = zeros(4 * QUADS, lane)
     later = zeros(6 * (K - 1), lane)
     filter_sums = zeros(6 * SUMS if PARAMETERS else 0, lane)
@@ -377,10 +257,10 @@ def segments_backward_kernel(z, dy, weight, bias, poles, residues, skip, states,
             tile0 = load_tile(z_0, start, T, first, z, ROW, WORDS, False)
             tile2 = load_tile(z_2, start, T, first, z, ROW, WORDS, False)
             tile_dy = load_tile(dy, start, T, first, z, D // 2, WORDS, False)
-        words1 = to_lanes(tile1, THROUGH)
-        words0 = to_lanes(tile0, THROUGH)
-        words2 = to_lanes(tile2, THROUGH)
-        dys = to_lanes(tile_dy, THROUGH)
+        words1 = to_lanes(tile1)
+        words0 = to_lanes(tile0)
+        words2 = to_lanes(tile2)
+        dys = to_lanes(tile_dy)
         past2 = histories(words2, before2, lane, EMULATED)
         past1 = histories(words1, before1, lane, EMULATED)
         past0 = histories(words0, before0, lane, EMULATED)
@@ -401,10 +281,13 @@ def segments_backward_kernel(z, dy, weight, bias, poles, residues, skip, states,
             grad = halves(dys, e)
             w = as_factors(products(u1, u0), EMULATED)
             dg = as_factors(products(u2, grad), EMULATED)
-            low = multiply(w[0], local[e][0:2], (none, none, none, none), EMULATED)
-            high = multiply(w[0], local[e][2:4], (none, none, none, none), EMULATED)
-            low_back = multiply(dg[0], local_back[e][0:2], (none, none, none, none), EMULATED)
-            high_back = multiply(dg[0], local_back[e][2:4], (none, none, none, none), EMULATED)
+            place = (word * 2 + e) * (2 * ENTRIES)
+            local = load_entry(tables, place, lane, EMULATED)
+            low = multiply(w[0], local[0:2], (none, none, none, none), EMULATED)
+            high = multiply(w[0], local[2:4], (none, none, none, none), EMULATED)
+            local = load_entry(tables, place + ENTRIES, lane, EMULATED)
+            low_back = multiply(dg[0], local[0:2], (none, none, none, none), EMULATED)
+            high_back = multiply(dg[0], local[2:4], (none, none, none, none), EMULATED)
             if PARAMETERS:
                 w_turned = (turn(w[0], lane, EMULATED), turn(w[1], lane, EMULATED))
                 dg_turned = (turn(dg[0], lane, EMULATED), turn(dg[1], lane, EMULATED))
@@ -427,19 +310,14 @@ def segments_backward_kernel(z, dy, weight, bias, poles, residues, skip, states,
                 terms = ()
                 terms_back = ()
                 for i in tl.static_range(2 if QUADS > 1 else 1):
-                    s, _ = find_states(
-                        w,
-                        enter[e * QUADS + 2 * q + i],
-                        decays[e * QUADS + 2 * q + i],
-                        given[e * QUADS + 2 * q + i],
-                        lane,
-                        REAL,
-                        EMULATED,
-                    )
+                    decay = read_decays(decays, (word * 2 + e) * QUADS + 2 * q + i, lane, EMULATED)
+                    enter = load_terms(tables, place + 1 + 2 * q + i, lane, EMULATED)
+                    s, _ = find_states(w, enter, decay, given[e * QUADS + 2 * q + i], lane, REAL, EMULATED)
+                    enter = load_terms(tables, place + ENTRIES + 1 + 2 * q + i, lane, EMULATED)
                     b, end = find_adjoints(
                         dg,
-                        enter_back[e * QUADS + 2 * q + i],
-                        decays[e * QUADS + 2 * q + i],
+                        enter,
+                        decay,
                         carry[2 * (e * QUADS + 2 * q + i) : 2 * (e * QUADS + 2 * q + i) + 2],
                         lane,
                         REAL,
@@ -471,20 +349,28 @@ def segments_backward_kernel(z, dy, weight, bias, poles, residues, skip, states,
                         re, im = move((b[2], b[3]), s[2], s[3], re, im, REAL)
                         new_states = new_states + (re, im)
                 s = (terms[0::2], terms[1::2])
-                low = multiply_terms(s, leave[e * BLOCKS * 2 + q * 2], low, EMULATED)
-                high = multiply_terms(s, leave[e * BLOCKS * 2 + q * 2 + 1], high, EMULATED)
+                leave = load_leaves(tables, place + 1 + QUADS + 2 * q, lane, QUADS, EMULATED)
+                low = multiply_terms(s, leave[0], low, EMULATED)
+                high = multiply_terms(s, leave[1], high, EMULATED)
                 b = (terms_back[0::2], terms_back[1::2])
-                low_back = multiply_terms(b, leave_back[e * BLOCKS * 2 + q * 2], low_back, EMULATED)
-                high_back = multiply_terms(b, leave_back[e * BLOCKS * 2 + q * 2 + 1], high_back, EMULATED)
+                leave = load_leaves(tables, place + ENTRIES + 1 + QUADS + 2 * q, lane, QUADS, EMULATED)
+                low_back = multiply_terms(b, leave[0], low_back, EMULATED)
+                high_back = multiply_terms(b, leave[1], high_back, EMULATED)
             g = (low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3])
             dw = (low_back[0], low_back[1], high_back[0], high_back[1],
                   low_back[2], low_back[3], high_back[2], high_back[3])  # fmt: skip
             du2 = products(grad, g)
             du1 = products(dw, u0)
             du0 = products(dw, u1)
-            dxs2 = dxs2 + (filter_back(du2, later[(K - 1) * (3 * e + 0) : (K - 1) * (3 * e + 1)], filters2[e][0], lane, EMULATED),)
-            dxs1 = dxs1 + (filter_back(du1, later[(K - 1) * (3 * e + 1) : (K - 1) * (3 * e + 2)], filters1[e][0], lane, EMULATED),)
-            dxs0 = dxs0 + (filter_back(du0, later[(K - 1) * (3 * e + 2) : (K - 1) * (3 * e + 3)], filters0[e][0], lane, EMULATED),)
+            dxs2 = dxs2 + (
+                filter_back(du2, later[(K - 1) * (3 * e + 0) : (K - 1) * (3 * e + 1)], filters2[e][0], lane, EMULATED),
+            )
+            dxs1 = dxs1 + (
+                filter_back(du1, later[(K - 1) * (3 * e + 1) : (K - 1) * (3 * e + 2)], filters1[e][0], lane, EMULATED),
+            )
+            dxs0 = dxs0 + (
+                filter_back(du0, later[(K - 1) * (3 * e + 2) : (K - 1) * (3 * e + 3)], filters0[e][0], lane, EMULATED),
+            )
             new_later = new_later + du2[0 : K - 1] + du1[0 : K - 1] + du0[0 : K - 1]
             if PARAMETERS:
                 new_filters = new_filters + add_filter_gradient(

@@ -12,12 +12,38 @@ from hyaena.ops.triton.hyena.explicit_operands import add_window_gradient, rows_
 from hyaena.ops.triton.hyena.launch import Gradients, Operands, as_words, cdiv, power_of_two, window
 from hyaena.ops.triton.hyena.segments import segments_forward_kernel
 from hyaena.ops.triton.hyena.segments_backward import segments_backward_kernel, segments_gradients_kernel
+from hyaena.ops.triton.hyena.segments_tables import segments_tables_kernel
 
 
-def forward_segments(operands: Operands, words: int = 8, registers: int | None = 128, stages: int = 3, through: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def make_tables(operands: Operands, directions: int) -> tuple[Tensor, Tensor]:
+    """The tables of ``segments_tables_kernel``."""
+    poles, residues, skip = operands.poles, operands.residues, operands.skip
+    channels, modes = poles.shape[:2]
+    quads = max(1, power_of_two(modes) // 4)
+    entries = 2 * quads + 1 if quads > 1 else 3
+    tables = poles.new_empty(channels, directions, entries, 32, 4, dtype=torch.int32)
+    decays = poles.new_empty(channels, quads, 4, 12)
+    start: Any = segments_tables_kernel[(channels // 16, 2, quads + 1)]
+    start(
+        *(poles, residues, poles if skip is None else skip, tables, decays),
+        D=channels,
+        N=modes,
+        REAL=operands.real,
+        WORDS=8,
+        DIRECTIONS=directions,
+        HAS_SKIP=skip is not None,
+        EMULATED=interpreted(),
+        num_warps=8,
+    )
+    return tables, decays
+
+
+def forward_segments(
+    operands: Operands, words: int = 8, registers: int | None = 128, stages: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
     """``launch.forward`` of problems that the kernel takes."""
     operands = operands.contiguous()
-    z, weight, bias, poles, residues, skip, short, long, mask, _, real = operands
+    z, weight, bias, poles, _, _, short, long, mask, _, real = operands
     batch, length, _ = z.shape
     channels, modes = poles.shape[:2]
     before = rows_of(short, z)
@@ -30,8 +56,7 @@ def forward_segments(operands: Operands, words: int = 8, registers: int | None =
         weight,
         z if bias is None else bias,
         poles,
-        residues,
-        poles if skip is None else skip,
+        *make_tables(operands, 1),
         numbers if before is None else as_words(before, 2),
         poles if long is None else long,
         z if mask is None else mask.view(torch.uint8),
@@ -44,9 +69,8 @@ def forward_segments(operands: Operands, words: int = 8, registers: int | None =
         K=weight.shape[1],
         WORDS=words,
         STAGES=stages,
-        THROUGH=through,
         HAS_BIAS=bias is not None,
-        HAS_SKIP=skip is not None,
+        DIRECTIONS=1,
         HAS_SHORT=before is not None,
         HAS_LONG=long is not None,
         HAS_MASK=mask is not None,
@@ -65,14 +89,13 @@ def backward_segments(
     words: int = 8,
     registers: int | None = 255,
     stages: int = 1,
-    through: bool = False,
-    passes: tuple[int, bool, int] = (3, True, 128),
+    passes: tuple[int, int] = (3, 128),
     *,
     parameters: bool = True,
 ) -> Gradients:
-    """``launch.backward`` of problems that the kernels take: no state, no mask, no gradient of the modes' last state."""
+    """``launch.backward`` of problems that the kernels take: no state, mask, gradient of the modes' last state."""
     operands, dy = operands.contiguous(), dy.contiguous()
-    z, weight, bias, poles, residues, skip, _, _, _, _, real = operands
+    z, weight, bias, poles, residues, _, _, _, _, _, real = operands
     batch, length, width = z.shape
     channels, modes = poles.shape[:2]
     taps = weight.shape[1]
@@ -84,19 +107,20 @@ def backward_segments(
     states = empty(batch, tiles, channels, modes, 2)
     numbers, grid = as_words(z, 2), (channels // (2 * words), batch)
     shape: dict[str, Any] = {"REAL": real, "D": channels, "N": modes, "K": taps, "WORDS": words}
-    shape |= {"HAS_BIAS": bias is not None, "HAS_SKIP": skip is not None, "EMULATED": interpreted()}
-    given = (z if bias is None else bias, poles, residues, poles if skip is None else skip)
+    shape |= {"HAS_BIAS": bias is not None, "EMULATED": interpreted()}
+    tables = make_tables(operands, 2)
+    offset = z if bias is None else bias
     start: Any = segments_forward_kernel[grid]
     start(
-        *(numbers, weight, *given, numbers, poles, z, numbers, states, length),
+        *(numbers, weight, offset, poles, *tables, numbers, poles, z, numbers, states, length),
+        DIRECTIONS=2,
         STAGES=passes[0],
-        THROUGH=passes[1],
         HAS_SHORT=False,
         HAS_LONG=False,
         HAS_MASK=False,
         STATES_ONLY=True,
         num_warps=words,
-        maxnreg=passes[2],
+        maxnreg=passes[1],
         **shape,
     )
     dz = torch.empty_like(z)
@@ -106,10 +130,9 @@ def backward_segments(
     of_w, of_g = empty(some, channels, 16, modes, 2), empty(some, channels, 16, modes, 2)
     start = segments_backward_kernel[grid]
     start(
-        *(numbers, as_words(dy, 2), weight, *given, states, as_words(dz, 2)),
+        *(numbers, as_words(dy, 2), weight, offset, *tables, states, as_words(dz, 2)),
         *(of_filters, outers, of_w, of_g, of_states, length),
         STAGES=stages,
-        THROUGH=through,
         PARAMETERS=parameters,
         num_warps=words,
         maxnreg=registers,

@@ -1,0 +1,46 @@
+"""The kernels of many modes in registers, against the plain operator in float64."""
+
+import pytest
+import torch
+from tests.ops.triton.test_kernels import TOLERANCE, close, exact, make
+
+from hyaena.ops.triton.hyena.segments_launch import backward_segments, forward_segments
+
+ROUNDED = 2 * TOLERANCE[torch.bfloat16]  # factors are bfloat16 too
+PROBLEMS = {
+    "whole tiles": dict(length=512, batch=1),
+    "a step more": dict(length=257, modes=3),
+    "a part of a tile, one tap": dict(length=300, taps=1, batch=1),
+    "five taps": dict(length=260, taps=5, modes=8, batch=1),
+    "nine modes": dict(length=256, modes=9, batch=1),
+    "real": dict(length=400, modes=8, real=True, batch=1),
+    "padded": dict(length=300, padded=True),
+    "bare": dict(length=300, bare=True, batch=1),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_forward(name: str) -> None:
+    problem = make(**({"channels": 16, "dtype": torch.bfloat16} | PROBLEMS[name]))
+    _, y, short, long = exact(problem)
+    got = forward_segments(problem)
+    close(got[0], y, ROUNDED)
+    close(got[1], short, TOLERANCE[torch.bfloat16])
+    close(got[2], long, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["whole tiles", "a step more", "five taps", "nine modes", "real"])
+def test_gradients(name: str) -> None:
+    problem = make(**({"channels": 16, "dtype": torch.bfloat16} | PROBLEMS[name]))
+    problem = problem._replace(short=None, long=None)
+    wide, y, window, _ = exact(problem)
+    dy, dwindow = torch.randn_like(y).to(problem.z.dtype), torch.randn_like(window).to(problem.z.dtype)
+    leaves = [t for t in wide if t is not None]
+    expected = iter(torch.autograd.grad((y * dy).sum() + (window * dwindow).sum(), leaves))
+    got = backward_segments(dy, dwindow, problem)
+    for value, leaf, field in zip(got, wide, problem._fields, strict=False):
+        if leaf is not None:
+            close(value, next(expected), 1e-4 if field in ("poles", "residues", "skip") else ROUNDED * 2)
+    frozen = backward_segments(dy, dwindow, problem, parameters=False)
+    close(frozen[0], got[0].double(), 1e-3)
+    assert all(t.numel() == 0 for t in frozen[1:6])
