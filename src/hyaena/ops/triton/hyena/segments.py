@@ -34,7 +34,7 @@ from hyaena.ops.triton.hyena.segments_lanes import (
     TILE,
     add_earlier,
     as_factors,
-    from_lanes,
+    in_rows,
     lane_before,
     last_to_first,
     load_before_tile,
@@ -42,7 +42,7 @@ from hyaena.ops.triton.hyena.segments_lanes import (
     multiply_terms,
     products,
     split,
-    tile_steps,
+    store_tile,
     to_lanes,
 )
 from hyaena.ops.triton.hyena.segments_tables import (
@@ -51,7 +51,7 @@ from hyaena.ops.triton.hyena.segments_tables import (
     load_terms,
     read_decays,
 )
-from hyaena.ops.triton.hyena.toeplitz import from_lane, half, load_filters, multiply, pack
+from hyaena.ops.triton.hyena.toeplitz import from_lane, half, load_filters, multiply
 
 
 @triton.jit
@@ -124,9 +124,9 @@ def keep_steps(w, keep, start, low, T, lane, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def finish(z_1, z_0, short_1, short_0, keep, poles, tables, decays, filters1, filters0, carry, count, T, word, first,
-           lane, ENTRIES: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr,
-           REAL: tl.constexpr, HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+def finish(z_1, z_0, short_1, short_0, keep, poles, enter, decays, filters1, filters0, carry, count, T, word, first,
+           lane, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr, REAL: tl.constexpr,
+           HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """The state after the last ``count`` steps, fewer than a tile: from the tile that ends with T, zero before them."""
     ROW: tl.constexpr = 3 * D // 2
     QUADS: tl.constexpr = len(carry) // 2
@@ -144,9 +144,7 @@ def finish(z_1, z_0, short_1, short_0, keep, poles, tables, decays, filters1, fi
         for q in tl.static_range(QUADS):
             before = carry[e * QUADS + q]
             mode = 4 * q + lane % 4
-            enter = load_terms(tables, (word * 2 + e) * ENTRIES + 1 + q, lane, EMULATED)
-            decay = read_decays(decays, (word * 2 + e) * QUADS + q, lane, EMULATED)
-            _, end = find_states(w, enter, decay, (none, none), lane, REAL, EMULATED)
+            _, end = find_states(w, enter[e * QUADS + q], decays[e * QUADS + q], (none, none), lane, REAL, EMULATED)
             re, im = powers(poles, word * 2 + e, mode, count + tl.zeros_like(mode), D, N, 8, REAL)
             decay = (re.to(tl.float32), im.to(tl.float32))
             after = after + (move(decay, before[0], before[1], end[0], end[1], REAL),)
@@ -168,18 +166,17 @@ def store_states(to, states, word, lane, D: tl.constexpr, N: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long, keep, y, long_out, T,
                             REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                            WORDS: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
-                            DIRECTIONS: tl.constexpr, HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr,
-                            HAS_MASK: tl.constexpr, STATES_ONLY: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+                            WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHORT: tl.constexpr,
+                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of WORDS words, rows); a warp for every word.
 
-    ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of two numbers, ``keep`` uint8 [B,T]; T is at least a tile.
-    STATES_ONLY: ``long_out`` [B,tiles,D,N,2] are the states before the tiles, and nothing else is computed.
+    ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of two numbers, ``keep`` uint8 [B,T]; T is at least a tile. The
+    tables stay in registers, and so do the words of the next tile, loaded before the work on this one.
     """
     ROW: tl.constexpr = 3 * D // 2
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
     BLOCKS: tl.constexpr = (QUADS + 1) // 2
-    ENTRIES: tl.constexpr = 1 + QUADS + (QUADS if QUADS > 1 else 1)
+    ENTRIES: tl.constexpr = 1 + 2 * QUADS
     index = tl.arange(0, 32 * WORDS)
     lane = index % 32
     first = tl.program_id(0) * WORDS
@@ -194,55 +191,51 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
     filters2 = load_filters(weight, bias, word, K, HAS_BIAS)
     filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)
     filters0 = load_filters(weight, bias, D + word, K, HAS_BIAS)
+    local = ()
+    enter = ()
+    leave = ()
+    decay = ()
     carry = ()
     for e in tl.static_range(2):
+        channel = word * 2 + e
+        local = local + (load_entry(tables, channel * ENTRIES, lane, EMULATED),)
         for q in tl.static_range(QUADS):
+            enter = enter + (load_terms(tables, channel * ENTRIES + 1 + q, lane, EMULATED),)
+            decay = decay + (read_decays(decays, channel * QUADS + q, lane, EMULATED),)
             re = tl.zeros(lane.shape, tl.float32)
             im = tl.zeros(lane.shape, tl.float32)
             if HAS_LONG:
                 mode = 4 * q + lane % 4
-                at = long + row * D * N * 2 + ((word * 2 + e) * N + mode) * 2
+                at = long + row * D * N * 2 + (channel * N + mode) * 2
                 re = tl.load(at, mask=(lane < 4) & (mode < N), other=0.0)
                 im = tl.load(at + 1, mask=(lane < 4) & (mode < N), other=0.0)
             carry = carry + ((re, im),)
+        for q in tl.static_range(BLOCKS):
+            leave = leave + load_leaves(tables, channel * ENTRIES + 1 + QUADS + 2 * q, lane, QUADS, EMULATED)
 
     before2 = load_before_tile(z_2 + word, short_2, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
     before1 = load_before_tile(z_1 + word, short_1, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
     before0 = load_before_tile(z_0 + word, short_0, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
-    if STAGES == 1:
-        next1 = load_tile(z_1, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
-        next0 = load_tile(z_0, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
-        if not STATES_ONLY:
-            next2 = load_tile(z_2, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
-    for start in tl.range(0, T, TILE, num_stages=STAGES):
-        if STAGES == 1:
-            tile1 = next1
-            tile0 = next0
-            next1 = load_tile(z_1, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
-            next0 = load_tile(z_0, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
-            if not STATES_ONLY:
-                tile2 = next2
-                next2 = load_tile(z_2, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
-        else:
-            tile1 = load_tile(z_1, start, T, first, keep, ROW, WORDS, HAS_MASK)
-            tile0 = load_tile(z_0, start, T, first, keep, ROW, WORDS, HAS_MASK)
-            if not STATES_ONLY:
-                tile2 = load_tile(z_2, start, T, first, keep, ROW, WORDS, HAS_MASK)
+    next1 = load_tile(z_1, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
+    next0 = load_tile(z_0, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
+    next2 = load_tile(z_2, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
+    none = tl.zeros(lane.shape, tl.float32)
+    for start in tl.range(0, T, TILE, num_stages=1):
+        tile1 = next1
+        tile0 = next0
+        tile2 = next2
+        next1 = load_tile(z_1, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
+        next0 = load_tile(z_0, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
+        next2 = load_tile(z_2, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
         words1 = to_lanes(tile1)
         words0 = to_lanes(tile0)
-        if not STATES_ONLY:
-            words2 = to_lanes(tile2)
+        words2 = to_lanes(tile2)
         us1 = filter_segments(words1, before1, filters1, lane, EMULATED)
         us0 = filter_segments(words0, before0, filters0, lane, EMULATED)
-        if STATES_ONLY:
-            at_states = long_out + (row * ((T + TILE - 1) // TILE) + start // TILE) * (D * N * 2)
-            store_states(at_states, carry, word, lane, D, N)
-        else:
-            us2 = filter_segments(words2, before2, filters2, lane, EMULATED)
+        us2 = filter_segments(words2, before2, filters2, lane, EMULATED)
         before1 = words1[9 - K :]
         before0 = words0[9 - K :]
-        if not STATES_ONLY:
-            before2 = words2[9 - K :]
+        before2 = words2[9 - K :]
         whole = start + TILE <= T  # the state before a part of a tile is the start of what follows the loop
         ys = ()
         after = ()
@@ -251,50 +244,80 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
             if HAS_MASK:
                 w = keep_steps(w, keep, start, 0, T, lane, True)
             w = as_factors(w, EMULATED)
-            none = tl.zeros(lane.shape, tl.float32)
-            place = (word * 2 + e) * (DIRECTIONS * ENTRIES)
-            if not STATES_ONLY:
-                local = load_entry(tables, place, lane, EMULATED)
-                low = multiply(w[0], local[0:2], (none, none, none, none), EMULATED)
-                high = multiply(w[0], local[2:4], (none, none, none, none), EMULATED)
+            low = multiply(w[0], local[e][0:2], (none, none, none, none), EMULATED)
+            high = multiply(w[0], local[e][2:4], (none, none, none, none), EMULATED)
             for q in tl.static_range(BLOCKS):
                 terms = ()
                 for i in tl.static_range(2 if QUADS > 1 else 1):
                     begin = carry[e * QUADS + 2 * q + i]
-                    enter = load_terms(tables, place + 1 + 2 * q + i, lane, EMULATED)
-                    decay = read_decays(decays, (word * 2 + e) * QUADS + 2 * q + i, lane, EMULATED)
-                    s, end = find_states(w, enter, decay, begin, lane, REAL, EMULATED)
+                    s, end = find_states(
+                        w, enter[e * QUADS + 2 * q + i], decay[e * QUADS + 2 * q + i], begin, lane, REAL, EMULATED
+                    )
                     re = tl.where(whole, end[0], begin[0])
                     im = tl.where(whole, end[1], begin[1])
                     after = after + ((re, im),)
                     terms = terms + split(s[0], s[1], EMULATED) + split(s[2], s[3], EMULATED)
-                if not STATES_ONLY:
-                    s = (terms[0::2], terms[1::2])
-                    leave = load_leaves(tables, place + 1 + QUADS + 2 * q, lane, QUADS, EMULATED)
-                    low = multiply_terms(s, leave[0], low, EMULATED)
-                    high = multiply_terms(s, leave[1], high, EMULATED)
-            if not STATES_ONLY:
-                ys = ys + ((low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]),)
+                s = (terms[0::2], terms[1::2])
+                low = multiply_terms(s, leave[(e * BLOCKS + q) * 2], low, EMULATED)
+                high = multiply_terms(s, leave[(e * BLOCKS + q) * 2 + 1], high, EMULATED)
+            ys = ys + ((low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]),)
         carry = after
-        if not STATES_ONLY:
-            even = products(ys[0], us2[0])
-            odd = products(ys[1], us2[1])
-            if HAS_MASK:
-                even = keep_steps(even, keep, start, 0, T, lane, True)
-                odd = keep_steps(odd, keep, start, 0, T, lane, True)
-            out = ()
-            for i in tl.static_range(8):
-                out = out + (pack(even[i], odd[i], EMULATED),)
-            step = tile_steps()[:, None]
-            to = y + tl.cast(start, tl.int64) * (D // 2) + step * (D // 2)
-            tl.store(to + (first + tl.arange(0, WORDS)[None, :]), from_lanes(out), mask=start + step < T)
+        even = products(ys[0], us2[0])
+        odd = products(ys[1], us2[1])
+        if HAS_MASK:
+            even = keep_steps(even, keep, start, 0, T, lane, True)
+            odd = keep_steps(odd, keep, start, 0, T, lane, True)
+        store_tile(y, start, T, first, even, odd, D // 2, WORDS, EMULATED)
 
     count = T % TILE
-    if STATES_ONLY:
-        count = 0
     if count > 0:
-        carry = finish(z_1, z_0, short_1, short_0, keep, poles, tables, decays, filters1, filters0, carry, count,
-                       T, word, first, lane, DIRECTIONS * ENTRIES, D, N, K, WORDS, REAL, HAS_SHORT, HAS_MASK,
-                       EMULATED)  # fmt: skip
-    if not STATES_ONLY:
-        store_states(long_out + row * D * N * 2, carry, word, lane, D, N)
+        carry = finish(z_1, z_0, short_1, short_0, keep, poles, enter, decay, filters1, filters0, carry, count, T,
+                       word, first, lane, D, N, K, WORDS, REAL, HAS_SHORT, HAS_MASK, EMULATED)  # fmt: skip
+    store_states(long_out + row * D * N * 2, carry, word, lane, D, N)
+
+
+@triton.jit(do_not_specialize=["T"])
+def segments_states_kernel(z, weight, bias, tables, decays, states, T, REAL: tl.constexpr, D: tl.constexpr,
+                           N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
+                           HAS_BIAS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+    """The states [B,tiles,D,N,2] before every tile, from a zero state, without padding; grid and z as above.
+
+    The tables are those of both directions. The words of STAGES tiles are under way together.
+    """
+    ROW: tl.constexpr = 3 * D // 2
+    QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
+    ENTRIES: tl.constexpr = 1 + 2 * QUADS
+    index = tl.arange(0, 32 * WORDS)
+    lane = index % 32
+    first = tl.program_id(0) * WORDS
+    word = first + index // 32
+    row = tl.program_id(1).to(tl.int64)
+    z_1 = z + row * T * ROW + ROW // 3
+    z_0 = z_1 + ROW // 3
+    T = tl.cast(T, tl.int32)
+    states += row * ((T + TILE - 1) // TILE) * (D * N * 2)
+    filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)
+    filters0 = load_filters(weight, bias, D + word, K, HAS_BIAS)
+    none = tl.zeros(lane.shape, tl.float32)
+    carry = ()
+    for _ in tl.static_range(2 * QUADS):
+        carry = carry + ((none, none),)
+    before1 = load_before_tile(z_1 + word, z, z, 0, K - 1, ROW, False, False)
+    before0 = load_before_tile(z_0 + word, z, z, 0, K - 1, ROW, False, False)
+    for start in tl.range(0, T, TILE, num_stages=STAGES):
+        words1 = to_lanes(in_rows(load_tile(z_1, start, T, first, z, ROW, WORDS, False)))
+        words0 = to_lanes(in_rows(load_tile(z_0, start, T, first, z, ROW, WORDS, False)))
+        us1 = filter_segments(words1, before1, filters1, lane, EMULATED)
+        us0 = filter_segments(words0, before0, filters0, lane, EMULATED)
+        before1 = words1[9 - K :]
+        before0 = words0[9 - K :]
+        store_states(states + tl.cast(start // TILE, tl.int64) * (D * N * 2), carry, word, lane, D, N)
+        after = ()
+        for e in tl.static_range(2):
+            channel = word * 2 + e
+            w = as_factors(products(us1[e], us0[e]), EMULATED)
+            for q in tl.static_range(QUADS):
+                enter = load_terms(tables, channel * (2 * ENTRIES) + 1 + q, lane, EMULATED)
+                decay = read_decays(decays, channel * QUADS + q, lane, EMULATED)
+                after = after + (find_states(w, enter, decay, carry[e * QUADS + q], lane, REAL, EMULATED)[1],)
+        carry = after

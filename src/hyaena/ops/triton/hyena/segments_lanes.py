@@ -208,33 +208,6 @@ def sum_columns(x, lane, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def turn_word(x, lane, EMULATED: tl.constexpr):
-    """Lane (g, c) has numbers 2c and 2c+1 of row g of a matrix [8,8] of bfloat16: the same of the matrix turned."""
-    if EMULATED:
-        base = tl.arange(0, x.shape[0]) // 32 * 32 + lane % 4 * 8 + lane // 8
-        low = tl.gather(x, base, 0)
-        high = tl.gather(x, base + 4, 0)
-        odd = lane // 4 % 2 == 1
-        low = tl.where(odd, low >> 16, low) & 0xFFFF
-        high = tl.where(odd, high >> 16, high) & 0xFFFF
-        out = low | (high << 16)
-    else:
-        out = tl.inline_asm_elementwise(
-            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return out
-
-
-@triton.jit
-def turn(words, lane, EMULATED: tl.constexpr):
-    """Every word of a tuple, turned."""
-    out = ()
-    for i in tl.static_range(len(words)):
-        out = out + (turn_word(words[i], lane, EMULATED),)
-    return out
-
-
-@triton.jit
 def tile_steps():
     """The steps of a tile's rows, int32 [TILE]: neighbours are those of neighbouring lanes, not of time."""
     row = tl.arange(0, TILE)
@@ -261,10 +234,20 @@ def first_of(a, b):
 
 
 @triton.jit
+def in_rows(tile):
+    """A tile itself, a scan over nothing, which Triton does not move.
+
+    A tile that was copied ahead would be read from shared memory in the layout of lanes, which all meet in four banks;
+    so it is read as rows, and then exchanged.
+    """
+    WORDS: tl.constexpr = tile.shape[1]
+    return tl.reshape(tl.associative_scan(tl.reshape(tile, (TILE, WORDS, 1)), 2, first_of), (TILE, WORDS))
+
+
+@triton.jit
 def to_lanes(tile):
     """A tile [TILE,WORDS] as eight tensors, a lane's steps: four of each of its two segments."""
     WORDS: tl.constexpr = tile.shape[1]
-    tile = tl.reshape(tl.associative_scan(tl.reshape(tile, (TILE, WORDS, 1)), 2, first_of), (TILE, WORDS))
     x = tl.permute(tl.reshape(tile, (8, 32, WORDS)), (2, 1, 0))
     return unstack(tl.reshape(x, (WORDS * 32, 8)))
 
@@ -311,3 +294,14 @@ def products(us, vs):
     for i in tl.static_range(len(us)):
         out = out + (us[i] * vs[i],)
     return out
+
+
+@triton.jit
+def store_tile(to, start, T, first, even, odd, ROW: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
+    """A lane's eight numbers of both channels to a tile of words."""
+    out = ()
+    for i in tl.static_range(8):
+        out = out + (pack(even[i], odd[i], EMULATED),)
+    step = tile_steps()[:, None]
+    at = to + tl.cast(start, tl.int64) * ROW + step * ROW + (first + tl.arange(0, WORDS)[None, :])
+    tl.store(at, from_lanes(out), mask=start + step < T)

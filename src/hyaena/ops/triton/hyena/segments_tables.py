@@ -138,12 +138,12 @@ def segments_tables_kernel(poles, residues, skip, tables, decays, D: tl.constexp
                            EMULATED: tl.constexpr):  # fmt: skip
     """The right factors of every channel, as lanes hold them, and its decays. Grid: (blocks of words, 2, QUADS + 1).
 
-    ``tables`` int32 [D,DIRECTIONS,ENTRIES,32,4] has an entry of four words for H, one for G of every four modes, two for
-    R of every eight, or one of at most four; the second direction is that of the backward kernel. ``decays`` float32
-    [D,QUADS,4,12] are those of ``find_states``.
+    ``tables`` int32 [D,DIRECTIONS,ENTRIES,32,4] has an entry of four words for H, one for G of four modes each, and two
+    for R of every eight, or one of at most four; the second direction is that of the backward kernel. ``decays``
+    float32 [D,QUADS,4,12] are those of ``find_states``.
     """
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
-    ENTRIES: tl.constexpr = 1 + QUADS + (QUADS if QUADS > 1 else 1)
+    ENTRIES: tl.constexpr = 1 + 2 * QUADS
     index = tl.arange(0, 32 * WORDS)
     lane = index % 32
     channel = (tl.program_id(0) * WORDS + index // 32) * 2 + tl.program_id(1)
