@@ -24,11 +24,14 @@ TILE = 256
 SHORTEST = 1024
 """Steps below which the tables are not worth their making."""
 
-FEWEST_MODES = 5
+FEWEST_MODES = 8
 """Complex modes, or pairs of real ones, from which the forward kernel is faster than the recurrence."""
 
 FEWEST_BACK = 3
 """The same of the backward kernel."""
+
+SHARED = 60 * 1024
+"""Bytes of shared memory, about, that a tile under way takes in the backward kernel."""
 
 
 def takes_registers(operands: Operands) -> bool:
@@ -116,10 +119,11 @@ def backward_in_registers(dy: Tensor, dshort: Tensor | None, operands: Operands)
     start: Any = segments_states_kernel[grid]
     start(words, weight, offset, *tables, states, length, STAGES=3, maxnreg=128, **keywords)
     dz = torch.empty_like(z)
+    room = torch.cuda.get_device_properties(z.device).shared_memory_per_block_optin if z.is_cuda else 2 * SHARED
     start = segments_backward_kernel[grid]
     start(
         *(words, as_words(dy, 2), weight, offset, *tables, states, as_words(dz, 2), length),
-        STAGES=3,
+        STAGES=3 if room >= 2 * SHARED else 2,
         maxnreg=255,
         **keywords,
     )
