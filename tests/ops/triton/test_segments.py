@@ -1,5 +1,7 @@
 """The kernels of many modes in registers, against the plain operator in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from tests.ops.triton.test_kernels import TOLERANCE, close, exact, make
@@ -7,7 +9,7 @@ from tests.ops.triton.test_kernels import TOLERANCE, close, exact, make
 from hyaena.ops.triton.hyena.segments_launch import backward_in_registers, forward_in_registers
 
 ROUNDED = 2 * TOLERANCE[torch.bfloat16]  # factors are bfloat16 too
-PROBLEMS = {
+PROBLEMS: dict[str, dict[str, Any]] = {
     "whole tiles": dict(length=512, batch=1),
     "a step more": dict(length=257, modes=3),
     "a part of a tile, one tap": dict(length=300, taps=1, batch=1),
@@ -35,7 +37,9 @@ def test_gradient_of_z(name: str) -> None:
     problem = problem._replace(short=None, long=None)
     wide, y, window, _ = exact(problem)
     dy, dwindow = torch.randn_like(y).to(problem.z.dtype), torch.randn_like(window).to(problem.z.dtype)
-    (expected,) = torch.autograd.grad((y * dy).sum() + (window * dwindow).sum(), wide[:1])
+    leaf = wide[0]
+    assert leaf is not None
+    (expected,) = torch.autograd.grad((y * dy).sum() + (window * dwindow).sum(), [leaf])
     got = backward_in_registers(dy, dwindow, problem)
     close(got[0], expected, 2 * ROUNDED)
     assert all(t.numel() == 0 for t in got[1:6])
