@@ -58,7 +58,7 @@ def taps() -> None:
 
 def many_modes() -> None:
     """Complex and real modes by products: forward and backward."""
-    from hyaena.ops.triton.hyena import modal_backward_launch, modal_launch
+    from hyaena.ops.triton.hyena import modal_backward_launch, modal_launch, segments_launch
 
     z, weight, short = numbers(1, LENGTH, 3 * WIDTH), numbers(3 * WIDTH, 3), numbers(1, 3 * WIDTH, 2)
     for modes, real in ((8, True), (16, False)):
@@ -67,6 +67,8 @@ def many_modes() -> None:
         operands = modal_launch.Operands(z, weight, None, pairs, pairs, numbers(WIDTH), short, state, None, None, real)
         modal_launch.forward_products(operands)
         modal_backward_launch.backward_products(numbers(1, LENGTH, WIDTH), None, operands)
+        segments_launch.forward_in_registers(operands)
+        segments_launch.backward_in_registers(numbers(1, LENGTH, WIDTH), None, operands)
 
 
 def packed() -> None:

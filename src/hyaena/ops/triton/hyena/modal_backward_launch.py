@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyaena.ops.triton import interpreted
 from hyaena.ops.triton.common import TYPES
-from hyaena.ops.triton.hyena import explicit_launch, launch
+from hyaena.ops.triton.hyena import explicit_launch, launch, segments_launch
 from hyaena.ops.triton.hyena.explicit_operands import Operands as ExplicitOperands
 from hyaena.ops.triton.hyena.explicit_operands import rows_of
 from hyaena.ops.triton.hyena.launch import Gradients, Operands, cdiv, power_of_two
@@ -61,6 +61,8 @@ def backward(
     dy: Tensor, dshort: Tensor | None, dlong: Tensor | None, operands: Operands, *, parameters: bool = True
 ) -> Gradients:
     """``launch.backward`` by the kernels that suit the problem."""
+    if segments_launch.takes_registers_back(operands, dlong, parameters=parameters):
+        return segments_launch.backward_in_registers(dy, dshort, operands)
     if takes_products(operands, dlong):
         return backward_products(dy, dshort, operands, parameters=parameters)
     return launch.backward(dy, dshort, dlong, operands, parameters=parameters)

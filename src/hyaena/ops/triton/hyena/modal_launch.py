@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyaena.ops.triton import interpreted
 from hyaena.ops.triton.common import TYPES
-from hyaena.ops.triton.hyena import launch
+from hyaena.ops.triton.hyena import launch, segments_launch
 from hyaena.ops.triton.hyena.launch import Operands, as_words, cdiv, power_of_two, segment_bits, window
 from hyaena.ops.triton.hyena.modal import modal_forward_kernel, modal_tables_kernel
 
@@ -62,6 +62,8 @@ def takes_products(operands: Operands) -> bool:
 
 def forward(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """``launch.forward`` by the kernel that suits the problem."""
+    if segments_launch.takes_registers(operands):
+        return segments_launch.forward_in_registers(operands)
     return forward_products(operands) if takes_products(operands) else launch.forward(operands)
 
 

@@ -1,0 +1,237 @@
+"""Tables of the kernels of ``segments``: filters' matrices as right factors, in the order in which lanes hold them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hyaena.ops.triton.common import pole
+from hyaena.ops.triton.hyena.modal import powers
+from hyaena.ops.triton.hyena.segments_lanes import split, sum_columns
+from hyaena.ops.triton.hyena.toeplitz import from_lane, pack
+
+
+@triton.jit
+def load_enter(poles, channel, quad, lane, D: tl.constexpr, N: tl.constexpr, REAL: tl.constexpr, BACK: tl.constexpr):
+    """Rows of Gᵀ of four modes: a lane's four steps, its column lane // 4, float32. BACK: p^(i+1), not p^(15-i)."""
+    g = lane // 4
+    mode = quad * 4 + g // 2
+    re, im = powers(poles, channel, mode, lane % 4 * 4 + 1 if BACK else 12 - lane % 4 * 4, D, N, 4, REAL)
+    p_re, p_im = pole(poles, (channel * N + mode) * 2, mode < N, REAL)
+    out = ()
+    for _ in tl.static_range(4):
+        now = tl.where(g % 2 == 0, re, im).to(tl.float32)
+        if BACK:  # noqa: SIM108, one branch is compiled
+            out = out + (now,)
+        else:
+            out = (now,) + out
+        if REAL:
+            re, im = re * p_re, im * p_im
+        else:
+            re, im = re * p_re - im * p_im, re * p_im + im * p_re
+    return out
+
+
+@triton.jit
+def as_right_factor(rows, EMULATED: tl.constexpr):
+    """A lane's four numbers of a right factor as its two terms, two words each."""
+    a = split(rows[0], rows[1], EMULATED)
+    b = split(rows[2], rows[3], EMULATED)
+    return (a[0], b[0]), (a[1], b[1])
+
+
+@triton.jit
+def add_taps(taps, residues, channel, quad, rows, lane, N: tl.constexpr, REAL: tl.constexpr):
+    """Add what a lane's mode gives to the taps 15 - s, s its four steps."""
+    mode = quad * 4 + lane // 8
+    part = lane // 4 % 2
+    factor = tl.load(residues + (channel * N + mode) * 2 + part, mask=mode < N, other=0.0)
+    if not REAL:
+        factor = tl.where(part == 1, -factor, factor)
+    out = ()
+    for i in tl.static_range(4):
+        out = out + (tl.fma(factor, rows[i], taps[i]),)
+    return out
+
+
+@triton.jit
+def as_local(taps, skip, lane, BACK: tl.constexpr, EMULATED: tl.constexpr):
+    """Hᵀ, or H if BACK, as a right factor, two words for each half of its columns, from the sums of ``add_taps``."""
+    tap = tl.zeros(lane.shape, tl.int32)  # h[lane]
+    back = 15 - lane % 16
+    for i in tl.static_range(4):
+        x = sum_columns(taps[i], lane, EMULATED).to(tl.int32, bitcast=True)
+        tap = tl.where(back % 4 == i, from_lane(x, back // 4, EMULATED), tap)
+    tap = tl.where(lane == 0, (tap.to(tl.float32, bitcast=True) + skip).to(tl.int32, bitcast=True), tap)
+    g = lane // 4
+    out = ()
+    for second in tl.static_range(2):
+        for part in tl.static_range(2):
+            lag = g // 2 * 4 + g % 2 + 2 * second - lane % 4 * 4 - 2 * part
+            lag = -lag if BACK else lag
+            next = lag + 1 if BACK else lag - 1
+            low = tl.where(lag >= 0, from_lane(tap, tl.maximum(lag, 0), EMULATED), 0)
+            high = tl.where(next >= 0, from_lane(tap, tl.maximum(next, 0), EMULATED), 0)
+            out = out + (pack(low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True), EMULATED),)
+    return out
+
+
+@triton.jit
+def load_leave(poles, residues, channel, mode, lane, D: tl.constexpr, N: tl.constexpr, REAL: tl.constexpr,
+               BACK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+    """A lane's numbers of Rᵀ, of its column of either half, as words of two terms. BACK: r p^(15-j), not r p^(j+1)."""
+    step = lane // 8 * 4 + lane // 4 % 2
+    re, im = powers(poles, channel, mode, 13 - step if BACK else step + 1, D, N, 4, REAL)
+    p_re, p_im = powers(poles, channel, mode, 2 + tl.zeros_like(mode), D, N, 2, REAL)
+    at = residues + (channel * N + mode) * 2
+    r_re = tl.load(at, mask=mode < N, other=0.0).to(tl.float64)
+    r_im = tl.load(at + 1, mask=mode < N, other=0.0).to(tl.float64)
+    both = ()
+    for _ in tl.static_range(2):
+        if REAL:
+            a, b = r_re * re, r_im * im
+            re, im = re * p_re, im * p_im
+        else:
+            a, b = r_re * re - r_im * im, -(r_re * im + r_im * re)
+            re, im = re * p_re - im * p_im, re * p_im + im * p_re
+        both = both + (split(a.to(tl.float32), b.to(tl.float32), EMULATED),)
+    return both[1 if BACK else 0], both[0 if BACK else 1]
+
+
+@triton.jit
+def load_decays(poles, channel, mode, D: tl.constexpr, N: tl.constexpr, REAL: tl.constexpr):
+    """The ``decays`` of ``find_states``."""
+    re, im = powers(poles, channel, mode, 16 + tl.zeros_like(mode), D, N, 5, REAL)
+    decays = ((re.to(tl.float32), im.to(tl.float32)),)
+    done_re = tl.full(re.shape, 1.0, tl.float64)
+    done_im = tl.full(re.shape, 1.0 if REAL else 0.0, tl.float64)
+    for k in tl.static_range(3):
+        if REAL:
+            re, im = re * re, im * im
+        else:
+            re, im = re * re - im * im, 2.0 * re * im
+        decays = decays + ((re.to(tl.float32), im.to(tl.float32)),)
+        x = decays[k + 1][0].to(tl.float64)
+        y = decays[k + 1][1].to(tl.float64)
+        for _ in tl.static_range(2 if k == 0 else 1):
+            if REAL:
+                done_re, done_im = done_re * x, done_im * y
+            else:
+                done_re, done_im = done_re * x - done_im * y, done_re * y + done_im * x
+    if REAL:
+        re, im = re * re, im * im
+    else:
+        re, im = re * re - im * im, 2.0 * re * im
+    return decays + (((re - done_re).to(tl.float32), (im - done_im).to(tl.float32)),)
+
+
+@triton.jit
+def store_words(tables, place, lane, words):
+    """Store words of a lane to an entry of its table."""
+    for i in tl.static_range(4):
+        tl.store(tables + (place * 32 + lane) * 4 + i, words[i])
+
+
+@triton.jit
+def segments_tables_kernel(poles, residues, skip, tables, decays, D: tl.constexpr, N: tl.constexpr, REAL: tl.constexpr,
+                           WORDS: tl.constexpr, DIRECTIONS: tl.constexpr, HAS_SKIP: tl.constexpr,
+                           EMULATED: tl.constexpr):  # fmt: skip
+    """The right factors of every channel, as lanes hold them, and its decays. Grid: (blocks of words, 2, QUADS + 1).
+
+    ``tables`` int32 [D,DIRECTIONS,ENTRIES,32,4] has an entry of four words for H, one for G of four modes each, and two
+    for R of every eight, or one of at most four; the second direction is that of the backward kernel. ``decays``
+    float32 [D,QUADS,4,12] are those of ``find_states``.
+    """
+    QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
+    ENTRIES: tl.constexpr = 1 + 2 * QUADS
+    index = tl.arange(0, 32 * WORDS)
+    lane = index % 32
+    channel = (tl.program_id(0) * WORDS + index // 32) * 2 + tl.program_id(1)
+    q = tl.program_id(2)
+    place = channel * (DIRECTIONS * ENTRIES)
+    if q < QUADS:
+        mode = 4 * q + lane % 4
+        for back in tl.static_range(DIRECTIONS):
+            rows = load_enter(poles, channel, q, lane, D, N, REAL, back == 1)
+            terms = as_right_factor(rows, EMULATED)
+            store_words(tables, place + back * ENTRIES + 1 + q, lane, terms[0] + terms[1])
+            halves = load_leave(poles, residues, channel, mode, lane, D, N, REAL, back == 1, EMULATED)
+            for second in tl.static_range(2):
+                for term in tl.static_range(2):
+                    if QUADS == 1:
+                        to = tables + ((place + back * ENTRIES + 2) * 32 + lane) * 4 + 2 * second + term
+                    else:
+                        entry = place + back * ENTRIES + 1 + QUADS + q // 2 * 2 + second
+                        to = tables + (entry * 32 + lane) * 4 + q % 2 + 2 * term
+                    tl.store(to, halves[second][term])
+        pairs = load_decays(poles, channel, mode, D, N, REAL)
+        for k in tl.static_range(5):
+            to = decays + ((channel * QUADS + q) * 4 + lane % 4) * 12 + 2 * k
+            tl.store(to, pairs[k][0], mask=lane < 4)
+            tl.store(to + 1, pairs[k][1], mask=lane < 4)
+    else:
+        none = tl.zeros(lane.shape, tl.float32)
+        taps = (none, none, none, none)
+        for n in tl.static_range(QUADS):
+            rows = load_enter(poles, channel, n, lane, D, N, REAL, False)
+            taps = add_taps(taps, residues, channel, n, rows, lane, N, REAL)
+        gain = none
+        if HAS_SKIP:
+            gain = tl.load(skip + channel).to(tl.float32)
+        for back in tl.static_range(DIRECTIONS):
+            words = as_local(taps, gain, lane, back == 1, EMULATED)
+            store_words(tables, place + back * ENTRIES, lane, words)
+
+
+@triton.jit
+def load_four(at, EMULATED: tl.constexpr):
+    """Four words from a place of 16 bytes. Triton's own loads in a loop would be copied ahead, and kept for long."""
+    if EMULATED:
+        out = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))
+    else:
+        out = tl.inline_asm_elementwise(
+            "ld.global.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [at.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return out
+
+
+@triton.jit
+def load_entry(tables, place, lane, EMULATED: tl.constexpr):
+    """The four words of a lane of an entry."""
+    return load_four(tables + (place * 32 + lane) * 4, EMULATED)
+
+
+@triton.jit
+def load_terms(tables, place, lane, EMULATED: tl.constexpr):
+    """An entry as a right factor of two terms."""
+    x = load_entry(tables, place, lane, EMULATED)
+    return x[0:2], x[2:4]
+
+
+@triton.jit
+def load_leaves(tables, place, lane, QUADS: tl.constexpr, EMULATED: tl.constexpr):
+    """R of a block of modes as right factors of two terms, one for each half of its columns, from its first entry."""
+    x = load_entry(tables, place, lane, EMULATED)
+    if QUADS == 1:
+        out = (((x[0],), (x[1],)), ((x[2],), (x[3],)))
+    else:
+        y = load_entry(tables, place + 1, lane, EMULATED)
+        out = ((x[0:2], x[2:4]), (y[0:2], y[2:4]))
+    return out
+
+
+@triton.jit
+def read_decays(decays, place, lane, EMULATED: tl.constexpr):
+    """The decays of four modes of a channel."""
+    out = ()
+    for k in tl.static_range(3):
+        x = load_four(decays + (place * 4 + lane % 4) * 12 + 4 * k, EMULATED)
+        for i in tl.static_range(2):
+            re = x[2 * i].to(tl.float32, bitcast=True)
+            out = out + ((re, x[2 * i + 1].to(tl.float32, bitcast=True)),)
+    return out
