@@ -99,7 +99,7 @@ def _round_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | Non
         nonlocal best
         scale, minimum = scale.to(dtype), minimum.to(dtype)
         s, m = scale.float(), minimum.float()
-        q = _nearest(w, s, m, scheme)
+        q = nearest(w, s, m, scheme)
         error = (q * s).add_(m - zero * s).sub_(w).square_()
         error = (error if h is None else error.mul_(h)).sum(0)
         found = q, scale, minimum, error
@@ -117,8 +117,8 @@ def _round_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | Non
     return best[0], best[1], best[2]
 
 
-def _nearest(w: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
-    """q of w [group,E,G] for scales and minima [E,G]; that of 0 where the scale is 0."""
+def nearest(w: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
+    """q, float32, of w for scales and minima, which broadcast; that of 0 where the scale is 0."""
     low, high, zero = _limits(scheme)
     inverse = torch.where(scale != 0, 1 / scale, 0.0)
     q = (w * inverse).add_(zero - minimum * inverse).clamp_(low, high)
