@@ -193,6 +193,13 @@ def test_moments_of_wide_inputs_are_those_of_blocks(tmp_path: Path, monkeypatch:
             torch.testing.assert_close(block, whole[name][0, part, part])
 
 
+def test_moments_of_other_inputs_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    for shape in ((64,), (1, 32, 32)):
+        with pytest.raises(InputError, match=r"in_proj.weight: moments .* are not those of 64 inputs: take them from"):
+            checkpoints.load_model(path, weights="int8", moments={"layers.0.mixer.in_proj": torch.ones(*shape)})
+
+
 def test_a_calibration_text_without_characters_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("")
     arguments = ["quantize", "cub", "--weights", "int4", "--output", f"{tmp_path}/o"]

@@ -57,10 +57,20 @@ class QuantizedLinear(nn.Module):
         Args:
             weight: see ``round_weight``.
             moments: float32 [N,B,B] of ``collect_moments``; see ``feed_back``.
+
+        Raises:
+            InputError: see ``round_weight``; or moments of other inputs.
         """
-        squares = None if moments is None else moments.diagonal(dim1=1, dim2=2).flatten()
-        found = round_weight(weight, self.scheme, squares)
-        found = found if moments is None else feed_back(weight, found, self.scheme, moments)
+        if moments is None:
+            found = round_weight(weight, self.scheme)
+        else:
+            if moments.ndim != 3 or moments.shape[0] * moments.shape[1] != weight.shape[1]:
+                raise InputError(
+                    f"moments {list(moments.shape)} are not those of {weight.shape[1]} inputs: take them from "
+                    "quant.collect_moments of this model"
+                )
+            squares = moments.diagonal(dim1=1, dim2=2).flatten()
+            found = feed_back(weight, round_weight(weight, self.scheme, squares), self.scheme, moments)
         self.codes, self.scale, self.minimum, _ = found
 
     def extra_repr(self) -> str:

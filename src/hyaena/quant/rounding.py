@@ -93,22 +93,18 @@ def _importance(moments: Tensor) -> Tensor:
 def _round_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers q float32 [group,E,G], scales and minima [E,G], of w [group,E,G]."""
     zero = _limits(scheme)[2]
-    best: tuple[Tensor, ...] = ()
+    best: list[Tensor] = []
 
     def attempt(scale: Tensor, minimum: Tensor) -> None:
-        nonlocal best
         scale, minimum = scale.to(dtype), minimum.to(dtype)
         s, m = scale.float(), minimum.float()
         q = nearest(w, s, m, scheme)
         error = (q * s).add_(m - zero * s).sub_(w).square_()
         error = (error if h is None else error.mul_(h)).sum(0)
-        found = q, scale, minimum, error
-        better = error < best[3] if best else None
-        best = (
-            found
-            if better is None
-            else tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
-        )
+        found = [q, scale, minimum, error]
+        if best:
+            found = [torch.where(error < best[3], new, old) for new, old in zip(found, best, strict=True)]
+        best[:] = found
 
     for scale, minimum in _ranges(w, scheme):
         attempt(scale, minimum)
