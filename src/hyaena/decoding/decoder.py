@@ -18,6 +18,7 @@ from torch import Tensor
 from hyaena import ops
 from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache, StateSnapshot
+from hyaena.decoding.capture import capture
 from hyaena.decoding.sampler import GraphSampler, StepOutput, move_rows
 from hyaena.decoding.static_cache import StaticCache
 from hyaena.errors import CapacityError, InputError, UnsupportedError
@@ -347,9 +348,9 @@ class Decoder:
             for tensor, old in zip(changing, before, strict=True):
                 tensor.copy_(old)
         torch.cuda.current_stream().wait_stream(stream)
-        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
+        other = next(iter(self.graphs.values())).graph if self.graphs else None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with capture(graph, other):
             packed = self._step(shape)
         return Graph(shape, graph, packed)
 

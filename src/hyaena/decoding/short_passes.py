@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hyaena import ops
 from hyaena.cache import Cache
+from hyaena.decoding.capture import capture
 from hyaena.decoding.sampler import StepOutput
 from hyaena.model import StripedHyena
 from hyaena.ops import (
@@ -237,9 +238,8 @@ class ShortPasses:
             torch.cuda.current_stream().wait_stream(stream)
             others = [captured.graph[0] for captured in self._captured.values() if captured.graph is not None]
             made = torch.cuda.CUDAGraph()
-            pool = others[0].pool() if others else None
             packed = torch.empty(shape.rows, 3, dtype=torch.float64, pin_memory=True, device="cpu")
-            with torch.cuda.graph(made, pool=pool, capture_error_mode="thread_local"):
+            with capture(made, others[0] if others else None):
                 numbers.copy_(host.numbers, non_blocking=True)
                 answers = self._run(shape, numbers)
                 packed.copy_(answers.packed, non_blocking=True)
