@@ -113,11 +113,25 @@ def decoding() -> None:
         gemv.gate(numbers(1, WIDTH), weight, weight, norm=norm, activation=activation, overlap=True)
 
 
+def streamed() -> None:
+    """Products of 33 to 64 rows on Hopper, with parts of one, two and three sizes."""
+    from hyaena.ops import ACTIVATIONS, Dense
+    from hyaena.ops.triton.decode.streamed import StreamedProducts
+
+    products = StreamedProducts(overlap=True)
+    for rows in (WIDTH, 3 * WIDTH):
+        products.linear(numbers(64, WIDTH), Dense(numbers(rows, WIDTH), numbers(rows)), residual=numbers(64, rows))
+    for activation in ACTIVATIONS:
+        gate = Dense(numbers(14_336, WIDTH))
+        products.gate(numbers(33, WIDTH), gate, gate, activation=activation)
+
+
 PARTS: dict[str, Callable[[], None]] = {
     "taps": taps,
     "many_modes": many_modes,
     "packed": packed,
     "decoding": decoding,
+    "streamed": streamed,
 }
 
 

@@ -29,11 +29,12 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
         ("many_modes", {"modal_tables_kernel", "modal_forward_kernel", "modal_inputs_kernel", "modal_powers_kernel",
                         "modal_states_kernel", "modal_products_kernel", "direct_backward_kernel"}),
         ("packed", {"_packed_hyena_kernel"}),
+        ("streamed", {"_streamed_kernel"}),
         ("decoding", {"_rows_kernel", "_linear_kernel", "_gate_kernel", "_widen_kernel"}),
     ],
 )  # fmt: skip
 def test_kernels_compile_for(capability: int, part: str, kernels: set[str], tmp_path: Path) -> None:
-    if capability < 90 and part in ("packed", "decoding"):
+    if capability < 90 and part in ("packed", "streamed", "decoding"):
         pytest.skip("these overlap, which takes a Hopper GPU")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

@@ -115,3 +115,8 @@ def can_overlap(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None or interpreted():
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def can_stream(device: torch.device) -> bool:
+    """Return whether ``ops.triton.decode.streamed`` runs: on Hopper GPUs, whose instructions it is made of."""
+    return can_overlap(device) and torch.cuda.get_device_capability(device) == (9, 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,6 +23,9 @@ from hyaena.ops.triton.decode.attention import decode_attention
 from hyaena.ops.triton.decode.few_rows import Products
 from hyaena.ops.triton.hyena import step_launch
 from hyaena.ops.triton.hyena.register import real_pairs
+
+if TYPE_CHECKING:
+    from hyaena.ops.triton.decode.streamed import StreamedProducts
 
 
 class FusedDecodeOperators(DecodeOperators):
@@ -62,6 +67,8 @@ class FusedDecodeOperators(DecodeOperators):
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         if not isinstance(layer, Dense | Narrow) or not isinstance(norm, RMSNormWeight | None):
             return super().linear(x, layer, norm=norm, residual=residual)
+        if isinstance(layer, Dense) and self.streams(x, layer):
+            return self.streamed.linear(self.normalise(x, norm), layer, residual=residual)
         if x.shape[0] > 1 and self.products.takes(x, layer):
             return self.products.linear(self.normalise(x, norm), layer, residual=residual)
         if isinstance(layer, Narrow) and len(x) <= narrow.MOST_ROWS and narrow.takes(layer):
@@ -78,6 +85,8 @@ class FusedDecodeOperators(DecodeOperators):
         if not together(gate, up):
             return super().gate(x, gate, up, norm=norm, activation=activation)
         assert isinstance(gate, Dense | Narrow) and isinstance(up, Dense | Narrow)
+        if isinstance(gate, Dense) and isinstance(up, Dense) and self.streams(x, gate, up):
+            return self.streamed.gate(self.normalise(x, norm), gate, up, activation=activation)
         if x.shape[0] > 1 and self.products.takes(x, gate, up):
             return self.products.gate(self.normalise(x, norm), gate, up, activation=activation)
         if isinstance(gate, Narrow) and isinstance(up, Narrow) and len(x) <= narrow.MOST_ROWS and narrow.takes(gate):
@@ -94,6 +103,17 @@ class FusedDecodeOperators(DecodeOperators):
             tile=self.tiles.get(("gate", rows, width)),
             overlap=self.overlap,
         )
+
+    @cached_property
+    def streamed(self) -> StreamedProducts:
+        """Products on Hopper GPUs; imported there only, since a Triton elsewhere may lack the language of it."""
+        from hyaena.ops.triton.decode.streamed import StreamedProducts
+
+        return StreamedProducts(overlap=self.overlap)
+
+    def streams(self, x: Tensor, *layers: Dense) -> bool:
+        """Whether ``streamed`` multiplies these vectors and matrices."""
+        return triton.can_stream(x.device) and self.streamed.takes(x, *layers)
 
     def normalise(self, x: Tensor, norm: Norm | None) -> Tensor:
         if not isinstance(norm, RMSNormWeight):
