@@ -170,6 +170,27 @@ def test_prefixes_go_through_files_of_their_own_dtype(tmp_path: Path) -> None:
         Cache.merge([made.cache, model.make_cache(1)])
 
 
+def test_a_prefix_without_keys_and_values_fits_any_dtype_of_them(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model = StripedHyena(replace(TINY_BYTES, layer_types=("hyena", "hyena")))
+    path = prefix(model, TOKENIZER, "The four species of hyenas").save(tmp_path / "prefix")
+    want = generate(model, TOKENIZER, " are", prefix=load_prefix(path, model), max_new_tokens=8)
+    model.cache_dtype = "int8"
+    assert generate(model, TOKENIZER, " are", prefix=load_prefix(path, model), max_new_tokens=8).tokens == want.tokens
+    later = prefix(model, TOKENIZER, "The four species of hyenas").save(tmp_path / "later")
+    model.cache_dtype = "auto"
+    assert generate(model, TOKENIZER, " are", prefix=load_prefix(later, model), max_new_tokens=8).tokens == want.tokens
+
+
+def test_a_model_that_was_pickled_before_there_was_a_choice_has_caches_of_its_own_dtype() -> None:
+    model = StripedHyena(TINY)
+    model.__dict__.pop("_cache_dtype", None)
+    again = pickle.loads(pickle.dumps(model))
+    assert again.cache_dtype == torch.float32 and again.make_cache(max_length=4).nbytes
+    again.cache_dtype = "int8"
+    assert pickle.loads(pickle.dumps(again)).cache_dtype == torch.int8 and model.cache_dtype == torch.float32
+
+
 def test_an_adapter_keeps_the_dtype_of_the_cache(tmp_path: Path) -> None:
     model = spread(TINY)
     model.cache_dtype = "int8"

@@ -17,7 +17,8 @@ class Answer:
     Attributes:
         status: of HTTP; 0 where the client left before it came.
         began: when the request was sent, on ``time.perf_counter``.
-        times: when each token came, where it was streamed.
+        times: when each event with tokens came, where it was streamed.
+        tokens: of the completion, where it was streamed and the request asks for its usage.
         text: of the completion, where it was streamed; of the body, else.
         error: message of an error event, or None.
         whole: whether the answer came to its end.
@@ -26,6 +27,7 @@ class Answer:
     status: int = 0
     began: float = 0.0
     times: list[float] = field(default_factory=list)
+    tokens: int = 0
     text: str = ""
     error: str | None = None
     whole: bool = False
@@ -107,3 +109,5 @@ def _event(data: bytes, at: float, answer: Answer) -> None:
     elif event["choices"]:
         answer.times.append(at)
         answer.text += event["choices"][0].get("text") or ""
+    elif event.get("usage"):
+        answer.tokens = event["usage"]["completion_tokens"]

@@ -72,6 +72,7 @@ def _body(prompt: str, tokens: int, salt: str = "") -> dict[str, object]:
         "max_tokens": tokens,
         "temperature": 0,
         "stream": True,
+        "stream_options": {"include_usage": True},
         "ignore_eos": True,
         "cache_salt": salt or str(next(_salts)),
     }
@@ -91,7 +92,7 @@ def _ask(server: ServerProcess, *bodies: dict[str, object]) -> list[Answer]:
 def _rate(answers: list[Answer]) -> float:
     """Tokens per second of all streams, from the first request to the last token."""
     seconds = max(a.times[-1] for a in answers) - min(a.began for a in answers)
-    return sum(len(a.times) for a in answers) / seconds
+    return sum(a.tokens for a in answers) / seconds
 
 
 def _many(server: ServerProcess, tokens: int, rounds: int) -> Row:

@@ -26,7 +26,7 @@ const event = (id) => ({choices: [{index: 0, text: names[id % names.length], fin
   tokens: [names[id % names.length]], token_logprobs: [-(id % names.length)],
   top_logprobs: [Object.fromEntries(names.map((name, rank) => [name, -rank]))],
   top_token_ids: [Object.fromEntries(names.map((name) => [name, name.charCodeAt(0)]))],
-}}]});
+}, token_ids: [names[id % names.length].charCodeAt(0)], token_texts: [names[id % names.length]]}]});
 window.fetch = (path, options) => {
   if (!path.endsWith("completions")) return given(path, options);
   let sent = 0;

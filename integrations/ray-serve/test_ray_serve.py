@@ -181,11 +181,13 @@ def test_answers_are_those_of_one_server(client: httpx.Client) -> None:
     assert complete(client, max_tokens="x").status_code == 400 and complete(client, model="y").status_code == 404
 
 
-def test_streams_come_token_by_token(client: httpx.Client) -> None:
-    body = {"prompt": "import ", "max_tokens": 8, "temperature": 0, "stream": True}
+def test_streams_come_while_they_are_written(client: httpx.Client) -> None:
+    body = {"prompt": "import ", "max_tokens": 8, "temperature": 0, "stream": True, "return_token_ids": True}
     with client.stream("POST", "/v1/completions", json=body) as stream:
-        parts = [event["choices"][0]["text"] for event in events(stream.iter_lines())]
-    assert len(parts) >= 8 and "".join(parts) == complete(client).json()["choices"][0]["text"]
+        parts = [event["choices"][0] for event in events(stream.iter_lines())]
+    assert len(parts[0]["token_ids"]) == 1 and len(parts) >= 2  # the first token waits for no other
+    text = complete(client).json()["choices"][0]["text"]
+    assert "".join(part["text"] for part in parts) == text
 
 
 def test_a_second_turn_goes_to_the_replica_of_the_first(client: httpx.Client) -> None:

@@ -59,6 +59,8 @@ class StripedHyena(nn.Module):
     Source: Together 2023, "StripedHyena"; Nguyen et al. 2024, "Sequence modeling and design … with Evo".
     """
 
+    _cache_dtype: torch.dtype | None = None  # of the class: models that were pickled before it was there have it, too
+
     def __init__(self, config: ModelConfig, *, mixers: Mixers = MIXERS) -> None:
         super().__init__()
         self.config = config
@@ -69,7 +71,6 @@ class StripedHyena(nn.Module):
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.weights is not None:
             narrow_linears(self, SCHEMES[config.weights])
-        self._cache_dtype: torch.dtype | None = None
         self.register_load_state_dict_pre_hook(_accept_original_names)
         if self.device.type != "meta":
             self.init_weights()

@@ -20,6 +20,7 @@ from hyaena.checkpoints import load_model, save_model
 from hyaena.cli import main
 from hyaena.cli.info import decay_steps, describe, methods, render, render_methods
 from hyaena.config import ModelConfig, preset_names
+from hyaena.errors import InputError
 from hyaena.model import StripedHyena
 from hyaena.ops import METHODS
 
@@ -55,6 +56,16 @@ def test_the_7b_remembers_what_is_published(capsys: pytest.CaptureFixture[str]) 
     assert known["cache"]["bytes_per_sequence"] == 1.75 * 2**20
     assert known["weights"] is None and known["filters"] is None
     assert known["parameters"]["total"] == 7_646_023_680
+
+
+def test_a_cache_that_load_refuses_has_no_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(TINY, hidden_size=24, num_attention_heads=4, num_key_value_heads=2)  # heads of 6 channels
+    save_model(StripedHyena(config), tmp_path)
+    with pytest.raises(InputError) as refused:
+        hub.load_model(tmp_path, cache_dtype="int8")
+    assert info(tmp_path, "--cache-dtype", "int8") == 2
+    assert capsys.readouterr() == ("", f"hyaena: error: {refused.value}\n")
+    assert as_json(capsys, tmp_path, "--cache-dtype", "float16")["cache"]["kv_dtype"] == "float16"
 
 
 def test_cache_bytes_are_those_of_the_models_cache(golden_case: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -143,6 +144,20 @@ def test_weights_that_accelerate_keeps_elsewhere(native: StripedHyena, tmp_path:
     plain = StripedHyenaForCausalLM.from_native(native).generate(x, **options)
     assert torch.equal(model.generate(x, **options), plain)
     assert torch.equal(model.generate(x, cache_implementation="static", **options), plain)
+
+
+@pytest.mark.parametrize("kept", [None, "int8", "bfloat16"])
+def test_there_and_back_the_caches_have_their_dtype(kept: str | None) -> None:
+    native = StripedHyena(CONFIGS[min(CONFIGS)])
+    native.cache_dtype = kept
+    for kind in (StripedHyenaForCausalLM, StripedHyenaForSequenceClassification, StripedHyenaModel):
+        made = kind.from_native(native)
+        if made.get_output_embeddings() is None and not native.config.tie_embeddings:
+            continue
+        assert made.to_native().cache_dtype == native.cache_dtype
+        assert copy.deepcopy(made).to_native().make_cache(max_length=4).nbytes == native.make_cache(max_length=4).nbytes
+    fresh = StripedHyenaForCausalLM(StripedHyenaConfig.from_native(native.config)).to_native()
+    assert fresh.cache_dtype == fresh.dtype
 
 
 def test_our_own_layout(native: StripedHyena, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import httpx
 from hyaena.model import StripedHyena
 from hyaena.serve.app import Server, make_app
 from hyaena.serve.conversation import ChatTemplate
+from hyaena.serve.delivery import STREAM_INTERVAL
 from hyaena.serve.engine import Engine, EngineSettings
 from hyaena.serve.metrics import Metrics
 from hyaena.serve.run import HttpServer, listen
@@ -56,13 +57,18 @@ class Live:
 
 @contextmanager
 def live(
-    model: StripedHyena, limits: Limits | None = None, keys: Sequence[str] = (), drain: float = 10, **settings: Any
+    model: StripedHyena,
+    limits: Limits | None = None,
+    keys: Sequence[str] = (),
+    drain: float = 10,
+    stream_interval: float = STREAM_INTERVAL,
+    **settings: Any,
 ) -> Iterator[Live]:
     """Serve a model of bytes, with the Nous template, until the block ends."""
     metrics, tokenizer = Metrics(), ByteTokenizer()
     engine = Engine(model, tokenizer, EngineSettings(**settings), metrics)
     served = Served(name="tiny", engine=engine, tokenizer=tokenizer, template=ChatTemplate(TEMPLATES["nous"]))
-    app = make_app(Server([served], metrics, limits), keys=keys)
+    app = make_app(Server([served], metrics, limits, stream_interval=stream_interval), keys=keys)
     opened = listen("127.0.0.1", 0)
     port = opened.getsockname()[1]
     engine.start()

@@ -21,7 +21,7 @@ SERVED: Any = SimpleNamespace(name="tiny", tokenizer=ByteTokenizer())
 def test_plain_parts(text: str) -> None:
     answer, choice = CompletionAnswer(SERVED, CompletionBody(prompt="x"), ()), Choice(3, [1])
     for reason in (None, "length"):
-        part = answer.part(choice, Delta(97, text, finish_reason=reason))
+        part = answer.part(choice, [Delta(97, text, finish_reason=reason)])
         assert part.isascii() and "\n" not in part
         assert json.loads(part) == {"index": 3, "text": text, "logprobs": None, "finish_reason": reason}
 
@@ -31,5 +31,5 @@ def test_what_echo_puts_in_front_comes_once_however_much_has_come() -> None:
     answer = CompletionAnswer(SERVED, CompletionBody(prompt="x", echo=True), [("before ", [])])
     choice = Choice(0, [1])
     choice.deltas += [Delta(97, "a"), Delta(98, "b")]
-    texts = [json.loads(answer.part(choice, delta))["text"] for delta in choice.deltas]
+    texts = [json.loads(answer.part(choice, [delta]))["text"] for delta in choice.deltas]
     assert texts == ["before a", "b"]

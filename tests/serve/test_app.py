@@ -130,6 +130,19 @@ def test_echo_with_logprobs_scores_the_prompt(client: TestClient, cub: tuple[Any
     assert complete(client, echo=True, max_tokens=0)["choices"][0]["text"] == "import "
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_stream_without_new_tokens_is_a_stream(client: TestClient, logprobs: int | None) -> None:
+    body = {"prompt": ["import ", "a"], "n": 2, "echo": True, "max_tokens": 0, "logprobs": logprobs}
+    whole = complete(client, **body)
+    assert whole["usage"]["prompt_tokens"] == 8 + 2 and whole["usage"]["completion_tokens"] == 0
+    response = client.post("/v1/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *parts, last = events(response)
+    assert [part["choices"][0] for part in parts] == whole["choices"] and last["usage"] == whole["usage"]
+    assert [choice["text"] for choice in whole["choices"]] == ["import ", "import ", "a", "a"]
+    assert {choice["finish_reason"] for choice in whole["choices"]} == {"length"}
+
+
 def test_ids_come_with_logprobs_where_asked(client: TestClient) -> None:
     (choice,) = complete(client, logprobs=3, return_token_ids=True, echo=True)["choices"]
     logprobs = choice["logprobs"]
@@ -143,7 +156,10 @@ def test_ids_come_with_logprobs_where_asked(client: TestClient) -> None:
         assert all(chr(number) == text for text, number in numbers.items() if len(text) == 1)
     body = {"prompt": "import ", "max_tokens": 6, "temperature": 0, "stream": True, "return_token_ids": True}
     parts = events(client.post("/v1/completions", json=body))
-    assert [part["choices"][0]["token_ids"] for part in parts] == [[token] for token in ids[8:]]
+    parts = [part["choices"][0] for part in parts]
+    assert [token for part in parts for token in part["token_ids"]] == ids[8:]
+    assert all(part["text"] == "".join(part["token_texts"]) for part in parts)
+    assert all(len(part["token_texts"]) == len(part["token_ids"]) for part in parts)
     assert "token_ids" not in complete(client, logprobs=1)["choices"][0]
 
 

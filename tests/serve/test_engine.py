@@ -180,6 +180,25 @@ def test_a_failure_of_the_runner_ends_all_requests(monkeypatch: pytest.MonkeyPat
             submit(engine, [1])
 
 
+def test_what_waits_does_not_slow_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most probable tokens are looked for while a request runs that wants them."""
+    tops: dict[int, set[int]] = {}
+    with running(StripedHyena(CONFIGS["sh"]), max_rows=1) as engine:
+        run = engine.runner.run
+
+        def noted(plan: Any, rows: Any, top: int) -> Any:
+            for key in engine.scheduler.running_keys:
+                tops.setdefault(key, set()).add(top)
+            return run(plan, rows, top)
+
+        monkeypatch.setattr(engine.runner, "run", noted)
+        clients = [Client() for _ in range(3)]
+        for top, client in zip((0, 5, 0), clients, strict=True):
+            engine.submit(Request(prompt=[1], params=SamplingParams(), max_new_tokens=30, top=top), client)
+        assert [len(client.wait().deltas[-1].top) for client in clients] == [0, 5, 0]
+    assert list(tops.values()) == [{0}, {5}, {0}]
+
+
 class Watched(ShortPasses):
     """Counts its passes."""
 

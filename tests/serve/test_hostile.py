@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from configs import TINY
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.protocol import GenerationBody
+from hyaena.serve.run import log_requests
 from hyaena.serve.service import LONG, Limits
 from hyaena.tokenizers import ByteTokenizer
 from serve.clients import PATIENCE, once, until
@@ -227,6 +229,48 @@ def test_wrong_requests_are_refused(server: Live, data: bytes, wanted: set[int])
     answer = raw_answer(server, data)
     assert answer.startswith(b"HTTP/1.1 ") and int(answer.split()[1]) in wanted
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+
+def test_what_the_parser_refuses_is_logged_as_any_request(server: Live, caplog: pytest.LogCaptureFixture) -> None:
+    log_requests()
+    with caplog.at_level("INFO"):
+        answer = raw_answer(server, b"hello\r\n\r\n")
+        until(lambda: any(record.name == "hyaena.access" for record in caplog.records))
+    (name,) = re.findall(rb"(?i)x-request-id: (\w{32})\r\n", answer)
+    (record,) = caplog.records  # nothing of uvicorn's
+    line = json.loads(record.message)
+    assert line["request"] == name.decode() and line["status"] == 400 and line["client"] == "127.0.0.1"
+    assert line["method"] is None and line["path"] is None
+
+
+def test_garbage_behind_an_answer_is_no_request_that_is_answered(server: Live) -> None:
+    """A body that is broken behind the answer to its head: the connection ends, and no second answer comes."""
+    head = request(JSON + b"Transfer-Encoding: chunked\r\n", line=b"POST /nothing HTTP/1.1")
+    with server.connect() as connection:
+        connection.sendall(head + b"1\r\na\r\n")
+        got = b""
+        while b"}}" not in got:
+            got += connection.recv(65536)
+        connection.sendall(b"garbage\r\n")
+        got += b"".join(iter(lambda: connection.recv(65536), b""))
+    assert got.count(b"HTTP/1.1 ") == 1 and got.startswith(b"HTTP/1.1 404")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_closes_its_side_has_left(server: Live, stream: bool) -> None:
+    data = body(stream=stream, max_tokens=100, ignore_eos=True)
+    begun, release = threading.Event(), threading.Event()
+    held = server.engine.call(once(lambda: (begun.set(), release.wait(PATIENCE))))
+    assert begun.wait(PATIENCE)
+    with server.connect() as connection:
+        connection.sendall(request(JSON + b"Content-Length: %d\r\n" % len(data), data))
+        until(lambda: server.engine._waiting == 1)
+        connection.shutdown(socket.SHUT_WR)
+        assert b"[DONE]" not in b"".join(iter(lambda: connection.recv(65536), b""))
+        until(lambda: server.engine._commands.qsize() == 2)  # the request, and its end
+    release.set()
+    held.result(PATIENCE)
+    server.wait_idle()
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,15 @@ def test_what_is_checked_depends_on_the_address(
         assert (not hosts or client(hosts).get("/", headers={"Host": host}).status_code == 200) == answered, host
 
 
+def test_an_empty_host_is_named_as_what_it_is() -> None:
+    error = client(hosts_to_check("127.0.0.1", "localhost", [])).get("/", headers={"Host": ""}).json()["error"]
+    assert error["code"] == "host_not_allowed"
+    assert error["message"] == (
+        "this server does not answer to requests that name no host: ask it at the address that it listens at, or start "
+        "it with --allowed-host '*'"
+    )
+
+
 @pytest.mark.parametrize("host", ["http://a.example", "a.example:8000", "a.example/x", "", "a b", "*.example", "ü"])
 def test_what_is_no_host_is_refused(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="is no host"):

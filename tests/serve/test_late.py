@@ -8,10 +8,11 @@ from typing import Any
 
 from configs import TINY
 from hyaena.model import StripedHyena
+from hyaena.serve.delivery import Delivery
 from hyaena.serve.engine import Engine, EngineSettings
 from hyaena.serve.metrics import Times
 from hyaena.serve.protocol import CompletionBody
-from hyaena.serve.service import Generation, Limits, Served
+from hyaena.serve.service import Generation, Limits, Served, too_late
 from hyaena.tokenizers import ByteTokenizer
 
 
@@ -22,12 +23,18 @@ def test_an_answer_that_is_complete_is_not_late() -> None:
     engine.start()
 
     async def read() -> list[Any]:
-        body = CompletionBody(prompt="a", ignore_eos=True)
-        generation = Generation(served, [[97]], body, top=0, limits=Limits(seconds=60), max_new_tokens=3)
-        while len(generation._inbox._items) < 3:
+        body, delivery = CompletionBody(prompt="a", ignore_eos=True), Delivery(asyncio.get_running_loop(), 0)
+        generation = Generation(
+            served, [[97]], body, top=0, limits=Limits(seconds=60), delivery=delivery, max_new_tokens=3
+        )
+        while len(generation._inbox.items) < 3:
             await asyncio.sleep(0.01)
-        generation._inbox.put(None)  # the time is over
-        return [delta.finish_reason async for turn in generation.events() for _, delta in turn]
+        generation.fail(too_late())
+        found = []
+        while parts := await generation.next():
+            found += [delta.finish_reason for _, deltas in parts for delta in deltas]
+        generation.close()
+        return found
 
     try:
         assert asyncio.run(read()) == [None, None, "length"]

@@ -78,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(render_methods(table, width=width, plain=plain)))
         return 0
     config, checkpoint = _find(args.source, args.config, args.revision)
+    if args.cache_dtype != "auto":
+        from hyaena.hub import check_cache_dtype  # torch, which a page without it does not need
+
+        check_cache_dtype(args.cache_dtype, config)
     description = {"source": args.source, **describe(config, checkpoint, args.cache_dtype)}
     if args.json:
         text = json.dumps(description, indent=2, ensure_ascii=False)

@@ -83,6 +83,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take requests before kernels are compiled and graphs captured: the first ones wait for that",
     )
 
+    group.add_argument(
+        "--stream-interval",
+        type=float,
+        default=0.02,
+        metavar="S",
+        help="seconds between the events of a stream, in which tokens that come sooner are sent together; 0: an event "
+        "for each token (0.02)",
+    )
+
     group = parser.add_argument_group("limits")
     group.add_argument("--max-new-tokens", type=int, default=16384, metavar="N", help="of a completion (16384)")
     group.add_argument("--max-body", type=float, default=4, metavar="MB", help="size of a request (4)")
@@ -109,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if args.max_rows > MAX_ROWS:
         raise InputError(f"--max-rows must be at most {MAX_ROWS:,}, not {args.max_rows}")
+    if not 0 <= args.stream_interval <= 10:
+        raise InputError(f"--stream-interval must be a number of seconds from 0 to 10, not {args.stream_interval}")
     if "" in args.api_key:  # of a variable that is not set: the server would be open to all
         raise InputError("--api-key is empty: give a key, or leave it out to serve without one")
     if args.name == "":
@@ -147,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
             deterministic=args.deterministic,
         ),
         limits=Limits(body_bytes=int(args.max_body * 1e6), new_tokens=args.max_new_tokens, seconds=args.timeout),
+        stream_interval=args.stream_interval,
         keys=[key for key in [*args.api_key, os.environ.get(KEY_VARIABLE, "")] if key],
         allow_origins=args.allow_origin,
         allowed_hosts=args.allowed_host,

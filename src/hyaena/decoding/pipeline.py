@@ -128,10 +128,10 @@ class PipelinedDecoder(Generic[K]):
 
     def _launch(self) -> None:
         for row, key in enumerate(self.keys):
-            if not self.left.get(key):
+            if not self.left.get(key) and row not in self.decoder.retired:
                 self.decoder.retire(row)
         self.decoder.launch()
-        self.left = {key: max(0, steps - 1) for key, steps in self.left.items()}
+        self.left = {key: steps - 1 if steps else 0 for key, steps in self.left.items()}
 
     def _fetch(self) -> tuple[list[K], StepOutput]:
         return list(self.keys), self.decoder.fetch()

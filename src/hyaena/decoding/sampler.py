@@ -45,13 +45,13 @@ class StepOutput:
     @classmethod
     def unpack(cls, packed: Tensor | np.ndarray[Any, Any]) -> StepOutput:
         """Read what ``pack_outputs`` returned; copies it to the host if it is not there."""
-        tokens, logprobs, finite, *rest = zip(*packed.tolist(), strict=True)
+        tokens, logprobs, finite, *rest = packed.T.tolist()
         count = len(rest) // 2
         ids = [map(int, column) for column in rest[count:]]
         columns = [zip(*pair, strict=True) for pair in zip(ids, rest[:count], strict=True)]
         return cls(
             tokens=list(map(int, tokens)),
-            logprobs=list(logprobs),
+            logprobs=logprobs,
             top=list(zip(*columns, strict=True)) if columns else [()] * len(tokens),
             finite=list(map(bool, finite)),
         )

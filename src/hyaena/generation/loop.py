@@ -23,7 +23,7 @@ from torch import Tensor
 from hyaena.cache import Cache
 from hyaena.decoding import Decoding, EagerDecoder, PipelinedDecoder, StepOutput, make_decoder, sample_outputs
 from hyaena.errors import NonFiniteError
-from hyaena.generation.nonfinite import first_non_finite
+from hyaena.generation.nonfinite import explain_non_finite
 from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
@@ -287,10 +287,9 @@ class GenerationLoop:
         if self.decoder is not None:
             self.decoder.wait()
         self.decoder = None  # the search for the cause needs a cache of its own
-        where = first_non_finite(self.model, row.prompt + row.tokens, method=self.method)
+        cause = explain_non_finite(self.model, row.prompt + row.tokens, method=self.method)
         return NonFiniteError(
-            f"the logits after {len(row.prompt)} prompt tokens and {len(row.tokens)} new ones are not finite: {where}; "
-            "check the weights with `hyaena info`, or compute in float32"
+            f"the logits after {len(row.prompt)} prompt tokens and {len(row.tokens)} new ones are not finite: {cause}"
         )
 
 

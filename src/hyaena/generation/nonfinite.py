@@ -21,21 +21,55 @@ CHUNK = 512
 """Tokens per pass of the search: logits of every position are computed, so fewer than a prefill takes."""
 
 
-def first_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "auto") -> str:
-    """Read tokens again and say where NaN or infinity first appears, in words.
+def explain_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "auto") -> str:
+    """Read tokens again and say where NaN or infinity first appears, and what helps, in words.
 
     Memory stays flat, as in a prefill: chunks and a cache.
     """
     return run_steps(search_non_finite(model, ids, method=method))
 
 
-@torch.inference_mode()
+def remedy(model: StripedHyena, *, overflows: bool | None = None) -> str:
+    """What helps against numbers that are not finite, in words.
+
+    Args:
+        model: that made them.
+        overflows: whether they come from keys and values that the dtype of the cache does not hold; None: not known.
+    """
+    usual = "check the weights with `hyaena info`, or compute in float32"
+    if not _is_narrow(model) or overflows is False:
+        return usual
+    kept = str(model.cache_dtype).removeprefix("torch.")
+    cache = f"keys and values beyond the range of {kept}, the cache's dtype: load the model with cache_dtype='auto'"
+    return f"there are {cache}" if overflows else f"{usual}; or there are {cache}"
+
+
+def _is_narrow(model: StripedHyena) -> bool:
+    """Whether the model computes with numbers that are infinite in its caches. A slot of 8 bits has a scale."""
+    kept = model.cache_dtype
+    return kept.is_floating_point and torch.finfo(kept).max < torch.finfo(model.dtype).max / 2  # bfloat16 is no float16
+
+
 def search_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = "auto") -> Generator[int, None, str]:
-    """``first_non_finite`` in steps of a chunk, between which others may use the model.
+    """``explain_non_finite`` in steps of a chunk, between which others may use the model.
 
     Yields:
         How many tokens were read since the step before.
     """
+    where = yield from _search(model, ids, method, model.cache_dtype)
+    overflows = False
+    if where is not None and _is_narrow(model):
+        overflows = (yield from _search(model, ids, method, model.dtype)) != where
+    if where is None:
+        where = "they were finite when the tokens were read again, so not the weights but the steps differ"
+    return f"{where}; {remedy(model, overflows=overflows)}"
+
+
+@torch.inference_mode()
+def _search(
+    model: StripedHyena, ids: Sequence[int], method: str, dtype: torch.dtype
+) -> Generator[int, None, str | None]:
+    """Where they first appear with a cache of this dtype, in words; None where they do not appear."""
     places: list[tuple[str, nn.Module]] = [("the embedding", model.embed_tokens)]
     places += [(f"layer {i} ({kind})", model.layers[i]) for i, kind in enumerate(model.config.layer_types)]
     places += [("the final norm", model.norm)]
@@ -53,7 +87,7 @@ def search_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = 
 
         return hook
 
-    cache = model.make_cache(1, max_length=len(ids), method=method)
+    cache = model.make_cache(1, max_length=len(ids), method=method, dtype=dtype)
     for start in range(0, len(ids), CHUNK):
         part = torch.tensor([list(ids[start : start + CHUNK])], device=model.device)
         handles = [module.register_forward_hook(watch(place)) for place, module in places]
@@ -65,4 +99,4 @@ def search_non_finite(model: StripedHyena, ids: Sequence[int], *, method: str = 
             for handle in handles:
                 handle.remove()
         yield part.shape[1]
-    return "they were finite when the tokens were read again, so not the weights but the steps differ"
+    return None

@@ -259,7 +259,7 @@ def _check_metadata(metadata: Mapping[str, str], model: StripedHyena, name: str)
         dtype = printable(str(metadata.get("dtype")), limit=20)
         raise CheckpointError(f"the prefix {name} was read in {dtype}: load the model with dtype={dtype!r}")
     kept = metadata.get("cache_dtype", found["dtype"])  # files of older versions do not say
-    if kept != found["cache_dtype"]:
+    if kept != found["cache_dtype"] and model._kv_shapes():  # without keys and values it means nothing
         kept = printable(kept, limit=20)
         raise CheckpointError(
             f"the prefix {name} holds keys and values in {kept}, and the model's caches are {found['cache_dtype']}: "

@@ -57,6 +57,7 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _is_stateful = True
     _can_compile_fullgraph = True
+    _cache_dtype: torch.dtype | None = None  # of the StripedHyena that it was made of; ``to_native`` gives it back
 
     @classmethod
     def from_native(cls: type[M], model: StripedHyena, **options: Any) -> M:
@@ -72,7 +73,7 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
             made = cls(StripedHyenaConfig.from_native(model.config, dtype=model.dtype, **options))
         base: Any = made.base_model
         base.embed_tokens, base.layers, base.norm = model.embed_tokens, model.layers, model.norm
-        base.rotary = model.rotary
+        base.rotary, base._cache_dtype = model.rotary, model._cache_dtype
         if model.lm_head is not None and made.get_output_embeddings() is not None:
             made.set_output_embeddings(model.lm_head)
         made.tie_weights()
@@ -98,7 +99,7 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             model = StripedHyena(config)
         model.embed_tokens, model.layers, model.norm = base.embed_tokens, base.layers, base.norm
-        model.rotary = base.rotary
+        model.rotary, model._cache_dtype = base.rotary, base._cache_dtype
         model.lm_head = None if config.tie_embeddings else head  # type: ignore[assignment]
         return model.train(self.training)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hyaena.arguments import kind_of, switch, whole
 from hyaena.errors import InputError, nearest, shown
 from hyaena.generation.chunks import run_steps
-from hyaena.generation.nonfinite import search_non_finite
+from hyaena.generation.nonfinite import remedy, search_non_finite
 from hyaena.model import StripedHyena
 from hyaena.ops import capabilities
 from hyaena.scoring import pooling, token_scores
@@ -354,7 +354,7 @@ def _embeddings(
     """The vectors, and after every step the tokens that were read."""
     names = list(dict.fromkeys(place.name for place in places.values()))
     reader = settings.reader(model, max(place.depth for place in places.values()))
-    collector = Collector(names, pool)
+    collector = Collector(names, pool, remedy(model))
 
     def records() -> Iterator[Record]:
         for record in encoder.records(texts):
@@ -425,10 +425,7 @@ def _require_finite(model: StripedHyena, record: Record, logprobs: Tensor, metho
     predicted = logprobs if record.context else logprobs[1:]
     if bool(torch.isfinite(predicted).all()):
         return
-    where = ""
+    cause = remedy(model)
     if len(record) <= MOST_EXPLAINED:
-        where = ": " + (yield from search_non_finite(model, record.ids.tolist(), method=method))
-    raise NonFiniteRecordError(
-        record.index,
-        f"its logits are not finite{where}; check the weights with `hyaena info`, or compute in float32",
-    )
+        cause = yield from search_non_finite(model, record.ids.tolist(), method=method)
+    raise NonFiniteRecordError(record.index, f"its logits are not finite: {cause}")

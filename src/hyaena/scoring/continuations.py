@@ -11,6 +11,7 @@ from torch import Tensor
 from hyaena.arguments import each, require_ids, whole
 from hyaena.cache import Cache
 from hyaena.errors import InputError, NonFiniteError, shown
+from hyaena.generation.nonfinite import remedy
 from hyaena.model import StripedHyena
 from hyaena.scoring.reader import choose_pass
 from hyaena.scoring.token_scores import Wanted, token_statistics
@@ -188,10 +189,7 @@ def _score_batch(
         first += count
         for row, found in zip(part, _continue(model, part, cache, logits, method), strict=True):
             if found.logprob - found.logprob != 0:
-                raise NonFiniteError(
-                    f"group {row.group}: the logits are not finite; check the weights with `hyaena info`, or compute "
-                    "in float32"
-                )
+                raise NonFiniteError(f"group {row.group}: the logits are not finite: {remedy(model)}")
             results[row.group][row.place] = found
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from hyaena.arguments import as_whole, each, switch, whole
 from hyaena.cache import Cache, Mark
 from hyaena.errors import HyaenaError, InputError, UnsupportedError, shown
+from hyaena.generation.nonfinite import remedy
 from hyaena.model import StripedHyena
 from hyaena.packing import Snapshots
 from hyaena.scoring.reader import Progress, choose_pass
@@ -415,10 +416,7 @@ def _score_batch(model: StripedHyena, batch: Sequence[_Item], method: str, most:
                 totals[row.number, row.edit] = float(reading.sums[row.number, row.fork]) + value
     for (i, _), total in totals.items():
         if total - total != 0:
-            raise NonFiniteRecordError(
-                batch[i].index,
-                "its logits are not finite; check the weights with `hyaena info`, or compute in float32",
-            )
+            raise NonFiniteRecordError(batch[i].index, f"its logits are not finite: {remedy(model)}")
     return [
         [EditScore(totals[i, None], totals[i, number]) for number in range(len(item.changes))]
         for i, item in enumerate(batch)

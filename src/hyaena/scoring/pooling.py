@@ -43,11 +43,13 @@ class Collector:
     Args:
         names: of the places.
         pool: of ``parse_pool``.
+        remedy: what helps against vectors that are not finite, in words.
     """
 
-    def __init__(self, names: Sequence[str], pool: str | tuple[int, ...]) -> None:
+    def __init__(self, names: Sequence[str], pool: str | tuple[int, ...], remedy: str) -> None:
         self.names = names
         self.pool = pool
+        self.remedy = remedy
         self._kept: dict[tuple[Record, str], Tensor] = {}
 
     def positions(self, record: Record) -> list[int]:
@@ -107,11 +109,7 @@ class Collector:
             x = self._kept.pop((record, name))
             x = (x / len(record.tokens) if self.pool == "mean" else x).float().cpu()
             if not bool(torch.isfinite(x).all()):
-                raise NonFiniteRecordError(
-                    record.index,
-                    f"the vectors of {name} are not finite; check the weights with `hyaena info`, or compute in "
-                    "float32",
-                )
+                raise NonFiniteRecordError(record.index, f"the vectors of {name} are not finite: {self.remedy}")
             vectors.append(x)
         return vectors
 

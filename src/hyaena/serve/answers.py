@@ -8,17 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from hyaena.serve.engine import Delta
-from hyaena.serve.protocol import ChatBody, CompletionBody, usage
+from hyaena.serve.logprobs import TextOffsets, TokenInfo, chat_logprobs, completion_logprobs, infos
+from hyaena.serve.protocol import ChatBody, CompletionBody
 from hyaena.serve.service import (
     Choice,
     Generation,
     Served,
-    TokenInfo,
-    chat_logprobs,
-    completion_logprobs,
-    infos,
+    Unwritten,
     new_id,
     reason,
+    text_of,
 )
 
 ENCODER = json.JSONEncoder(separators=(",", ":"))
@@ -42,51 +41,50 @@ class CompletionAnswer:
             "created": int(time.time()),
             "model": served.name,
         }
-        self._offsets: dict[int, int] = {}  # characters of what a choice has sent
+        self._offsets: dict[int, TextOffsets] = {}  # of choices of which something was sent
         self._begun: set[int] = set()  # choices of which something was sent
         self._plain = body.logprobs is None and not body.return_token_ids and not prefixes
 
     def _prefix(self, choice: Choice) -> tuple[str, list[TokenInfo]]:
         return self.prefixes[choice.index // (self.body.n or 1)] if self.prefixes else ("", [])
 
-    def _choice(self, index: int, text: str, tokens: Sequence[TokenInfo], finish_reason: str | None) -> dict[str, Any]:
-        logprobs = None
+    def _choice(self, choice: Choice, deltas: Sequence[Delta], finish_reason: str | None) -> dict[str, Any]:
+        """Tokens of a choice behind those that were sent, if any were."""
+        text, tokens = text_of(deltas), infos(deltas)
+        if choice.index not in self._begun:
+            self._begun.add(choice.index)
+            prefix, before = self._prefix(choice)
+            text, tokens = prefix + text, before + tokens
+        made = {"index": choice.index, "text": text, "logprobs": None, "finish_reason": finish_reason}
         if self.body.logprobs is not None:
-            logprobs, self._offsets[index] = completion_logprobs(
-                self.served.tokenizer,
-                tokens,
-                self._offsets.get(index, 0),
-                with_ids=self.body.return_token_ids,
-            )
-        made = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+            made["logprobs"] = self._logprobs(choice, tokens)
         if self.body.return_token_ids:
             made["token_ids"] = [info.token for info in tokens]
+            made["token_texts"] = [info.text for info in tokens]
         return made
+
+    def _logprobs(self, choice: Choice, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
+        tokenizer = self.served.tokenizer
+        if choice.index not in self._offsets:
+            self._offsets[choice.index] = TextOffsets(tokenizer, () if self.prefixes else choice.prompt)
+        return completion_logprobs(tokenizer, tokens, self._offsets[choice.index], with_ids=self.body.return_token_ids)
 
     def first(self, choices: Sequence[Choice]) -> list[str]:
         """What a stream begins with: choices as JSON."""
         return []
 
-    def part(self, choice: Choice, delta: Delta) -> str:
-        """One token of a stream: a choice as JSON."""
-        if self._plain and delta.finish_reason is None:  # without the encoder, which takes longer
-            return f'{{"index":{choice.index},"text":{json.dumps(delta.text)},"logprobs":null,"finish_reason":null}}'
-        text, tokens = delta.text, list(infos([delta]))
-        if choice.index not in self._begun:
-            self._begun.add(choice.index)
-            prefix, before = self._prefix(choice)
-            text, tokens = prefix + text, before + tokens
-        return ENCODER.encode(self._choice(choice.index, text, tokens, reason(delta)))
+    def part(self, choice: Choice, deltas: Sequence[Delta]) -> str:
+        """Tokens of a stream that came together: a choice as JSON."""
+        ended = reason(deltas)
+        if self._plain and ended is None:  # without the encoder, which takes longer
+            text = json.dumps(text_of(deltas))
+            return f'{{"index":{choice.index},"text":{text},"logprobs":null,"finish_reason":null}}'
+        return ENCODER.encode(self._choice(choice, deltas, ended))
 
-    def whole(self, choices: Sequence[Choice], generation: Generation | None) -> dict[str, Any]:
-        """The answer without streaming; ``generation`` is None where the request wants no new token."""
-        made = []
-        for choice in choices:
-            prefix, before = self._prefix(choice)
-            tokens = [*before, *infos(choice.deltas)]
-            made.append(self._choice(choice.index, prefix + choice.text, tokens, choice.finish_reason or "length"))
-        used = generation.usage() if generation else usage(sum(len(choice.prompt) for choice in choices), 0, 0)
-        return self.frame | {"choices": made, "usage": used}
+    def whole(self, generation: Generation | Unwritten) -> dict[str, Any]:
+        """The answer without streaming."""
+        made = [self._choice(choice, choice.deltas, choice.finish_reason) for choice in generation.choices]
+        return self.frame | {"choices": made, "usage": generation.usage()}
 
 
 class ChatAnswer:
@@ -107,7 +105,7 @@ class ChatAnswer:
         }
 
     def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
-        return chat_logprobs(self.served.tokenizer, list(infos(deltas))) if self.body.logprobs else None
+        return chat_logprobs(self.served.tokenizer, infos(deltas)) if self.body.logprobs else None
 
     def first(self, choices: Sequence[Choice]) -> list[str]:
         """See ``CompletionAnswer``."""
@@ -117,13 +115,18 @@ class ChatAnswer:
             for choice in choices
         ]
 
-    def part(self, choice: Choice, delta: Delta) -> str:
+    def part(self, choice: Choice, deltas: Sequence[Delta]) -> str:
         """See ``CompletionAnswer``."""
-        said = {"content": delta.text} if delta.text else {}
-        made = {"index": choice.index, "delta": said, "logprobs": self._logprobs([delta])}
-        return ENCODER.encode(made | {"finish_reason": reason(delta)})
+        text = text_of(deltas)
+        ended = reason(deltas)
+        if not self.body.logprobs and ended is None:
+            said = f'{{"content":{json.dumps(text)}}}' if text else "{}"
+            return f'{{"index":{choice.index},"delta":{said},"logprobs":null,"finish_reason":null}}'
+        made = {"index": choice.index, "delta": {"content": text} if text else {}, "logprobs": self._logprobs(deltas)}
+        return ENCODER.encode(made | {"finish_reason": ended})
 
-    def whole(self, choices: Sequence[Choice], generation: Generation) -> dict[str, Any]:
+    def whole(self, generation: Generation | Unwritten) -> dict[str, Any]:
+        """See ``CompletionAnswer``."""
         made = [
             {
                 "index": choice.index,
@@ -131,6 +134,6 @@ class ChatAnswer:
                 "logprobs": self._logprobs(choice.deltas),
                 "finish_reason": choice.finish_reason,
             }
-            for choice in choices
+            for choice in generation.choices
         ]
         return self.frame | {"choices": made, "usage": generation.usage()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import hyaena
 from hyaena.errors import printable
+from hyaena.serve.delivery import STREAM_INTERVAL, Delivery
 from hyaena.serve.guards import AccessLog, AllowedHosts, Authentication, BodyLimit
 from hyaena.serve.metrics import MEDIA_TYPE, Metrics
 from hyaena.serve.playground import add_playground
@@ -30,13 +32,30 @@ class Server:
         models: the first one answers requests that name no model.
         metrics: that the engines count in.
         limits: of every request.
+        stream_interval: seconds between the events of a stream; tokens that come sooner share one. 0: each has its own.
     """
 
-    def __init__(self, models: Sequence[Served], metrics: Metrics, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        models: Sequence[Served],
+        metrics: Metrics,
+        limits: Limits | None = None,
+        *,
+        stream_interval: float = STREAM_INTERVAL,
+    ) -> None:
         self.models = {served.name: served for served in models}
         self.default = models[0]
         self.metrics = metrics
         self.limits = limits or Limits()
+        self.stream_interval = stream_interval
+        self._delivery: Delivery | None = None
+
+    def delivery(self) -> Delivery:
+        """What hands tokens to the event loop that runs."""
+        loop = asyncio.get_running_loop()
+        if self._delivery is None or self._delivery.loop is not loop:
+            self._delivery = Delivery(loop, self.stream_interval)
+        return self._delivery
 
     def find(self, name: str | None) -> Served:
         """The model that a client names.

@@ -7,7 +7,6 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -375,6 +374,7 @@ class Engine:
         self._requests[active.key] = active
         row, request = active.row, active.request
         self.scheduler.add(active.key, row.prompt, row.max_new_tokens, request.salt, request.adapter)
+        self.metrics.observe_load(self)
 
     def _cancel(self, key: int) -> None:
         active = self._requests.get(key)
@@ -390,18 +390,20 @@ class Engine:
     def _turn(self, read: bool) -> None:
         scheduler, requests = self.scheduler, self._requests
         plan = scheduler.plan(self.runner.page_ends(), read=read)
-        top = max((active.request.top for active in requests.values()), default=0)
+        top = max((requests[key].request.top for key in scheduler.running_keys), default=0)
         rows = {read.key: requests[read.key].row for read in plan.reads}
         chosen = self.runner.run(plan, rows, top)
         scheduler.done(plan)
         self._deliver(chosen)
-        self.metrics.observe_load(self)
+        if not plan.steps_only:
+            self.metrics.observe_load(self)
         if not plan.reads:
             self.runner.prepare()
 
     def _deliver(self, chosen: Sequence[tuple[int, Chosen]]) -> None:
         """Hand tokens to their requests, and count them together; requests that end see what was counted."""
-        now, waits = time.monotonic(), Counter[tuple[float, bool, str]]()
+        now = time.monotonic()
+        waits: dict[tuple[float, bool, str], int] = {}
         ended: dict[int, tuple[_Active, Delta]] = {}
         for key, token in chosen:
             active = self._requests.get(key)
@@ -410,7 +412,8 @@ class Engine:
             delta = self._take(active, token, now)
             if delta is None:
                 continue
-            waits[now - (active.last_token or active.arrived), not active.last_token, active.request.adapter] += 1
+            wait = now - (active.last_token or active.arrived), not active.last_token, active.request.adapter
+            waits[wait] = waits.get(wait, 0) + 1
             active.last_token = now
             if delta.finish_reason is None:
                 _call(active.sink, delta)

@@ -128,9 +128,12 @@ class AllowedHosts:
         if scope["type"] == "http":
             for value in Headers(scope=scope).getlist("host"):
                 if _host(value) not in self._hosts:
+                    who, name = f"the host {printable(value)}", "and this name"
+                    if not value.strip():
+                        who, name = "requests that name no host", "'*'"
                     message = (
-                        f"this server does not answer to the host {printable(value)}: ask it at the address that it "
-                        "listens at, or start it with --allowed-host and this name"
+                        f"this server does not answer to {who}: ask it at the address that it listens at, or start it "
+                        f"with --allowed-host {name}"
                     )
                     await _answer(ApiError(403, message, code="host_not_allowed"), scope, receive, send)
                     return
@@ -173,6 +176,11 @@ def _host(value: str) -> str:
     return value.removesuffix(".")
 
 
+def new_request_id() -> str:
+    """A name for a request that came without one."""
+    return uuid.uuid4().hex
+
+
 class AccessLog:
     """Writes one line of JSON per request, and gives every answer an ``X-Request-Id``: the request's, or a new one.
 
@@ -189,7 +197,7 @@ class AccessLog:
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")  # of a balancer, or of Ray
-        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        name = given if _REQUEST_ID.fullmatch(given) else new_request_id()
         began, status = time.monotonic(), 0
         body = bytearray()
 
@@ -209,18 +217,17 @@ class AccessLog:
         try:
             await self.app(scope, heard, named)
         finally:
-            line = {
-                "time": time.time(),
-                "request": name,
-                "client": (scope.get("client") or ("",))[0],
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": status,
-                "seconds": round(time.monotonic() - began, 4),
-            }
-            if self.log_bodies:
-                line["body"] = body.decode("utf-8", "replace")
-            log.info(json.dumps(line, ensure_ascii=True))
+            more = {"body": body.decode("utf-8", "replace")} if self.log_bodies else {}
+            client = (scope.get("client") or ("",))[0]
+            log_request(name, client, scope["method"], scope["path"], status, time.monotonic() - began, **more)
+
+
+def log_request(
+    name: str, client: str, method: str | None, path: str | None, status: int, seconds: float, **more: str
+) -> None:
+    """Write the line of a request; method and path are None where they could not be read."""
+    line = {"time": time.time(), "request": name, "client": client, "method": method, "path": path, "status": status}
+    log.info(json.dumps(line | {"seconds": round(seconds, 4)} | more, ensure_ascii=True))
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
@@ -234,13 +241,18 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client closed the connection", code="disconnected")
+            raise client_left()
         return task.result()
     finally:
         for one in (task, gone):
             one.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await one
+
+
+def client_left() -> ApiError:
+    """What ends the work for a client that has left; nobody reads it."""
+    return ApiError(499, "the client closed the connection", code="disconnected")
 
 
 async def _disconnected(request: Request) -> None:

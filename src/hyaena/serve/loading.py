@@ -9,9 +9,11 @@ from pathlib import Path
 
 from hyaena import hub
 from hyaena.adapters import read_adapter
+from hyaena.arguments import real
 from hyaena.errors import InputError, shown
 from hyaena.serve.app import Server
 from hyaena.serve.conversation import find_template
+from hyaena.serve.delivery import STREAM_INTERVAL
 from hyaena.serve.engine import Engine, EngineSettings
 from hyaena.serve.metrics import Metrics
 from hyaena.serve.service import Limits, Served
@@ -31,11 +33,15 @@ class ServerOptions:
         chat_template: ``nous``, or a file with a Jinja template; by default what the folders of adapter and model have.
         engine: how the machine is used.
         limits: of every request.
+        stream_interval: seconds between the events of a stream, see ``app.Server``.
         keys: bearer keys, one of which a client must send; without any, no key is needed.
         allow_origins: origins of web pages that may call the server (CORS).
         allowed_hosts: hosts that the server answers to beside its own, see ``guards.hosts_to_check``; ``"*"`` is any.
         warm_up: whether the engine compiles what the first requests need before it takes any.
         log_prompts: whether the log holds the bodies of requests.
+
+    Raises:
+        InputError: a stream_interval that is no number of seconds from 0 to 10.
     """
 
     model: str = "cub"
@@ -51,11 +57,17 @@ class ServerOptions:
     chat_template: str | None = None
     engine: EngineSettings = field(default_factory=EngineSettings)
     limits: Limits = field(default_factory=Limits)
+    stream_interval: float = STREAM_INTERVAL
     keys: Sequence[str] = ()
     allow_origins: Sequence[str] = ()
     allowed_hosts: Sequence[str] = ()
     warm_up: bool = True
     log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        real(
+            "stream_interval", self.stream_interval, "a number of seconds from 0 to 10", lambda value: 0 <= value <= 10
+        )
 
 
 def check_names(adapters: Iterable[str], model: str) -> None:
@@ -105,4 +117,4 @@ def load_server(options: ServerOptions) -> Server:
     engine = Engine(model, tokenizer, options.engine, metrics, adapters)
     base = Served(name=name, engine=engine, tokenizer=tokenizer, template=template)
     served = [replace(base, name=key, template=templates[key], adapter=key, parent=name) for key in adapters]
-    return Server([base, *served], metrics, options.limits)
+    return Server([base, *served], metrics, options.limits, stream_interval=options.stream_interval)

@@ -45,7 +45,7 @@ from hyaena.serve.guards import AllowedHosts, Authentication, BodyLimit, hosts_t
 from hyaena.serve.loading import ServerOptions, load_server
 from hyaena.serve.metrics import MEDIA_TYPE, merged
 from hyaena.serve.protocol import ApiError
-from hyaena.serve.run import log_requests
+from hyaena.serve.run import leave_out_of_collections, log_requests
 from hyaena.serve.warmup import warm_up
 
 DRAIN = 35.0
@@ -153,6 +153,7 @@ class Replica:
         self.server.default.engine.start()
         if options.warm_up:
             warm_up(self.server.default.engine)
+        leave_out_of_collections()
 
     async def answer(
         self, scope: dict[str, Any], body: bytes, *, starts: Sequence[bytes] = ()

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from hyaena.scoring import embed_steps, score_steps
 from hyaena.serve.guards import while_connected
+from hyaena.serve.logprobs import TokenInfo
 from hyaena.serve.protocol import (
     ApiError,
     CompletionBody,
@@ -23,7 +24,7 @@ from hyaena.serve.protocol import (
     TokenizeBody,
     as_prompts,
 )
-from hyaena.serve.service import Served, TokenInfo, aside, chat_prompt, encode_all, errors_of_clients, too_late
+from hyaena.serve.service import Served, aside, chat_prompt, encode_all, errors_of_clients, too_late
 from hyaena.serve.work import Steps
 
 if TYPE_CHECKING:
@@ -62,11 +63,19 @@ async def read_prefixes(
         values = score.logprobs.tolist()
         tops = [()] * len(prompt) if not top else _pairs(score)
         tokens = [
-            TokenInfo(token, None if value != value else value, () if value != value else pairs)
-            for token, value, pairs in zip(prompt, values, tops, strict=True)
+            TokenInfo(token, None if value != value else value, () if value != value else pairs, piece)
+            for token, value, pairs, piece in zip(prompt, values, tops, _pieces(served, prompt), strict=True)
         ]
         found.append((text, tokens))
     return found
+
+
+def _pieces(served: Served, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text."""
+    stream = served.tokenizer.stream()
+    pieces = [stream.push(token) for token in ids]
+    pieces[-1] += stream.flush()
+    return pieces
 
 
 def _pairs(score: Any) -> list[tuple[tuple[int, float], ...]]:

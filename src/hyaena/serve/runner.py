@@ -87,7 +87,6 @@ class Runner:
         lengths = [item for lane in self._lanes.values() for item in lane.rows.lengths.items()]
         return {key: length for (key, _), length in lengths if length % PAGE == 0}
 
-    @torch.inference_mode()
     def run(self, plan: Plan, rows: Mapping[Key, Row], top: int) -> list[tuple[Key, Chosen]]:
         """Carry out a plan.
 
@@ -99,6 +98,14 @@ class Runner:
         Returns:
             The tokens that were chosen, those of the requests that were read first.
         """
+        chosen = [] if plan.steps_only else self._change(plan, rows, top)
+        for adapter in plan.decode:
+            chosen += self._lanes[adapter].decode(top)
+        return chosen
+
+    @torch.inference_mode()  # here: a step enters it where it calls torch, and to leave it takes 0.05 ms
+    def _change(self, plan: Plan, rows: Mapping[Key, Row], top: int) -> list[tuple[Key, Chosen]]:
+        """All of a plan but its steps: the tokens that were chosen behind prompts."""
         lane_of = self._lane_of
         for key, number in plan.copy.items():
             self._snapshots[number] = lane_of[key].snapshot_states(key)
@@ -117,8 +124,6 @@ class Runner:
                 chosen += lane.read(reads, rows, top)
         for key, pages in plan.grow.items():
             lane_of[key].extend(key, pages)
-        for adapter in plan.decode:
-            chosen += self._lanes[adapter].decode(top)
         return chosen
 
     def prepare(self) -> None:

@@ -145,6 +145,11 @@ class Plan:
     grow: dict[Key, list[int]] = field(default_factory=dict)
     decode: list[str] = field(default_factory=list)
 
+    @property
+    def steps_only(self) -> bool:
+        """Whether rows only take a step, as in almost all turns."""
+        return not (self.copy or self.drop or self.start or self.forget or self.reads or self.grow)
+
 
 class Scheduler:
     """See the module.
@@ -241,6 +246,11 @@ class Scheduler:
         return len(self._active)
 
     @property
+    def running_keys(self) -> list[Key]:
+        """Requests that are read or decoded, in order of arrival."""
+        return [job.key for job in self._active]
+
+    @property
     def idle(self) -> bool:
         """Whether a turn would do nothing."""
         return not self.jobs and not self._drop
@@ -301,8 +311,8 @@ class Scheduler:
     def _grow(self, plan: Plan) -> None:
         """Pages for the next tokens of decoding rows, oldest first; where there are none the youngest rows give way."""
         for job in list(self._active):
-            if job.phase is not Phase.DECODING:
-                continue
+            if len(job.tokens) + STEPS_AHEAD <= len(job.pages) * self.page_size or job.phase is not Phase.DECODING:
+                continue  # as almost always
             need = self._pages_for(min(len(job.tokens) + STEPS_AHEAD, job.most)) - len(job.pages)
             if need > 0 and self._obtain(need, job):
                 new = self.pages.take(need)

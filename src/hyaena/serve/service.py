@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 import uuid
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, TypeVar
 
 from hyaena.errors import CapacityError, HyaenaError, InputError
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.conversation import ChatTemplate
+from hyaena.serve.delivery import Delivery
 from hyaena.serve.engine import Delta, Engine, EngineDeadError, QueueFullError, Request
 from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, as_prompts, usage
 from hyaena.tokenizers import Tokenizer
@@ -29,9 +27,6 @@ LONG = 2**14
 
 _texts = ThreadPoolExecutor(2, thread_name_prefix="hyaena-texts")
 """Two long texts are encoded at a time; others wait, and the streams still get most of the interpreter."""
-
-MIN_LOGPROB = -9999.0
-"""Sent in place of -infinity, which JSON does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +75,7 @@ class Served:
 
 @dataclass
 class Choice:
-    """What one of the requested samples has come to."""
+    """What one of the requested samples has come to; a stream keeps no tokens."""
 
     index: int
     prompt: Sequence[int]
@@ -88,67 +83,32 @@ class Choice:
 
     @property
     def text(self) -> str:
-        return "".join(delta.text for delta in self.deltas)
+        return text_of(self.deltas)
 
     @property
     def finish_reason(self) -> str | None:
-        return reason(self.deltas[-1]) if self.deltas else None
+        return reason(self.deltas)
 
 
-def reason(delta: Delta) -> str | None:
-    """The API's word for why a request ended."""
-    return "stop" if delta.finish_reason == "eos" else delta.finish_reason
+Parts = list[tuple[Choice, list[Delta]]]
+"""Choices, each with tokens that came together."""
 
 
-class Mailbox:
-    """Hands tokens from the engine's thread to receivers in an event loop, which is woken once for those of a turn."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[Callable[[Any], object], Any]] = deque()
-        self._woken = False
-
-    def put(self, loop: asyncio.AbstractEventLoop, receive: Callable[[Any], object], item: Any) -> None:
-        """From any thread; ``receive`` is called with the item in the thread of the loop."""
-        self._waiting.append((receive, item))
-        if not self._woken:
-            self._woken = True
-            loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._woken = False  # first: what is put from now on wakes the loop again
-        while self._waiting:
-            receive, item = self._waiting.popleft()
-            receive(item)
+def text_of(deltas: Sequence[Delta]) -> str:
+    """What tokens add to a text."""
+    return deltas[0].text if len(deltas) == 1 else "".join([delta.text for delta in deltas])
 
 
-class Inbox(Generic[T]):
-    """What has come for a task of an event loop, which takes all of it at a time.
-
-    Args:
-        loop: in whose thread everything happens.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._items: list[T] = []
-        self._came: asyncio.Future[None] | None = None  # of the task, while it waits
-
-    def put(self, item: T) -> None:
-        """Add an item."""
-        self._items.append(item)
-        if self._came is not None and not self._came.done():
-            self._came.set_result(None)
-
-    async def take(self) -> list[T]:
-        """All items, at least one."""
-        while not self._items:
-            self._came = self._loop.create_future()
-            await self._came
-        items, self._items = self._items, []
-        return items
+def reason(deltas: Sequence[Delta]) -> str | None:
+    """The API's word for why a choice ended with these tokens; "length" for one without any."""
+    last = deltas[-1].finish_reason if deltas else "length"
+    return "stop" if last == "eos" else last
 
 
-_mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
+def make_choices(prompts: Sequence[Sequence[int]], body: GenerationBody) -> list[Choice]:
+    """The choices of a body, each prompt sampled ``body.n`` times."""
+    count = body.n or 1
+    return [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
 
 
 class Generation:
@@ -160,6 +120,7 @@ class Generation:
         body: of the client, checked.
         top: how many alternatives are reported.
         limits: of the server.
+        delivery: of the event loop that runs.
         max_new_tokens: of every sample.
 
     Raises:
@@ -174,16 +135,17 @@ class Generation:
         *,
         top: int,
         limits: Limits,
+        delivery: Delivery,
         max_new_tokens: int,
     ) -> None:
         self.served = served
         count = body.n or 1
-        self.choices = [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
-        self._loop = asyncio.get_running_loop()
-        self._inbox: Inbox[tuple[int, Delta] | None] = Inbox(self._loop)  # None: the time is over
+        self.choices = make_choices(prompts, body)
+        self._problem: ApiError | None = None  # that ends it, behind the tokens that are here
         self._written = 0  # tokens
         firsts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()  # of every prompt
-        self._firsts = frozenset(choice.index for choice in firsts)
+        self._firsts = {choice.index for choice in firsts}  # that have not begun
+        self._kept = not body.stream
         self._cached, self._read = 0, sum(len(choice.prompt) for choice in firsts)
         self._keys: dict[int, int] = {}  # of choices that have not ended
         tokenizer = served.tokenizer
@@ -212,64 +174,79 @@ class Generation:
                 for choice in self.choices
             ]
             served.engine.check(*requests)
+            self._delivery = delivery
+            self._inbox = delivery.open(paced=bool(body.stream))  # of (choice, token), or what ends all
             try:
                 for choice, request in zip(self.choices, requests, strict=True):
                     self._keys[choice.index] = served.engine.submit(request, self._sink(choice.index), checked=True)
             except BaseException:
-                self._cancel()
+                self._leave()
                 raise
-        self._timer = self._loop.call_later(limits.seconds, self._inbox.put, None)
+        self._timer = delivery.loop.call_later(limits.seconds, lambda: self.fail(too_late()))
 
     def _sink(self, index: int) -> Callable[[Delta], None]:
-        mailbox = _mailboxes.setdefault(self._loop, Mailbox())
-        loop, receive = self._loop, self._inbox.put
-        return lambda delta: mailbox.put(loop, receive, (index, delta))
+        """Hands over the tokens of a choice: the first one of a stream and the end of every choice at once."""
+        put, inbox = self._delivery.put, self._inbox
+        urgent = inbox.paced
 
-    async def events(self) -> AsyncGenerator[list[tuple[Choice, Delta]]]:
-        """Tokens as they come, those of one turn together. Leaving the loop early cancels what has not ended.
+        def sink(delta: Delta) -> None:
+            nonlocal urgent
+            put(inbox, (index, delta), urgent=urgent or delta.finish_reason is not None)
+            urgent = False
+
+        return sink
+
+    def fail(self, error: ApiError) -> None:
+        """End it with an error, behind the tokens that are here."""
+        self._delivery.put(self._inbox, error, urgent=True)
+
+    async def next(self) -> Parts:
+        """Tokens that have come: the choices of which there are some, each with those that came together.
+
+        With an interval of 0 they come one by one. Nothing comes when all choices have ended.
 
         Raises:
-            ApiError: the request took too long, or one of its samples failed.
+            ApiError: one of its samples failed, or what ``fail`` was called with.
         """
-        try:
-            while self._keys:
-                tokens, problem = [], None
-                for taken in await self._inbox.take():
-                    problem = self._failure(taken)
-                    if taken is None or problem is not None:
-                        break
-                    tokens.append(self._note(*taken))
-                    if not self._keys:  # all is here: what comes behind it, such as the end of the time, is nothing
-                        break
-                if tokens:
-                    yield tokens
-                if problem is not None:
-                    raise problem
-        finally:
-            self.close()
+        if self._problem is not None:
+            raise self._problem
+        if not self._keys:
+            return []
+        came: dict[int, tuple[Choice, list[Delta]]] = {}
+        for taken in await self._inbox.take():
+            self._problem = _problem(taken)
+            if self._problem is not None:
+                break
+            index, delta = taken
+            self._note(index, delta)
+            part = index if self._delivery.interval else len(came)
+            if part not in came:
+                came[part] = self.choices[index], []
+            came[part][1].append(delta)
+            if not self._keys:  # all is here: what comes behind it, such as the end of the time, is nothing
+                break
+        if self._problem is not None and not came:
+            raise self._problem
+        return list(came.values())
 
-    def _failure(self, taken: tuple[int, Delta] | None) -> ApiError | None:
-        if taken is None:
-            return too_late()
-        return None if taken[1].error is None else ApiError(500, taken[1].error, code="generation_failed")
-
-    def _note(self, index: int, delta: Delta) -> tuple[Choice, Delta]:
+    def _note(self, index: int, delta: Delta) -> None:
         """Count a token."""
-        choice = self.choices[index]
-        if index in self._firsts and not choice.deltas:
+        if index in self._firsts:
+            self._firsts.remove(index)
             self._cached += delta.cached_tokens
         self._written += delta.token is not None
-        choice.deltas.append(delta)
+        if self._kept:
+            self.choices[index].deltas.append(delta)
         if delta.finish_reason is not None:
             del self._keys[index]
-        return choice, delta
 
     def close(self) -> None:
         """Cancel what has not ended."""
         self._timer.cancel()
-        self._cancel()
+        self._leave()
 
-    def _cancel(self) -> None:
+    def _leave(self) -> None:
+        self._delivery.close(self._inbox)
         for key in self._keys.values():
             self.served.engine.cancel(key)
         self._keys = {}
@@ -277,6 +254,42 @@ class Generation:
     def usage(self) -> dict[str, Any]:
         """Tokens of all choices so far; a prompt counts once, however often it was sampled."""
         return usage(self._read, self._written, self._cached)
+
+
+def _problem(taken: tuple[int, Delta] | ApiError) -> ApiError | None:
+    """Why a generation ends with what has come, if it does not end well."""
+    if isinstance(taken, ApiError):
+        return taken
+    error = taken[1].error
+    return None if error is None else ApiError(500, error, code="generation_failed")
+
+
+class Unwritten:
+    """A body that wants no new token, in the form of a generation: it ends as it begins.
+
+    Args:
+        prompts, body: see ``Generation``.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], body: GenerationBody) -> None:
+        self.choices = make_choices(prompts, body)
+        self._parts: Parts = [(choice, []) for choice in self.choices]
+        self._read = sum(map(len, prompts))
+
+    async def next(self) -> Parts:
+        """Every choice, without tokens; then nothing."""
+        parts, self._parts = self._parts, []
+        return parts
+
+    def fail(self, error: ApiError) -> None:
+        """Nothing runs that could."""
+
+    def close(self) -> None:
+        """Nothing runs that would have to be cancelled."""
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens of the prompts."""
+        return usage(self._read, 0, 0)
 
 
 @contextlib.contextmanager
@@ -386,80 +399,6 @@ def new_tokens(
     if wanted == 0 and not (isinstance(body, CompletionBody) and body.echo):
         raise ApiError(400, "max_tokens must be at least 1, or echo true", param="max_tokens")
     return wanted
-
-
-# --- log-probabilities in the two forms of the API -------------------------------------------------------------------
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text; one that is no text of its own as its bytes, ``bytes:\\xe2``."""
-    name = next((name for name, number in tokenizer.special_tokens.items() if number == token), None)
-    if name is not None:
-        return name
-    data = tokenizer.token_bytes(token)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
-    return logprob if math.isfinite(logprob) else MIN_LOGPROB
-
-
-@dataclass(frozen=True)
-class TokenInfo:
-    """A token, its log-probability (None where nothing predicts it) and the most probable ones in its place."""
-
-    token: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-def infos(deltas: Sequence[Delta]) -> Iterator[TokenInfo]:
-    """The tokens of a choice."""
-    return (TokenInfo(delta.token, delta.logprob, delta.top) for delta in deltas if delta.token is not None)
-
-
-def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[TokenInfo], offset: int = 0, *, with_ids: bool = False
-) -> tuple[dict[str, Any], int]:
-    """The form of /v1/completions, and the number of characters up to its end; ``offset``: those before its start.
-
-    ``with_ids`` adds ``top_token_ids``, which has an id for every text in ``top_logprobs``.
-    """
-    texts, values, offsets, tops, ids = [], [], [], [], []
-    for info in tokens:
-        text = token_text(tokenizer, info.token)
-        texts.append(text)
-        offsets.append(offset)
-        offset += len(tokenizer.token_bytes(info.token).decode(errors="replace"))
-        if info.logprob is None:
-            for column in (values, tops, ids):
-                column.append(None)
-            continue
-        named = {token_text(tokenizer, token): (token, logprob) for token, logprob in reversed(info.top)}
-        named[text] = (info.token, info.logprob)
-        values.append(finite(info.logprob))
-        tops.append({name: finite(logprob) for name, (_, logprob) in named.items()})
-        ids.append({name: token for name, (token, _) in named.items()})
-    made = {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
-    return made | ({"top_token_ids": ids} if with_ids else {}), offset
-
-
-def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
-    """The form of /v1/chat/completions."""
-
-    def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        data = list(tokenizer.token_bytes(token))
-        return {"token": token_text(tokenizer, token), "logprob": finite(logprob or 0.0), "bytes": data}
-
-    return {
-        "content": [
-            entry(info.token, info.logprob) | {"top_logprobs": [entry(*pair) for pair in info.top]} for info in tokens
-        ]
-    }
 
 
 def new_id(prefix: str) -> str:

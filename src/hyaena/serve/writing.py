@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from hyaena.serve.answers import ENCODER, ChatAnswer, CompletionAnswer
-from hyaena.serve.guards import while_connected
+from hyaena.serve.guards import client_left, while_connected
 from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody
 from hyaena.serve.reading import read_prefixes
-from hyaena.serve.service import Choice, Generation, chat_prompt, completion_prompts, new_tokens
+from hyaena.serve.service import Generation, Unwritten, chat_prompt, completion_prompts, new_tokens
 
 if TYPE_CHECKING:
     from hyaena.serve.app import Server
@@ -34,16 +33,19 @@ def add_writing(app: FastAPI, server: Server) -> None:
         prompts = await completion_prompts(served, body)
         count = new_tokens(served, body, prompts, server.limits, DEFAULT_COMPLETION_TOKENS)
         prefixes = await read_prefixes(server, served, request, body, prompts)
-        generation = None
+        generation = Unwritten(prompts, body)
         if count:
             generation = Generation(
-                served, prompts, body, top=body.logprobs or 0, limits=server.limits, max_new_tokens=count
+                served,
+                prompts,
+                body,
+                top=body.logprobs or 0,
+                limits=server.limits,
+                delivery=server.delivery(),
+                max_new_tokens=count,
             )
         answer = CompletionAnswer(served, body, prefixes)
-        if body.stream and generation is not None:
-            return _stream(answer, generation, body)
-        choices = await _collect(generation, request) if generation else _unwritten(prompts, body)
-        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(choices, generation)))
+        return _EventStream(answer, generation, body) if body.stream else await _whole(answer, generation, request)
 
     @app.post("/v1/chat/completions", tags=["generation"])
     async def chats(body: ChatBody, request: Request) -> Response:
@@ -54,68 +56,87 @@ def add_writing(app: FastAPI, server: Server) -> None:
             raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
         count = new_tokens(served, body, [prompt], server.limits, server.limits.new_tokens)
         generation = Generation(
-            served, [prompt], body, top=body.top_logprobs or 0, limits=server.limits, max_new_tokens=count
+            served,
+            [prompt],
+            body,
+            top=body.top_logprobs or 0,
+            limits=server.limits,
+            delivery=server.delivery(),
+            max_new_tokens=count,
         )
         answer = ChatAnswer(served, body)
-        if body.stream:
-            return _stream(answer, generation, body)
-        choices = await _collect(generation, request)
-        return await asyncio.to_thread(lambda: JSONResponse(answer.whole(choices, generation)))
+        return _EventStream(answer, generation, body) if body.stream else await _whole(answer, generation, request)
 
 
-def _stream(answer: CompletionAnswer | ChatAnswer, generation: Generation, body: GenerationBody) -> Response:
-    """Server-sent events, one per token, then usage where the client wants it, then ``[DONE]``."""
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    frame = answer.frame | ({"usage": None} if with_usage else {})
-    head = f'data: {ENCODER.encode(frame)[:-1]},"choices":['  # the same in every event
+class _EventStream(Response):
+    """Server-sent events: tokens, then usage where the client wants it, then ``[DONE]``.
 
-    async def events() -> AsyncIterator[str]:
-        try:
-            for part in answer.first(generation.choices):
-                yield f"{head}{part}]}}\n\n"
-            async with contextlib.aclosing(generation.events()) as turns:
-                async for tokens in turns:
-                    yield "".join([f"{head}{answer.part(choice, delta)}]}}\n\n" for choice, delta in tokens])
-            if with_usage:
-                yield _event(answer.frame | {"choices": [], "usage": generation.usage()})
-        except ApiError as error:
-            yield _event(error.body)
-        yield "data: [DONE]\n\n"
+    The tokens of a choice that came together share an event, see ``Delivery``. The generation ends with the stream, and
+    with its client: also before the first event could be sent.
+    """
 
-    return _EventStream(generation, events())
+    media_type = "text/event-stream"
 
-
-class _EventStream(StreamingResponse):
-    """Sends events of a generation, which ends with it: also where a client left before the first could be sent."""
-
-    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.generation = generation
+    def __init__(
+        self, answer: CompletionAnswer | ChatAnswer, generation: Generation | Unwritten, body: GenerationBody
+    ) -> None:
+        self.status_code, self.background = 200, None
+        self.init_headers({"Cache-Control": "no-cache"})
+        self.answer, self.generation = answer, generation
+        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
+        frame = answer.frame | ({"usage": None} if self._with_usage else {})
+        self._head = f'data: {ENCODER.encode(frame)[:-1]},"choices":['  # the same in every event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watching = asyncio.ensure_future(self._watch(receive))
         try:
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            end = await self._send_tokens(send)
+            await send({"type": "http.response.body", "body": end.encode(), "more_body": False})
         finally:
+            watching.cancel()
             self.generation.close()
+
+    async def _send_tokens(self, send: Send) -> str:
+        """Send events as tokens come; the last ones."""
+        answer, generation = self.answer, self.generation
+        try:
+            events = self._events(answer.first(generation.choices))
+            while True:
+                if events:
+                    await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+                if not (parts := await generation.next()):
+                    break
+                events = self._events([answer.part(*part) for part in parts])
+            end = _event(answer.frame | {"choices": [], "usage": generation.usage()}) if self._with_usage else ""
+        except ApiError as error:
+            end = _event(error.body)
+        return f"{end}data: [DONE]\n\n"
+
+    def _events(self, parts: Sequence[str]) -> str:
+        return "".join([f"{self._head}{part}]}}\n\n" for part in parts])
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.generation.fail(client_left())
 
 
 def _event(data: Mapping[str, Any]) -> str:
     return f"data: {ENCODER.encode(data)}\n\n"
 
 
-async def _collect(generation: Generation, request: Request) -> list[Choice]:
+async def _whole(
+    answer: CompletionAnswer | ChatAnswer, generation: Generation | Unwritten, request: Request
+) -> Response:
     """Wait for all samples; a client that leaves ends them."""
 
-    async def read() -> list[Choice]:
-        async with contextlib.aclosing(generation.events()) as events:
-            async for _ in events:
-                pass
-        return generation.choices
+    async def read() -> None:
+        while await generation.next():
+            pass
 
-    return await while_connected(request, read())
-
-
-def _unwritten(prompts: Sequence[Sequence[int]], body: CompletionBody) -> list[Choice]:
-    """The choices of a body that asks for no new token."""
-    count = body.n or 1
-    return [Choice(i * count + j, prompt) for i, prompt in enumerate(prompts) for j in range(count)]
+    try:
+        await while_connected(request, read())
+    finally:
+        generation.close()
+    return await asyncio.to_thread(lambda: JSONResponse(answer.whole(generation)))

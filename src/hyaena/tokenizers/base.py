@@ -6,6 +6,7 @@ import codecs
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import cached_property
 from typing import Any
 
 from hyaena.arguments import as_whole, kind_of, switch
@@ -43,6 +44,11 @@ class Tokenizer(ABC):
     _removes_space_after_added: bool = False
     # Added tokens that the encoder cuts out of a text before anything else: their own spaces are the text's.
     _verbatim: frozenset[int] = frozenset()
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        """Texts of tokens that were met between characters: of what can be decoded by itself."""
+        return {}
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -178,6 +184,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._known = tokenizer._texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # An unfinished character is at most three bytes long, and what precedes it cannot change its meaning.
         context = b""
@@ -190,15 +197,30 @@ class TextStream:
         for token in after[first:]:
             _, self._remove = tokenizer._bytes_of(token, self._remove)
         self._utf8.decode(context[-3:])
+        self._plain = self._between
+
+    @property
+    def _between(self) -> bool:
+        """Whether the next token's text is its own: no character is unfinished, and no space is to be removed."""
+        return not (self._remove or self._utf8.getstate()[0])
 
     def push(self, token: int) -> str:
         """Return the text that this token completes; empty while a character is unfinished."""
+        if self._plain and type(token) is int and (known := self._known.get(token)) is not None:
+            return known
+        before = self._plain
         data, self._remove = self._tokenizer._bytes_of(token, self._remove)
-        return self._utf8.decode(data)
+        text = self._utf8.decode(data)
+        self._plain = self._between
+        if before and self._plain and type(token) is int:
+            self._known[token] = text
+        return text
 
     def flush(self) -> str:
         """Return the rest at the end: U+FFFD if a character stayed unfinished. Then the decoder is at its start."""
-        return self._utf8.decode(b"", final=True)
+        text = self._utf8.decode(b"", final=True)
+        self._plain = self._between
+        return text
 
 
 def token_ids(values: Any, what: str = "token ids") -> list[int]:

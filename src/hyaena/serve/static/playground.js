@@ -110,7 +110,7 @@ async function write(signal, answer) {
     stream: true, stream_options: { include_usage: true },
   };
   const began = performance.now();
-  let [first, last, count, reason, waiting] = [0, 0, 0, "", []];
+  let [first, last, early, count, reason, waiting] = [0, 0, 0, 0, "", []]; // early: tokens of the first event
   for (const name of ["speed", "first", "cached", "read", "written"]) $(name).textContent = "–";
   $("asked").textContent = number(prompt.length);
 
@@ -124,7 +124,7 @@ async function write(signal, answer) {
     if (stuck && !alternatives.open) view.scrollTop = view.scrollHeight;
     $("written").textContent = number(count);
     if (first) $("first").textContent = seconds(first - began);
-    if (last > first) $("speed").textContent = ((1000 * (count - 1)) / (last - first)).toFixed(1);
+    if (last > first) $("speed").textContent = ((1000 * (count - early)) / (last - first)).toFixed(1);
   };
   try {
     for await (const { choices, usage } of stream("v1/completions", body, signal)) {
@@ -135,11 +135,12 @@ async function write(signal, answer) {
       }
       if (!choices.length) continue;
       if (!waiting.length) requestAnimationFrame(() => draw(false));
-      waiting.push(tokenOf(choices[0]));
+      const tokens = tokensOf(choices[0]);
+      waiting.push(...tokens);
       reason = choices[0].finish_reason;
-      count += 1;
+      count += tokens.length;
       last = performance.now();
-      first ||= last;
+      if (!first) [first, early] = [last, tokens.length];
     }
   } finally {
     draw(true);
@@ -148,12 +149,14 @@ async function write(signal, answer) {
   note(`${number(count)} tokens written: ${why}.`, answer !== completion);
 }
 
-function tokenOf({ text, logprobs }) {
-  const [name] = logprobs.tokens;
-  const [ids] = logprobs.top_token_ids;
-  const top = Object.entries(logprobs.top_logprobs[0]).map(([name, logprob]) => ({ id: ids[name], name, logprob }));
-  top.sort((a, b) => b.logprob - a.logprob);
-  return { id: ids[name], name, text, logprob: logprobs.token_logprobs[0], top };
+// The tokens of an event, each with the text that it added.
+function tokensOf({ logprobs, token_ids: ids, token_texts: texts }) {
+  return ids.map((id, i) => {
+    const named = logprobs.top_token_ids[i];
+    const top = Object.entries(logprobs.top_logprobs[i]).map(([name, logprob]) => ({ id: named[name], name, logprob }));
+    top.sort((a, b) => b.logprob - a.logprob);
+    return { id, name: logprobs.tokens[i], text: texts[i], logprob: logprobs.token_logprobs[i], top };
+  });
 }
 
 // Put an alternative in the place of a token, forget what followed, and continue from there.
