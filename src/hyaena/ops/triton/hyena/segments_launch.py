@@ -27,8 +27,8 @@ SHORTEST = 1024
 FEWEST_MODES = 8
 """Complex modes, or pairs of real ones, from which the forward kernel is faster than the recurrence."""
 
-FEWEST_BACK = 3
-"""The same of the backward kernel."""
+FEWEST_BACK, MOST_BACK = 3, 8
+"""Between which the backward kernel is; with 16 it keeps numbers in local memory."""
 
 SHARED = 60 * 1024
 """Bytes of shared memory, about, that a tile under way takes in the backward kernel."""
@@ -42,9 +42,9 @@ def takes_registers(operands: Operands) -> bool:
 def takes_registers_back(operands: Operands, dlong: Tensor | None, *, parameters: bool) -> bool:
     """Whether the backward kernel is the fastest: as above, for frozen filters, without padding and states of modes."""
     given = (operands.short, operands.long, operands.mask, dlong)
-    if parameters or operands.poles.shape[1] < FEWEST_BACK or any(t is not None for t in given):
+    if parameters or any(t is not None for t in given):
         return False
-    return _suits(operands)
+    return FEWEST_BACK <= operands.poles.shape[1] <= MOST_BACK and _suits(operands)
 
 
 def _suits(operands: Operands) -> bool:
