@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,17 @@ def require_llama() -> None:
     missing = [name for name in ("llama_cpp", "gguf", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingError(f"{' and '.join(missing)} not installed; benchmarks/README.md says how")
+
+
+def require_survival(path: Path, threads: int) -> None:
+    """Raise MissingError if llama.cpp ends the process that reads a prompt by this file; one of its own reads it."""
+    command = [sys.executable, "-m", "benchmarks.llama", str(path), str(threads)]
+    code = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
+    if code < 0:
+        raise MissingError(
+            f"llama.cpp ended by {signal.Signals(-code).name} as it read a prompt by {path.name}; benchmarks/README.md "
+            "says how to build it without AMX"
+        )
 
 
 def write_gguf(baseline: Mistral, path: Path, kind: str, head: str | None = None) -> None:
@@ -151,3 +165,7 @@ class LlamaCpp:
         """Give back its memory."""
         self.api.llama_free(self.context)
         self.api.llama_model_free(self.model)
+
+
+if __name__ == "__main__":  # see require_survival
+    LlamaCpp(Path(sys.argv[1]), PASS, threads=int(sys.argv[2])).read([0] * PASS)

@@ -5,8 +5,8 @@
 
 For each scheme: bytes of the weights; nats per token above the weights as they are stored, in windows without overlap,
 everything computed in float32; and with ``--state N`` the distance of the states of all long filters after N tokens
-of the text in one piece, relative to their norm. ``--calibrate FILE`` weighs errors by what the model reads in that
-text, as ``hyaena quantize`` does.
+of the text in one piece, relative to their norm, and at ten places on the way, since it differs from place to place.
+``--calibrate FILE`` rounds by what the model reads in that text, as ``hyaena quantize`` does.
 
 ``--cache-dtype int8,…`` measures keys and values instead, with the weights in float32: windows are read through a cache
 of float32, and of each of these dtypes.
@@ -73,9 +73,9 @@ def main() -> None:
         first, wide = first or loss, wide or states
         sizes = ModelSizes(replace(model.config, weights=scheme and scheme.name))
         print(
-            f"{scheme.name if scheme else 'as stored'}: {sizes.weight_bytes(2) / 1e6:.1f} MB, loss {loss:.5f} of "
-            f"{corpus.num_predictions:,} tokens, {loss - first:+.5f}",
-            *(f"states after {n:,} tokens {distance(states[n], wide[n]):.2%} apart" for n in states),
+            f"{scheme.name if scheme else 'as stored'}: {sizes.weight_bytes(2) / 1e6:.1f} MB, loss {loss:.6f} of "
+            f"{corpus.num_predictions:,} tokens, {loss - first:+.6f}",
+            *apart(states, wide),
             f"{time.perf_counter() - began:.0f} s",
             sep=", ",
             flush=True,
@@ -93,7 +93,7 @@ def compare_caches(model: StripedHyena, corpus: Corpus, dtypes: list[str], windo
         first, wide = first or loss, wide or states
         print(
             f"keys and values in {dtype}: loss {loss:.5f} of {tokens:,} tokens, {loss - first:+.6f}",
-            *(f"states after {n:,} tokens {distance(states[n], wide[n]):.3%} apart" for n in states),
+            *apart(states, wide),
             f"{time.perf_counter() - began:.0f} s",
             sep=", ",
             flush=True,
@@ -129,16 +129,29 @@ def narrow(model: StripedHyena, scheme: str, moments: dict[str, Tensor]) -> None
 
 @torch.inference_mode()
 def after(model: StripedHyena, corpus: Corpus, length: int) -> dict[int, Tensor]:
-    """The states of all long filters after about a fiftieth of so many tokens, and after all of them."""
+    """The states of all long filters after each tenth of so many tokens."""
     ids = torch.tensor(corpus.tokens[:length], dtype=torch.long, device=model.device)[None]
     cache, found = model.make_cache(max_length=length), {}
-    for part in ids.split(PASS, dim=1):
+    parts = ids.split(PASS, dim=1)
+    places = {len(parts) * i // 10 for i in range(1, 11)}
+    for count, part in enumerate(parts, 1):
         model(part, cache=cache, logits_to_keep=1)
-        if cache.length in (length // 50 // PASS * PASS, ids.shape[1]):
+        if count in places:
             states = [state.long for state in cache.states if isinstance(state, HyenaState)]
             real = [torch.view_as_real(s) if s.is_complex() else s for s in states]
             found[cache.length] = torch.cat([s.flatten() for s in real])
     return found
+
+
+def apart(states: dict[int, Tensor], wide: dict[int, Tensor]) -> list[str]:
+    """How far states are from those of the wide weights, if there are any: at the last place, and at all."""
+    if not states:
+        return []
+    found = [distance(states[n], wide[n]) for n in states]
+    return [
+        f"states after {max(states):,} tokens {found[-1]:.3%} apart "
+        f"({min(found):.3%} … {max(found):.3%} at {len(found)} places)"
+    ]
 
 
 def distance(one: Tensor, other: Tensor) -> float:

@@ -22,7 +22,7 @@ class IncorrectError(Exception):
 
 
 class MissingError(Exception):
-    """What a benchmark compares with is not installed; the message says what, and how to get it."""
+    """What a benchmark compares with is not installed or does not run; the message says what, and how to get it."""
 
 
 @dataclass(frozen=True)

@@ -172,13 +172,32 @@ def test_moments_are_those_of_the_inputs(tmp_path: Path) -> None:
     hook = model.layers[0].mixer.in_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # type: ignore[union-attr]
     model(torch.arange(40)[None])
     hook.remove()
-    torch.testing.assert_close(found["layers.0.mixer.in_proj"], seen[0][0].square().mean(0))
+    x = seen[0][0]
+    torch.testing.assert_close(found["layers.0.mixer.in_proj"], (x.T @ x / len(x))[None])
     assert len(found) == len(quantized_layers(checkpoints.load_model(saved(tmp_path), weights="int8")))
     (tmp_path / "text.txt").write_text("some text to read " * 20)
     arguments = ["quantize", str(tmp_path / "wide"), "--weights", "int4", "--output", f"{tmp_path}/o"]
     assert main([*arguments, "--calibrate", f"{tmp_path}/text.txt"]) == 0
     plain = checkpoints.load_model(tmp_path / "wide", weights="int4").state_dict()
     assert not all(torch.equal(t, plain[k]) for k, t in checkpoints.load_model(tmp_path / "o").state_dict().items())
+
+
+def test_moments_of_wide_inputs_are_those_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = checkpoints.load_model(saved(tmp_path)), torch.arange(40)
+    whole = collect_moments(model, ids)
+    monkeypatch.setattr("hyaena.quant.calibrate.BLOCK", 40)  # 64 inputs are two blocks of 32, 96 are three
+    for name, blocks in collect_moments(model, ids).items():
+        assert blocks.shape == (whole[name].shape[1] // 32, 32, 32)
+        for i, block in enumerate(blocks):
+            part = slice(32 * i, 32 * (i + 1))
+            torch.testing.assert_close(block, whole[name][0, part, part])
+
+
+def test_moments_of_other_inputs_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    for shape in ((64,), (1, 32, 32)):
+        with pytest.raises(InputError, match=r"in_proj.weight: moments .* are not those of 64 inputs: take them from"):
+            checkpoints.load_model(path, weights="int8", moments={"layers.0.mixer.in_proj": torch.ones(*shape)})
 
 
 def test_a_calibration_text_without_characters_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.cpu import models
 from benchmarks.cpu.prefill_decode import check_way, prefill_ours, prompt
-from benchmarks.llama import LlamaCpp, require_llama, round_weights, write_gguf
+from benchmarks.llama import LlamaCpp, require_llama, require_survival, round_weights, write_gguf
 from benchmarks.mistral import Mistral
 from benchmarks.registry import Row, Session, Step, Summary, Target, pairwise, require_equal
 from hyaena.bench.clock import Samples, Side, take_turns
@@ -119,7 +119,7 @@ def opened(session: Session, precision: Precision, context: int) -> Iterator[tup
     ids = prompt(model.config, context)
     check_way(model, ids[:, :64], resolve_decoding(model, "auto", "auto"), keys=KEYS)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "mistral.gguf"
+        path = Path(folder) / f"mistral-{precision.kind}.gguf"
         size = check_llama(precision, model, ids[:, :64], path)
         theirs = LlamaCpp(path, context, threads=torch.get_num_threads())
     try:
@@ -135,6 +135,7 @@ def check_llama(precision: Precision, model: StripedHyena, ids: Tensor, path: Pa
     """
     baseline = Mistral(model.config)
     write_gguf(baseline, path, precision.kind)
+    require_survival(path, torch.get_num_threads())
     round_weights(baseline, precision.kind)
     llama = LlamaCpp(path, ids.shape[1], threads=torch.get_num_threads(), exact=True)
     with torch.inference_mode():

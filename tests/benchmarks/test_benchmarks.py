@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -351,6 +353,17 @@ def test_llama_cpp_computes_what_transformers_does_before_it_is_timed(precision:
     )
     assert len(rows) == (6 if precision.startswith("int") else 3) and all(row.ratio is not None for row in rows)
     assert [row.target for row in steps] == [Target(">=", 0.9 if precision == "int4" else 1.0), Target(">=", 1.3)]
+
+
+def test_a_llama_cpp_that_crashes_is_a_line(tmp_path: Path) -> None:
+    from benchmarks.llama import require_survival
+
+    fake = tmp_path / "llama_cpp.py"
+    fake.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+        with pytest.raises(MissingError, match=r"ended by SIGSEGV as it read a prompt by m-Q8_0.gguf; .* AMX"):
+            require_survival(Path("m-Q8_0.gguf"), 1)
 
 
 def test_evo2_is_measured_against_its_matrices() -> None:

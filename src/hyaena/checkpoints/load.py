@@ -67,7 +67,7 @@ def load_model(
         device: where the model goes; by default the CPU.
         mixers: what makes the mixer of each kind of layer; see ``StripedHyena``.
         weights: a scheme of ``schemes.SCHEMES``: the weights of linear layers are made narrow, one at a time.
-        moments: second moments of the inputs of linear layers by name, see ``quant.round_weight``.
+        moments: second moments of the inputs of linear layers by name, see ``quant.collect_moments``.
 
     Raises:
         InputError: an unknown scheme, one that does not fit the sizes, or weights that are narrow already.

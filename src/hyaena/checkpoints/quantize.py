@@ -52,7 +52,7 @@ def quantize_checkpoint(
         folder: made if it is not there.
         weights: a scheme of ``schemes.SCHEMES``.
         dtype: of everything else; as it is stored unless given. Poles and residues stay float32.
-        moments: second moments of the inputs of linear layers by name, see ``quant.calibrate``.
+        moments: second moments of the inputs of linear layers by name, see ``quant.collect_moments``.
         max_shard_size: bytes above which another file is begun; so much is in memory, and one tensor as it is read.
         extra_files: further files that go with the model, name -> content.
         overwrite: whether the folder may hold files already.

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="text or records: choose scales by what the model reads in them; the model is loaded for that",
+        help="text or records: round by what the model reads in them; the model is loaded for that",
     )
     parser.add_argument("--device", help="where the calibration text is read (a GPU if there is one)")
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it does not lie beside the weights")

@@ -12,10 +12,15 @@ from hyaena.errors import NonFiniteError
 WINDOW = 2048
 """Tokens that are read at a time."""
 
+BLOCK = 2048
+"""Inputs of a layer whose products with each other are kept, at most: 8 GB for the 7B."""
+
 
 @torch.no_grad()
 def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """The mean of the squares of each input of every plain linear layer, name -> float32 [D].
+    """Second moments ``E[x·xᵀ]`` of the inputs of every plain linear layer, name -> float32 [N,B,B].
+
+    They are those of B neighbouring inputs each, D = N·B: all of them up to 2,048, else the most that divide D.
 
     Args:
         model: reads token ids [1,T] when it is called; its weights are not narrow.
@@ -30,7 +35,9 @@ def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     def counting(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().flatten(0, -2).float()
-            sums[name] = sums.get(name, torch.zeros_like(x[0])) + x.square().sum(0)
+            blocks = x.unflatten(-1, (-1, _block(x.shape[-1]))).transpose(0, 1)
+            products = blocks.mT @ blocks
+            sums[name] = sums[name].add_(products) if name in sums else products
             counts[name] = counts.get(name, 0) + len(x)
 
         return hook
@@ -54,3 +61,7 @@ def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
                 "the weights with `hyaena info`, or choose scales without a text"
             )
     return {name: total.cpu() / counts[name] for name, total in sums.items()}
+
+
+def _block(inputs: int) -> int:
+    return next(size for size in range(min(BLOCK, inputs), 0, -1) if inputs % size == 0)

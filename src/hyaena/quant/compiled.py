@@ -23,7 +23,9 @@ BLOCK = 1 << 16
 """Numbers that a thread rounds before it looks for more, about."""
 
 # Places of the arguments; 0 counts blocks of rows.
-W, ROWS, WIDTH, GROUP, STEP, H, SHARES, SHARE, LOW, HIGH, ZERO, MINIMA, HALF, CODES, SCALES, MINIMUMS = range(1, 17)
+W, ROWS, WIDTH, GROUP, STEP, H, SHARES, SHARE, FITS, LOW, HIGH, ZERO, MINIMA, HALF, CODES, SCALES, MINIMUMS = range(
+    1, 18
+)
 
 
 @intrinsic
@@ -50,11 +52,13 @@ def nearest(w, scale, minimum, low, high, zero, q):
 
 
 @function
-def squared_error(w, h, q, scale, shift):
-    """``Σ h·(scale·q + shift - w)²``."""
+def squared_error(w, h, scale, minimum, low, high, zero):
+    """``Σ h·(scale·(q - zero) + minimum - w)²`` for the nearest q."""
+    inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+    shift, back = zero - minimum * inverse, minimum - zero * scale
     total = np.float32(0)
     for k in range(len(w)):
-        difference = q[k] * scale + shift - w[k]
+        difference = min(max(np.rint(w[k] * inverse + shift), low), high) * scale + back - w[k]
         total += h[k] * difference * difference
     return total
 
@@ -102,27 +106,30 @@ def stored(value, half, room):
 
 
 @function
-def round_group(p, w, h, q, best, room):
-    """The best scale and minimum of a group, as they are stored; its numbers in ``best``."""
+def round_group(p, w, h, q, room):
+    """The best scale and minimum of a group, as they are stored; its numbers in ``q``."""
     low, high, zero = np.float32(word(p, LOW)), np.float32(word(p, HIGH)), np.float32(word(p, ZERO))
     minima, half = word(p, MINIMA) != 0, word(p, HALF) != 0
     least = most = w[0]
     for k in range(1, len(w)):
         least, most = min(least, w[k]), max(most, w[k])
-    smallest, scale, minimum, first = np.float32(0), np.float32(0), np.float32(0), True
+    smallest, scale, minimum = np.float32(np.inf), np.float32(0), np.float32(0)
     for i in range(word(p, SHARES)):
         for end in range(2 if zero != 0 else 1):
             a, b = begin(least, most, load(FLOAT32, word(p, SHARE), i), high, zero, minima, end)
-            for fitted in range(2):
-                if fitted:
-                    nearest(w, a, b, low, high, zero, q)
-                    a, b = fit(w, h, q, zero, minima)
-                s, m = stored(a, half, room), stored(b, half, room)
-                nearest(w, s, m, low, high, zero, q)
-                error = squared_error(w, h, q, s, m - zero * s)
-                if first or error < smallest:
-                    first, smallest, scale, minimum = False, error, s, m
-                    best[:] = q
+            a, b = stored(a, half, room), stored(b, half, room)
+            error = squared_error(w, h, a, b, low, high, zero)
+            if i + end == 0 or error < smallest:
+                smallest, scale, minimum = error, a, b
+    nearest(w, scale, minimum, low, high, zero, q)
+    for _ in range(word(p, FITS)):
+        a, b = fit(w, h, q, zero, minima)
+        a, b = stored(a, half, room), stored(b, half, room)
+        error = squared_error(w, h, a, b, low, high, zero)
+        if not error < smallest:
+            break
+        smallest, scale, minimum = error, a, b
+        nearest(w, scale, minimum, low, high, zero, q)
     return scale, minimum
 
 
@@ -132,8 +139,7 @@ def round_blocks(p, token):
     width, group, step, rows = word(p, WIDTH), word(p, GROUP), word(p, STEP), word(p, ROWS)
     half, codes, h = word(p, HALF) != 0, word(p, CODES), word(p, H)
     weights, weigh = np.empty(group, np.float32), np.ones(group, np.float32)
-    q, best = np.empty(group, np.float32), np.empty(group, np.float32)
-    room = np.empty(1, np.float32)
+    q, room = np.empty(group, np.float32), np.empty(1, np.float32)
     first = take(p, 0) * step
     while first < rows:
         for row in range(first, min(first + step, rows)):
@@ -143,7 +149,7 @@ def round_blocks(p, token):
                     weights[k] = load(token, word(p, W), row * width + column + k)
                     if h:
                         weigh[k] = load(FLOAT32, h, column + k)
-                scale, minimum = round_group(p, weights, weigh, q, best, room.ctypes.data)
+                scale, minimum = round_group(p, weights, weigh, q, room.ctypes.data)
                 if half:
                     store(FLOAT16, word(p, SCALES), place, scale)
                     store(FLOAT16, word(p, MINIMUMS), place, minimum)
@@ -151,7 +157,7 @@ def round_blocks(p, token):
                     store(FLOAT32, word(p, SCALES), place, scale)
                     store(FLOAT32, word(p, MINIMUMS), place, minimum)
                 for k in range(group):
-                    put(codes, row * width + column + k, np.int64(best[k]))
+                    put(codes, row * width + column + k, np.int64(q[k]))
         first = take(p, 0) * step
     hold(room)
 
@@ -175,7 +181,7 @@ def round_all(
     groups: int,
     dtype: torch.dtype,
     limits: tuple[int, int, int],
-    shares: tuple[float, ...],
+    search: tuple[tuple[float, ...], int],
     *,
     minima: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,17 +193,17 @@ def round_all(
         groups: of a row.
         dtype: of scales and minima, float32 or float16.
         limits: the least and the largest q, and the q of 0.
-        shares: of a group's range that are tried.
+        search: shares of a group's range that are tried, and how often the best is fitted.
         minima: whether there are minima; otherwise they are 0.
     """
     weight = weight.contiguous()
-    (rows, width), (low, high, zero) = weight.shape, limits
+    (rows, width), (low, high, zero), (shares, fits) = weight.shape, limits, search
     codes = torch.empty(rows, width, dtype=torch.uint8 if low >= 0 else torch.int8, device="cpu")
     scales, minimums = (torch.empty(rows, groups, dtype=dtype, device="cpu") for _ in range(2))
     tried = torch.tensor(shares, dtype=torch.float32, device="cpu")
     step = max(1, BLOCK // width)
     words = (weight.data_ptr(), rows, width, width // groups, step, 0 if h is None else h.data_ptr())
-    words += (len(shares), tried.data_ptr(), low, high, zero, int(minima), int(dtype == torch.float16))
+    words += (len(shares), tried.data_ptr(), fits, low, high, zero, int(minima), int(dtype == torch.float16))
     words += (codes.data_ptr(), scales.data_ptr(), minimums.data_ptr())
     threads = min(torch.get_num_threads(), -(-rows // step))
     team.run(rounding(TOKENS[weight.dtype]).address, array("q", (0, *words)), threads)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hyaena.errors import InputError
 from hyaena.ops.narrow import Narrow, narrow_linear
+from hyaena.quant.feedback import feed_back
 from hyaena.quant.rounding import code_dtype, round_weight
 from hyaena.schemes import SCHEMES, Scheme
 
@@ -51,8 +52,26 @@ class QuantizedLinear(nn.Module):
         return Narrow(self.codes, self.scale, self.minimum, self.bias)
 
     def narrow(self, weight: Tensor, moments: Tensor | None = None) -> None:
-        """Take the numbers nearest to a weight [E,D]; see ``round_weight``."""
-        self.codes, self.scale, self.minimum, _ = round_weight(weight, self.scheme, moments)
+        """Take the numbers nearest to a weight [E,D], or with moments those with the least error of the output.
+
+        Args:
+            weight: see ``round_weight``.
+            moments: float32 [N,B,B] of ``collect_moments``; see ``feed_back``.
+
+        Raises:
+            InputError: see ``round_weight``; or moments of other inputs.
+        """
+        if moments is None:
+            found = round_weight(weight, self.scheme)
+        else:
+            if moments.ndim != 3 or moments.shape[0] * moments.shape[1] != weight.shape[1]:
+                raise InputError(
+                    f"moments {list(moments.shape)} are not those of {weight.shape[1]} inputs: take them from "
+                    "quant.collect_moments of this model"
+                )
+            squares = moments.diagonal(dim1=1, dim2=2).flatten()
+            found = feed_back(weight, round_weight(weight, self.scheme, squares), self.scheme, moments)
+        self.codes, self.scale, self.minimum, _ = found
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.scheme.name}"

@@ -6,8 +6,9 @@ For every group of numbers w the scale s (and the minimum m) are those of some c
 
 with h = 1, or the second moments of the layer's inputs: what an error in column d does to the output is in proportion
 to the size of input d (the diagonal of the Hessian of the layer's squared error; LeCun et al. 1990; Frantar et al.
-2022, GPTQ). Candidates are the range of the group made narrower in steps, and for each the least squares fit of s and m
-to the numbers q that it gives. Scales are rounded to the dtype that they are stored in before q is chosen.
+2022, GPTQ). Candidates are the range of the group made narrower and wider in steps; then, from the best one, the least
+squares fit of s and m to the numbers q that it gives, a few times. Scales are rounded to the dtype that they are stored
+in before q is chosen.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from hyaena.ops.fp8 import E4M3, FP8_LARGEST
 from hyaena.ops.narrow import Narrow, pack
 from hyaena.schemes import Scheme
 
-SHRINK = {8: (1.0, 0.97), 4: (1.0, 0.9, 0.8)}
-"""By bits: shares of a group's range that are tried. Of e4m3 numbers the whole range alone: they lie densest near 0."""
+SHARES = {8: tuple(1 + step / 400 for step in range(-8, 9)), 4: (1.0, 0.8, 0.85, 0.9, 0.95, 1.05)}
+"""By bits: shares of a group's range that are tried. In 8 bits none is better by itself, but the error of each is
+another. Of e4m3 numbers the whole range alone: they lie densest near 0.
+"""
+
+FITS = 3
+"""Least squares fits after that."""
 
 _NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Numbers that are rounded at a time: on a processor as many as its cache holds."""
@@ -48,8 +54,8 @@ def round_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) 
     if weight.device.type == "cpu" and cpu.unsupported_reason(weight.dtype) is None and not scheme.floating:
         from hyaena.quant.compiled import round_all  # numba takes a second to import
 
-        tried = SHRINK[scheme.bits]
-        codes, scale, minimum = round_all(weight, h, groups, dtype, _limits(scheme), tried, minima=scheme.minima)
+        search = SHARES[scheme.bits], FITS
+        codes, scale, minimum = round_all(weight, h, groups, dtype, _limits(scheme), search, minima=scheme.minima)
     else:
         codes, scale, minimum = _round_tiles(weight, scheme, dtype, h)
     if not bool(scale.isfinite().all() and minimum.isfinite().all()):
@@ -87,25 +93,28 @@ def _importance(moments: Tensor) -> Tensor:
 def _round_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers q float32 [group,E,G], scales and minima [E,G], of w [group,E,G]."""
     zero = _limits(scheme)[2]
-    best = None
-    for scale, minimum in _candidates(w, scheme, h):
+    best: list[Tensor] = []
+
+    def attempt(scale: Tensor, minimum: Tensor) -> None:
         scale, minimum = scale.to(dtype), minimum.to(dtype)
         s, m = scale.float(), minimum.float()
-        q = _nearest(w, s, m, scheme)
+        q = nearest(w, s, m, scheme)
         error = (q * s).add_(m - zero * s).sub_(w).square_()
         error = (error if h is None else error.mul_(h)).sum(0)
-        if best is None:
-            best = (q, scale, minimum, error)
-            continue
-        better = error < best[3]
-        found = zip((q, scale, minimum, error), best, strict=True)
-        best = tuple(torch.where(better, new, old) for new, old in found)
-    assert best is not None
+        found = [q, scale, minimum, error]
+        if best:
+            found = [torch.where(error < best[3], new, old) for new, old in zip(found, best, strict=True)]
+        best[:] = found
+
+    for scale, minimum in _ranges(w, scheme):
+        attempt(scale, minimum)
+    for _ in range(FITS):
+        attempt(*_fit(w, best[0] - zero, h, minima=scheme.minima))
     return best[0], best[1], best[2]
 
 
-def _nearest(w: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
-    """q of w [group,E,G] for scales and minima [E,G]; that of 0 where the scale is 0."""
+def nearest(w: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
+    """q, float32, of w for scales and minima, which broadcast; that of 0 where the scale is 0."""
     low, high, zero = _limits(scheme)
     inverse = torch.where(scale != 0, 1 / scale, 0.0)
     q = (w * inverse).add_(zero - minimum * inverse).clamp_(low, high)
@@ -121,23 +130,21 @@ def _limits(scheme: Scheme) -> tuple[int, int, int]:
     return 0, 15, 0 if scheme.minima else 8
 
 
-def _candidates(w: Tensor, scheme: Scheme, h: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales and minima [E,G] to try, each followed by its least squares fit."""
+def _ranges(w: Tensor, scheme: Scheme) -> Iterator[tuple[Tensor, Tensor]]:
+    """The scales and minima [E,G] of shares of the range of each group."""
     high, zero = _limits(scheme)[1:]
     least, most = torch.aminmax(w, dim=0)
     none = torch.zeros_like(most)
-    for share in (1.0,) if scheme.floating else SHRINK[scheme.bits]:
+    for share in (1.0,) if scheme.floating else SHARES[scheme.bits]:
         if scheme.minima:
             scale = (most - least) * (share / high)
-            starts = [(scale, (most + least) / 2 - scale * (high / 2))]
+            yield scale, (most + least) / 2 - scale * (high / 2)
         elif scheme.bits == 8:
-            starts = [(torch.maximum(most, -least) * (share / high), none)]
+            yield torch.maximum(most, -least) * (share / high), none
         else:  # q reaches further below zero than above it: the larger end may lie on either side
             end = torch.where(most > -least, most, least)
-            starts = [(end * (share / -zero), none), (end * (share / (high - zero)), none)]
-        for scale, minimum in starts:
-            yield scale, minimum
-            yield _fit(w, _nearest(w, scale, minimum, scheme).sub_(zero), h, minima=scheme.minima)
+            yield end * (share / -zero), none
+            yield end * (share / (high - zero)), none
 
 
 def _fit(w: Tensor, q: Tensor, h: Tensor | None, *, minima: bool) -> tuple[Tensor, Tensor]:

@@ -169,7 +169,8 @@ def test_attention_reads_the_valid_slots_and_no_other(
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "head_dim"), [(1, 1, 16), (8, 1, 64), (3, 3, 80), (32, 8, 128), (2, 1, 256)]
+    ("heads", "groups", "head_dim"),
+    [(1, 1, 16), (8, 1, 64), (3, 3, 80), (32, 8, 128), (2, 1, 256), (5, 1, 24), (7, 1, 40), (9, 3, 32), (22, 2, 16)],
 )
 def test_attention_of_every_head_shape(heads: int, groups: int, head_dim: int) -> None:
     q, state = torch.randn(1, heads, head_dim), kv_state([700], groups, head_dim)
@@ -253,7 +254,16 @@ def as_real(state: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("kind", "modes", "taps"),
-    [("complex", 2, 3), ("complex", 1, 1), ("real", 16, 4), ("taps", 1, 2), ("taps", 7, 3), ("taps", 128, 3)],
+    [
+        ("complex", 2, 3),
+        ("complex", 1, 1),
+        ("complex", 8, 4),
+        ("complex", 19, 20),
+        ("real", 16, 4),
+        ("taps", 1, 2),
+        ("taps", 7, 7),
+        ("taps", 128, 3),
+    ],
 )
 def test_the_hyena_step_moves_both_states(threads: int, dtype: torch.dtype, kind: str, modes: int, taps: int) -> None:
     channels = 140

@@ -35,6 +35,7 @@ from hyaena.ops.cpu.memory import (
     word,
 )
 from hyaena.ops.cpu.reads import mix, scores
+from hyaena.ops.cpu.vectors import put_numbers
 from hyaena.ops.pages import PAGE
 from hyaena.ops.slots import INVERSE, LARGEST
 
@@ -42,6 +43,8 @@ SPLIT = 256
 """Tokens of a piece, at least: long enough to hide what adding pieces costs, short enough to share out."""
 MOST_SPLITS = 64
 """Pieces of a row."""
+MOST_HEADS = 4
+"""Heads that are computed together, unless only 5 or 7 come out even."""
 
 # Places of the arguments; 0 counts pieces and 1 those that are finished.
 Q, ROWS, HEADS, GROUPS, HEAD_DIM, LENGTHS, KEYS, VALUES, SLOTS, PAGES, PAGES_WIDTH, Y = range(2, 14)
@@ -141,38 +144,28 @@ def times_scales(kv_token, slots, head_dim, count, numbers):
 
 
 @function
-def read_keys(kv_token, shared, keys, head_dim, queries, count, out, out_stride):
-    """Scores of ``count`` neighbouring keys for all heads that share them: four heads at a time."""
-    stride, of_head, head = slot_size(kv_token, head_dim), head_dim * 4, 0
-    while head + 4 <= shared:
+def read_keys(kv_token, heads, shared, keys, head_dim, queries, count, out, out_stride, beside):
+    """Scores of ``count`` neighbouring keys for all heads that share them."""
+    stride, of_head = slot_size(kv_token, head_dim), head_dim * 4
+    for head in range(0, shared, heads):
         here, there = queries + head * of_head, out + head * out_stride
-        scores(kv_token, 4, keys, stride, head_dim, here, count, there, out_stride)
-        head += 4
-    while head < shared:
-        here, there = queries + head * of_head, out + head * out_stride
-        scores(kv_token, 1, keys, stride, head_dim, here, count, there, out_stride)
-        head += 1
+        scores(kv_token, heads, keys, stride, head_dim, here, count, there, out_stride, beside)
     for head in range(shared):
         times_scales(kv_token, keys, head_dim, count, out + head * out_stride)
 
 
 @function
-def read_values(kv_token, shared, values, head_dim, weights, weights_stride, count, out, out_stride):
+def read_values(kv_token, heads, shared, values, head_dim, weights, weights_stride, count, out, out_stride, beside):
     """Add ``count`` neighbouring values times their weights to the results of all heads that share them.
 
     The weights are those of the numbers in the slots afterwards.
     """
     for head in range(shared):
         times_scales(kv_token, values, head_dim, count, weights + head * weights_stride)
-    stride, head = slot_size(kv_token, head_dim), 0
-    while head + 4 <= shared:
+    stride = slot_size(kv_token, head_dim)
+    for head in range(0, shared, heads):
         here, there = weights + head * weights_stride, out + head * out_stride
-        mix(kv_token, 4, values, stride, head_dim, here, weights_stride, count, there, out_stride)
-        head += 4
-    while head < shared:
-        here, there = weights + head * weights_stride, out + head * out_stride
-        mix(kv_token, 1, values, stride, head_dim, here, weights_stride, count, there, out_stride)
-        head += 1
+        mix(kv_token, heads, values, stride, head_dim, here, weights_stride, count, there, out_stride, beside)
 
 
 @function
@@ -196,35 +189,56 @@ def piece_of(length):
 
 
 @function
-def read_piece(p, kv_token, row, group, start, count, queries, weights, part):
-    """Attention of a group's queries to one piece: largest score, sum of weights, and weighted values, per head."""
+def read_piece(p, kv_token, heads, row, group, start, count, queries, weights, part, following):
+    """Attention of a group's queries to one piece: largest score, sum of weights, and weighted values, per head.
+
+    Values are on their way while keys are multiplied, and then the keys of the piece that follows, see ``piece_at``.
+    """
     shared, head_dim = word(p, HEADS) // word(p, GROUPS), word(p, HEAD_DIM)
     keys, values = base(p, row, KEYS), base(p, row, VALUES)
     room, stride = count * 4, (head_dim + 2) * 4
     for t in range(0, count, PAGE):
         here, some = place(p, kv_token, row, group, start + t), min(PAGE, count - t)
-        read_keys(kv_token, shared, keys + here, head_dim, queries, some, weights + t * 4, room)
+        read_keys(kv_token, heads, shared, keys + here, head_dim, queries, some, weights + t * 4, room, values + here)
     for head in range(shared):
         largest, total = normalise(weights + head * room, count)
         store(FLOAT32, part + head * stride, 0, largest)
         store(FLOAT32, part + head * stride, 1, total)
         for i in range(head_dim):
             store(FLOAT32, part + head * stride, 2 + i, np.float32(0))
+    next_row, next_group, next_start, next_count = following
     for t in range(0, count, PAGE):
-        here, some = place(p, kv_token, row, group, start + t), min(PAGE, count - t)
-        read_values(kv_token, shared, values + here, head_dim, weights + t * 4, room, some, part + 8, stride)
+        here, some = values + place(p, kv_token, row, group, start + t), min(PAGE, count - t)
+        beside = here
+        if t < next_count:
+            beside = base(p, next_row, KEYS) + place(p, kv_token, next_row, next_group, next_start + t)
+        read_values(kv_token, heads, shared, here, head_dim, weights + t * 4, room, some, part + 8, stride, beside)
+
+
+@function
+def pieces_of(length):
+    """How many pieces a row has that holds so many tokens."""
+    return (length + piece_of(length) - 1) // piece_of(length)
+
+
+@function
+def divide(p, token, row, head, part, total):
+    """The result of a head: weighted values by the sum of their weights."""
+    head_dim = word(p, HEAD_DIM)
+    for i in range(head_dim):
+        store(FLOAT32, part, i, load(FLOAT32, part, i) / total)
+    put_numbers(token, part, head_dim, word(p, Y) + (row * word(p, HEADS) + head) * head_dim * size(token))
 
 
 @function
 def add_pieces(p, token):
-    """The result of every head from its pieces."""
+    """The result of every head of a row of several pieces from these."""
     heads, groups, head_dim = word(p, HEADS), word(p, GROUPS), word(p, HEAD_DIM)
     shared, stride = heads // groups, (head_dim + 2) * 4
     step = shared * stride  # from piece to piece
     for row in range(word(p, ROWS)):
-        length = short_word(word(p, LENGTHS), row)
-        used = (length + piece_of(length) - 1) // piece_of(length)
-        for head in range(heads):
+        used = pieces_of(short_word(word(p, LENGTHS), row))
+        for head in range(heads if used > 1 else 0):
             first = word(p, PARTS) + (row * groups + head // shared) * MOST_SPLITS * step + head % shared * stride
             largest = np.float32(-np.inf)
             for split in range(used):
@@ -240,41 +254,53 @@ def add_pieces(p, token):
                     if split:
                         value += load(FLOAT32, first, 2 + i)
                     store(FLOAT32, first, 2 + i, value)
-            for i in range(head_dim):
-                store(token, word(p, Y), (row * heads + head) * head_dim + i, load(FLOAT32, first, 2 + i) / total)
+            divide(p, token, row, head, first + 8, total)
 
 
 @function
-def attend_pieces(p, token, kv_token):
-    """Attention of every row; the thread that finishes the last piece adds them."""
+def piece_at(p, piece, pieces, splits):
+    """Row, group, first token and number of tokens of a piece; none where there is no such piece."""
+    groups = word(p, GROUPS)
+    row, group = piece // (splits * groups), piece // splits % groups
+    if piece >= pieces:
+        return row, group, 0, 0
+    length = short_word(word(p, LENGTHS), row)
+    start = piece % splits * piece_of(length)
+    return row, group, start, max(0, min(length - start, piece_of(length)))
+
+
+@function
+def attend_pieces(p, token, kv_token, together):
+    """Attention of every row. The thread that finishes the last piece of all adds those of rows that have several."""
     rows, heads, groups, head_dim = word(p, ROWS), word(p, HEADS), word(p, GROUPS), word(p, HEAD_DIM)
-    scale, shared, longest = np.float32(real(p, SCALE)), heads // groups, 0
-    for row in range(rows):
-        longest = max(longest, short_word(word(p, LENGTHS), row))
-    splits = 0
+    scale, shared, longest, splits = np.float32(real(p, SCALE)), heads // groups, 0, 0
     for row in range(rows):
         length = short_word(word(p, LENGTHS), row)
-        splits = max(splits, (length + piece_of(length) - 1) // piece_of(length))
-    pieces = rows * groups * splits
+        longest, splits = max(longest, length), max(splits, pieces_of(length))
+    pieces, of_head = rows * groups * splits, (head_dim + 2) * 4
     piece = take(p, 0)
     if piece >= pieces:
         return
     wide, room = np.empty(shared * head_dim, np.float32), np.empty(shared * piece_of(longest), np.float32)
     queries, weights = wide.ctypes.data, room.ctypes.data
+    here = piece_at(p, piece, pieces, splits)
     while piece < pieces:
-        split, group, row = piece % splits, piece // splits % groups, piece // (splits * groups)
-        length = short_word(word(p, LENGTHS), row)
-        start = split * piece_of(length)
-        if start < length:
+        upcoming = take(p, 0)
+        following = piece_at(p, upcoming, pieces, splits)
+        row, group, start, count = here
+        if count:
             first = (row * heads + group * shared) * head_dim
             for i in range(shared * head_dim):
                 store(FLOAT32, queries, i, load(token, word(p, Q), first + i) * scale)
-            part = word(p, PARTS) + ((row * groups + group) * MOST_SPLITS + split) * shared * (head_dim + 2) * 4
-            count = min(length - start, piece_of(length))
-            read_piece(p, kv_token, row, group, start, count, queries, weights, part)
+            part = word(p, PARTS) + ((row * groups + group) * MOST_SPLITS + piece % splits) * shared * of_head
+            read_piece(p, kv_token, together, row, group, start, count, queries, weights, part, following)
+            if count == short_word(word(p, LENGTHS), row):
+                for head in range(shared):
+                    sums = part + head * of_head
+                    divide(p, token, row, group * shared + head, sums + 8, load(FLOAT32, sums, 1))
         if take(p, 1) == pieces - 1:
             add_pieces(p, token)
-        piece = take(p, 0)
+        piece, here = upcoming, following
     hold(wide)
     hold(room)
 
@@ -293,15 +319,22 @@ def rotate_and_cache(token, kv_token):
     return entry
 
 
+def together_of(shared: int) -> int:
+    """How many of the heads that share keys and values are computed together: they come out even."""
+    dividing = [count for count in range(1, 2 * MOST_HEADS) if shared % count == 0]
+    few = max(count for count in dividing if count <= MOST_HEADS)
+    return few if few > 1 else max(dividing)
+
+
 @lru_cache(maxsize=None, typed=True)
-def attend(token, kv_token):
-    """The kernel of attention for activations, and keys and values, of these dtypes."""
+def attend(token, kv_token, together):
+    """The kernel of attention for activations, and keys and values, of these dtypes, and so many heads together."""
 
     stamp = STAMP
 
     @kernel
     def entry(p):
         _ = stamp
-        attend_pieces(p, token, kv_token)
+        attend_pieces(p, token, kv_token, together)
 
     return entry

@@ -10,7 +10,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from hyaena.ops.cpu.memory import FLOAT32, STAMP, expm1, function, kernel, load, size, store, take, word
+from hyaena.ops.cpu.filters import complex_filters, short_filters
+from hyaena.ops.cpu.memory import FLOAT32, STAMP, expm1, function, hold, kernel, load, size, store, take, word
+from hyaena.ops.cpu.vectors import add_numbers, put_numbers
 
 BLOCK = 128
 """Channels that a thread takes together."""
@@ -18,40 +20,7 @@ BLOCK = 128
 COMPLEX, REAL, TAPS = 0, 1, 2
 
 # Places of the arguments; 0 counts blocks, and 1 nothing.
-Z, ROWS, CHANNELS, SHORT_TAPS, SHORT_WEIGHT, SHORT_BIAS, SHORT, LONG, FILTERS, MODES, A, B, SKIP, Y = range(2, 16)
-
-
-@function
-def short_filter(p, token, short_token, row, channel):
-    """The short filter of one of the 3D channels, and its window moved on."""
-    taps, width = word(p, SHORT_TAPS), 3 * word(p, CHANNELS)
-    now = load(token, word(p, Z), row * width + channel)
-    weight, bias = channel * taps, word(p, SHORT_BIAS)
-    window = word(p, SHORT) + (row * width + channel) * (taps - 1) * size(short_token)
-    total = load(token, bias, channel) if bias else np.float32(0)
-    total += load(token, word(p, SHORT_WEIGHT), weight + taps - 1) * now
-    for k in range(taps - 1):
-        total += load(token, word(p, SHORT_WEIGHT), weight + k) * load(short_token, window, k)
-    for k in range(taps - 2):
-        store(short_token, window, k, load(short_token, window, k + 1))
-    if taps > 1:
-        store(short_token, window, taps - 2, now)
-    return total
-
-
-@function
-def complex_modes(p, token, state, numbers, x):
-    """``s = p·s + x``, ``Re Σ R·s`` for complex modes; real and imaginary parts lie side by side."""
-    poles, residues, total = word(p, A), word(p, B), np.float32(0)
-    for n in range(word(p, MODES)):
-        re, im = 2 * n, 2 * n + 1
-        a, b = load(FLOAT32, poles, numbers * 2 + re), load(FLOAT32, poles, numbers * 2 + im)
-        s, t = load(FLOAT32, state, re), load(FLOAT32, state, im)
-        u, v = a * s - b * t + x, a * t + b * s
-        store(FLOAT32, state, re, u)
-        store(FLOAT32, state, im, v)
-        total += load(FLOAT32, residues, numbers * 2 + re) * u - load(FLOAT32, residues, numbers * 2 + im) * v
-    return total
+Z, ROWS, CHANNELS, SHORT_WEIGHT, SHORT_BIAS, SHORT, LONG, FILTERS, MODES, A, B, SKIP, Y = range(2, 15)
 
 
 @function
@@ -81,44 +50,70 @@ def explicit_taps(p, token, state, numbers, x):
 
 
 @function
-def step_blocks(p, token, short_token, kind):
-    """The step for the blocks of channels that this thread takes."""
-    channels, modes, skip = word(p, CHANNELS), word(p, MODES), word(p, SKIP)
+def long_filters(p, token, kind, row, first, count, inputs, out):
+    """The long filters of ``count`` channels from ``first`` on, whose inputs and outputs are float32 at addresses."""
+    channels, modes = word(p, CHANNELS), word(p, MODES)
     shared = channels // word(p, FILTERS)
-    blocks = (channels + BLOCK - 1) // BLOCK
     # numbers of a state: a window has one fewer than taps, a complex mode two
     width = 2 * modes if kind == COMPLEX else modes if kind == REAL else modes - 1
+    state = word(p, LONG) + (row * channels + first) * width * 4
+    if kind == COMPLEX:
+        complex_filters(word(p, A), word(p, B), state, modes, shared, first, count, inputs, out)
+        return
+    for i in range(count):
+        numbers, x = (first + i) // shared * modes, load(FLOAT32, inputs, i)
+        if kind == REAL:
+            y = real_modes(p, token, state + i * width * 4, numbers, x)
+        else:
+            y = explicit_taps(p, token, state + i * width * 4, numbers, x)
+        store(FLOAT32, out, i, y)
+
+
+@function
+def step_blocks(p, token, short_token, kind, taps):
+    """The step for the blocks of channels that this thread takes."""
+    channels, skip = word(p, CHANNELS), word(p, SKIP)
+    blocks, bias = (channels + BLOCK - 1) // BLOCK, word(p, SHORT_BIAS)
+    filtered, results = np.empty((3, BLOCK), np.float32), np.empty(BLOCK, np.float32)
+    gates, inputs, factors = filtered[0], filtered[1], filtered[2]
     while True:
         item = take(p, 0)
         if item >= word(p, ROWS) * blocks:
-            return
+            break
         row, first = item // blocks, item % blocks * BLOCK
-        for channel in range(first, min(first + BLOCK, channels)):
-            gate = short_filter(p, token, short_token, row, channel)
-            x = short_filter(p, token, short_token, row, channels + channel)
-            x *= short_filter(p, token, short_token, row, 2 * channels + channel)
-            state = word(p, LONG) + (row * channels + channel) * width * 4
-            numbers = channel // shared * modes
-            if kind == COMPLEX:
-                y = complex_modes(p, token, state, numbers, x)
-            elif kind == REAL:
-                y = real_modes(p, token, state, numbers, x)
-            else:
-                y = explicit_taps(p, token, state, numbers, x)
-            if skip:
-                y += load(token, skip, channel) * x
-            store(token, word(p, Y), row * channels + channel, y * gate)
+        count = min(BLOCK, channels - first)
+        for part in range(3):
+            channel = part * channels + first
+            place, target = row * 3 * channels + channel, filtered.ctypes.data + part * BLOCK * 4
+            x, weights = word(p, Z) + place * size(token), word(p, SHORT_WEIGHT) + channel * taps * size(token)
+            windows = word(p, SHORT) + place * (taps - 1) * size(short_token)
+            short_filters(token, short_token, taps, x, weights, windows, count, target)
+            if bias:
+                add_numbers(token, bias + channel * size(token), count, target)
+        for i in range(count):
+            inputs[i] *= factors[i]
+        long_filters(p, token, kind, row, first, count, inputs.ctypes.data, results.ctypes.data)
+        if skip:
+            for i in range(count):
+                results[i] += load(token, skip, first + i) * inputs[i]
+        for i in range(count):
+            results[i] *= gates[i]
+        put_numbers(token, results.ctypes.data, count, word(p, Y) + (row * channels + first) * size(token))
+    hold(filtered)
+    hold(results)
 
 
 @lru_cache(maxsize=None, typed=True)  # tokens are told apart by their types
-def step(token, short_token, kind):
-    """The kernel of a step for activations, and windows of the short filter, of these dtypes, and a kind of filter."""
+def step(token, short_token, kind, taps):
+    """The kernel of a step for activations, and windows of the short filter, of these dtypes, a kind of filter, and so
+    many taps of the short one.
+    """
 
     stamp = STAMP
 
     @kernel
     def entry(p):
         _ = stamp
-        step_blocks(p, token, short_token, kind)
+        step_blocks(p, token, short_token, kind, taps)
 
     return entry

@@ -275,20 +275,6 @@ def call(context, code, argument):
 
 
 @intrinsic
-def prefetch(context, address):
-    """Have the cache line at an address brought to the second cache, without waiting for it."""
-
-    def generate(generator, builder, signature, arguments):
-        place = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [place.type, _INT32, _INT32, _INT32])
-        code = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-        builder.call(code, [place, *(ir.Constant(_INT32, number) for number in (0, 2, 1))])  # read, second cache, data
-        return generator.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
 def ask(context, code):
     """Call the compiled ``int()`` at an address."""
 

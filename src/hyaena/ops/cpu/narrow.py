@@ -29,6 +29,7 @@ from hyaena.ops.cpu.vectors import (
     INT64,
     MANY,
     NEIGHBOURS,
+    NEIGHBOURS_OF_FEW,
     constant,
     float_sums,
     fma,
@@ -319,11 +320,12 @@ def neighbours(context, form, rows):
 
 
 def _neighbours(form: types.Type, rows: int) -> int:
-    return NEIGHBOURS if rows == MANY and form not in FORMS else 1
+    few = 1 if form in FORMS else NEIGHBOURS_OF_FEW
+    return NEIGHBOURS if rows == MANY and form not in FORMS else few
 
 
 @intrinsic
-def write_sums(context, form, rows, weights, scales, minima, output, last, width, x, target, stride):
+def write_sums(context, form, rows, weights, scales, minima, output, last, width, x, target, stride, ahead, pace):
     """Write ``Σ w[k]·x[k]`` of some rows of a matrix with each of some vectors, float32.
 
     Args:
@@ -334,13 +336,14 @@ def write_sums(context, form, rows, weights, scales, minima, output, last, width
         width: columns, whole blocks where the weights are narrow.
         x: the address of the vectors, ``bytes_of_vector`` apart: float32, or what ``round_vector`` wrote.
         target, stride: the address of the first vector's sums, and the bytes to those of the next.
+        ahead, pace: what is brought to the cache meanwhile, see ``float_sums``; nothing for narrow weights.
     """
     if not isinstance(rows, types.IntegerLiteral):
         return None
     count = rows.literal_value
 
     def generate(context, builder, signature, arguments):
-        _, _, *matrix, output, last, width, x, target, stride = arguments
+        _, _, *matrix, output, last, width, x, target, stride, ahead, pace = arguments
         step = _bytes_of_vector(builder, form, width)
         vectors = [builder.add(x, builder.mul(step, constant(i, INT64))) for i in range(count)]
         if form in FORMS:
@@ -350,14 +353,14 @@ def write_sums(context, form, rows, weights, scales, minima, output, last, width
             outputs = [builder.add(output, constant(i, INT64)) for i in range(_neighbours(form, count))]
             outputs = [builder.select(builder.icmp_signed("<", o, last), o, last) for o in outputs]
             rows = [builder.add(matrix[0], builder.mul(builder.mul(o, width), size)) for o in outputs]
-            together = float_sums(builder, form, rows, width, vectors)
+            together = float_sums(builder, form, rows, width, vectors, ahead, pace)
             sums = [portion(builder, together, i, count) for i in range(count)]
         for i, value in enumerate(sums):
             place = builder.add(target, builder.mul(stride, constant(i, INT64)))
             builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    integers = [types.int64] * 9
+    integers = [types.int64] * 11
     return types.void(form, rows, *integers), generate
 
 

@@ -125,7 +125,8 @@ class CompiledOperators(DecodeOperators):
         tail = y.data_ptr(), parts.data_ptr(), _bits(head_dim**-0.5)
         words = (*_attention(q, heads, rows, context), *tail)
         work = 2 * sum(context.lengths.tolist()) * rows.groups * head_dim
-        self._run(attention.attend(TOKENS[q.dtype], SLOT_TOKENS[rows.dtype]), words, work)
+        kernel = attention.attend(TOKENS[q.dtype], SLOT_TOKENS[rows.dtype], attention.together_of(heads // rows.groups))
+        self._run(kernel, words, work)
         return y
 
     def hyena(
@@ -143,7 +144,6 @@ class CompiledOperators(DecodeOperators):
             z.data_ptr(),
             z.shape[0],
             channels,
-            short_weight.shape[1],
             short_weight.data_ptr(),
             0 if short_bias is None else short_bias.data_ptr(),
             short.data_ptr(),
@@ -155,7 +155,8 @@ class CompiledOperators(DecodeOperators):
             0 if skip is None else skip.data_ptr(),
             y.data_ptr(),
         )
-        self._run(hyena_kernels.step(TOKENS[z.dtype], TOKENS[short.dtype], kind), words, z.numel() * (16 + a.shape[1]))
+        kernel = hyena_kernels.step(TOKENS[z.dtype], TOKENS[short.dtype], kind, short_weight.shape[1])
+        self._run(kernel, words, z.numel() * (16 + a.shape[1]))
         return y
 
     def _room(self, count: int) -> Tensor:

@@ -15,15 +15,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from hyaena.ops.cpu.memory import STAMP, exp, function, hold, kernel, load, prefetch, real, size, store, take, word
+from hyaena.ops.cpu.memory import STAMP, exp, function, hold, kernel, load, real, size, take, word
 from hyaena.ops.cpu.narrow import bytes_of_vector, is_narrow, neighbours, round_vector, write_sums
-from hyaena.ops.cpu.vectors import MANY
+from hyaena.ops.cpu.vectors import LANES, MANY, add_numbers, prefetch, put_numbers
 
 LEAST_BYTES = 1 << 13
 """Weights of the shortest run, about."""
 TOGETHER = 16
-"""Outputs that are computed for all rows before the next ones, or before those of a gate's other matrix: of
-``neighbours`` a multiple."""
+"""Outputs that are computed for all rows before the next ones, or before those of a gate's other matrix, at most: of
+``neighbours`` a multiple. Runs consist of so many, but for the last."""
 
 LINE = 16
 """float32 numbers of a cache line."""
@@ -37,15 +37,23 @@ UP, UP_SCALE, UP_MINIMUM, ACT = BIAS, RESIDUAL, 17, 18  # of a gate, which has n
 
 
 @function
-def next_run(p):
-    """The outputs, first and behind the last, that nobody has taken: a share of what is left, at least ``LEAST``."""
+def next_run(p, seen, stop):
+    """The outputs, first and behind the last, that nobody has taken: a share of what is left, at least ``LEAST``.
+
+    Args:
+        seen, stop: how many runs lie before a place, and that place: those that the last call returned, 0 at first.
+
+    Returns:
+        The first output, the one behind the last, and how many runs end there.
+    """
     ticket, total, least, parts = take(p, 0), word(p, OUTPUTS), word(p, LEAST), 2 * word(p, THREADS)
-    start = 0
-    for _ in range(ticket):
+    start = stop
+    for _ in range(seen, ticket + 1):
+        start = stop
         if start >= total:
             break
-        start += max(least, (total - start) // parts)
-    return start, min(total, start + max(least, (total - start) // parts))
+        stop = start + -(-max(least, (total - start) // parts) // TOGETHER) * TOGETHER
+    return start, min(total, stop), ticket + 1
 
 
 @function
@@ -78,94 +86,113 @@ def aligned(array):
 
 @function
 def prologue(p, token, form):
-    """norm(x) of all rows as ``write_sums`` takes it, from the ``aligned`` address of an array on."""
+    """norm(x) of all rows as ``write_sums`` takes it: its address, and the array that holds it."""
     rows, width = word(p, ROWS), word(p, WIDTH)
-    wide = np.empty(rows * width + LINE, np.float32)
-    widen(p, token, wide[(aligned(wide) - wide.ctypes.data) // 4 :])
+    plain = size(token) == 4 and word(p, NORM) == 0
+    wide = np.empty(0 if plain else rows * width + LINE, np.float32)
+    x = word(p, X) if plain else aligned(wide)
+    if not plain:
+        widen(p, token, wide[(x - wide.ctypes.data) // 4 :])
     if not is_narrow(form):
-        return wide
+        return x, wide
     stride = bytes_of_vector(form, width)
     rounded = np.empty(rows * stride // 4 + LINE, np.float32)
     for row in range(rows):
-        round_vector(form, width, aligned(wide) + row * width * 4, aligned(rounded) + row * stride)
+        round_vector(form, width, x + row * width * 4, aligned(rounded) + row * stride)
     hold(wide)
-    return rounded
+    return aligned(rounded), rounded
 
 
 @function
-def some_rows(form, count, weight, scale, minimum, first, stop, width, x, target):
-    """Outputs from ``first`` to ``stop`` for ``count`` rows of x, results ``[count,TOGETHER]``."""
+def some_rows(form, count, weight, scale, minimum, first, stop, width, x, target, room, ahead, pace):
+    """Outputs from ``first`` to ``stop`` for ``count`` rows of x, whose results are ``room`` bytes apart.
+
+    Meanwhile each of them brings what lies as far behind ``ahead`` as its weights lie behind those of the first.
+    """
     step = neighbours(form, count)
     for output in range(first, stop, step):
-        place = target + 4 * (output - first)
-        write_sums(form, count, weight, scale, minimum, output, stop - 1, width, x, place, 4 * TOGETHER)
+        place, here = target + 4 * (output - first), ahead + (output - first) * width * size(form)
+        write_sums(form, count, weight, scale, minimum, output, stop - 1, width, x, place, room, here, pace)
 
 
 @function
-def bring(form, weight, output, width, part, parts):
-    """Have one of so many parts of the weights of the ``TOGETHER`` outputs from ``output`` on brought to the cache."""
-    if is_narrow(form):
-        return
-    count = TOGETHER * width * size(form)
-    start = weight + output * width * size(form)
-    for place in range(start + part * count // parts, start + (part + 1) * count // parts, 64):
-        prefetch(place)
+def bring(form, weight, output, count, width):
+    """Have the weights of ``count`` outputs from ``output`` on brought to the cache."""
+    if not is_narrow(form):
+        start = weight + output * width * size(form)
+        for place in range(start, start + count * width * size(form), 64):
+            prefetch(place)
 
 
 @function
-def all_rows(form, rows, weight, scale, minimum, first, stop, end, width, x, target):
-    """Outputs from ``first`` to ``stop`` for all rows of x, results ``[rows,TOGETHER]``.
+def all_rows(form, rows, weight, scale, minimum, first, stop, width, x, target, room, following):
+    """Outputs from ``first`` to ``stop`` for all rows of x, whose results are ``room`` bytes apart.
 
-    The weights of the next outputs, before ``end``, are on their way meanwhile: else the first rows of x would wait for
-    them, and the processor would not read ahead while the others are multiplied.
+    The weights of the ``following`` outputs are brought meanwhile, evenly: else the first rows of x would wait for
+    them, and the processor would not read ahead while the others are multiplied. Negative where nothing follows.
     """
-    stride, room = bytes_of_vector(form, width), 4 * TOGETHER
+    stride, step = bytes_of_vector(form, width), neighbours(form, MANY)
     many, pairs = rows - rows % MANY, rows - rows % 2
+    ahead, part, pace = weight + first * width * size(form), 0, 0
+    if following >= 0 and many > MANY:
+        parts = many // MANY
+        ahead = weight + following * width * size(form)
+        part, pace = step * width * size(form) // parts, step * LANES * size(form) // parts
     for row in range(0, many, MANY):
-        some_rows(form, MANY, weight, scale, minimum, first, stop, width, x + row * stride, target + row * room)
-        if stop < end and many > MANY:
-            bring(form, weight, stop, width, row // MANY, many // MANY)
+        here, there = x + row * stride, target + row * room
+        some_rows(form, MANY, weight, scale, minimum, first, stop, width, here, there, room, ahead, pace)
+        ahead += part
     for row in range(many, pairs, 2):
-        some_rows(form, 2, weight, scale, minimum, first, stop, width, x + row * stride, target + row * room)
+        here, there = x + row * stride, target + row * room
+        some_rows(form, 2, weight, scale, minimum, first, stop, width, here, there, room, 0, 0)
     if pairs < rows:
-        some_rows(form, 1, weight, scale, minimum, first, stop, width, x + pairs * stride, target + pairs * room)
+        here, there = x + pairs * stride, target + pairs * room
+        some_rows(form, 1, weight, scale, minimum, first, stop, width, here, there, room, 0, 0)
 
 
 @function
-def finish(p, token, first, outputs, values):
+def finish(p, token, first, outputs, values, room):
     """Add bias and residual to these outputs of all rows, and round once."""
     bias, residual = word(p, BIAS), word(p, RESIDUAL)
     for row in range(word(p, ROWS)):
-        start, place = row * TOGETHER, row * word(p, OUTPUTS) + first
+        here, offset = values + row * room, (row * word(p, OUTPUTS) + first) * size(token)
         if bias:
-            for i in range(outputs):
-                values[start + i] += load(token, bias, first + i)
+            add_numbers(token, bias + first * size(token), outputs, here)
         if residual:
-            for i in range(outputs):
-                values[start + i] += load(token, residual, place + i)
-        for i in range(outputs):
-            store(token, word(p, Y), place + i, values[start + i])
+            add_numbers(token, residual + offset, outputs, here)
+        put_numbers(token, here, outputs, word(p, Y) + offset)
+
+
+@function
+def together(rows):
+    """Outputs that are computed for so many rows of x before the next ones: their weights stay in the first cache."""
+    return TOGETHER // 2 if rows >= MANY else TOGETHER
 
 
 @function
 def linear_runs(p, token, form):
     """``residual + weight·norm(x) + bias`` for the runs that this thread takes."""
-    rows, width = word(p, ROWS), word(p, WIDTH)
+    rows, width, block = word(p, ROWS), word(p, WIDTH), together(word(p, ROWS))
     weight, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
-    start, stop = next_run(p)
+    start, stop, seen = next_run(p, 0, 0)
     if start >= stop:
         return
     if rows > MANY:
-        bring(form, weight, start, width, 0, 1)
-    given, values = prologue(p, token, form), np.empty(rows * TOGETHER, np.float32)
-    x, target = aligned(given), values.ctypes.data
+        bring(form, weight, start, block, width)
+    x, given = prologue(p, token, form)
+    values = np.empty(rows * block, np.float32)
+    target = values.ctypes.data
     while start < stop:
-        for first in range(start, stop, TOGETHER):
-            count = min(TOGETHER, stop - first)
-            all_rows(form, rows, weight, scale, minimum, first, first + count, stop, width, x, target)
-            finish(p, token, first, count, values)
-        start, stop = next_run(p)
+        count = min(block, stop - start)
+        following, end = start + count, stop
+        if following >= stop:
+            following, end, seen = next_run(p, seen, stop)
+        upcoming = following if following < end else -1
+        all_rows(form, rows, weight, scale, minimum, start, start + count, width, x, target, 4 * block, upcoming)
+        finish(p, token, start, count, target, 4 * block)
+        start, stop = following, end
     hold(given)
+    hold(values)
 
 
 @function
@@ -186,30 +213,36 @@ def activate(values, activation):
 @function
 def gate_runs(p, token, form):
     """``act(gate·norm(x)) · (up·norm(x))`` for the runs that this thread takes."""
-    rows, width, outputs = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS)
+    rows, width, outputs, block = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS), together(word(p, ROWS))
     gates, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
     ups, up_scale, up_minimum = word(p, UP), word(p, UP_SCALE), word(p, UP_MINIMUM)
-    start, stop = next_run(p)
+    start, stop, seen = next_run(p, 0, 0)
     if start >= stop:
         return
     if rows > MANY:
-        bring(form, gates, start, width, 0, 1)
-        bring(form, ups, start, width, 0, 1)
-    x_wide, values = prologue(p, token, form), np.zeros((2, rows * TOGETHER), np.float32)
-    x, target = aligned(x_wide), values.ctypes.data
-    other = target + 4 * rows * TOGETHER
+        bring(form, gates, start, block, width)
+        bring(form, ups, start, block, width)
+    x, given = prologue(p, token, form)
+    values = np.zeros((2, rows * block), np.float32)
+    target = values.ctypes.data
+    other = target + 4 * rows * block
     while start < stop:
-        for first in range(start, stop, TOGETHER):  # each matrix is read in one piece
-            count = min(TOGETHER, stop - first)
-            all_rows(form, rows, gates, scale, minimum, first, first + count, stop, width, x, target)
-            all_rows(form, rows, ups, up_scale, up_minimum, first, first + count, stop, width, x, other)
-            activate(values[0], word(p, ACT))
-            for row in range(rows):
-                for i in range(count):
-                    place = row * TOGETHER + i
-                    store(token, word(p, Y), row * outputs + first + i, values[0, place] * values[1, place])
-        start, stop = next_run(p)
-    hold(x_wide)
+        count = min(block, stop - start)
+        following, end = start + count, stop
+        if following >= stop:
+            following, end, seen = next_run(p, seen, stop)
+        upcoming = following if following < end else -1
+        all_rows(form, rows, gates, scale, minimum, start, start + count, width, x, target, 4 * block, upcoming)
+        all_rows(form, rows, ups, up_scale, up_minimum, start, start + count, width, x, other, 4 * block, upcoming)
+        activate(values[0], word(p, ACT))
+        for i in range(rows * block):
+            values[0, i] *= values[1, i]
+        for row in range(rows):
+            place = (row * outputs + start) * size(token)
+            put_numbers(token, target + 4 * row * block, count, word(p, Y) + place)
+        start, stop = following, end
+    hold(given)
+    hold(values)
 
 
 @lru_cache(maxsize=None, typed=True)  # tokens are told apart by their types

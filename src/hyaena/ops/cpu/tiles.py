@@ -4,7 +4,7 @@
 
 The unit of such processors multiplies a tile of 16 rows and 32 columns of x with one of 32 columns and 16 outputs of
 the matrix, in which two neighbouring columns of an output lie side by side. So a thread widens some outputs into that
-order, a panel of all columns, in its own cache, and multiplies them with every row of x before it takes the next: a
+order, panels of all columns, in its own cache, and multiplies them with every row of x before it takes the next: a
 weight is read once, narrow, and never written to memory wide. The reference is the product of ``ops.widen``.
 
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
@@ -40,6 +40,12 @@ TILE_BYTES = 1024
 PAIR = 2 * SIDE
 """Rows and outputs that are multiplied together, two tiles each way."""
 
+DEPTH = 256
+"""Columns that are multiplied at a time: so much of ``PAIR`` rows of x stays in the first cache for all panels."""
+
+CROWDED = 2048
+"""Rows of so many columns begin at one place of the first cache, which holds 12 of them: depth is of no use there."""
+
 SHARED_BYTES = 1 << 20
 """Of panels that share one reading of x: they stay in the second cache of such processors, of 2 MiB."""
 
@@ -58,6 +64,14 @@ def _tile(builder: ir.IRBuilder, name: str, *arguments: ir.Value) -> None:
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     return builder.inttoptr(address, BYTE.as_pointer())
+
+
+def _each_sum(builder: ir.IRBuilder, name: str, sums: ir.Value) -> None:
+    """Load or store tiles 0 to 3 at their places in ``sums``."""
+    for tile in range(4):
+        corner = (tile // 2 * SIDE * PAIR + tile % 2 * SIDE) * 4
+        place = builder.add(sums, constant(corner, INT64))
+        _tile(builder, name, constant(tile, BYTE), _pointer(builder, place), constant(4 * PAIR, INT64))
 
 
 def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
@@ -131,16 +145,37 @@ def release(context):
 
 
 @intrinsic
+def clear(context):
+    """Begin sums."""
+
+    def generate(context, builder, signature, arguments):
+        for tile in range(4):
+            _tile(builder, "tilezero", constant(tile, BYTE))
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def resume(context, sums):
+    """Go on with sums that ``multiply`` wrote."""
+
+    def generate(context, builder, signature, arguments):
+        _each_sum(builder, "tileloadd64", arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def multiply(context, x, stride, panel, blocks, sums):
-    """Write the products of ``PAIR`` rows of x with a panel, float32 [PAIR,PAIR], to ``sums``.
+    """Add the products of ``PAIR`` rows of x with a panel to the sums, and write those, float32 [PAIR,PAIR].
 
     Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights.
     """
 
     def generate(context, builder, signature, arguments):
         x, stride, panel, blocks, sums = arguments
-        for tile in range(4):
-            _tile(builder, "tilezero", constant(tile, BYTE))
         line = constant(4 * SIDE, INT64)
 
         def body(block: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
@@ -162,10 +197,7 @@ def multiply(context, x, stride, panel, blocks, sums):
             return carried
 
         loop(builder, constant(0, INT64), blocks, 1, [], body)
-        for tile in range(4):
-            corner = (tile // 2 * SIDE * PAIR + tile % 2 * SIDE) * 4
-            place = builder.add(sums, constant(corner, INT64))
-            _tile(builder, "tilestored64", constant(tile, BYTE), _pointer(builder, place), constant(4 * PAIR, INT64))
+        _each_sum(builder, "tilestored64", sums)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), generate
@@ -197,12 +229,13 @@ def panels(p, form):
     """The panels of outputs that this thread takes. The last rows and outputs are computed with those before them."""
     rows, width, outputs, x, y = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS), word(p, X), word(p, Y)
     count, together, size = (outputs + PAIR - 1) // PAIR, word(p, TOGETHER), width * PAIR * 2
+    depth = DEPTH if width % CROWDED else width
     ticket = take(p, 0) * together
     if ticket >= count:
         return
     room = np.empty(together * size + 64, np.uint8)
     panel = (room.ctypes.data + 63) & -64
-    sums = np.empty(PAIR * PAIR, np.float32)
+    sums = np.empty(together * PAIR * PAIR, np.float32)
     shape = np.zeros(64, np.uint8)
     shape[0] = 1  # the only kind of registers there is
     for tile in range(8):
@@ -215,10 +248,19 @@ def panels(p, form):
             write_panel(form, output, width, word(p, CODES), word(p, SCALES), word(p, MINIMA), place)
         for start in range(0, rows, PAIR):
             first = min(start, rows - PAIR)
-            for i in range(ticket, stop):
-                output, place = min(i * PAIR, outputs - PAIR), panel + (i - ticket) * size
-                multiply(x + first * width * 2, width * 2, place, width // COLUMNS, sums.ctypes.data)
-                write_rounded(sums.ctypes.data, y + 2 * (first * outputs + output), outputs)
+            for column in range(0, width, depth):
+                blocks = min(depth, width - column) // COLUMNS
+                for i in range(stop - ticket):
+                    there = sums.ctypes.data + i * PAIR * PAIR * 4
+                    if column:
+                        resume(there)
+                    else:
+                        clear()
+                    weights = panel + i * size + column * PAIR * 2
+                    multiply(x + (first * width + column) * 2, width * 2, weights, blocks, there)
+            for i in range(stop - ticket):
+                output = min((ticket + i) * PAIR, outputs - PAIR)
+                write_rounded(sums.ctypes.data + i * PAIR * PAIR * 4, y + 2 * (first * outputs + output), outputs)
         ticket = take(p, 0) * together
     release()
     hold(room)

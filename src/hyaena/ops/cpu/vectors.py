@@ -1,8 +1,8 @@
 """Sums of products of a row of weights with vectors, as instructions of wide registers, and what they are built of.
 
 A compiler turns the plain loop into one sum of one register's width, whose additions wait for one another: it reads at
-half the bandwidth of memory. Several sums hide that, and the weights are still read in the order in which they lie,
-which is what processors read ahead. Several vectors share one reading and widening of the weights.
+half the bandwidth of memory. Sums of two neighbouring rows hide that. Several vectors share one reading and widening of
+the weights.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from numba.extending import intrinsic
 
 LANES = 16
 """Numbers of a register: those of AVX-512; LLVM splits what a processor has no registers for."""
-SUMS = 2
+EIGHT = 8
+"""Numbers that are finished together."""
 MANY = 4
 """Vectors that share one reading of the weights, where there are so many."""
 NEIGHBOURS = 4 if dict(binding.get_host_cpu_features()).get("avx512f") else 1
 """Rows of weights that then share one reading of the vectors: as many as the registers have room for sums."""
+NEIGHBOURS_OF_FEW = 2
+"""Rows of weights for fewer vectors, so that the additions of a sum, which wait for one another, do not hold it up."""
 
 FLOAT, HALF, BYTE = ir.FloatType(), ir.HalfType(), ir.IntType(8)
 INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -44,6 +47,12 @@ def read(builder: ir.IRBuilder, kind: ir.Type, address: ir.Value, index: ir.Valu
     return builder.load(builder.bitcast(place, vector(kind, lanes).as_pointer()), align=1)
 
 
+def write(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, index: ir.Value) -> None:
+    """Numbers to the pointer ``address[index]``."""
+    place = builder.gep(address, [index], inbounds=True)
+    builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=1)
+
+
 def stored(token: types.Type) -> ir.Type:
     """How numbers of a token lie in memory."""
     return {types.float32: FLOAT, types.uint16: INT16, types.int16: HALF, types.int8: BYTE}[token]
@@ -65,7 +74,7 @@ def rounded(builder: ir.IRBuilder, token: types.Type, value: ir.Value, *, ordina
 
     ``ordinary`` says that no NaN is among them but those that arithmetic makes, which need no care.
     """
-    lanes = value.type.count if isinstance(value.type, ir.VectorType) else 1
+    lanes = lanes_of(value)
     if token == types.float32:
         return value
     if token == types.int16:
@@ -103,14 +112,24 @@ def pick(builder: ir.IRBuilder, value: ir.Value, places: Sequence[int]) -> ir.Va
     return builder.shuffle_vector(value, value, ir.Constant(vector(INT32, len(places)), list(places)))
 
 
+def lanes_of(value: ir.Value) -> int:
+    """Numbers of a register; 1 of a scalar."""
+    return value.type.count if isinstance(value.type, ir.VectorType) else 1
+
+
+def some_of(builder: ir.IRBuilder, value: ir.Value, places: Sequence[int]) -> ir.Value:
+    """The numbers of a register, or of a scalar, at these places; a scalar for one place."""
+    if lanes_of(value) == 1:
+        return spread(builder, value, len(places)) if len(places) > 1 else value
+    return (
+        pick(builder, value, places) if len(places) > 1 else builder.extract_element(value, constant(places[0], INT32))
+    )
+
+
 def portion(builder: ir.IRBuilder, value: ir.Value, index: int, parts: int) -> ir.Value:
     """One of so many equal parts of a register; a scalar if a part is one number, or if the whole is one."""
-    if not isinstance(value.type, ir.VectorType):
-        return value
-    size = value.type.count // parts
-    if size == 1:
-        return builder.extract_element(value, constant(index, INT32))
-    return pick(builder, value, range(index * size, (index + 1) * size))
+    size = max(1, lanes_of(value) // parts)
+    return some_of(builder, value, range(index * size, (index + 1) * size))
 
 
 def fold(builder: ir.IRBuilder, value: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
@@ -142,6 +161,15 @@ def fma(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.
     return builder.fadd(total, builder.fmul(a, b, flags=FUSED), flags=FUSED)
 
 
+def bring_line(builder: ir.IRBuilder, place: ir.Value) -> None:
+    """Have the cache line at an address, a number or a pointer, brought to the first cache, without waiting for it."""
+    cast = builder.bitcast if isinstance(place.type, ir.PointerType) else builder.inttoptr
+    place = cast(place, BYTE.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [place.type, INT32, INT32, INT32])
+    code = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+    builder.call(code, [place, *(constant(number, INT32) for number in (0, 3, 1))])  # to read, all caches, data
+
+
 def loop(
     builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, carried: Sequence[ir.Value], body: Body
 ) -> list[ir.Value]:
@@ -170,40 +198,45 @@ def loop(
     return results
 
 
+def in_pieces(builder: ir.IRBuilder, count: ir.Value, some: Callable[[int], Body]) -> None:
+    """Run ``some(lanes)`` for every number of ``count``: eight at a time, and the rest one by one."""
+    whole = builder.and_(count, constant(-EIGHT, INT64))
+    loop(builder, constant(0, INT64), whole, EIGHT, [], some(EIGHT))
+    loop(builder, whole, count, 1, [], some(1))
+
+
 def float_sums(
     builder: ir.IRBuilder,
     token: types.Type,
     weights: Sequence[ir.Value],
     width: ir.Value,
     vectors: Sequence[ir.Value],
+    ahead: ir.Value,
+    pace: ir.Value,
 ) -> ir.Value:
     """``Σ weights[k]·x[k]`` of rows of ``width`` numbers with float32 vectors, all at addresses; 1, 2, 4, … of each.
 
-    The order of summation depends on the width alone: so many registers of every ``SUMS`` registers are added up, and
-    the rest one by one. For many vectors that is one loop after another, since all their sums would need more registers
-    than there are.
+    The order of summation depends on the width alone: registers are added up one after another, and the rest one by
+    one. With many vectors, one line of memory from ``ahead`` on is brought to the cache for each register of a row, and
+    the next one is ``pace`` bytes further.
 
     Returns:
         The sums of the first vector with all rows, of the second, …, side by side.
     """
     rows = [builder.inttoptr(w, stored(token).as_pointer()) for w in weights]
     xs = [builder.inttoptr(x, FLOAT.as_pointer()) for x in vectors]
-    count = len(rows) * len(xs)
+    zeros = [constant(0.0, FLOAT, LANES)] * (len(rows) * len(xs))
 
-    def add(*places: int) -> Body:
-        """Add products of registers at these places, to one sum for each place, vector and row."""
-
-        def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            for i, place in enumerate(places):
-                here = builder.add(index, constant(LANES * place, INT64))
-                found = [read_wide(builder, token, w, here, LANES) for w in rows]
-                for j, x in enumerate(xs):
-                    b, first = read(builder, FLOAT, x, here, LANES), i * count + j * len(rows)
-                    for at, a in enumerate(found, first):
-                        totals[at] = fma(builder, totals[at], a, b)
-            return totals
-
-        return body
+    def add(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        totals, lines = carried[: len(zeros)], carried[len(zeros) :]
+        for line in lines:
+            bring_line(builder, line)
+        found = [read_wide(builder, token, w, index, LANES) for w in rows]
+        for j, x in enumerate(xs):
+            b = read(builder, FLOAT, x, index, LANES)
+            for at, a in enumerate(found, j * len(rows)):
+                totals[at] = fma(builder, totals[at], a, b)
+        return [*totals, *(builder.add(line, pace) for line in lines)]
 
     def last(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
         a = [read_wide(builder, token, w, index, 1) for w in rows]
@@ -211,27 +244,68 @@ def float_sums(
         pairs = [(w, x) for x in b for w in a]
         return [fma(builder, totals[0], *(gathered(builder, side) for side in zip(*pairs, strict=True)))]
 
-    def whole(step: int) -> ir.Value:
-        return builder.and_(width, constant(-step, INT64))
-
-    start, first, second = constant(0, INT64), whole(LANES * SUMS), whole(LANES)
-    zeros = [constant(0.0, FLOAT, LANES)] * count
-    if len(xs) < MANY:
-        both = loop(builder, start, first, LANES * SUMS, zeros * SUMS, add(*range(SUMS)))
-        parts = [both[place * count : (place + 1) * count] for place in range(SUMS)]
-    else:
-        parts = [loop(builder, start, first, LANES * SUMS, zeros, add(place)) for place in range(SUMS)]
-    totals = [builder.fadd(*pair) for pair in zip(*parts, strict=True)]
-    totals = loop(builder, first, second, LANES, totals, add(0))
-    return loop(builder, second, width, 1, [fold_each(builder, totals)], last)[0]
+    whole, lines = builder.and_(width, constant(-LANES, INT64)), [ahead] if len(xs) == MANY else []
+    totals = loop(builder, constant(0, INT64), whole, LANES, [*zeros, *lines], add)[: len(zeros)]
+    return loop(builder, whole, width, 1, [fold_each(builder, totals)], last)[0]
 
 
 @intrinsic
-def dot(context, token, weights, width, x):
-    """``Σ weights[k]·x[k]`` for ``width`` numbers of the token's dtype and as many float32 numbers, float32."""
+def prefetch(context, address):
+    """Have the cache line at an address brought to the first cache, without waiting for it."""
 
-    def generate(_, builder, signature, arguments):
-        _, weights, width, x = arguments
-        return float_sums(builder, token, [weights], width, [x])
+    def generate(generator, builder, signature, arguments):
+        bring_line(builder, *arguments)
+        return generator.get_dummy_value()
 
-    return types.float32(token, types.int64, types.int64, types.int64), generate
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def add_numbers(context, token, source, count, target):
+    """Add ``count`` numbers of the token's dtype to float32 numbers, both at addresses."""
+
+    def generate(context, builder, signature, arguments):
+        _, source, count, target = arguments
+        numbers, sums = (
+            builder.inttoptr(source, stored(token).as_pointer()),
+            builder.inttoptr(target, FLOAT.as_pointer()),
+        )
+
+        def some(lanes: int) -> Body:
+            def body(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+                total = builder.fadd(
+                    read(builder, FLOAT, sums, index, lanes), read_wide(builder, token, numbers, index, lanes)
+                )
+                write(builder, total, sums, index)
+                return carried
+
+            return body
+
+        in_pieces(builder, count, some)
+        return context.get_dummy_value()
+
+    return types.void(token, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def put_numbers(context, token, source, count, target):
+    """Store ``count`` float32 numbers as numbers of the token's dtype, both at addresses."""
+
+    def generate(context, builder, signature, arguments):
+        _, source, count, target = arguments
+        numbers, there = (
+            builder.inttoptr(source, FLOAT.as_pointer()),
+            builder.inttoptr(target, stored(token).as_pointer()),
+        )
+
+        def some(lanes: int) -> Body:
+            def body(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+                write(builder, rounded(builder, token, read(builder, FLOAT, numbers, index, lanes)), there, index)
+                return carried
+
+            return body
+
+        in_pieces(builder, count, some)
+        return context.get_dummy_value()
+
+    return types.void(token, types.int64, types.int64, types.int64), generate

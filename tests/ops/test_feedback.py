@@ -1,0 +1,78 @@
+"""Rounding that makes the error of a layer's output small for inputs of known second moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyaena.ops import widen
+from hyaena.ops.narrow import Narrow
+from hyaena.quant import feed_back, feedback, round_weight
+from hyaena.schemes import SCHEMES
+
+ALL = pytest.mark.parametrize("name", SCHEMES)
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def correlated(inputs: int, blocks: int = 1) -> Tensor:
+    """Second moments of inputs that are mixtures of fewer ones."""
+    x = numbers(4 * inputs, inputs // 2) @ numbers(inputs // 2, inputs) + 0.3 * numbers(4 * inputs, inputs)
+    x = x.unflatten(-1, (blocks, -1)).transpose(0, 1)
+    return x.mT @ x / x.shape[1]
+
+
+def output_error(layer: Narrow, weight: Tensor, moments: Tensor) -> Tensor:
+    """Of each output, the mean of its square."""
+    blocks = (widen(layer, torch.float32) - weight).unflatten(-1, (len(moments), -1)).transpose(0, 1)
+    return ((blocks @ moments) * blocks).sum((0, 2))
+
+
+@ALL
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_outputs_are_nearer_than_those_of_the_nearest_numbers(name: str, blocks: int) -> None:
+    weight, moments = numbers(40, 384), correlated(384, blocks)
+    plain = round_weight(weight, SCHEMES[name])
+    found = feed_back(weight, plain, SCHEMES[name], moments)
+    assert torch.equal(found.scale, plain.scale) and found.codes.dtype == plain.codes.dtype
+    assert output_error(found, weight, moments).mean() < 0.8 * output_error(plain, weight, moments).mean()
+
+
+@ALL
+def test_inputs_that_have_nothing_in_common_leave_the_nearest_numbers(name: str) -> None:
+    weight = numbers(7, 256)
+    plain = round_weight(weight, SCHEMES[name])
+    found = feed_back(weight, plain, SCHEMES[name], torch.diag(numbers(256).square())[None])
+    torch.testing.assert_close(widen(found, torch.float32), widen(plain, torch.float32))
+    never = feed_back(weight, plain, SCHEMES[name], torch.zeros(2, 128, 128))
+    torch.testing.assert_close(widen(never, torch.float32), widen(plain, torch.float32))
+
+
+def test_two_columns_by_hand() -> None:
+    """Inputs that are always the same: what is rounded up in one column is rounded down in the other."""
+    weight = torch.tensor([[0.4, 0.4, 127.0], [-0.6, -0.6, 127.0], [0.2, 0.2, 127.0]])
+    moments = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+    plain = Narrow(weight.round().to(torch.int8), torch.ones(3, 1))
+    found = feed_back(weight, plain, SCHEMES["int8"], moments).codes[:, :2]
+    assert plain.codes[:, :2].sum(1).tolist() == [0, -2, 0] and found.sum(1).tolist() == [1, -1, 0]
+
+
+def test_columns_taken_together_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments = numbers(16, 96), correlated(96)
+    plain = round_weight(weight, SCHEMES["int4"])
+    monkeypatch.setattr(feedback, "STEP", 1)
+    one = feed_back(weight, plain, SCHEMES["int4"], moments)
+    monkeypatch.setattr(feedback, "STEP", 40)
+    many = feed_back(weight, plain, SCHEMES["int4"], moments)
+    torch.testing.assert_close(*(output_error(layer, weight, moments) for layer in (one, many)), rtol=1e-3, atol=0)
+
+
+def test_fewer_tokens_than_inputs_are_no_obstacle() -> None:
+    weight, x = numbers(5, 128), numbers(3, 128)
+    plain = round_weight(weight, SCHEMES["int4"])
+    moments = (x.T @ x / 3)[None]
+    found = feed_back(weight.bfloat16(), plain, SCHEMES["int4"], moments)
+    assert output_error(found, weight, moments).sum() < 0.1 * output_error(plain, weight, moments).sum()
