@@ -442,8 +442,8 @@ def test_what_choices_share_is_checked_once(server: Live, monkeypatch: pytest.Mo
 def test_answers_of_millions_of_numbers_are_refused(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hyaena.serve.reading.MOST_LOGPROBS", 100)
     with server.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
-        for length, logprobs, status in ((10, 8, 200), (100, 1, 400), (10, 20, 400)):
-            data = body(prompt="x" * length, echo=True, logprobs=logprobs)
+        for length, logprobs, n, status in ((10, 8, 1, 200), (100, 1, 1, 400), (10, 20, 1, 400), (10, 8, 2, 400)):
+            data = body(prompt="x" * length, echo=True, logprobs=logprobs, n=n)
             answer = client.post("/v1/completions", content=data, headers=TYPE)
             assert answer.status_code == status, answer.text
             if status == 400:

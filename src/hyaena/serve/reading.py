@@ -47,12 +47,12 @@ async def read_prefixes(
     if body.logprobs is None:
         return [(text, []) for text in texts]
     top = body.logprobs
-    count = sum(map(len, prompts)) * (1 + top)
+    count = sum(map(len, prompts)) * (body.n or 1) * (1 + top)
     if count > MOST_LOGPROBS:
         raise ApiError(
             400,
             f"the answer would have {count} log-probabilities, and may have {MOST_LOGPROBS}: ask for fewer logprobs or "
-            "send shorter prompts",
+            "samples, or send shorter prompts",
             param="logprobs",
         )
     ids = [list(prompt) for prompt in prompts]
