@@ -81,7 +81,7 @@ class CompletionBody(GenerationBody):
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
-    return_token_ids: bool = Field(default=False, description="Add the ids of tokens, and of those in top_logprobs.")
+    return_token_ids: bool = Field(default=False, description="Add ids and texts of tokens, and ids of top_logprobs.")
     best_of: Literal[1] | None = None
     suffix: None = None
 
