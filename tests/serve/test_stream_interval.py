@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import json
@@ -257,3 +258,21 @@ def test_intervals_that_are_none_are_refused(value: str, capsys: pytest.CaptureF
     assert ended.value.code and "--stream-interval must be a number of seconds from 0 to 10" in capsys.readouterr().err
     with pytest.raises(InputError, match="stream_interval must be a number of seconds from 0 to 10"):
         ServerOptions(stream_interval=float(value))
+
+
+@pytest.mark.parametrize(("wanted", "elsewhere"), [({"echo": True, "logprobs": 1}, True), ({"logprobs": 1}, False)])
+def test_log_probabilities_of_a_prompt_do_not_stop_other_streams(
+    shared: Live, monkeypatch: pytest.MonkeyPatch, wanted: dict[str, Any], elsewhere: bool
+) -> None:
+    """They are written in a thread of their own; tokens alone in that of the event loop."""
+    beside, part = set(), CompletionAnswer.part
+
+    def watched(*args: Any) -> str:
+        beside.add(asyncio._get_running_loop() is None)
+        return part(*args)
+
+    monkeypatch.setattr(CompletionAnswer, "part", watched)
+    sent = stream(shared, prompt="abc", max_tokens=3, **wanted)
+    count = sum(len(event["choices"][0]["logprobs"]["tokens"]) for event in sent[:-1])
+    assert count == 3 + 4 * elsewhere  # with a start token
+    assert beside == {elsewhere}

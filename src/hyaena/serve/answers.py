@@ -31,10 +31,14 @@ class CompletionAnswer:
         served: the model.
         body: of the client.
         prefixes: what ``echo`` puts in front of the completions, by prompt.
+
+    Attributes:
+        long: whether parts may have log-probabilities of a prompt, which take milliseconds to be written.
     """
 
     def __init__(self, served: Served, body: CompletionBody, prefixes: Sequence[tuple[str, list[TokenInfo]]]) -> None:
         self.served, self.body, self.prefixes = served, body, prefixes
+        self.long = any(tokens for _, tokens in prefixes)
         self.frame = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -93,7 +97,12 @@ class ChatAnswer:
     Args:
         served: the model.
         body: of the client.
+
+    Attributes:
+        long: see ``CompletionAnswer``.
     """
+
+    long = False
 
     def __init__(self, served: Served, body: ChatBody) -> None:
         self.served, self.body = served, body

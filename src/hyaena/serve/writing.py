@@ -14,7 +14,7 @@ from hyaena.serve.answers import ENCODER, ChatAnswer, CompletionAnswer
 from hyaena.serve.guards import client_left, while_connected
 from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody
 from hyaena.serve.reading import read_prefixes
-from hyaena.serve.service import Generation, Unwritten, chat_prompt, completion_prompts, new_tokens
+from hyaena.serve.service import Generation, Parts, Unwritten, chat_prompt, completion_prompts, new_tokens
 
 if TYPE_CHECKING:
     from hyaena.serve.app import Server
@@ -107,11 +107,19 @@ class _EventStream(Response):
                     await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
                 if not (parts := await generation.next()):
                     break
-                events = self._events([answer.part(*part) for part in parts])
+                events = await self._written(parts)
             end = _event(answer.frame | {"choices": [], "usage": generation.usage()}) if self._with_usage else ""
         except ApiError as error:
             end = _event(error.body)
         return f"{end}data: [DONE]\n\n"
+
+    async def _written(self, parts: Parts) -> str:
+        """The events of choices with new tokens; long ones are made in another thread, while other streams go on."""
+
+        def write() -> str:
+            return self._events([self.answer.part(*part) for part in parts])
+
+        return await asyncio.to_thread(write) if self.answer.long else write()
 
     def _events(self, parts: Sequence[str]) -> str:
         return "".join([f"{self._head}{part}]}}\n\n" for part in parts])
