@@ -19,7 +19,7 @@ from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError
 from hyaena.layers import record
 from hyaena.model import StripedHyena
-from hyaena.quant import QuantizedLinear, collect_moments, quantized_layers
+from hyaena.quant import QuantizedLinear, collect_moments, quantized_layers, round_weight
 from hyaena.schemes import SCHEMES
 from hyaena.sizes import ModelSizes
 from hyaena.train.config import TrainConfig
@@ -195,9 +195,21 @@ def test_moments_of_wide_inputs_are_those_of_blocks(tmp_path: Path, monkeypatch:
 
 def test_moments_of_other_inputs_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    for shape in ((64,), (1, 32, 32)):
+    for shape in ((64,), (1, 32, 32), (1, 64, 3)):
         with pytest.raises(InputError, match=r"in_proj.weight: moments .* are not those of 64 inputs: take them from"):
             checkpoints.load_model(path, weights="int8", moments={"layers.0.mixer.in_proj": torch.ones(*shape)})
+    with pytest.raises(InputError, match=r"moments \[3\] are not those of 64 inputs: give one for each"):
+        round_weight(torch.ones(2, 64), SCHEMES["int8"], torch.ones(3))
+
+
+def test_moments_of_other_layers_are_refused(tmp_path: Path) -> None:
+    path, moments = saved(tmp_path), torch.eye(64)[None]
+    for name, weights in (("model.layers.0.mixer.in_proj", "int8"), ("layers.0.mixer.in_proj", None)):
+        with pytest.raises(InputError, match=rf"moments of {name}, whose weights do not become narrow: "):
+            checkpoints.load_model(path, weights=weights, moments={name: moments})
+    with pytest.raises(InputError, match=r"moments of lm_heed, whose"):
+        checkpoints.quantize_checkpoint(checkpoints.find(path), tmp_path / "o", "int8", moments={"lm_heed": moments})
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_calibration_text_without_characters_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

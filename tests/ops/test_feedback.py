@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyaena.errors import InputError
 from hyaena.ops import widen
 from hyaena.ops.narrow import Narrow
 from hyaena.quant import feed_back, feedback, round_weight
@@ -76,3 +77,18 @@ def test_fewer_tokens_than_inputs_are_no_obstacle() -> None:
     moments = (x.T @ x / 3)[None]
     found = feed_back(weight.bfloat16(), plain, SCHEMES["int4"], moments)
     assert output_error(found, weight, moments).sum() < 0.1 * output_error(plain, weight, moments).sum()
+
+
+def test_inputs_whose_squares_float32_hardly_holds_leave_the_nearest_numbers() -> None:
+    """Products of 1e-22 are a few of the smallest steps of float32: rounded, they are no moments."""
+    weight, x = numbers(5, 128), 1e-22 * numbers(1, 128)
+    plain = round_weight(weight, SCHEMES["int4"])
+    found = feed_back(weight, plain, SCHEMES["int4"], (x.T @ x)[None])
+    torch.testing.assert_close(widen(found, torch.float32), widen(plain, torch.float32))
+
+
+@pytest.mark.parametrize("moments", [-torch.eye(128), torch.full((128, 128), torch.nan)])
+def test_moments_that_no_inputs_have_are_refused(moments: Tensor) -> None:
+    weight = numbers(5, 128)
+    with pytest.raises(InputError, match="moments are not those of any inputs: take them from"):
+        feed_back(weight, round_weight(weight, SCHEMES["int8"]), SCHEMES["int8"], moments[None])

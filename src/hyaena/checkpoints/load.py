@@ -70,7 +70,8 @@ def load_model(
         moments: second moments of the inputs of linear layers by name, see ``quant.collect_moments``.
 
     Raises:
-        InputError: an unknown scheme, one that does not fit the sizes, or weights that are narrow already.
+        InputError: an unknown scheme, one that does not fit the sizes, or weights that are narrow already; moments of
+            other layers or inputs.
         CheckpointError: naming the tensors that are missing, unexpected, misshapen, quantized or not finite; or a file
             that is missing, truncated, corrupt or unsafe; or one that was replaced meanwhile.
         ConfigError: the configuration cannot be used.
@@ -225,6 +226,11 @@ class Loading:
             self.fixed = set()
         else:
             self.to_narrow = {}
+        if others := [name for name in self.moments if f"{name}.weight" not in self.to_narrow]:
+            raise InputError(
+                f"moments of {listed(others, most=3)}, whose weights do not become narrow: take moments from "
+                "quant.collect_moments of this model, and give weights with them"
+            )
         self.expected = dict(self.remaining)
         self.scales = [name for name in self.remaining if part(name) == SCALES]
         for name in (*(OPTIONAL & self.remaining.keys()), *(self.scales if weights.in_original_names else ())):

@@ -18,12 +18,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hyaena.errors import InputError
 from hyaena.ops.narrow import Narrow, pack
 from hyaena.quant.rounding import code_dtype, nearest
 from hyaena.schemes import Scheme
 
 DAMPING = 0.01
 """Added to each square, in means of them: inputs that the text does not tell apart are not played off."""
+
+SEEN = 1e-30
+"""The least mean square of inputs that were seen: float32 rounds much smaller products too coarsely to be factored."""
 
 STEP = 64
 """Columns between products with all errors so far."""
@@ -39,6 +43,9 @@ def feed_back(weight: Tensor, rounded: Narrow, scheme: Scheme, moments: Tensor) 
         scheme: of it.
         moments: E[x·xᵀ] float32 [N,B,B] in blocks of B columns, see ``calibrate.collect_moments``; those of different
             blocks count as 0.
+
+    Raises:
+        InputError: moments that no inputs have: not positive semidefinite, or not finite.
     """
     codes = torch.empty(weight.shape, dtype=code_dtype(scheme), device=weight.device)
     group = weight.shape[1] // rounded.scale.shape[1]
@@ -57,8 +64,10 @@ def feed_back(weight: Tensor, rounded: Narrow, scheme: Scheme, moments: Tensor) 
 def _factor(h: Tensor) -> Tensor:
     """R[d,i]/R[d,d] of second moments [B,B]."""
     mean = h.diagonal().mean()
-    damping = torch.where(mean > 0, DAMPING * mean, 1.0)
-    factor = torch.linalg.cholesky(h + damping * torch.eye(len(h), device=h.device), upper=True)
+    damping = torch.where(mean > SEEN, DAMPING * mean, 1.0)
+    factor, failed = torch.linalg.cholesky_ex(h + damping * torch.eye(len(h), device=h.device), upper=True)
+    if bool(failed) or not bool(factor.isfinite().all()):
+        raise InputError("moments are not those of any inputs: take them from quant.collect_moments of this model")
     return factor / factor.diagonal().unsqueeze(1)
 
 

@@ -64,7 +64,8 @@ class QuantizedLinear(nn.Module):
         if moments is None:
             found = round_weight(weight, self.scheme)
         else:
-            if moments.ndim != 3 or moments.shape[0] * moments.shape[1] != weight.shape[1]:
+            blocks, size = moments.shape[:2] if moments.ndim == 3 else (0, 0)
+            if blocks * size != weight.shape[1] or moments.shape[2] != size:
                 raise InputError(
                     f"moments {list(moments.shape)} are not those of {weight.shape[1]} inputs: take them from "
                     "quant.collect_moments of this model"

@@ -46,8 +46,10 @@ def round_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) 
         moments: h, float32 [D], none negative; all 1 unless given.
 
     Raises:
-        InputError: a number is too large for a scale of the scheme.
+        InputError: a number is too large for a scale of the scheme; or moments of other inputs.
     """
+    if moments is not None and moments.shape != weight.shape[1:]:
+        raise InputError(f"moments {list(moments.shape)} are not those of {weight.shape[1]} inputs: give one for each")
     groups = scheme.groups(weight.shape[1])
     dtype = torch.float32 if scheme.scale_bytes == 4 else torch.float16
     h = None if moments is None else _importance(moments.to(weight.device, torch.float32))

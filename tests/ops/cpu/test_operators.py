@@ -299,6 +299,13 @@ def test_what_the_kernels_do_not_take_is_computed_by_the_plain_operators(monkeyp
     mixed = Dense(torch.randn(5, 8))
     call = lambda x: mixed.weight @ x[0]  # noqa: E731
     assert torch.equal(COMPILED.linear(single, call), PLAIN.linear(single, call))
+    long_filter, state = filters("complex", 4, 2, torch.float32)
+    z, weight = torch.randn(2, 12), torch.randn(12, 1025)
+    got, want = (
+        by.hyena(z, weight, None, long_filter, HyenaState(torch.zeros(2, 12, 1024), state.clone()))
+        for by in (COMPILED, PLAIN)
+    )
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -41,6 +41,8 @@ from hyaena.ops.cpu.vectors import (
 
 CHANNELS = 4
 """Of a long filter that are computed together: their sums are folded in one."""
+MOST_TAPS = 1024
+"""Of a short filter: a channel's lie in one register, and twice as many take four times as long to compile."""
 AHEAD = 1024
 """Numbers of a state that lie between what is read and what is brought to the cache meanwhile."""
 

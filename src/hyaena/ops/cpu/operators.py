@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hyaena.ops.cpu import attention, multiplies_tiles, products, team, tokens
 from hyaena.ops.cpu import hyena as hyena_kernels
+from hyaena.ops.cpu.filters import MOST_TAPS
 from hyaena.ops.cpu.matrices import Matrix
 from hyaena.ops.cpu.memory import SLOT_TOKENS, TOKENS
 from hyaena.ops.cpu.program import Program, Recorder
@@ -134,7 +135,7 @@ class CompiledOperators(DecodeOperators):
     ) -> Tensor:
         numbers = _filter(long_filter, state.long, z.dtype)
         short = state.short
-        windows = short.dtype in TOKENS and short.is_contiguous()
+        windows = short.dtype in TOKENS and short.is_contiguous() and short_weight.shape[1] <= MOST_TAPS
         if numbers is None or not windows or not _alike(z, short_weight, short_bias, long_filter.skip):
             return super().hyena(z, short_weight, short_bias, long_filter, state)
         kind, a, b = numbers
