@@ -143,7 +143,6 @@ def test_the_example_serves_until_it_is_interrupted(tmp_path: Path) -> None:
             env=os.environ | environment,
             stdout=file,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
         )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=PATIENCE) as client:
