@@ -65,7 +65,7 @@ class Delivery:
 
     Args:
         loop: of the inboxes.
-        interval: seconds; 0 hands everything over at once.
+        interval: seconds between two events of a stream; 0 hands every item over immediately.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:

@@ -185,7 +185,7 @@ class Generation:
         self._timer = delivery.loop.call_later(limits.seconds, lambda: self.fail(too_late()))
 
     def _sink(self, index: int) -> Callable[[Delta], None]:
-        """Hands over the tokens of a choice: the first one of a stream and the end of every choice at once."""
+        """Return what hands over the tokens of a choice; the first one of a stream and the last one immediately."""
         put, inbox = self._delivery.put, self._inbox
         urgent = inbox.paced
 

@@ -48,7 +48,7 @@ class Ring:
         panels: of a piece.
         stages: pieces of the matrix in flight.
         ahead: pieces of the vectors in flight, at most as many.
-        early: pieces of the matrix that are asked for before the wait. All of them would delay the few reads of a small
+        early: pieces of the matrix that are prefetched before the wait. More would delay the few reads of a small
             kernel before the product.
     """
 
@@ -60,7 +60,13 @@ class Ring:
 
 
 def choose_ring(matrices: int, rows: int, programs: int) -> Ring:
-    """Almost all shared memory of a processor, for matrices of so many rows, and programs that run at once."""
+    """A ring that takes almost all shared memory of a processor.
+
+    Args:
+        matrices: that are read together, 1 or 2.
+        rows: of each.
+        programs: that run concurrently.
+    """
     each = min(8, -(-rows // (16 * programs)))
     parts = tuple(16 << i for i in (3, 2, 1, 0) if each >> i & 1)
     ring = Ring(parts)
