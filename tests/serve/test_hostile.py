@@ -321,8 +321,10 @@ def test_http_1_0_has_no_chunks(server: Live) -> None:
     assert all(event.startswith(b"data: ") for event in rest.split(b"\n\n")[:-1])
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("stream", [True, False])
-def test_clients_that_leave_behind_another_request_are_forgotten(stream: bool) -> None:
+def test_clients_that_leave_behind_another_request_are_forgotten(stream: bool, late: bool) -> None:
+    """Also where the other request comes while the server waits for nothing but the client's leaving."""
     data = body(stream=stream, max_tokens=100, ignore_eos=True)
     begun, release = threading.Event(), threading.Event()
     with live(StripedHyena(replace(TINY, vocab_size=259)), kv_bytes=2**22) as server:
@@ -330,8 +332,12 @@ def test_clients_that_leave_behind_another_request_are_forgotten(stream: bool) -
         assert begun.wait(PATIENCE)
         with server.connect() as connection:
             connection.sendall(request(JSON + b"Content-Length: %d\r\n" % len(data), data))
+            if late:
+                until(lambda: server.engine._waiting == 1)
+                time.sleep(0.3)
             connection.sendall(request(line=b"GET /health HTTP/1.1"))
             until(lambda: server.engine._waiting == 1)
+            time.sleep(0.3 * late)
         until(lambda: server.engine._commands.qsize() == 2)  # the request, and its end
         release.set()
         held.result(PATIENCE)

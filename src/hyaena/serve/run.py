@@ -35,6 +35,8 @@ LAST_SECONDS = 1.0
 HEADER_SECONDS = 30.0
 """The longest time that a connection is kept open without a whole request."""
 
+NEXT_BYTES = 2**16
+"""Of requests behind the one that is answered; a client that sends more is not read until the answer has ended."""
 READ_SECONDS = 60.0
 """The longest time in which a client reads nothing of what waits for it."""
 
@@ -161,6 +163,12 @@ class _HttpConnection(H11Protocol):
         if self._stalled is not None:
             self._stalled.cancel()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Go on reading behind a whole request, within bounds: a client that leaves is noticed by reading only."""
+        super().data_received(data)
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < NEXT_BYTES:
+            self.flow.resume_reading()  # type: ignore[attr-defined]
 
     def pause_writing(self) -> None:
         """The client has not read what was sent."""
