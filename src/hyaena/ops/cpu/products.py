@@ -170,6 +170,16 @@ def together(rows):
 
 
 @function
+def block_at(p, start, stop, block, seen):
+    """How many outputs of a run are computed together; where the next ones begin, and their run ends; the runs seen."""
+    count = min(block, stop - start)
+    if start + count < stop:
+        return count, start + count, stop, seen
+    following, end, seen = next_run(p, seen, stop)
+    return count, following, end, seen
+
+
+@function
 def linear_runs(p, token, form):
     """``residual + weight·norm(x) + bias`` for the runs that this thread takes."""
     rows, width, block = word(p, ROWS), word(p, WIDTH), together(word(p, ROWS))
@@ -183,10 +193,7 @@ def linear_runs(p, token, form):
     values = np.empty(rows * block, np.float32)
     target = values.ctypes.data
     while start < stop:
-        count = min(block, stop - start)
-        following, end = start + count, stop
-        if following >= stop:
-            following, end, seen = next_run(p, seen, stop)
+        count, following, end, seen = block_at(p, start, stop, block, seen)
         upcoming = following if following < end else -1
         all_rows(form, rows, weight, scale, minimum, start, start + count, width, x, target, 4 * block, upcoming)
         finish(p, token, start, count, target, 4 * block)
@@ -227,10 +234,7 @@ def gate_runs(p, token, form):
     target = values.ctypes.data
     other = target + 4 * rows * block
     while start < stop:
-        count = min(block, stop - start)
-        following, end = start + count, stop
-        if following >= stop:
-            following, end, seen = next_run(p, seen, stop)
+        count, following, end, seen = block_at(p, start, stop, block, seen)
         upcoming = following if following < end else -1
         all_rows(form, rows, gates, scale, minimum, start, start + count, width, x, target, 4 * block, upcoming)
         all_rows(form, rows, ups, up_scale, up_minimum, start, start + count, width, x, other, 4 * block, upcoming)

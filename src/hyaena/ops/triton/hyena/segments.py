@@ -32,13 +32,15 @@ from hyaena.ops.triton.hyena.forward import move
 from hyaena.ops.triton.hyena.modal import powers
 from hyaena.ops.triton.hyena.segments_lanes import (
     TILE,
-    add_earlier,
+    add_lane,
+    add_states,
     as_factors,
     in_rows,
-    lane_before,
-    last_to_first,
+    in_steps,
     load_before_tile,
     load_tile,
+    move_lanes,
+    multiply_local,
     multiply_terms,
     products,
     split,
@@ -51,7 +53,7 @@ from hyaena.ops.triton.hyena.segments_tables import (
     load_terms,
     read_decays,
 )
-from hyaena.ops.triton.hyena.toeplitz import from_lane, half, load_filters, multiply
+from hyaena.ops.triton.hyena.toeplitz import from_lane, half, load_filters
 
 
 @triton.jit
@@ -100,11 +102,12 @@ def find_states(w, enter, decays, carry, lane, REAL: tl.constexpr, EMULATED: tl.
     re, im = move(decays[0], a, b, c, d, REAL)  # what two segments add
     re, im = move(decays[1], carry[0], carry[1], re, im, REAL)
     for k in tl.static_range(3):
-        re, im = add_earlier(decays[k + 1], re, im, tl.full(lane.shape, 4 << k, tl.int32), lane, REAL, EMULATED)
-    first_re = lane_before(re, carry[0], lane, EMULATED)
-    first_im = lane_before(im, carry[1], lane, EMULATED)
-    re = last_to_first(re, lane, EMULATED)
-    im = last_to_first(im, lane, EMULATED)
+        distance = tl.full(lane.shape, 4 << k, tl.int32)
+        re, im = add_lane(decays[k + 1], re, im, distance, lane, False, REAL, EMULATED)
+    first_re = move_lanes(re, carry[0], lane, 4, False, EMULATED)
+    first_im = move_lanes(im, carry[1], lane, 4, False, EMULATED)
+    re = move_lanes(re, none, lane, 28, True, EMULATED)  # of the last segments in the first four lanes
+    im = move_lanes(im, none, lane, 28, True, EMULATED)
     after = move(decays[4], carry[0], carry[1], re, im, REAL)
     second = move(decays[0], first_re, first_im, a, b, REAL)
     return (first_re, first_im, second[0], second[1]), after
@@ -211,7 +214,7 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
                 im = tl.load(at + 1, mask=(lane < 4) & (mode < N), other=0.0)
             carry = carry + ((re, im),)
         for q in tl.static_range(BLOCKS):
-            leave = leave + load_leaves(tables, channel * ENTRIES + 1 + QUADS + 2 * q, lane, QUADS, EMULATED)
+            leave = leave + (load_leaves(tables, channel * ENTRIES + 1 + QUADS + 2 * q, lane, QUADS, EMULATED),)
 
     before2 = load_before_tile(z_2 + word, short_2, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
     before1 = load_before_tile(z_1 + word, short_1, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
@@ -219,7 +222,6 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
     next1 = load_tile(z_1, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
     next0 = load_tile(z_0, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
     next2 = load_tile(z_2, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
-    none = tl.zeros(lane.shape, tl.float32)
     for start in tl.range(0, T, TILE, num_stages=1):
         tile1 = next1
         tile0 = next0
@@ -244,8 +246,7 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
             if HAS_MASK:
                 w = keep_steps(w, keep, start, 0, T, lane, True)
             w = as_factors(w, EMULATED)
-            low = multiply(w[0], local[e][0:2], (none, none, none, none), EMULATED)
-            high = multiply(w[0], local[e][2:4], (none, none, none, none), EMULATED)
+            low, high = multiply_local(w, local[e], EMULATED)
             for q in tl.static_range(BLOCKS):
                 terms = ()
                 for i in tl.static_range(2 if QUADS > 1 else 1):
@@ -257,10 +258,8 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
                     im = tl.where(whole, end[1], begin[1])
                     after = after + ((re, im),)
                     terms = terms + split(s[0], s[1], EMULATED) + split(s[2], s[3], EMULATED)
-                s = (terms[0::2], terms[1::2])
-                low = multiply_terms(s, leave[(e * BLOCKS + q) * 2], low, EMULATED)
-                high = multiply_terms(s, leave[(e * BLOCKS + q) * 2 + 1], high, EMULATED)
-            ys = ys + ((low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3]),)
+                low, high = add_states(low, high, terms, leave[e * BLOCKS + q], EMULATED)
+            ys = ys + (in_steps(low, high),)
         carry = after
         even = products(ys[0], us2[0])
         odd = products(ys[1], us2[1])

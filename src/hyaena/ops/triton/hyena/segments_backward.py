@@ -20,13 +20,15 @@ from hyaena.ops.triton.hyena.forward import move
 from hyaena.ops.triton.hyena.segments import find_states
 from hyaena.ops.triton.hyena.segments_lanes import (
     TILE,
-    add_later,
+    add_lane,
+    add_states,
     as_factors,
-    first_to_last,
     in_rows,
-    lane_after,
+    in_steps,
     load_before_tile,
     load_tile,
+    move_lanes,
+    multiply_local,
     multiply_terms,
     products,
     split,
@@ -34,7 +36,7 @@ from hyaena.ops.triton.hyena.segments_lanes import (
     to_lanes,
 )
 from hyaena.ops.triton.hyena.segments_tables import load_entry, load_leaves, load_terms, read_decays
-from hyaena.ops.triton.hyena.toeplitz import from_lane, half, load_filters, multiply
+from hyaena.ops.triton.hyena.toeplitz import from_lane, half, load_filters
 
 
 @triton.jit
@@ -48,11 +50,12 @@ def find_adjoints(dg, enter, decays, carry, lane, REAL: tl.constexpr, EMULATED: 
     re, im = move(decays[0], c, d, a, b, REAL)
     re, im = move(decays[1], carry[0], carry[1], re, im, REAL)
     for k in tl.static_range(3):
-        re, im = add_later(decays[k + 1], re, im, tl.full(lane.shape, 4 << k, tl.int32), lane, REAL, EMULATED)
-    second_re = lane_after(re, carry[0], lane, EMULATED)
-    second_im = lane_after(im, carry[1], lane, EMULATED)
-    re = first_to_last(re, lane, EMULATED)
-    im = first_to_last(im, lane, EMULATED)
+        distance = tl.full(lane.shape, 4 << k, tl.int32)
+        re, im = add_lane(decays[k + 1], re, im, distance, lane, True, REAL, EMULATED)
+    second_re = move_lanes(re, carry[0], lane, 4, True, EMULATED)
+    second_im = move_lanes(im, carry[1], lane, 4, True, EMULATED)
+    re = move_lanes(re, none, lane, 28, False, EMULATED)  # of the first segments in the last four lanes
+    im = move_lanes(im, none, lane, 28, False, EMULATED)
     before = move(decays[4], carry[0], carry[1], re, im, REAL)
     first = move(decays[0], second_re, second_im, c, d, REAL)
     return (first[0], first[1], second_re, second_im), before
@@ -190,11 +193,9 @@ def segments_backward_kernel(z, dy, weight, bias, tables, decays, states, dz, T,
             dg = as_factors(products(u2, grad), EMULATED)
             place = (word * 2 + e) * (2 * ENTRIES)
             local = load_entry(tables, place, lane, EMULATED)
-            low = multiply(w[0], local[0:2], (none, none, none, none), EMULATED)
-            high = multiply(w[0], local[2:4], (none, none, none, none), EMULATED)
+            low, high = multiply_local(w, local, EMULATED)
             local = load_entry(tables, place + ENTRIES, lane, EMULATED)
-            low_back = multiply(dg[0], local[0:2], (none, none, none, none), EMULATED)
-            high_back = multiply(dg[0], local[2:4], (none, none, none, none), EMULATED)
+            low_back, high_back = multiply_local(dg, local, EMULATED)
             for q in tl.static_range(BLOCKS):
                 terms = ()
                 terms_back = ()
@@ -207,17 +208,12 @@ def segments_backward_kernel(z, dy, weight, bias, tables, decays, states, dz, T,
                     new_carry = new_carry + (end,)
                     terms = terms + split(s[0], s[1], EMULATED) + split(s[2], s[3], EMULATED)
                     terms_back = terms_back + split(b[0], b[1], EMULATED) + split(b[2], b[3], EMULATED)
-                s = (terms[0::2], terms[1::2])
                 leave = load_leaves(tables, place + 1 + QUADS + 2 * q, lane, QUADS, EMULATED)
-                low = multiply_terms(s, leave[0], low, EMULATED)
-                high = multiply_terms(s, leave[1], high, EMULATED)
-                b = (terms_back[0::2], terms_back[1::2])
+                low, high = add_states(low, high, terms, leave, EMULATED)
                 leave = load_leaves(tables, place + ENTRIES + 1 + QUADS + 2 * q, lane, QUADS, EMULATED)
-                low_back = multiply_terms(b, leave[0], low_back, EMULATED)
-                high_back = multiply_terms(b, leave[1], high_back, EMULATED)
-            g = (low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3])
-            dw = (low_back[0], low_back[1], high_back[0], high_back[1],
-                  low_back[2], low_back[3], high_back[2], high_back[3])  # fmt: skip
+                low_back, high_back = add_states(low_back, high_back, terms_back, leave, EMULATED)
+            g = in_steps(low, high)
+            dw = in_steps(low_back, high_back)
             du2 = products(grad, g)
             du1 = products(dw, u0)
             du0 = products(dw, u1)

@@ -52,34 +52,52 @@ def multiply_terms(a, b, c, EMULATED: tl.constexpr):
     return c
 
 
+@triton.constexpr_function
+def shuffle(later):
+    """The instruction that reads another lane, and its last lane: of one after, or of one before."""
+    return ("shfl.sync.down.b32", 31) if later else ("shfl.sync.up.b32", 0)
+
+
+@triton.constexpr_function
+def add_instructions(later, real):
+    """``q·s' + s`` of ``add_lane``."""
+    read, last = shuffle(later)
+    out = "{.reg .pred p; .reg .f32 a, b;" if real else "{.reg .pred p; .reg .f32 a, b, m;"
+    out += f"{read} a|p, $2, $6, {last}, 0xffffffff; {read} b|p, $3, $6, {last}, 0xffffffff;"
+    if real:
+        return out + "mov.f32 $0, $2; mov.f32 $1, $3;@p fma.rn.f32 $0, $4, a, $0; @p fma.rn.f32 $1, $5, b, $1;}"
+    out += "mov.f32 $0, $2; mov.f32 $1, $3; neg.f32 m, $5;@p fma.rn.f32 $0, $4, a, $0; @p fma.rn.f32 $1, $4, b, $1;"
+    return out + "@p fma.rn.f32 $0, m, b, $0; @p fma.rn.f32 $1, $5, a, $1;}"
+
+
+@triton.constexpr_function
+def move_instructions(distance, later):
+    """``move_lanes``: the other lane's number, or that behind it where there is none."""
+    read, last = shuffle(later)
+    out = f"{{.reg .pred p; .reg .b32 a; {read} a|p, $1, {distance}, {last}, 0xffffffff; "
+    return out + "selp.b32 $0, a, $2, p;}"
+
+
 @triton.jit
-def add_earlier(q, re, im, distance, lane, REAL: tl.constexpr, EMULATED: tl.constexpr):
-    """``q·s' + s``, s' that of the lane so many before, zero where there is none."""
+def of_lane(x, other, distance, lane, LATER: tl.constexpr):
+    """x of the lane so many after, or before; ``other`` where there is none. For the interpreter."""
+    at = tl.arange(0, x.shape[0])
+    if LATER:
+        return tl.where(lane + distance < 32, tl.gather(x, tl.minimum(at + distance, x.shape[0] - 1), 0), other)
+    else:
+        return tl.where(lane >= distance, tl.gather(x, tl.maximum(at - distance, 0), 0), other)
+
+
+@triton.jit
+def add_lane(q, re, im, distance, lane, LATER: tl.constexpr, REAL: tl.constexpr, EMULATED: tl.constexpr):
+    """``q·s' + s``, s' that of the lane so many after, or before; zero where there is none."""
     if EMULATED:
-        at = tl.maximum(tl.arange(0, re.shape[0]) - distance, 0)
-        there = lane >= distance
-        a = tl.where(there, tl.gather(re, at, 0), 0.0)
-        b = tl.where(there, tl.gather(im, at, 0), 0.0)
+        a = of_lane(re, 0.0, distance, lane, LATER)
+        b = of_lane(im, 0.0, distance, lane, LATER)
         re, im = move(q, a, b, re, im, REAL)
-    elif REAL:
-        re, im = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .f32 a, b;"
-            "shfl.sync.up.b32 a|p, $2, $6, 0, 0xffffffff; shfl.sync.up.b32 b|p, $3, $6, 0, 0xffffffff;"
-            "mov.f32 $0, $2; mov.f32 $1, $3;"
-            "@p fma.rn.f32 $0, $4, a, $0; @p fma.rn.f32 $1, $5, b, $1;}",
-            "=&f,=&f,f,f,f,f,r",
-            [re, im, q[0], q[1], distance],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
     else:
         re, im = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .f32 a, b, m;"
-            "shfl.sync.up.b32 a|p, $2, $6, 0, 0xffffffff; shfl.sync.up.b32 b|p, $3, $6, 0, 0xffffffff;"
-            "mov.f32 $0, $2; mov.f32 $1, $3; neg.f32 m, $5;"
-            "@p fma.rn.f32 $0, $4, a, $0; @p fma.rn.f32 $1, $4, b, $1;"
-            "@p fma.rn.f32 $0, m, b, $0; @p fma.rn.f32 $1, $5, a, $1;}",
+            add_instructions(LATER, REAL),
             "=&f,=&f,f,f,f,f,r",
             [re, im, q[0], q[1], distance],
             dtype=(tl.float32, tl.float32),
@@ -90,110 +108,13 @@ def add_earlier(q, re, im, distance, lane, REAL: tl.constexpr, EMULATED: tl.cons
 
 
 @triton.jit
-def add_later(q, re, im, distance, lane, REAL: tl.constexpr, EMULATED: tl.constexpr):
-    """``q·s' + s``, s' that of the lane so many after, zero where there is none."""
+def move_lanes(x, other, lane, DISTANCE: tl.constexpr, LATER: tl.constexpr, EMULATED: tl.constexpr):
+    """x of the lane DISTANCE after, or before; ``other`` where there is none."""
     if EMULATED:
-        at = tl.minimum(tl.arange(0, re.shape[0]) + distance, re.shape[0] - 1)
-        there = lane + distance < 32
-        a = tl.where(there, tl.gather(re, at, 0), 0.0)
-        b = tl.where(there, tl.gather(im, at, 0), 0.0)
-        re, im = move(q, a, b, re, im, REAL)
-    elif REAL:
-        re, im = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .f32 a, b;"
-            "shfl.sync.down.b32 a|p, $2, $6, 31, 0xffffffff; shfl.sync.down.b32 b|p, $3, $6, 31, 0xffffffff;"
-            "mov.f32 $0, $2; mov.f32 $1, $3;"
-            "@p fma.rn.f32 $0, $4, a, $0; @p fma.rn.f32 $1, $5, b, $1;}",
-            "=&f,=&f,f,f,f,f,r",
-            [re, im, q[0], q[1], distance],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        re, im = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .f32 a, b, m;"
-            "shfl.sync.down.b32 a|p, $2, $6, 31, 0xffffffff; shfl.sync.down.b32 b|p, $3, $6, 31, 0xffffffff;"
-            "mov.f32 $0, $2; mov.f32 $1, $3; neg.f32 m, $5;"
-            "@p fma.rn.f32 $0, $4, a, $0; @p fma.rn.f32 $1, $4, b, $1;"
-            "@p fma.rn.f32 $0, m, b, $0; @p fma.rn.f32 $1, $5, a, $1;}",
-            "=&f,=&f,f,f,f,f,r",
-            [re, im, q[0], q[1], distance],
-            dtype=(tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
-    return re, im
-
-
-@triton.jit
-def lane_before(x, other, lane, EMULATED: tl.constexpr):
-    """x of the lane four before, ``other`` where there is none."""
-    if EMULATED:
-        at = tl.maximum(tl.arange(0, x.shape[0]) - 4, 0)
-        out = tl.where(lane >= 4, tl.gather(x, at, 0), other)
+        out = of_lane(x, other, DISTANCE, lane, LATER)
     else:
         out = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .b32 a; shfl.sync.up.b32 a|p, $1, 4, 0, 0xffffffff; selp.b32 $0, a, $2, p;}",
-            "=f,f,f",
-            [x, other],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return out
-
-
-@triton.jit
-def lane_after(x, other, lane, EMULATED: tl.constexpr):
-    """x of the lane four after, ``other`` where there is none."""
-    if EMULATED:
-        at = tl.minimum(tl.arange(0, x.shape[0]) + 4, x.shape[0] - 1)
-        out = tl.where(lane < 28, tl.gather(x, at, 0), other)
-    else:
-        out = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .b32 a; shfl.sync.down.b32 a|p, $1, 4, 31, 0xffffffff; selp.b32 $0, a, $2, p;}",
-            "=f,f,f",
-            [x, other],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return out
-
-
-@triton.jit
-def last_to_first(x, lane, EMULATED: tl.constexpr):
-    """x of the last four lanes in the first four, zero in the others."""
-    if EMULATED:
-        at = tl.minimum(tl.arange(0, x.shape[0]) + 28, x.shape[0] - 1)
-        out = tl.where(lane < 4, tl.gather(x, at, 0), 0.0)
-    else:
-        out = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .b32 a; shfl.sync.down.b32 a|p, $1, 28, 31, 0xffffffff; selp.b32 $0, a, 0, p;}",
-            "=f,f",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return out
-
-
-@triton.jit
-def first_to_last(x, lane, EMULATED: tl.constexpr):
-    """x of the first four lanes in the last four, zero in the others."""
-    if EMULATED:
-        at = tl.maximum(tl.arange(0, x.shape[0]) - 28, 0)
-        out = tl.where(lane >= 28, tl.gather(x, at, 0), 0.0)
-    else:
-        out = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .b32 a; shfl.sync.up.b32 a|p, $1, 28, 0, 0xffffffff; selp.b32 $0, a, 0, p;}",
-            "=f,f",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
+            move_instructions(DISTANCE, LATER), "=f,f,f", [x, other], dtype=tl.float32, is_pure=True, pack=1
         )
     return out
 
@@ -285,6 +206,27 @@ def as_factors(x, EMULATED: tl.constexpr):
     c = split(x[2], x[3], EMULATED)
     d = split(x[6], x[7], EMULATED)
     return (a[0], b[0], c[0], d[0]), (a[1], b[1], c[1], d[1])
+
+
+@triton.jit
+def multiply_local(x, local, EMULATED: tl.constexpr):
+    """What a segment's steps, a left factor, add within the segment: to its first and its last eight steps."""
+    none = tl.zeros(x[0][0].shape, tl.float32)
+    low = multiply(x[0], local[0:2], (none, none, none, none), EMULATED)
+    return low, multiply(x[0], local[2:4], (none, none, none, none), EMULATED)
+
+
+@triton.jit
+def add_states(low, high, terms, leave, EMULATED: tl.constexpr):
+    """Add what states add to those steps; terms: two words of each state, in turns."""
+    s = (terms[0::2], terms[1::2])
+    return multiply_terms(s, leave[0], low, EMULATED), multiply_terms(s, leave[1], high, EMULATED)
+
+
+@triton.jit
+def in_steps(low, high):
+    """A lane's eight numbers, in the order of its steps."""
+    return (low[0], low[1], high[0], high[1], low[2], low[3], high[2], high[3])
 
 
 @triton.jit
