@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
+import sys
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 
 # A shell that starts a run in the background has it ignore Ctrl-C, and every process under it. Tests send that signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -69,3 +72,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("wide"):
                 item.add_marker(pytest.mark.skip(reason="the 7B's width: needs --wide and a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Let Triton's interpreter exchange the language for its own once for each function.
+
+    It does so at every call of a function inside a kernel, in every program, and that takes as long as what is tested.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None:
+        exchange = functools.cache(interpreter._patch_lang)
+
+        def exchange_once(function: FunctionType) -> SimpleNamespace:
+            exchange(function)
+            return SimpleNamespace(restore=lambda: None)  # at the end of a launch
+
+        interpreter._patch_lang = exchange_once

@@ -341,7 +341,7 @@ def run_program(folder: Path, before: str) -> subprocess.CompletedProcess[str]:
     paths = {"PYTHONPATH": str(pages.ROOT / "src"), "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", PROGRAM.format(before=before)]
     return subprocess.run(
-        command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, check=False, timeout=200
     )
 
 
