@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,27 @@ def test_the_second_of_two_equal_variants_is_named() -> None:
     found = list(check_variants([one, one._replace(place="line 5", name="")], GENOME, Windows.of(8), max_length=8))
     assert [(c.problem, c.index) for c in found] == [(False, 0), (True, 1)]
     assert found[1].text == "the same variant stands before it"
+
+
+def test_equal_variants_are_found_in_any_order() -> None:
+    genome = MemoryGenome({"a": "A" * 9, "b": "A" * 9})
+    draw = random.Random(1)
+    for ordered in (True, False):
+        for _ in range(40):
+            given = [Variant(draw.choice("ab"), draw.randrange(9), "A", draw.choice("CGT")) for _ in range(12)]
+            given = sorted(given) if ordered else given
+            found = check_variants(given, genome, Windows.of(8), max_length=8)
+            assert [one.problem for one in found] == [given.index(one) < i for i, one in enumerate(given)]
+
+
+def test_a_sorted_file_takes_little_memory_per_variant() -> None:
+    genome = MemoryGenome({"a": "A" * 3_000})
+    given = (Variant("a", i, "A", "C") for i in range(3_000))
+    tracemalloc.start()
+    assert not any(one.problem for one in check_variants(given, genome, Windows.of(8), max_length=8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000 * 40
 
 
 def test_windows() -> None:

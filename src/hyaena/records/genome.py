@@ -12,7 +12,7 @@ from hyaena import extras
 from hyaena.arguments import as_path
 from hyaena.errors import InputError, OutputError, nearest, printable, shown
 from hyaena.files import write_atomically
-from hyaena.records.source import GZIP, is_bgzip, open_source
+from hyaena.records.source import BLOCK, GZIP, is_bgzip, open_source
 
 _CURE = "check its name and permissions"
 _LETTERS = frozenset("ACGTURYSWKMBDHVN")
@@ -157,10 +157,11 @@ class FastaGenome:
 
     def _check_names(self) -> None:
         """Refuse a name that two contigs have: an index would hide the second."""
-        seen = set()
+        seen, number, begins = set[bytes](), 0, True
         with open_source(self.path, self.label, compressed=self._compressed, cure=_CURE) as file:
-            for number, line in enumerate(file, start=1):
-                if line.startswith(b">"):
+            while line := file.readline(BLOCK):  # a contig may be one line
+                number += begins
+                if begins and line.startswith(b">"):
                     name = line[1:].split(maxsplit=1)[:1]
                     if not name:
                         raise InputError(f"{self.label}, line {number}: the contig has no name; give it one")
@@ -168,6 +169,7 @@ class FastaGenome:
                         twice = shown(name[0].decode(errors="replace"))
                         raise InputError(f"{self.label}, line {number}: a second contig is named {twice}; rename one")
                     seen.add(name[0])
+                begins = line.endswith(b"\n")
 
 
 @contextmanager

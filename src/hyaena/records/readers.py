@@ -213,7 +213,7 @@ def _in_pieces(source: Source) -> Iterator[tuple[Record, Iterator[Piece]]]:
         if not name:
             raise InputError(f"{source.label}, {first.place}: the record has no name; give it one")
         record = Record(index - 1, name, "", first.place)
-        yield record, _checked(source, record, chain([first], pieces))
+        yield record, _checked(source, record, chain([first], pieces))  # noqa: B031  once for each record
     if number == 0:
         raise InputError(f"{source.label} holds no record")
 

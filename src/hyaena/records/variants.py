@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -191,7 +192,7 @@ def check_variants(
     Raises:
         InputError: the genome cannot be read.
     """
-    seen: set[int] = set()
+    seen = _Seen()
     last: tuple[tuple[str, int, int], str] | None = None
     for index, variant in enumerate(each("variants", variants, "a list of records.Variant")):
         _require_variant(index, variant)
@@ -214,16 +215,43 @@ def check_variants(
             if last is None or last[0] != key:
                 last = key, genome.fetch(*key)
             found = last[1][variant.start - first :][: len(variant.reference)]
-            identity = hash(variant[:4])
             if found != variant.reference:
                 reason = f"its reference allele is {_cut(variant.reference)}, and the genome has {_cut(found)} there"
-            elif identity in seen:
+            elif not seen.add(variant):
                 reason = "the same variant stands before it"
-            seen.add(identity)
         if reason is None and last is not None:
             yield Checked(index, variant, first, stop, last[1])
         else:
             yield Checked(index, variant, 0, 0, reason or "", True)
+
+
+class _Seen:
+    """The variants that stood before: 8 bytes each while positions rise, as in a sorted file, and about 70 from then on."""
+
+    def __init__(self) -> None:
+        self._hashes = array("q")  # of all, while positions rise
+        self._furthest: dict[str, int] = {}  # position in each contig
+        self._place: tuple[str, int] | None = None  # of the last variant
+        self._known = set[int]()  # hashes: of those at that place while positions rise, of all from then on
+        self._rising = True
+
+    def add(self, variant: Variant) -> bool:
+        """Add a variant; return whether it is the first of its kind."""
+        place = variant.contig, variant.start
+        if self._rising and place != self._place:
+            if variant.start > self._furthest.get(variant.contig, -1):
+                self._known = set()
+                self._place, self._furthest[variant.contig] = place, variant.start
+            else:
+                self._known = set(self._hashes)
+                self._rising, self._hashes = False, array("q")
+        identity = hash(variant[:4])
+        if identity in self._known:
+            return False
+        self._known.add(identity)
+        if self._rising:
+            self._hashes.append(identity)
+        return True
 
 
 def _require_variant(index: int, variant: object) -> None:
