@@ -165,6 +165,10 @@ def test_a_job_does_not_go_on_with_another_genome_or_other_options(
     capsys.readouterr()
     assert variants(model, *command, "--grid", 2) == 2
     assert "--grid was 1, and is 2 now" in capsys.readouterr().err
+    Path("calls.vcf").write_text(HEADER + "".join(GOOD).replace("rs2", "rs7"))
+    assert variants(model, *command) == 2
+    assert "the input has changed since" in capsys.readouterr().err
+    Path("calls.vcf").write_text(HEADER + "".join(GOOD))
     text = Path("genome.fa").read_text()
     Path("genome.fa").write_text(text[:40] + other(text[40]) + text[41:])
     Path("genome.fa.fai").unlink()

@@ -216,10 +216,10 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
     if files.source.window is not None:
         columns += [Column("contig", "text"), Column("start", "integer"), Column("end", "integer")]
         columns += [Column("step", "integer")] if task.step else []
-        if files.source.window > encoder.max_length:
+        if files.source.window > encoder.max_letters:
             raise InputError(
-                f"a window of {files.source.window:,} letters is longer than the {encoder.max_length:,} tokens of the "
-                "model's context: take a smaller --window, or a larger --max-length"
+                f"a window of {files.source.window:,} letters is longer than the {encoder.max_letters:,} that the "
+                "model's context holds: take a smaller --window, or a larger --max-length"
             )
     columns += task.columns
 

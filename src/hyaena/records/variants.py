@@ -94,7 +94,8 @@ class Checked(NamedTuple):
 
     @property
     def name(self) -> str:
-        return str(self.variant)
+        """The variant and its ID, which is in its row."""
+        return f"{self.variant} ({self.variant.name})" if self.variant.name else str(self.variant)
 
     @property
     def place(self) -> str:
