@@ -278,10 +278,14 @@ def test_a_genome_in_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pyte
         ("", "cannot be indexed"),
         (">c\nAC\n>d\nAC\n>c\nGT\n", "line 5: a second contig is named 'c'"),
         (">\nAC\n", "line 1: the contig has no name"),
+        (">c\n" + "AC" * 2**20 + "\n>c\nAC\n", "line 3: a second contig is named 'c'"),
+        (">é\nAC\n", "line 1: .* is no name in UTF-8"),
+        (">a\0b\nAC\n", "line 1: .* is no name in UTF-8"),
     ],
 )
 def test_files_that_are_no_genome(tmp_path: Path, content: str, message: str) -> None:
     path = fasta(tmp_path, content)
+    path.write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=message):
         FastaGenome(path)
     assert [path.name for path in tmp_path.iterdir()] == ["genome.fa"]
@@ -316,6 +320,37 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
     index.write_text("nonsense")
     with pytest.raises(InputError, match=r"remove .*genome\.fa\.fai"):
         FastaGenome(path)
+
+
+@pytest.mark.parametrize("name", ["genome.fa", "genome.fa.gz"])
+def test_an_index_of_another_file(tmp_path: Path, name: str) -> None:
+    """Offsets, lengths or lines that are not those of the file are found at the first letter that is read."""
+    contigs = {f"c{i}": "".join(random.Random(i).choices("ACGT", k=40_000)) for i in range(3)}
+
+    def write(width: int, end: str, skip: int = 0) -> Path:
+        path = fasta(
+            tmp_path,
+            "".join(
+                f">{contig} x>y{end}" + "".join(text[i : i + width] + end for i in range(skip, len(text), width))
+                for contig, text in contigs.items()
+            ),
+        )
+        if name.endswith(".gz"):
+            pysam.tabix_compress(str(path), str(tmp_path / name), force=True)
+        return tmp_path / name
+
+    for width, end in ((50_000, "\n"), (61, "\r\n"), (60, "\n")):
+        for index in tmp_path.glob("*.*i"):
+            index.unlink()
+        genome = FastaGenome(write(width, end))
+        assert [genome.fetch(contig, 70, 80) for contig in contigs] == [text[70:80] for text in contigs.values()]
+    for given in ((61, "\n"), (60, "\r\n"), (60, "\n", 1)):
+        path = write(*given)
+        for index in tmp_path.glob("*.*i"):
+            os.utime(index)
+        for contig in contigs:
+            with pytest.raises(InputError, match=r"remove .*genome\.fa.*\.fai, so that it is made again"):
+                FastaGenome(path).fetch(contig, 70, 80)
 
 
 def test_genomes_that_are_not_there(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
 
 
 def _add_texts(archive: zipfile.ZipFile, name: str, rows: Rows) -> None:
-    """Add the texts of all rows as one array, in which each takes the room of the longest: memory for one row is taken."""
+    """Add the texts of all rows as one array, in which each takes the room of the longest, a row at a time."""
     lengths = [len(row[name]) for row in rows((name,))]
     dtype = np.dtype(f"<U{max([1, *lengths])}")
     texts = (np.array(row[name], dtype) for row in rows((name,)))

@@ -227,7 +227,7 @@ def check_variants(
 
 
 class _Seen:
-    """The variants that stood before: 8 bytes each while positions rise, as in a sorted file, and about 70 from then on."""
+    """The variants that stood before: 8 bytes each while positions rise, as in a sorted file, about 70 from then on."""
 
     def __init__(self) -> None:
         self._hashes = array("q")  # of all, while positions rise

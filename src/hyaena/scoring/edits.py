@@ -272,6 +272,8 @@ def _item(encoder: Encoder, index: int, sequence: str, edits: Sequence[Edit]) ->
         # strictly before the edit, so that the token at the fork is the sequence's own
         fork = min(max(0, (place - 1) // FORK_STEP * FORK_STEP), len(ids) - 1)
         length = len(ids) - len(reference) + len(new)
+        if length == before:
+            raise InputError(f"the edit at {start:,} leaves nothing of the sequence: leave it out")
         if length > encoder.max_length:
             raise InputError(
                 f"{length:,} tokens of the sequence with the edit at {start:,} pass the maximum length "
