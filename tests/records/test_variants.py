@@ -74,9 +74,10 @@ def test_bcf_has_records_and_no_lines(tmp_path: Path) -> None:
         (HEADER.encode() + b"chr1\t5\t.\tA\n", "line 4: not a record of VCF"),
         (HEADER.encode() + b"chr1\t1\t.\tA\tG\t.\t.\t.\nchr1\tx\t.\tA\tG\t.\t.\t.\n", "line 5: not a record of VCF"),
         (HEADER.encode() + b"chr1 1 . A G\n", "line 4: not a record of VCF, .* between tabs"),
-        (HEADER.encode() + b"chr1\t-1\t.\tA\tG\n", "line 4: not a record of VCF"),
-        (HEADER.encode() + b"chr1\t" + b"9" * 50 + b"\t.\tA\tG\n", "line 4: not a record of VCF"),
-        (HEADER.encode() + b"chr1\t1\t.\tA\t\xff\n", "line 4: not UTF-8"),
+        (HEADER.encode() + b"chr1\t1\t.\tA\tGAT", "line 4: the file ends after 5 of 8 columns"),
+        (HEADER.encode() + b"chr1\t-1\t.\tA\tG\t.\t.\t.\n", "line 4: not a record of VCF"),
+        (HEADER.encode() + b"chr1\t" + b"9" * 50 + b"\t.\tA\tG\t.\t.\t.\n", "line 4: not a record of VCF"),
+        (HEADER.encode() + b"chr1\t1\t.\tA\t\xff\t.\t.\t.\n", "line 4: not UTF-8"),
         (b"##fileformat=VCFv4.2\n", "line that begins with '#CHROM'"),
         (b"##fileformat=VCFv4.2\nchr1\t1\t.\tA\tG\n", "line 2: not a record of VCF"),
         (b"BCF\x02\x02nonsense", "not BCF"),
@@ -88,6 +89,12 @@ def test_files_that_are_no_vcf(tmp_path: Path, content: bytes, message: str) -> 
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(read_variants(path))
+
+
+def test_five_columns_below_five_are_enough(tmp_path: Path) -> None:
+    path = tmp_path / "calls.vcf"
+    path.write_text("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\nchr1\t1\t.\tA\tG")
+    assert [str(one) for one in read_variants(path)] == ["chr1:1 A>G"]
 
 
 def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:

@@ -131,24 +131,30 @@ _Rows = Iterator[tuple[str, int, str, str, Sequence[str], str]]
 
 
 def _read_vcf(path: Path, label: str, compressed: bool) -> _Rows:
-    """The first five columns of each line; what follows them, genotypes among them, is not looked at."""
-    number, header = 0, False
+    """The first five columns of each line; what follows them, genotypes among them, is counted only."""
+    number, header, tabs = 0, False, 0  # tabs of the header
     with open_source(path, label, compressed=compressed, cure=_CURE) as file:
         while raw := file.readline(_LINE):
             number += 1
             raw = raw.removeprefix(BYTE_ORDER_MARK if number == 1 else b"")
-            line = raw
+            line, found = raw, raw.count(b"\t")
             while not line.endswith(b"\n") and (line := file.readline(_LINE)):
-                pass
+                found += line.count(b"\t")
             if number == 1 and not raw.startswith(b"##fileformat=VCF"):
                 raise InputError(f"{label} is not VCF, which begins with '##fileformat=VCFv4.2' or another version")
             if raw.startswith(b"#"):
-                header |= raw.startswith(b"#CHROM")
+                if raw.startswith(b"#CHROM"):
+                    header, tabs = True, found
                 continue
             if not raw.strip():
                 continue
             columns = raw.rstrip(b"\r\n").split(b"\t", 5)
             whole = len(columns) == 6 or len(raw) < _LINE
+            if header and 4 <= found < tabs and not line.endswith(b"\n"):  # half an allele is another variant
+                raise InputError(
+                    f"{label}, line {number}: the file ends after {found + 1:,} of {tabs + 1:,} columns, and not with a "
+                    "line: it was cut off; copy it again"
+                )
             if not header or len(columns) < 5 or not whole or not re.fullmatch(rb"\d{1,18}", columns[1]):
                 raise InputError(
                     f"{label}, line {number}: not a record of VCF, which has CHROM, POS, ID, REF and ALT between tabs "
