@@ -152,7 +152,7 @@ def _read_vcf(path: Path, label: str, compressed: bool) -> _Rows:
             whole = len(columns) == 6 or len(raw) < _LINE
             if header and 4 <= found < tabs and not line.endswith(b"\n"):  # half an allele is another variant
                 raise InputError(
-                    f"{label}, line {number}: the file ends after {found + 1:,} of {tabs + 1:,} columns, and not with a "
+                    f"{label}, line {number}: the file ends after {found + 1:,} of {tabs + 1:,} columns, not with a "
                     "line: it was cut off; copy it again"
                 )
             if not header or len(columns) < 5 or not whole or not re.fullmatch(rb"\d{1,18}", columns[1]):
