@@ -262,6 +262,7 @@ def test_many_variants_that_do_not_fit_are_counted(
         (["--grid", 33], "grid must be between 1 and half a window, 32, not 33"),
         (["--grid", 0], "grid must be between 1 and half a window"),
         (["--save-every", 0], "--save-every must be at least 1"),
+        (["--method", "fast"], "unknown method 'fast'"),
         (["--batch-tokens", 0], "tokens_per_pass must be at least 1"),
         (["--vcf", "no.vcf"], "cannot read no.vcf: No such file"),
         (["--vcf", "genome.fa"], "genome.fa is not VCF"),
@@ -287,6 +288,11 @@ def test_mistakes_are_one_line(
     err = capfd.readouterr().err
     assert err.startswith("hyaena: error: ") and err.count("\n") == 1 and message in err
     assert {path.name for path in folder.iterdir()} <= {"genome.fa", "genome.fa.fai", "calls.vcf"}
+
+
+def test_what_is_cut_is_told(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert variants(model, "-o", "s.csv", "--method", "truncated") == 0
+    assert "hyaena: long filters cut to " in capsys.readouterr().err
 
 
 def test_a_model_of_other_tokens_is_refused(

@@ -124,6 +124,11 @@ def test_shards_cut_chromosomes(model: Path, genome: str) -> None:
     np.testing.assert_allclose([x for *_, x in parts], [x for *_, x in whole], rtol=1e-4)
 
 
+def test_what_is_cut_is_told(model: Path, genome: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("score", genome, "s.bedgraph", model, "--method", "truncated") == 0
+    assert "hyaena: long filters cut to " in capsys.readouterr().err
+
+
 def test_the_overlap_is_half_a_window_unless_given(model: Path, genome: str) -> None:
     words = ["score", genome, "-o", "s.jsonl", "--model", str(model), "--window", "48", "--device", "cpu"]
     assert main(words, commands=COMMANDS) == 0

@@ -248,7 +248,7 @@ def test_windows_that_cannot_be_read(window: Any, message: str) -> None:
 
 def test_wrong_options_are_refused_at_the_call() -> None:
     model = spread(HESSIAN)
-    for options in ({"tokens_per_pass": 0}, {"both_strands": 3}):
+    for options in ({"tokens_per_pass": 0}, {"both_strands": 3}, {"method": "fast"}):
         with pytest.raises(HyaenaError):
             iter_edit_scores(model, TOKENIZER, [], **options)  # pyright: ignore[reportArgumentType]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyaena.cli.model_options import add_model_options, prepare_model
+from hyaena.cli.model_options import add_model_options, prepare_model, tell_what_is_cut
 from hyaena.cli.progress import Progress
 from hyaena.errors import InputError, NonFiniteError, shown
 from hyaena.records import FORMATS, Record, Source, check_readable, find_source
@@ -240,6 +240,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
 
             def start() -> Compute:
                 model = prepared.load()
+                tell_what_is_cut(model, args.method)
                 progress.begin()
                 return _compute(model, tokenizer, source, task, reading, progress)
 
