@@ -232,6 +232,7 @@ def test_the_other_strand_is_the_reverse_complement() -> None:
         (("ACGT", [Edit(3, "TT", "T")]), "does not lie in the sequence"),
         (("ACGT", [Edit(-1, "", "T")]), "does not lie in the sequence"),
         (("ACGT", [Edit(1, "C", "C")]), "changes nothing"),
+        (("ACGT", [Edit(0, "ACGT", "")]), "the edit at 0 leaves nothing of the sequence"),
         (("ACGT" * 600, [Edit(1, "C", "T")]), "2,400 tokens pass the maximum length 2,048"),
         (("ACGT" * 512, [Edit(1, "C", "CT")]), "2,049 tokens of the sequence with the edit at 1 pass the maximum"),
         (("", []), "it is empty"),
@@ -247,7 +248,7 @@ def test_windows_that_cannot_be_read(window: Any, message: str) -> None:
 
 def test_wrong_options_are_refused_at_the_call() -> None:
     model = spread(HESSIAN)
-    for options in ({"tokens_per_pass": 0}, {"both_strands": 3}):
+    for options in ({"tokens_per_pass": 0}, {"both_strands": 3}, {"method": "fast"}):
         with pytest.raises(HyaenaError):
             iter_edit_scores(model, TOKENIZER, [], **options)  # pyright: ignore[reportArgumentType]
 

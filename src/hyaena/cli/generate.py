@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hyaena.cli import sequences
 from hyaena.cli.formatting import json_text
-from hyaena.cli.model_options import add_model_options
+from hyaena.cli.model_options import add_model_options, tell_what_is_cut
 from hyaena.errors import InputError, UnsupportedError, shown
 
 if TYPE_CHECKING:
@@ -188,8 +188,7 @@ def run(args: argparse.Namespace) -> int:
         **source,
     )
     load_seconds = time.perf_counter() - began
-    if args.method == "truncated" and (windows := model.truncation_windows()):
-        print(describe_cut(windows), file=sys.stderr)
+    tell_what_is_cut(model, args.method)
     stats: Stats | None = None
     beginning = None if args.prefix_file is None else load_prefix(args.prefix_file, model, tokenizer)
     given = prompt
@@ -290,16 +289,6 @@ def describe(stats: Stats, load_seconds: float) -> str:
     if stats.peak_memory is not None:
         parts.append(f"peak memory {stats.peak_memory / 2**20:,.0f} MiB")
     return " | ".join(parts)
-
-
-def describe_cut(windows: dict[int, int]) -> str:
-    """How far the method ``truncated`` cuts the filters, which it never does in silence."""
-    from hyaena.ops import TRUNCATION_TOLERANCE
-
-    return (
-        f"hyaena: long filters cut to {min(windows.values()):,} … {max(windows.values()):,} taps, "
-        f"which drops at most {TRUNCATION_TOLERANCE:.0e} of a filter's energy"
-    )
 
 
 class PrefillBar:

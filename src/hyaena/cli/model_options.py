@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -115,3 +116,15 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
         options["--cache-dtype"] = args.cache_dtype
     loading = {"dtype": args.dtype, "fp8": args.fp8, "weights": args.weights, "cache_dtype": args.cache_dtype, **origin}
     return PreparedModel(tokenizer, shape, device, options, args.model, loading)
+
+
+def tell_what_is_cut(model: StripedHyena, method: str) -> None:
+    """Say on standard error how far the method ``truncated`` cuts the filters, which no command does in silence."""
+    from hyaena.ops import TRUNCATION_TOLERANCE
+
+    if method == "truncated" and (windows := model.truncation_windows()):
+        print(
+            f"hyaena: long filters cut to {min(windows.values()):,} … {max(windows.values()):,} taps, "
+            f"which drops at most {TRUNCATION_TOLERANCE:.0e} of a filter's energy",
+            file=sys.stderr,
+        )
