@@ -81,6 +81,15 @@ def test_commands(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat.messages == [{"role": "system", "content": "be brief"}]
 
 
+def test_what_cannot_be_saved_ends_no_conversation(
+    chat: Chat, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bad = ["/save .", "/save /", "/save ~no-such-user/x", "/save a\0b"]
+    assert converse(chat, typed("h\udcffi", *bad, f"/save {tmp_path}/c.json")) == 0  # a byte that is no UTF-8
+    assert capsys.readouterr().err.count("hyaena: error: cannot write ") == len(bad)
+    assert json.loads((tmp_path / "c.json").read_text())["messages"][0]["content"] == "h\udcffi"
+
+
 def test_a_message_may_have_several_lines() -> None:
     assert read_message(typed("one")) == "one"
     assert read_message(typed("one\\", "two")) == "one\ntwo"
@@ -114,6 +123,8 @@ def test_models_without_dialogue_are_refused(capsys: pytest.CaptureFixture[str],
     assert "there is no chat template none" in capsys.readouterr().err
     assert main(["chat", "--model", str(tmp_path)]) == 2
     assert "--chat-template" in capsys.readouterr().err
+    assert main(["chat", "--model", str(tmp_path), "--chat-template", "nous", "--device", ""]) == 2
+    assert "--device is empty" in capsys.readouterr().err
 
 
 def test_an_adapter_is_talked_to_with_its_own_template(

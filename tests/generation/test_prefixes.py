@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,10 @@ def test_damaged_files_are_refused(model: StripedHyena, tmp_path: Path) -> None:
     path = made.save(tmp_path / "p")
     with pytest.raises(CheckpointError, match="does not exist"):
         load_prefix(tmp_path / "none", model)
+    os.mkfifo(tmp_path / "fifo")  # opening it would wait for a writer, whatever signal comes
+    for place in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="not a regular file: name the file that Prefix"):
+            load_prefix(place, model)
     content = path.read_bytes()
     for cut in (0, 5, 100, len(content) - 1):
         (tmp_path / "cut").write_bytes(content[:cut])
@@ -241,8 +246,17 @@ def test_damaged_files_are_refused(model: StripedHyena, tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_said_so(model: StripedHyena, tmp_path: Path) -> None:
+    made = prefix(model, TOKENIZER, "abc")
     with pytest.raises(OutputError, match="cannot write"):
-        prefix(model, TOKENIZER, "abc").save(tmp_path / "none" / "p")
+        made.save(tmp_path / "none" / "p")
+    for call in (made.save, lambda path: load_prefix(path, model)):
+        with pytest.raises(InputError, match="the file of a prefix is empty"):
+            call("")
+
+
+def test_a_file_may_have_any_name(model: StripedHyena, tmp_path: Path) -> None:
+    path = prefix(model, TOKENIZER, "abc").save(tmp_path / os.fsdecode(b"a\xff"))
+    assert load_prefix(path, model).ids == TOKENIZER.encode("abc")
 
 
 # --- mistakes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import random
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -120,6 +121,9 @@ def test_a_genome_of_bgzip_without_its_last_block_is_cut_off(tmp_path: Path) -> 
     whole, cut = tmp_path / "whole.fa.gz", tmp_path / "cut.fa.gz"
     pysam.tabix_compress(str(fasta(tmp_path, ">chr1\nACGT\n")), str(whole))
     assert FastaGenome(whole).fetch("chr1", 0, 4) == "ACGT"
+    odd = Path(shutil.copy(whole, whole.with_name(os.fsdecode(b"\xff.fa"))))
+    with pytest.raises(InputError, match="the name is not UTF-8, which pysam needs"):
+        FastaGenome(odd)
     cut.write_bytes(whole.read_bytes()[:-28])
     with pytest.raises(InputError, match="its end is missing"):
         FastaGenome(cut)

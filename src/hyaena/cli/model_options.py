@@ -54,6 +54,22 @@ def add_cache_option(group: argparse._ActionsContainer) -> None:
     )
 
 
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """The device that --device names; a GPU if there is one and none is named.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if args.device == "":
+        raise InputError("--device is empty: name one, such as cpu")
+
+    import torch
+
+    from hyaena.checkpoints import as_device
+
+    return as_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
+
+
 @dataclass(frozen=True)
 class PreparedModel:
     """A model without its weights: enough to check options and texts.
@@ -85,8 +101,7 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
     Raises:
         HyaenaError: there is no such model, device or dtype.
     """
-    if args.device == "":
-        raise InputError("--device is empty: name one, such as cpu")
+    device = choose_device(args)
 
     import torch
 
@@ -94,9 +109,6 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
     from hyaena.fp8 import check_fp8
     from hyaena.model import StripedHyena
 
-    device = checkpoints.as_device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device
-    )
     dtype = hub.choose_dtype(args.dtype, device)
     origin = {"revision": args.revision, "config": args.config}
     config, tokenizer = hub.load_tokenizer_of(args.model, **origin)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hyaena import extras
-from hyaena.arguments import as_path
+from hyaena.arguments import as_text_path
 from hyaena.errors import InputError, OutputError, nearest, printable, shown
 from hyaena.files import write_atomically
 from hyaena.records.fai import FastaIndex
@@ -71,7 +71,7 @@ class FastaGenome:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = as_path("the genome", path)
+        self.path = as_text_path("the genome", path, "pysam")
         self.label = printable(str(self.path))
         extras.require("pysam", extra="genomics", purpose="reading a genome")
         if self.path.is_dir():

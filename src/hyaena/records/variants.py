@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hyaena import extras
-from hyaena.arguments import as_path, as_whole, each, whole
+from hyaena.arguments import as_path, as_text_path, as_whole, each, whole
 from hyaena.errors import InputError, printable, shown
 from hyaena.records.genome import Genome, missing_contig, quiet
 from hyaena.records.source import BYTE_ORDER_MARK, GZIP, open_source
@@ -171,6 +171,7 @@ def _read_vcf(path: Path, label: str, compressed: bool) -> _Rows:
 
 def _read_bcf(path: Path, label: str) -> _Rows:
     extras.require("pysam", extra="genomics", purpose="reading BCF")
+    path = as_text_path("the file of variants", path, "pysam")
     import pysam
 
     number = 0
