@@ -136,6 +136,7 @@ requests = st.lists(
         st.integers(0, 12),  # the turn in which it arrives
         st.one_of(st.none(), st.integers(0, 15)),  # the turn in which it is cancelled
         st.sampled_from(["", "", "a", "b"]),
+        st.one_of(st.none(), st.tuples(st.integers(0, 15), st.integers(0, 10))),  # is paused then, for so many turns
     ),
     min_size=1,
     max_size=12,
@@ -164,13 +165,20 @@ def test_any_requests_get_what_they_get_alone(
     runner = FakeRunner(scheduler, {key: count for key, (_, count, *_) in enumerate(requests)})
     cancelled: set[int] = set()
     for turn in range(10_000):
-        for key, (prompt, count, arrives, cancels, adapter) in enumerate(requests):
+        for key, (prompt, count, arrives, cancels, adapter, paused) in enumerate(requests):
             if arrives == turn:
                 scheduler.add(key, prompt, count, adapter=adapter)
             if cancels == turn and key in scheduler.jobs:
                 runner.finish(key)
                 cancelled.add(key)
-        if scheduler.idle and turn > 15:
+            if paused and key in scheduler.jobs:
+                if turn == paused[0]:
+                    scheduler.pause(key, runner.at_page_ends().get(key))
+                    if key in runner.decoding:
+                        runner.decoding.remove(key)
+                if turn == sum(paused):
+                    scheduler.resume(key)
+        if scheduler.idle and turn > 25:
             break
         plan = scheduler.plan(runner.at_page_ends())
         assert len(runner.rows) <= 2 * max_rows
@@ -180,7 +188,7 @@ def test_any_requests_get_what_they_get_alone(
         assert scheduler.prefix.snapshots <= max_snapshots
     else:
         pytest.fail("the requests never ended")
-    for key, (prompt, count, _, _, adapter) in enumerate(requests):
+    for key, (prompt, count, _, _, adapter, _) in enumerate(requests):
         result = runner.results.get(key, [])
         want = expected(prompt, count, adapter)
         assert result == (want[: len(result)] if key in cancelled else want)

@@ -19,6 +19,7 @@ from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError, printable
 from hyaena.generation.chunks import choose_chunk
 from hyaena.generation.loop import FinishReason, Row
+from hyaena.generation.nonfinite import remedy
 from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
 from hyaena.ops import PAGE
@@ -284,6 +285,14 @@ class Engine:
         """End a request whose tokens nobody wants any more."""
         self._commands.put(lambda: self._cancel(key))
 
+    def pause(self, key: int) -> None:
+        """Take the row and the pages of a request until it is resumed: its client does not read what is there."""
+        self._commands.put(lambda: self._pause(key))
+
+    def resume(self, key: int) -> None:
+        """Go on with a request that is paused."""
+        self._commands.put(lambda: self._resume(key))
+
     def call(self, steps: Steps[T]) -> Future[T]:
         """Do something else with the model, in the engine's thread: so many steps at a time as read a chunk of tokens.
 
@@ -330,7 +339,7 @@ class Engine:
             while True:
                 self._take_commands()
                 if self._idle:
-                    if self._stopping.is_set():
+                    if self._finished:
                         break
                     continue
                 # Other work and prompts are read in turns, so that streams wait for one chunk of either.
@@ -356,9 +365,14 @@ class Engine:
     def _idle(self) -> bool:
         return self.scheduler.idle and not self._work
 
+    @property
+    def _finished(self) -> bool:
+        """Whether the thread may end; requests that are paused go on, or are given up, when they are told to."""
+        return self._stopping.is_set() and not self._requests
+
     def _take_commands(self, wait: bool = True) -> None:
         """Carry out the commands of other threads; where there is nothing else to do, wait for one."""
-        if wait and self._idle and not self._stopping.is_set():
+        if wait and self._idle and not self._finished:
             self.metrics.observe_load(self)
             self._commands.get()()
         while True:
@@ -381,6 +395,14 @@ class Engine:
         if active is not None:
             self.scheduler.finish(key, self.runner.page_ends().get(key))
             self._end(active, Delta(token=None, finish_reason="cancelled"))
+
+    def _pause(self, key: int) -> None:
+        if key in self._requests:
+            self.scheduler.pause(key, self.runner.page_ends().get(key))
+
+    def _resume(self, key: int) -> None:
+        if key in self._requests:
+            self.scheduler.resume(key)
 
     def _abandon(self) -> None:
         for active in list(self._requests.values()):
@@ -430,7 +452,8 @@ class Engine:
         """Add a token to its request; None where the request failed."""
         try:
             if not chosen.finite:
-                raise NonFiniteError("the model produced NaN or infinity for this prompt")
+                model = self.models[active.request.adapter]
+                raise NonFiniteError(f"the model produced NaN or infinity for this prompt: {remedy(model)}")
             text, reason = active.row.take(chosen.token, now)
         except HyaenaError as error:  # of this request alone, such as a token that the tokenizer does not know
             self._fail(active, str(error))

@@ -7,7 +7,8 @@ prompt need not wait for a long one, and the long one is never starved.
 
 Pages are taken as sequences grow. When none is free, the prefix cache gives up pages; when it has none left, the
 youngest request is pre-empted: its pages are freed and it waits again, to be read anew from what the prefix cache
-still has, prompt and completion alike.
+still has, prompt and completion alike. A request whose client does not read what was written gives way in the same
+way, and waits again when it is resumed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Phase(Enum):
     WAITING = auto()
     READING = auto()
     DECODING = auto()
+    PAUSED = auto()
 
 
 @dataclass(eq=False)
@@ -237,9 +239,26 @@ class Scheduler:
             self._take_copy(job, page_end)
         self._leave(job)
 
+    def pause(self, key: Key, page_end: int | None = None) -> None:
+        """Take the row and the pages of a request until it is resumed; ``page_end`` as for ``finish``."""
+        job = self.jobs[key]
+        if job.phase is Phase.PAUSED:
+            return
+        if page_end is not None:
+            self._take_copy(job, page_end)
+        self._leave(job)
+        job.phase, job.read, job.pages = Phase.PAUSED, 0, []
+
+    def resume(self, key: Key) -> None:
+        """Have a paused request wait for a row, in its place by arrival."""
+        job = self.jobs[key]
+        if job.phase is Phase.PAUSED:
+            self._wait_again(job)
+
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        """Requests without a row: those that wait for one, and those that are paused."""
+        return len(self.jobs) - len(self._active)
 
     @property
     def running(self) -> int:
@@ -253,7 +272,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether a turn would do nothing."""
-        return not self.jobs and not self._drop
+        return not (self._waiting or self._active or self._drop)
 
     # --- one turn ------------------------------------------------------------------------------------------------
 
@@ -331,6 +350,9 @@ class Scheduler:
     def _preempt(self, job: Job) -> None:
         self.preemptions += 1
         self._leave(job)
+        self._wait_again(job)
+
+    def _wait_again(self, job: Job) -> None:
         job.phase, job.read, job.pages = Phase.WAITING, 0, []
         waiting = list(self._waiting)
         insort(waiting, job, key=lambda other: other.arrival)
@@ -340,6 +362,7 @@ class Scheduler:
         """Take a sequence out of its queue, with its row and its pages."""
         if job.phase is Phase.WAITING:
             self._waiting.remove(job)
+        if job.phase in (Phase.WAITING, Phase.PAUSED):
             return
         if job.turn is not None:
             length, number = job.turn
