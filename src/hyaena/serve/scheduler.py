@@ -7,7 +7,7 @@ prompt need not wait for a long one, and the long one is never starved.
 
 Pages are taken as sequences grow. When none is free, the prefix cache gives up pages; when it has none left, the
 youngest request is pre-empted: its pages are freed and it waits again, to be read anew from what the prefix cache
-still has, prompt and completion alike. A request whose client does not read what was written gives way in the same
+still has, prompt and completion alike. A prompt whose beginning another one is just reading waits for it. A request whose client does not read what was written gives way in the same
 way, and waits again when it is resumed.
 """
 
@@ -22,7 +22,7 @@ from types import MappingProxyType
 
 from hyaena.errors import CapacityError
 from hyaena.serve.pages import Pages
-from hyaena.serve.prefix_cache import GRID_PAGES, PrefixCache, Rank
+from hyaena.serve.prefix_cache import GRID_PAGES, PrefixCache, Rank, shared_tokens
 
 Key = int
 
@@ -34,6 +34,9 @@ GROWTH_PAGES = 4
 
 ROWS_TOGETHER = 8
 """Under load, an eighth of the rows starts together."""
+
+TURNS_APART = 64
+"""Turns for which free rows wait for others to start with; streams may be long, and none of them need end soon."""
 
 
 class Phase(Enum):
@@ -62,6 +65,7 @@ class Job:
         pages: that hold them, and room for what comes.
         cached: tokens that the prefix cache spared it when it was first admitted.
         turn: the last snapshot that was taken while it decoded: number of tokens before it, and its number.
+        behind: a request that reads its beginning, and how many tokens of it; None where it need not wait for one.
     """
 
     key: Key
@@ -76,6 +80,7 @@ class Job:
     pages: list[int] = field(default_factory=list)
     cached: int | None = None
     turn: tuple[int, int] | None = None
+    behind: tuple[Job, int] | None = None
 
     @property
     def tree(self) -> tuple[str, str]:
@@ -193,6 +198,7 @@ class Scheduler:
         self._copy: dict[Key, int] = {}
         self._arrivals = 0
         self._turn = 0
+        self._apart = 0  # turns for which free rows have waited
         self.preemptions = 0
 
     # --- requests ------------------------------------------------------------------------------------------------
@@ -379,20 +385,27 @@ class Scheduler:
         pass: a pass of a few tokens costs hardly less than one of thousands, and every row waits for it.
         """
         together = min(len(self._waiting), max(1, self.max_rows // ROWS_TOGETHER))
-        if self._active and self.max_rows - len(self._active) < together:
+        free = self.max_rows - len(self._active)
+        if self._active and free < together and self._apart < TURNS_APART:
+            self._apart += free > 0
             return
-        while self._waiting and len(self._active) < self.max_rows:
-            job = self._waiting[0]
-            if job.key in self._drop:  # its old row must go first
+        self._apart = 0
+        for job in list(self._waiting):
+            if len(self._active) == self.max_rows or job.key in self._drop:  # its old row must go first
                 return
+            if self._waits_behind(job):
+                continue
             match = self.prefix.match(job.tokens, job.tree)
+            job.behind = self._ahead(job, match.length)
+            if job.behind is not None:
+                continue
             self.pages.share(match.pages)
             need = self._pages_for(min(len(job.tokens) + STEPS_AHEAD, job.most)) - len(match.pages)
             reserve = sum(min(GROWTH_PAGES, self._pages_for(other.most) - len(other.pages)) for other in self._active)
             if self.prefix.free_pages(need + reserve) < need + reserve:
                 self.pages.release(match.pages)
                 return
-            self._waiting.popleft()
+            self._waiting.remove(job)
             job.pages = [*match.pages, *self.pages.take(need)]
             job.read = match.length
             job.phase = Phase.READING
@@ -400,6 +413,31 @@ class Scheduler:
                 job.cached = match.length
             insort(self._active, job, key=lambda other: other.arrival)
             plan.start.append(Start(job.key, job.adapter, tuple(job.pages), match.length, match.snapshot))
+
+    def _ahead(self, job: Job, cached: int) -> tuple[Job, int] | None:
+        """A request that is just reading so much of a waiting one's beginning that it pays to wait: see ``behind``."""
+        grid = GRID_PAGES * self.page_size
+        if not self.prefix.max_snapshots or len(job.tokens) - cached <= grid:
+            return None
+        step = self.chunk if self.fixed_passes else self.page_size
+        for other in self._active:
+            if other.phase is Phase.READING and other.tree == job.tree:
+                shared = min(
+                    shared_tokens(job.tokens, other.tokens, grid), len(job.tokens) - 1, other.prompt_length - 1
+                )
+                place = shared // step * step
+                if place < other.prompt_length - step:  # not its end, where a snapshot is taken in any case
+                    place = place // grid * grid
+                if place - cached >= grid and other.read < place:
+                    return other, place
+        return None
+
+    def _waits_behind(self, job: Job) -> bool:
+        """Whether the request before it in ``behind`` has not come as far yet."""
+        if job.behind is None:
+            return False
+        other, place = job.behind
+        return other.phase is Phase.READING and other.read < place and other.key in self.jobs
 
     def _choose_reads(self, plan: Plan) -> None:
         reading = [job for job in self._active if job.phase is Phase.READING]
