@@ -72,7 +72,7 @@ class Request:
     """What is to be generated, as ids.
 
     Attributes:
-        prompt: token ids, at least one.
+        prompt: token ids, at least one; a list is not copied, and must stay as it is.
         params: how tokens are chosen.
         max_new_tokens: the most tokens of the completion.
         stop: strings that end it.
@@ -261,11 +261,12 @@ class Engine:
         """
         if not checked:
             self.check(request)
+        prompt = request.prompt if isinstance(request.prompt, list) else list(request.prompt)
         row = Row(
             index=0,
-            prompt=list(request.prompt),
+            prompt=prompt,
             params=request.params,
-            text=StopStringFilter(self.tokenizer, list(request.prompt), request.stop),
+            text=StopStringFilter(self.tokenizer, prompt, request.stop),
             eos_ids=request.eos_ids,
             stop_ids=request.stop_ids,
             max_new_tokens=request.max_new_tokens,
@@ -393,8 +394,7 @@ class Engine:
     def _cancel(self, key: int) -> None:
         active = self._requests.get(key)
         if active is not None:
-            self.scheduler.finish(key, self.runner.page_ends().get(key))
-            self._end(active, Delta(token=None, finish_reason="cancelled"))
+            self._end(active, Delta(token=None, finish_reason="cancelled"), self.runner.page_ends().get(key))
 
     def _pause(self, key: int) -> None:
         if key in self._requests:
@@ -445,8 +445,7 @@ class Engine:
             self.metrics.tokens(count, seconds, first=first, adapter=adapter)
         page_ends = self.runner.page_ends() if ended else {}
         for active, delta in ended.values():
-            self.scheduler.finish(active.key, page_ends.get(active.key))
-            self._end(active, delta)
+            self._end(active, delta, page_ends.get(active.key))
 
     def _take(self, active: _Active, chosen: Chosen, now: float) -> Delta | None:
         """Add a token to its request; None where the request failed."""
@@ -463,15 +462,17 @@ class Engine:
         return Delta(chosen.token, text, chosen.logprob, top, reason, job.cached or 0)
 
     def _fail(self, active: _Active, message: str) -> None:
-        self.scheduler.finish(active.key)
         self._end(active, Delta(token=None, finish_reason="error", error=message))
 
-    def _end(self, active: _Active, delta: Delta) -> None:
+    def _end(self, active: _Active, delta: Delta, page_end: int | None = None) -> None:
+        job = self.scheduler.jobs.get(active.key)
+        if self._failure is None:  # else nothing is known of rows and pages
+            self.scheduler.finish(active.key, page_end)
         del self._requests[active.key]
         self.metrics.finished(
             delta.finish_reason or "error",
             prompt=len(active.row.prompt),
-            cached=delta.cached_tokens,
+            cached=None if job is None else job.cached,
             seconds=time.monotonic() - active.arrived,
             adapter=active.request.adapter,
         )

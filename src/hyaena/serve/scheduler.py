@@ -7,8 +7,8 @@ prompt need not wait for a long one, and the long one is never starved.
 
 Pages are taken as sequences grow. When none is free, the prefix cache gives up pages; when it has none left, the
 youngest request is pre-empted: its pages are freed and it waits again, to be read anew from what the prefix cache
-still has, prompt and completion alike. A prompt whose beginning another one is just reading waits for it. A request whose client does not read what was written gives way in the same
-way, and waits again when it is resumed.
+still has, prompt and completion alike. A request whose client does not read what was written gives way in the same
+way, and waits again when it is resumed. A prompt whose beginning another one is just reading waits for that.
 """
 
 from __future__ import annotations
