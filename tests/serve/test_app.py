@@ -398,7 +398,7 @@ def test_keys(cub: tuple[Any, Any]) -> None:
     engine = Engine(model, tokenizer, EngineSettings(kv_bytes=2**24))
     engine.start()
     server = Server([Served(name="cub", engine=engine, tokenizer=tokenizer)], Metrics())
-    app = make_app(server, keys=[KEY, "schl\u00fcssel"], allow_origins=["http://a.example"])
+    app = make_app(server, keys=[KEY], allow_origins=["http://a.example"])
     with TestClient(app) as test:
         assert test.get("/health").status_code == 200
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer"}):
@@ -408,7 +408,7 @@ def test_keys(cub: tuple[Any, Any]) -> None:
         origin = {"Origin": "http://a.example", "Authorization": f"Bearer {KEY}"}
         for headers, status in (
             (origin, 200),
-            (origin | {"Authorization": "Bearer schl\u00fcssel".encode()}, 200),
+            (origin | {"Authorization": "Bearer schl\u00fcssel".encode()}, 401),
             (origin | {"Authorization": "Bearer wrong"}, 401),
             (origin | {"Content-Length": "9" * 15}, 413),
         ):

@@ -99,7 +99,7 @@ class Authentication:
             await self.app(scope, receive, send)
             return
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        digest = _digest(key.strip().encode("latin-1"))  # the bytes that were sent
+        digest = _digest(key.strip().encode("latin-1"))
         known = [hmac.compare_digest(digest, other) for other in self._digests]  # all, so that the time tells nothing
         if kind.lower() == "bearer" and any(known):
             await self.app(scope, receive, send)
