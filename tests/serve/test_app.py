@@ -398,14 +398,23 @@ def test_keys(cub: tuple[Any, Any]) -> None:
     engine = Engine(model, tokenizer, EngineSettings(kv_bytes=2**24))
     engine.start()
     server = Server([Served(name="cub", engine=engine, tokenizer=tokenizer)], Metrics())
-    with TestClient(make_app(server, keys=[KEY], allow_origins=["http://a.example"])) as test:
+    app = make_app(server, keys=[KEY], allow_origins=["http://a.example"])
+    with TestClient(app) as test:
         assert test.get("/health").status_code == 200
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer"}):
             response = test.get("/v1/models", headers=header)
             assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
         assert test.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
         origin = {"Origin": "http://a.example", "Authorization": f"Bearer {KEY}"}
-        assert test.get("/v1/models", headers=origin).headers["access-control-allow-origin"] == "http://a.example"
+        for headers, status in (
+            (origin, 200),
+            (origin | {"Authorization": "Bearer schl\u00fcssel".encode()}, 401),
+            (origin | {"Authorization": "Bearer wrong"}, 401),
+            (origin | {"Content-Length": "9" * 15}, 413),
+        ):
+            answer = test.get("/v1/models", headers=headers)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == "http://a.example", "the page could not read it"
     engine.stop(timeout=PATIENCE)
     with TestClient(make_app(server)) as test:
         assert test.get("/health").status_code == 503
@@ -422,6 +431,17 @@ def test_a_request_keeps_the_name_that_it_came_with(client: TestClient, caplog: 
     assert all(re.fullmatch("[0-9a-f]{32}", name) for name in names[:1] + names[2:])
     lines = [json.loads(record.message) for record in caplog.records if record.name == "hyaena.access"]
     assert [line["request"] for line in lines] == names
+
+
+def test_a_failure_of_a_route_is_an_answer_like_any_other(
+    client: TestClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyaena.serve.writing.completion_prompts", lambda *_: 1 / 0)
+    with caplog.at_level("INFO", logger="hyaena.access"):
+        answer = client.post("/v1/completions", json={"prompt": "a"})
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    (line,) = [json.loads(record.message) for record in caplog.records if record.name == "hyaena.access"]
+    assert line["status"] == 500 and line["request"] == answer.headers["x-request-id"]
 
 
 def test_logs_have_no_prompts(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:

@@ -99,8 +99,9 @@ def run(args: argparse.Namespace) -> int:
     engine.start()
     try:
         chat = Chat(engine, template, params, args.max_new_tokens, system=args.system)
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 end no conversation
+        for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):  # no byte ends the session
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=errors)
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (line editing and history of input())
@@ -173,8 +174,9 @@ class Chat:
                 if delta.finish_reason is not None:
                     break
         except KeyboardInterrupt:
-            self.engine.cancel(key)
             show(" …")
+        finally:  # also where a second Ctrl-C comes
+            self.engine.cancel(key)
         seconds = time.perf_counter() - began - first
         rate = f", {(count - 1) / seconds:.1f} tokens/s" if count > 1 and seconds > 0 else ""
         self.stats = (
@@ -234,6 +236,8 @@ def converse(chat: Chat, read_line: Callable[[str], str]) -> int:
             elif text.strip():
                 chat.ask(text, lambda part: print(part, end="", flush=True))
                 print()
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
         except HyaenaError as error:
             print(f"hyaena: error: {printable(str(error), limit=SCREEN)}", file=sys.stderr)
 

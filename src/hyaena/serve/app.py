@@ -102,15 +102,25 @@ def make_app(
     add_reading(app, server)
     _add_information(app, server)
     add_playground(app)
-    if allow_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(allow_origins), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(BodyLimit, most=server.limits.body_bytes)
     if keys:
         app.add_middleware(Authentication, keys=keys)
+    if allow_origins:
+        app.add_middleware(CORSMiddleware, **cross_origin(allow_origins))
     if hosts:
         app.add_middleware(AllowedHosts, hosts=hosts)
     app.add_middleware(AccessLog, log_bodies=log_prompts)
     return app
+
+
+def cross_origin(origins: Sequence[str]) -> dict[str, Any]:
+    """Options of CORSMiddleware, which stands before what refuses requests: else a page could not read why."""
+    return {
+        "allow_origins": list(origins),
+        "allow_methods": ["*"],
+        "allow_headers": ["*"],
+        "expose_headers": ["Retry-After", "X-Request-Id"],
+    }
 
 
 def add_errors(app: Starlette) -> None:

@@ -99,7 +99,7 @@ class Authentication:
             await self.app(scope, receive, send)
             return
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        digest = _digest(key.strip().encode("utf-8", "surrogateescape"))
+        digest = _digest(key.strip().encode("latin-1"))
         known = [hmac.compare_digest(digest, other) for other in self._digests]  # all, so that the time tells nothing
         if kind.lower() == "bearer" and any(known):
             await self.app(scope, receive, send)
@@ -216,6 +216,11 @@ class AccessLog:
 
         try:
             await self.app(scope, heard, named)
+        except Exception:
+            if not status:
+                message = "the server failed on this request; its log says why"
+                await _answer(ApiError(500, message), scope, receive, named)
+            raise  # for the log
         finally:
             more = {"body": body.decode("utf-8", "replace")} if self.log_bodies else {}
             client = (scope.get("client") or ("",))[0]

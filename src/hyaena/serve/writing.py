@@ -31,7 +31,8 @@ def add_writing(app: FastAPI, server: Server) -> None:
         """Continue prompts: text, or token ids, one or several."""
         served = server.find(body.model)
         prompts = await completion_prompts(served, body)
-        count = new_tokens(served, body, prompts, server.limits, DEFAULT_COMPLETION_TOKENS)
+        top = body.logprobs or 0
+        count = new_tokens(served, body, prompts, top=top, limits=server.limits, default=DEFAULT_COMPLETION_TOKENS)
         prefixes = await read_prefixes(server, served, request, body, prompts)
         generation = Unwritten(prompts, body)
         if count:
@@ -39,7 +40,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
                 served,
                 prompts,
                 body,
-                top=body.logprobs or 0,
+                top=top,
                 limits=server.limits,
                 delivery=server.delivery(),
                 max_new_tokens=count,
@@ -54,13 +55,14 @@ def add_writing(app: FastAPI, server: Server) -> None:
         prompt = await chat_prompt(served, body.messages)
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
-        count = new_tokens(served, body, [prompt], server.limits, server.limits.new_tokens)
+        top, limits = body.top_logprobs or 0, server.limits
+        count = new_tokens(served, body, [prompt], top=top, limits=limits, default=limits.new_tokens)
         generation = Generation(
             served,
             [prompt],
             body,
-            top=body.top_logprobs or 0,
-            limits=server.limits,
+            top=top,
+            limits=limits,
             delivery=server.delivery(),
             max_new_tokens=count,
         )
