@@ -355,8 +355,8 @@ def test_an_index_of_another_file(tmp_path: Path, name: str) -> None:
             index.unlink()
         genome = FastaGenome(write(width, end))
         assert [genome.fetch(contig, 70, 80) for contig in contigs] == [text[70:80] for text in contigs.values()]
-    for given in ((61, "\n"), (60, "\r\n"), (60, "\n", 1)):
-        path = write(*given)
+    for width, end, skip in ((61, "\n", 0), (60, "\r\n", 0), (60, "\n", 1)):
+        path = write(width, end, skip)
         for index in tmp_path.glob("*.*i"):
             os.utime(index)
         for contig in contigs:

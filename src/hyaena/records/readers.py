@@ -225,7 +225,8 @@ def _checked(source: Source, record: Record, pieces: Iterable[Piece]) -> Iterato
     for piece in pieces:
         for what, value in (("name", record.name), ("text", piece.text)):
             try:
-                value.isascii() or value.encode()
+                if not value.isascii():
+                    value.encode()
             except UnicodeEncodeError as error:  # JSON can name half a character
                 raise InputError(
                     f"{where}, record {shown(record.name)}: an unpaired surrogate at character {error.start} of the "
