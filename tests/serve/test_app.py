@@ -85,6 +85,11 @@ def test_several_prompts_and_samples_are_numbered(client: TestClient, cub: tuple
     want = hyaena.generate(*cub, "import ", max_new_tokens=6, temperature=0.8, seed=5, n=2)
     assert texts[:2] == [one.text for one in want]
     assert complete(client, prompt=["import ", "def f("], n=2, temperature=0.8, seed=5)["choices"] == answer["choices"]
+    again = ["def f(", "import ", "def f("]  # samples of a prompt that is there twice are as independent as others
+    found = hyaena.generate(*cub, again, max_new_tokens=6, temperature=2.0, seed=5, n=2)
+    rows = [one.text for samples in found for one in samples]
+    assert rows[:2] != rows[4:]
+    assert [one["text"] for one in complete(client, prompt=again, n=2, temperature=2, seed=5)["choices"]] == rows
     assert answer["usage"]["prompt_tokens"] == 8 + 7 and answer["usage"]["completion_tokens"] == 24
 
 
@@ -269,6 +274,7 @@ BAD_BODIES: list[tuple[str, Any, int]] = [
     ("/v1/completions", {"prompt": "a", "stop": [""]}, 400),
     ("/v1/completions", {"prompt": "a", "stop": ["x"] * 17}, 400),
     ("/v1/completions", {"prompt": "a", "stop": 5}, 400),
+    ("/v1/completions", {"prompt": "a", "stop_token_ids": [5, 9999]}, 400),
     ("/v1/completions", {"prompt": "a", "seed": -1}, 400),
     ("/v1/completions", {"prompt": "a", "seed": 2**70}, 400),
     ("/v1/completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400),
