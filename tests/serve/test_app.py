@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from fastapi.testclient import TestClient
 
 import hyaena
 from hyaena.sampling import SamplingParams
+from hyaena.serve.answers import CompletionAnswer
 from hyaena.serve.app import Server, make_app
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Engine, EngineSettings
@@ -448,6 +450,13 @@ def test_a_failure_of_a_route_is_an_answer_like_any_other(
     assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
     (line,) = [json.loads(record.message) for record in caplog.records if record.name == "hyaena.access"]
     assert line["status"] == 500 and line["request"] == answer.headers["x-request-id"]
+
+
+def test_a_stream_that_fails_ends_with_an_error(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    part, count = CompletionAnswer.part, itertools.count()
+    monkeypatch.setattr(CompletionAnswer, "part", lambda *given: part(*given) if next(count) < 1 else 1 / 0)
+    found = events(client.post("/v1/completions", json={"prompt": "a", "stream": True, "ignore_eos": True}))
+    assert len(found) == 2 and found[1]["error"]["type"] == "server_error"
 
 
 def test_logs_have_no_prompts(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
