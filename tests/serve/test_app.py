@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from fastapi.testclient import TestClient
 
 import hyaena
 from hyaena.sampling import SamplingParams
+from hyaena.serve.answers import CompletionAnswer
 from hyaena.serve.app import Server, make_app
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Engine, EngineSettings
@@ -85,6 +87,11 @@ def test_several_prompts_and_samples_are_numbered(client: TestClient, cub: tuple
     want = hyaena.generate(*cub, "import ", max_new_tokens=6, temperature=0.8, seed=5, n=2)
     assert texts[:2] == [one.text for one in want]
     assert complete(client, prompt=["import ", "def f("], n=2, temperature=0.8, seed=5)["choices"] == answer["choices"]
+    again = ["def f(", "import ", "def f("]  # samples of a prompt that is there twice are as independent as others
+    found = hyaena.generate(*cub, again, max_new_tokens=6, temperature=2.0, seed=5, n=2)
+    rows = [one.text for samples in found for one in samples]
+    assert rows[:2] != rows[4:]
+    assert [one["text"] for one in complete(client, prompt=again, n=2, temperature=2, seed=5)["choices"]] == rows
     assert answer["usage"]["prompt_tokens"] == 8 + 7 and answer["usage"]["completion_tokens"] == 24
 
 
@@ -269,6 +276,7 @@ BAD_BODIES: list[tuple[str, Any, int]] = [
     ("/v1/completions", {"prompt": "a", "stop": [""]}, 400),
     ("/v1/completions", {"prompt": "a", "stop": ["x"] * 17}, 400),
     ("/v1/completions", {"prompt": "a", "stop": 5}, 400),
+    ("/v1/completions", {"prompt": "a", "stop_token_ids": [5, 9999]}, 400),
     ("/v1/completions", {"prompt": "a", "seed": -1}, 400),
     ("/v1/completions", {"prompt": "a", "seed": 2**70}, 400),
     ("/v1/completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400),
@@ -442,6 +450,13 @@ def test_a_failure_of_a_route_is_an_answer_like_any_other(
     assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
     (line,) = [json.loads(record.message) for record in caplog.records if record.name == "hyaena.access"]
     assert line["status"] == 500 and line["request"] == answer.headers["x-request-id"]
+
+
+def test_a_stream_that_fails_ends_with_an_error(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    part, count = CompletionAnswer.part, itertools.count()
+    monkeypatch.setattr(CompletionAnswer, "part", lambda *given: part(*given) if next(count) < 1 else 1 / 0)
+    found = events(client.post("/v1/completions", json={"prompt": "a", "stream": True, "ignore_eos": True}))
+    assert len(found) == 2 and found[1]["error"]["type"] == "server_error"
 
 
 def test_logs_have_no_prompts(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:

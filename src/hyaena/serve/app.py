@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 import hyaena
 from hyaena.errors import printable
 from hyaena.serve.delivery import STREAM_INTERVAL, Delivery
-from hyaena.serve.guards import AccessLog, AllowedHosts, Authentication, BodyLimit
+from hyaena.serve.guards import FAILED, AccessLog, AllowedHosts, Authentication, BodyLimit
 from hyaena.serve.metrics import MEDIA_TYPE, Metrics
 from hyaena.serve.playground import add_playground
 from hyaena.serve.protocol import ApiError
@@ -145,7 +145,7 @@ def add_errors(app: Starlette) -> None:
         )
 
     async def crash(request: Request, error: Exception) -> Response:
-        return await api_error(request, ApiError(500, "the server failed on this request; its log says why"))
+        return await api_error(request, ApiError(500, FAILED))
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid)

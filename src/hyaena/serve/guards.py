@@ -33,6 +33,8 @@ _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 OPEN_PATHS = frozenset({"/health", "/version", *FILES})
 """Paths that need no key: what balancers look at, and the playground, which asks for one."""
 
+FAILED = "the server failed on this request; its log says why"
+
 BODY_SECONDS = 30.0
 """The longest pause in the body of a request."""
 
@@ -218,8 +220,7 @@ class AccessLog:
             await self.app(scope, heard, named)
         except Exception:
             if not status:
-                message = "the server failed on this request; its log says why"
-                await _answer(ApiError(500, message), scope, receive, named)
+                await _answer(ApiError(500, FAILED), scope, receive, named)
             raise  # for the log
         finally:
             more = {"body": body.decode("utf-8", "replace")} if self.log_bodies else {}

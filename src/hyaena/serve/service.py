@@ -10,9 +10,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeVar
 
+from hyaena.arguments import require_ids
 from hyaena.errors import CapacityError, HyaenaError, InputError
+from hyaena.generation.settings import repeats
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.conversation import ChatTemplate
@@ -146,7 +149,6 @@ class Generation:
         max_new_tokens: int,
     ) -> None:
         self.served = served
-        count = body.n or 1
         self.choices = make_choices(prompts, body)
         self._problem: ApiError | None = None  # that ends it, behind the tokens that are here
         self._written = 0  # tokens
@@ -167,6 +169,7 @@ class Generation:
         stops = tuple(body.stop or ())
         stop_ids = frozenset(body.stop_token_ids or ()) | {special[stop] for stop in stops if stop in special}
         with errors_of_clients():
+            require_ids(body.stop_token_ids or (), served.model.config.vocab_size, "stop_token_ids: ")
             params = sampling_params(body)
             requests = [
                 Request(
@@ -177,11 +180,11 @@ class Generation:
                     stop_ids=stop_ids,
                     eos_ids=frozenset() if body.ignore_eos else frozenset(tokenizer.eos_ids),
                     top=top,
-                    repeat=choice.index % count,
+                    repeat=repeat,
                     salt=body.cache_salt or "",
                     adapter=served.adapter,
                 )
-                for choice in self.choices
+                for choice, repeat in zip(self.choices, chain(*repeats(prompts, body.n or 1)), strict=True)
             ]
             served.engine.check(*requests)
             self._delivery = delivery
@@ -443,7 +446,8 @@ def new_tokens(
             param="max_tokens",
         )
     if wanted == 0 and not (isinstance(body, CompletionBody) and body.echo):
-        raise ApiError(400, "max_tokens must be at least 1, or echo true", param="max_tokens")
+        also = ", or echo true" if isinstance(body, CompletionBody) else ""
+        raise ApiError(400, f"max_tokens must be at least 1{also}", param="max_tokens")
     return wanted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,15 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from hyaena.serve.answers import ENCODER, ChatAnswer, CompletionAnswer
-from hyaena.serve.guards import client_left, while_connected
+from hyaena.serve.guards import FAILED, client_left, while_connected
 from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody
 from hyaena.serve.reading import read_prefixes
 from hyaena.serve.service import Generation, Parts, Unwritten, chat_prompt, completion_prompts, new_tokens
 
 if TYPE_CHECKING:
     from hyaena.serve.app import Server
+
+log = logging.getLogger(__name__)
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Tokens of a completion where the client names no number, as in the API."""
@@ -113,6 +116,9 @@ class _EventStream(Response):
             end = _event(answer.frame | {"choices": [], "usage": generation.usage()}) if self._with_usage else ""
         except ApiError as error:
             end = _event(error.body)
+        except Exception:
+            log.exception("a stream failed")
+            end = _event(ApiError(500, FAILED).body)
         return f"{end}data: [DONE]\n\n"
 
     async def _written(self, parts: Parts) -> str:
