@@ -254,6 +254,14 @@ def test_a_file_that_cannot_be_written_is_said_so(model: StripedHyena, tmp_path:
             call("")
 
 
+def test_a_compiled_model_is_the_model(model: StripedHyena, tmp_path: Path) -> None:
+    compiled: Any = torch.compile(model, backend="eager")
+    path = prefix(compiled, TOKENIZER, bytearray(b"abc")).save(tmp_path / "p")
+    made = load_prefix(path, model)
+    want = generate(model, TOKENIZER, "abcd", max_new_tokens=3).tokens
+    assert generate(compiled, TOKENIZER, "d", max_new_tokens=3, prefix=made).tokens == want
+
+
 def test_a_file_may_have_any_name(model: StripedHyena, tmp_path: Path) -> None:
     path = prefix(model, TOKENIZER, "abc").save(tmp_path / os.fsdecode(b"a\xff"))
     assert load_prefix(path, model).ids == TOKENIZER.encode("abc")
@@ -269,6 +277,8 @@ def test_mistakes_are_named(model: StripedHyena) -> None:
         (lambda: prefix(model, TOKENIZER, [999]), "vocabulary 0..258"),
         (lambda: prefix(model, TOKENIZER, "x" * 600), "pass the maximum length 512"),
         (lambda: prefix(model, None, "x"), "tokenizer must be"),  # pyright: ignore
+        (lambda: prefix(TOKENIZER, model, "x"), "model must be a StripedHyena, not a ByteTokenizer"),  # pyright: ignore
+        (lambda: load_prefix("p", 3), "model must be a StripedHyena, not an int"),  # pyright: ignore
         (lambda: made.rollback(-1), f"from 0 to {len(made) - 1}"),
         (lambda: made.rollback(len(made)), "one token must stay"),
         (lambda: made.extend(""), "is empty"),

@@ -28,7 +28,7 @@ from hyaena.arguments import as_path, kind_of, whole
 from hyaena.cache import Cache, Mark
 from hyaena.errors import CheckpointError, InputError, printable
 from hyaena.generation.chunks import choose_chunk
-from hyaena.model import StripedHyena
+from hyaena.model import StripedHyena, uncompiled
 from hyaena.ops import KVState
 from hyaena.tensor_files.safetensors_file import MOST_HEADER, read_safetensors
 from hyaena.tensor_files.stored import open_regular
@@ -161,6 +161,7 @@ def prefix(
     Raises:
         InputError: an empty text, an id outside the vocabulary, or a text that passes the maximum length.
     """
+    _require_model(model)
     if not isinstance(tokenizer, Tokenizer):
         raise InputError(f"tokenizer must be the one that hyaena.load returns, not {kind_of(tokenizer)}")
     ids = _encode(model, tokenizer, text, special, begin=True)
@@ -183,6 +184,7 @@ def load_prefix(path: str | PathLike[str], model: StripedHyena, tokenizer: Token
         CheckpointError: the file is missing or damaged, no prefix, or of another model; the message says which.
     """
     path = as_path("the file of a prefix", path)
+    _require_model(model)
     name = printable(str(path))
     if not path.exists():
         raise CheckpointError(f"the prefix {name} does not exist: save it again")
@@ -254,7 +256,7 @@ def _identity(model: StripedHyena, cache_dtype: torch.dtype) -> dict[str, str]:
 def _weights_digest(model: StripedHyena) -> str:
     """SHA-256 of all weights, with their names, shapes and dtypes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(uncompiled(model).state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -284,6 +286,8 @@ def _encode(
     model: StripedHyena, tokenizer: Tokenizer | None, text: str | bytes | Iterable[int], special: bool, *, begin: bool
 ) -> list[int]:
     """The ids of a text, or ids as they are, checked."""
+    if isinstance(text, bytearray) or (isinstance(text, memoryview) and text.itemsize == 1):
+        text = bytes(text)
     if isinstance(text, str | bytes):
         if tokenizer is None:
             raise InputError("the prefix has no tokenizer for text: extend it with ids, or load it with a tokenizer")
@@ -294,6 +298,11 @@ def _encode(
         raise InputError("the text of a prefix is empty: give it some")
     _check_ids(model, ids)
     return ids
+
+
+def _require_model(model: Any) -> None:
+    if isinstance(model, type) or not hasattr(model, "make_cache") or not hasattr(model, "config"):
+        raise InputError(f"model must be a StripedHyena, not {kind_of(model)}")
 
 
 def _check_ids(model: StripedHyena, ids: Sequence[int]) -> None:
