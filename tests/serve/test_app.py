@@ -285,6 +285,8 @@ BAD_BODIES: list[tuple[str, Any, int]] = [
     ("/v1/completions", {"prompt": "a", "logit_bias": [1]}, 400),
     ("/v1/completions", {"prompt": "a", "stream": "yes"}, 400),
     ("/v1/completions", {"prompt": "a", "stream_options": {"x": 1}}, 400),
+    ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"5": 1, "005": 2}}, 400),
     ("/v1/completions", {"prompt": "a", "model": "gpt-4"}, 404),
     ("/v1/completions", {"prompt": "a" * 60_000, "max_tokens": 400, "echo": True, "logprobs": 1}, 400),
     ("/v1/completions", {"prompt": "\ud800"}, 400),

@@ -159,7 +159,7 @@ def test_wrong_bodies_are_refused_within_a_second(server: Live) -> None:
     with server.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
         assert client.post("/v1/completions", content=body(), headers=TYPE).status_code == 200
         assert client.post("/v1/chat/completions", content=chat(), headers=TYPE).status_code == 200
-        for field in {*GenerationBody.model_fields} - {"ignore_eos"}:
+        for field in {*GenerationBody.model_fields, "echo"} - {"ignore_eos"}:
             assert client.post("/v1/completions", content=body(**{field: None}), headers=TYPE).status_code == 200
         for path, raw in cases():
             count += 1

@@ -104,7 +104,7 @@ class CompletionBody(GenerationBody):
     """``POST /v1/completions``."""
 
     prompt: Prompts
-    echo: bool = False
+    echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
     return_token_ids: bool = Field(default=False, description="Add ids and texts of tokens, and ids of top_logprobs.")
@@ -201,6 +201,18 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+
+
+def check_together(body: GenerationBody) -> None:
+    """Refuse fields that need another one.
+
+    Raises:
+        ApiError: the message names it.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream true", param="stream_options")
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
 
 
 class ApiError(Exception):

@@ -355,6 +355,8 @@ def sampling_params(body: GenerationBody) -> SamplingParams:
     for name, value in (body.logit_bias or {}).items():
         if not (name.isascii() and name.isdigit() and len(name) < 10):
             raise InputError('the keys of logit_bias are token ids, such as "42"')
+        if int(name) in bias:
+            raise InputError(f"logit_bias names the token {int(name)} twice: leave one of them out")
         bias[int(name)] = value
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,

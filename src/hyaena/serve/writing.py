@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from hyaena.serve.answers import ENCODER, ChatAnswer, CompletionAnswer
 from hyaena.serve.guards import FAILED, client_left, while_connected
-from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody
+from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, check_together
 from hyaena.serve.reading import read_prefixes
 from hyaena.serve.service import Generation, Parts, Unwritten, chat_prompt, completion_prompts, new_tokens
 
@@ -32,6 +32,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
     @app.post("/v1/completions", tags=["generation"])
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue prompts: text, or token ids, one or several."""
+        check_together(body)
         served = server.find(body.model)
         prompts = await completion_prompts(served, body)
         top = body.logprobs or 0
@@ -54,10 +55,9 @@ def add_writing(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions", tags=["generation"])
     async def chats(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
+        check_together(body)
         served = server.find(body.model)
         prompt = await chat_prompt(served, body.messages)
-        if body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
         top, limits = body.top_logprobs or 0, server.limits
         count = new_tokens(served, body, [prompt], top=top, limits=limits, default=limits.new_tokens)
         generation = Generation(
