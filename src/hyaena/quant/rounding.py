@@ -117,9 +117,19 @@ def _round_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | Non
 
 def nearest(w: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
     """q, float32, of w for scales and minima, which broadcast; that of 0 where the scale is 0."""
-    low, high, zero = _limits(scheme)
+    inverse, shift = inverted(scale, minimum, scheme)
+    return to_codes((w * inverse).add_(shift), scheme)
+
+
+def inverted(scale: Tensor, minimum: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """a and b of ``q = a·w + b`` before it is rounded."""
     inverse = torch.where(scale != 0, 1 / scale, 0.0)
-    q = (w * inverse).add_(zero - minimum * inverse).clamp_(low, high)
+    return inverse, _limits(scheme)[2] - minimum * inverse
+
+
+def to_codes(q: Tensor, scheme: Scheme) -> Tensor:
+    """q to the nearest number that there is, in place where they are integers."""
+    q = q.clamp_(*_limits(scheme)[:2])
     return q.to(E4M3).float() if scheme.floating else q.round_()
 
 
