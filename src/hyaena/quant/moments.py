@@ -41,11 +41,11 @@ def expected_moments(weight: Tensor) -> Tensor:
     least, most = weight.aminmax()
     largest = torch.maximum(most, -least).float().clamp(min=torch.finfo(torch.float32).tiny)
     count, size = blocks_of(weight.shape[1])
-    products = torch.zeros(count, size, size, device=weight.device)
+    products = torch.zeros(count, size, size, dtype=torch.float32, device=weight.device)
     for part in weight.split(ROWS):
         rows = in_blocks(part.float() / largest)  # no square overflows
         products.baddbmm_(rows.mT, rows)
     mean = products.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     known = torch.where(mean > 0, products / mean, 0.0)
-    identity = torch.eye(size, device=weight.device)
+    identity = torch.eye(size, dtype=torch.float32, device=weight.device)
     return torch.where(mean > 0, (1 - SHRINKAGE) * known + SHRINKAGE * identity, identity)
