@@ -78,7 +78,8 @@ def _factor(h: Tensor) -> Tensor:
     """R[d,i]/R[d,d] of second moments [B,B]."""
     mean = h.diagonal().mean()
     damping = torch.where(mean > SEEN, DAMPING * mean, 1.0)
-    factor, failed = torch.linalg.cholesky_ex(h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True)
+    damped = h + damping * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    factor, failed = torch.linalg.cholesky_ex(damped, upper=True)
     if bool(failed) or not bool(factor.isfinite().all()):
         raise InputError("moments are not those of any inputs: take them from quant.collect_moments of this model")
     return factor / factor.diagonal().unsqueeze(1)
