@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import random
 import signal
+import sys
+from collections.abc import Generator
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 
 # A shell that starts a run in the background has it ignore Ctrl-C, and every process under it. Tests send that signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -69,3 +74,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("wide"):
                 item.add_marker(pytest.mark.skip(reason="the 7B's width: needs --wide and a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave out of the tests' time what is no work of theirs.
+
+    The garbage collector does not look at what collection makes, modules and thousands of tests, neither now nor later:
+    to look at all of it once takes 0.3 s. Triton's interpreter exchanges the language for its own once for each
+    function, not at every call of one inside a kernel.
+    """
+    gc.disable()
+    result = yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None:
+        exchange = functools.cache(interpreter._patch_lang)
+
+        def exchange_once(function: FunctionType) -> SimpleNamespace:
+            exchange(function)
+            return SimpleNamespace(restore=lambda: None)  # at the end of a launch
+
+        interpreter._patch_lang = exchange_once
+    return result

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -406,11 +409,15 @@ def test_an_update_beyond_the_range_of_the_weights_is_refused(folder: Path) -> N
 
 def test_a_save_is_the_old_or_the_new(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    reason = "No space left on device"
+    for error in (OSError(28, reason), SafetensorError(f"I/O error: {reason}")):  # either, by where it happens
+        monkeypatch.setattr(peft_files, "save_file", Mock(side_effect=error))
+        with pytest.raises(CheckpointError, match=f"{reason}.*nothing there is lost"):
+            save_adapter(adapted(), folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(peft_files, "save_file", full)
-    with pytest.raises(CheckpointError, match="nothing there is lost"):
-        save_adapter(adapted(), folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the name is not UTF-8, which safetensors needs"):
+        save_adapter(adapted(), tmp_path / os.fsdecode(b"a\xff"))
+    assert not [*tmp_path.iterdir()]

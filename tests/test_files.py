@@ -17,8 +17,17 @@ import pytest
 import torch
 
 from hyaena import files
-from hyaena.errors import OutputError
-from hyaena.files import JOURNAL, LOCK, finish_update, locked, update_folder, write_atomically
+from hyaena.errors import InputError, OutputError
+from hyaena.files import (
+    JOURNAL,
+    LOCK,
+    check_place,
+    expanded,
+    finish_update,
+    locked,
+    update_folder,
+    write_atomically,
+)
 
 SOURCE = str(Path(__file__).parents[1] / "src")
 
@@ -52,6 +61,18 @@ def test_a_write_that_fails_leaves_the_previous_file(tmp_path: Path, error: Base
     with pytest.raises((OutputError, KeyboardInterrupt)):
         write_atomically(tmp_path / "a", fails)
     assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == {"a"}
+
+
+@pytest.mark.parametrize("path", ["", "/", "a\0b"])
+def test_a_path_that_names_no_file_is_refused(path: str) -> None:
+    for call in (check_place, lambda path: write_atomically(path, lambda file: pytest.fail("it was opened"))):
+        with pytest.raises(InputError, match=r"cannot write .*: name a file"):
+            call(Path(path))
+
+
+def test_a_home_of_nobody_is_a_path_as_it_is() -> None:
+    assert expanded("~") == Path.home()
+    assert expanded("~no-such-user/x") == Path("~no-such-user/x")
 
 
 def test_the_reason_is_that_of_the_file_and_not_of_the_archive(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hyaena.errors import InputError, shown
+from hyaena.errors import InputError, printable, shown
 
 
 def as_whole(value: Any) -> int | None:
@@ -102,6 +102,22 @@ def as_path(name: str, value: Any) -> Path:
     if "\0" in text:
         raise InputError(f"{name} must be a path, and {shown(text)} has a NUL character in it")
     return Path(text)
+
+
+def as_text_path(name: str, value: Any, library: str) -> Path:
+    """Check that an argument is a path whose name is UTF-8, as a library needs that takes names as text.
+
+    Raises:
+        InputError: see ``as_path``; or other bytes, which Python shows as surrogates, are in it.
+    """
+    path = as_path(name, value)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{printable(str(path))}: the name is not UTF-8, which {library} needs: choose another"
+        ) from None
+    return path
 
 
 def kind_of(value: Any) -> str:

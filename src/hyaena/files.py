@@ -43,8 +43,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary sibling, flush it to the disk and rename it over ``path``.
 
     Raises:
+        InputError: the path names no file.
         OutputError: the file cannot be written (a full disk, say); what stood at ``path`` is untouched.
     """
+    if not _names_a_file(path):
+        raise InputError(f"cannot write {printable(str(path))}: name a file")
     prefix = f".{path.name[:60]}."
     temporary, descriptor = path, -1
     try:
@@ -74,8 +77,22 @@ def check_place(path: Path) -> None:
     Raises:
         InputError: it cannot.
     """
-    if os.path.isdir(path) or not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
-        raise InputError(f"cannot write {path}: name a file in a folder that exists and can be written")
+    usable = _names_a_file(path) and os.path.isdir(path.parent) and os.access(path.parent, os.W_OK)
+    if not usable or os.path.isdir(path):
+        raise InputError(f"cannot write {printable(str(path))}: name a file in a folder that exists and can be written")
+
+
+def _names_a_file(path: Path) -> bool:
+    """Whether a path can be that of a file: ``.`` and ``/`` have no last name, and NUL is in no name."""
+    return bool(path.name) and "\0" not in str(path)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path whose ``~`` is a home; as it is, where nobody has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def reason(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from hyaena.checkpoints import Checkpoint
 from hyaena.checkpoints.parts import whole_name
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
+from hyaena.files import expanded
 from hyaena.formats import read_config
 from hyaena.fp8 import check_fp8, set_fp8
 from hyaena.layers import MIXERS, Mixers
@@ -218,7 +219,7 @@ def locate(
         path = bundled(name)
         _check_not_shadowed(name, path)
     else:
-        path = _expanded(source)
+        path = expanded(source)
     given = config
     if config is not None and not isinstance(config, ModelConfig):
         given = read_config(config)
@@ -352,13 +353,6 @@ def _check_not_shadowed(name: str, path: Path) -> None:
             f"{name} is the bundled model and a folder here with a model: write ./{name} for the folder, "
             "or rename the folder"
         )
-
-
-def _expanded(source: str | PathLike[str]) -> Path:
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:  # of a user that does not exist
-        return Path(source)
 
 
 def _is_there(path: Path) -> bool:

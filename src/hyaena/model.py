@@ -390,6 +390,11 @@ class StripedHyena(nn.Module):
                 init_module(module, self.config, writes_residual=module in writers, generator=generator)
 
 
+def uncompiled(model: Any) -> Any:
+    """The model that ``torch.compile`` wraps: modules are found and hooked in it; any other model as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 def _accept_original_names(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
     """Rename, in place, a state dict that has the original implementation's keys."""
     assert isinstance(module, StripedHyena)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import hyaena
-from hyaena.checkpoints import load_model, save, save_model
+from hyaena.checkpoints import find, load_model, quantize_checkpoint, save, save_model
 from hyaena.errors import CheckpointError, InputError
 from hyaena.formats import read_config
 from hyaena.model import StripedHyena
@@ -363,6 +363,9 @@ def test_a_folder_whose_name_is_not_utf8_is_refused(model: StripedHyena, tmp_pat
     folder = tmp_path / os.fsdecode(b"a\xff")
     with pytest.raises(InputError, match=r"\\udcff: the name is not UTF-8, .*: choose another"):
         save_model(model, folder)
+    source = find(save_model(model, tmp_path / "model"))
+    with pytest.raises(InputError, match=r"\\udcff: the name is not UTF-8, .*: choose another"):
+        quantize_checkpoint(source, folder, "int8")
     assert not folder.exists()
 
 

@@ -30,14 +30,17 @@ def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rates.SIZES, "cpu", Sizes(10_000, 32, 3))
 
 
-def test_a_table_a_picture_and_json(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_a_picture_and_json(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hyaena", "bench", "a\udcff"])  # a name that is not UTF-8
     out = ("--json", tmp_path / "b.json", "--plot", tmp_path / "b.png")
     what = ("--lengths", "20,40", "--contexts", "16", "--batch", "1,2", "--prefill-chunk", "16", "--device", "cpu")
     assert bench("--model", golden / "sh-tiny", *what, *out) == 0
     captured = capsys.readouterr()
     assert "mfu" in captured.out and "2 × 16" in captured.out and "prefill of 40 tokens" in captured.err
     known = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
-    assert known["command"].startswith("hyaena")
+    assert known["command"].startswith("hyaena") and "\udcff" in known["command"]
     assert [p["length"] for p in known["prefill"]] == [20, 40] and known["prefill"][0]["chunk"] == 16
     assert [(d["batch"], d["context"]) for d in known["decode"]] == [(1, 16), (2, 16)]
     assert known["model"]["dtype"] == "float32"
@@ -84,7 +87,7 @@ def test_defaults_keep_within_the_models_length(tmp_path: Path, capsys: pytest.C
     [
         (["--lengths", "99999999"], "lengths go up to 99,999,999"),
         (["--device", "abacus"], "device abacus cannot be used"),
-        (["--device", ""], "device  cannot be used"),
+        (["--device", ""], "--device is empty"),
         (["--dtype", "int8"], "dtype int8 cannot hold a model"),
         (["--method", "magic"], "magic"),
         (["--fp8", "exact"], "fp8='exact' is for models with FP8 input projections"),

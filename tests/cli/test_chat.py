@@ -20,6 +20,7 @@ from hyaena.sampling import SamplingParams
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Engine, EngineSettings
 from hyaena.tokenizers.chat import TEMPLATES
+from serve.clients import until
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,15 @@ def test_commands(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
     assert chat.messages == [{"role": "system", "content": "be brief"}]
 
 
+def test_what_cannot_be_saved_ends_no_conversation(
+    chat: Chat, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bad = ["/save .", "/save /", "/save ~no-such-user/x", "/save a\0b"]
+    assert converse(chat, typed("h\udcffi", *bad, f"/save {tmp_path}/c.json")) == 0  # a byte that is no UTF-8
+    assert capsys.readouterr().err.count("hyaena: error: cannot write ") == len(bad)
+    assert json.loads((tmp_path / "c.json").read_text())["messages"][0]["content"] == "h\udcffi"
+
+
 def test_a_message_may_have_several_lines() -> None:
     assert read_message(typed("one")) == "one"
     assert read_message(typed("one\\", "two")) == "one\ntwo"
@@ -102,6 +112,31 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(chat: Chat) -> None:
     assert len(chat.messages) == 4
 
 
+def test_ctrl_c_at_any_place_keeps_the_session(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, while the first one is told, and before the answer began."""
+    monkeypatch.setattr(chat, "max_new_tokens", 10_000)
+    said: list[str] = []
+
+    def interrupted(*texts: object, **_: object) -> None:
+        said.append(" ".join(map(str, texts)))
+        if len(said) in (2, 3):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", interrupted)
+    assert converse(chat, typed("hello", "/help")) == 0
+    assert said[2] == " \u2026" and said[4].startswith("/reset") and chat.messages == []
+    until(lambda: not chat.engine._requests, "the end of the answer")
+    monkeypatch.setattr(chat.template, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert converse(chat, typed("hello", "/help")) == 0
+
+
+def test_bytes_that_are_no_text_do_not_end_a_session(chat: Chat, tmp_path: Path) -> None:
+    """A terminal sends them where its encoding is another one."""
+    chat.ask("caf\udce9", lambda text: None)
+    chat.save(tmp_path / "chat.json")
+    assert json.loads((tmp_path / "chat.json").read_text())["messages"][0]["content"] == "caf\udce9"
+
+
 def test_a_conversation_that_is_too_long_is_refused(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
     assert converse(chat, typed("x" * (chat.engine.max_length + 10))) == 0
     assert "/reset" in capsys.readouterr().err and chat.messages == []
@@ -114,6 +149,8 @@ def test_models_without_dialogue_are_refused(capsys: pytest.CaptureFixture[str],
     assert "there is no chat template none" in capsys.readouterr().err
     assert main(["chat", "--model", str(tmp_path)]) == 2
     assert "--chat-template" in capsys.readouterr().err
+    assert main(["chat", "--model", str(tmp_path), "--chat-template", "nous", "--device", ""]) == 2
+    assert "--device is empty" in capsys.readouterr().err
 
 
 def test_an_adapter_is_talked_to_with_its_own_template(
@@ -126,7 +163,7 @@ def test_an_adapter_is_talked_to_with_its_own_template(
             torch.nn.init.normal_(module.lora_B, std=0.2)
     save_adapter(model, tmp_path, base="cub")
     (tmp_path / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
-    monkeypatch.setattr("sys.stdin", io.StringIO("import \n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xe9\nimport \n")))
     options = ["--device", "cpu", "--temperature", "0", "--max-new-tokens", "8"]
     assert main(["chat", "--model", "cub", "--adapter", str(tmp_path), *options]) == 0
     want = hyaena.generate(*hyaena.load("cub", dtype="float32", adapter=tmp_path), "import ", max_new_tokens=8)

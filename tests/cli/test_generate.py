@@ -333,7 +333,13 @@ def test_a_prompt_is_saved_and_continued(folder: str, tmp_path: Path, capsys: py
         (["a", "--logit-bias", "5"], "--logit-bias '5' is not understood: write a token's id and a number, 5=-1.5"),
         (["a", "--logit-bias", "5=200"], "a bias of logit_bias must be a number up to 100"),
         (["a", "--allowed", ""], "allowed_tokens is empty"),
+        (["a", "--logit-bias", "5=1", "--logit-bias", "5=2"], "--logit-bias '5=2' is the second one of token 5"),
+        (["a", "--batch-rows", "2"], "--batch-rows needs --output"),
         (["", "--save-prefix", "p"], "the prompt is empty"),
+        (["a", "--save-prefix", ""], "cannot write .: name a file"),
+        (["a", "--save-prefix", "/nowhere/p"], "name a file in a folder that exists"),
+        (["a", "--save-prefix", "p", "--method", "truncated"], "a prefix keeps no windows of inputs"),
+        (["a", "--prefix-file", "p", "--method", "truncated"], "a prefix keeps no windows of inputs"),
     ],
 )
 def test_mistakes_are_one_line_before_weights_are_read(

@@ -217,7 +217,7 @@ def process(body: str, *argv: str, **options: Any) -> subprocess.CompletedProces
     # Buffered, as streams are for users: an unwritable one is noticed late.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     environment |= options.pop("env", {})
-    return subprocess.run(command, text=True, timeout=60, env=environment, **(streams | options))
+    return subprocess.run(command, text=True, timeout=200, env=environment, **(streams | options))
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -251,7 +251,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     """As ``nohup`` and shells without job control do."""
     code = SCRIPT.format(body="os.kill(os.getpid(), signal.SIGINT); print('done')")
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + code
-    done = subprocess.run([sys.executable, "-c", code, "fake"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, "fake"], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
@@ -268,7 +268,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 sys.exit(entry.main())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

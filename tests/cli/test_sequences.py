@@ -91,6 +91,7 @@ def test_without_a_seed_headers_say_how_to_repeat_a_sample(model: str) -> None:
         (["ACGT", "-o", "x.fa", "--json"], "no place for JSON"),
         (["ACGT", "-o", "x.fa", "--allowed", "AC|"], "FASTA holds letters only"),
         (["ACGT", "-o", "x.fa", "--batch-rows", "0"], "--batch-rows must be at least 1"),
+        (["ACGT", "-o", "x.fa", "--stats"], "--stats is of one completion"),
         (["ACGT", "-o", "x.fa", "-n", "0"], "n must be between 1 and 1,048,576, not 0"),
         (["ACGT", "-o", "x.fa", "-n", "99999999999999999999"], "n must be between 1 and 1,048,576"),
         (["ACGT", "-o", "no/x.fa"], "cannot write no/x.fa: name a file in a folder that exists"),
@@ -114,6 +115,12 @@ def test_mistakes_are_one_line(
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err
     assert not Path("x.fa").exists()
+
+
+def test_a_prompt_that_is_saved_is_that_of_the_samples(model: str) -> None:
+    for path, options in (("a.fa", []), ("b.fa", ["--save-prefix", "p"])):
+        assert generate(model, "ACGT", "--seed", 5, "-n", 2, "--ignore-eos", "--echo", "-o", path, *options) == 0
+    assert Path("a.fa").read_bytes() == Path("b.fa").read_bytes()
 
 
 def test_a_tag_has_no_place_in_a_sequence(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,10 @@ for module in ("fastapi", "uvicorn", "prometheus_client", "jinja2"):
         (["--max-rows", "0"], "--max-rows must be at least 1, not 0"),
         (["--max-rows", "99999999999"], "--max-rows must be at most 65,536, not 99999999999"),
         (["--api-key", "secret", "--api-key", ""], "--api-key is empty: give a key, or leave it out"),
+        (["--api-key", "schl\u00fcssel"], "a key has spaces, line feeds or letters outside ASCII"),
+        (["--api-key", "good\n"], "a key has spaces, line feeds or letters outside ASCII"),
+        (["--allow-origin", "http://a.example/"], "is no origin of a page"),
+        (["--allow-origin", "localhost:3000"], "is no origin of a page"),
         (["--name", ""], "--name is empty"),
     ],
 )
@@ -33,3 +37,12 @@ def test_mistakes_are_one_line(
     assert main(["serve", "--port", "0", *flags]) == 2
     err = capsys.readouterr().err
     assert err.startswith("hyaena: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_key_that_is_set_and_empty_does_not_open_the_server(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "load_model", lambda *_, **__: pytest.fail("read the weights"))
+    monkeypatch.setenv("HYAENA_API_KEY", "")
+    assert main(["serve", "--port", "0"]) == 2
+    assert "HYAENA_API_KEY is set and empty" in capsys.readouterr().err

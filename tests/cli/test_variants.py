@@ -165,6 +165,10 @@ def test_a_job_does_not_go_on_with_another_genome_or_other_options(
     capsys.readouterr()
     assert variants(model, *command, "--grid", 2) == 2
     assert "--grid was 1, and is 2 now" in capsys.readouterr().err
+    Path("calls.vcf").write_text(HEADER + "".join(GOOD).replace("rs2", "rs7"))
+    assert variants(model, *command) == 2
+    assert "the input has changed since" in capsys.readouterr().err
+    Path("calls.vcf").write_text(HEADER + "".join(GOOD))
     text = Path("genome.fa").read_text()
     Path("genome.fa").write_text(text[:40] + other(text[40]) + text[41:])
     Path("genome.fa.fai").unlink()
@@ -258,6 +262,7 @@ def test_many_variants_that_do_not_fit_are_counted(
         (["--grid", 33], "grid must be between 1 and half a window, 32, not 33"),
         (["--grid", 0], "grid must be between 1 and half a window"),
         (["--save-every", 0], "--save-every must be at least 1"),
+        (["--method", "fast"], "unknown method 'fast'"),
         (["--batch-tokens", 0], "tokens_per_pass must be at least 1"),
         (["--vcf", "no.vcf"], "cannot read no.vcf: No such file"),
         (["--vcf", "genome.fa"], "genome.fa is not VCF"),
@@ -283,6 +288,11 @@ def test_mistakes_are_one_line(
     err = capfd.readouterr().err
     assert err.startswith("hyaena: error: ") and err.count("\n") == 1 and message in err
     assert {path.name for path in folder.iterdir()} <= {"genome.fa", "genome.fa.fai", "calls.vcf"}
+
+
+def test_what_is_cut_is_told(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert variants(model, "-o", "s.csv", "--method", "truncated") == 0
+    assert "hyaena: long filters cut to " in capsys.readouterr().err
 
 
 def test_a_model_of_other_tokens_is_refused(

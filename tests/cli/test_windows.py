@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from pyarrow import parquet
 
 import hyaena
+from configs import TINY
 from hyaena.cli import main
+from hyaena.model import StripedHyena
 from hyaena.scoring.reader import Reader
 
 COMMANDS = {"score": "hyaena.cli.score", "embed": "hyaena.cli.embed"}
@@ -121,6 +124,11 @@ def test_shards_cut_chromosomes(model: Path, genome: str) -> None:
     np.testing.assert_allclose([x for *_, x in parts], [x for *_, x in whole], rtol=1e-4)
 
 
+def test_what_is_cut_is_told(model: Path, genome: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("score", genome, "s.bedgraph", model, "--method", "truncated") == 0
+    assert "hyaena: long filters cut to " in capsys.readouterr().err
+
+
 def test_the_overlap_is_half_a_window_unless_given(model: Path, genome: str) -> None:
     words = ["score", genome, "-o", "s.jsonl", "--model", str(model), "--window", "48", "--device", "cpu"]
     assert main(words, commands=COMMANDS) == 0
@@ -130,7 +138,7 @@ def test_the_overlap_is_half_a_window_unless_given(model: Path, genome: str) -> 
 @pytest.mark.parametrize(
     ("name", "output", "options", "message"),
     [
-        ("score", "s.bedgraph", ["--window", 300], "a window of 300 letters is longer than the 256 tokens"),
+        ("score", "s.bedgraph", ["--window", 300], "a window of 300 letters is longer than the 256 that"),
         ("score", "s.bedgraph", ["--overlap", 48], "--overlap must be between 0 and less than the window of 48"),
         ("score", "s.bedgraph", ["--window", 0], "--window must be at least 1"),
         ("score", "s.bedgraph", ["--bin", 5], "--bin must divide the 28 letters"),
@@ -153,6 +161,14 @@ def test_mistakes_are_one_line(
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and message in err
     assert [path.name for path in Path().iterdir()] == [genome]
+
+
+def test_the_start_token_takes_its_place_in_the_context(genome: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(TINY, vocab_size=260, tokenizer="bytes", max_length=WINDOW)  # whose texts begin with BOS
+    hyaena.save_model(StripedHyena(config), "bytes")
+    assert command("score", genome, "s.bedgraph", Path("bytes")) == 2
+    assert f"longer than the {WINDOW - 1} that the model's context holds" in capsys.readouterr().err
+    assert command("score", genome, "s.bedgraph", Path("bytes"), "--no-bos") == 0
 
 
 def test_options_of_windows_need_windows(model: Path, genome: str, capsys: pytest.CaptureFixture[str]) -> None:

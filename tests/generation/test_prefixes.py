@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,10 @@ def test_damaged_files_are_refused(model: StripedHyena, tmp_path: Path) -> None:
     path = made.save(tmp_path / "p")
     with pytest.raises(CheckpointError, match="does not exist"):
         load_prefix(tmp_path / "none", model)
+    os.mkfifo(tmp_path / "fifo")  # opening it would wait for a writer, whatever signal comes
+    for place in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="not a regular file: name the file that Prefix"):
+            load_prefix(place, model)
     content = path.read_bytes()
     for cut in (0, 5, 100, len(content) - 1):
         (tmp_path / "cut").write_bytes(content[:cut])
@@ -241,8 +246,25 @@ def test_damaged_files_are_refused(model: StripedHyena, tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_said_so(model: StripedHyena, tmp_path: Path) -> None:
+    made = prefix(model, TOKENIZER, "abc")
     with pytest.raises(OutputError, match="cannot write"):
-        prefix(model, TOKENIZER, "abc").save(tmp_path / "none" / "p")
+        made.save(tmp_path / "none" / "p")
+    for call in (made.save, lambda path: load_prefix(path, model)):
+        with pytest.raises(InputError, match="the file of a prefix is empty"):
+            call("")
+
+
+def test_a_compiled_model_is_the_model(model: StripedHyena, tmp_path: Path) -> None:
+    compiled: Any = torch.compile(model, backend="eager")
+    path = prefix(compiled, TOKENIZER, bytearray(b"abc")).save(tmp_path / "p")
+    made = load_prefix(path, model)
+    want = generate(model, TOKENIZER, "abcd", max_new_tokens=3).tokens
+    assert generate(compiled, TOKENIZER, "d", max_new_tokens=3, prefix=made).tokens == want
+
+
+def test_a_file_may_have_any_name(model: StripedHyena, tmp_path: Path) -> None:
+    path = prefix(model, TOKENIZER, "abc").save(tmp_path / os.fsdecode(b"a\xff"))
+    assert load_prefix(path, model).ids == TOKENIZER.encode("abc")
 
 
 # --- mistakes
@@ -255,6 +277,8 @@ def test_mistakes_are_named(model: StripedHyena) -> None:
         (lambda: prefix(model, TOKENIZER, [999]), "vocabulary 0..258"),
         (lambda: prefix(model, TOKENIZER, "x" * 600), "pass the maximum length 512"),
         (lambda: prefix(model, None, "x"), "tokenizer must be"),  # pyright: ignore
+        (lambda: prefix(TOKENIZER, model, "x"), "model must be a StripedHyena, not a ByteTokenizer"),  # pyright: ignore
+        (lambda: load_prefix("p", 3), "model must be a StripedHyena, not an int"),  # pyright: ignore
         (lambda: made.rollback(-1), f"from 0 to {len(made) - 1}"),
         (lambda: made.rollback(len(made)), "one token must stay"),
         (lambda: made.extend(""), "is empty"),

@@ -29,9 +29,10 @@ import hyaena
 import pages
 from hf_models import CONFIGS
 from hyaena import StripedHyena
+from hyaena.adapters import add_adapter
 from hyaena.checkpoints import load_model, save_model
 from hyaena.cli import main
-from hyaena.errors import CheckpointError, ConfigError, UnsupportedError
+from hyaena.errors import CheckpointError, ConfigError, InputError, UnsupportedError
 from hyaena.formats import read_config, write_original
 from hyaena.hf import (
     StripedHyenaConfig,
@@ -69,6 +70,30 @@ def test_saved_and_loaded(native: StripedHyena, tmp_path: Path, limit: str) -> N
     assert same(read, native) and read.config == native.config
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is StripedHyenaModel and same(base, model.model)
+
+
+def test_a_second_save_replaces_the_first(tiny: StripedHyena, tmp_path: Path) -> None:
+    model = StripedHyenaForCausalLM.from_native(copy.deepcopy(tiny))
+    for limit in ("5GB", "10kB", "5GB"):
+        with torch.no_grad():
+            model.model.norm.weight.add_(1)
+        model.save_pretrained(tmp_path, max_shard_size=limit)
+        assert same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+        assert same(hyaena.load_model(tmp_path), model.to_native())
+
+
+def test_what_cannot_be_saved(tiny: StripedHyena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the folder is empty: name a path"):
+        StripedHyenaForCausalLM.from_native(tiny).save_pretrained("")
+    adapted = copy.deepcopy(tiny)
+    add_adapter(adapted, rank=2)
+    with pytest.raises(CheckpointError, match="merge it into the weights first"):
+        StripedHyenaForCausalLM.from_native(adapted).save_pretrained("x")
+    for other in (StripedHyenaForCausalLM.from_native(tiny), 3):
+        with pytest.raises(InputError, match="from_native takes the StripedHyena that"):
+            StripedHyenaForCausalLM.from_native(other)  # type: ignore[arg-type]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_classifiers_are_saved_and_start_from_language_models(tiny: StripedHyena, tmp_path: Path) -> None:
@@ -341,7 +366,7 @@ def run_program(folder: Path, before: str) -> subprocess.CompletedProcess[str]:
     paths = {"PYTHONPATH": str(pages.ROOT / "src"), "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", PROGRAM.format(before=before)]
     return subprocess.run(
-        command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=folder, env=os.environ | paths, capture_output=True, text=True, check=False, timeout=200
     )
 
 

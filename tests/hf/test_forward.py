@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -206,7 +207,12 @@ def test_packed_documents_do_not_see_each_other(native: StripedHyena) -> None:
         ({"position_ids": torch.tensor([[0, 1, 0, 1]]), "use_cache": True}, "hold packed documents cannot be cached"),
         ({"inputs_embeds": torch.zeros(1, 4, 16)}, "either input_ids or inputs_embeds"),
         ({"past_key_values": [1]}, "the cache is a list"),
-        ({"cu_seq_lens_q": torch.tensor([0, 9])}, "cu_seq_lens_q must list"),
+        ({"seq_idx": [[0, 0, 1, 1]]}, "seq_idx must have the shape"),
+        ({"position_ids": [[0, 1, 2, 3]]}, "position_ids must have the shape"),
+        *(
+            ({"cu_seq_lens_q": ends}, "cu_seq_lens_q must be a tensor that rises from 0 to the 4 tokens")
+            for ends in ([0, 4], *map(torch.tensor, ([], 4, [0, 9], [0, 9, 4], [0, -2, 4], [4, 2, 0], [2, 4])))
+        ),
     ],
 )
 def test_bad_arguments(tiny: StripedHyena, options: dict, words: str) -> None:
@@ -219,6 +225,9 @@ def test_bad_ids_and_packed_rows_with_padding(tiny: StripedHyena) -> None:
     model = StripedHyenaForCausalLM.from_native(tiny)
     with pytest.raises(InputError, match="token id 50 is outside the vocabulary of 50"):
         model(torch.tensor([[50]]))
+    for shape in ((4, 16), (1, 4, 15)):
+        with pytest.raises(InputError, match=r"inputs_embeds must be of shape \[B, T, 16\], and is a float32 Tensor"):
+            model(inputs_embeds=torch.zeros(shape))
     with pytest.raises(UnsupportedError, match="packed documents in rows with padding on the left"):
         mask, numbers = torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 0, 1, 1]])
         model(torch.zeros(1, 4, dtype=torch.long), attention_mask=mask, seq_idx=numbers)
@@ -227,6 +236,7 @@ def test_bad_ids_and_packed_rows_with_padding(tiny: StripedHyena) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "the cache holds 4 tokens, and no others were given"),
         ({"position_ids": torch.tensor([[4, 0]])}, "positions that restart"),
         ({"seq_idx": torch.tensor([[0, 1]])}, "packed documents cannot follow"),
         ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 1]])}, "before the first token"),
@@ -239,8 +249,38 @@ def test_bad_continuations(tiny: StripedHyena, options: dict, words: str) -> Non
     cache = cache_of(model(x))
     before = model(x[:, :1], cache=cache_of(model(x))).logits
     with pytest.raises(InputError, match=words):
-        model(x[:, :2], cache=cache, **options)
+        model(**{"input_ids": x[:, :2], "cache": cache, **options})
     assert torch.equal(model(x[:, :1], cache=cache).logits, before)  # nothing was lost
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [None, 16])
+def test_what_fails_leaves_no_wrong_cache(tiny: StripedHyena, length: int | None) -> None:
+    model, cache = StripedHyenaForCausalLM.from_native(tiny), StripedHyenaCache(length)
+
+    def interrupted(x: Tensor) -> None:
+        hook = tiny.layers[1].mlp.up_proj.register_forward_hook(Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(x, cache=cache)
+        hook.remove()
+
+    x = ids(1, 9)
+    whole = model(x, use_cache=False).logits
+    interrupted(ids(2, 4))
+    model(x[:, :4], cache=cache)  # another number of rows than those that were not read
+    for count in (1, 2):
+        with pytest.raises(InputError, match="the cache holds 1 rows and the ids 2"):
+            model(ids(2, count), cache=cache)
+    assert cache.get_seq_length() == 4
+    assert torch.allclose(model(x[:, 4:5], cache=cache).logits, whole[:, 4:5], atol=1e-5)
+    interrupted(x[:, 5:6])
+    if length is None:
+        assert torch.allclose(model(x[:, 5:6], cache=cache).logits, whole[:, 5:6], atol=1e-5)
+        return
+    with pytest.raises(InputError, match="failed midway"):  # its first layer has read the token, the others not
+        model(x[:, 5:6], cache=cache)
+    cache.reset()
+    assert torch.allclose(model(x, cache=cache).logits, whole, atol=1e-5)
 
 
 def test_a_cache_of_another_model(tiny: StripedHyena) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import tracemalloc
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def test_npz(tmp_path: Path) -> None:
             for name in ("ranks", "logprobs", "blocks.3"):
                 assert np.array_equal(found[f"{name}/{one['name']}"], one[name])
         assert len(found.files) == 4 + 3 * 3
+
+
+def test_one_long_text_takes_no_memory_for_every_row(tmp_path: Path) -> None:
+    texts, path = ["A", "", "C" * 10_000, *"GT" * 50], tmp_path / "x.npz"  # an array of 4 MB
+    tracemalloc.start()
+    write_results(path, [Column("alt", "text")], lambda names: iter([{"alt": text} for text in texts]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    with np.load(path) as found:
+        assert found["alt"].tolist() == texts
+    assert peak < 1_000_000
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".npz"])

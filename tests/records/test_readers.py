@@ -14,7 +14,7 @@ from pyarrow import parquet
 from hyaena import extras
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.records import FORMATS, Record, check_readable, find_source, read_records
-from hyaena.records.readers import cut
+from hyaena.records.readers import Piece, cut
 
 
 def read(path: Path, **options: str) -> list[Record]:
@@ -188,18 +188,35 @@ def test_files_are_read_in_bounded_memory(tmp_path: Path, format: str) -> None:
 
 def test_windows_of_a_record() -> None:
     """Every letter is one window's own, and windows that overlap have the letters of their neighbours on both sides."""
-    record = Record(4, "chr1", "ABCDEFGHIJK", "line 3", 2)
-    found = list(cut(record, 5, 2))
+    record, text = Record(4, "chr1", "", "line 3"), "ABCDEFGHIJK"
+    found = list(cut(record, [Piece(text, 2)], 5, 2))
     assert [(w.name, w.text, w.before, w.after, w.start, w.lowered) for w in found] == [
         ("chr1:0-3", "ABCDE", 0, 2, 0, 2),
         ("chr1:3-6", "BCDEFGH", 2, 2, 3, 0),
         ("chr1:6-9", "EFGHIJK", 2, 2, 6, 0),
         ("chr1:9-11", "HIJK", 2, 0, 9, 0),
     ]
-    assert [w.text for w in cut(record, 11, 0)] == [record.text]
-    for window, overlap in ((3, 0), (4, 3), (20, 5)):
-        own = [w.text[w.before : len(w.text) - w.after] for w in cut(record, window, overlap)]
-        assert "".join(own) == record.text
+    assert [w.text for w in cut(record, [Piece(text)], 11, 0)] == [text]
+    for window, overlap in ((3, 0), (4, 3), (5, 2), (20, 5)):
+        whole = list(cut(record, [Piece(text, 11)], window, overlap))
+        assert "".join(w.text[w.before : len(w.text) - w.after] for w in whole) == text
+        for size in range(1, 12):  # the same, wherever the text comes in pieces
+            pieces = (Piece(part, len(part)) for part in (text[i : i + size] for i in range(0, 11, size)))
+            found = list(cut(record, pieces, window, overlap))
+            assert [w._replace(lowered=0) for w in found] == [w._replace(lowered=0) for w in whole]
+            assert sum(w.lowered for w in found) == 11
+
+
+def test_windows_hold_a_part_of_a_contig(tmp_path: Path) -> None:
+    path = tmp_path / "x.fa"
+    path.write_text(">a\n" + "ACGT" * 4_000_000 + "\n>b\n" + "acgt" * 4_000_000)  # a chromosome may be one line
+    tracemalloc.start()
+    lengths = [0, 0]
+    for window in read_records(find_source(path, window=100_000, overlap=50_000)):
+        lengths["ab".index(window.contig)] += len(window.text) - window.before - window.after
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lengths == [16_000_000, 16_000_000] and peak < 10_000_000
 
 
 def test_windows_are_records_with_numbers_of_their_own(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import os
+import random
+import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -72,9 +75,10 @@ def test_bcf_has_records_and_no_lines(tmp_path: Path) -> None:
         (HEADER.encode() + b"chr1\t5\t.\tA\n", "line 4: not a record of VCF"),
         (HEADER.encode() + b"chr1\t1\t.\tA\tG\t.\t.\t.\nchr1\tx\t.\tA\tG\t.\t.\t.\n", "line 5: not a record of VCF"),
         (HEADER.encode() + b"chr1 1 . A G\n", "line 4: not a record of VCF, .* between tabs"),
-        (HEADER.encode() + b"chr1\t-1\t.\tA\tG\n", "line 4: not a record of VCF"),
-        (HEADER.encode() + b"chr1\t" + b"9" * 50 + b"\t.\tA\tG\n", "line 4: not a record of VCF"),
-        (HEADER.encode() + b"chr1\t1\t.\tA\t\xff\n", "line 4: not UTF-8"),
+        (HEADER.encode() + b"chr1\t1\t.\tA\tGAT", "line 4: the file ends after 5 of 8 columns"),
+        (HEADER.encode() + b"chr1\t-1\t.\tA\tG\t.\t.\t.\n", "line 4: not a record of VCF"),
+        (HEADER.encode() + b"chr1\t" + b"9" * 50 + b"\t.\tA\tG\t.\t.\t.\n", "line 4: not a record of VCF"),
+        (HEADER.encode() + b"chr1\t1\t.\tA\t\xff\t.\t.\t.\n", "line 4: not UTF-8"),
         (b"##fileformat=VCFv4.2\n", "line that begins with '#CHROM'"),
         (b"##fileformat=VCFv4.2\nchr1\t1\t.\tA\tG\n", "line 2: not a record of VCF"),
         (b"BCF\x02\x02nonsense", "not BCF"),
@@ -86,6 +90,12 @@ def test_files_that_are_no_vcf(tmp_path: Path, content: bytes, message: str) -> 
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(read_variants(path))
+
+
+def test_five_columns_below_five_are_enough(tmp_path: Path) -> None:
+    path = tmp_path / "calls.vcf"
+    path.write_text("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\nchr1\t1\t.\tA\tG")
+    assert [str(one) for one in read_variants(path)] == ["chr1:1 A>G"]
 
 
 def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
@@ -111,6 +121,9 @@ def test_a_genome_of_bgzip_without_its_last_block_is_cut_off(tmp_path: Path) -> 
     whole, cut = tmp_path / "whole.fa.gz", tmp_path / "cut.fa.gz"
     pysam.tabix_compress(str(fasta(tmp_path, ">chr1\nACGT\n")), str(whole))
     assert FastaGenome(whole).fetch("chr1", 0, 4) == "ACGT"
+    odd = Path(shutil.copy(whole, whole.with_name(os.fsdecode(b"\xff.fa"))))
+    with pytest.raises(InputError, match="the name is not UTF-8, which pysam needs"):
+        FastaGenome(odd)
     cut.write_bytes(whole.read_bytes()[:-28])
     with pytest.raises(InputError, match="its end is missing"):
         FastaGenome(cut)
@@ -192,6 +205,27 @@ def test_the_second_of_two_equal_variants_is_named() -> None:
     assert found[1].text == "the same variant stands before it"
 
 
+def test_equal_variants_are_found_in_any_order() -> None:
+    genome = MemoryGenome({"a": "A" * 9, "b": "A" * 9})
+    draw = random.Random(1)
+    for ordered in (True, False):
+        for _ in range(40):
+            given = [Variant(draw.choice("ab"), draw.randrange(9), "A", draw.choice("CGT")) for _ in range(12)]
+            given = sorted(given) if ordered else given
+            found = check_variants(given, genome, Windows.of(8), max_length=8)
+            assert [one.problem for one in found] == [given.index(one) < i for i, one in enumerate(given)]
+
+
+def test_a_sorted_file_takes_little_memory_per_variant() -> None:
+    genome = MemoryGenome({"a": "A" * 3_000})
+    given = (Variant("a", i, "A", "C") for i in range(3_000))
+    tracemalloc.start()
+    assert not any(one.problem for one in check_variants(given, genome, Windows.of(8), max_length=8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000 * 40
+
+
 def test_windows() -> None:
     """First letter, and behind the last, of contigs of 100 letters."""
     exact, grid = Windows.of(20), Windows.of(20, 8)
@@ -255,10 +289,14 @@ def test_a_genome_in_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pyte
         ("", "cannot be indexed"),
         (">c\nAC\n>d\nAC\n>c\nGT\n", "line 5: a second contig is named 'c'"),
         (">\nAC\n", "line 1: the contig has no name"),
+        (">c\n" + "AC" * 2**20 + "\n>c\nAC\n", "line 3: a second contig is named 'c'"),
+        (">é\nAC\n", "line 1: .* is no name in UTF-8"),
+        (">a\0b\nAC\n", "line 1: .* is no name in UTF-8"),
     ],
 )
 def test_files_that_are_no_genome(tmp_path: Path, content: str, message: str) -> None:
     path = fasta(tmp_path, content)
+    path.write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=message):
         FastaGenome(path)
     assert [path.name for path in tmp_path.iterdir()] == ["genome.fa"]
@@ -293,6 +331,37 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
     index.write_text("nonsense")
     with pytest.raises(InputError, match=r"remove .*genome\.fa\.fai"):
         FastaGenome(path)
+
+
+@pytest.mark.parametrize("name", ["genome.fa", "genome.fa.gz"])
+def test_an_index_of_another_file(tmp_path: Path, name: str) -> None:
+    """Offsets, lengths or lines that are not those of the file are found at the first letter that is read."""
+    contigs = {f"c{i}": "".join(random.Random(i).choices("ACGT", k=40_000)) for i in range(3)}
+
+    def write(width: int, end: str, skip: int = 0) -> Path:
+        path = fasta(
+            tmp_path,
+            "".join(
+                f">{contig} x>y{end}" + "".join(text[i : i + width] + end for i in range(skip, len(text), width))
+                for contig, text in contigs.items()
+            ),
+        )
+        if name.endswith(".gz"):
+            pysam.tabix_compress(str(path), str(tmp_path / name), force=True)
+        return tmp_path / name
+
+    for width, end in ((50_000, "\n"), (61, "\r\n"), (60, "\n")):
+        for index in tmp_path.glob("*.*i"):
+            index.unlink()
+        genome = FastaGenome(write(width, end))
+        assert [genome.fetch(contig, 70, 80) for contig in contigs] == [text[70:80] for text in contigs.values()]
+    for width, end, skip in ((61, "\n", 0), (60, "\r\n", 0), (60, "\n", 1)):
+        path = write(width, end, skip)
+        for index in tmp_path.glob("*.*i"):
+            os.utime(index)
+        for contig in contigs:
+            with pytest.raises(InputError, match=r"remove .*genome\.fa.*\.fai, so that it is made again"):
+                FastaGenome(path).fetch(contig, 70, 80)
 
 
 def test_genomes_that_are_not_there(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ def test_shapes_and_kinds() -> None:
     both = hyaena.embed(model, TOKENIZER, "abc", [1, "unembed"])
     assert {place: x.shape for place, x in both.items()} == {1: (16,), "unembed": (260,)}
     np.testing.assert_array_equal(hyaena.embed(model, TOKENIZER, "abc"), hyaena.embed(model, TOKENIZER, "abc", "norm"))
+    compiled: Any = torch.compile(model, backend="eager")  # its modules have other names, and no hooks of later
+    np.testing.assert_array_equal(hyaena.embed(compiled, TOKENIZER, "abc", 1), one)
     # BOS is read, and not pooled
     assert hyaena.embed(model, TOKENIZER, "abc", pool="none", bos=False).shape == (3, 16)
     assert hyaena.embed(model, TOKENIZER, list(b"abc"), pool="none").shape == (3, 16)

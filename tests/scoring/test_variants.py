@@ -75,9 +75,12 @@ def whole(model: StripedHyena, sequence: str, **options: Any) -> float:
     return hyaena.score(model, TOKENIZER, sequence, entropy=False, rank=False, **options).sum
 
 
-@pytest.mark.parametrize("config", [HESSIAN, EVO, MULTI], ids=["sh", "evo", "multi"])
-@pytest.mark.parametrize("tokens_per_pass", [7, 100, 4096])
-@pytest.mark.parametrize("both_strands", [False, True])
+# short passes are many: each kind of model, and one strand and both, meet them once
+PASSES = [*itertools.product([HESSIAN, EVO, MULTI], [100, 4096], [False, True])]
+PASSES += [(HESSIAN, 7, False), (EVO, 7, True), (MULTI, 7, True)]
+
+
+@pytest.mark.parametrize(("config", "tokens_per_pass", "both_strands"), PASSES)
 def test_shared_windows_score_as_both_full_windows(
     config: ModelConfig, tokens_per_pass: int, both_strands: bool
 ) -> None:
@@ -232,6 +235,7 @@ def test_the_other_strand_is_the_reverse_complement() -> None:
         (("ACGT", [Edit(3, "TT", "T")]), "does not lie in the sequence"),
         (("ACGT", [Edit(-1, "", "T")]), "does not lie in the sequence"),
         (("ACGT", [Edit(1, "C", "C")]), "changes nothing"),
+        (("ACGT", [Edit(0, "ACGT", "")]), "the edit at 0 leaves nothing of the sequence"),
         (("ACGT" * 600, [Edit(1, "C", "T")]), "2,400 tokens pass the maximum length 2,048"),
         (("ACGT" * 512, [Edit(1, "C", "CT")]), "2,049 tokens of the sequence with the edit at 1 pass the maximum"),
         (("", []), "it is empty"),
@@ -247,7 +251,7 @@ def test_windows_that_cannot_be_read(window: Any, message: str) -> None:
 
 def test_wrong_options_are_refused_at_the_call() -> None:
     model = spread(HESSIAN)
-    for options in ({"tokens_per_pass": 0}, {"both_strands": 3}):
+    for options in ({"tokens_per_pass": 0}, {"both_strands": 3}, {"method": "fast"}):
         with pytest.raises(HyaenaError):
             iter_edit_scores(model, TOKENIZER, [], **options)  # pyright: ignore[reportArgumentType]
 

@@ -52,7 +52,10 @@ class Live:
         """Wait until the engine has nothing to do, and all pages are free or belong to the prefix cache."""
         scheduler = self.engine.scheduler
         pages = scheduler.pages
-        until(lambda: scheduler.idle and pages.free + scheduler.prefix.cached_pages == pages.count, "idleness")
+        until(
+            lambda: not scheduler.jobs and scheduler.idle and pages.free + scheduler.prefix.cached_pages == pages.count,
+            "idleness",
+        )
 
 
 @contextmanager

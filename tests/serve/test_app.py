@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from fastapi.testclient import TestClient
 
 import hyaena
 from hyaena.sampling import SamplingParams
+from hyaena.serve.answers import CompletionAnswer
 from hyaena.serve.app import Server, make_app
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Engine, EngineSettings
@@ -85,6 +87,11 @@ def test_several_prompts_and_samples_are_numbered(client: TestClient, cub: tuple
     want = hyaena.generate(*cub, "import ", max_new_tokens=6, temperature=0.8, seed=5, n=2)
     assert texts[:2] == [one.text for one in want]
     assert complete(client, prompt=["import ", "def f("], n=2, temperature=0.8, seed=5)["choices"] == answer["choices"]
+    again = ["def f(", "import ", "def f("]  # samples of a prompt that is there twice are as independent as others
+    found = hyaena.generate(*cub, again, max_new_tokens=6, temperature=2.0, seed=5, n=2)
+    rows = [one.text for samples in found for one in samples]
+    assert rows[:2] != rows[4:]
+    assert [one["text"] for one in complete(client, prompt=again, n=2, temperature=2, seed=5)["choices"]] == rows
     assert answer["usage"]["prompt_tokens"] == 8 + 7 and answer["usage"]["completion_tokens"] == 24
 
 
@@ -269,6 +276,7 @@ BAD_BODIES: list[tuple[str, Any, int]] = [
     ("/v1/completions", {"prompt": "a", "stop": [""]}, 400),
     ("/v1/completions", {"prompt": "a", "stop": ["x"] * 17}, 400),
     ("/v1/completions", {"prompt": "a", "stop": 5}, 400),
+    ("/v1/completions", {"prompt": "a", "stop_token_ids": [5, 9999]}, 400),
     ("/v1/completions", {"prompt": "a", "seed": -1}, 400),
     ("/v1/completions", {"prompt": "a", "seed": 2**70}, 400),
     ("/v1/completions", {"prompt": "a", "logit_bias": {"x": 1}}, 400),
@@ -277,6 +285,8 @@ BAD_BODIES: list[tuple[str, Any, int]] = [
     ("/v1/completions", {"prompt": "a", "logit_bias": [1]}, 400),
     ("/v1/completions", {"prompt": "a", "stream": "yes"}, 400),
     ("/v1/completions", {"prompt": "a", "stream_options": {"x": 1}}, 400),
+    ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"5": 1, "005": 2}}, 400),
     ("/v1/completions", {"prompt": "a", "model": "gpt-4"}, 404),
     ("/v1/completions", {"prompt": "a" * 60_000, "max_tokens": 400, "echo": True, "logprobs": 1}, 400),
     ("/v1/completions", {"prompt": "\ud800"}, 400),
@@ -398,14 +408,23 @@ def test_keys(cub: tuple[Any, Any]) -> None:
     engine = Engine(model, tokenizer, EngineSettings(kv_bytes=2**24))
     engine.start()
     server = Server([Served(name="cub", engine=engine, tokenizer=tokenizer)], Metrics())
-    with TestClient(make_app(server, keys=[KEY], allow_origins=["http://a.example"])) as test:
+    app = make_app(server, keys=[KEY], allow_origins=["http://a.example"])
+    with TestClient(app) as test:
         assert test.get("/health").status_code == 200
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer"}):
             response = test.get("/v1/models", headers=header)
             assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
         assert test.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
         origin = {"Origin": "http://a.example", "Authorization": f"Bearer {KEY}"}
-        assert test.get("/v1/models", headers=origin).headers["access-control-allow-origin"] == "http://a.example"
+        for headers, status in (
+            (origin, 200),
+            (origin | {"Authorization": "Bearer schl\u00fcssel".encode()}, 401),
+            (origin | {"Authorization": "Bearer wrong"}, 401),
+            (origin | {"Content-Length": "9" * 15}, 413),
+        ):
+            answer = test.get("/v1/models", headers=headers)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == "http://a.example", "the page could not read it"
     engine.stop(timeout=PATIENCE)
     with TestClient(make_app(server)) as test:
         assert test.get("/health").status_code == 503
@@ -422,6 +441,24 @@ def test_a_request_keeps_the_name_that_it_came_with(client: TestClient, caplog: 
     assert all(re.fullmatch("[0-9a-f]{32}", name) for name in names[:1] + names[2:])
     lines = [json.loads(record.message) for record in caplog.records if record.name == "hyaena.access"]
     assert [line["request"] for line in lines] == names
+
+
+def test_a_failure_of_a_route_is_an_answer_like_any_other(
+    client: TestClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyaena.serve.writing.completion_prompts", lambda *_: 1 / 0)
+    with caplog.at_level("INFO", logger="hyaena.access"):
+        answer = client.post("/v1/completions", json={"prompt": "a"})
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    (line,) = [json.loads(record.message) for record in caplog.records if record.name == "hyaena.access"]
+    assert line["status"] == 500 and line["request"] == answer.headers["x-request-id"]
+
+
+def test_a_stream_that_fails_ends_with_an_error(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    part, count = CompletionAnswer.part, itertools.count()
+    monkeypatch.setattr(CompletionAnswer, "part", lambda *given: part(*given) if next(count) < 1 else 1 / 0)
+    found = events(client.post("/v1/completions", json={"prompt": "a", "stream": True, "ignore_eos": True}))
+    assert len(found) == 2 and found[1]["error"]["type"] == "server_error"
 
 
 def test_logs_have_no_prompts(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:

@@ -157,7 +157,7 @@ def test_tokens_of_a_turn_arrive_in_order_and_wake_the_loop_once() -> None:
         turn.join()  # the loop waits here, as it does for the interpreter's lock
         found = [await inbox.take() for inbox in inboxes]
         delivery.put(inboxes[0], 30, urgent=False)
-        found[0] += await asyncio.wait_for(inboxes[0].take(), 5)
+        found[0] += await asyncio.wait_for(inboxes[0].take(), PATIENCE)
         return found, woken
 
     found, woken = asyncio.run(receive())
@@ -214,12 +214,12 @@ def test_a_reader_that_finds_very_many_lets_others_go_on() -> None:
             delivery.put(inbox, number, urgent=False)
         found, began = [], turns
         while len(found) < 10 * MOST + 1:
-            taken = await asyncio.wait_for(inbox.take(), 5)
+            taken = await asyncio.wait_for(inbox.take(), PATIENCE)
             assert len(taken) <= MOST
             found += taken
         task.cancel()
         delivery.put(inbox, -1, urgent=False)
-        assert await asyncio.wait_for(inbox.take(), 5) == [-1]
+        assert await asyncio.wait_for(inbox.take(), PATIENCE) == [-1]
         return found, turns - began
 
     found, turns = asyncio.run(read())
@@ -233,6 +233,6 @@ def test_a_reader_that_is_cancelled_loses_nothing() -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(inbox.take(), 0.01)
         delivery.put(inbox, 1, urgent=False)
-        return await asyncio.wait_for(inbox.take(), 5)
+        return await asyncio.wait_for(inbox.take(), PATIENCE)
 
     assert asyncio.run(read()) == [1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.engine import Engine, EngineDeadError, EngineSettings, QueueFullError, Request
 from hyaena.tokenizers import ByteTokenizer
-from serve.clients import CONFIGS, PATIENCE, Client, alone, page_bytes, prompts, running, submit, until
+from serve.clients import CONFIGS, PATIENCE, Client, alone, once, page_bytes, prompts, running, submit, until
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -105,6 +106,51 @@ def test_cancelled_requests_leave_their_pages_and_disturb_nobody() -> None:
         pages = engine.scheduler.pages
         until(lambda: not engine.scheduler.jobs)
         assert pages.free == pages.count - engine.scheduler.prefix.cached_pages
+
+
+def test_a_prompt_is_not_copied_for_every_sample() -> None:
+    """What is done before the engine's thread has a sample is done by the thread of all streams."""
+    read: list[int] = []
+
+    class Noting(ByteTokenizer):
+        def _piece(self, token: int) -> bytes:
+            read.append(token)
+            return super()._piece(token)
+
+    request = Request(prompt=[5] * 1000, params=SamplingParams(), max_new_tokens=1)
+    with running(StripedHyena(CONFIGS["sh"])) as engine:
+        engine.tokenizer = Noting()
+        release = threading.Event()
+        engine.call(once(release.wait))
+        clients = [Client() for _ in range(8)]
+        for client in clients:
+            engine.submit(request, client)
+        looked_at = len(read)
+        release.set()
+        for client in clients:
+            client.wait()
+    assert looked_at <= 8 * 2 * 3, "more than what may be of the same character"
+
+
+def test_metrics_count_what_was_read_and_spared_of_requests_that_are_cancelled() -> None:
+    prompt = [7] * 200
+    with running(StripedHyena(CONFIGS["sh"]), chunk=128, max_rows=1) as engine:
+        submit(engine, prompt, count=1).wait()
+
+        def counted(name: str) -> float | None:
+            return engine.metrics.registry.get_sample_value(f"hyaena:{name}_total", {"model_name": "model"})
+
+        begun = threading.Event()
+        request = Request(prompt=prompt, params=SamplingParams(), max_new_tokens=5000)
+        ends: list[Client] = [Client(), Client()]
+        key = engine.submit(request, lambda delta: (begun.set(), ends[0](delta)))  # type: ignore[func-returns-value, arg-type]
+        assert begun.wait(PATIENCE)
+        waiting = engine.submit(request, ends[1])
+        for one, end in ((waiting, ends[1]), (key, ends[0])):
+            engine.cancel(one)
+            assert end.wait().reason == "cancelled"
+        assert counted("prompt_tokens") == counted("prefix_cache_queries") == 400, "one was never looked at"
+        assert counted("prefix_cache_hits") == 192
 
 
 def test_a_request_with_nan_ends_alone() -> None:

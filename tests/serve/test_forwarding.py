@@ -40,14 +40,16 @@ async def count(request: Request) -> Response:
 SERVER = Starlette(routes=[Route("/v1/echo", echo, methods=["POST"]), Route("/v1/count", count)])
 
 
-def client(lose: Callable[[int, int], bool] = lambda attempt, sent: False, **options: Any) -> TestClient:
+def client(
+    lose: Callable[[int, int], bool] = lambda attempt, sent: False, server: Any = SERVER, **options: Any
+) -> TestClient:
     """A client of a forwarder; ``lose`` says whether a server is lost in an attempt after so many messages."""
     attempts = iter(range(100))
 
     async def ask(scope: dict[str, Any], body: bytes, starts: Sequence[bytes]) -> AsyncGenerator[Message]:
         attempt, sent = next(attempts), 0
         json.dumps({key: str(value) for key, value in scope.items()})
-        async for message in answer(SERVER, f"server {attempt}", scope, body):
+        async for message in answer(server, f"server {attempt}", scope, body):
             if lose(attempt, sent):
                 raise ServerLostError
             yield message
@@ -78,6 +80,28 @@ def test_a_stream_whose_server_is_lost_ends_with_an_error_event() -> None:
     *events, error, done = found.text.removesuffix("\n\n").split("\n\n")
     assert events == ["data: 0", "data: 1"] and done == "data: [DONE]"
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "generation_failed"
+
+
+def test_a_server_whose_application_fails_is_not_a_client_that_waits() -> None:
+    """After nothing, after the head, and in the middle of a stream and of another answer."""
+
+    def failing(*messages: Message) -> Callable[..., Any]:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            for message in messages:
+                await send(message)
+            raise RuntimeError
+
+        return app
+
+    def head(kind: bytes) -> Message:
+        return {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]}
+
+    part: Message = {"type": "http.response.body", "body": b"data: 0\n\n", "more_body": True}
+    for messages in ((), (head(b"text/plain"),)):
+        found = client(server=failing(*messages)).get("/v1/count")
+        assert found.status_code == 500 and found.json()["error"]["code"] == "generation_failed"
+    events = client(server=failing(head(b"text/event-stream"), part)).get("/v1/count").text.split("\n\n")
+    assert events[0] == "data: 0" and "generation_failed" in events[1] and events[2] == "data: [DONE]"
 
 
 def test_without_a_server_the_answer_is_503() -> None:

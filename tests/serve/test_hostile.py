@@ -13,11 +13,22 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from configs import TINY
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
-from hyaena.serve.protocol import GenerationBody
+from hyaena.serve.protocol import (
+    MAX_BIASES,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    GenerationBody,
+    ScoreBody,
+    Strict,
+    TokenizeBody,
+)
 from hyaena.serve.run import log_requests
 from hyaena.serve.service import LONG, Limits
 from hyaena.tokenizers import ByteTokenizer
@@ -148,14 +159,17 @@ def test_wrong_bodies_are_refused_within_a_second(server: Live) -> None:
     with server.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
         assert client.post("/v1/completions", content=body(), headers=TYPE).status_code == 200
         assert client.post("/v1/chat/completions", content=chat(), headers=TYPE).status_code == 200
-        for field in {*GenerationBody.model_fields} - {"ignore_eos"}:
+        for field in {*GenerationBody.model_fields, "echo"} - {"ignore_eos"}:
             assert client.post("/v1/completions", content=body(**{field: None}), headers=TYPE).status_code == 200
         for path, raw in cases():
             count += 1
-            began = time.process_time()
-            answer = client.post(path, content=raw, headers=TYPE)
-            seconds = time.process_time() - began  # of this process, server included: others may use the machine
-            if seconds > SECONDS:
+            for _ in range(2):  # a full collection in a process of many tests may take as long
+                began = time.process_time()
+                answer = client.post(path, content=raw, headers=TYPE)
+                seconds = time.process_time() - began  # of this process, server included: others may use the machine
+                if seconds <= SECONDS:
+                    break
+            else:
                 slow.append((path, raw[:60], seconds))
             if answer.status_code not in {400, 404, 413}:
                 wrong.append((path, raw[:80], answer.status_code, answer.text[:100]))
@@ -165,6 +179,32 @@ def test_wrong_bodies_are_refused_within_a_second(server: Live) -> None:
     assert not slow, slow
     assert count >= 200
     server.wait_idle()
+
+
+MANY = 3000
+MISTAKES: list[Any] = [
+    {f"k{i}": "x" for i in range(MANY)}, {str(i): "x" for i in range(MANY)}, {str(i): 0 for i in range(MANY)},
+    ["a"] * MANY, [5.5] * MANY, [-1] * MANY, [""] * MANY, [["a"]] * MANY, [[1], ["a"] * MANY] * 100, [{}] * MANY,
+    [{"role": "user", "content": [5] * MANY}], [{"role": "user", "content": "a"} | {f"k{i}": 1 for i in range(MANY)}],
+    [{"role": "user", "content": [{"type": "text", "text": "a"} | {f"k{i}": 1 for i in range(MANY)}]}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, EmbeddingBody, ScoreBody])
+def test_many_mistakes_are_few_errors(kind: type[Strict]) -> None:
+    """An error is an object of half a kilobyte, and a full body holds millions of mistakes."""
+    bodies = [{f"k{i}": 1 for i in range(MANY)}, *({name: wrong} for name in kind.model_fields for wrong in MISTAKES)]
+    for given in bodies:
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(given | {"unknown": 1})
+        assert caught.value.error_count() < 50, str(given)[:100]
+        assert any(error["type"] == "extra_forbidden" for error in caught.value.errors())
+
+
+def test_a_dictionary_is_refused_by_its_length_before_its_entries() -> None:
+    bias = {"5": 0.0} | {f"k{i}": "x" for i in range(MAX_BIASES)}
+    with pytest.raises(ValidationError, match=f"at most {MAX_BIASES} items, not {MAX_BIASES + 1}"):
+        CompletionBody.model_validate({"prompt": "a", "logit_bias": bias})
 
 
 def raw_answer(server: Live, data: bytes) -> bytes:

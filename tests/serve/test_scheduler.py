@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from hyaena.errors import CapacityError
 from hyaena.serve.pages import Pages
-from hyaena.serve.prefix_cache import PrefixCache, Rank
-from hyaena.serve.scheduler import Plan, Scheduler
+from hyaena.serve.prefix_cache import GRID_PAGES, PrefixCache, Rank
+from hyaena.serve.scheduler import TURNS_APART, Plan, Scheduler
 
 PAGE = 4
 ALONE = ("", "")
@@ -131,11 +131,15 @@ def expected(prompt: list[int], count: int, adapter: str = "") -> list[int]:
 
 requests = st.lists(
     st.tuples(
-        st.lists(st.integers(0, 2), min_size=1, max_size=40),  # few tokens: prefixes are often shared
+        # Few tokens: prefixes are often shared, in half of the cases by more than lies between places of the grid.
+        st.tuples(st.sampled_from([0, 33]), st.lists(st.integers(0, 2), min_size=1, max_size=40)).map(
+            lambda parts: ([0] * parts[0] + parts[1])[:40]
+        ),
         st.integers(1, 20),
         st.integers(0, 12),  # the turn in which it arrives
         st.one_of(st.none(), st.integers(0, 15)),  # the turn in which it is cancelled
         st.sampled_from(["", "", "a", "b"]),
+        st.one_of(st.none(), st.tuples(st.integers(0, 15), st.integers(0, 10))),  # is paused then, for so many turns
     ),
     min_size=1,
     max_size=12,
@@ -164,13 +168,20 @@ def test_any_requests_get_what_they_get_alone(
     runner = FakeRunner(scheduler, {key: count for key, (_, count, *_) in enumerate(requests)})
     cancelled: set[int] = set()
     for turn in range(10_000):
-        for key, (prompt, count, arrives, cancels, adapter) in enumerate(requests):
+        for key, (prompt, count, arrives, cancels, adapter, paused) in enumerate(requests):
             if arrives == turn:
                 scheduler.add(key, prompt, count, adapter=adapter)
             if cancels == turn and key in scheduler.jobs:
                 runner.finish(key)
                 cancelled.add(key)
-        if scheduler.idle and turn > 15:
+            if paused and key in scheduler.jobs:
+                if turn == paused[0]:
+                    scheduler.pause(key, runner.at_page_ends().get(key))
+                    if key in runner.decoding:
+                        runner.decoding.remove(key)
+                if turn == sum(paused):
+                    scheduler.resume(key)
+        if scheduler.idle and turn > 25:
             break
         plan = scheduler.plan(runner.at_page_ends())
         assert len(runner.rows) <= 2 * max_rows
@@ -180,7 +191,7 @@ def test_any_requests_get_what_they_get_alone(
         assert scheduler.prefix.snapshots <= max_snapshots
     else:
         pytest.fail("the requests never ended")
-    for key, (prompt, count, _, _, adapter) in enumerate(requests):
+    for key, (prompt, count, _, _, adapter, _) in enumerate(requests):
         result = runner.results.get(key, [])
         want = expected(prompt, count, adapter)
         assert result == (want[: len(result)] if key in cancelled else want)
@@ -211,6 +222,59 @@ def test_a_short_prompt_overtakes_a_long_one() -> None:
     for _ in range(2):
         runner.turn()
     assert len(runner.results[1]) >= 1 and 0 not in runner.results
+
+
+def test_free_rows_are_not_kept_for_ever() -> None:
+    """Fifteen streams of sixteen go on and on, and two requests wait, which would start together."""
+    scheduler = Scheduler(pages=400, page_size=PAGE, max_rows=16, chunk=64, max_snapshots=0)
+    runner = FakeRunner(scheduler, {**dict.fromkeys(range(15), 500), 15: 3, 16: 3})
+    for key in range(15):
+        scheduler.add(key, [key % 3], 500)
+    for _ in range(3):
+        runner.turn()
+    scheduler.add(15, [1], 3)
+    scheduler.add(16, [1], 3)
+    for _ in range(TURNS_APART + 3):
+        runner.turn()
+    assert 15 in runner.results
+
+
+@pytest.mark.parametrize("fixed_passes", [False, True])
+def test_samples_of_a_long_prompt_read_it_once(fixed_passes: bool) -> None:
+    """They wait for the first, and others behind them do not."""
+    grid = GRID_PAGES * PAGE
+    prompt, other = [0] * (5 * grid + 3), [0] * grid + [1] * 50
+    scheduler = Scheduler(
+        pages=200, page_size=PAGE, max_rows=16, chunk=grid, max_snapshots=99, fixed_passes=fixed_passes
+    )
+    runner = FakeRunner(scheduler, dict.fromkeys(range(6), 5))
+    for key in range(4):
+        scheduler.add(key, prompt, 5)
+    scheduler.add(4, [2, 2], 5)
+    scheduler.add(5, other, 5)
+    runner.turn()
+    assert scheduler.running_keys == [0, 4]
+    runner.turn()
+    runner.turn()
+    assert 5 in scheduler.running_keys, "the beginning that it shares with others was read"
+    while not scheduler.idle:
+        runner.turn()
+    assert sum(runner.passes) == len(prompt) + 3 * 3 + 2 + len(other) - grid
+    want = {key: expected(prompt, 5) for key in range(4)} | {4: expected([2, 2], 5), 5: expected(other, 5)}
+    assert runner.results == want
+
+
+def test_who_waits_for_a_beginning_goes_on_when_its_reader_leaves() -> None:
+    prompt = [0] * (5 * GRID_PAGES * PAGE)
+    scheduler = Scheduler(pages=200, page_size=PAGE, max_rows=16, chunk=PAGE, max_snapshots=99)
+    runner = FakeRunner(scheduler, dict.fromkeys(range(4), 2))
+    for key in range(4):
+        scheduler.add(key, prompt, 2)
+    for leave in (scheduler.finish, scheduler.pause, scheduler.finish):
+        runner.turn()
+        leave(scheduler.running_keys[0])
+    runner.turn()
+    assert scheduler.running_keys == [3]
 
 
 def test_many_short_prompts_do_not_starve_a_long_one() -> None:

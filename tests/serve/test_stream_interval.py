@@ -7,7 +7,6 @@ import gc
 import itertools
 import json
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -86,7 +85,6 @@ def test_a_stream_says_what_the_whole_answer_says(shared: Live, options: dict[st
     mine = [
         [part["choices"][0] for part in parts if part["choices"][0]["index"] == i] for i in range(len(want["choices"]))
     ]
-    assert len(parts) < last["usage"]["completion_tokens"] / 2
     for found, whole in zip(mine, want["choices"], strict=True):
         assert "".join(part["text"] for part in found) == whole["text"]
         assert [part["finish_reason"] for part in found] == [None] * (len(found) - 1) + [whole["finish_reason"]]
@@ -111,7 +109,7 @@ def test_a_chat_says_what_the_whole_answer_says(shared: Live, logprobs: bool) ->
     want = ask(shared, "/v1/chat/completions", **body)["choices"][0]
     first, *parts, last = stream(shared, "/v1/chat/completions", **body)
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert last["usage"]["completion_tokens"] == 100 and len(parts) < 50
+    assert last["usage"]["completion_tokens"] == 100
     found = [part["choices"][0] for part in parts]
     assert "".join(part["delta"].get("content", "") for part in found) == want["message"]["content"]
     if logprobs:
@@ -126,17 +124,17 @@ def test_without_an_interval_every_token_has_an_event() -> None:
 
 
 def test_the_first_token_and_the_end_wait_for_nothing() -> None:
-    """Neither of a stream, nor of a whole answer, however long the interval is."""
-    with live(MODEL, stream_interval=10, kv_bytes=2**22) as server:
-        ask(server, prompt="ab", max_tokens=3)
-        began = time.monotonic()
-        *parts, last = stream(server, prompt="ab", max_tokens=8, ignore_eos=True)
+    """Neither of a stream, nor of a whole answer, however long the interval is: a client would not wait so long."""
+    with live(MODEL, stream_interval=10 * PATIENCE, kv_bytes=2**22) as server:
         ask(server, prompt="ab", max_tokens=8)
+        *parts, last = stream(server, prompt="ab", max_tokens=8, ignore_eos=True)
+        assert len(parts) <= 2 and last["usage"]["completion_tokens"] == 8
+        messages = [{"role": "user", "content": "ab"}]
+        *parts, last = stream(server, "/v1/chat/completions", messages=messages, max_tokens=8, ignore_eos=True)
+        assert len(parts) <= 3 and last["usage"]["completion_tokens"] == 8  # the first one names the role
         with server.client() as client:
             answer = client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 4000, "stream": True, "n": 2})
         assert answer.text.endswith("data: [DONE]\n\n")
-        if time.monotonic() - began < 9:  # else the machine is too busy for this to tell anything
-            assert len(parts) == 2 and last["usage"]["completion_tokens"] == 8
 
 
 def test_tokens_come_although_the_engine_stands_still() -> None:
@@ -172,6 +170,8 @@ def test_held_tokens_come_before_the_error_that_ends_a_stream() -> None:
         with client.stream("POST", "/v1/completions", json=body) as answer:
             found = events(answer.iter_lines())
             first = next(found)
+            (job,) = server.engine.scheduler.jobs.values()
+            until(lambda: len(job.tokens) - job.prompt_length > 1)
             server.server.end()
             *rest, error = found
         assert error["error"]["message"] == "the server is stopping"

@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Generator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.scoring import embed_steps, score_steps
 from hyaena.serve.engine import Delta, EngineDeadError, QueueFullError, Request
+from hyaena.serve.work import WorkQueue
 from hyaena.tokenizers import ByteTokenizer
 from serve.clients import CONFIGS, PATIENCE, alone, once, running, submit
 
@@ -138,3 +139,21 @@ def test_work_is_finished_or_given_up_at_the_end() -> None:
         assert engine.stop(timeout=PATIENCE) and future.result(0) is None
     with pytest.raises(EngineDeadError):
         engine.call(once(lambda: None))
+
+
+def test_work_that_is_cancelled_while_all_is_given_up_keeps_no_other_from_its_error() -> None:
+    class Cancelled(Future[None]):
+        """Cancelled by another thread as soon as somebody has seen that it was not."""
+
+        def done(self) -> bool:
+            found = super().done()
+            self.cancel()
+            return found
+
+    work = WorkQueue()
+    work.put(once(lambda: None))
+    other = work.put(once(lambda: None))
+    work.works[0].future = Cancelled()
+    work.give_up(EngineDeadError("the end"))
+    with pytest.raises(EngineDeadError):
+        other.result(0)

@@ -14,6 +14,7 @@ import torch
 
 from hyaena import hub
 from hyaena.checkpoints import load_model, save_model
+from hyaena.cli import main
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, InputError, NonFiniteError, OutputError
 from hyaena.filters import LongFilter
@@ -207,7 +208,9 @@ def test_the_loss_falls_and_the_export_is_the_model(make: Any, tmp_path: Path) -
     assert exported.bits_per_byte == pytest.approx(result.bits_per_byte, rel=0.02)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_nothing_lost(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_with_nothing_lost(
+    make: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = make(save_every=2)
     original = Trainer.update
 
@@ -218,8 +221,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_nothing_lost(make: Any, mo
         return original(self)
 
     monkeypatch.setattr(Trainer, "update", broken)
-    with pytest.raises(NonFiniteError, match=r"step 5.*--resume"):
+    with pytest.raises(NonFiniteError, match=r"step 5: go back to the last checkpoint in .* with --resume, or start"):
         run(config)
+    with pytest.raises(NonFiniteError, match="step 5: start again with a lower"):  # nothing was saved
+        run(make("unsaved", save_every=0))
+    assert main(["info", str(Path(config.output).parent / "unsaved")]) == 2
+    assert "config.yml: it is of a training run, for `hyaena train`" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "update", original)
     state = torch.load(Path(config.output) / "last.pt", weights_only=True)
     assert state["step"] == 4 and all(torch.isfinite(tensor).all() for tensor in state["model"].values())

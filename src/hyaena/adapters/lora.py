@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hyaena import ops
 from hyaena.adapters.peft import MAX_RANK, Adapter, Update, is_number, is_rank, read_adapter, write_adapter
+from hyaena.arguments import as_text_path
 from hyaena.checkpoints.files import listed
 from hyaena.errors import CheckpointError, InputError, printable, shown
 from hyaena.formats.tensors import format_of
@@ -281,6 +282,6 @@ def save_adapter(model: StripedHyena, folder: str | PathLike[str], *, base: str 
         InputError: the model has no adapter.
         CheckpointError: a number is not finite, or the files could not be written; what was there is as it was.
     """
-    folder = Path(folder)
+    folder = as_text_path("the folder", folder, "safetensors")
     write_adapter(adapter_of(model), folder, layers=_linears(model), base=base)
     return folder

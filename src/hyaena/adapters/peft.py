@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -239,7 +240,7 @@ def write_adapter(adapter: Adapter, folder: Path, *, layers: Iterable[str], base
 
     try:
         files.update_folder(folder, fill)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: could not save ({files.reason(error)}); nothing there is lost: {files.cure(error)}"
         ) from error

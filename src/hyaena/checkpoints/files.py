@@ -15,12 +15,14 @@ from hyaena import files
 from hyaena.arguments import as_path
 from hyaena.checkpoints.known import recognise
 from hyaena.checkpoints.parts import grouped, parts_of, whole_name
-from hyaena.checkpoints.shards import open_parts, open_regular, unique_keys
+from hyaena.checkpoints.shards import open_parts
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, ConfigError, printable
 from hyaena.formats import config_from_dict, read_config
 from hyaena.tensor_files.gguf_file import SUFFIX as GGUF
 from hyaena.tensor_files.gguf_file import read_gguf_config
+from hyaena.tensor_files.safetensors_file import unique_keys
+from hyaena.tensor_files.stored import open_regular
 
 INDEX_SUFFIX = ".index.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hyaena import files
-from hyaena.arguments import as_path, kind_of, whole
+from hyaena.arguments import as_text_path, kind_of, whole
 from hyaena.checkpoints.files import COMPANIONS, INDEX, Checkpoint, files_of_checkpoint
 from hyaena.checkpoints.load import Loading, as_dtype, check_scheme
 from hyaena.checkpoints.save import (
@@ -65,7 +65,7 @@ def quantize_checkpoint(
         raise InputError(f"checkpoint must be one that checkpoints.find found, not {kind_of(checkpoint)}")
     if moments is not None and not isinstance(moments, Mapping):
         raise InputError(f"moments must be a mapping from quant.collect_moments, not {kind_of(moments)}")
-    folder = as_path("the folder", folder)
+    folder = as_text_path("the folder", folder, "safetensors")
     limit = whole("max_shard_size", max_shard_size, "a whole number of bytes, 1 or more", 1)
     check_extra_files(extra_files or {})
     check_scheme(checkpoint, weights)

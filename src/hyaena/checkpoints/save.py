@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyaena import files
-from hyaena.arguments import as_path, kind_of, switch, whole
+from hyaena.arguments import as_text_path, kind_of, switch, whole
 from hyaena.checkpoints.files import (
     COMPANIONS,
     CONFIGS,
@@ -95,17 +95,11 @@ def save_model(
         InputError: an argument that cannot be used.
         OutputError: another process is writing there.
     """
-    folder = as_path("the folder", folder)
+    folder = as_text_path("the folder", folder, "safetensors")
     if layout not in tuple(CONFIG_NAMES):
         raise CheckpointError(f"layout {shown(layout)} is unknown: choose one of {', '.join(CONFIG_NAMES)}")
     max_shard_size = whole("max_shard_size", max_shard_size, "a whole number of bytes, 1 or more", 1)
     overwrite = switch("overwrite", overwrite)
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{folder}: the name is not UTF-8, and safetensors cannot write there: choose another"
-        ) from None
     check_extra_files({} if extra_files is None else extra_files)
     if tokenizer is not None:
         extra_files = {**_files_of(tokenizer, model, layout), **(extra_files or {})}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyaena.cli.model_options import add_model_options, prepare_model
+from hyaena.cli.model_options import add_model_options, prepare_model, tell_what_is_cut
 from hyaena.cli.progress import Progress
 from hyaena.errors import InputError, NonFiniteError, shown
 from hyaena.records import FORMATS, Record, Source, check_readable, find_source
@@ -216,10 +216,10 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
     if files.source.window is not None:
         columns += [Column("contig", "text"), Column("start", "integer"), Column("end", "integer")]
         columns += [Column("step", "integer")] if task.step else []
-        if files.source.window > encoder.max_length:
+        if files.source.window > encoder.max_letters:
             raise InputError(
-                f"a window of {files.source.window:,} letters is longer than the {encoder.max_length:,} tokens of the "
-                "model's context: take a smaller --window, or a larger --max-length"
+                f"a window of {files.source.window:,} letters is longer than the {encoder.max_letters:,} that the "
+                "model's context holds: take a smaller --window, or a larger --max-length"
             )
     columns += task.columns
 
@@ -240,6 +240,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
 
             def start() -> Compute:
                 model = prepared.load()
+                tell_what_is_cut(model, args.method)
                 progress.begin()
                 return _compute(model, tokenizer, source, task, reading, progress)
 

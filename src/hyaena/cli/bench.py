@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyaena.cli.model_options import add_precision_options
+from hyaena.cli.model_options import add_precision_options, choose_device
 from hyaena.errors import InputError
 from hyaena.files import check_place, write_atomically
 
@@ -89,17 +89,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None and args.json == args.plot:
         raise InputError(f"--json and --plot are both {args.json}: name two files")
 
-    import torch
-
     from hyaena.bench import plot, report
     from hyaena.bench.run import Plan, Result
     from hyaena.bench.run import run as measure
-    from hyaena.checkpoints import as_device
     from hyaena.ops.slots import as_cache_dtype
 
     if args.plot is not None:
         plot.require_format(args.plot)
-    device = as_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
+    device = choose_device(args)
     config, dtype, make = _model(args, device)
     lengths, contexts = ((512, 2048), (512, 4096)) if device.type == "cpu" else ((2048, 8192, 32_768), (2048, 32_768))
     short = tuple(n for n in lengths if n <= config.max_length) or (config.max_length,)
@@ -142,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
 def _write_json(path: Path, known: dict[str, Any]) -> None:
     document = {"command": shlex.join(["hyaena", *sys.argv[1:]]), **known}
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    # Bytes of the command that are no UTF-8 are surrogates, which JSON escapes in the same way.
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def _show(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import queue
 import sys
@@ -12,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyaena.cli.model_options import add_cache_option
-from hyaena.errors import HyaenaError, InputError
+from hyaena.cli.model_options import add_cache_option, choose_device
+from hyaena.errors import SCREEN, HyaenaError, InputError, printable
 from hyaena.extras import require
-from hyaena.files import write_atomically
+from hyaena.files import expanded, write_atomically
 
 if TYPE_CHECKING:
     from hyaena.serve.conversation import ChatTemplate
@@ -81,12 +82,11 @@ def run(args: argparse.Namespace) -> int:
     if template is None:
         raise InputError(f"{args.model} has no chat template: name one with --chat-template, such as nous")
 
-    import torch
+    device = choose_device(args)
 
     from hyaena import hub
     from hyaena.serve.engine import Engine, EngineSettings
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = hub.load(
         args.model,
         device=device,
@@ -99,6 +99,9 @@ def run(args: argparse.Namespace) -> int:
     engine.start()
     try:
         chat = Chat(engine, template, params, args.max_new_tokens, system=args.system)
+        for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):  # no byte ends the session
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=errors)
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (line editing and history of input())
@@ -171,8 +174,9 @@ class Chat:
                 if delta.finish_reason is not None:
                     break
         except KeyboardInterrupt:
-            self.engine.cancel(key)
             show(" …")
+        finally:  # also where a second Ctrl-C comes
+            self.engine.cancel(key)
         seconds = time.perf_counter() - began - first
         rate = f", {(count - 1) / seconds:.1f} tokens/s" if count > 1 and seconds > 0 else ""
         self.stats = (
@@ -188,7 +192,8 @@ class Chat:
             HyaenaError: the file cannot be written.
         """
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        # Typed bytes that are no UTF-8 are surrogates, which JSON escapes in the same way.
+        write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def converse(chat: Chat, read_line: Callable[[str], str]) -> int:
@@ -222,7 +227,7 @@ def converse(chat: Chat, read_line: Callable[[str], str]) -> int:
             elif command == "/save":
                 if not rest.strip():
                     raise InputError("/save takes the name of a file")
-                chat.save(Path(rest.strip()).expanduser())
+                chat.save(expanded(rest.strip()))
                 print(f"(saved to {rest.strip()})")
             elif command == "/stats":
                 print(chat.stats)
@@ -231,8 +236,10 @@ def converse(chat: Chat, read_line: Callable[[str], str]) -> int:
             elif text.strip():
                 chat.ask(text, lambda part: print(part, end="", flush=True))
                 print()
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)")
         except HyaenaError as error:
-            print(f"hyaena: error: {error}", file=sys.stderr)
+            print(f"hyaena: error: {printable(str(error), limit=SCREEN)}", file=sys.stderr)
 
 
 def read_message(read_line: Callable[[str], str]) -> str:

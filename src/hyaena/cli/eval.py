@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hyaena import files
 from hyaena.cli.formatting import json_text
-from hyaena.cli.model_options import add_model_options
+from hyaena.cli.model_options import add_model_options, choose_device
 from hyaena.errors import InputError
 
 HELP = "evaluate a model on tasks of lm-evaluation-harness"
@@ -48,12 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
     tasks = evals.find_tasks(names, args.include_path)  # before weights are read
 
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = hub.load(
         args.model,
-        device=device,
+        device=choose_device(args),
         dtype=args.dtype,
         revision=args.revision,
         config=args.config,

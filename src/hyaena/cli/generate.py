@@ -7,12 +7,14 @@ import dataclasses
 import os
 import sys
 import time
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hyaena.cli import sequences
 from hyaena.cli.formatting import json_text
-from hyaena.cli.model_options import add_model_options
+from hyaena.cli.model_options import add_model_options, choose_device, tell_what_is_cut
 from hyaena.errors import InputError, UnsupportedError, shown
+from hyaena.files import check_place
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -112,9 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="N samples of the prompt: with --json the list completions, with --output a record each",
     )
-    group.add_argument(
-        "--batch-rows", type=int, default=64, metavar="N", help="with --output: so many samples at a time (64)"
-    )
+    group.add_argument("--batch-rows", type=int, metavar="N", help="with --output: so many samples at a time (64)")
     group.add_argument("--echo", action="store_true", help="begin with the prompt")
     group.add_argument("--stats", action="store_true", help="end with times and memory on standard error")
 
@@ -129,17 +129,17 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--logprobs needs --json: streamed text has no place for them")
     if args.samples is not None and not args.json and args.output is None:
         raise InputError("--samples needs --json or --output: streamed text has one completion")
-    if args.device == "":
-        raise InputError("--device is empty: name one, such as cpu")
+    if args.stats and args.output is not None:
+        raise InputError("--stats is of one completion: leave it out with --output")
+    if args.save_prefix is not None:
+        check_place(Path(args.save_prefix))
     if args.echo and args.json:
         raise InputError("--echo is for text: leave it out with --json")
 
-    import torch
-
     from hyaena import hub
-    from hyaena.checkpoints.load import as_device
     from hyaena.fp8 import check_fp8
     from hyaena.generation import Settings, encode_prompts, generate, load_prefix, parse_prompts, prefix, stream
+    from hyaena.ops import capabilities
 
     bar = PrefillBar()
     options: Options = {
@@ -165,9 +165,13 @@ def run(args: argparse.Namespace) -> int:
         "n": args.samples,
     }
     settings = Settings(**options)
+    if (args.prefix_file, args.save_prefix) != (None, None) and capabilities(args.method).state == "window":
+        raise InputError(
+            f"a prefix keeps no windows of inputs, from which {args.method} goes on: choose another --method"
+        )
     named = named or [sequences.Prompt("prompt", prompt)]
     prompts = parse_prompts([one.text for one in named], allow_empty=args.prefix_file is not None)[0]
-    device = as_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
+    device = choose_device(args)
     hub.choose_dtype(args.dtype, device)
     if args.decoding == "cuda_graph" and device.type != "cuda":
         raise UnsupportedError(f"graphs are captured on CUDA devices, not on {device}: choose another --decoding")
@@ -188,8 +192,7 @@ def run(args: argparse.Namespace) -> int:
         **source,
     )
     load_seconds = time.perf_counter() - began
-    if args.method == "truncated" and (windows := model.truncation_windows()):
-        print(describe_cut(windows), file=sys.stderr)
+    tell_what_is_cut(model, args.method)
     stats: Stats | None = None
     beginning = None if args.prefix_file is None else load_prefix(args.prefix_file, model, tokenizer)
     given = prompt
@@ -199,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
         elif prompt:
             beginning.extend(prompt, special=args.special)
         beginning.save(args.save_prefix)
-        given, named = b"", [named[0]._replace(text=b"")]
+        given, named = b"", [named[0]._replace(rest=b"")]
     options["prefix"] = beginning
     if args.output is not None:
         count = sequences.write_fasta(args, model, tokenizer, named, options)
@@ -259,15 +262,18 @@ def parse_bias(words: list[str]) -> dict[int, float]:
     Raises:
         InputError: a word of another form.
     """
-    bias = {}
+    bias: dict[int, float] = {}
     for word in words:
-        token, _, value = word.partition("=")
+        name, _, value = word.partition("=")
         try:
-            bias[int(token)] = float(value)
+            token, number = int(name), float(value)
         except ValueError:
             raise InputError(
                 f"--logit-bias {shown(word)} is not understood: write a token's id and a number, 5=-1.5"
             ) from None
+        if token in bias:
+            raise InputError(f"--logit-bias {shown(word)} is the second one of token {shown(token)}: keep one")
+        bias[token] = number
     return bias
 
 
@@ -290,16 +296,6 @@ def describe(stats: Stats, load_seconds: float) -> str:
     if stats.peak_memory is not None:
         parts.append(f"peak memory {stats.peak_memory / 2**20:,.0f} MiB")
     return " | ".join(parts)
-
-
-def describe_cut(windows: dict[int, int]) -> str:
-    """How far the method ``truncated`` cuts the filters, which it never does in silence."""
-    from hyaena.ops import TRUNCATION_TOLERANCE
-
-    return (
-        f"hyaena: long filters cut to {min(windows.values()):,} … {max(windows.values()):,} taps, "
-        f"which drops at most {TRUNCATION_TOLERANCE:.0e} of a filter's energy"
-    )
 
 
 class PrefillBar:

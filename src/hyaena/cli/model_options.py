@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,22 @@ def add_cache_option(group: argparse._ActionsContainer) -> None:
     )
 
 
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """The device that --device names; a GPU if there is one and none is named.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if args.device == "":
+        raise InputError("--device is empty: name one, such as cpu")
+
+    import torch
+
+    from hyaena.checkpoints import as_device
+
+    return as_device(("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device)
+
+
 @dataclass(frozen=True)
 class PreparedModel:
     """A model without its weights: enough to check options and texts.
@@ -84,8 +101,7 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
     Raises:
         HyaenaError: there is no such model, device or dtype.
     """
-    if args.device == "":
-        raise InputError("--device is empty: name one, such as cpu")
+    device = choose_device(args)
 
     import torch
 
@@ -93,9 +109,6 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
     from hyaena.fp8 import check_fp8
     from hyaena.model import StripedHyena
 
-    device = checkpoints.as_device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if args.device is None else args.device
-    )
     dtype = hub.choose_dtype(args.dtype, device)
     origin = {"revision": args.revision, "config": args.config}
     config, tokenizer = hub.load_tokenizer_of(args.model, **origin)
@@ -115,3 +128,15 @@ def prepare_model(args: argparse.Namespace) -> PreparedModel:
         options["--cache-dtype"] = args.cache_dtype
     loading = {"dtype": args.dtype, "fp8": args.fp8, "weights": args.weights, "cache_dtype": args.cache_dtype, **origin}
     return PreparedModel(tokenizer, shape, device, options, args.model, loading)
+
+
+def tell_what_is_cut(model: StripedHyena, method: str) -> None:
+    """Say on standard error how far the method ``truncated`` cuts the filters, which no command does in silence."""
+    from hyaena.ops import TRUNCATION_TOLERANCE
+
+    if method == "truncated" and (windows := model.truncation_windows()):
+        print(
+            f"hyaena: long filters cut to {min(windows.values()):,} … {max(windows.values()):,} taps, "
+            f"which drops at most {TRUNCATION_TOLERANCE:.0e} of a filter's energy",
+            file=sys.stderr,
+        )

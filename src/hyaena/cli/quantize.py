@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hyaena.arguments import as_path
 from hyaena.cli.formatting import decimal_bytes, parse_size
+from hyaena.cli.model_options import choose_device
 from hyaena.errors import InputError
 from hyaena.schemes import SCHEMES
 
@@ -102,8 +103,7 @@ def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
     pieces = list(_beginning(texts, CALIBRATION_CHARACTERS))
     if not any(piece.text for piece in pieces):
         raise InputError(f"--calibrate {args.calibrate}: holds no text: name one like those to be read")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = hub.load(args.source, device=device, revision=args.revision, config=args.config)
+    model, tokenizer = hub.load(args.source, device=choose_device(args), revision=args.revision, config=args.config)
     ids = tokenize(pieces, tokenizer).tokens[:CALIBRATION_TOKENS]
     moments = collect_moments(model, torch.tensor(ids, dtype=torch.long, device="cpu"))
     widest = max(layer.in_features for layer in model.modules() if type(layer) is torch.nn.Linear)

@@ -26,14 +26,24 @@ if TYPE_CHECKING:
 WIDTH = 60
 """Letters of a line."""
 
+BATCH_ROWS = 64
+"""Samples at a time, unless --batch-rows says otherwise."""
+
 _LETTERS = frozenset(string.ascii_letters + "*-")
 
 
 class Prompt(NamedTuple):
-    """What is continued, and its name, which begins the names of its samples."""
+    """What is continued.
+
+    Attributes:
+        name: begins the names of its samples.
+        text: of the prompt.
+        rest: what is still to be read of it, where a prefix holds the rest.
+    """
 
     name: str
     text: bytes
+    rest: bytes | None = None
 
 
 def read_prompts(path: str) -> list[Prompt]:
@@ -60,6 +70,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.output is None:
         if args.prompts is not None:
             raise InputError("--prompts needs --output: streamed text has one prompt")
+        if args.batch_rows is not None:
+            raise InputError("--batch-rows needs --output: elsewhere all samples are decoded together")
         return
     if args.prompts is not None and (args.prompt, args.prompt_file, args.save_prefix) != (None, None, None):
         raise InputError("--prompts names all prompts: leave the argument, --prompt-file and --save-prefix out")
@@ -73,7 +85,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--output is FASTA, which has no place for JSON and log-probabilities: leave them out")
     if args.allowed is None or not _LETTERS.issuperset(args.allowed):
         raise InputError("FASTA holds letters only: add --allowed with letters, such as ACGT")
-    if args.batch_rows < 1:
+    if args.batch_rows is not None and args.batch_rows < 1:
         raise InputError(f"--batch-rows must be at least 1, not {args.batch_rows}")
 
 
@@ -109,9 +121,10 @@ def write_fasta(
     rows = ((*row, seed + number) for number, row in enumerate(drawn))
     records: list[bytes] = []
     with Progress(total, unit="samples", show=sys.stderr.isatty()) as progress:
-        while part := list(islice(rows, args.batch_rows)):
+        while part := list(islice(rows, args.batch_rows or BATCH_ROWS)):
             own = {"n": None, "progress": None, "seed": [number for *_, number in part]}
-            found = generate(model, tokenizer, [prompt.text for prompt, *_ in part], **{**options, **own})
+            texts = [prompt.text if prompt.rest is None else prompt.rest for prompt, *_ in part]
+            found = generate(model, tokenizer, texts, **{**options, **own})
             records += [_record(args.echo, *row, one) for row, one in zip(part, found, strict=True)]
             progress.window()(len(part))
     write_atomically(Path(args.output), lambda file: file.writelines(records))

@@ -122,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--stream-interval must be a number of seconds from 0 to 10, not {args.stream_interval}")
     if "" in args.api_key:  # of a variable that is not set: the server would be open to all
         raise InputError("--api-key is empty: give a key, or leave it out to serve without one")
+    if os.environ.get(KEY_VARIABLE) == "":
+        raise InputError(f"{KEY_VARIABLE} is set and empty: give a key, or unset it to serve without one")
     if args.name == "":
         raise InputError("--name is empty: give the model a name, or leave it out")
     if not 0 <= args.port < 65536:
@@ -159,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         ),
         limits=Limits(body_bytes=int(args.max_body * 1e6), new_tokens=args.max_new_tokens, seconds=args.timeout),
         stream_interval=args.stream_interval,
-        keys=[key for key in [*args.api_key, os.environ.get(KEY_VARIABLE, "")] if key],
+        keys=[*args.api_key, *([os.environ[KEY_VARIABLE]] if KEY_VARIABLE in os.environ else [])],
         allow_origins=args.allow_origin,
         allowed_hosts=args.allowed_host,
         warm_up=args.warm_up,

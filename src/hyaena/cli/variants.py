@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyaena.cli.batch import add_job_arguments, telling_what_is_kept
-from hyaena.cli.model_options import add_model_options, prepare_model
+from hyaena.cli.model_options import add_model_options, prepare_model, tell_what_is_cut
 from hyaena.cli.progress import Progress
 from hyaena.errors import InputError, NonFiniteError, printable
 from hyaena.records import Checked, FastaGenome, Windows, check_variants, read_variants
@@ -161,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
 
         def start() -> Compute[Any]:
             model = prepared.load()
+            tell_what_is_cut(model, args.method)
             progress.begin()
             return partial(_compute, model, prepared.tokenizer, given, reading, progress)
 

@@ -22,7 +22,7 @@ from hyaena.decoding.capture import capture
 from hyaena.decoding.sampler import GraphSampler, StepOutput, move_rows
 from hyaena.decoding.static_cache import StaticCache
 from hyaena.errors import CapacityError, InputError, UnsupportedError
-from hyaena.model import StripedHyena
+from hyaena.model import StripedHyena, uncompiled
 from hyaena.ops import PAGE, PageTable, StepContext, cpu, pages_for, triton
 from hyaena.ops.backend import log_once
 from hyaena.ops.step import DecodeOperators
@@ -97,7 +97,7 @@ class Decoder:
         cuda_graph: bool = False,
         operators: DecodeOperators | None = None,
     ) -> None:
-        model = getattr(model, "_orig_mod", model)  # torch.compile wraps a model, and steps need nothing of that
+        model = uncompiled(model)
         reason = model.unsupported_reason() or (_no_graphs(model) if cuda_graph else None)
         if reason is not None:
             raise UnsupportedError(f"static decoding is not possible: {reason}; decode with decoding='eager'")

@@ -23,6 +23,8 @@ __all__ = ["config_from_dict", "is_original", "read_config", "write_original"]
 
 _ORIGINALS = (evo2_config, stripedhyena_config)
 _FORMATS = (transformers_config, *_ORIGINALS)
+_OF_A_RUN = {"data", "optim", "output", "steps"}
+"""Keys of every configuration of a training run, which runs keep as ``config.yml``."""
 
 
 def read_config(path: str | PathLike[str]) -> ModelConfig:
@@ -53,6 +55,8 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     for form in _FORMATS:
         if form.matches_config(values):
             return form.read_config(values)
+    if values.keys() >= _OF_A_RUN:
+        raise ConfigError("it is of a training run, for `hyaena train`: name the configuration of a model")
     return ModelConfig.from_dict(values)
 
 

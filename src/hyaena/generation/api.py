@@ -17,7 +17,7 @@ from hyaena.generation.chunks import choose_chunk
 from hyaena.generation.loop import Event, FinishReason, GenerationLoop, Row, Stats
 from hyaena.generation.settings import Options, RowOptions, Settings, encode_prompts, parse_prompts
 from hyaena.generation.stop_strings import StopStringFilter
-from hyaena.model import StripedHyena
+from hyaena.model import StripedHyena, uncompiled
 from hyaena.tokenizers import Tokenizer
 
 Prompt = str | bytes | bytearray | memoryview | Sequence[int]
@@ -194,7 +194,7 @@ def _start(
 ) -> Iterator[Event]:
     """Check everything that is left to check, and begin."""
     began = time.perf_counter()
-    if settings.prefix is not None and settings.prefix.model is not model:
+    if settings.prefix is not None and uncompiled(settings.prefix.model) is not uncompiled(model):
         raise InputError("the prefix was read by another model: make it with hyaena.prefix and this one")
     seeds = settings.seeds(len(prompts))
     encoded = encode_prompts(tokenizer, model.config, prompts, settings)

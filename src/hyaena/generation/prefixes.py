@@ -13,23 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from hyaena import files
-from hyaena.arguments import kind_of, whole
+from hyaena.arguments import as_path, kind_of, whole
 from hyaena.cache import Cache, Mark
 from hyaena.errors import CheckpointError, InputError, printable
 from hyaena.generation.chunks import choose_chunk
-from hyaena.model import StripedHyena
+from hyaena.model import StripedHyena, uncompiled
 from hyaena.ops import KVState
+from hyaena.tensor_files.safetensors_file import MOST_HEADER, read_safetensors
+from hyaena.tensor_files.stored import open_regular
 from hyaena.tokenizers import Tokenizer, token_ids
 
 MARK_DISTANCE = 2048
@@ -106,9 +108,10 @@ class Prefix:
         """Write the prefix as one safetensors file, for ``load_prefix``. The file holds the tokens.
 
         Raises:
+            InputError: this names no file.
             OutputError: the file cannot be written; what stood there is unharmed.
         """
-        path = Path(path)
+        path = as_path("the file of a prefix", path)
         tensors = {"ids": torch.tensor(self.ids, device="cpu")} | _tensors(self.cache, self._marks)
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         kept = {state.dtype for state in self.cache.states if isinstance(state, KVState)} or {self.model.cache_dtype}
@@ -158,6 +161,7 @@ def prefix(
     Raises:
         InputError: an empty text, an id outside the vocabulary, or a text that passes the maximum length.
     """
+    _require_model(model)
     if not isinstance(tokenizer, Tokenizer):
         raise InputError(f"tokenizer must be the one that hyaena.load returns, not {kind_of(tokenizer)}")
     ids = _encode(model, tokenizer, text, special, begin=True)
@@ -179,24 +183,33 @@ def load_prefix(path: str | PathLike[str], model: StripedHyena, tokenizer: Token
     Raises:
         CheckpointError: the file is missing or damaged, no prefix, or of another model; the message says which.
     """
+    path = as_path("the file of a prefix", path)
+    _require_model(model)
     name = printable(str(path))
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_metadata(metadata, model, name)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+    if not path.exists():
+        raise CheckpointError(f"the prefix {name} does not exist: save it again")
+    with open_regular(path, "the file that Prefix.save wrote") as file:
+        with _undamaged(name):
+            stored, metadata = read_safetensors(file, max_header=MOST_HEADER)
+        _check_metadata(metadata, model, name)
+        with _undamaged(name):
+            tensors = {key: tensor.read() for key, tensor in stored.items()}
             positions = json.loads(metadata["marks"])
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        what = "does not exist" if isinstance(error, FileNotFoundError) else "is damaged, or no safetensors file"
-        raise CheckpointError(f"the prefix {name} {what}: save it again") from error
     try:
         made = _build(model, tokenizer, tensors, positions)
     except (KeyError, InputError, TypeError, RuntimeError) as error:
         reason = printable(str(error), limit=200)
         raise CheckpointError(f"the prefix {name} does not fit the model ({reason}): save it again") from error
     return made
+
+
+@contextmanager
+def _undamaged(name: str) -> Iterator[None]:
+    """Turn whatever a damaged file raises into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"the prefix {name} is damaged, or no safetensors file: save it again") from error
 
 
 @torch.inference_mode()
@@ -243,13 +256,13 @@ def _identity(model: StripedHyena, cache_dtype: torch.dtype) -> dict[str, str]:
 def _weights_digest(model: StripedHyena) -> str:
     """SHA-256 of all weights, with their names, shapes and dtypes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(uncompiled(model).state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _check_metadata(metadata: Mapping[str, str], model: StripedHyena, name: str) -> None:
+def _check_metadata(metadata: Mapping[str, Any], model: StripedHyena, name: str) -> None:
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(f"{name} is no prefix of this version of hyaena: make it with Prefix.save")
     found = _identity(model, model.cache_dtype)
@@ -273,6 +286,8 @@ def _encode(
     model: StripedHyena, tokenizer: Tokenizer | None, text: str | bytes | Iterable[int], special: bool, *, begin: bool
 ) -> list[int]:
     """The ids of a text, or ids as they are, checked."""
+    if isinstance(text, bytearray) or (isinstance(text, memoryview) and text.itemsize == 1):
+        text = bytes(text)
     if isinstance(text, str | bytes):
         if tokenizer is None:
             raise InputError("the prefix has no tokenizer for text: extend it with ids, or load it with a tokenizer")
@@ -283,6 +298,11 @@ def _encode(
         raise InputError("the text of a prefix is empty: give it some")
     _check_ids(model, ids)
     return ids
+
+
+def _require_model(model: Any) -> None:
+    if isinstance(model, type) or not hasattr(model, "make_cache") or not hasattr(model, "config"):
+        raise InputError(f"model must be a StripedHyena, not {kind_of(model)}")
 
 
 def _check_ids(model: StripedHyena, ids: Sequence[int]) -> None:

@@ -159,18 +159,24 @@ class Settings:
     def repeats(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """For each of the ``n`` samples of each prompt, its number among the rows of equal prompts with the same seed.
 
-        The first samples of all prompts are counted first, so that they are what ``n=1`` gives. Rows with a list of
-        seeds have exactly their own, so that equal seeds give equal rows.
+        Rows with a list of seeds have exactly their own, so that equal seeds give equal rows.
         """
-        samples = range(self.n or 1)
         if isinstance(self.seed, tuple):
-            return [[*samples] for _ in prompts]
-        equal, before = Counter(map(tuple, prompts)), Counter[tuple[int, ...]]()
-        repeats = []
-        for prompt in map(tuple, prompts):
-            repeats.append([before[prompt] + sample * equal[prompt] for sample in samples])
-            before[prompt] += 1
-        return repeats
+            return [[*range(self.n or 1)] for _ in prompts]
+        return repeats(prompts, self.n or 1)
+
+
+def repeats(prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """For each of so many samples of each prompt, its number among the samples of all equal prompts.
+
+    The first samples of all prompts are counted first, so that they are what one sample of each gives.
+    """
+    equal, before = Counter(map(tuple, prompts)), Counter[tuple[int, ...]]()
+    found = []
+    for prompt in map(tuple, prompts):
+        found.append([before[prompt] + sample * equal[prompt] for sample in range(count)])
+        before[prompt] += 1
+    return found
 
 
 class _Sizes(Protocol):

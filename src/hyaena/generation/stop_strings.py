@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hyaena.tokenizers import Tokenizer
+from hyaena.tokenizers import TextStream, Tokenizer
 
 
 class StopStringFilter:
@@ -12,10 +12,15 @@ class StopStringFilter:
 
     The stop string that is complete first counts (the longer one, if two are complete with the same character), so
     the result does not depend on how the text is cut into tokens. Text that may become a stop string is held back.
+
+    Args:
+        tokenizer: of the row.
+        prompt: ids before the text, known to be of the vocabulary.
+        stops: that end it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str]) -> None:
-        self._stream = tokenizer.stream(after=prompt)
+        self._stream = TextStream(tokenizer, prompt)  # it looks at the last ones only
         self._stops = stops
         self._held = ""
 

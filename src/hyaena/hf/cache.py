@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -11,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hyaena import cache as native
-from hyaena.arguments import kind_of
+from hyaena.arguments import kind_of, whole
 from hyaena.errors import CapacityError, InputError, UnsupportedError
 from hyaena.ops import StepContext
 
@@ -34,9 +36,10 @@ class StripedHyenaCache(Cache):
 
     def __init__(self, max_length: int | None = None) -> None:
         super().__init__(layers=[])
-        self.max_length = max_length
+        self.max_length = None if max_length is None else whole("max_length", max_length, "at least 1", 1)
         self.native: native.Cache | None = None
         self.step: StepContext | None = None
+        self._torn = False  # a step has failed midway: some layers have read its token, and others have not
         self._positions = 0  # that were read, without those of steps
 
     def count(self, positions: int) -> None:
@@ -56,6 +59,26 @@ class StripedHyenaCache(Cache):
             before, self.native.lengths = self.native.lengths, self.step.lengths.tolist()
             self._positions += self.native.lengths[0] - before[0]
             self.step = None
+
+    def check_whole(self) -> None:
+        """Check that no step has failed midway.
+
+        Raises:
+            InputError: one has.
+        """
+        if self._torn:
+            raise InputError(
+                "a step of this cache failed midway, so that its layers differ: make another, or reset() it"
+            )
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Within it, layers read a token in place: an error leaves a cache that cannot be used."""
+        try:
+            yield
+        except BaseException:
+            self._torn = True
+            raise
 
     def check_room(self) -> None:
         """Check that every row has room for one more token.
@@ -117,7 +140,7 @@ class StripedHyenaCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self.native = self.step = None
-        self._positions = 0
+        self._positions, self._torn = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the rows by copies of these, as beam search does."""
@@ -159,9 +182,12 @@ def as_cache(given: object) -> StripedHyenaCache | None:
     """The cache that a caller passed, under one of its two names.
 
     Raises:
-        InputError: it is the cache of another model.
+        InputError: it is the cache of another model, or cannot be used any more.
     """
-    if given is None or isinstance(given, StripedHyenaCache):
+    if given is None:
+        return None
+    if isinstance(given, StripedHyenaCache):
+        given.check_whole()
         return given
     raise InputError(
         f"the cache is {kind_of(given)}, which has no place for the states of Hyena blocks: leave it out, or pass a "

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hyaena.arguments import kind_of
 from hyaena.errors import InputError, UnsupportedError
 
 
@@ -70,6 +71,11 @@ def read_continuation(
     Raises:
         InputError: there is.
     """
+    if shape[1] < 1:
+        raise InputError(
+            f"the cache holds {max(lengths):,} tokens, and no others were given: ids of the whole sequence must go on "
+            "behind them"
+        )
     if any(value is not None for value in packing.values()):
         raise InputError("packed documents cannot follow a cache: read them without one")
     if shape[1] == 1 and all(lengths):  # one token is never padding, and looking would stall a GPU in each step
@@ -128,13 +134,17 @@ def _segments(
 ) -> Tensor | None:
     """The documents of each position, int [B,T]; None where every row is one."""
     if seq_idx is not None:
-        if seq_idx.shape != shape:
-            raise InputError(f"seq_idx must have the shape of the ids, {shape}, and has {tuple(seq_idx.shape)}")
+        if not isinstance(seq_idx, Tensor) or seq_idx.shape != shape:
+            raise InputError(f"seq_idx must have the shape of the ids, {shape}, and is {kind_of(seq_idx)}")
         return seq_idx
     if cu_seq_lens is not None:
-        starts = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.int32, device=cu_seq_lens.device)
-        if cu_seq_lens.ndim != 1 or int(cu_seq_lens[-1]) > shape[0] * shape[1]:
-            raise InputError(f"cu_seq_lens_q must list the ends of documents in {shape[0] * shape[1]:,} tokens")
+        size = shape[0] * shape[1]
+        wanted = f"cu_seq_lens_q must be a tensor that rises from 0 to the {size:,} tokens of the batch"
+        if not isinstance(cu_seq_lens, Tensor) or cu_seq_lens.ndim != 1 or not len(cu_seq_lens):
+            raise InputError(f"{wanted}, and is {kind_of(cu_seq_lens)}")
+        if cu_seq_lens[0] != 0 or cu_seq_lens[-1] > size or bool((cu_seq_lens.diff() < 0).any()):
+            raise InputError(wanted)
+        starts = torch.zeros(size + 1, dtype=torch.int32, device=cu_seq_lens.device)
         starts[cu_seq_lens.long()] = 1
         return starts[:-1].cumsum(0).reshape(shape)
     return _starts(shape, tokens, position_ids)
@@ -147,8 +157,8 @@ def _starts(shape: tuple[int, int], tokens: Tensor | None, position_ids: Tensor 
     """
     if position_ids is None or shape[1] == 1:
         return None
-    if position_ids.ndim != 2 or position_ids.shape[1] != shape[1] or position_ids.shape[0] not in (1, shape[0]):
-        raise InputError(f"position_ids must have the shape of the ids, {shape}, and has {tuple(position_ids.shape)}")
+    if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in (shape, (1, shape[1])):
+        raise InputError(f"position_ids must have the shape of the ids, {shape}, and is {kind_of(position_ids)}")
     starts = torch.nn.functional.pad(position_ids.diff() != 1, (1, 0)).expand(shape)
     if tokens is not None:
         starts = starts & tokens & torch.nn.functional.pad(tokens[:, :-1], (1, 0))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hyaena import checkpoints, hub
 from hyaena.checkpoints.files import listed
@@ -43,6 +46,28 @@ def foreign_weights(source: Any, options: dict[str, Any]) -> dict[str, Any] | No
     if (checkpoint.folder / "generation_config.json").is_file():
         kept.setdefault("generation_config", GenerationConfig.from_pretrained(checkpoint.folder))
     return kept | {"state_dict": {their_name(name): tensor for name, tensor in model.state_dict().items()}}
+
+
+@contextmanager
+def one_set_of_weights(folder: Path) -> Iterator[None]:
+    """Within it a model is saved; afterwards the weights of another save are gone, as a file or by their index.
+
+    transformers leaves a single file beside a new index, and the reverse, and loads the single file: the old weights.
+    """
+    before = _stamps(folder)
+    yield
+    after = _stamps(folder)
+    stale = [name for name in after if after[name] == before.get(name)]
+    if len(stale) < len(after):
+        for name in stale:
+            (folder / name).unlink()
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, ...]]:
+    """When the weights of a folder, or their index, were written."""
+    files = [folder / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    states = {file.name: file.stat() for file in files if file.is_file()}
+    return {name: (state.st_ino, state.st_mtime_ns, state.st_size) for name, state in states.items()}
 
 
 def check_complete(model: PreTrainedModel, info: Any, source: Any) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +17,12 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from hyaena import ops
+from hyaena.adapters import LoRALinear
+from hyaena.arguments import as_text_path, kind_of
 from hyaena.cache import Cache
+from hyaena.config import ModelConfig
 from hyaena.context import ForwardContext
-from hyaena.errors import InputError, UnsupportedError
+from hyaena.errors import CheckpointError, InputError, UnsupportedError
 from hyaena.formats.transformers import code
 from hyaena.hf import loading
 from hyaena.hf.cache import FIELD, StripedHyenaCache, as_cache
@@ -68,7 +70,13 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
             options: fields of ``StripedHyenaConfig``, such as ``num_labels``.
 
         A head that ``model`` does not have, that of a classifier, is initialised.
+
+        Raises:
+            InputError: it is no ``StripedHyena``.
+            ConfigError: its linear layers are narrow.
         """
+        if not isinstance(getattr(model, "config", None), ModelConfig):
+            raise InputError(f"from_native takes the StripedHyena that hyaena.load returns, not {kind_of(model)}")
         with torch.device("meta"):
             made = cls(StripedHyenaConfig.from_native(model.config, dtype=model.dtype, **options))
         base: Any = made.base_model
@@ -126,12 +134,20 @@ class StripedHyenaPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save the model: ``PreTrainedModel.save_pretrained``, and the file that names its classes."""
-        folder = Path(save_directory)
+        """Save the model: ``PreTrainedModel.save_pretrained``, and the file that names its classes.
+
+        Raises:
+            InputError: this is no path.
+            CheckpointError: an adapter of this package is on the model.
+        """
+        folder = as_text_path("the folder", save_directory, "safetensors")
+        if any(isinstance(module, LoRALinear) for module in self.modules()):
+            raise CheckpointError(f"cannot save a model with an adapter to {folder}: merge it into the weights first")
         if not folder.is_file():  # which transformers refuses
             folder.mkdir(parents=True, exist_ok=True)
             (folder / code.FILE).write_text(code.CODE, encoding="utf-8")
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with loading.one_set_of_weights(folder):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -206,8 +222,7 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
             )
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        x = inputs_embeds if input_ids is None else embed(self.embed_tokens, input_ids, self.config.vocab_size)
-        assert x is not None
+        x = self._checked(inputs_embeds) if input_ids is None else self._embed(input_ids)
         shape = (x.shape[0], x.shape[1])
         given = as_cache(past_key_values if cache is None else cache)
         if given is not None and given.step is not None and shape[1] == 1 and _may_update(given.step.lengths):
@@ -229,6 +244,15 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
             x = self._read_into(given, x, layout, keep, hidden)  # type: ignore[call-issue]
         states = None if hidden is None else tuple(hidden)
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=states, **{FIELD: given})  # type: ignore[arg-type]
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return embed(self.embed_tokens, ids, self.config.vocab_size)
+
+    def _checked(self, embeddings: Any) -> Tensor:
+        size = self.config.hidden_size
+        if not isinstance(embeddings, Tensor) or embeddings.ndim != 3 or embeddings.shape[2] != size:
+            raise InputError(f"inputs_embeds must be of shape [B, T, {size}], and is {kind_of(embeddings)}")
+        return embeddings
 
     def _cache_to_fill(
         self, given: StripedHyenaCache | None, use_cache: bool | None, layout: Layout
@@ -266,29 +290,38 @@ class StripedHyenaModel(StripedHyenaPreTrainedModel):
     ) -> Tensor:
         """Read x into a cache, which is unchanged if anything fails."""
         cache.end_steps()
-        if cache.native is None:
-            cache.native = self._make_native_cache(x, cache.max_length)
-        context = self._context(x, cache.native, layout)
+        native = self._make_native_cache(x, cache.max_length) if cache.native is None else cache.native
+        context = self._context(x, native, layout)
         assert context.lengths is not None and context.counts is not None
-        with cache.native.reading(self, len(x), context.lengths, context.counts):
+        with native.reading(self, len(x), context.lengths, context.counts):
             length = x.shape[1]
-            x, states = self._read(x, context, cache.native.states, keep, hidden)
-            cache.native.commit([state.detach() for state in states], context.counts)
+            x, states = self._read(x, context, native.states, keep, hidden)
+            native.commit([state.detach() for state in states], context.counts)
+        cache.native = native
         cache.count(length)
-        if cache.max_length is not None and all(cache.native.lengths) and self._step_unsupported_reason() is None:
-            cache.begin_steps(self._step_context(cache.native, cache.max_length))
+        if cache.max_length is not None and all(native.lengths) and self._step_unsupported_reason() is None:
+            cache.begin_steps(self._step_context(native, cache.max_length))
         return x
 
     def _step(self, cache: StripedHyenaCache, x: Tensor, output_hidden_states: bool) -> BaseModelOutputWithPast:
         """Read one token per row into a static cache, x [B,1,D], in a way that torch.compile makes one graph of."""
         assert cache.native is not None and cache.step is not None
         cache.native.check_owner(self)
-        if not torch.compiler.is_compiling():
-            cache.check_room()
-        context, hidden = cache.step, []
+        if len(x) != cache.native.batch_size:
+            raise InputError(f"the cache holds {cache.native.batch_size} rows and the ids {len(x)}: make another cache")
+        if torch.compiler.is_compiling():
+            return self._run_step(cache, cache.native, cache.step, x, output_hidden_states)
+        cache.check_room()
+        with cache.stepping():
+            return self._run_step(cache, cache.native, cache.step, x, output_hidden_states)
+
+    def _run_step(
+        self, cache: StripedHyenaCache, native: Cache, context: StepContext, x: Tensor, output_hidden_states: bool
+    ) -> BaseModelOutputWithPast:
+        hidden = []
         context.lengths.copy_(torch.minimum(context.lengths + 1, context.limits))
         x = x[:, 0]
-        for layer, state in zip(self.layers, cache.native.states, strict=True):
+        for layer, state in zip(self.layers, native.states, strict=True):
             hidden.append(x[:, None])
             x = layer.step(x, state, context)  # type: ignore[operator]
         x = context.operators.normalise(x, norm_record(self.norm))[:, None]

@@ -191,16 +191,11 @@ def _write_npz(file: IO[bytes], columns: Sequence[Column], rows: Rows) -> None:
                     _add(archive, f"{column.name}/{row[name]}", row[column.name])
             elif column.kind == "vector":
                 _add_matrix(archive, column.name, rows)
+            elif column.kind == "text":
+                _add_texts(archive, column.name, rows)
             else:
-                _add(archive, column.name, _column(column, rows))
-
-
-def _column(column: Column, rows: Rows) -> np.ndarray:
-    values = (row[column.name] for row in rows((column.name,)))
-    if column.kind == "text":
-        texts = list(values)
-        return np.array(texts, dtype=f"<U{max(map(len, texts), default=1)}")
-    return np.fromiter(values, _SCALARS[column.kind])
+                values = (row[column.name] for row in rows((column.name,)))
+                _add(archive, column.name, np.fromiter(values, _SCALARS[column.kind]))
 
 
 def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
@@ -208,18 +203,32 @@ def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
         np.lib.format.write_array(member, array, allow_pickle=False)
 
 
+def _add_texts(archive: zipfile.ZipFile, name: str, rows: Rows) -> None:
+    """Add the texts of all rows as one array, in which each takes the room of the longest, a row at a time."""
+    lengths = [len(row[name]) for row in rows((name,))]
+    dtype = np.dtype(f"<U{max([1, *lengths])}")
+    texts = (np.array(row[name], dtype) for row in rows((name,)))
+    _add_rows(archive, name, dtype.str, (len(lengths),), texts)
+
+
 def _add_matrix(archive: zipfile.ZipFile, name: str, rows: Rows) -> None:
     """Add the vectors of all rows as one array, without having them all in memory."""
     count = sum(1 for _ in rows(()))
     first = next(rows((name,)), None)
-    width = 0 if first is None else len(first[name])
+    shape = count, 0 if first is None else len(first[name])
+    _add_rows(archive, name, "<f4", shape, (row[name] for row in rows((name,))))
+
+
+def _add_rows(
+    archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...], values: Iterable[np.ndarray]
+) -> None:
     header = io.BytesIO()
-    description = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+    description = {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)
     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
         member.write(header.getvalue())
-        for row in rows((name,)):
-            member.write(np.ascontiguousarray(row[name], "<f4").data)
+        for value in values:
+            member.write(np.ascontiguousarray(value, dtype).tobytes())
 
 
 def _write_table(file: IO[bytes], columns: Sequence[Column], rows: Rows, *, delimiter: str) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from hyaena import extras
-from hyaena.arguments import as_path
+from hyaena.arguments import as_text_path
 from hyaena.errors import InputError, OutputError, nearest, printable, shown
 from hyaena.files import write_atomically
-from hyaena.records.source import GZIP, is_bgzip, open_source
+from hyaena.records.fai import FastaIndex
+from hyaena.records.source import BLOCK, GZIP, is_bgzip, open_source
 
 _CURE = "check its name and permissions"
 _LETTERS = frozenset("ACGTURYSWKMBDHVN")
@@ -69,7 +71,7 @@ class FastaGenome:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = as_path("the genome", path)
+        self.path = as_text_path("the genome", path, "pysam")
         self.label = printable(str(self.path))
         extras.require("pysam", extra="genomics", purpose="reading a genome")
         if self.path.is_dir():
@@ -89,8 +91,9 @@ class FastaGenome:
             tempfile.TemporaryDirectory() as folder,
             quiet(),
         ):
-            self._file = self._open(Path(folder))
+            self._file, self._index = self._open(Path(folder))
         self.lengths = dict(zip(self._file.references, self._file.lengths, strict=True))
+        self._fitting = set[str]()  # contigs whose places in the index were checked
         if not self.lengths:
             raise InputError(f"{self.label} holds no sequence")
 
@@ -100,6 +103,7 @@ class FastaGenome:
         Raises:
             InputError: the file is not what its index says, or something stands there that is no letter of DNA.
         """
+        self._require_fitting(contig)
         try:
             with quiet():
                 text = self._file.fetch(contig, start, stop)
@@ -114,11 +118,25 @@ class FastaGenome:
         except InputError as error:
             raise InputError(f"{self.label}: {error}") from error
 
+    def _require_fitting(self, contig: str) -> None:
+        if contig in self._fitting:
+            return
+        try:
+            fits = self._index.fits(contig)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"cannot read {self.label}: {error}; {self._again}") from error
+        if not fits:
+            raise InputError(
+                f"{self.label} does not hold contig {shown(contig)} where its index says: {self._again}, and white "
+                "space inside lines, where there is any"
+            )
+        self._fitting.add(contig)
+
     @property
     def _again(self) -> str:
         return f"remove {self.label}.fai, so that it is made again"
 
-    def _open(self, folder: Path) -> Any:
+    def _open(self, folder: Path) -> tuple[Any, FastaIndex]:
         import pysam
 
         indices = [self.path.with_name(self.path.name + suffix) for suffix in (".fai", ".gzi")[: 1 + self._compressed]]
@@ -129,7 +147,8 @@ class FastaGenome:
             indices = self._make(folder, indices)
         options = dict(zip(("filepath_index", "filepath_index_compressed"), map(str, indices), strict=False))
         try:
-            return pysam.FastaFile(str(self.path), **options)
+            blocks = indices[1] if self._compressed else None
+            return pysam.FastaFile(str(self.path), **options), FastaIndex(self.path, indices[0], blocks)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read {self.label} by its index: {error}; {self._again}") from error
 
@@ -157,17 +176,22 @@ class FastaGenome:
 
     def _check_names(self) -> None:
         """Refuse a name that two contigs have: an index would hide the second."""
-        seen = set()
+        seen, number, begins = set[bytes](), 0, True
         with open_source(self.path, self.label, compressed=self._compressed, cure=_CURE) as file:
-            for number, line in enumerate(file, start=1):
-                if line.startswith(b">"):
+            while line := file.readline(BLOCK):  # a contig may be one line
+                number += begins
+                if begins and line.startswith(b">"):
                     name = line[1:].split(maxsplit=1)[:1]
                     if not name:
                         raise InputError(f"{self.label}, line {number}: the contig has no name; give it one")
+                    text = name[0].decode(errors="replace")
+                    if text.encode() != name[0] or "\0" in text:
+                        raise InputError(f"{self.label}, line {number}: {shown(text)} is no name in UTF-8; rename it")
                     if name[0] in seen:
-                        twice = shown(name[0].decode(errors="replace"))
+                        twice = shown(text)
                         raise InputError(f"{self.label}, line {number}: a second contig is named {twice}; rename one")
                     seen.add(name[0])
+                begins = line.endswith(b"\n")
 
 
 @contextmanager

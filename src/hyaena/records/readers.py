@@ -1,9 +1,10 @@
-"""Reads records, texts with names, from files of several formats; one record at a time is in memory."""
+"""Reads records, texts with names, from files of several formats; one record, or window, at a time is in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,88 +119,138 @@ def check_readable(source: Source) -> None:
         pass
 
 
+class Piece(NamedTuple):
+    """A run of a record's text.
+
+    Attributes:
+        text: the run; it may be empty.
+        lowered: see ``Record``.
+        name: of a record's first piece, the name; None where the format gives none.
+        place: of a record's first piece, see ``Record``.
+        begins: whether it is a record's first piece.
+    """
+
+    text: str
+    lowered: int = 0
+    name: str | None = None
+    place: str = ""
+    begins: bool = True
+
+
 def read_records(source: Source) -> Iterator[Record]:
-    """Read the records of a file in their order, or their windows.
+    """Read the records of a file in their order, or their windows, of which a contig of FASTA holds few in memory.
 
     Raises:
         InputError: the file is not what its format says, or a record is empty; the message names the place.
     """
-    if source.window is None:
-        yield from _read_whole(source)
-        return
     index = 0
-    for record in _read_whole(source):
-        for window in cut(record, source.window, source.overlap):
+    for record, pieces in _in_pieces(source):
+        if source.window is None:
+            yield _whole(record, pieces)
+            continue
+        for window in cut(record, pieces, source.window, source.overlap):
             yield window._replace(index=index)
             index += 1
 
 
-def cut(record: Record, window: int, overlap: int) -> Iterator[Record]:
+def cut(record: Record, pieces: Iterable[Piece], window: int, overlap: int) -> Iterator[Record]:
     """Cut a record into windows: every letter is one window's own, and stands behind ``overlap`` letters of context.
 
     The letters of window i are ``i·step`` to ``(i+1)·step - 1``, where ``step = window - overlap``; ``overlap`` letters
     on both sides are with them, fewer at the ends of the record: the other strand has its context behind. The name is
     ``NAME:START-END``, from 0, END exclusive.
+
+    Args:
+        record: without its text.
+        pieces: its text; those that no further window needs are dropped.
+        window, overlap: letters.
     """
-    text, step = record.text, window - overlap
-    for start in range(0, len(text), step):
-        end = min(start + step, len(text))
-        before = min(start, overlap)
-        around = text[start - before : end + overlap]
-        yield record._replace(
-            name=f"{record.name}:{start}-{end}",
-            text=around,
-            lowered=0 if start else record.lowered,
-            contig=record.name,
-            start=start,
-            before=before,
-            after=len(around) - before - (end - start),
-        )
+    step = window - overlap
+    text, first, start, lowered = "", 0, 0, 0  # ``text`` begins at letter ``first`` of the record
+    for piece in chain(pieces, [None]):
+        if piece is not None:
+            text += piece.text
+            lowered += piece.lowered
+        length = first + len(text)
+        while start < length and (piece is None or start + window <= length):
+            end = min(start + step, length)
+            before = min(start, overlap)
+            around = text[start - before - first : end + overlap - first]
+            yield record._replace(
+                name=f"{record.name}:{start}-{end}",
+                text=around,
+                lowered=lowered,
+                contig=record.name,
+                start=start,
+                before=before,
+                after=len(around) - before - (end - start),
+            )
+            start, lowered = start + step, 0
+        used = max(0, start - overlap - first)
+        text, first = text[used:], first + used
 
 
-def _read_whole(source: Source) -> Iterator[Record]:
-    index = 0
-    for index, (name, text, place, lowered) in enumerate(FORMATS[source.format].read(source), start=1):
-        name = str(index) if name is None else name
+def _whole(record: Record, pieces: Iterable[Piece]) -> Record:
+    texts, lowered = list[str](), 0
+    for piece in pieces:
+        texts.append(piece.text)
+        lowered += piece.lowered
+    return record._replace(text="".join(texts), lowered=lowered)
+
+
+def _in_pieces(source: Source) -> Iterator[tuple[Record, Iterator[Piece]]]:
+    """The records of a file without their texts, and the pieces of each text, which are read as they are taken."""
+    number = 0
+
+    def count(piece: Piece) -> int:
+        nonlocal number
+        number += piece.begins
+        return number
+
+    for index, pieces in groupby(FORMATS[source.format].read(source), count):
+        first = next(pieces)
+        name = str(index) if first.name is None else first.name
         if not name:
-            raise InputError(f"{source.label}, {place}: the record has no name; give it one")
-        if not text:
-            raise InputError(f"{source.label}, {place}: the record {shown(name)} is empty; remove it")
-        for what, value in (("name", name), ("text", text)):
+            raise InputError(f"{source.label}, {first.place}: the record has no name; give it one")
+        record = Record(index - 1, name, "", first.place)
+        yield record, _checked(source, record, chain([first], pieces))  # noqa: B031  once for each record
+    if number == 0:
+        raise InputError(f"{source.label} holds no record")
+
+
+def _checked(source: Source, record: Record, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces of a record, refused where they are no text together."""
+    where = f"{source.label}, {record.place}"
+    length = 0
+    for piece in pieces:
+        for what, value in (("name", record.name), ("text", piece.text)):
             try:
-                value.encode()
+                if not value.isascii():
+                    value.encode()
             except UnicodeEncodeError as error:  # JSON can name half a character
                 raise InputError(
-                    f"{source.label}, {place}, record {shown(name)}: an unpaired surrogate at character {error.start} "
-                    f"of the {what} is not valid Unicode; correct it"
+                    f"{where}, record {shown(record.name)}: an unpaired surrogate at character {error.start} of the "
+                    f"{what} is not valid Unicode; correct it"
                 ) from error
-        yield Record(index - 1, name, text, place, lowered)
-    if index == 0:
-        raise InputError(f"{source.label} holds no record")
+        length += len(piece.text)
+        yield piece
+    if not length:
+        raise InputError(f"{where}: the record {shown(record.name)} is empty; remove it")
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
 
-_Read = Iterator[tuple[str | None, str, str, int]]
-"""Name, text, place and lower-case letters of each record."""
 
-
-def _read_fasta(source: Source) -> _Read:
+def _read_fasta(source: Source) -> Iterator[Piece]:
     with _open(source) as file:
-        name, place, parts, lowered = "", "", list[bytes](), 0
         for piece in read_fasta(file, source.label):
             if piece.header is None:
-                parts.append(piece.sequence)
-                lowered += piece.lowered
-                continue
-            if place:
-                yield name, b"".join(parts).decode("ascii"), place, lowered
-            name, place, parts, lowered = _first_word(piece.header), f"line {piece.line}", [], 0
-        if place:
-            yield name, b"".join(parts).decode("ascii"), place, lowered
+                yield Piece(piece.sequence.decode("ascii"), piece.lowered, begins=False)
+            else:
+                yield Piece("", name=_first_word(piece.header), place=f"line {piece.line}")
 
 
-def _read_fastq(source: Source) -> _Read:
+def _read_fastq(source: Source) -> Iterator[Piece]:
     with _open(source) as file:
         number = 0
         while header := file.readline():
@@ -217,10 +268,10 @@ def _read_fastq(source: Source) -> _Read:
             if not sequence.isalpha() and sequence:
                 raise InputError(f"{source.label}, line {number - 2}: a sequence has letters only")
             text = sequence.decode("ascii")
-            yield _first_word(header[1:]), text.upper(), place, sum(map(str.islower, text))
+            yield Piece(text.upper(), sum(map(str.islower, text)), _first_word(header[1:]), place)
 
 
-def _read_lines(source: Source) -> _Read:
+def _read_lines(source: Source) -> Iterator[Piece]:
     with _open(source) as file:
         for number, raw in enumerate(file, start=1):
             raw = raw.removeprefix(BYTE_ORDER_MARK if number == 1 else b"")
@@ -228,10 +279,10 @@ def _read_lines(source: Source) -> _Read:
                 text = raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
             except UnicodeDecodeError as error:
                 raise not_utf8(source.label, number) from error
-            yield None, text, f"line {number}", 0
+            yield Piece(text, place=f"line {number}")
 
 
-def _read_json_lines(source: Source) -> _Read:
+def _read_json_lines(source: Source) -> Iterator[Piece]:
     with _open(source) as file:
         for number, row in read_json_lines(file, source.label):
             place = f"line {number}"
@@ -247,10 +298,11 @@ def _read_json_lines(source: Source) -> _Read:
                 )
             if source.name_key is not None and source.name_key not in row:
                 raise InputError(f"{source.label}, {place}: no key {shown(source.name_key)}, which --name-key names")
-            yield _name(row.get(name_key), source, place), _text(row[source.text_key], source, place), place, 0
+            name = _name(row.get(name_key), source, place)
+            yield Piece(_text(row[source.text_key], source, place), name=name, place=place)
 
 
-def _read_parquet(source: Source) -> _Read:
+def _read_parquet(source: Source) -> Iterator[Piece]:
     import pyarrow
     from pyarrow import parquet
 
@@ -276,7 +328,7 @@ def _read_parquet(source: Source) -> _Read:
                     number += 1
                     place = f"row {number}"
                     name = None if given is None else _name(given[row].as_py(), source, place)
-                    yield name, _text(texts[row].as_py(), source, place), place, 0
+                    yield Piece(_text(texts[row].as_py(), source, place), name=name, place=place)
     except (pyarrow.ArrowException, OSError) as error:
         reason = printable(" ".join(str(error).split()), limit=200)
         raise InputError(f"{source.label}: not a Parquet file that can be read ({reason}); write it again") from error
@@ -317,7 +369,7 @@ def _text(value: Any, source: Source, place: str) -> str:
 
 class _Format(NamedTuple):
     suffixes: frozenset[str]
-    read: Callable[[Source], _Read]
+    read: Callable[[Source], Iterator[Piece]]
 
 
 FORMATS: dict[str, _Format] = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from hyaena import extras
-from hyaena.arguments import as_path, as_whole, each, whole
+from hyaena.arguments import as_path, as_text_path, as_whole, each, whole
 from hyaena.errors import InputError, printable, shown
 from hyaena.records.genome import Genome, missing_contig, quiet
 from hyaena.records.source import BYTE_ORDER_MARK, GZIP, open_source
@@ -93,7 +94,8 @@ class Checked(NamedTuple):
 
     @property
     def name(self) -> str:
-        return str(self.variant)
+        """The variant and its ID, which is in its row."""
+        return f"{self.variant} ({self.variant.name})" if self.variant.name else str(self.variant)
 
     @property
     def place(self) -> str:
@@ -129,24 +131,30 @@ _Rows = Iterator[tuple[str, int, str, str, Sequence[str], str]]
 
 
 def _read_vcf(path: Path, label: str, compressed: bool) -> _Rows:
-    """The first five columns of each line; what follows them, genotypes among them, is not looked at."""
-    number, header = 0, False
+    """The first five columns of each line; what follows them, genotypes among them, is counted only."""
+    number, header, tabs = 0, False, 0  # tabs of the header
     with open_source(path, label, compressed=compressed, cure=_CURE) as file:
         while raw := file.readline(_LINE):
             number += 1
             raw = raw.removeprefix(BYTE_ORDER_MARK if number == 1 else b"")
-            line = raw
+            line, found = raw, raw.count(b"\t")
             while not line.endswith(b"\n") and (line := file.readline(_LINE)):
-                pass
+                found += line.count(b"\t")
             if number == 1 and not raw.startswith(b"##fileformat=VCF"):
                 raise InputError(f"{label} is not VCF, which begins with '##fileformat=VCFv4.2' or another version")
             if raw.startswith(b"#"):
-                header |= raw.startswith(b"#CHROM")
+                if raw.startswith(b"#CHROM"):
+                    header, tabs = True, found
                 continue
             if not raw.strip():
                 continue
             columns = raw.rstrip(b"\r\n").split(b"\t", 5)
             whole = len(columns) == 6 or len(raw) < _LINE
+            if header and 4 <= found < tabs and not line.endswith(b"\n"):  # half an allele is another variant
+                raise InputError(
+                    f"{label}, line {number}: the file ends after {found + 1:,} of {tabs + 1:,} columns, not with a "
+                    "line: it was cut off; copy it again"
+                )
             if not header or len(columns) < 5 or not whole or not re.fullmatch(rb"\d{1,18}", columns[1]):
                 raise InputError(
                     f"{label}, line {number}: not a record of VCF, which has CHROM, POS, ID, REF and ALT between tabs "
@@ -163,6 +171,7 @@ def _read_vcf(path: Path, label: str, compressed: bool) -> _Rows:
 
 def _read_bcf(path: Path, label: str) -> _Rows:
     extras.require("pysam", extra="genomics", purpose="reading BCF")
+    path = as_text_path("the file of variants", path, "pysam")
     import pysam
 
     number = 0
@@ -191,7 +200,7 @@ def check_variants(
     Raises:
         InputError: the genome cannot be read.
     """
-    seen: set[int] = set()
+    seen = _Seen()
     last: tuple[tuple[str, int, int], str] | None = None
     for index, variant in enumerate(each("variants", variants, "a list of records.Variant")):
         _require_variant(index, variant)
@@ -214,16 +223,43 @@ def check_variants(
             if last is None or last[0] != key:
                 last = key, genome.fetch(*key)
             found = last[1][variant.start - first :][: len(variant.reference)]
-            identity = hash(variant[:4])
             if found != variant.reference:
                 reason = f"its reference allele is {_cut(variant.reference)}, and the genome has {_cut(found)} there"
-            elif identity in seen:
+            elif not seen.add(variant):
                 reason = "the same variant stands before it"
-            seen.add(identity)
         if reason is None and last is not None:
             yield Checked(index, variant, first, stop, last[1])
         else:
             yield Checked(index, variant, 0, 0, reason or "", True)
+
+
+class _Seen:
+    """The variants that stood before: 8 bytes each while positions rise, as in a sorted file, about 70 from then on."""
+
+    def __init__(self) -> None:
+        self._hashes = array("q")  # of all, while positions rise
+        self._furthest: dict[str, int] = {}  # position in each contig
+        self._place: tuple[str, int] | None = None  # of the last variant
+        self._known = set[int]()  # hashes: of those at that place while positions rise, of all from then on
+        self._rising = True
+
+    def add(self, variant: Variant) -> bool:
+        """Add a variant; return whether it is the first of its kind."""
+        place = variant.contig, variant.start
+        if self._rising and place != self._place:
+            if variant.start > self._furthest.get(variant.contig, -1):
+                self._known = set()
+                self._place, self._furthest[variant.contig] = place, variant.start
+            else:
+                self._known = set(self._hashes)
+                self._rising, self._hashes = False, array("q")
+        identity = hash(variant[:4])
+        if identity in self._known:
+            return False
+        self._known.add(identity)
+        if self._rising:
+            self._hashes.append(identity)
+        return True
 
 
 def _require_variant(index: int, variant: object) -> None:

@@ -14,7 +14,7 @@ from hyaena.arguments import kind_of, switch, whole
 from hyaena.errors import InputError, nearest, shown
 from hyaena.generation.chunks import run_steps
 from hyaena.generation.nonfinite import remedy, search_non_finite
-from hyaena.model import StripedHyena
+from hyaena.model import StripedHyena, uncompiled
 from hyaena.ops import capabilities
 from hyaena.scoring import pooling, token_scores
 from hyaena.scoring.places import HEAD, NORM, Layer, Place, find_place, watching
@@ -273,6 +273,7 @@ def embed_steps(
     **options: Any,
 ) -> Generator[float, None, Any]:
     """``embed`` in steps, between which other work may use the model; see ``score_steps``."""
+    model = uncompiled(model)
     items, single = as_texts(texts)
     found = []
     for vectors in _embeddings(model, items, *_embedding_settings(model, tokenizer, layers, pool, options)):
@@ -320,6 +321,7 @@ def iter_embeddings(
         InputError: at the call, an unknown place (the message names the nearest) or option.
         The errors of ``iter_scores``, while iterating.
     """
+    model = uncompiled(model)
     made = _embedding_settings(model, tokenizer, layers, pool, options)
     return (found for found in _embeddings(model, texts, *made) if isinstance(found, tuple))
 

@@ -22,6 +22,7 @@ from hyaena.cache import Cache, Mark
 from hyaena.errors import HyaenaError, InputError, UnsupportedError, shown
 from hyaena.generation.nonfinite import remedy
 from hyaena.model import StripedHyena
+from hyaena.ops import capabilities
 from hyaena.packing import Snapshots
 from hyaena.scoring.reader import Progress, choose_pass
 from hyaena.scoring.records import Encoder, NonFiniteRecordError, RecordError
@@ -166,10 +167,12 @@ def iter_edit_scores(
         InputError: at the call, an option out of range.
         RecordError: while iterating, a window that cannot be read, or an edit that does not fit it; it has the
             number of the window.
-        UnsupportedError: a model with a mixer whose state cannot be copied inside a pass.
+        UnsupportedError: at the call, an unknown method; while iterating, one that a filter does not have, or a mixer
+            whose state cannot be copied inside a pass.
         NonFiniteRecordError: the model produced NaN or infinity.
     """
     encoder = Encoder.of(model, tokenizer, bos=bos, special=False, both_strands=False, max_length=max_length)
+    capabilities(method)
     most = choose_pass(model) if tokens_per_pass is None else whole("tokens_per_pass", tokens_per_pass, "at least 1", 1)
     strands = 2 if switch("both_strands", both_strands) else 1
     return _scores(model, encoder, windows, strands, method, most, progress)
@@ -272,6 +275,8 @@ def _item(encoder: Encoder, index: int, sequence: str, edits: Sequence[Edit]) ->
         # strictly before the edit, so that the token at the fork is the sequence's own
         fork = min(max(0, (place - 1) // FORK_STEP * FORK_STEP), len(ids) - 1)
         length = len(ids) - len(reference) + len(new)
+        if length == before:
+            raise InputError(f"the edit at {start:,} leaves nothing of the sequence: leave it out")
         if length > encoder.max_length:
             raise InputError(
                 f"{length:,} tokens of the sequence with the edit at {start:,} pass the maximum length "

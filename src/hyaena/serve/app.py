@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 import hyaena
 from hyaena.errors import printable
 from hyaena.serve.delivery import STREAM_INTERVAL, Delivery
-from hyaena.serve.guards import AccessLog, AllowedHosts, Authentication, BodyLimit
+from hyaena.serve.guards import FAILED, AccessLog, AllowedHosts, Authentication, BodyLimit
 from hyaena.serve.metrics import MEDIA_TYPE, Metrics
 from hyaena.serve.playground import add_playground
 from hyaena.serve.protocol import ApiError
@@ -102,15 +102,25 @@ def make_app(
     add_reading(app, server)
     _add_information(app, server)
     add_playground(app)
-    if allow_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(allow_origins), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(BodyLimit, most=server.limits.body_bytes)
     if keys:
         app.add_middleware(Authentication, keys=keys)
+    if allow_origins:
+        app.add_middleware(CORSMiddleware, **cross_origin(allow_origins))
     if hosts:
         app.add_middleware(AllowedHosts, hosts=hosts)
     app.add_middleware(AccessLog, log_bodies=log_prompts)
     return app
+
+
+def cross_origin(origins: Sequence[str]) -> dict[str, Any]:
+    """Options of CORSMiddleware, which stands before what refuses requests: else a page could not read why."""
+    return {
+        "allow_origins": list(origins),
+        "allow_methods": ["*"],
+        "allow_headers": ["*"],
+        "expose_headers": ["Retry-After", "X-Request-Id"],
+    }
 
 
 def add_errors(app: Starlette) -> None:
@@ -135,7 +145,7 @@ def add_errors(app: Starlette) -> None:
         )
 
     async def crash(request: Request, error: Exception) -> Response:
-        return await api_error(request, ApiError(500, "the server failed on this request; its log says why"))
+        return await api_error(request, ApiError(500, FAILED))
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid)

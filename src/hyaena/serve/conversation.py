@@ -71,8 +71,20 @@ class ChatTemplate:
         mark = _unused_character(messages)
         pattern = re.compile("|".join(map(re.escape, names))) if names else None
 
+        heads = {name[:end] for name in names for end in range(1, len(name))}
+        tails = {name[start:] for name in names for start in range(1, len(name))}
+
         def marked(text: str) -> str:
-            return text if pattern is None else pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+            if pattern is None:
+                return text
+            text = pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+            # Nor does it become one together with what the template, or the next message, puts beside it.
+            begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+            if any(text[:end].endswith(head) for head in heads):
+                text = text[:end] + mark + text[end:]
+            if any(text.startswith(tail, begin) for tail in tails):
+                text = text[:begin] + mark + text[begin:]
+            return text
 
         text = self._render(tokenizer, [{**message, "content": marked(message["content"])} for message in messages])
         if pattern is None:
@@ -144,6 +156,9 @@ def find_template(name: str | None, folders: Sequence[Path], model_name: str) ->
             return ChatTemplate(read_text(folder / "chat_template.jinja"))
         if (folder / "tokenizer_config.json").is_file():
             found = read_mapping(folder / "tokenizer_config.json").get("chat_template")
+            if isinstance(found, list):  # of several, each with a name
+                named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+                found = named.get("default")
             if isinstance(found, str):
                 return ChatTemplate(found)
     return ChatTemplate(TEMPLATES["nous"]) if "nous" in model_name.lower() else None

@@ -19,6 +19,7 @@ from hyaena.decoding import Decoding, resolve_decoding
 from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError, printable
 from hyaena.generation.chunks import choose_chunk
 from hyaena.generation.loop import FinishReason, Row
+from hyaena.generation.nonfinite import remedy
 from hyaena.generation.stop_strings import StopStringFilter
 from hyaena.model import StripedHyena
 from hyaena.ops import PAGE
@@ -71,7 +72,7 @@ class Request:
     """What is to be generated, as ids.
 
     Attributes:
-        prompt: token ids, at least one.
+        prompt: token ids, at least one; a list is not copied, and must stay as it is.
         params: how tokens are chosen.
         max_new_tokens: the most tokens of the completion.
         stop: strings that end it.
@@ -260,11 +261,12 @@ class Engine:
         """
         if not checked:
             self.check(request)
+        prompt = request.prompt if isinstance(request.prompt, list) else list(request.prompt)
         row = Row(
             index=0,
-            prompt=list(request.prompt),
+            prompt=prompt,
             params=request.params,
-            text=StopStringFilter(self.tokenizer, list(request.prompt), request.stop),
+            text=StopStringFilter(self.tokenizer, prompt, request.stop),
             eos_ids=request.eos_ids,
             stop_ids=request.stop_ids,
             max_new_tokens=request.max_new_tokens,
@@ -283,6 +285,14 @@ class Engine:
     def cancel(self, key: int) -> None:
         """End a request whose tokens nobody wants any more."""
         self._commands.put(lambda: self._cancel(key))
+
+    def pause(self, key: int) -> None:
+        """Take the row and the pages of a request until it is resumed: its client does not read what is there."""
+        self._commands.put(lambda: self._pause(key))
+
+    def resume(self, key: int) -> None:
+        """Go on with a request that is paused."""
+        self._commands.put(lambda: self._resume(key))
 
     def call(self, steps: Steps[T]) -> Future[T]:
         """Do something else with the model, in the engine's thread: so many steps at a time as read a chunk of tokens.
@@ -330,7 +340,7 @@ class Engine:
             while True:
                 self._take_commands()
                 if self._idle:
-                    if self._stopping.is_set():
+                    if self._finished:
                         break
                     continue
                 # Other work and prompts are read in turns, so that streams wait for one chunk of either.
@@ -356,9 +366,14 @@ class Engine:
     def _idle(self) -> bool:
         return self.scheduler.idle and not self._work
 
+    @property
+    def _finished(self) -> bool:
+        """Whether the thread may end; requests that are paused go on, or are given up, when they are told to."""
+        return self._stopping.is_set() and not self._requests
+
     def _take_commands(self, wait: bool = True) -> None:
         """Carry out the commands of other threads; where there is nothing else to do, wait for one."""
-        if wait and self._idle and not self._stopping.is_set():
+        if wait and self._idle and not self._finished:
             self.metrics.observe_load(self)
             self._commands.get()()
         while True:
@@ -379,8 +394,15 @@ class Engine:
     def _cancel(self, key: int) -> None:
         active = self._requests.get(key)
         if active is not None:
-            self.scheduler.finish(key, self.runner.page_ends().get(key))
-            self._end(active, Delta(token=None, finish_reason="cancelled"))
+            self._end(active, Delta(token=None, finish_reason="cancelled"), self.runner.page_ends().get(key))
+
+    def _pause(self, key: int) -> None:
+        if key in self._requests:
+            self.scheduler.pause(key, self.runner.page_ends().get(key))
+
+    def _resume(self, key: int) -> None:
+        if key in self._requests:
+            self.scheduler.resume(key)
 
     def _abandon(self) -> None:
         for active in list(self._requests.values()):
@@ -423,14 +445,14 @@ class Engine:
             self.metrics.tokens(count, seconds, first=first, adapter=adapter)
         page_ends = self.runner.page_ends() if ended else {}
         for active, delta in ended.values():
-            self.scheduler.finish(active.key, page_ends.get(active.key))
-            self._end(active, delta)
+            self._end(active, delta, page_ends.get(active.key))
 
     def _take(self, active: _Active, chosen: Chosen, now: float) -> Delta | None:
         """Add a token to its request; None where the request failed."""
         try:
             if not chosen.finite:
-                raise NonFiniteError("the model produced NaN or infinity for this prompt")
+                model = self.models[active.request.adapter]
+                raise NonFiniteError(f"the model produced NaN or infinity for this prompt: {remedy(model)}")
             text, reason = active.row.take(chosen.token, now)
         except HyaenaError as error:  # of this request alone, such as a token that the tokenizer does not know
             self._fail(active, str(error))
@@ -440,15 +462,17 @@ class Engine:
         return Delta(chosen.token, text, chosen.logprob, top, reason, job.cached or 0)
 
     def _fail(self, active: _Active, message: str) -> None:
-        self.scheduler.finish(active.key)
         self._end(active, Delta(token=None, finish_reason="error", error=message))
 
-    def _end(self, active: _Active, delta: Delta) -> None:
+    def _end(self, active: _Active, delta: Delta, page_end: int | None = None) -> None:
+        job = self.scheduler.jobs.get(active.key)
+        if self._failure is None:  # else nothing is known of rows and pages
+            self.scheduler.finish(active.key, page_end)
         del self._requests[active.key]
         self.metrics.finished(
             delta.finish_reason or "error",
             prompt=len(active.row.prompt),
-            cached=delta.cached_tokens,
+            cached=None if job is None else job.cached,
             seconds=time.monotonic() - active.arrived,
             adapter=active.request.adapter,
         )

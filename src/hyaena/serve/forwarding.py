@@ -104,6 +104,8 @@ class Forwarder:
                     answering.server = accepted["server"]
                     async for message in messages:
                         await answering.send(message)
+                if not answering.complete:  # its application failed
+                    await answering.end()
                 return
             except TimeoutError:
                 break
@@ -124,7 +126,7 @@ class _Answering:
         self._send = send
         self._first: Message | None = None
         self.server = ""
-        self.started = False
+        self.started = self.complete = False
         self._streams = False
 
     async def send(self, message: Message) -> None:
@@ -139,17 +141,21 @@ class _Answering:
             self.started = True
             await self._send(self._first)
             self._first = None
+        self.complete = not message.get("more_body", False)
         await self._send(message)
 
     async def end(self) -> None:
-        """End an answer whose server is gone: a stream by an error event, anything else by breaking off.
+        """End an answer whose server is gone or failed: a stream by an error event, anything else by breaking off.
 
         Raises:
+            ApiError: it has not begun.
             ServerLostError: it cannot be ended properly.
         """
+        error = ApiError(500, "the server that wrote this answer is gone or failed", code="generation_failed")
+        if not self.started:
+            raise error
         if not self._streams:
             raise ServerLostError
-        error = ApiError(500, "the server that wrote this answer is gone", code="generation_failed")
         event = f"data: {json.dumps(error.body)}\n\ndata: [DONE]\n\n"
         await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
 

@@ -33,6 +33,8 @@ _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 OPEN_PATHS = frozenset({"/health", "/version", *FILES})
 """Paths that need no key: what balancers look at, and the playground, which asks for one."""
 
+FAILED = "the server failed on this request; its log says why"
+
 BODY_SECONDS = 30.0
 """The longest pause in the body of a request."""
 
@@ -99,7 +101,7 @@ class Authentication:
             await self.app(scope, receive, send)
             return
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        digest = _digest(key.strip().encode("utf-8", "surrogateescape"))
+        digest = _digest(key.strip().encode("latin-1"))
         known = [hmac.compare_digest(digest, other) for other in self._digests]  # all, so that the time tells nothing
         if kind.lower() == "bearer" and any(known):
             await self.app(scope, receive, send)
@@ -216,6 +218,10 @@ class AccessLog:
 
         try:
             await self.app(scope, heard, named)
+        except Exception:
+            if not status:
+                await _answer(ApiError(500, FAILED), scope, receive, named)
+            raise  # for the log
         finally:
             more = {"body": body.decode("utf-8", "replace")} if self.log_bodies else {}
             client = (scope.get("client") or ("",))[0]

@@ -18,6 +18,7 @@ from hyaena.serve.engine import Engine, EngineSettings
 from hyaena.serve.metrics import Metrics
 from hyaena.serve.service import Limits, Served
 
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s@A-Z]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
 
 
@@ -41,7 +42,8 @@ class ServerOptions:
         log_prompts: whether the log holds the bodies of requests.
 
     Raises:
-        InputError: a stream_interval that is no number of seconds from 0 to 10.
+        InputError: a stream_interval that is no number of seconds from 0 to 10, a key that clients cannot send, or an
+            origin that no page has.
     """
 
     model: str = "cub"
@@ -65,6 +67,15 @@ class ServerOptions:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
+        for key in self.keys:
+            if not re.fullmatch("[!-~]+", key):  # not shown: it may be a good one with a line feed behind it
+                raise InputError("a key has spaces, line feeds or letters outside ASCII, or is empty: choose another")
+        for origin in self.allow_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise InputError(
+                    f"{shown(origin)} is no origin of a page: give scheme, host and port alone, such as "
+                    "http://localhost:3000, or * for any"
+                )
         real(
             "stream_interval", self.stream_interval, "a number of seconds from 0 to 10", lambda value: 0 <= value <= 10
         )

@@ -72,13 +72,22 @@ class Metrics:
         self._generated[model].inc(count)
         (self.first_token if first else self.next_token).observe(model, seconds, count)
 
-    def finished(self, reason: str, *, prompt: int, cached: int, seconds: float, adapter: str = "") -> None:
-        """Count a request that ended."""
+    def finished(self, reason: str, *, prompt: int, cached: int | None, seconds: float, adapter: str = "") -> None:
+        """Count a request that ended.
+
+        Args:
+            reason: why.
+            prompt: its tokens.
+            cached: those that the prefix cache spared; None where it ended while it waited, and nothing was read.
+            seconds: from its arrival.
+            adapter: that it named.
+        """
         model = adapter or self.name
         self.finished_requests.labels(model, reason).inc()
-        self.prompt_tokens.labels(model).inc(prompt)
-        self.prefix_queries.labels(model).inc(prompt)
-        self.prefix_hits.labels(model).inc(cached)
+        if cached is not None:
+            self.prompt_tokens.labels(model).inc(prompt)
+            self.prefix_queries.labels(model).inc(prompt)
+            self.prefix_hits.labels(model).inc(cached)
         self.latency.labels(model).observe(seconds)
 
     def observe_load(self, engine: Engine) -> None:

@@ -24,6 +24,14 @@ GRID_PAGES = 4
 """Snapshots at multiples of so many pages outlive those between them: at most 4 · 64 tokens are then read again."""
 
 
+def shared_tokens(one: Sequence[int], other: Sequence[int], step: int) -> int:
+    """How many tokens two sequences begin with alike, counted in steps; an equal end counts in full."""
+    most, count = min(len(one), len(other)), 0
+    while count < most and one[count : count + step] == other[count : count + step]:
+        count += step
+    return min(count, most)
+
+
 class Rank(IntEnum):
     """What a snapshot is worth; the lowest are dropped first."""
 
@@ -156,11 +164,12 @@ class PrefixCache:
 
         Pages that a request uses stay. Returns the number of free pages.
         """
-        while self.pages.free < wanted:
-            leaf = next((node for node in self._recent if not node.children and self.pages.users(node.page) == 1), None)
-            if leaf is None:
-                break
-            self._remove(leaf)
+        if self.pages.free < wanted:
+            for node in list(self._recent):  # once: what becomes a leaf by this comes behind it
+                if node in self._recent and not node.children and self.pages.users(node.page) == 1:
+                    self._remove(node)
+                    if self.pages.free >= wanted:
+                        break
         return self.pages.free
 
     def forget(self) -> list[int]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_BATCH = 256
+MAX_BIASES = 1024
+MAX_MESSAGES = 4096
 
 Strings = Annotated[
     Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None,
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(json_schema_extra={"description": "A string, or a list of strings."}),
 ]
-# fail_fast: the first mistake is enough; a list of millions of mistakes must not become as many errors.
+# The first mistake is enough: millions of mistakes in one body must not become as many errors. Lists have fail_fast for
+# that; dictionaries have not.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 Prompts = (
     str
@@ -24,6 +28,18 @@ Prompts = (
     | Annotated[list[str], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
 )
+
+
+def _few(given: object) -> object:
+    if isinstance(given, dict) and len(given) > MAX_BIASES:
+        text = "Dictionary should have at most {most} items, not {count}"
+        raise PydanticCustomError("too_long", text, {"most": MAX_BIASES, "count": len(given)})
+    return given
+
+
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES), BeforeValidator(_few)
+]
 
 
 def as_prompts(given: Prompts) -> list[str | list[int]]:
@@ -37,6 +53,16 @@ class Strict(BaseModel):
     """A body whose fields have the types that are named, and no others."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_one_unknown_field(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        unknown = next((name for name in given if name not in cls.model_fields), None)
+        if unknown is None:
+            return given
+        return {name: value for name, value in given.items() if name in cls.model_fields} | {unknown: given[unknown]}
 
 
 class StreamOptions(Strict):
@@ -64,8 +90,8 @@ class GenerationBody(Strict):
     stop: Strings = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=MAX_STOPS)
     ignore_eos: bool = False
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
-    allowed_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: TokenIds | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(default=None, max_length=256)
@@ -78,7 +104,7 @@ class CompletionBody(GenerationBody):
     """``POST /v1/completions``."""
 
     prompt: Prompts
-    echo: bool = False
+    echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
     return_token_ids: bool = Field(default=False, description="Add ids and texts of tokens, and ids of top_logprobs.")
@@ -97,13 +123,16 @@ class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[ContentPart], Field(min_length=1)]
+    content: str | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True)]
     name: None = None
     refusal: None = None
 
     @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ResponseFormat(Strict):
@@ -115,7 +144,7 @@ class ResponseFormat(Strict):
 class ChatBody(GenerationBody):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096, fail_fast=True)
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -131,7 +160,7 @@ class TokenizeBody(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
+    messages: Messages | None = None
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 
@@ -172,6 +201,18 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+
+
+def check_together(body: GenerationBody) -> None:
+    """Refuse fields that need another one.
+
+    Raises:
+        ApiError: the message names it.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream true", param="stream_options")
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
 
 
 class ApiError(Exception):

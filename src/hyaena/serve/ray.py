@@ -32,6 +32,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
@@ -39,7 +40,7 @@ from starlette.types import ASGIApp, Message
 
 from hyaena.arguments import whole
 from hyaena.serve.affinity import Affinity
-from hyaena.serve.app import add_errors, make_app
+from hyaena.serve.app import add_errors, cross_origin, make_app
 from hyaena.serve.forwarding import Forwarder, ServerLostError, answer
 from hyaena.serve.guards import AllowedHosts, Authentication, BodyLimit, hosts_to_check
 from hyaena.serve.loading import ServerOptions, load_server
@@ -147,7 +148,7 @@ class Replica:
 
     def __init__(self, options: ServerOptions) -> None:
         self.server = load_server(options)
-        self.app = make_app(self.server, allow_origins=options.allow_origins, log_prompts=options.log_prompts)
+        self.app = make_app(self.server, log_prompts=options.log_prompts)
         self.name = serve.get_replica_context().replica_id.unique_id
         log_requests()
         self.server.default.engine.start()
@@ -199,6 +200,8 @@ class Ingress:
         guards = [Middleware(BodyLimit, most=self.options.limits.body_bytes)]
         if self.options.keys:
             guards.insert(0, Middleware(Authentication, keys=self.options.keys))
+        if self.options.allow_origins:
+            guards.insert(0, Middleware(CORSMiddleware, **cross_origin(self.options.allow_origins)))
         if hosts := _hosts(self.options):
             guards.insert(0, Middleware(AllowedHosts, hosts=hosts))
         routes = [Route("/metrics", self._metrics), Mount("/", Forwarder(self._ask))]

@@ -7,7 +7,8 @@ prompt need not wait for a long one, and the long one is never starved.
 
 Pages are taken as sequences grow. When none is free, the prefix cache gives up pages; when it has none left, the
 youngest request is pre-empted: its pages are freed and it waits again, to be read anew from what the prefix cache
-still has, prompt and completion alike.
+still has, prompt and completion alike. A request whose client does not read what was written gives way in the same
+way, and waits again when it is resumed. A prompt whose beginning another one is just reading waits for that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from types import MappingProxyType
 
 from hyaena.errors import CapacityError
 from hyaena.serve.pages import Pages
-from hyaena.serve.prefix_cache import GRID_PAGES, PrefixCache, Rank
+from hyaena.serve.prefix_cache import GRID_PAGES, PrefixCache, Rank, shared_tokens
 
 Key = int
 
@@ -34,6 +35,9 @@ GROWTH_PAGES = 4
 ROWS_TOGETHER = 8
 """Under load, an eighth of the rows starts together."""
 
+TURNS_APART = 64
+"""Turns for which free rows wait for others to start with; streams may be long, and none of them need end soon."""
+
 
 class Phase(Enum):
     """Where a sequence stands."""
@@ -41,6 +45,7 @@ class Phase(Enum):
     WAITING = auto()
     READING = auto()
     DECODING = auto()
+    PAUSED = auto()
 
 
 @dataclass(eq=False)
@@ -60,6 +65,7 @@ class Job:
         pages: that hold them, and room for what comes.
         cached: tokens that the prefix cache spared it when it was first admitted.
         turn: the last snapshot that was taken while it decoded: number of tokens before it, and its number.
+        behind: a request that reads its beginning, and how many tokens of it; None where it need not wait for one.
     """
 
     key: Key
@@ -74,6 +80,7 @@ class Job:
     pages: list[int] = field(default_factory=list)
     cached: int | None = None
     turn: tuple[int, int] | None = None
+    behind: tuple[Job, int] | None = None
 
     @property
     def tree(self) -> tuple[str, str]:
@@ -191,6 +198,7 @@ class Scheduler:
         self._copy: dict[Key, int] = {}
         self._arrivals = 0
         self._turn = 0
+        self._apart = 0  # turns for which free rows have waited
         self.preemptions = 0
 
     # --- requests ------------------------------------------------------------------------------------------------
@@ -237,9 +245,26 @@ class Scheduler:
             self._take_copy(job, page_end)
         self._leave(job)
 
+    def pause(self, key: Key, page_end: int | None = None) -> None:
+        """Take the row and the pages of a request until it is resumed; ``page_end`` as for ``finish``."""
+        job = self.jobs[key]
+        if job.phase is Phase.PAUSED:
+            return
+        if page_end is not None:
+            self._take_copy(job, page_end)
+        self._leave(job)
+        job.phase, job.read, job.pages = Phase.PAUSED, 0, []
+
+    def resume(self, key: Key) -> None:
+        """Have a paused request wait for a row, in its place by arrival."""
+        job = self.jobs[key]
+        if job.phase is Phase.PAUSED:
+            self._wait_again(job)
+
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        """Requests without a row: those that wait for one, and those that are paused."""
+        return len(self.jobs) - len(self._active)
 
     @property
     def running(self) -> int:
@@ -253,7 +278,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether a turn would do nothing."""
-        return not self.jobs and not self._drop
+        return not (self._waiting or self._active or self._drop)
 
     # --- one turn ------------------------------------------------------------------------------------------------
 
@@ -331,6 +356,9 @@ class Scheduler:
     def _preempt(self, job: Job) -> None:
         self.preemptions += 1
         self._leave(job)
+        self._wait_again(job)
+
+    def _wait_again(self, job: Job) -> None:
         job.phase, job.read, job.pages = Phase.WAITING, 0, []
         waiting = list(self._waiting)
         insort(waiting, job, key=lambda other: other.arrival)
@@ -340,6 +368,7 @@ class Scheduler:
         """Take a sequence out of its queue, with its row and its pages."""
         if job.phase is Phase.WAITING:
             self._waiting.remove(job)
+        if job.phase in (Phase.WAITING, Phase.PAUSED):
             return
         if job.turn is not None:
             length, number = job.turn
@@ -356,20 +385,27 @@ class Scheduler:
         pass: a pass of a few tokens costs hardly less than one of thousands, and every row waits for it.
         """
         together = min(len(self._waiting), max(1, self.max_rows // ROWS_TOGETHER))
-        if self._active and self.max_rows - len(self._active) < together:
+        free = self.max_rows - len(self._active)
+        if self._active and free < together and self._apart < TURNS_APART:
+            self._apart += free > 0
             return
-        while self._waiting and len(self._active) < self.max_rows:
-            job = self._waiting[0]
-            if job.key in self._drop:  # its old row must go first
+        self._apart = 0
+        for job in list(self._waiting):
+            if len(self._active) == self.max_rows or job.key in self._drop:  # its old row must go first
                 return
+            if self._waits_behind(job):
+                continue
             match = self.prefix.match(job.tokens, job.tree)
+            job.behind = self._ahead(job, match.length)
+            if job.behind is not None:
+                continue
             self.pages.share(match.pages)
             need = self._pages_for(min(len(job.tokens) + STEPS_AHEAD, job.most)) - len(match.pages)
             reserve = sum(min(GROWTH_PAGES, self._pages_for(other.most) - len(other.pages)) for other in self._active)
             if self.prefix.free_pages(need + reserve) < need + reserve:
                 self.pages.release(match.pages)
                 return
-            self._waiting.popleft()
+            self._waiting.remove(job)
             job.pages = [*match.pages, *self.pages.take(need)]
             job.read = match.length
             job.phase = Phase.READING
@@ -377,6 +413,31 @@ class Scheduler:
                 job.cached = match.length
             insort(self._active, job, key=lambda other: other.arrival)
             plan.start.append(Start(job.key, job.adapter, tuple(job.pages), match.length, match.snapshot))
+
+    def _ahead(self, job: Job, cached: int) -> tuple[Job, int] | None:
+        """A request that is just reading so much of a waiting one's beginning that it pays to wait: see ``behind``."""
+        grid = GRID_PAGES * self.page_size
+        if not self.prefix.max_snapshots or len(job.tokens) - cached <= grid:
+            return None
+        step = self.chunk if self.fixed_passes else self.page_size
+        for other in self._active:
+            if other.phase is Phase.READING and other.tree == job.tree:
+                shared = min(
+                    shared_tokens(job.tokens, other.tokens, grid), len(job.tokens) - 1, other.prompt_length - 1
+                )
+                place = shared // step * step
+                if place < other.prompt_length - step:  # not its end, where a snapshot is taken in any case
+                    place = place // grid * grid
+                if place - cached >= grid and other.read < place:
+                    return other, place
+        return None
+
+    def _waits_behind(self, job: Job) -> bool:
+        """Whether the request before it in ``behind`` has not come as far yet."""
+        if job.behind is None:
+            return False
+        other, place = job.behind
+        return other.phase is Phase.READING and other.read < place and other.key in self.jobs
 
     def _choose_reads(self, plan: Plan) -> None:
         reading = [job for job in self._active if job.phase is Phase.READING]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeVar
 
+from hyaena.arguments import require_ids
 from hyaena.errors import CapacityError, HyaenaError, InputError
+from hyaena.generation.settings import repeats
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
 from hyaena.serve.conversation import ChatTemplate
@@ -24,6 +28,12 @@ T = TypeVar("T")
 
 LONG = 2**14
 """Characters or ids from which a text is encoded in another thread: a tokenizer in Python takes milliseconds for it."""
+
+MOST_HELD = 2**14
+"""Tokens and reported log-probabilities that wait for the client of a stream; beyond, the engine does others first."""
+
+MOST_WHOLE = 2**19
+"""Tokens and reported log-probabilities of an answer that is no stream: some hundred megabytes while it is written."""
 
 _texts = ThreadPoolExecutor(2, thread_name_prefix="hyaena-texts")
 """Two long texts are encoded at a time; others wait, and the streams still get most of the interpreter."""
@@ -139,13 +149,15 @@ class Generation:
         max_new_tokens: int,
     ) -> None:
         self.served = served
-        count = body.n or 1
         self.choices = make_choices(prompts, body)
         self._problem: ApiError | None = None  # that ends it, behind the tokens that are here
         self._written = 0  # tokens
         firsts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()  # of every prompt
         self._firsts = {choice.index for choice in firsts}  # that have not begun
         self._kept = not body.stream
+        self._most = MOST_HELD // (1 + top)
+        self._paused: set[int] = set()  # choices that have no row until the client reads
+        self._pausing = threading.Lock()
         self._cached, self._read = 0, sum(len(choice.prompt) for choice in firsts)
         self._keys: dict[int, int] = {}  # of choices that have not ended
         tokenizer = served.tokenizer
@@ -157,6 +169,7 @@ class Generation:
         stops = tuple(body.stop or ())
         stop_ids = frozenset(body.stop_token_ids or ()) | {special[stop] for stop in stops if stop in special}
         with errors_of_clients():
+            require_ids(body.stop_token_ids or (), served.model.config.vocab_size, "stop_token_ids: ")
             params = sampling_params(body)
             requests = [
                 Request(
@@ -167,11 +180,11 @@ class Generation:
                     stop_ids=stop_ids,
                     eos_ids=frozenset() if body.ignore_eos else frozenset(tokenizer.eos_ids),
                     top=top,
-                    repeat=choice.index % count,
+                    repeat=repeat,
                     salt=body.cache_salt or "",
                     adapter=served.adapter,
                 )
-                for choice in self.choices
+                for choice, repeat in zip(self.choices, chain(*repeats(prompts, body.n or 1)), strict=True)
             ]
             served.engine.check(*requests)
             self._delivery = delivery
@@ -193,8 +206,26 @@ class Generation:
             nonlocal urgent
             put(inbox, (index, delta), urgent=urgent or delta.finish_reason is not None)
             urgent = False
+            if inbox.paced and len(inbox.items) >= self._most:
+                self._pause(index)
 
         return sink
+
+    def _pause(self, index: int) -> None:
+        """Have the engine pause a choice, unless the client has read meanwhile; in the engine's thread."""
+        with self._pausing:
+            key = self._keys.get(index)
+            if key is not None and len(self._inbox.items) >= self._most:
+                self._paused.add(index)
+                self.served.engine.pause(key)
+
+    def _resume(self) -> None:
+        """Have the engine go on with what is paused, where the client has read half of what it held up."""
+        with self._pausing:
+            if self._paused and len(self._inbox.items) <= self._most // 2:
+                for key in [self._keys[index] for index in self._paused if index in self._keys]:
+                    self.served.engine.resume(key)
+                self._paused.clear()
 
     def fail(self, error: ApiError) -> None:
         """End it with an error, behind the tokens that are here."""
@@ -213,7 +244,9 @@ class Generation:
         if not self._keys:
             return []
         came: dict[int, tuple[Choice, list[Delta]]] = {}
-        for taken in await self._inbox.take():
+        items = await self._inbox.take()
+        self._resume()
+        for taken in items:
             self._problem = _problem(taken)
             if self._problem is not None:
                 break
@@ -322,6 +355,8 @@ def sampling_params(body: GenerationBody) -> SamplingParams:
     for name, value in (body.logit_bias or {}).items():
         if not (name.isascii() and name.isdigit() and len(name) < 10):
             raise InputError('the keys of logit_bias are token ids, such as "42"')
+        if int(name) in bias:
+            raise InputError(f"logit_bias names the token {int(name)} twice: leave one of them out")
         bias[int(name)] = value
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -379,9 +414,17 @@ async def chat_prompt(served: Served, messages: Sequence[Any]) -> list[int]:
 
 
 def new_tokens(
-    served: Served, body: GenerationBody, prompts: Sequence[Sequence[int]], limits: Limits, default: int
+    served: Served, body: GenerationBody, prompts: Sequence[Sequence[int]], *, top: int, limits: Limits, default: int
 ) -> int:
     """How many tokens a completion may have.
+
+    Args:
+        served: the model.
+        prompts: of the body.
+        body: of the client.
+        top: how many alternatives of each token are reported.
+        limits: of the server.
+        default: where the client names no number.
 
     Raises:
         ApiError: more than the server allows.
@@ -389,15 +432,24 @@ def new_tokens(
     wanted = body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         wanted = body.max_completion_tokens
-    longest = max(map(len, prompts))
+    longest, count = max(map(len, prompts)), len(prompts) * (body.n or 1)
+    whole = limits.new_tokens if body.stream else MOST_WHOLE // (count * (1 + top))
     if wanted is None:
-        return max(1, min(default, limits.new_tokens, served.engine.max_length - longest))
+        return max(1, min(default, limits.new_tokens, whole, served.engine.max_length - longest))
     if wanted > limits.new_tokens:
         raise ApiError(
             400, f"max_tokens is {wanted}, and the server allows {limits.new_tokens}: ask for fewer", param="max_tokens"
         )
+    if wanted > whole:
+        raise ApiError(
+            400,
+            f"{count} completions of {wanted} tokens with {top} alternatives each are too long for one answer: ask for "
+            f"at most {whole} tokens of each, for fewer samples or alternatives, or for a stream",
+            param="max_tokens",
+        )
     if wanted == 0 and not (isinstance(body, CompletionBody) and body.echo):
-        raise ApiError(400, "max_tokens must be at least 1, or echo true", param="max_tokens")
+        also = ", or echo true" if isinstance(body, CompletionBody) else ""
+        raise ApiError(400, f"max_tokens must be at least 1{also}", param="max_tokens")
     return wanted
 
 

@@ -61,6 +61,6 @@ class WorkQueue:
     def give_up(self, error: Exception) -> None:
         """End all work with an error."""
         for work in self.works:
-            if not work.future.done():
+            if work.future.set_running_or_notify_cancel():  # who waits may be cancelling it
                 work.future.set_exception(error)
         self.works.clear()

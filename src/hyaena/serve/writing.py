@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,15 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from hyaena.serve.answers import ENCODER, ChatAnswer, CompletionAnswer
-from hyaena.serve.guards import client_left, while_connected
-from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody
+from hyaena.serve.guards import FAILED, client_left, while_connected
+from hyaena.serve.protocol import ApiError, ChatBody, CompletionBody, GenerationBody, check_together
 from hyaena.serve.reading import read_prefixes
 from hyaena.serve.service import Generation, Parts, Unwritten, chat_prompt, completion_prompts, new_tokens
 
 if TYPE_CHECKING:
     from hyaena.serve.app import Server
+
+log = logging.getLogger(__name__)
 
 DEFAULT_COMPLETION_TOKENS = 16
 """Tokens of a completion where the client names no number, as in the API."""
@@ -29,9 +32,11 @@ def add_writing(app: FastAPI, server: Server) -> None:
     @app.post("/v1/completions", tags=["generation"])
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue prompts: text, or token ids, one or several."""
+        check_together(body)
         served = server.find(body.model)
         prompts = await completion_prompts(served, body)
-        count = new_tokens(served, body, prompts, server.limits, DEFAULT_COMPLETION_TOKENS)
+        top = body.logprobs or 0
+        count = new_tokens(served, body, prompts, top=top, limits=server.limits, default=DEFAULT_COMPLETION_TOKENS)
         prefixes = await read_prefixes(server, served, request, body, prompts)
         generation = Unwritten(prompts, body)
         if count:
@@ -39,7 +44,7 @@ def add_writing(app: FastAPI, server: Server) -> None:
                 served,
                 prompts,
                 body,
-                top=body.logprobs or 0,
+                top=top,
                 limits=server.limits,
                 delivery=server.delivery(),
                 max_new_tokens=count,
@@ -50,17 +55,17 @@ def add_writing(app: FastAPI, server: Server) -> None:
     @app.post("/v1/chat/completions", tags=["generation"])
     async def chats(body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
+        check_together(body)
         served = server.find(body.model)
         prompt = await chat_prompt(served, body.messages)
-        if body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs true", param="top_logprobs")
-        count = new_tokens(served, body, [prompt], server.limits, server.limits.new_tokens)
+        top, limits = body.top_logprobs or 0, server.limits
+        count = new_tokens(served, body, [prompt], top=top, limits=limits, default=limits.new_tokens)
         generation = Generation(
             served,
             [prompt],
             body,
-            top=body.top_logprobs or 0,
-            limits=server.limits,
+            top=top,
+            limits=limits,
             delivery=server.delivery(),
             max_new_tokens=count,
         )
@@ -111,6 +116,9 @@ class _EventStream(Response):
             end = _event(answer.frame | {"choices": [], "usage": generation.usage()}) if self._with_usage else ""
         except ApiError as error:
             end = _event(error.body)
+        except Exception:
+            log.exception("a stream failed")
+            end = _event(ApiError(500, FAILED).body)
         return f"{end}data: [DONE]\n\n"
 
     async def _written(self, parts: Parts) -> str:

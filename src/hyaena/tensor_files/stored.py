@@ -7,12 +7,17 @@ an error, not a crash.
 from __future__ import annotations
 
 import math
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import torch
 from torch import Tensor
+
+from hyaena.errors import CheckpointError
 
 _CHUNK = 1 << 24
 
@@ -91,3 +96,17 @@ class _Borrowed:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def open_regular(path: Path, wanted: str = "a weights file or a folder") -> IO[bytes]:
+    """Open a regular file for reading; anything else is refused before it is opened, which could wait for ever.
+
+    Raises:
+        CheckpointError: it is not there, cannot be read, or is a folder, a device, a FIFO or a socket.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path}: not a regular file: name {wanted}")
+        return path.open("rb")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None

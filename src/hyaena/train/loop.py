@@ -350,9 +350,11 @@ class Trainer:
         losses, norms = interval.read()
         for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=interval.first + 1):
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                saved = (self.folder / CHECKPOINT).is_file()
+                back = f"go back to the last checkpoint in {self.folder} with --resume, or " if saved else ""
                 raise NonFiniteError(
-                    f"the loss ({loss:g}, gradient norm {norm:g}) is not finite at step {step}: go back to the last "
-                    f"checkpoint in {self.folder} with --resume, or start again with a lower optim.lr"
+                    f"the loss ({loss:g}, gradient norm {norm:g}) is not finite at step {step}: {back}start again with "
+                    "a lower optim.lr"
                 )
         loss = sum(losses) / len(losses)
         bits = loss / math.log(2) * self.corpus.num_predictions / self.corpus.num_bytes

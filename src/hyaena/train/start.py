@@ -8,6 +8,7 @@ from pathlib import Path
 from hyaena import hub
 from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError
+from hyaena.files import expanded
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 from hyaena.train.config import TrainConfig
@@ -66,7 +67,7 @@ def find_start(config: TrainConfig) -> Start:
 
 def _described(source: str) -> tuple[ModelConfig, Path]:
     """Return the architecture of a model, and the folder of its tokenizer."""
-    if source not in hub.BUNDLED and not Path(source).expanduser().exists() and hub.is_hub_id(source):
+    if source not in hub.BUNDLED and not expanded(source).exists() and hub.is_hub_id(source):
         return hub.describe(source)
     checkpoint = hub.locate(source)
     return checkpoint.config, checkpoint.folder
