@@ -15,12 +15,16 @@ Columns of large inputs are the last ones, and chosen first. Source: Frantar et 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from hyaena.errors import InputError
+from hyaena.ops import cpu
 from hyaena.ops.narrow import Narrow, pack
-from hyaena.quant.rounding import code_dtype, inverted, to_codes
+from hyaena.quant.rounding import code_dtype, inverted, limits_of, to_codes
 from hyaena.schemes import Scheme
 
 DAMPING = 0.01
@@ -32,8 +36,8 @@ SEEN = 1e-30
 STEP = 64
 """Columns between products with all errors so far."""
 
-ROWS = 2048
-"""Rows that are rounded at a time; memory is that of five blocks of so many rows."""
+ROWS = {"cpu": 1 << 11, "cuda": 1 << 14}
+"""Rows that are rounded at a time; memory is that of five blocks of so many rows. A GPU takes as long for few."""
 
 
 @torch.no_grad()
@@ -51,15 +55,15 @@ def feed_back(weight: Tensor, rounded: Narrow, scheme: Scheme, moments: Tensor) 
         InputError: moments that no inputs have: not positive semidefinite, or not finite.
     """
     codes = torch.empty(weight.shape, dtype=code_dtype(scheme), device=weight.device)
-    inputs = weight.shape[1]
+    inputs, step = weight.shape[1], ROWS["cuda" if weight.is_cuda else "cpu"]
     group = inputs // rounded.scale.shape[1]
     for first, h in zip(range(0, inputs, moments.shape[1]), moments, strict=True):
         columns = slice(first, min(first + len(h), inputs))
         h = h[: columns.stop - first, : columns.stop - first].to(weight.device, torch.float32)
         order = h.diagonal().argsort(stable=True)
         groups, factor = (order + first) // group, _factor(h[order][:, order])
-        for start in range(0, len(weight), ROWS):
-            rows = slice(start, start + ROWS)
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
             w = _columns(weight[rows, columns], order)
             scale = _columns(rounded.scale[rows], groups)
             minimum = torch.zeros_like(scale) if rounded.minimum is None else _columns(rounded.minimum[rows], groups)
@@ -82,19 +86,53 @@ def _factor(h: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(damped, upper=True)
     if bool(failed) or not bool(factor.isfinite().all()):
         raise InputError("moments are not those of any inputs: take them from quant.collect_moments of this model")
-    return factor / factor.diagonal().unsqueeze(1)
+    return (factor / factor.diagonal().unsqueeze(1)).contiguous()
 
 
 def _chosen(w: Tensor, scale: Tensor, minimum: Tensor, factor: Tensor, scheme: Scheme) -> Tensor:
     """q float32 [B,E] of w, scales and minima [B,E]."""
+    choose = _choose_columns(w.device, scheme)
     inverse, shift = inverted(scale, minimum, scheme)
     wanted = w.mul_(inverse).add_(shift)
     q, error = torch.empty_like(w), torch.zeros_like(w)
     for stop in range(len(w), 0, -STEP):
-        start = max(0, stop - STEP)
-        later = factor[start:stop, stop:] @ error[stop:]
-        for d in reversed(range(start, stop)):
-            made_up = torch.addmv(later[d - start], error[d + 1 : stop].t(), factor[d, d + 1 : stop])
-            q[d] = to_codes(made_up.mul_(inverse[d]).add_(wanted[d]), scheme)
-            torch.mul(wanted[d] - q[d], scale[d], out=error[d])
+        step = slice(max(0, stop - STEP), stop)
+        later = factor[step, stop:] @ error[stop:]
+        choose(wanted[step], inverse[step], scale[step], later, factor[step, step], q[step], error[step])
     return q
+
+
+def _choose_columns(device: torch.device, scheme: Scheme) -> Callable[..., None]:
+    """``choose_columns`` for the scheme: compiled where that is possible."""
+    if device.type == "cpu" and cpu.unsupported_reason(torch.float32) is None and not scheme.floating:
+        from hyaena.quant import compiled_feedback  # numba takes a second to import
+
+        return functools.partial(compiled_feedback.choose_columns, limits=limits_of(scheme)[:2])
+    return functools.partial(choose_columns, scheme=scheme)
+
+
+def choose_columns(
+    wanted: Tensor,
+    inverse: Tensor,
+    scale: Tensor,
+    later: Tensor,
+    factor: Tensor,
+    q: Tensor,
+    error: Tensor,
+    *,
+    scheme: Scheme,
+) -> None:
+    """Choose q of S columns of all rows, the last column first, and write them and their errors.
+
+    Args:
+        wanted: w/s - m/s + zero, float32 [S,E].
+        inverse, scale: 1/s and s.
+        later: what the columns behind these have lost, as far as it is made up for here, [S,E].
+        factor: of these columns, [S,S].
+        q, error: [S,E], written.
+        scheme: of the numbers.
+    """
+    for d in reversed(range(len(wanted))):
+        made_up = torch.addmv(later[d], error[d + 1 :].t(), factor[d, d + 1 :])
+        q[d] = to_codes(made_up.mul_(inverse[d]).add_(wanted[d]), scheme)
+        torch.mul(wanted[d] - q[d], scale[d], out=error[d])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hyaena.errors import InputError
 from hyaena.ops.narrow import Narrow, narrow_linear
 from hyaena.quant.feedback import feed_back
-from hyaena.quant.moments import expected_moments
+from hyaena.quant.moments import ESTIMATED, expected_moments
 from hyaena.quant.rounding import code_dtype, round_weight
 from hyaena.schemes import SCHEMES, Scheme
 
@@ -64,8 +64,8 @@ class QuantizedLinear(nn.Module):
             InputError: see ``round_weight``; or moments of other inputs.
         """
         if moments is None:
-            found = round_weight(weight, self.scheme)  # what it tells of single squares is nothing
-            found = feed_back(weight, found, self.scheme, expected_moments(weight))
+            found = round_weight(weight, self.scheme)  # of single squares it tells nothing
+            found = feed_back(weight, found, self.scheme, expected_moments(weight, ESTIMATED))
         else:
             blocks, size = moments.shape[:2] if moments.ndim == 3 else (0, 0)
             if not 0 <= blocks * size - weight.shape[1] < max(blocks, 1) or moments.shape[2] != size:

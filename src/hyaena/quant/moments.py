@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 BLOCK = 2048
-"""Inputs of a layer whose products with each other are kept, at most: 8 GB for the 7B."""
+"""Inputs of a layer whose products with each other in a text are kept, at most: 8 GB for the 7B."""
+
+ESTIMATED = 512
+"""Inputs whose products are estimated from a weight alone, at most: time goes by this number, and a rough estimate is
+worth little of it.
+"""
 
 ROWS = 2048
 """Rows of a weight that are float32 at a time."""
@@ -22,28 +27,28 @@ SHRINKAGE = 2 / 3
 """The share of inputs that have nothing in common."""
 
 
-def blocks_of(inputs: int) -> tuple[int, int]:
-    """Blocks N of B neighbouring inputs each, D <= N·B < D + N; what is beyond D are zeros."""
-    count = -(-inputs // BLOCK)
+def blocks_of(inputs: int, most: int | None = None) -> tuple[int, int]:
+    """Blocks N of B neighbouring inputs each, D <= N·B < D + N, B <= ``most`` or 2,048; what is beyond D are zeros."""
+    count = -(-inputs // (most or BLOCK))
     return count, -(-inputs // count)
 
 
-def in_blocks(x: Tensor) -> Tensor:
+def in_blocks(x: Tensor, most: int | None = None) -> Tensor:
     """Rows [T,D] -> [N,T,B]."""
-    count, size = blocks_of(x.shape[-1])
+    count, size = blocks_of(x.shape[-1], most)
     x = torch.nn.functional.pad(x, (0, count * size - x.shape[-1]))
     return x.unflatten(-1, (count, size)).transpose(0, 1)
 
 
 @torch.no_grad()
-def expected_moments(weight: Tensor) -> Tensor:
-    """What a finite weight [E,D] tells of its inputs, of mean square 1 in each block: float32 [N,B,B]."""
-    least, most = weight.aminmax()
-    largest = torch.maximum(most, -least).float().clamp(min=torch.finfo(torch.float32).tiny)
-    count, size = blocks_of(weight.shape[1])
+def expected_moments(weight: Tensor, most: int | None = None) -> Tensor:
+    """What a finite weight [E,D] tells of its inputs, of mean square 1 in each of ``blocks_of``: float32 [N,B,B]."""
+    lowest, highest = weight.aminmax()
+    largest = torch.maximum(highest, -lowest).float().clamp(min=torch.finfo(torch.float32).tiny)
+    count, size = blocks_of(weight.shape[1], most)
     products = torch.zeros(count, size, size, dtype=torch.float32, device=weight.device)
     for part in weight.split(ROWS):
-        rows = in_blocks(part.float() / largest)  # no square overflows
+        rows = in_blocks(part.float() / largest, most)  # no square overflows
         products.baddbmm_(rows.mT, rows)
     mean = products.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     known = torch.where(mean > 0, products / mean, 0.0)
