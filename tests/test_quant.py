@@ -20,6 +20,7 @@ from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError
 from hyaena.layers import record
 from hyaena.model import StripedHyena
 from hyaena.quant import QuantizedLinear, collect_moments, quantized_layers, round_weight
+from hyaena.quant.moments import expected_moments
 from hyaena.schemes import SCHEMES
 from hyaena.sizes import ModelSizes
 from hyaena.train.config import TrainConfig
@@ -166,31 +167,41 @@ def test_kernels_get_the_record_and_hooks_the_module(tmp_path: Path) -> None:
     assert record(layer) is layer
 
 
-def test_moments_are_those_of_the_inputs(tmp_path: Path) -> None:
+def test_moments_are_those_of_the_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = checkpoints.load_model(saved(tmp_path))
     found, seen = collect_moments(model, torch.arange(40)), []
     hook = model.layers[0].mixer.in_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # type: ignore[union-attr]
     model(torch.arange(40)[None])
     hook.remove()
-    x = seen[0][0]
-    torch.testing.assert_close(found["layers.0.mixer.in_proj"], (x.T @ x / len(x))[None])
+    x, weight = seen[0][0], model.get_parameter("layers.0.mixer.in_proj.weight")
+    known = 64 * x.square().mean() * expected_moments(weight)  # as of 64 tokens beside the 40 of the text
+    torch.testing.assert_close(found["layers.0.mixer.in_proj"], (x.T @ x + known) / (40 + 64))
     assert len(found) == len(quantized_layers(checkpoints.load_model(saved(tmp_path), weights="int8")))
-    (tmp_path / "text.txt").write_text("some text to read " * 20)
-    arguments = ["quantize", str(tmp_path / "wide"), "--weights", "int4", "--output", f"{tmp_path}/o"]
-    assert main([*arguments, "--calibrate", f"{tmp_path}/text.txt"]) == 0
+    arguments = ["quantize", str(tmp_path / "wide"), "--weights", "int4", "--output", f"{tmp_path}/o", "--force"]
+    line = "has 11 tokens, fewer than the 96 inputs of a layer"
+    for text, told in (("some text", True), ("some text to read " * 20, False)):
+        (tmp_path / "text.txt").write_text(text)
+        assert main([*arguments, "--calibrate", f"{tmp_path}/text.txt"]) == 0
+        assert (line in capsys.readouterr().err) == told
     plain = checkpoints.load_model(tmp_path / "wide", weights="int4").state_dict()
     assert not all(torch.equal(t, plain[k]) for k, t in checkpoints.load_model(tmp_path / "o").state_dict().items())
 
 
 def test_moments_of_wide_inputs_are_those_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = checkpoints.load_model(saved(tmp_path)), torch.arange(40)
+    monkeypatch.setattr("hyaena.quant.calibrate.expected_moments", lambda _: torch.zeros(()))
     whole = collect_moments(model, ids)
-    monkeypatch.setattr("hyaena.quant.calibrate.BLOCK", 40)  # 64 inputs are two blocks of 32, 96 are three
+    monkeypatch.setattr("hyaena.quant.moments.BLOCK", 30)  # 64 inputs are blocks of 22, 22 and 20, 96 are four of 24
     for name, blocks in collect_moments(model, ids).items():
-        assert blocks.shape == (whole[name].shape[1] // 32, 32, 32)
+        inputs = whole[name].shape[1]
+        size = {64: 22, 96: 24}[inputs]
+        assert blocks.shape == (-(-inputs // size), size, size)
         for i, block in enumerate(blocks):
-            part = slice(32 * i, 32 * (i + 1))
-            torch.testing.assert_close(block, whole[name][0, part, part])
+            part = slice(size * i, min(size * (i + 1), inputs))
+            length = part.stop - part.start
+            torch.testing.assert_close(block[:length, :length], whole[name][0, part, part])
+            assert not block[length:].any() and not block[:, length:].any()
+    checkpoints.load_model(tmp_path / "wide", weights="int4", moments=collect_moments(model, ids))
 
 
 def test_moments_of_other_inputs_are_refused(tmp_path: Path) -> None:

@@ -105,7 +105,15 @@ def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
         raise InputError(f"--calibrate {args.calibrate}: holds no text: name one like those to be read")
     model, tokenizer = hub.load(args.source, device=choose_device(args), revision=args.revision, config=args.config)
     ids = tokenize(pieces, tokenizer).tokens[:CALIBRATION_TOKENS]
-    return collect_moments(model, torch.tensor(ids, dtype=torch.long, device="cpu"))
+    moments = collect_moments(model, torch.tensor(ids, dtype=torch.long, device="cpu"))
+    widest = max(layer.in_features for layer in model.modules() if type(layer) is torch.nn.Linear)
+    if len(ids) < widest:
+        print(
+            f"--calibrate {args.calibrate} has {len(ids):,} tokens, fewer than the {widest:,} inputs of a layer: "
+            f"rounding goes mostly by the weights themselves; {10 * widest:,} tokens or more are better",
+            file=sys.stderr,
+        )
+    return moments
 
 
 def _beginning(pieces: Iterator[Piece], characters: int) -> Iterator[Piece]:

@@ -1,4 +1,9 @@
-"""What the linear layers of a model read in a text: the second moments of their inputs, by which errors are weighed."""
+"""What the linear layers of a model read in a text: the second moments of their inputs, by which errors are weighed.
+
+T tokens tell little of D inputs where T is not many times D. What the weights tell counts as much as D more tokens:
+
+    E[x·xᵀ] ≈ (Σ x·xᵀ + D·m·M)/(T + D),   m = mean square of x,   M = expected_moments(weight)
+"""
 
 from __future__ import annotations
 
@@ -8,23 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from hyaena.errors import NonFiniteError
+from hyaena.quant.moments import expected_moments, in_blocks
 
 WINDOW = 2048
 """Tokens that are read at a time."""
-
-BLOCK = 2048
-"""Inputs of a layer whose products with each other are kept, at most: 8 GB for the 7B."""
 
 
 @torch.no_grad()
 def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """Second moments ``E[x·xᵀ]`` of the inputs of every plain linear layer, name -> float32 [N,B,B].
 
-    They are those of B neighbouring inputs each, D = N·B: all of them up to 2,048, else the most that divide D.
+    They are those of blocks of neighbouring inputs: all of them up to 2,048, else parts, see ``moments.blocks_of``.
 
     Args:
         model: reads token ids [1,T] when it is called; its weights are not narrow.
-        ids: int [N], of a text like those that the model is for; read in windows of 2,048.
+        ids: int [T], of a text like those that the model is for, read in windows of 2,048; several times as many as a
+            layer has inputs tell what the weights do not.
 
     Raises:
         NonFiniteError: a layer reads numbers that are not finite, or the sum of whose squares is not.
@@ -35,7 +39,7 @@ def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     def counting(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().flatten(0, -2).float()
-            blocks = x.unflatten(-1, (-1, _block(x.shape[-1]))).transpose(0, 1)
+            blocks = in_blocks(x)
             products = blocks.mT @ blocks
             sums[name] = sums[name].add_(products) if name in sums else products
             counts[name] = counts.get(name, 0) + len(x)
@@ -43,11 +47,8 @@ def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
         return hook
 
     device = next(model.parameters()).device
-    hooks = [
-        module.register_forward_pre_hook(counting(name))
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-    ]
+    layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    hooks = [module.register_forward_pre_hook(counting(name)) for name, module in layers.items()]
     try:
         for window in ids.split(WINDOW):
             model(window.unsqueeze(0).to(device))
@@ -60,8 +61,6 @@ def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
                 f"{name} reads numbers in the calibration text that are not finite, or too large to be squared: check "
                 "the weights with `hyaena info`, or choose scales without a text"
             )
-    return {name: total.div_(counts[name]).cpu() for name, total in sums.items()}
-
-
-def _block(inputs: int) -> int:
-    return next(size for size in range(min(BLOCK, inputs), 0, -1) if inputs % size == 0)
+        squares, layer = total.diagonal(dim1=1, dim2=2).sum() / counts[name], layers[name]  # D·m
+        total.add_(expected_moments(layer.weight).mul_(squares)).div_(counts[name] + layer.in_features)
+    return {name: total.cpu() for name, total in sums.items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hyaena.errors import InputError
 from hyaena.ops.narrow import Narrow, narrow_linear
 from hyaena.quant.feedback import feed_back
+from hyaena.quant.moments import ESTIMATED, expected_moments
 from hyaena.quant.rounding import code_dtype, round_weight
 from hyaena.schemes import SCHEMES, Scheme
 
@@ -52,25 +53,27 @@ class QuantizedLinear(nn.Module):
         return Narrow(self.codes, self.scale, self.minimum, self.bias)
 
     def narrow(self, weight: Tensor, moments: Tensor | None = None) -> None:
-        """Take the numbers nearest to a weight [E,D], or with moments those with the least error of the output.
+        """Take the numbers with which outputs are nearest to those of a weight [E,D].
 
         Args:
             weight: see ``round_weight``.
-            moments: float32 [N,B,B] of ``collect_moments``; see ``feed_back``.
+            moments: float32 [N,B,B] of ``collect_moments``; what the weight tells of them unless given. See
+                ``feed_back``.
 
         Raises:
             InputError: see ``round_weight``; or moments of other inputs.
         """
         if moments is None:
-            found = round_weight(weight, self.scheme)
+            found = round_weight(weight, self.scheme)  # of single squares it tells nothing
+            found = feed_back(weight, found, self.scheme, expected_moments(weight, ESTIMATED))
         else:
             blocks, size = moments.shape[:2] if moments.ndim == 3 else (0, 0)
-            if blocks * size != weight.shape[1] or moments.shape[2] != size:
+            if not 0 <= blocks * size - weight.shape[1] < max(blocks, 1) or moments.shape[2] != size:
                 raise InputError(
                     f"moments {list(moments.shape)} are not those of {weight.shape[1]} inputs: take them from "
                     "quant.collect_moments of this model"
                 )
-            squares = moments.diagonal(dim1=1, dim2=2).flatten()
+            squares = moments.diagonal(dim1=1, dim2=2).flatten()[: weight.shape[1]]
             found = feed_back(weight, round_weight(weight, self.scheme, squares), self.scheme, moments)
         self.codes, self.scale, self.minimum, _ = found
 
@@ -82,7 +85,7 @@ class QuantizedLinear(nn.Module):
         """The narrow numbers of weights ~ N(0, 2/(5D))."""
         weight = torch.empty(self.out_features, self.in_features, device=self.codes.device)
         nn.init.normal_(weight, std=(2 / (5 * self.in_features)) ** 0.5, generator=generator)
-        self.narrow(weight)
+        self.codes, self.scale, self.minimum, _ = round_weight(weight, self.scheme)  # which tell nothing of inputs
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -57,7 +57,7 @@ def round_weight(weight: Tensor, scheme: Scheme, moments: Tensor | None = None) 
         from hyaena.quant.compiled import round_all  # numba takes a second to import
 
         search = SHARES[scheme.bits], FITS
-        codes, scale, minimum = round_all(weight, h, groups, dtype, _limits(scheme), search, minima=scheme.minima)
+        codes, scale, minimum = round_all(weight, h, groups, dtype, limits_of(scheme), search, minima=scheme.minima)
     else:
         codes, scale, minimum = _round_tiles(weight, scheme, dtype, h)
     if not bool(scale.isfinite().all() and minimum.isfinite().all()):
@@ -94,7 +94,7 @@ def _importance(moments: Tensor) -> Tensor:
 
 def _round_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers q float32 [group,E,G], scales and minima [E,G], of w [group,E,G]."""
-    zero = _limits(scheme)[2]
+    zero = limits_of(scheme)[2]
     best: list[Tensor] = []
 
     def attempt(scale: Tensor, minimum: Tensor) -> None:
@@ -117,13 +117,23 @@ def _round_groups(w: Tensor, scheme: Scheme, dtype: torch.dtype, h: Tensor | Non
 
 def nearest(w: Tensor, scale: Tensor, minimum: Tensor, scheme: Scheme) -> Tensor:
     """q, float32, of w for scales and minima, which broadcast; that of 0 where the scale is 0."""
-    low, high, zero = _limits(scheme)
+    inverse, shift = inverted(scale, minimum, scheme)
+    return to_codes((w * inverse).add_(shift), scheme)
+
+
+def inverted(scale: Tensor, minimum: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """a and b of ``q = a·w + b`` before it is rounded."""
     inverse = torch.where(scale != 0, 1 / scale, 0.0)
-    q = (w * inverse).add_(zero - minimum * inverse).clamp_(low, high)
+    return inverse, limits_of(scheme)[2] - minimum * inverse
+
+
+def to_codes(q: Tensor, scheme: Scheme) -> Tensor:
+    """q to the nearest number that there is, in place where they are integers."""
+    q = q.clamp_(*limits_of(scheme)[:2])
     return q.to(E4M3).float() if scheme.floating else q.round_()
 
 
-def _limits(scheme: Scheme) -> tuple[int, int, int]:
+def limits_of(scheme: Scheme) -> tuple[int, int, int]:
     """The least and the largest q, and the q of weight 0 where there is no minimum."""
     if scheme.floating:
         return -int(FP8_LARGEST), int(FP8_LARGEST), 0
@@ -134,7 +144,7 @@ def _limits(scheme: Scheme) -> tuple[int, int, int]:
 
 def _ranges(w: Tensor, scheme: Scheme) -> Iterator[tuple[Tensor, Tensor]]:
     """The scales and minima [E,G] of shares of the range of each group."""
-    high, zero = _limits(scheme)[1:]
+    high, zero = limits_of(scheme)[1:]
     least, most = torch.aminmax(w, dim=0)
     none = torch.zeros_like(most)
     for share in (1.0,) if scheme.floating else SHARES[scheme.bits]:
