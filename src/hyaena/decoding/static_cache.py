@@ -58,6 +58,10 @@ class StaticCache:
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         return self.model.rotary(torch.arange(positions, device=self.model.device), self.model.dtype)
 
+    def renew_rotary(self) -> None:
+        """Make the table again, for a model that was changed."""
+        self.rotary = self._rotary(self.positions)
+
     @property
     def rows(self) -> int:
         return len(self.lengths)
