@@ -12,7 +12,7 @@ import hyaena
 from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.decoding import Decoder, resolve_decoding
 from hyaena.decoding.decoder import choose_operators
-from hyaena.errors import UnsupportedError
+from hyaena.errors import InputError, UnsupportedError
 from hyaena.layers import Hyena
 from hyaena.model import StripedHyena
 from hyaena.ops import cpu
@@ -195,9 +195,7 @@ def test_a_model_that_changes_between_steps_is_read_as_it_is(change) -> None:
     for decoding in ("eager", "compiled"):
         torch.manual_seed(1)
         model, tokens = spread(BYTES).requires_grad_(False), []
-        stream = hyaena.stream(
-            model, ByteTokenizer(259), "ab", max_new_tokens=12, stop_at_eos=False, decoding=decoding
-        )
+        stream = hyaena.stream(model, ByteTokenizer(259), "ab", max_new_tokens=12, stop_at_eos=False, decoding=decoding)
         for event in stream:
             tokens.append(event.token)
             if len(tokens) == 4:
@@ -216,6 +214,22 @@ def test_hooks_that_a_step_would_not_call_are_named_when_they_come() -> None:
     handle.remove()
     decoder.launch()
     assert len(decoder.pending) == 2
+
+
+def test_rows_that_are_refused_leave_the_tables_of_recorded_steps_alone() -> None:
+    model = spread(CONFIGS["sh"])
+    decoder = Decoder(model, 8, operators=choose_operators(model, compiled=True))
+    cache, ids = prompts(model)
+    decoder.add(cache, ids, [SamplingParams()] * 3, [SamplingParams().generator()] * 3)
+    decoder.launch(), decoder.fetch()
+    rotary = decoder.static.rotary
+    other = model.make_cache(1, max_length=5_000, dtype=torch.int8)
+    with torch.inference_mode():
+        model(torch.tensor([[1]]), cache=other)
+    with pytest.raises(InputError, match="dtype"):
+        decoder.add(other, ids[:1], [SamplingParams()], [SamplingParams().generator()])
+    assert decoder.static.rotary is rotary
+    assert other.lengths == [1]
 
 
 def generate(model: StripedHyena, **options) -> list[int]:

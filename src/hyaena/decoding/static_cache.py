@@ -91,7 +91,6 @@ class StaticCache:
             raise InputError(
                 "rows of one decoder must be on pages of one pool, or all on none: make their caches alike"
             )
-        self._cover(cache.max_length)
         lengths, limits, start = list(cache.lengths), [limit or 0 for limit in cache.limits], self.rows
         try:
             pairs = []
@@ -102,7 +101,8 @@ class StaticCache:
                     for i in range(len(lengths)):
                         mine.put(start + i, theirs, i)
             copy_all(pairs)
-        except InputError:
+            self._cover(cache.max_length)  # last: steps that were recorded read the tables that it replaces
+        except Exception:
             self._vacate(start, start + len(lengths))
             raise
         pages = cache.pages
