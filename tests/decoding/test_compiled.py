@@ -12,7 +12,7 @@ import hyaena
 from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.decoding import Decoder, resolve_decoding
 from hyaena.decoding.decoder import choose_operators
-from hyaena.errors import UnsupportedError
+from hyaena.errors import InputError, UnsupportedError
 from hyaena.layers import Hyena
 from hyaena.model import StripedHyena
 from hyaena.ops import cpu
@@ -154,12 +154,13 @@ def test_greedy_steps_after_and_before_sampled_ones() -> None:
         assert [len(row) for row in ours[1].top] == [top] * len(ours[1].tokens)
 
 
-def test_what_torch_computes_in_a_step_is_not_left_out() -> None:
+@pytest.mark.parametrize("twice", [lambda y: y * 2, lambda y: y.mul_(2)], ids=["anew", "in place"])
+def test_what_torch_computes_in_a_step_is_not_left_out(twice) -> None:
     """A mixer of the user's that computes something itself: the step is not recorded."""
 
     class Louder(Hyena):
         def step(self, x: Tensor, norm, state, context) -> Tensor:
-            return super().step(x, norm, state, context) * 2
+            return twice(super().step(x, norm, state, context))
 
         def forward(self, x: Tensor, context, state, keep: int):
             y, state = super().forward(x, context, state, keep)
@@ -168,6 +169,67 @@ def test_what_torch_computes_in_a_step_is_not_left_out() -> None:
     model = spread(BYTES)
     model.layers[0].mixer.__class__ = Louder
     assert generate(model, decoding="compiled") == generate(model, decoding="static")
+
+
+def _assign(model: StripedHyena) -> None:
+    model.load_state_dict({name: 1.3 * t for name, t in model.state_dict().items()}, assign=True)
+
+
+def _cast(model: StripedHyena) -> None:
+    model.double()
+
+
+def _hook(model: StripedHyena) -> None:
+    model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def _replace(model: StripedHyena) -> None:
+    torch.manual_seed(0)
+    model.layers[0].mlp.up_proj = nn.Linear(16, 32, bias=False)
+
+
+@pytest.mark.parametrize("change", [_assign, _cast, _hook, _replace])
+def test_a_model_that_changes_between_steps_is_read_as_it_is(change) -> None:
+    """Recorded steps hold addresses: of weights that are gone they would read what lies there now."""
+    found = []
+    for decoding in ("eager", "compiled"):
+        torch.manual_seed(1)
+        model, tokens = spread(BYTES).requires_grad_(False), []
+        stream = hyaena.stream(model, ByteTokenizer(259), "ab", max_new_tokens=12, stop_at_eos=False, decoding=decoding)
+        for event in stream:
+            tokens.append(event.token)
+            if len(tokens) == 4:
+                change(model)
+        found.append(tokens)
+    assert found[0] == found[1]
+
+
+def test_hooks_that_a_step_would_not_call_are_named_when_they_come() -> None:
+    model = spread(CONFIGS["sh"])
+    decoder = decoder_of(model, *prompts(model), choose_operators(model, compiled=True))
+    decoder.launch()
+    handle = model.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedError, match="forward hooks"):
+        decoder.launch()
+    handle.remove()
+    decoder.launch()
+    assert len(decoder.pending) == 2
+
+
+def test_rows_that_are_refused_leave_the_tables_of_recorded_steps_alone() -> None:
+    model = spread(CONFIGS["sh"])
+    decoder = Decoder(model, 8, operators=choose_operators(model, compiled=True))
+    cache, ids = prompts(model)
+    decoder.add(cache, ids, [SamplingParams()] * 3, [SamplingParams().generator()] * 3)
+    decoder.launch(), decoder.fetch()
+    rotary = decoder.static.rotary
+    other = model.make_cache(1, max_length=5_000, dtype=torch.int8)
+    with torch.inference_mode():
+        model(torch.tensor([[1]]), cache=other)
+    with pytest.raises(InputError, match="dtype"):
+        decoder.add(other, ids[:1], [SamplingParams()], [SamplingParams().generator()])
+    assert decoder.static.rotary is rotary
+    assert other.lengths == [1]
 
 
 def generate(model: StripedHyena, **options) -> list[int]:

@@ -21,7 +21,7 @@ from hyaena.ops import (
     long_conv,
     to_canonical,
 )
-from hyaena.ops.long_conv import by_document
+from hyaena.ops.long_conv import by_document, long_conv_states
 from watching import LargestResult
 
 CHANNELS = 6
@@ -95,6 +95,16 @@ def test_equals_the_reference_of_each_channel_alone(kind: str, method: str, grou
             close(after, last)
         assert after.shape[:2] == (2, CHANNELS)
         assert after.dtype == filter.initial_state(2, CHANNELS, method).dtype
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_a_batch_of_no_rows_is_convolved_to_none(kind: str, method: str) -> None:
+    filter, x = filter_of(kind, 2), torch.randn(0, 33, CHANNELS)
+    for reset in (None, torch.ones(0, 33, dtype=torch.bool)):
+        y, after = long_conv(x, filter, method=method, reset=reset)
+        wanted = filter.initial_state(0, CHANNELS, method)
+        assert y.shape == x.shape and (after.shape, after.dtype) == (wanted.shape, wanted.dtype)
+    assert [state.shape for state in long_conv_states(x, filter, after, [1, 33])] == [after.shape] * 2
 
 
 @pytest.mark.parametrize("groups", GROUPS)

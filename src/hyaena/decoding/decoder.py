@@ -19,6 +19,7 @@ from hyaena import ops
 from hyaena.arguments import kind_of, whole
 from hyaena.cache import Cache, StateSnapshot
 from hyaena.decoding.capture import capture
+from hyaena.decoding.parts import Parts
 from hyaena.decoding.sampler import GraphSampler, StepOutput, move_rows
 from hyaena.decoding.static_cache import StaticCache
 from hyaena.errors import CapacityError, InputError, UnsupportedError
@@ -98,10 +99,10 @@ class Decoder:
         operators: DecodeOperators | None = None,
     ) -> None:
         model = uncompiled(model)
-        reason = model.unsupported_reason() or (_no_graphs(model) if cuda_graph else None)
-        if reason is not None:
-            raise UnsupportedError(f"static decoding is not possible: {reason}; decode with decoding='eager'")
         self.model = model
+        self.cuda_graph = cuda_graph
+        self._check_model()
+        self.parts = Parts(model)
         self.operators = operators or choose_operators(model)
         places = _bucket(whole("max_rows", max_rows, "a whole number, 1 or more", 1))
         top = whole("top", top, f"a whole number from 0 to {model.config.vocab_size}", 0, model.config.vocab_size)
@@ -110,7 +111,6 @@ class Decoder:
             self.sampler = GraphSampler(places, model.config.vocab_size, top=top, device=model.device)
             self.ids = torch.zeros(places, dtype=torch.int64, device=model.device)
         self.retired: set[int] = set()
-        self.cuda_graph = cuda_graph
         self.graphs: dict[Shape, Graph] = {}
         self.steps: dict[tuple[int, bool], Callable[[], Tensor]] = {}  # by places and greedy, as operators take them
         # The greedy ones that were recorded, by rows, and where they leave their outputs: they call nothing of torch.
@@ -157,21 +157,22 @@ class Decoder:
         self.sampler.add(params, generators, seen)
         self.ids[start : self.rows] = ids.to(self.ids.device)
         if self.static.positions != positions:
-            self.graphs.clear()  # they read the rotary table of fewer positions
-            self.steps.clear()
-            self.repeated.clear()
+            self._forget()  # what reads the rotary table of fewer positions
 
     def launch(self) -> None:
-        """Start a step; on a CUDA device, without waiting for it.
+        """Start a step; on a CUDA device, without waiting for it. A model that was changed is read as it is now.
 
         Raises:
             CapacityError: a row that is not retired has reached its limit; nothing was started.
+            UnsupportedError: the model was changed, and has parts now that a step would not call.
         """
         for row, (length, room) in enumerate(zip(self.static.lengths, self.static.rooms, strict=True)):
             if length >= room and row not in self.retired:
                 raise CapacityError(self._full(row))
         if not self.rows:
             raise InputError("the decoder has no rows: add some")
+        if not self.parts.unchanged():
+            self._read_anew()
         if self.rows in self.repeated and self.sampler.greedy and self.static.uploaded:
             again, numbers = self.repeated[self.rows]
             again()
@@ -191,6 +192,25 @@ class Decoder:
             return
         output = StepOutput.unpack(self._step(self._shape()))
         self.pending.append(lambda: output)
+
+    def _check_model(self) -> None:
+        reason = self.model.unsupported_reason() or (_no_graphs(self.model) if self.cuda_graph else None)
+        if reason is not None:
+            raise UnsupportedError(f"static decoding is not possible: {reason}; decode with decoding='eager'")
+
+    def _forget(self) -> None:
+        """Let the next steps be recorded and captured again."""
+        self.graphs.clear()
+        self.steps.clear()
+        self.repeated.clear()
+
+    @torch.inference_mode()
+    def _read_anew(self) -> None:
+        """Take the model as it is now: other weights, another dtype, adapters, hooks."""
+        self._check_model()
+        self._forget()
+        self.static.renew_rotary()
+        self.parts = Parts(self.model)
 
     def _full(self, row: int) -> str:
         length, limit, pages = self.static.lengths[row], self.static.limits[row], self.static.pages[row]

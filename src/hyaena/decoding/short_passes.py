@@ -18,6 +18,7 @@ from torch import Tensor
 from hyaena import ops
 from hyaena.cache import Cache
 from hyaena.decoding.capture import capture
+from hyaena.decoding.parts import Parts
 from hyaena.decoding.sampler import StepOutput
 from hyaena.model import StripedHyena
 from hyaena.ops import (
@@ -105,7 +106,7 @@ class ShortPasses:
         self._captured: dict[PackedShape, Captured] = {}
         self._clean = True  # the states of all rows are those of empty rows
         with torch.inference_mode():
-            self.rotary = model.rotary(torch.arange(self.width * PAGE, device=model.device), model.dtype)
+            self._read_anew()
             blank = model.make_paged_cache(pool, [[]]).states
             self.states = [state.blank(ROWS[-1]) for state in blank]
             self.copies = [state.blank(STOPS[-1]) for state in blank]
@@ -156,6 +157,8 @@ class ShortPasses:
 
         counts, rows = [len(row) for row in ids], len(ids)
         stops = [sorted(snapshots.stops.get(row, ())) if snapshots is not None else [] for row in range(rows)]
+        if not self.parts.unchanged():
+            self._read_anew()
         shape = PackedShape(
             next(n for n in TOKENS if n >= sum(counts)),
             next(n for n in ROWS if n >= rows),
@@ -197,6 +200,12 @@ class ShortPasses:
             zero: Any = torch._foreach_zero_  # pyright: ignore[reportPrivateImportUsage]
             zero(self._tensors(ROWS[-1]))
             self._clean = True
+
+    def _read_anew(self) -> None:
+        """Take the model as it is now; graphs of another one would read weights that are gone."""
+        self.parts = Parts(self.model)
+        self.rotary = self.model.rotary(torch.arange(self.width * PAGE, device=self.model.device), self.model.dtype)
+        self._captured.clear()
 
     def _tensors(self, rows: int) -> list[Tensor]:
         """The states of the first rows, of all layers: the same views each time, since making them takes the host."""

@@ -58,6 +58,10 @@ class StaticCache:
     def _rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         return self.model.rotary(torch.arange(positions, device=self.model.device), self.model.dtype)
 
+    def renew_rotary(self) -> None:
+        """Make the table again, for a model that was changed."""
+        self.rotary = self._rotary(self.positions)
+
     @property
     def rows(self) -> int:
         return len(self.lengths)
@@ -87,7 +91,6 @@ class StaticCache:
             raise InputError(
                 "rows of one decoder must be on pages of one pool, or all on none: make their caches alike"
             )
-        self._cover(cache.max_length)
         lengths, limits, start = list(cache.lengths), [limit or 0 for limit in cache.limits], self.rows
         try:
             pairs = []
@@ -98,7 +101,8 @@ class StaticCache:
                     for i in range(len(lengths)):
                         mine.put(start + i, theirs, i)
             copy_all(pairs)
-        except InputError:
+            self._cover(cache.max_length)  # last: steps that were recorded read the tables that it replaces
+        except Exception:
             self._vacate(start, start + len(lengths))
             raise
         pages = cache.pages

@@ -117,7 +117,7 @@ class Recorder(TorchDispatchMode):
         if self.program is not None:
             if func._schema.name in _ALLOCATIONS:
                 self.program.kept.append(result)
-            elif not _is_view(result, args):
+            elif func._schema.is_mutable or not _is_view(result, args):
                 self.program = None
         return result
 

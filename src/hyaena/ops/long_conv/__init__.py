@@ -260,6 +260,8 @@ def _apply(
         else:
             filter.check_state(state, batch, channels, name)
         dtype = complex_dtype(filter.dtype) if state.is_complex() else filter.dtype
+        if batch == 0:  # transforms and products of nothing are errors of torch
+            return x.clone(), state.to(dtype), [state.to(dtype) for _ in stops]
         wide = x.to(filter.dtype)
         if reset is not None and groups != channels:
             reset = reset.repeat_interleave(channels // groups, dim=0)
@@ -296,6 +298,8 @@ def long_conv_states(x: Tensor, filter: Filter, state: Tensor | None, stops: Seq
     with torch.autocast(x.device.type, enabled=False):
         before = filter.initial_state(batch, channels) if state is None else state
         dtype = complex_dtype(filter.dtype) if before.is_complex() else filter.dtype
+        if batch == 0:
+            return [before.to(dtype) for _ in stops]
         rows = group_rows(x.to(filter.dtype), groups), group_state(before.to(dtype), groups)
         found = None if together is None else together(*rows, group_stops(stops, channels, groups))
         if found is not None:
