@@ -15,7 +15,7 @@ from hyaena.checkpoints.load import (
     stream_tensors,
 )
 from hyaena.checkpoints.quantize import quantize_checkpoint
-from hyaena.checkpoints.save import save_model
+from hyaena.checkpoints.save import files_of_tokenizer, save_model
 from hyaena.checkpoints.weights import inspect
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "check_names_and_shapes",
     "find",
     "find_config",
+    "files_of_tokenizer",
     "fingerprint",
     "has_weights",
     "inspect",
