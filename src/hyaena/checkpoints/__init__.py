@@ -14,7 +14,7 @@ from hyaena.checkpoints.load import (
     read_tensors,
     stream_tensors,
 )
-from hyaena.checkpoints.quantize import quantize_checkpoint
+from hyaena.checkpoints.quantize import check_quantizable, quantize_checkpoint
 from hyaena.checkpoints.save import files_of_tokenizer, save_model
 from hyaena.checkpoints.weights import inspect
 
@@ -25,6 +25,7 @@ __all__ = [
     "as_device",
     "as_dtype",
     "check_names_and_shapes",
+    "check_quantizable",
     "find",
     "find_config",
     "files_of_tokenizer",
