@@ -85,7 +85,8 @@ def tokenize(
         folder: where the temporary file lies; by default the system's folder for such files.
 
     Raises:
-        InputError: there is no text, or none that is predicted; a text cannot be encoded; a prompt and its completion are longer than ``window``.
+        InputError: there is no text, or none that is predicted; a text cannot be encoded; a prompt and its completion
+            are longer than ``window``.
         OutputError: there is no room for the temporary file.
     """
     bytewise = isinstance(tokenizer, _BYTEWISE)
