@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hyaena import hub
-from hyaena.checkpoints import files_of_tokenizer
+from hyaena.checkpoints import COMPANIONS, files_of_tokenizer
 from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError
 from hyaena.files import expanded
@@ -71,8 +71,8 @@ def saved_start(state: dict[str, Any]) -> Start:
     """
     config, files = saved_description(state)
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / Path(name).name).write_bytes(content)
+        for name in files.keys() & set(COMPANIONS):  # names of any other form are not written anywhere
+            (Path(folder) / name).write_bytes(files[name])
         return Start(config, load_tokenizer(folder, config), files)
 
 
