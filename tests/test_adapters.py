@@ -215,7 +215,11 @@ def test_a_narrow_model_trains_a_float32_adapter() -> None:
         ({"rank": True}, "rank is True"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"targets": ["Wqkv"]}, "no linear layer Wqkv"),
-        ({"targets": []}, "none of the targets"),
+        ({"alpha": 0}, "alpha is 0, with which nothing is learned"),
+        ({"targets": []}, "targets is empty: choose from qkv_proj"),
+        ({"targets": None}, "targets must be names of linear layers, such as qkv_proj, .*, not None"),
+        ({"targets": ["o_proj", 5]}, "a target is 5: choose"),
+        ({"targets": ""}, "a target is '': choose"),
     ],
 )
 def test_what_cannot_be_trained_leaves_the_model_alone(options: dict[str, Any], words: str) -> None:

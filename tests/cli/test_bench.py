@@ -112,6 +112,7 @@ def test_mistakes_are_one_line(
     last = captured.err.splitlines()[-1]
     assert last.startswith("hyaena: error: ") and message in last and "Traceback" not in captured.err
     assert captured.out == "" and not list(tmp_path.iterdir())
+    assert "making" not in captured.err  # a model, which may take minutes
 
 
 @pytest.mark.parametrize("option", ["--lengths", "--contexts", "--batch"])

@@ -29,6 +29,10 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
         (["--tasks", "a", "--suite", "readme"], "one of the two only"),
         (["--suite", "other"], "unknown suite 'other': choose readme"),
         (["--tasks", "a", "--output", "/nowhere/out.json"], "name a file in a folder that exists"),
+        (["--tasks", "a", "--limit", "0"], "limit must be a whole number, 1 or more, not 0"),
+        (["--tasks", "a", "--num-fewshot", "-1"], "num_fewshot must be a whole number, 0 or more, not -1"),
+        (["--suite", "readme", "--batch-size", "0"], "batch_size must be a whole number, 1 or more, not 0"),
+        (["--tasks", "a", "--max-length", "1"], "max_length must be a whole number, 2 or more, not 1"),
     ],
 )
 def test_mistakes_are_found_without_it(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

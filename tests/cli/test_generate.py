@@ -339,6 +339,8 @@ def test_a_prompt_is_saved_and_continued(folder: str, tmp_path: Path, capsys: py
         (["a", "--save-prefix", ""], "cannot write .: name a file"),
         (["a", "--save-prefix", "/nowhere/p"], "name a file in a folder that exists"),
         (["a", "--save-prefix", "p", "--method", "truncated"], "a prefix keeps no windows of inputs"),
+        (["a", "--prefix-file", "/nowhere/p"], "the prefix /nowhere/p does not exist"),
+        (["a", "--prefix-file", __file__], "is damaged, or no safetensors file"),
         (["a", "--prefix-file", "p", "--method", "truncated"], "a prefix keeps no windows of inputs"),
     ],
 )

@@ -58,15 +58,31 @@ def test_numbers_that_are_not_finite_weigh_nothing(tmp_path: Path, capsys: pytes
     assert main(arguments) == 0
 
 
-def test_what_concerns_the_calibration_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_concerns_the_calibration_text_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the weights are read."""
     arguments = ["quantize", str(saved(tmp_path)), "--weights", "int4", "--output", f"{tmp_path}/o"]
+    (tmp_path / "text.jsonl").write_text('{"text": "\\ud800"}\n')
+    (tmp_path / "text.txt").write_text("some text to read ")
+    (tmp_path / "file").touch()
+    calibrated = ["--calibrate", f"{tmp_path}/text.txt"]
+    assert main(["quantize", arguments[1], "--weights", "int8", "--output", f"{tmp_path}/narrow"]) == 0
+    monkeypatch.setattr("hyaena.hub.load_model", lambda *_, **__: pytest.fail("the weights were read"))
     for options, message in (
         (["--device", "cpu"], "--device is where --calibrate reads its text"),
         (["--calibrate", ""], "--calibrate is empty: name a path"),
         (["--calibrate", f"{tmp_path}/no"], "no: no such file or folder; check its name\n"),
+        (["--calibrate", f"{tmp_path}/text.jsonl"], "text.jsonl, line 1: an unpaired surrogate"),
+        ([*calibrated, "--device", ""], "--device is empty"),
+        ([*calibrated, "--weights", "int4-128"], "which do not divide by the groups of 128 of int4-128"),
+        ([*calibrated, "--output", f"{tmp_path}/file/o"], "/file/o: cannot be written (Not a directory)"),
     ):
         assert main([*arguments, *options]) == 2
         assert message in capsys.readouterr().err
+    again = ["quantize", f"{tmp_path}/narrow", "--weights", "int8", *calibrated, "--output", f"{tmp_path}/o"]
+    assert main(again) == 2
+    assert "has int8 weights already: there is nothing to do" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

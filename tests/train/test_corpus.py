@@ -14,6 +14,7 @@ from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer, To
 from hyaena.train import corpus as module
 from hyaena.train import documents
 from hyaena.train.corpus import tokenize
+from hyaena.train.data import evaluation_batches
 from hyaena.train.documents import Piece, read_documents
 
 
@@ -97,6 +98,22 @@ def test_no_text_is_an_error() -> None:
     for pieces in ([], [Piece("")], [Piece(""), Piece("")]):
         with pytest.raises(InputError, match="no text"):
             tokenize(pieces, ByteTokenizer())
+
+
+def test_documents_without_tokens_are_none(tmp_path: Path) -> None:
+    """Without start and end tokens a text may become one token, or none: every count is of what is predicted."""
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(tmp_path / "tokenizer.json"))
+    bare = HFTokenizer(tmp_path / "tokenizer.json", 3)
+    corpus = tokenize([Piece(" "), Piece("a b a"), Piece("  "), Piece("a"), Piece(" ")], bare)
+    assert (corpus.starts.tolist(), corpus.tokens.tolist()) == ([0, 3], [0, 1, 0, 0])
+    assert (corpus.num_predictions, corpus.num_bytes) == (2, 6)
+    assert sum(b.num_targets for b in evaluation_batches(corpus, window=2, overlap=0, batch_size=2)) == 2
+    with pytest.raises(InputError, match="makes no token of the text"):
+        tokenize([Piece(" "), Piece("  ")], bare)
+    with pytest.raises(InputError, match="nothing in the text is predicted: every document is a single token"):
+        tokenize([Piece("a"), Piece(" "), Piece("b")], bare)
 
 
 def test_empty_documents_are_left_out() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -262,12 +263,12 @@ def test_runs_are_not_overwritten_nor_mixed(make: Any, tmp_path: Path) -> None:
         run(make())
     with pytest.raises(CheckpointError, match=r"another batch_size, optim\.lr; use the same"):
         run(make(steps=9, batch_size=2, optim={"lr": 2e-2, "warmup_steps": 2}), resume=True)
-    text = tmp_path / "train.txt"
-    before = text.read_text()
-    text.write_text(before.replace("night", "noon."))
-    with pytest.raises(CheckpointError, match="the training text is not the one"):
-        run(make(), resume=True)
-    text.write_text(before)
+    for text in (tmp_path / "train.txt", tmp_path / "heldout.txt"):
+        before = text.read_text()
+        text.write_text(before.replace("night", "noon."))
+        with pytest.raises(CheckpointError, match="the training text or the held-out text is not the one"):
+            run(make(), resume=True)
+        text.write_text(before)
     (Path(make().output) / "last.pt").write_bytes(b"PK damaged")
     with pytest.raises(CheckpointError, match=r"last\.pt is damaged.*remove it"):
         run(make(), resume=True)
@@ -475,7 +476,7 @@ def test_what_cannot_be_trained_writes_nothing(make: Any, changes: dict[str, Any
 
 @pytest.mark.parametrize("device", ["abacus", "meta", "", "cpu:x", "cuda:99"])
 def test_a_device_that_cannot_train_is_named(make: Any, device: str) -> None:
-    with pytest.raises(InputError, match=f"device {device} "):
+    with pytest.raises(InputError, match=f"device {device} " if device else "the device is empty: name one"):
         train(make(), device=device, progress=False)
     assert not Path(make().output).exists()
 
@@ -510,12 +511,29 @@ def test_mistakes_are_found_before_weights_are_read(make: Any, monkeypatch: pyte
         run(make(**source))
 
 
-def test_resuming_needs_no_weights_of_the_start(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_needs_nothing_of_the_start(make: Any, tmp_path: Path) -> None:
+    """A run knows its architecture and its tokenizer: what it was made of may be changed, or gone."""
     run(make("first", steps=1))
-    tuned = make("second", model=None, init_from=make("first").output + "/final")
+    (start := Path(make("first").output) / "final").rename(source := tmp_path / "source")
+    tuned = make("second", model=None, init_from=str(source))
     run(tuned, stop=stop_after(1))
-    monkeypatch.setattr(hub, "load_model", None)
+    source.rename(start)
     assert run(tuned, resume=True).finished
+
+
+def test_what_a_run_writes_is_not_its_text(make: Any, tmp_path: Path) -> None:
+    """Where the output lies in a folder of text, or is it."""
+    alone = make("alone", data={"train": str(tmp_path / "train.txt")}, steps=3)
+    run(alone)
+    for name in ("text", "text/run"):
+        (text := tmp_path / "text").mkdir()
+        (text / "train.txt").write_text((tmp_path / "train.txt").read_text())
+        config = make(name, data={"train": str(text)}, steps=3)
+        run(config, stop=stop_after(2))
+        assert run(config, resume=True).finished
+        states = [torch.load(Path(c.output) / "last.pt", weights_only=True)["model"] for c in (config, alone)]
+        assert_equal(*states)
+        shutil.rmtree(text)
 
 
 def test_fine_tuning_begins_with_the_checkpoints_own_logits(
@@ -599,11 +617,13 @@ def test_the_tokenizer_file_goes_with_the_model(make: Any, tmp_path: Path) -> No
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["</s>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    data = {"train": str(tmp_path / "train.txt"), "tokenizer": str(tmp_path / "tokenizer.json")}
+    tokenizer.save(str(tmp_path / "my-tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    data = {"train": str(tmp_path / "train.txt"), "tokenizer": str(tmp_path / "my-tokenizer.json")}
     first = make("first", model={**MODEL, "tokenizer": "hf"}, data=data, steps=1)
     run(first)
     second = make("second", model=None, init_from=first.output + "/final", data={"train": data["train"]}, steps=1)
     run(second)
     _, loaded = hub.load(second.output + "/final")
     assert loaded.decode(loaded.encode("hyaena", add_special_tokens=False)) == "hyaena"
+    assert loaded.other_eos_ids == (0, 7)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hyaena import ops
 from hyaena.adapters.peft import MAX_RANK, Adapter, Update, is_number, is_rank, read_adapter, write_adapter
-from hyaena.arguments import as_text_path
+from hyaena.arguments import as_text_path, each, kind_of
 from hyaena.checkpoints.files import listed
 from hyaena.errors import CheckpointError, InputError, printable, shown
 from hyaena.formats.tensors import format_of
@@ -132,16 +132,23 @@ def add_adapter(
         raise InputError(f"rank is {shown(rank)}: choose a whole number from 1 to {MAX_RANK}, such as 16")
     if alpha is not None and not is_number(alpha):
         raise InputError(f"alpha is {shown(alpha)}: choose a number, such as twice the rank")
+    if alpha == 0:
+        raise InputError("alpha is 0, with which nothing is learned: choose a number, such as twice the rank")
     scale = 2.0 if alpha is None else alpha / rank
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    what = f"names of linear layers, such as {', '.join(TARGETS)}"
+    wanted = (targets,) if isinstance(targets, str) else tuple(each("targets", targets, what))
+    if not wanted:
+        raise InputError(f"targets is empty: choose from {', '.join(TARGETS)}, or leave it out for all of them")
     found, chosen = _linears(model), []
-    for target in targets:
+    for target in wanted:
+        if not isinstance(target, str) or not target:
+            raise InputError(f"a target is {shown(target)}: choose from {', '.join(TARGETS)}")
         names = [name for name in found if name == target or name.endswith("." + target)]
         if not names and target not in TARGETS:
             raise InputError(f"the model has no linear layer {printable(target)}: choose from {', '.join(TARGETS)}")
         chosen += names
     if not chosen:
-        raise InputError(f"the model has none of the targets {listed(targets)}: choose from {', '.join(TARGETS)}")
+        raise InputError(f"the model has none of the targets {listed(wanted)}: choose from {', '.join(TARGETS)}")
     updates = {}
     for name in dict.fromkeys(chosen):
         outputs, inputs = found[name]
@@ -160,6 +167,7 @@ def adapter_of(model: StripedHyena) -> Adapter:
     Raises:
         InputError: there is none.
     """
+    _check_model(model)
     updates = {
         name: Update(module.lora_A.detach(), module.lora_B.detach(), module.scale)
         for name, module in model.named_modules()
@@ -172,6 +180,7 @@ def adapter_of(model: StripedHyena) -> Adapter:
 
 def remove_adapter(model: StripedHyena) -> None:
     """Take the adapter off a model, in place: its linear layers are again what they were."""
+    _check_model(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             tied = name == "lm_head" and model.config.tie_embeddings
@@ -223,7 +232,13 @@ def _weight(model: StripedHyena, name: str) -> Tensor:
     return weight
 
 
+def _check_model(model: StripedHyena) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a model that hyaena.load returned, not {kind_of(model)}")
+
+
 def _check_free(model: StripedHyena) -> None:
+    _check_model(model)
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise InputError("the model has an adapter already: take it off with remove_adapter, or use the model without")
 

@@ -104,6 +104,8 @@ def run(
     if device.type not in SIZES:
         raise UnsupportedError(f"bench has timers for {' and '.join(SIZES)} devices, not {device}: choose one of these")
     plan.check(config)
+    if plan.decoding == "cuda_graph" and device.type != "cuda":
+        raise UnsupportedError(f"graphs are captured on CUDA devices, not on {device}: choose another decoding")
     cache_dtype = cache_dtype or dtype
     needed = _needed(config, plan, device, dtype.itemsize, cache_dtype.itemsize)
     memory.require_memory(needed, device, f"measuring {config.name}", _REMEDY)

@@ -14,8 +14,8 @@ from hyaena.checkpoints.load import (
     read_tensors,
     stream_tensors,
 )
-from hyaena.checkpoints.quantize import quantize_checkpoint
-from hyaena.checkpoints.save import save_model
+from hyaena.checkpoints.quantize import check_quantizable, quantize_checkpoint
+from hyaena.checkpoints.save import files_of_tokenizer, save_model
 from hyaena.checkpoints.weights import inspect
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "as_device",
     "as_dtype",
     "check_names_and_shapes",
+    "check_quantizable",
+    "files_of_tokenizer",
     "find",
     "find_config",
     "fingerprint",

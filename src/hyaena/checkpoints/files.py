@@ -140,7 +140,10 @@ def _config_inside(path: Path) -> ModelConfig:
     """The configuration in a GGUF file."""
     open_regular(path).close()
     try:
-        return config_from_dict(json.loads(read_gguf_config(path), object_pairs_hook=unique_keys))
+        values = json.loads(read_gguf_config(path), object_pairs_hook=unique_keys)
+        if not isinstance(values, dict):
+            raise ConfigError("it is no mapping of keys to values")
+        return config_from_dict(values)
     except (ValueError, RecursionError, AttributeError, ConfigError) as error:
         raise ConfigError(f"{path}: its configuration cannot be used: {printable(str(error), limit=200)}") from None
 

@@ -152,6 +152,8 @@ def as_device(device: str | torch.device | None) -> torch.device:
     Raises:
         InputError: this machine or this build of torch has no such device.
     """
+    if device == "":
+        raise InputError("the device is empty: name one, such as cpu")
     try:
         found = torch.empty(0, device="cpu" if device is None else device).device
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:

@@ -32,6 +32,7 @@ from hyaena.checkpoints.weights import Weights, open_weights
 from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError
 from hyaena.layers import MIXERS
+from hyaena.model import StripedHyena
 
 
 def quantize_checkpoint(
@@ -68,9 +69,7 @@ def quantize_checkpoint(
     folder = as_text_path("the folder", folder, "safetensors")
     limit = whole("max_shard_size", max_shard_size, "a whole number of bytes, 1 or more", 1)
     check_extra_files(extra_files or {})
-    check_scheme(checkpoint, weights)
-    if checkpoint.config.weights is not None:
-        raise InputError(f"{checkpoint.path}: has {weights} weights already: there is nothing to do")
+    check_quantizable(checkpoint, weights)
     config, wanted = replace(checkpoint.config, weights=weights), as_dtype(dtype)
 
     def fill(stage: Path) -> set[str]:
@@ -91,6 +90,19 @@ def quantize_checkpoint(
         checkpoint.check_unchanged()
         raise
     return folder
+
+
+def check_quantizable(checkpoint: Checkpoint, weights: str) -> None:
+    """Check that a checkpoint can be given narrow weights; none of its own are read.
+
+    Raises:
+        InputError: an unknown scheme, one that does not fit the sizes, or weights that are narrow already.
+    """
+    check_scheme(checkpoint, weights)
+    if checkpoint.config.weights is not None:
+        raise InputError(f"{checkpoint.path}: has {weights} weights already: there is nothing to do")
+    with torch.device("meta"):
+        StripedHyena(replace(checkpoint.config, weights=weights))
 
 
 class _Writer:

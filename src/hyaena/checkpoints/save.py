@@ -102,7 +102,7 @@ def save_model(
     overwrite = switch("overwrite", overwrite)
     check_extra_files({} if extra_files is None else extra_files)
     if tokenizer is not None:
-        extra_files = {**_files_of(tokenizer, model, layout), **(extra_files or {})}
+        extra_files = {**_files_for(tokenizer, model, layout), **(extra_files or {})}
     narrow = as_dtype(dtype)
     config, state, wide, fixed = _state_to_save(model, narrow)
     if layout == "original" and config.tie_embeddings:
@@ -265,7 +265,7 @@ def check_extra_files(extra_files: Mapping[str, bytes]) -> None:
             raise InputError(f"extra file {printable(name)!r} would be taken for other weights: name it otherwise")
 
 
-def _files_of(tokenizer: Tokenizer, model: nn.Module, layout: Layout) -> dict[str, bytes]:
+def _files_for(tokenizer: Tokenizer, model: nn.Module, layout: Layout) -> dict[str, bytes]:
     """The files of a model's tokenizer: as transformers reads them, or as ``load_tokenizer`` does.
 
     Raises:
@@ -283,6 +283,15 @@ def _files_of(tokenizer: Tokenizer, model: nn.Module, layout: Layout) -> dict[st
         )
     if layout == "transformers":
         return transformers_files(tokenizer)
+    return files_of_tokenizer(tokenizer)
+
+
+def files_of_tokenizer(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files from which ``load_tokenizer`` makes a tokenizer again, and what lies beside them: name -> content.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
     if not isinstance(tokenizer, HFTokenizer):  # the configuration names it; it has no file
         ends = {"eos_token_id": list(tokenizer.eos_ids)}
         return {"generation_config.json": json.dumps(ends).encode()} if tokenizer.other_eos_ids else {}

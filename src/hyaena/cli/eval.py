@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from hyaena import hub
     from hyaena.evals import run as evals
 
+    numbers = {"limit": args.limit, "batch_size": args.batch_size, "max_length": args.max_length}
+    evals.check_options(num_fewshot=shots, **numbers)
     tasks = evals.find_tasks(names, args.include_path)  # before weights are read
 
     model, tokenizer = hub.load(
@@ -64,9 +66,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer,
         tasks,
         num_fewshot=shots,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
+        **numbers,
     )
     seconds = time.perf_counter() - began
     references = () if suite is None else suite.references

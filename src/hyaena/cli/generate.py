@@ -139,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
     from hyaena import hub
     from hyaena.fp8 import check_fp8
     from hyaena.generation import Settings, encode_prompts, generate, load_prefix, parse_prompts, prefix, stream
+    from hyaena.generation.prefixes import check_prefix
     from hyaena.ops import capabilities
 
     bar = PrefillBar()
@@ -178,8 +179,10 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     source = {"revision": args.revision, "config": args.config}
     config, tokenizer = hub.load_tokenizer_of(args.model, **source)
-    if args.prefix_file is None:
-        encode_prompts(tokenizer, config, prompts, settings)  # before the weights are downloaded and read
+    if args.prefix_file is None:  # before the weights are downloaded and read
+        encode_prompts(tokenizer, config, prompts, settings)
+    else:
+        check_prefix(args.prefix_file)
     check_fp8(args.fp8, config.fp8_input_projections)
     model = hub.load_model(
         args.model,

@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyaena.arguments import as_path
 from hyaena.cli.formatting import decimal_bytes, parse_size
 from hyaena.cli.model_options import choose_device
-from hyaena.errors import InputError
+from hyaena.errors import InputError, OutputError
 from hyaena.schemes import SCHEMES
 
 if TYPE_CHECKING:
@@ -67,13 +68,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--device is where --calibrate reads its text: add that, or leave --device out")
 
     from hyaena import checkpoints, files, hub
-    from hyaena.checkpoints.load import check_scheme
 
     if not args.force and files.others(dest):
         raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
     checkpoint = hub.locate(args.source, revision=args.revision, config=args.config)
-    check_scheme(checkpoint, args.weights)
-    moments = None if args.calibrate is None else _moments(args)
+    checkpoints.check_quantizable(checkpoint, args.weights)
+    moments = None
+    if args.calibrate is not None:
+        _check_writable(dest)  # before a text is read, which may take an hour
+        moments = _moments(args)
     paths = [checkpoint.folder / name for name in checkpoints.COMPANIONS]
     extra = {path.name: path.read_bytes() for path in paths if path.is_file()}
     if sys.stderr.isatty():
@@ -90,6 +93,16 @@ def _nbytes(checkpoint: Checkpoint) -> int:
     return sum(file.stat().st_size for file in checkpoint.shards)
 
 
+def _check_writable(folder: Path) -> None:
+    from hyaena.files import cure, locked, reason
+
+    try:
+        with locked(folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({reason(error)}): {cure(error)}") from error
+
+
 def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
     """The second moments of what the linear layers of the model read in the calibration text."""
     import torch
@@ -103,8 +116,10 @@ def _moments(args: argparse.Namespace) -> dict[str, Tensor]:
     pieces = list(_beginning(texts, CALIBRATION_CHARACTERS))
     if not any(piece.text for piece in pieces):
         raise InputError(f"--calibrate {args.calibrate}: holds no text: name one like those to be read")
-    model, tokenizer = hub.load(args.source, device=choose_device(args), revision=args.revision, config=args.config)
-    ids = tokenize(pieces, tokenizer).tokens[:CALIBRATION_TOKENS]
+    device, source = choose_device(args), {"revision": args.revision, "config": args.config}
+    _, tokenizer = hub.load_tokenizer_of(args.source, **source)
+    ids = tokenize(pieces, tokenizer).tokens[:CALIBRATION_TOKENS]  # before the weights are read
+    model = hub.load_model(args.source, device=device, **source)
     moments = collect_moments(model, torch.tensor(ids, dtype=torch.long, device="cpu"))
     widest = max(layer.in_features for layer in model.modules() if type(layer) is torch.nn.Linear)
     if len(ids) < widest:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from hyaena.tokenizers import Tokenizer
 
 
+_LEAST = {"num_fewshot": 0, "limit": 1, "batch_size": 1, "max_length": 2}
+"""The least values of the numbers that ``evaluate`` takes."""
+
+
 class Tasks(NamedTuple):
     """Tasks whose names are known, before a model is loaded.
 
@@ -70,6 +74,18 @@ def find_tasks(names: Sequence[str], include_path: str | PathLike[str] | None = 
     return Tasks(list(names), manager)
 
 
+def check_options(**options: int | None) -> None:
+    """Check the numbers that ``evaluate`` takes; None stands for what the tasks or the model have.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    for name, value in options.items():
+        if value is not None:
+            least = _LEAST[name]
+            whole(name, value, f"a whole number, {least} or more", least)
+
+
 def evaluate(
     model: StripedHyena,
     tokenizer: Tokenizer,
@@ -99,14 +115,7 @@ def evaluate(
         InputError: an unknown task, a number out of range, or data that cannot be loaded.
         UnsupportedError: lm_eval is not installed.
     """
-    for name, value, least in (
-        ("num_fewshot", num_fewshot, 0),
-        ("limit", limit, 1),
-        ("batch_size", batch_size, 1),
-        ("max_length", max_length, 2),
-    ):
-        if value is not None:
-            whole(name, value, f"a whole number, {least} or more", least)
+    check_options(num_fewshot=num_fewshot, limit=limit, batch_size=batch_size, max_length=max_length)
     names, manager = tasks if isinstance(tasks, Tasks) else find_tasks(tasks, include_path)
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
 

@@ -31,7 +31,7 @@ from hyaena.generation.chunks import choose_chunk
 from hyaena.model import StripedHyena, uncompiled
 from hyaena.ops import KVState
 from hyaena.tensor_files.safetensors_file import MOST_HEADER, read_safetensors
-from hyaena.tensor_files.stored import open_regular
+from hyaena.tensor_files.stored import StoredTensor, open_regular
 from hyaena.tokenizers import Tokenizer, token_ids
 
 MARK_DISTANCE = 2048
@@ -183,14 +183,8 @@ def load_prefix(path: str | PathLike[str], model: StripedHyena, tokenizer: Token
     Raises:
         CheckpointError: the file is missing or damaged, no prefix, or of another model; the message says which.
     """
-    path = as_path("the file of a prefix", path)
     _require_model(model)
-    name = printable(str(path))
-    if not path.exists():
-        raise CheckpointError(f"the prefix {name} does not exist: save it again")
-    with open_regular(path, "the file that Prefix.save wrote") as file:
-        with _undamaged(name):
-            stored, metadata = read_safetensors(file, max_header=MOST_HEADER)
+    with _opened(path) as (name, stored, metadata):
         _check_metadata(metadata, model, name)
         with _undamaged(name):
             tensors = {key: tensor.read() for key, tensor in stored.items()}
@@ -201,6 +195,31 @@ def load_prefix(path: str | PathLike[str], model: StripedHyena, tokenizer: Token
         reason = printable(str(error), limit=200)
         raise CheckpointError(f"the prefix {name} does not fit the model ({reason}): save it again") from error
     return made
+
+
+def check_prefix(path: str | PathLike[str]) -> None:
+    """Check that a file is a prefix, before its model is loaded.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or no prefix.
+    """
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: str | PathLike[str]) -> Iterator[tuple[str, dict[str, StoredTensor], Mapping[str, Any]]]:
+    """The name of the file of a prefix for messages, its tensors, which are not read yet, and its metadata."""
+    path = as_path("the file of a prefix", path)
+    name = printable(str(path))
+    if not path.exists():
+        raise CheckpointError(f"the prefix {name} does not exist: save it again")
+    with open_regular(path, "the file that Prefix.save wrote") as file:
+        with _undamaged(name):
+            stored, metadata = read_safetensors(file, max_header=MOST_HEADER)
+        if metadata.get("format") != _FORMAT:
+            raise CheckpointError(f"{name} is no prefix of this version of hyaena: make it with Prefix.save")
+        yield name, stored, metadata
 
 
 @contextmanager
@@ -263,8 +282,6 @@ def _weights_digest(model: StripedHyena) -> str:
 
 
 def _check_metadata(metadata: Mapping[str, Any], model: StripedHyena, name: str) -> None:
-    if metadata.get("format") != _FORMAT:
-        raise CheckpointError(f"{name} is no prefix of this version of hyaena: make it with Prefix.save")
     found = _identity(model, model.cache_dtype)
     if metadata.get("config") != found["config"]:
         raise CheckpointError(f"the prefix {name} was read by a model of another configuration: read its text again")

@@ -69,7 +69,8 @@ def tokenize(
     """Encode documents as ``start, text, end``, or ``start, prompt, completion, end``.
 
     The start token is the tokenizer's BOS, or its EOS where there is no BOS (so that the first character of a
-    document is predicted too); the end token is its EOS. A tokenizer with neither gets neither. Text is only text: the
+    document is predicted too); the end token is its EOS. A tokenizer with neither gets neither, and a document of which
+    it makes no token is left out. Text is only text: the
     name of a special token in it does not become that token.
 
     The ids go to an unnamed temporary file, in the narrowest unsigned type that holds the vocabulary, and are mapped
@@ -84,7 +85,8 @@ def tokenize(
         folder: where the temporary file lies; by default the system's folder for such files.
 
     Raises:
-        InputError: there is no text; a text cannot be encoded; a prompt and its completion are longer than ``window``.
+        InputError: there is no text, or none that is predicted; a text cannot be encoded; a prompt and its completion
+            are longer than ``window``.
         OutputError: there is no room for the temporary file.
     """
     bytewise = isinstance(tokenizer, _BYTEWISE)
@@ -92,13 +94,16 @@ def tokenize(
     end = tokenizer.eos_id
     # A byte-wise vocabulary has more ids than it ever gives to text.
     largest = max(255 if bytewise else tokenizer.vocab_size - 1, start or 0, end or 0)
-    starts, learned, num_bytes = array("q"), array("q"), 0
+    starts, learned, sizes = array("q"), array("q"), array("q")
     with _TokenFile(np.dtype(np.min_scalar_type(largest)), folder) as tokens:
 
         def finish(last: Piece) -> None:
             if end is not None:
                 tokens.append([end])
             length = tokens.count - starts[-1]
+            if not length:  # a tokenizer may drop white space, and has no end token here: there is no document
+                del starts[-1], learned[-1], sizes[-1]
+                return
             if window is not None and learned[-1] > starts[-1] + 1 and length > window + 1:
                 raise InputError(
                     f"{last.path}, line {last.line}: prompt and completion take {length:,} tokens, more than the "
@@ -115,19 +120,25 @@ def tokenize(
                     finish(last)
                 starts.append(tokens.count)
                 learned.append(-1)
+                sizes.append(0)
                 if start is not None:
                     tokens.append([start])
                 opening = False
             if piece.learned:
                 if learned[-1] < 0:
                     learned[-1] = max(tokens.count, starts[-1] + 1)
-                num_bytes += len(piece.text.encode())
+                sizes[-1] += len(piece.text.encode())
             tokens.append(ids)
             last = piece
         if last is None:
             raise InputError("the files hold no text; name others")
         finish(last)
-        return Corpus(tokens.mapped(), np.array(starts), np.array(learned), num_bytes)
+        if not starts:
+            raise InputError("the tokenizer makes no token of the text in the files; name others")
+        corpus = Corpus(tokens.mapped(), np.array(starts), np.array(learned), sum(sizes))
+        if not corpus.num_predictions:
+            raise InputError("nothing in the text is predicted: every document is a single token; name longer ones")
+        return corpus
 
 
 def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer, bytewise: bool) -> Iterator[tuple[Piece, list[int]]]:

@@ -53,8 +53,12 @@ class Piece:
     verbatim: bool = False
 
 
-def find_files(sources: Iterable[str | Path], pattern: str = "*") -> list[Path]:
+def find_files(
+    sources: Iterable[str | Path], pattern: str = "*", *, without: Callable[[Path], bool] = lambda _: False
+) -> list[Path]:
     """List the files of files and folders in a fixed order; a folder is searched recursively and sorted by path.
+
+    Files of a folder for which ``without`` is true are left out.
 
     Raises:
         InputError: a source is missing, is neither a file nor a folder, or holds no file that matches.
@@ -62,7 +66,7 @@ def find_files(sources: Iterable[str | Path], pattern: str = "*") -> list[Path]:
     found = []
     for source in map(Path, sources):
         if os.path.isdir(source):  # pathlib raises for names that are too long, and in folders that are closed to us
-            paths = sorted(path for path in source.rglob(pattern) if os.path.isfile(path))
+            paths = sorted(path for path in source.rglob(pattern) if os.path.isfile(path) and not without(path))
             if not paths:
                 raise InputError(f"the folder {source} holds no file that matches {pattern!r}; change the pattern")
             found += paths
@@ -75,7 +79,9 @@ def find_files(sources: Iterable[str | Path], pattern: str = "*") -> list[Path]:
     return found
 
 
-def read_documents(sources: Iterable[str | Path], pattern: str = "*") -> Iterator[Piece]:
+def read_documents(
+    sources: Iterable[str | Path], pattern: str = "*", *, without: Callable[[Path], bool] = lambda _: False
+) -> Iterator[Piece]:
     """Read the documents of files and folders in the order of ``find_files``.
 
     The end of a file's name, in any letter case, says how it is read; ``.gz`` or ``.bgz`` may follow it:
@@ -92,7 +98,7 @@ def read_documents(sources: Iterable[str | Path], pattern: str = "*") -> Iterato
         InputError: a file cannot be read as what its name says; the message names the file and the line.
     """
     lower: Counter[Path] = Counter()
-    for path in find_files(sources, pattern):
+    for path in find_files(sources, pattern, without=without):
         yield from _pieces_of(path, lower)
     if lower:
         log.warning(

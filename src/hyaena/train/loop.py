@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +38,18 @@ from hyaena.train.documents import find_files, read_documents
 from hyaena.train.evaluate import Evaluation, autocast, evaluate, summed_loss
 from hyaena.train.filters import parametrize_filters, poles_outside
 from hyaena.train.optim import learning_rate, load_optimizer, make_optimizer
-from hyaena.train.plot import CURVE, plot_metrics
-from hyaena.train.start import Start, find_start, initial_model
+from hyaena.train.plot import plot_metrics
+from hyaena.train.start import Start, find_start, initial_model, saved_start
 from hyaena.train.storage import (
+    BEST,
     CHECKPOINT,
+    CONFIG,
+    CURVE,
+    FINAL,
     METRICS,
     Metrics,
     build_empty,
+    is_written_by_run,
     load_checkpoint,
     read_metrics,
     save_checkpoint,
@@ -117,7 +123,7 @@ def open_run(config: TrainConfig, *, resume: bool = False, device: str = "auto")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ConfigError(f"output {folder} is a file: name a folder")
     for sources in (config.data.train, config.data.heldout):
-        find_files(sources, config.data.pattern)
+        find_files(sources, config.data.pattern, without=functools.partial(is_written_by_run, folder=folder))
     if resume and not os.path.isfile(folder / CHECKPOINT):
         raise CheckpointError(f"nothing to resume: {folder / CHECKPOINT} does not exist; run without --resume")
     with contextlib.ExitStack() as stack:
@@ -171,13 +177,14 @@ class Trainer:
         self.device = torch.device(device)
         self.precision = _precision(config, self.device)
         torch.manual_seed(config.seed)
-        self.start: Start = find_start(config)
+        self.start: Start = find_start(config) if state is None else self._saved_start(state)
         self.corpus = self._corpus(config.data.train)
         self.heldout = self._corpus(config.data.heldout) if config.data.heldout else None
         self.windows = PackedWindows(self.corpus, window=config.window, batch_size=config.batch_size, seed=config.seed)
-        if state is not None and state["data"] != self.corpus.checksum:
+        if state is not None and state["data"] != self._checksum():
             raise CheckpointError(
-                f"the training text is not the one {self.folder} began with; restore it, or start anew"
+                f"the training text or the held-out text is not the one {self.folder} began with; restore it, or start "
+                "anew"
             )
         if state is None:
             self.model = initial_model(config, self.start)
@@ -228,10 +235,20 @@ class Trainer:
                 f"({type(error).__name__}): restore it, or start a new run"
             ) from error
 
+    def _saved_start(self, state: dict[str, Any]) -> Start:
+        with self._fitting_state():
+            return saved_start(state)
+
     def _corpus(self, sources: tuple[str, ...]) -> Corpus:
-        pieces = read_documents(sources, self.config.data.pattern)
+        own = functools.partial(is_written_by_run, folder=self.folder)
+        pieces = read_documents(sources, self.config.data.pattern, without=own)
         folder = self.folder if self.folder.is_dir() else None  # on the disk that holds the run
         return tokenize(pieces, self.start.tokenizer, window=self.config.window, folder=folder)
+
+    def _checksum(self) -> int:
+        """CRC-32 of all text: scores of two held-out texts are not to be compared, and ``best/`` is chosen by them."""
+        texts = [self.corpus] if self.heldout is None else [self.corpus, self.heldout]
+        return zlib.crc32(json.dumps([text.checksum for text in texts]).encode())
 
     def _announce_steps(self, before: int) -> None:
         """Log what another number of steps changes in a run that goes on."""
@@ -249,7 +266,7 @@ class Trainer:
         """Write the resolved configuration, and remove metrics of steps that are not part of the run."""
         self.metrics.truncate(self.step if (self.folder / CHECKPOINT).exists() else -1)
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-        write_atomically(self.folder / "config.yml", lambda file: file.write(text.encode()))
+        write_atomically(self.folder / CONFIG, lambda file: file.write(text.encode()))
 
     def save(self) -> None:
         """Write ``last.pt``."""
@@ -257,7 +274,7 @@ class Trainer:
             "config": json.dumps(_identity(self.config)),
             "model_config": json.dumps(self.start.config.to_dict()),
             "tokenizer": {name: _text(content) for name, content in self.start.tokenizer_files.items()},
-            "data": self.corpus.checksum,
+            "data": self._checksum(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -341,7 +358,7 @@ class Trainer:
                 interval = _Interval(self.step)
         finished = self.step == config.steps
         if finished:
-            self.export("final")
+            self.export(FINAL)
         return Result(self.step, finished, self.latest, self.best, self.initial)
 
     def _log(self, interval: _Interval, bar: tqdm) -> None:
@@ -396,7 +413,7 @@ class Trainer:
             self.initial = bits
         elif self.best is None or bits < self.best:
             self.best = bits
-            self.export("best")
+            self.export(BEST)
 
     def evaluate(self, corpus: Corpus) -> Evaluation:
         """Score ``corpus`` with the present weights."""

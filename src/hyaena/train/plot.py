@@ -10,7 +10,6 @@ from hyaena.extras import require
 from hyaena.files import write_atomically
 from hyaena.train.storage import read_metrics
 
-CURVE = "loss.png"
 _COLOURS = ("#b5532a", "#2f6f8f", "#6b7f2a", "#7a4f9a")
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hyaena import hub
+from hyaena.checkpoints import COMPANIONS, files_of_tokenizer
 from hyaena.config import ModelConfig
 from hyaena.errors import ConfigError
 from hyaena.files import expanded
 from hyaena.model import StripedHyena
 from hyaena.tokenizers import Tokenizer, load_tokenizer
 from hyaena.train.config import TrainConfig
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+from hyaena.train.storage import saved_description
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,20 @@ def find_start(config: TrainConfig) -> Start:
             f"the tokenizer has {tokenizer.vocab_size} ids and the model only {model_config.vocab_size}: "
             "raise model.vocab_size"
         )
-    files: dict[str, bytes] = {}
-    if model_config.tokenizer == "hf":
-        folder = folder.parent if folder.is_file() else folder
-        files = {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
-    return Start(model_config, tokenizer, files)
+    return Start(model_config, tokenizer, files_of_tokenizer(tokenizer))
+
+
+def saved_start(state: dict[str, Any]) -> Start:
+    """What a run began with, from its saved state: nothing that it was made of needs to be there still.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not the saved state of a run.
+    """
+    config, files = saved_description(state)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in files.keys() & set(COMPANIONS):  # names of any other form are not written anywhere
+            (Path(folder) / name).write_bytes(files[name])
+        return Start(config, load_tokenizer(folder, config), files)
 
 
 def _described(source: str) -> tuple[ModelConfig, Path]:

@@ -24,6 +24,10 @@ from hyaena.train.filters import parametrize_filters, plain_state_dict
 
 CHECKPOINT = "last.pt"
 METRICS = "metrics.jsonl"
+CONFIG = "config.yml"
+CURVE = "loss.png"
+BEST, FINAL = "best", "final"
+_WRITTEN = {CHECKPOINT, METRICS, CONFIG, CURVE, BEST, FINAL}
 _FIELDS: dict[str, tuple[type, ...]] = {
     "config": (str,),
     "model_config": (str,),
@@ -47,6 +51,15 @@ _NUMBERS = {"train": ("loss", "bits_per_byte", "lr"), "heldout": ("bits_per_byte
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write the state from which a run resumes, replacing the last one atomically."""
     write_atomically(folder / CHECKPOINT, lambda file: torch.save(state, file))
+
+
+def is_written_by_run(path: Path, folder: Path) -> bool:
+    """Whether a path is a file that a run writes into its folder, which is never part of its text."""
+    inside, found = Path(os.path.realpath(folder)), Path(os.path.realpath(path.parent)) / path.name
+    if not found.is_relative_to(inside):
+        return False
+    name = found.relative_to(inside).parts[0]
+    return name in _WRITTEN or name.startswith(".")  # a lock, or a file that is being written
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any]:
@@ -93,6 +106,16 @@ def _problem(state: Any) -> str | None:
     return None
 
 
+def saved_description(state: dict[str, Any]) -> tuple[ModelConfig, dict[str, bytes]]:
+    """The architecture in a saved state, and the files of its tokenizer: name -> content.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not the saved state of a run.
+    """
+    files = {name: text.encode("utf-8", errors="surrogateescape") for name, text in state["tokenizer"].items()}
+    return ModelConfig.from_dict(json.loads(state["model_config"])), files
+
+
 def load_run(path: str | PathLike[str]) -> tuple[StripedHyena, dict[str, bytes], int]:
     """Read the model of a run, stopped or killed at whatever step, from its ``last.pt``.
 
@@ -112,10 +135,9 @@ def load_run(path: str | PathLike[str]) -> tuple[StripedHyena, dict[str, bytes],
         raise CheckpointError(f"{path} is no run: {folder / CHECKPOINT} does not exist")
     state = load_checkpoint(folder)
     try:
-        config = ModelConfig.from_dict(json.loads(state["model_config"]))
+        config, tokenizer = saved_description(state)
         trained = build_empty(config)
         trained.load_state_dict(state["model"], assign=True)
-        tokenizer = {name: text.encode("utf-8", errors="surrogateescape") for name, text in state["tokenizer"].items()}
         step = int(state["step"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ConfigError) as error:
         raise CheckpointError(
