@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -63,6 +64,44 @@ def test_the_list_of_public_names_is_complete_and_true() -> None:
     assert listed["hyaena.hf"] == set(hf.__all__)
     errors = {name for name, value in vars(hyaena.errors).items() if isinstance(value, type)}
     assert listed["hyaena.errors"] == {name for name in errors if issubclass(getattr(hyaena.errors, name), Exception)}
+
+
+def test_tables_are_whole() -> None:
+    """A row that no header stands above is shown as plain text."""
+    for page in [*pages.PAGES, *(pages.ROOT / "docs" / "log").glob("*.md")]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            header, line, *rows = table.splitlines()
+            assert re.fullmatch(r"\|[ |:-]+\|", line), f"{page.name}: no header above {header[:60]}"
+            cells = {len(re.findall(r"(?<!\\)\|", row)) for row in (header, line, *rows)}
+            assert len(cells) == 1, f"{page.name}: rows of unequal length below {header[:60]}"
+        assert not re.search(r"^[^|\n].*\n\||^\|.*\n[^|\n]", text, re.MULTILINE), f"{page.name}: text beside a table"
+
+
+def test_the_table_of_methods_is_that_of_the_code() -> None:
+    text = (pages.ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| method \|.*\n.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert table is not None
+    rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table[1].splitlines()]
+    assert [row[0].strip("` ") for row in rows] == list(ops.METHODS)
+    for (_, _, cost, memory, documents), (name, method) in zip(rows, ops.METHODS.items(), strict=True):
+        assert cost.startswith(method.cost) and memory == method.memory, name
+        assert documents == ("yes" if method.reset else "document by document"), name
+
+
+def test_every_module_has_a_place() -> None:
+    """In the layout of ``docs/architecture.md``, and every layer in the table of CONTRIBUTING."""
+    layout = (pages.ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## The layout")[1]
+    layout, order = layout.split("Imports go one way")
+    modules = {path.name for path in (pages.ROOT / "src" / "hyaena").iterdir() if not path.name.startswith("_")}
+    for name in modules - {"py.typed"}:
+        assert name in layout.replace("/", " ").split(), f"docs/architecture.md: {name}"
+    contracts = tomllib.loads((pages.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = [layer.split(" | ") for layer in contracts["contracts"][0]["layers"]][1:]
+    listed = " ".join(re.findall(r"^    +(.*)", order, re.MULTILINE)).split(" > ")
+    assert [row.split(", ") for row in listed] == layers
+    table = re.findall(r"^\| (`.*?`) \|", (pages.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [row for row in (re.findall(r"`(\w+)`", row) for row in table) if row in layers] == layers
 
 
 @pytest.mark.integration

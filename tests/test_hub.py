@@ -167,6 +167,9 @@ def test_a_revision_is_refused_where_it_means_nothing() -> None:
     ("name", "words"),
     [
         ("cubb", "no such model: did you mean cub?"),
+        ("sh-7b", "without weights: take togethercomputer/StripedHyena-Hessian-7B"),
+        ("evo-1.5-8k", "without weights: take evo-design/evo-1.5-8k-base"),
+        ("evo2-7b-microviridae", "without weights: take evo-design/evo-2-7b-8k-microviridae"),
         ("./nothing/here", "no such model: name a folder, a weights file, a hub id or cub"),
         ("/a/b/c.safetensors", "no such model"),
         ("runs/model.safetensors", "no such model: name a folder"),

@@ -71,6 +71,10 @@ def test_the_figures_of_the_table_are_those_of_the_pages() -> None:
         ("H100", f"training step, T 32,768, {layers}, packed", "the same", 75786, 1.24),
         ("H200", "scoring 2,000 sequences of 200 to 4,000 tokens: log-probabilities", "bound", 39800, 0.88),
         ("H200", "scoring one sequence of 1,000,000 tokens, layer by layer", "bound", 4124, 0.76),
+        ("H200", "evo2-7b, prefill of 8,192 tokens", "bound", 46872, 0.84),
+        ("H200", "evo2-7b, prefill of 32,768 tokens", "bound", 44535, 0.91),
+        ("H200", "evo2-7b, prefill of 131,072 tokens", "bound", 36046, 0.90),
+        ("H200", "evo2-7b, decoding, batch 1, context 4,096", "bound", 287, 0.93),
         ("", "peak memory growth of one batch of 15 prompts of 10 bytes and one of 24,000, cub", "the short", 67, 0.87),
     )
     table = README.read_text(encoding="utf-8").split("**Measured**")[1].split("![")[0]
@@ -84,5 +88,5 @@ def test_the_figures_of_the_table_are_those_of_the_pages() -> None:
         )
         assert row["ours"]["median"] == pytest.approx(rate, rel=0.05) and f"{rate:,}" in table, what
         assert row["ratio"]["median"] == pytest.approx(ratio, rel=0.05), what
-        shown = {0.96: "96 %", 0.87: "0.87"}.get(ratio, str(ratio))
+        shown = {0.96: "96 %", 0.93: "93 %", 0.87: "0.87"}.get(ratio, str(ratio))
         assert shown in table, what

@@ -23,7 +23,7 @@ from hyaena.adapters import Adapter, merge_adapter, read_adapter
 from hyaena.arguments import as_path
 from hyaena.checkpoints import Checkpoint
 from hyaena.checkpoints.parts import whole_name
-from hyaena.config import ModelConfig
+from hyaena.config import ModelConfig, preset_names
 from hyaena.errors import CheckpointError, InputError
 from hyaena.files import expanded
 from hyaena.formats import read_config
@@ -84,6 +84,9 @@ PUBLISHED: dict[str, Published] = {
     "arcinstitute/evo2_40b": Published(preset="evo2-40b"),
     "evo-design/evo-2-7b-8k-microviridae": Published(preset="evo2-7b-microviridae"),
 }
+
+_PRESET_IDS = {"sh-7b": "togethercomputer/StripedHyena-Hessian-7B"}
+"""Presets whose names are unlike the hub ids of their weights."""
 
 
 def load(
@@ -440,6 +443,9 @@ def _unreachable(hub_id: str) -> str:
 
 
 def _unknown(name: str, path: Path | None = None) -> str:
+    if name in preset_names():
+        found = _PRESET_IDS.get(name) or _near_id(name)
+        return f"no such model: it is the name of a configuration, without weights: take {found}"
     near = _near_id(name) or (None if path is None else _near_path(path))
     hint = f"did you mean {near}?" if near else f"name a folder, a weights file, a hub id or {' or '.join(BUNDLED)}"
     return f"no such model: {hint}"

@@ -313,7 +313,8 @@ def test_of_a_hub_id_only_the_configuration_is_fetched(golden: Path, monkeypatch
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("nothing", "nothing: no such model"),
+        ("nothing", "nothing: no such model: name a folder"),
+        ("evo-1", "evo-1: no such model: did you mean evo-1"),
         ("{tmp}/bad.yml", "bad.yml: "),
         ("{tmp}/empty", "no config.json and no config.yml"),
         ("{tmp}/half", "shards are missing"),

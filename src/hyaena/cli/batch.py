@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
         "--text-key", metavar="KEY", help="the key or column of the text, in JSON lines or Parquet (text)"
     )
     group.add_argument(
-        "--name-key", metavar="KEY", help="that of the name (name, else id, else the record is numbered)"
+        "--name-key", metavar="KEY", help="the key or column of the name (name, else id, else the record's number)"
     )
     group.add_argument(
         "--both-strands", action="store_true", help="texts are DNA: read the other strand, too, and give the means"
@@ -96,7 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
     group = parser.add_argument_group("windows")
     group.add_argument("--window", type=int, metavar="W", help="cut records into windows of W letters, such as 8192")
     group.add_argument(
-        "--overlap", type=int, metavar="O", help="of which O are read as context only, such as 4096 (half of W)"
+        "--overlap",
+        type=int,
+        metavar="O",
+        help="letters of a window that are read as context only, such as 4096 (half of W)",
     )
 
     add_job_arguments(parser, records="records")
@@ -129,7 +132,9 @@ def add_job_arguments(parser: argparse.ArgumentParser, *, records: str) -> None:
         metavar="N",
         help="keep finished rows after every N characters of input, however the job ends (1,048,576)",
     )
-    group.add_argument("--quiet", action="store_true", help="no progress bar (there is none where no terminal is)")
+    group.add_argument(
+        "--quiet", action="store_true", help="no progress bar (there is none where standard error is no terminal)"
+    )
 
 
 def find_files(args: argparse.Namespace) -> Files:

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the configuration of a weights file; without --model, one for random weights, or the name of a preset",
     )
-    group.add_argument("--device", help="cpu, cuda, cuda:1 … (a GPU if there is one)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
     group.add_argument(
         "--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere bfloat16 or as stored)"
     )
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoding",
         default="auto",
         choices=("auto", "eager", "static", "compiled", "cuda_graph"),
-        help="how steps are evaluated (auto)",
+        help="how steps are evaluated, as in generate (auto)",
     )
 
     group = parser.add_argument_group("output, beside the table")

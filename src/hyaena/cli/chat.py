@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyaena.cli.model_options import add_cache_option, choose_device
+from hyaena.cli.model_options import DTYPE_HELP, add_cache_option, choose_device
 from hyaena.errors import SCREEN, HyaenaError, InputError, printable
 from hyaena.extras import require
 from hyaena.files import expanded, write_atomically
@@ -42,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="togethercomputer/StripedHyena-Nous-7B",
         help="a folder or a hub id of a model that learned dialogue (togethercomputer/StripedHyena-Nous-7B)",
     )
-    group.add_argument("--revision", help="the revision of a hub id")
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     group.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter of the model, from PEFT or hyaena")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere as stored)")
+    group.add_argument("--dtype", help=DTYPE_HELP)
     add_cache_option(group)
     group.add_argument("--chat-template", metavar="NAME", help="nous, or a file with a Jinja template")
     group.add_argument("--system", metavar="TEXT", help="the message that stands before the conversation")
@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--top-p", type=float, default=0.95, metavar="P", help="keep tokens that together reach P (0.95)"
     )
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids tokens (1)")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1 avoids tokens that occurred (1)"
+    )
     group.add_argument("--seed", type=int, metavar="S", help="makes answers reproducible")
 
 

@@ -19,10 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", metavar="NAMES", help="tasks, groups or tags of the harness, separated by commas")
     parser.add_argument("--suite", metavar="NAME", help="tasks with published figures, printed beside them: readme")
     parser.add_argument("--include-path", metavar="FOLDER", help="a folder with YAML files of tasks of your own")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in front of each question")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples in front of each question (the task's number)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     parser.add_argument("--batch-size", type=int, metavar="N", help="prompts that are continued together (32)")
-    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a window; the model's maximum if absent")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a window (the model's maximum)")
     parser.add_argument("--output", metavar="FILE", help="write all results as JSON")
 
     group = parser.add_argument_group("model")

@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefix-file", metavar="FILE", help="continue what --save-prefix saved; the prompt, if any, follows it"
     )
     parser.add_argument(
-        "--save-prefix", metavar="FILE", help="save the prompt as it was read, for --prefix-file: it is read once"
+        "--save-prefix", metavar="FILE", help="save what the model remembers of the prompt, for --prefix-file"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most so many (256)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="generate at most N tokens (256)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -67,11 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoding",
         default="auto",
         choices=("auto", "eager", "static", "compiled", "cuda_graph"),
-        help="how tokens are decoded: calls of the model, steps on fixed memory, or those as a CUDA graph (auto)",
+        help="how tokens are decoded: by calls of the model, or by steps on memory that does not move: as they are, "
+        "compiled for a CPU, or as a CUDA graph (auto: one of the last two where it can run, else eager)",
     )
-    group.add_argument(
-        "--max-length", type=int, metavar="N", help="allow N tokens in all; the model's maximum if absent"
-    )
+    group.add_argument("--max-length", type=int, metavar="N", help="allow N tokens in all (the model's maximum)")
     group.add_argument(
         "--prefill-chunk",
         type=int,
@@ -94,9 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allowed", metavar="TEXT", help="only tokens made of these characters, such as ACGT, and the end"
     )
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
-    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep those that together reach P")
-    group.add_argument("--min-p", type=float, default=0.0, metavar="M", help="drop those below M times the best")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens (0: all)")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="keep those that together reach P (1: all)"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="M", help="drop those below M times the best (0: none)"
+    )
     group.add_argument("--seed", type=int, metavar="S", help="makes samples reproducible")
 
     group = parser.add_argument_group("output")
@@ -114,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="N samples of the prompt: with --json the list completions, with --output a record each",
     )
-    group.add_argument("--batch-rows", type=int, metavar="N", help="with --output: so many samples at a time (64)")
+    group.add_argument("--batch-rows", type=int, metavar="N", help="with --output: decode N samples at a time (64)")
     group.add_argument("--echo", action="store_true", help="begin with the prompt")
     group.add_argument("--stats", action="store_true", help="end with times and memory on standard error")
 

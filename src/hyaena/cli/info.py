@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyaena.cli.formatting import binary_bytes, decimal_bytes, short_count
 from hyaena.config import ModelConfig, preset_names
-from hyaena.errors import InputError, printable
+from hyaena.errors import InputError, nearest, printable
 from hyaena.formats import read_config
 from hyaena.schemes import CACHE_DTYPES, SCHEMES
 from hyaena.sizes import ModelSizes
@@ -59,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="the configuration, where it is not beside the weights")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument(
-        "--cache-dtype", choices=("auto", *CACHE_DTYPES), default="auto", help="count keys and values in it (auto)"
+        "--cache-dtype",
+        choices=("auto", *CACHE_DTYPES),
+        default="auto",
+        help="count keys and values in this dtype (auto: the model's)",
     )
     parser.add_argument("--methods", action="store_true", help="instead: the ways to evaluate a long convolution")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -110,6 +113,9 @@ def _find(source: str, config: str | None, revision: str | None) -> tuple[ModelC
 
     from hyaena import checkpoints, hub
 
+    near = nearest(source, preset_names())
+    if near is not None and source not in hub.BUNDLED and not os.path.lexists(source) and not hub.is_hub_id(source):
+        raise InputError(f"{source}: no such model: did you mean {near}?")
     if source not in hub.BUNDLED and os.path.isdir(source) and not checkpoints.has_weights(path):
         if revision is not None:
             raise InputError(f"--revision is for hub ids, and {source} is on this machine: leave it out")

@@ -18,13 +18,19 @@ if TYPE_CHECKING:
     from hyaena.tokenizers import Tokenizer
 
 
+DTYPE_HELP = (
+    "float32, bfloat16, float16, or auto: bfloat16 on a CPU that multiplies it natively (default: float32 on a "
+    "CPU, elsewhere as stored)"
+)
+
+
 def add_model_options(group: argparse._ActionsContainer) -> None:
     """Add the arguments of hub.load: --model, --config, --revision, --device, --dtype, and those of precision."""
     group.add_argument("--model", default="cub", help="a bundled name, a folder, a weights file or a hub id (cub)")
-    group.add_argument("--config", metavar="FILE", help="the configuration of a weights file")
-    group.add_argument("--revision", help="the revision of a hub id")
+    group.add_argument("--config", metavar="FILE", help="the configuration of a weights file, or the name of a preset")
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
-    group.add_argument("--dtype", help="float32, bfloat16, float16 or auto (on a CPU float32, elsewhere as stored)")
+    group.add_argument("--dtype", help=DTYPE_HELP)
     add_precision_options(group)
 
 

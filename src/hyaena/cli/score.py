@@ -21,7 +21,8 @@ HELP = "write log-probabilities of the texts in a file"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     batch.add_arguments(
-        parser, rows="a row per record: name, tokens, predicted, sum, mean, perplexity; or a row per window"
+        parser,
+        rows="a row per record: name, tokens, predicted, sum, mean, perplexity; or a row per window (.bedgraph, too)",
     )
     parser.add_argument(
         "--per-token",

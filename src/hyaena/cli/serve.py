@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="also answer to requests for this host, * for any; may be repeated (for this machine only: localhost and "
-        "--host; else any)",
+        help="also answer to requests for this host, * for any; may be repeated (at an address of this machine only: "
+        "localhost and --host; at others: any)",
     )
 
     group = parser.add_argument_group("memory and scheduling")
@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--max-rows", type=int, default=64, metavar="N", help="requests decoded together (64)")
     group.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests that may wait (256)")
-    group.add_argument("--chunk", type=int, metavar="N", help="tokens of prompts per pass (512 on a CPU)")
+    group.add_argument(
+        "--chunk", type=int, metavar="N", help="tokens of prompts per pass (as --prefill-chunk of generate)"
+    )
     group.add_argument(
         "--decoding",
         default="auto",

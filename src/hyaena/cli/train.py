@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-seconds", type=_seconds, metavar="S", help="stop after S seconds with a checkpoint to resume from"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
     parser.add_argument(
         "--set",
         action="append",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace one entry of the YAML file, for example --set optim.lr=1e-3 (repeatable)",
     )
     parser.add_argument(
-        "--quiet", action="store_true", help="no progress bar (there is none where the standard error is no terminal)"
+        "--quiet", action="store_true", help="no progress bar (there is none where standard error is no terminal)"
     )
 
 

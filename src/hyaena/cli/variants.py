@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="windows begin at multiples of N, so that neighbouring variants share them (1: each in its middle)",
+        help="windows begin at multiples of N, so that neighbouring variants share them (1: every variant in the "
+        "middle of its window)",
     )
     parser.add_argument(
         "--both-strands", action="store_true", help="read the reverse complement, too, and give the means"

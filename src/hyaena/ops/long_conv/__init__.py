@@ -150,7 +150,7 @@ METHODS: dict[str, Method] = {
         summary="the first W taps only; reports the energy that it drops",
         state="window",
         exact=False,
-        reset=True,
+        reset=False,
         cost="O((T+W) log(T+W))",
         memory="O(T+W)",
     ),
