@@ -221,6 +221,8 @@ class Decoder:
     def _read_anew(self) -> None:
         """Take the model as it is now: other weights, another dtype, adapters, hooks."""
         self._check_model()
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # graphs that still run are about to go
         self._forget()
         self.static.renew_rotary()
         self.parts = Parts(self.model)
