@@ -232,6 +232,41 @@ def test_rows_that_are_refused_leave_the_tables_of_recorded_steps_alone() -> Non
     assert other.lengths == [1]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_step_that_raises_halfway_is_not_gone_on_from(compiled: bool) -> None:
+    """The first layers have moved on and the last have not: tokens would be of no text at all."""
+
+    class Failing(nn.Linear):
+        fails = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fails:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model = spread(CONFIGS["sh"])
+    layer = model.layers[1].mlp.up_proj
+    layer.__class__ = Failing
+    operators = choose_operators(model, compiled=compiled)
+    decoder = decoder_of(model, *prompts(model), operators)
+    wanted = []
+    for _ in range(3):
+        decoder.launch()
+        wanted.append(decoder.fetch().tokens)
+    layer.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        decoder.launch()
+    layer.fails = False
+    for use in (decoder.launch, decoder.cache, lambda: decoder.snapshot_states(0), lambda: decoder.keep([0, 1])):
+        with pytest.raises(InputError, match="broken off"):
+            use(), decoder.launch()
+    decoder.keep([])
+    decoder.add(*prompts(model, LENGTHS), [SamplingParams()] * 3, [SamplingParams().generator()] * 3)
+    for tokens in wanted:
+        decoder.launch()
+        assert decoder.fetch().tokens == tokens
+
+
 def generate(model: StripedHyena, **options) -> list[int]:
     return hyaena.generate(model, ByteTokenizer(259), "ab", max_new_tokens=12, stop_at_eos=False, **options).tokens
 

@@ -111,6 +111,7 @@ class Decoder:
             self.sampler = GraphSampler(places, model.config.vocab_size, top=top, device=model.device)
             self.ids = torch.zeros(places, dtype=torch.int64, device=model.device)
         self.retired: set[int] = set()
+        self._broken_off = False  # a step has raised
         self.graphs: dict[Shape, Graph] = {}
         self.steps: dict[tuple[int, bool], Callable[[], Tensor]] = {}  # by places and greedy, as operators take them
         # The greedy ones that were recorded, by rows, and where they leave their outputs: they call nothing of torch.
@@ -165,7 +166,9 @@ class Decoder:
         Raises:
             CapacityError: a row that is not retired has reached its limit; nothing was started.
             UnsupportedError: the model was changed, and has parts now that a step would not call.
+            InputError: there are no rows, or an earlier step was broken off.
         """
+        self._check_whole()
         for row, (length, room) in enumerate(zip(self.static.lengths, self.static.rooms, strict=True)):
             if length >= room and row not in self.retired:
                 raise CapacityError(self._full(row))
@@ -173,6 +176,7 @@ class Decoder:
             raise InputError("the decoder has no rows: add some")
         if not self.parts.unchanged():
             self._read_anew()
+        self._broken_off = True
         if self.rows in self.repeated and self.sampler.greedy and self.static.uploaded:
             again, numbers = self.repeated[self.rows]
             again()
@@ -180,6 +184,7 @@ class Decoder:
             self.pending.append(lambda: output)
         else:
             self._start()
+        self._broken_off = False
         self.static.lengths = list(map(min, [length + 1 for length in self.static.lengths], self.static.limits))
 
     @torch.inference_mode()
@@ -192,6 +197,14 @@ class Decoder:
             return
         output = StepOutput.unpack(self._step(self._shape()))
         self.pending.append(lambda: output)
+
+    def _check_whole(self) -> None:
+        """Refuse states of which some are those before a step and some those behind it."""
+        if self._broken_off:
+            raise InputError(
+                "a step was broken off, and has moved some states and not others: drop all rows (keep([])) and add "
+                "them again"
+            )
 
     def _check_model(self) -> None:
         reason = self.model.unsupported_reason() or (_no_graphs(self.model) if self.cuda_graph else None)
@@ -208,6 +221,8 @@ class Decoder:
     def _read_anew(self) -> None:
         """Take the model as it is now: other weights, another dtype, adapters, hooks."""
         self._check_model()
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # graphs that still run are about to go
         self._forget()
         self.static.renew_rotary()
         self.parts = Parts(self.model)
@@ -273,6 +288,7 @@ class Decoder:
         """Copy the states of a row as the last step that was launched leaves them, see ``Cache.snapshot_states``."""
         if row in self.retired:
             raise InputError(f"row {row} was retired: take snapshots of rows that still decode")
+        self._check_whole()
         return self.static.cache().snapshot_states(row)
 
     @torch.inference_mode()
@@ -285,9 +301,11 @@ class Decoder:
         self.sampler.keep(rows)
         move_rows(self.ids, rows)
         self.retired = {place for place, row in enumerate(rows) if row in self.retired}
+        self._broken_off = self._broken_off and self.rows > 0
 
     def cache(self) -> Cache:
         """An ordinary cache of the rows, over the same storage: valid until the next step."""
+        self._check_whole()
         return self.static.cache()
 
     def _check_rows(

@@ -8,6 +8,9 @@ from operator import is_
 
 from torch import Tensor, nn
 
+PLAIN = (Tensor, nn.Parameter)
+"""Types of tensors that surely have an address."""
+
 
 class Parts:
     """The modules and tensors of a model at one moment, and how many hooks there were.
@@ -22,7 +25,7 @@ class Parts:
         self._tables = [table for table in tables if table]
         self._hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
         self._values = list(self._now())
-        self._tensors = [t for t in self._values if type(t) in (Tensor, nn.Parameter)]
+        self._tensors = [t for t in self._values if isinstance(t, Tensor) and type(t) in PLAIN]
         self._memory = [t.untyped_storage() for t in self._tensors]
         self._places = self._addresses()
         self._counts = self._sizes()

@@ -158,6 +158,8 @@ class ShortPasses:
         counts, rows = [len(row) for row in ids], len(ids)
         stops = [sorted(snapshots.stops.get(row, ())) if snapshots is not None else [] for row in range(rows)]
         if not self.parts.unchanged():
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)  # graphs that still run are about to go
             self._read_anew()
         shape = PackedShape(
             next(n for n in TOKENS if n >= sum(counts)),
