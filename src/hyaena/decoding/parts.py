@@ -11,6 +11,9 @@ from torch import Tensor, nn
 PLAIN = (Tensor, nn.Parameter)
 """Types of tensors that surely have an address."""
 
+END = object()
+"""Stands behind all parts: where there are more or fewer than before, it is compared with another."""
+
 
 class Parts:
     """The modules and tensors of a model at one moment, and how many hooks there were.
@@ -22,27 +25,20 @@ class Parts:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
-        self._tables = [table for table in tables if table]
-        self._hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._tables = [table for table in (*tables, *hooks) if table]
+        self._empty = [table for table in hooks if not table]  # modules and tensors are named where there are some
         self._values = list(self._now())
         self._tensors = [t for t in self._values if isinstance(t, Tensor) and type(t) in PLAIN]
         self._memory = [t.untyped_storage() for t in self._tensors]
         self._places = self._addresses()
-        self._counts = self._sizes()
 
     def unchanged(self) -> bool:
         """Whether the model still has these parts alone, each where it was."""
-        return (
-            self._sizes() == self._counts
-            and all(map(is_, self._now(), self._values))
-            and self._addresses() == self._places
-        )
+        return not any(self._empty) and all(map(is_, self._now(), self._values)) and self._addresses() == self._places
 
     def _now(self) -> Iterator[object]:
-        return chain.from_iterable(map(dict.values, self._tables))
-
-    def _sizes(self) -> tuple[int, int]:
-        return sum(map(len, self._tables)), sum(map(len, self._hooks))
+        return chain(chain.from_iterable(map(dict.values, self._tables)), (END,))
 
     def _addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._tensors))
