@@ -68,8 +68,9 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         for key in self.keys:
-            if not re.fullmatch("[!-~]([ -~]*[!-~])?", key):  # not shown: it may be a good one with a line feed behind it
-                raise InputError("a key has a space at an end, line feeds or letters outside ASCII, or is empty: choose another")
+            if not re.fullmatch("[!-~]([ -~]*[!-~])?", key):
+                why = "has a space at an end, line feeds or letters outside ASCII, or is empty"
+                raise InputError(f"a key {why}: choose another")  # not shown: it may be a good one and a line feed
         for origin in self.allow_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise InputError(
