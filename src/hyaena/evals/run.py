@@ -75,7 +75,7 @@ def find_tasks(names: Sequence[str], include_path: str | PathLike[str] | None = 
 
 
 def check_options(**options: int | None) -> None:
-    """Check the numbers that ``evaluate`` takes; None stands for what the tasks or the model have.
+    """Check the numbers that ``evaluate`` takes; None leaves the choice to the tasks or the model.
 
     Raises:
         InputError: one is out of range.
