@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyaena.cli.formatting import json_file
 from hyaena.cli.model_options import add_precision_options, choose_device
 from hyaena.errors import InputError
 from hyaena.files import check_place, write_atomically
@@ -138,9 +138,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _write_json(path: Path, known: dict[str, Any]) -> None:
     document = {"command": shlex.join(["hyaena", *sys.argv[1:]]), **known}
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    # Bytes of the command that are no UTF-8 are surrogates, which JSON escapes in the same way.
-    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+    content = json_file(document)
+    write_atomically(path, lambda file: file.write(content))
 
 
 def _show(text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import queue
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyaena.cli.formatting import json_file
 from hyaena.cli.model_options import DTYPE_HELP, add_cache_option, choose_device
 from hyaena.errors import SCREEN, HyaenaError, InputError, printable
 from hyaena.extras import require
@@ -193,9 +193,8 @@ class Chat:
         Raises:
             HyaenaError: the file cannot be written.
         """
-        text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n"
-        # Typed bytes that are no UTF-8 are surrogates, which JSON escapes in the same way.
-        write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+        content = json_file({"messages": self.messages})
+        write_atomically(path, lambda file: file.write(content))
 
 
 def converse(chat: Chat, read_line: Callable[[str], str]) -> int:

@@ -45,6 +45,14 @@ def json_text(document: Any) -> str:
     return json.dumps(_finite(document), indent=2, allow_nan=False)
 
 
+def json_file(document: Any) -> bytes:
+    """A document as the content of a JSON file, indented, in UTF-8.
+
+    Surrogates, by which Python shows bytes that are no UTF-8, are escaped as JSON escapes them.
+    """
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -16,7 +16,7 @@ END = object()
 
 
 class Parts:
-    """The modules and tensors of a model at one moment, and how many hooks there were.
+    """The modules, tensors and hooks of a model at one moment.
 
     To compare takes some microseconds, so it is done before each step. Numbers that were changed in place are no
     change: steps read them where they are. Their memory is kept, so that no other numbers can lie at an address.

@@ -63,10 +63,8 @@ class QuantizedLinear(nn.Module):
         Raises:
             InputError: see ``round_weight``; or moments of other inputs.
         """
-        if moments is None:
-            found = round_weight(weight, self.scheme)  # of single squares it tells nothing
-            found = feed_back(weight, found, self.scheme, expected_moments(weight, ESTIMATED))
-        else:
+        squares = None  # of which the weight tells nothing
+        if moments is not None:
             blocks, size = moments.shape[:2] if moments.ndim == 3 else (0, 0)
             if not 0 <= blocks * size - weight.shape[1] < max(blocks, 1) or moments.shape[2] != size:
                 raise InputError(
@@ -74,8 +72,9 @@ class QuantizedLinear(nn.Module):
                     "quant.collect_moments of this model"
                 )
             squares = moments.diagonal(dim1=1, dim2=2).flatten()[: weight.shape[1]]
-            found = feed_back(weight, round_weight(weight, self.scheme, squares), self.scheme, moments)
-        self.codes, self.scale, self.minimum, _ = found
+        rounded = round_weight(weight, self.scheme, squares)
+        known = expected_moments(weight, ESTIMATED) if moments is None else moments
+        self.codes, self.scale, self.minimum, _ = feed_back(weight, rounded, self.scheme, known)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.scheme.name}"
