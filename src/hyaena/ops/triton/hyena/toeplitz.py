@@ -24,6 +24,7 @@ import triton.language as tl
 
 from hyaena.ops.triton.common import convolve, load_taps
 from hyaena.ops.triton.hyena.direct import thirds
+from hyaena.ops.triton.hyena.words import stack
 
 MOST_SHORT_TAPS = 5
 """Steps before a lane's four must be another lane's."""
@@ -78,19 +79,31 @@ def from_lane(x, lane, EMULATED: tl.constexpr):
 
 
 @triton.jit
+def number_of(words, which, lane, odd):
+    """Numbers of a factor [.,.,.], float32: one of a lane's words, and a half of it."""
+    COUNT: tl.constexpr = len(words)
+    every = tl.reshape(stack(words, COUNT), (words[0].shape[0] * COUNT,))
+    at = lane * COUNT + which
+    word = tl.reshape(tl.gather(every, tl.reshape(at, (at.shape[0] * at.shape[1] * at.shape[2],)), 0), at.shape)
+    return tl.where(odd, half(word, True), half(word, False))
+
+
+@triton.jit
 def multiply(a, b, c, EMULATED: tl.constexpr):
     """``c + a·b`` by mma.m16n8k16: tuples of 4 and 2 words of bfloat16, and of 4 float32."""
     if EMULATED:
-        lane = tl.arange(0, a[0].shape[0])
-        warp = lane // 32 * 32
-        for k in tl.static_range(16):
-            left = warp + lane % 32 // 4 * 4 + k % 8 // 2
-            even = half(tl.gather(a[k // 8 * 2], left, 0), k % 2)
-            odd = half(tl.gather(a[k // 8 * 2 + 1], left, 0), k % 2)
-            right = warp + lane % 4 * 8 + k % 8 // 2
-            x = half(tl.gather(b[k // 8], right, 0), k % 2)
-            y = half(tl.gather(b[k // 8], right + 4, 0), k % 2)
-            c = (c[0] + even * x, c[1] + even * y, c[2] + odd * x, c[3] + odd * y)
+        WARPS: tl.constexpr = a[0].shape[0] // 32
+        warp = tl.arange(0, WARPS)[:, None, None] * 32
+        m = tl.arange(0, 16)[None, :, None]
+        k = tl.arange(0, 16)[None, None, :]
+        x = number_of(a, k // 8 * 2 + m // 8, warp + m % 8 * 4 + k % 8 // 2, k % 2 == 1)
+        n = tl.arange(0, 8)[None, None, :]
+        y = number_of(b, m // 8 + n * 0, warp + n * 4 + m % 8 // 2, m % 2 == 1)
+        product = tl.reshape(tl.dot(x, y, input_precision="ieee"), (WARPS * 128,))
+        lane = tl.arange(0, WARPS * 32)
+        at = lane // 32 * 128 + lane % 32 // 4 * 8 + lane % 4 * 2
+        first = c[0] + tl.gather(product, at, 0), c[1] + tl.gather(product, at + 1, 0)
+        c = first + (c[2] + tl.gather(product, at + 64, 0), c[3] + tl.gather(product, at + 65, 0))
     else:
         c = tl.inline_asm_elementwise(
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
