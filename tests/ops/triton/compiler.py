@@ -68,7 +68,9 @@ def many_modes() -> None:
         modal_launch.forward_products(operands)
         modal_backward_launch.backward_products(numbers(1, LENGTH, WIDTH), None, operands)
         segments_launch.forward_in_registers(operands)
-        segments_launch.backward_in_registers(numbers(1, LENGTH, WIDTH), None, operands)
+    pairs = torch.zeros(WIDTH, 4, 2)
+    operands = modal_launch.Operands(z, weight, None, pairs, pairs, numbers(WIDTH), None, None, None, None, False)
+    segments_launch.backward_in_registers(numbers(1, LENGTH, WIDTH), None, operands)
 
 
 def packed() -> None:

@@ -61,8 +61,8 @@ def backward(
     dy: Tensor, dshort: Tensor | None, dlong: Tensor | None, operands: Operands, *, parameters: bool = True
 ) -> Gradients:
     """``launch.backward`` by the kernels that suit the problem."""
-    if segments_launch.takes_registers_back(operands, dlong, parameters=parameters):
-        return segments_launch.backward_in_registers(dy, dshort, operands)
+    if segments_launch.takes_registers_back(operands, dlong):
+        return segments_launch.backward_in_registers(dy, dshort, operands, parameters=parameters)
     if takes_products(operands, dlong):
         return backward_products(dy, dshort, operands, parameters=parameters)
     return launch.backward(dy, dshort, dlong, operands, parameters=parameters)

@@ -26,34 +26,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.common import convolve
+from hyaena.ops.triton.common import convolve, pole
 from hyaena.ops.triton.hyena.direct import thirds
 from hyaena.ops.triton.hyena.forward import move
-from hyaena.ops.triton.hyena.modal import powers
 from hyaena.ops.triton.hyena.segments_lanes import (
     TILE,
     add_lane,
     add_states,
     as_factors,
-    in_rows,
+    decays_of,
     in_steps,
+    leaves_of,
     load_before_tile,
-    load_tile,
+    load_filters,
     move_lanes,
     multiply_local,
     multiply_terms,
+    pack_steps,
     products,
     split,
+    zeros,
+)
+from hyaena.ops.triton.hyena.segments_shared import (
+    copy_entries,
+    copy_quads,
+    copy_tile,
+    end_group,
+    every_lane,
+    kernel,
+    make_room,
+    out_shared,
+    plain_shared,
+    read_entry,
+    read_quads,
+    read_tile,
     store_tile,
-    to_lanes,
+    tile_shared,
+    wait_groups,
+    write_tile,
 )
-from hyaena.ops.triton.hyena.segments_tables import (
-    load_entry,
-    load_leaves,
-    load_terms,
-    read_decays,
-)
-from hyaena.ops.triton.hyena.toeplitz import from_lane, half, load_filters
+from hyaena.ops.triton.hyena.toeplitz import from_lane, half
 
 
 @triton.jit
@@ -97,12 +109,12 @@ def find_states(w, enter, decays, carry, lane, REAL: tl.constexpr, EMULATED: tl.
             leaves of p^256.
         carry: the state before the tile, in the first four lanes, zero in the others.
     """
-    none = tl.zeros_like(carry[0])
+    none = zeros(lane)
     a, b, c, d = multiply_terms(w, enter, (none, none, none, none), EMULATED)
     re, im = move(decays[0], a, b, c, d, REAL)  # what two segments add
     re, im = move(decays[1], carry[0], carry[1], re, im, REAL)
     for k in tl.static_range(3):
-        distance = tl.full(lane.shape, 4 << k, tl.int32)
+        distance = lane * 0 + (4 << k)
         re, im = add_lane(decays[k + 1], re, im, distance, lane, False, REAL, EMULATED)
     first_re = move_lanes(re, carry[0], lane, 4, False, EMULATED)
     first_im = move_lanes(im, carry[1], lane, 4, False, EMULATED)
@@ -127,30 +139,69 @@ def keep_steps(w, keep, start, low, T, lane, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def finish(z_1, z_0, short_1, short_0, keep, poles, enter, decays, filters1, filters0, carry, count, T, word, first,
-           lane, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr, REAL: tl.constexpr,
-           HAS_SHORT: tl.constexpr, HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+def read_decays(room, decays, owner, place, lane, STRIDE: tl.constexpr, WARPS: tl.constexpr, EMULATED: tl.constexpr):
+    """The ``decays`` of ``find_states`` of four modes of a channel, the ``place``-th of those that the warp owns."""
+    a = read_quads(room, decays, owner, STRIDE, 3 * place, lane, WARPS, EMULATED)
+    b = read_quads(room, decays, owner, STRIDE, 3 * place + 1, lane, WARPS, EMULATED)
+    c = read_quads(room, decays, owner, STRIDE, 3 * place + 2, lane, WARPS, EMULATED)
+    return decays_of(a, b, c)
+
+
+@triton.jit
+def read_leaves(entries, at, block, tables, channel, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr, lane,
+                QUADS: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+    """R of a block of eight modes, or its counterpart of the way back; ``at`` is the entry of H."""
+    at += 1 + 2 * block
+    first = read_entry(entries, at, tables, channel, FROM, COUNT, EACH, lane, WORDS, EMULATED)
+    second = first
+    if QUADS > 1:
+        second = read_entry(entries, at + 1, tables, channel, FROM, COUNT, EACH, lane, WORDS, EMULATED)
+    return leaves_of(first, second, QUADS)
+
+
+@triton.jit
+def raise_poles(poles, channel, mode, exponent, N: tl.constexpr, REAL: tl.constexpr):
+    """``p^exponent``, exponents below TILE, by squaring in float64."""
+    re, im = pole(poles, (channel * N + mode) * 2, mode < N, REAL)
+    out_re = tl.where(exponent % 2 == 1, re, 1.0)
+    out_im = tl.where(exponent % 2 == 1, im, 1.0 if REAL else 0.0)
+    for k in tl.static_range(7):
+        odd = (exponent >> (k + 1)) % 2 == 1
+        if REAL:
+            re, im = re * re, im * im
+            out_re = tl.where(odd, out_re * re, out_re)
+            out_im = tl.where(odd, out_im * im, out_im)
+        else:
+            re, im = re * re - im * im, 2.0 * re * im
+            new_re = tl.where(odd, out_re * re - out_im * im, out_re)
+            out_im = tl.where(odd, out_re * im + out_im * re, out_im)
+            out_re = new_re
+    return out_re.to(tl.float32), out_im.to(tl.float32)
+
+
+@triton.jit
+def finish(words1, words0, before1, before0, keep, poles, tables, decays, rooms, filters1, filters0, carry, count, T,
+           word, lane, N: tl.constexpr, WORDS: tl.constexpr, REAL: tl.constexpr,
+           HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """The state after the last ``count`` steps, fewer than a tile: from the tile that ends with T, zero before them."""
-    ROW: tl.constexpr = 3 * D // 2
     QUADS: tl.constexpr = len(carry) // 2
-    start = T - TILE
-    words1 = to_lanes(load_tile(z_1, start, T, first, keep, ROW, WORDS, HAS_MASK))
-    words0 = to_lanes(load_tile(z_0, start, T, first, keep, ROW, WORDS, HAS_MASK))
-    before1 = load_before_tile(z_1 + word, short_1, keep, start, K - 1, ROW, HAS_SHORT, HAS_MASK)
-    before0 = load_before_tile(z_0 + word, short_0, keep, start, K - 1, ROW, HAS_SHORT, HAS_MASK)
+    ENTRIES: tl.constexpr = 1 + 2 * QUADS
     us1 = filter_segments(words1, before1, filters1, lane, EMULATED)
     us0 = filter_segments(words0, before0, filters0, lane, EMULATED)
-    none = tl.zeros(lane.shape, tl.float32)
+    none = zeros(lane)
     after = ()
     for e in tl.static_range(2):
-        w = as_factors(keep_steps(products(us1[e], us0[e]), keep, start, T - count, T, lane, HAS_MASK), EMULATED)
+        w = products(us1[e], us0[e])
+        w = as_factors(keep_steps(w, keep, T - TILE, T - count, T, lane, HAS_MASK), EMULATED)
         for q in tl.static_range(QUADS):
             before = carry[e * QUADS + q]
             mode = 4 * q + lane % 4
-            _, end = find_states(w, enter[e * QUADS + q], decays[e * QUADS + q], (none, none), lane, REAL, EMULATED)
-            re, im = powers(poles, word * 2 + e, mode, count + tl.zeros_like(mode), D, N, 8, REAL)
-            decay = (re.to(tl.float32), im.to(tl.float32))
-            after = after + (move(decay, before[0], before[1], end[0], end[1], REAL),)
+            at = e * ENTRIES + 1 + QUADS + q
+            enter = read_entry(rooms[0], at, tables, word * 2 + e, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
+            decay = read_decays(rooms[1], decays, word, e * QUADS + q, lane, QUADS * 96, WORDS, EMULATED)
+            _, end = find_states(w, (enter[0:2], enter[2:4]), decay, (none, none), lane, REAL, EMULATED)
+            step = raise_poles(poles, word * 2 + e, mode, count + lane * 0, N, REAL)
+            after = after + (move(step, before[0], before[1], end[0], end[1], REAL),)
     return after
 
 
@@ -166,72 +217,75 @@ def store_states(to, states, word, lane, D: tl.constexpr, N: tl.constexpr):
             tl.store(at + 1, states[e * QUADS + q][1], mask=(lane < 4) & (mode < N))
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel(do_not_specialize=["T"])
 def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long, keep, y, long_out, T,
                             REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                            WORDS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHORT: tl.constexpr,
-                            HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+                            WORDS: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
+                            HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr,
+                            EMULATED: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of WORDS words, rows); a warp for every word.
 
     ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of two numbers, ``keep`` uint8 [B,T]; T is at least a tile. The
-    tables stay in registers, and so do the words of the next tile, loaded before the work on this one.
+    tables, of one direction, lie in shared memory, and STAGES tiles are on their way there.
     """
     ROW: tl.constexpr = 3 * D // 2
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
     BLOCKS: tl.constexpr = (QUADS + 1) // 2
     ENTRIES: tl.constexpr = 1 + 2 * QUADS
-    index = tl.arange(0, 32 * WORDS)
-    lane = index % 32
+    lane = every_lane(WORDS, EMULATED)
     first = tl.program_id(0) * WORDS
-    word = first + index // 32
+    word = first + lane // 32
+    lane = lane % 32
     row = tl.program_id(1).to(tl.int64)
     z_2, z_1, z_0 = thirds(z + row * T * ROW, ROW)
     short_2, short_1, short_0 = thirds(short + row * (K - 1) * ROW + word, ROW)
     y += row * T * (D // 2)
     keep += row * T
     T = tl.cast(T, tl.int32)
+    tiles = (T + TILE - 1) // TILE
 
+    entries = make_room((2 * ENTRIES, 32 * WORDS, 4), plain_shared(2), EMULATED)
+    quads = make_room((6 * QUADS, WORDS, 4, 4), plain_shared(3), EMULATED)
+    room2 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)  # between copies to one room are barriers
+    room1 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
+    room0 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
+    out = make_room((1, 256, WORDS), out_shared(WORDS), EMULATED)
+    copy_entries(entries, tables, first, 0, ENTRIES, ENTRIES, WORDS, WORDS, EMULATED)
+    copy_quads(quads, decays + first * (QUADS * 96), QUADS * 96, 6 * QUADS, WORDS, WORDS, EMULATED)
+    for i in tl.static_range(STAGES):
+        copy_tile(room1, i, z_1, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_tile(room0, i, z_0, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_tile(room2, i, z_2, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        end_group(EMULATED)
     filters2 = load_filters(weight, bias, word, K, HAS_BIAS)
     filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)
     filters0 = load_filters(weight, bias, D + word, K, HAS_BIAS)
-    local = ()
-    enter = ()
-    leave = ()
-    decay = ()
-    carry = ()
-    for e in tl.static_range(2):
-        channel = word * 2 + e
-        local = local + (load_entry(tables, channel * ENTRIES, lane, EMULATED),)
-        for q in tl.static_range(QUADS):
-            enter = enter + (load_terms(tables, channel * ENTRIES + 1 + q, lane, EMULATED),)
-            decay = decay + (read_decays(decays, channel * QUADS + q, lane, EMULATED),)
-            re = tl.zeros(lane.shape, tl.float32)
-            im = tl.zeros(lane.shape, tl.float32)
-            if HAS_LONG:
-                mode = 4 * q + lane % 4
-                at = long + row * D * N * 2 + (channel * N + mode) * 2
-                re = tl.load(at, mask=(lane < 4) & (mode < N), other=0.0)
-                im = tl.load(at + 1, mask=(lane < 4) & (mode < N), other=0.0)
-            carry = carry + ((re, im),)
-        for q in tl.static_range(BLOCKS):
-            leave = leave + (load_leaves(tables, channel * ENTRIES + 1 + QUADS + 2 * q, lane, QUADS, EMULATED),)
-
     before2 = load_before_tile(z_2 + word, short_2, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
     before1 = load_before_tile(z_1 + word, short_1, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
     before0 = load_before_tile(z_0 + word, short_0, keep, 0, K - 1, ROW, HAS_SHORT, HAS_MASK)
-    next1 = load_tile(z_1, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
-    next0 = load_tile(z_0, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
-    next2 = load_tile(z_2, 0, T, first, keep, ROW, WORDS, HAS_MASK, True)
-    for start in tl.range(0, T, TILE, num_stages=1):
-        tile1 = next1
-        tile0 = next0
-        tile2 = next2
-        next1 = load_tile(z_1, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
-        next0 = load_tile(z_0, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
-        next2 = load_tile(z_2, start + TILE, T, first, keep, ROW, WORDS, HAS_MASK, True)
-        words1 = to_lanes(tile1)
-        words0 = to_lanes(tile0)
-        words2 = to_lanes(tile2)
+    carry = ()
+    for e in tl.static_range(2):
+        for q in tl.static_range(QUADS):
+            re = zeros(lane)
+            im = zeros(lane)
+            if HAS_LONG:
+                mode = 4 * q + lane % 4
+                given = long + row * D * N * 2 + ((word * 2 + e) * N + mode) * 2
+                re = tl.load(given, mask=(lane < 4) & (mode < N), other=0.0)
+                im = tl.load(given + 1, mask=(lane < 4) & (mode < N), other=0.0)
+            carry = carry + ((re, im),)
+
+    for i in range(0, tiles):
+        start = i * TILE
+        wait_groups(STAGES - 1, EMULATED)
+        words1 = read_tile(room1, i % STAGES, z_1, start, T, word, lane, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        words0 = read_tile(room0, i % STAGES, z_0, start, T, word, lane, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        words2 = read_tile(room2, i % STAGES, z_2, start, T, word, lane, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        ahead = start + STAGES * TILE
+        copy_tile(room1, i % STAGES, z_1, ahead, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_tile(room0, i % STAGES, z_0, ahead, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_tile(room2, i % STAGES, z_2, ahead, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        end_group(EMULATED)
         us1 = filter_segments(words1, before1, filters1, lane, EMULATED)
         us0 = filter_segments(words0, before0, filters0, lane, EMULATED)
         us2 = filter_segments(words2, before2, filters2, lane, EMULATED)
@@ -242,23 +296,30 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
         ys = ()
         after = ()
         for e in tl.static_range(2):
+            channel = word * 2 + e
             w = products(us1[e], us0[e])
             if HAS_MASK:
                 w = keep_steps(w, keep, start, 0, T, lane, True)
             w = as_factors(w, EMULATED)
-            low, high = multiply_local(w, local[e], EMULATED)
-            for q in tl.static_range(BLOCKS):
+            at = e * ENTRIES
+            local = read_entry(entries, at, tables, channel, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
+            low, high = multiply_local(w, local, EMULATED)
+            for b in tl.static_range(BLOCKS):
                 terms = ()
-                for i in tl.static_range(2 if QUADS > 1 else 1):
-                    begin = carry[e * QUADS + 2 * q + i]
-                    s, end = find_states(
-                        w, enter[e * QUADS + 2 * q + i], decay[e * QUADS + 2 * q + i], begin, lane, REAL, EMULATED
-                    )
+                for j in tl.static_range(2 if QUADS > 1 else 1):
+                    begin = carry[e * QUADS + 2 * b + j]
+                    at_g = at + 1 + QUADS + 2 * b + j
+                    enter = read_entry(entries, at_g, tables, channel, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
+                    decay = read_decays(quads, decays, word, e * QUADS + 2 * b + j, lane, QUADS * 96, WORDS, EMULATED)
+                    s, end = find_states(w, (enter[0:2], enter[2:4]), decay, begin, lane, REAL, EMULATED)
                     re = tl.where(whole, end[0], begin[0])
                     im = tl.where(whole, end[1], begin[1])
                     after = after + ((re, im),)
                     terms = terms + split(s[0], s[1], EMULATED) + split(s[2], s[3], EMULATED)
-                low, high = add_states(low, high, terms, leave[e * BLOCKS + q], EMULATED)
+                leave = read_leaves(
+                    entries, at, b, tables, channel, 0, ENTRIES, ENTRIES, lane, QUADS, WORDS, EMULATED
+                )
+                low, high = add_states(low, high, terms, leave, EMULATED)
             ys = ys + (in_steps(low, high),)
         carry = after
         even = products(ys[0], us2[0])
@@ -266,57 +327,22 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
         if HAS_MASK:
             even = keep_steps(even, keep, start, 0, T, lane, True)
             odd = keep_steps(odd, keep, start, 0, T, lane, True)
-        store_tile(y, start, T, first, even, odd, D // 2, WORDS, EMULATED)
+        write_tile(out, 0, pack_steps(even, odd, EMULATED), y, start, T, word, lane, D // 2, WORDS, EMULATED)
+        store_tile(out, 0, y, start, T, first, D // 2, WORDS, EMULATED)
 
     count = T % TILE
     if count > 0:
-        carry = finish(z_1, z_0, short_1, short_0, keep, poles, enter, decay, filters1, filters0, carry, count, T,
-                       word, first, lane, D, N, K, WORDS, REAL, HAS_SHORT, HAS_MASK, EMULATED)  # fmt: skip
+        start = T - TILE
+        wait_groups(0, EMULATED)
+        copy_tile(room1, 0, z_1, start, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_tile(room0, 0, z_0, start, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        end_group(EMULATED)
+        wait_groups(0, EMULATED)
+        words1 = read_tile(room1, 0, z_1, start, T, word, lane, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        words0 = read_tile(room0, 0, z_0, start, T, word, lane, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        before1 = load_before_tile(z_1 + word, short_1, keep, start, K - 1, ROW, HAS_SHORT, HAS_MASK)
+        before0 = load_before_tile(z_0 + word, short_0, keep, start, K - 1, ROW, HAS_SHORT, HAS_MASK)
+        carry = finish(words1, words0, before1, before0, keep, poles, tables, decays, (entries, quads), filters1,
+                       filters0, carry, count, T, word, lane, N, WORDS, REAL, HAS_MASK,
+                       EMULATED)  # fmt: skip
     store_states(long_out + row * D * N * 2, carry, word, lane, D, N)
-
-
-@triton.jit(do_not_specialize=["T"])
-def segments_states_kernel(z, weight, bias, tables, decays, states, T, REAL: tl.constexpr, D: tl.constexpr,
-                           N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
-                           HAS_BIAS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
-    """The states [B,tiles,D,N,2] before every tile, from a zero state, without padding; grid and z as above.
-
-    The tables are those of both directions. The words of STAGES tiles are under way together.
-    """
-    ROW: tl.constexpr = 3 * D // 2
-    QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
-    ENTRIES: tl.constexpr = 1 + 2 * QUADS
-    index = tl.arange(0, 32 * WORDS)
-    lane = index % 32
-    first = tl.program_id(0) * WORDS
-    word = first + index // 32
-    row = tl.program_id(1).to(tl.int64)
-    z_1 = z + row * T * ROW + ROW // 3
-    z_0 = z_1 + ROW // 3
-    T = tl.cast(T, tl.int32)
-    states += row * ((T + TILE - 1) // TILE) * (D * N * 2)
-    filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)
-    filters0 = load_filters(weight, bias, D + word, K, HAS_BIAS)
-    none = tl.zeros(lane.shape, tl.float32)
-    carry = ()
-    for _ in tl.static_range(2 * QUADS):
-        carry = carry + ((none, none),)
-    before1 = load_before_tile(z_1 + word, z, z, 0, K - 1, ROW, False, False)
-    before0 = load_before_tile(z_0 + word, z, z, 0, K - 1, ROW, False, False)
-    for start in tl.range(0, T, TILE, num_stages=STAGES):
-        words1 = to_lanes(in_rows(load_tile(z_1, start, T, first, z, ROW, WORDS, False)))
-        words0 = to_lanes(in_rows(load_tile(z_0, start, T, first, z, ROW, WORDS, False)))
-        us1 = filter_segments(words1, before1, filters1, lane, EMULATED)
-        us0 = filter_segments(words0, before0, filters0, lane, EMULATED)
-        before1 = words1[9 - K :]
-        before0 = words0[9 - K :]
-        store_states(states + tl.cast(start // TILE, tl.int64) * (D * N * 2), carry, word, lane, D, N)
-        after = ()
-        for e in tl.static_range(2):
-            channel = word * 2 + e
-            w = as_factors(products(us1[e], us0[e]), EMULATED)
-            for q in tl.static_range(QUADS):
-                enter = load_terms(tables, channel * (2 * ENTRIES) + 1 + q, lane, EMULATED)
-                decay = read_decays(decays, channel * QUADS + q, lane, EMULATED)
-                after = after + (find_states(w, enter, decay, carry[e * QUADS + q], lane, REAL, EMULATED)[1],)
-        carry = after

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from hyaena.ops.triton.hyena.forward import move
 from hyaena.ops.triton.hyena.toeplitz import from_lane, half, multiply, pack
-from hyaena.ops.triton.hyena.words import stack, unstack
 
 TILE = tl.constexpr(256)
 """Steps of a tile."""
@@ -129,59 +128,6 @@ def sum_columns(x, lane, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def tile_steps():
-    """The steps of a tile's rows, int32 [TILE]: neighbours are those of neighbouring lanes, not of time."""
-    row = tl.arange(0, TILE)
-    lane = row % 32
-    return lane // 4 * 32 + lane % 4 * 4 + row // 128 * 16 + row // 32 % 4
-
-
-@triton.jit
-def load_tile(z, start, T, first, kept, ROW: tl.constexpr, WORDS: tl.constexpr, HAS_MASK: tl.constexpr,
-              EARLY: tl.constexpr = False):  # fmt: skip
-    """The words [TILE,WORDS] of a tile, rows as in ``tile_steps``, zero at T and later, and at padding."""
-    step = tile_steps()[:, None]
-    here = start + step < T
-    if HAS_MASK:
-        here = here & (tl.load(kept + start + step, mask=here, other=0) != 0)
-    at = z + tl.cast(start, tl.int64) * ROW + step * ROW
-    return tl.load(at + (first + tl.arange(0, WORDS)[None, :]), mask=here, other=0, volatile=EARLY)
-
-
-@triton.jit
-def first_of(a, b):
-    """The first of two."""
-    return a
-
-
-@triton.jit
-def in_rows(tile):
-    """A tile itself, a scan over nothing, which Triton does not move.
-
-    A tile that was copied ahead would be read from shared memory in the layout of lanes, which all meet in four banks;
-    so it is read as rows, and then exchanged.
-    """
-    WORDS: tl.constexpr = tile.shape[1]
-    return tl.reshape(tl.associative_scan(tl.reshape(tile, (TILE, WORDS, 1)), 2, first_of), (TILE, WORDS))
-
-
-@triton.jit
-def to_lanes(tile):
-    """A tile [TILE,WORDS] as eight tensors, a lane's steps: four of each of its two segments."""
-    WORDS: tl.constexpr = tile.shape[1]
-    x = tl.permute(tl.reshape(tile, (8, 32, WORDS)), (2, 1, 0))
-    return unstack(tl.reshape(x, (WORDS * 32, 8)))
-
-
-@triton.jit
-def from_lanes(xs):
-    """The inverse of ``to_lanes``."""
-    WORDS: tl.constexpr = xs[0].shape[0] // 32
-    x = tl.permute(tl.reshape(stack(xs, 8), (WORDS, 32, 2, 2, 2)), (2, 3, 4, 1, 0))
-    return tl.reshape(x, (TILE, WORDS))
-
-
-@triton.jit
 def load_before_tile(z, short, keep, begin, REACH: tl.constexpr, ROW: tl.constexpr, HAS_SHORT: tl.constexpr,
                      HAS_MASK: tl.constexpr):  # fmt: skip
     """The words of the steps before ``begin``, from the state where it is 0; zero at padding."""
@@ -211,7 +157,7 @@ def as_factors(x, EMULATED: tl.constexpr):
 @triton.jit
 def multiply_local(x, local, EMULATED: tl.constexpr):
     """What a segment's steps, a left factor, add within the segment: to its first and its last eight steps."""
-    none = tl.zeros(x[0][0].shape, tl.float32)
+    none = (x[0][0] * 0).to(tl.float32)
     low = multiply(x[0], local[0:2], (none, none, none, none), EMULATED)
     return low, multiply(x[0], local[2:4], (none, none, none, none), EMULATED)
 
@@ -239,11 +185,50 @@ def products(us, vs):
 
 
 @triton.jit
-def store_tile(to, start, T, first, even, odd, ROW: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
-    """A lane's eight numbers of both channels to a tile of words."""
+def pack_steps(even, odd, EMULATED: tl.constexpr):
+    """A lane's eight numbers of both channels as words."""
     out = ()
     for i in tl.static_range(8):
         out = out + (pack(even[i], odd[i], EMULATED),)
-    step = tile_steps()[:, None]
-    at = to + tl.cast(start, tl.int64) * ROW + step * ROW + (first + tl.arange(0, WORDS)[None, :])
-    tl.store(at, from_lanes(out), mask=start + step < T)
+    return out
+
+
+@triton.jit
+def zeros(lane):
+    """A zero for every lane."""
+    return (lane * 0).to(tl.float32)
+
+
+@triton.jit
+def load_filters(weight, bias, word, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Taps and bias of the short filters of a word's two channels."""
+    out = ()
+    for e in tl.static_range(2):
+        taps = ()
+        for k in tl.static_range(K):
+            taps = taps + (tl.load(weight + (word * 2 + e) * K + k).to(tl.float32),)
+        offset = zeros(word)
+        if HAS_BIAS:
+            offset = tl.load(bias + word * 2 + e).to(tl.float32)
+        out = out + ((taps, offset),)
+    return out
+
+
+@triton.jit
+def decays_of(a, b, c):
+    """The ``decays`` of ``segments.find_states``, of three pieces of four words."""
+    out = ()
+    for k in tl.static_range(5):
+        x = (a + b + c)[2 * k : 2 * k + 2]
+        out = out + ((x[0].to(tl.float32, bitcast=True), x[1].to(tl.float32, bitcast=True)),)
+    return out
+
+
+@triton.jit
+def leaves_of(first, second, QUADS: tl.constexpr):
+    """R of a block of modes as right factors of two terms, one for each half of its columns, from its entries."""
+    if QUADS == 1:
+        out = (((first[0],), (first[1],)), ((first[2],), (first[3],)))
+    else:
+        out = ((first[0:2], first[2:4]), (second[0:2], second[2:4]))
+    return out

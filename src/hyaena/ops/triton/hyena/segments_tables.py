@@ -138,9 +138,9 @@ def segments_tables_kernel(poles, residues, skip, tables, decays, D: tl.constexp
                            EMULATED: tl.constexpr):  # fmt: skip
     """The right factors of every channel, as lanes hold them, and its decays. Grid: (blocks of words, 2, QUADS + 1).
 
-    ``tables`` int32 [D,DIRECTIONS,ENTRIES,32,4] has an entry of four words for H, one for G of four modes each, and two
-    for R of every eight, or one of at most four; the second direction is that of the backward kernel. ``decays``
-    float32 [D,QUADS,4,12] are those of ``find_states``.
+    ``tables`` int32 [D,DIRECTIONS,ENTRIES,32,4] has an entry of four words for H, two for R of every eight modes, or
+    one of at most four, and one for G of four modes each; the second direction is that of the way back. ``decays``
+    float32 [D,QUADS,3,4,4] are those of ``find_states``: five pairs in three pieces, of a lane's mode lane % 4.
     """
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
     ENTRIES: tl.constexpr = 1 + 2 * QUADS
@@ -154,19 +154,19 @@ def segments_tables_kernel(poles, residues, skip, tables, decays, D: tl.constexp
         for back in tl.static_range(DIRECTIONS):
             rows = load_enter(poles, channel, q, lane, D, N, REAL, back == 1)
             terms = as_right_factor(rows, EMULATED)
-            store_words(tables, place + back * ENTRIES + 1 + q, lane, terms[0] + terms[1])
+            store_words(tables, place + back * ENTRIES + 1 + QUADS + q, lane, terms[0] + terms[1])
             halves = load_leave(poles, residues, channel, mode, lane, D, N, REAL, back == 1, EMULATED)
             for second in tl.static_range(2):
                 for term in tl.static_range(2):
                     if QUADS == 1:
-                        to = tables + ((place + back * ENTRIES + 2) * 32 + lane) * 4 + 2 * second + term
+                        to = tables + ((place + back * ENTRIES + 1) * 32 + lane) * 4 + 2 * second + term
                     else:
-                        entry = place + back * ENTRIES + 1 + QUADS + q // 2 * 2 + second
+                        entry = place + back * ENTRIES + 1 + q // 2 * 2 + second
                         to = tables + (entry * 32 + lane) * 4 + q % 2 + 2 * term
                     tl.store(to, halves[second][term])
         pairs = load_decays(poles, channel, mode, D, N, REAL)
         for k in tl.static_range(5):
-            to = decays + ((channel * QUADS + q) * 4 + lane % 4) * 12 + 2 * k
+            to = decays + (channel * QUADS + q) * 48 + k // 2 * 16 + lane % 4 * 4 + k % 2 * 2
             tl.store(to, pairs[k][0], mask=lane < 4)
             tl.store(to + 1, pairs[k][1], mask=lane < 4)
     else:
@@ -181,57 +181,3 @@ def segments_tables_kernel(poles, residues, skip, tables, decays, D: tl.constexp
         for back in tl.static_range(DIRECTIONS):
             words = as_local(taps, gain, lane, back == 1, EMULATED)
             store_words(tables, place + back * ENTRIES, lane, words)
-
-
-@triton.jit
-def load_four(at, EMULATED: tl.constexpr):
-    """Four words from a place of 16 bytes. Triton's own loads in a loop would be copied ahead, and kept for long."""
-    if EMULATED:
-        out = (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))
-    else:
-        out = tl.inline_asm_elementwise(
-            "ld.global.L1::evict_last.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,l",
-            [at.to(tl.int64)],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    return out
-
-
-@triton.jit
-def load_entry(tables, place, lane, EMULATED: tl.constexpr):
-    """The four words of a lane of an entry."""
-    return load_four(tables + (place * 32 + lane) * 4, EMULATED)
-
-
-@triton.jit
-def load_terms(tables, place, lane, EMULATED: tl.constexpr):
-    """An entry as a right factor of two terms."""
-    x = load_entry(tables, place, lane, EMULATED)
-    return x[0:2], x[2:4]
-
-
-@triton.jit
-def load_leaves(tables, place, lane, QUADS: tl.constexpr, EMULATED: tl.constexpr):
-    """R of a block of modes as right factors of two terms, one for each half of its columns, from its first entry."""
-    x = load_entry(tables, place, lane, EMULATED)
-    if QUADS == 1:
-        out = (((x[0],), (x[1],)), ((x[2],), (x[3],)))
-    else:
-        y = load_entry(tables, place + 1, lane, EMULATED)
-        out = ((x[0:2], x[2:4]), (y[0:2], y[2:4]))
-    return out
-
-
-@triton.jit
-def read_decays(decays, place, lane, EMULATED: tl.constexpr):
-    """The decays of four modes of a channel."""
-    out = ()
-    for k in tl.static_range(3):
-        x = load_four(decays + (place * 4 + lane % 4) * 12 + 4 * k, EMULATED)
-        for i in tl.static_range(2):
-            re = x[2 * i].to(tl.float32, bitcast=True)
-            out = out + ((re, x[2 * i + 1].to(tl.float32, bitcast=True)),)
-    return out

@@ -1,0 +1,267 @@
+"""The operator with many modes, backward: the gradients of the inputs u1 and u0 of the filter, by the way back.
+
+A warp owns a channel (``segments_backward``). With dg = dy·u2, and b the conjugate of the gradient of the state after a
+segment, divided by the residue::
+
+    b[m-1] = q b[m] + Σ_i p^(i+1) dg[m,i]
+    dw[m,j] = Σ_{i>=j} h[i-j] dg[m,i] + Re r p^(15-j) b[m]
+    du1 = dw·u0     du0 = dw·u1     X[i] = Σ_m w[m,i] b[m]     Z = Σ_m b[m] s[m]
+
+X and Z are made gradients of the filter by ``segments_gradients``; for them the kernel finds the states s again, from
+those before tiles.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hyaena.ops.triton.hyena.forward import move
+from hyaena.ops.triton.hyena.segments import find_states, read_decays, read_leaves
+from hyaena.ops.triton.hyena.segments_backward import (
+    add_filter_gradient,
+    as_left,
+    filter_back,
+    filter_channel,
+    histories,
+    load_filter,
+    no_sums,
+    store_filter_gradient,
+    store_turned,
+    turn,
+)
+from hyaena.ops.triton.hyena.segments_lanes import (
+    TILE,
+    add_lane,
+    add_states,
+    as_factors,
+    in_steps,
+    move_lanes,
+    multiply_local,
+    multiply_terms,
+    products,
+    split,
+    sum_columns,
+    zeros,
+)
+from hyaena.ops.triton.hyena.segments_shared import (
+    channels_shared,
+    copy_before,
+    copy_entries,
+    copy_quads,
+    copy_tile,
+    end_group,
+    every_lane,
+    kernel,
+    make_numbers,
+    make_room,
+    owned,
+    plain_shared,
+    read_before,
+    read_channel,
+    read_entry,
+    store_channels,
+    tile_shared,
+    wait_groups,
+    write_channel,
+)
+
+
+@triton.jit
+def find_adjoints(dg, enter, decays, carry, lane, REAL: tl.constexpr, EMULATED: tl.constexpr):
+    """b of a lane's two segments, for four modes: re, im of both; and b before the tile.
+
+    ``carry`` is b of the last segment, in the last four lanes, zero in the others; the rest as in ``find_states``.
+    """
+    none = zeros(lane)
+    a, b, c, d = multiply_terms(dg, enter, (none, none, none, none), EMULATED)
+    re, im = move(decays[0], c, d, a, b, REAL)
+    re, im = move(decays[1], carry[0], carry[1], re, im, REAL)
+    for k in tl.static_range(3):
+        distance = lane * 0 + (4 << k)
+        re, im = add_lane(decays[k + 1], re, im, distance, lane, True, REAL, EMULATED)
+    second_re = move_lanes(re, carry[0], lane, 4, True, EMULATED)
+    second_im = move_lanes(im, carry[1], lane, 4, True, EMULATED)
+    re = move_lanes(re, none, lane, 28, False, EMULATED)  # of the first segments in the last four lanes
+    im = move_lanes(im, none, lane, 28, False, EMULATED)
+    before = move(decays[4], carry[0], carry[1], re, im, REAL)
+    first = move(decays[0], second_re, second_im, c, d, REAL)
+    return (first[0], first[1], second_re, second_im), before
+
+
+@triton.jit
+def make_rooms(STAGES: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
+    """Shared memory for ``copy_all``: the blocks of z, dy, the steps before those of z."""
+    out = ()
+    for _ in tl.static_range(4):
+        out = out + (make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED),)
+    return out + (make_room((STAGES, 16, WORDS), plain_shared(2), EMULATED),)
+
+
+@triton.jit
+def copy_all(rooms, at, z, dy, start, T, first, D: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
+    """Begin to copy all that the kernel reads of a tile, to place ``at``; nothing of tiles before step 0."""
+    ROW: tl.constexpr = 3 * D // 2
+    for k in tl.static_range(3):
+        copy_tile(rooms[k], at, z + k * (D // 2), start, T, first, z, ROW, WORDS, False, EMULATED)
+    copy_tile(rooms[3], at, dy, start, T, first, z, D // 2, WORDS, False, EMULATED)
+    copy_before(rooms[4], at, z, start, first, ROW, WORDS, EMULATED)
+    end_group(EMULATED)
+
+
+@triton.jit
+def read_block(rooms, at, block: tl.constexpr, z, start, T, channel, lane, D: tl.constexpr, K: tl.constexpr,
+               WORDS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+    """The numbers of a block of z, and those of the steps before each of a lane's segments."""
+    ROW: tl.constexpr = 3 * D // 2
+    source = z + block * (D // 2)
+    x = read_channel(rooms[block], at, source, start, T, channel, lane, ROW, WORDS, EMULATED)
+    before = read_before(rooms[4], at, block, z, start, channel, K - 1, ROW, WORDS, EMULATED)
+    return x, histories(x, before, lane, EMULATED)
+
+
+@triton.jit
+def load_states(states, tile, lane, D: tl.constexpr, QUADS: tl.constexpr):
+    """The states before a tile, in the first four lanes, zero in the others."""
+    out = ()
+    for q in tl.static_range(QUADS):
+        at = states + tl.cast(tile, tl.int64) * (D * QUADS * 8) + q * 8
+        here = (lane < 4) & (tile >= 0)
+        out = out + ((tl.load(at, mask=here, other=0.0), tl.load(at + 1, mask=here, other=0.0)),)
+    return out
+
+
+@kernel(do_not_specialize=["T"])
+def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_filters, of_w, of_states, T,
+                           REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr,
+                           STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, PARAMETERS: tl.constexpr,
+                           EMULATED: tl.constexpr):  # fmt: skip
+    """The last two thirds of dz; if PARAMETERS, short filters' gradients, X and Z. Grid: (blocks of WORDS words, rows).
+
+    Arguments and copies are as in ``segments_gate_kernel``, whose ``states`` are read here. Float32: ``of_w`` X
+    [B,D,16,N,2], ``of_states`` Z [B,D,N,2].
+    """
+    QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
+    BLOCKS: tl.constexpr = (QUADS + 1) // 2
+    ENTRIES: tl.constexpr = 1 + 2 * QUADS
+    FROM: tl.constexpr = ENTRIES - QUADS if PARAMETERS else ENTRIES  # G of the way forward, for the states
+    COUNT: tl.constexpr = 2 * ENTRIES - FROM
+    BOTH: tl.constexpr = 2 * ENTRIES
+    OF_H: tl.constexpr = COUNT - ENTRIES
+    WARPS: tl.constexpr = 2 * WORDS
+    SUMS: tl.constexpr = K + 1 if HAS_BIAS else K
+    lane = every_lane(WARPS, EMULATED)
+    first = tl.program_id(0) * WORDS
+    channel = first * 2 + owned(lane // 32, WORDS, WARPS)
+    lane = lane % 32
+    row = tl.program_id(1).to(tl.int64)
+    z += row * T * (3 * D // 2)
+    dz += row * T * (3 * D)
+    dy += row * T * (D // 2)
+    T = tl.cast(T, tl.int32)
+    tiles = (T + TILE - 1) // TILE
+    states += (row * tiles * D + channel) * (QUADS * 8) + lane % 4 * 2
+
+    entries = make_room((COUNT, 32 * WARPS, 4), plain_shared(2), EMULATED)
+    quads = make_room((3 * QUADS, WARPS, 4, 4), plain_shared(3), EMULATED)
+    rooms = make_rooms(STAGES, WORDS, EMULATED)
+    out1 = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
+    out0 = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
+    copy_entries(entries, tables, first * 2, FROM, COUNT, BOTH, WORDS, WARPS, EMULATED)
+    copy_quads(quads, decays + first * (QUADS * 96), QUADS * 48, 3 * QUADS, WORDS, WARPS, EMULATED)
+    for i in tl.static_range(STAGES):
+        copy_all(rooms, i, z, dy, (tiles - 1 - i) * TILE, T, first, D, WORDS, EMULATED)
+    filter2 = load_filter(weight, bias, channel, K, HAS_BIAS)
+    filter1 = load_filter(weight, bias, D + channel, K, HAS_BIAS)
+    filter0 = load_filter(weight, bias, 2 * D + channel, K, HAS_BIAS)
+    carry = ()
+    w_sums = ()
+    state_sums = ()
+    for _ in tl.static_range(QUADS):
+        carry = carry + (no_sums(lane, 2),)
+        w_sums = w_sums + (no_sums(lane, 4),)
+        state_sums = state_sums + (no_sums(lane, 2),)
+    later1 = no_sums(lane, K - 1)  # du of the first steps of the next tile
+    later0 = no_sums(lane, K - 1)
+    sums1 = no_sums(lane, SUMS)
+    sums0 = no_sums(lane, SUMS)
+    given = carry
+    if PARAMETERS:
+        given = load_states(states, tiles - 1, lane, D, QUADS)
+
+    for i in range(0, tiles):
+        start = (tiles - 1 - i) * TILE
+        at = i % STAGES
+        wait_groups(STAGES - 1, EMULATED)
+        store_channels(out1, dz + D, start + TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
+        store_channels(out0, dz + 2 * D, start + TILE, T, first * 2, 3 * D, WORDS, EMULATED)
+        gradient = read_channel(rooms[3], at, dy, start, T, channel, lane, D // 2, WORDS, EMULATED)
+        x2, past2 = read_block(rooms, at, 0, z, start, T, channel, lane, D, K, WORDS, EMULATED)
+        x1, past1 = read_block(rooms, at, 1, z, start, T, channel, lane, D, K, WORDS, EMULATED)
+        x0, past0 = read_block(rooms, at, 2, z, start, T, channel, lane, D, K, WORDS, EMULATED)
+        copy_all(rooms, at, z, dy, start - STAGES * TILE, T, first, D, WORDS, EMULATED)
+        begin = given
+        if PARAMETERS:
+            given = load_states(states, tiles - 2 - i, lane, D, QUADS)
+        dg = as_factors(products(filter_channel(x2, past2, filter2), gradient), EMULATED)
+        u1 = filter_channel(x1, past1, filter1)
+        u0 = filter_channel(x0, past0, filter0)
+        if PARAMETERS:
+            w = as_factors(products(u1, u0), EMULATED)
+            left = (as_left(turn(w[0], EMULATED)), as_left(turn(w[1], EMULATED)))
+        local = read_entry(entries, OF_H, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
+        low, high = multiply_local(dg, local, EMULATED)
+        before = ()
+        new_w = ()
+        new_states = ()
+        for c in tl.static_range(BLOCKS):
+            terms = ()
+            for j in tl.static_range(2 if QUADS > 1 else 1):
+                decay = read_decays(quads, decays, channel, 2 * c + j, lane, QUADS * 48, WARPS, EMULATED)
+                place = OF_H + 1 + QUADS + 2 * c + j
+                enter = read_entry(entries, place, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
+                last = carry[2 * c + j]
+                b, end = find_adjoints(dg, (enter[0:2], enter[2:4]), decay, last, lane, REAL, EMULATED)
+                before = before + (end,)
+                of_b = split(b[0], b[1], EMULATED) + split(b[2], b[3], EMULATED)
+                terms = terms + of_b
+                if PARAMETERS:
+                    turned = turn(of_b, EMULATED)
+                    sums = w_sums[2 * c + j]
+                    new_w = new_w + (multiply_terms(left, (turned[0::2], turned[1::2]), sums, EMULATED),)
+                    enter = read_entry(entries, 2 * c + j, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
+                    s = find_states(w, (enter[0:2], enter[2:4]), decay, begin[2 * c + j], lane, REAL, EMULATED)[0]
+                    total = state_sums[2 * c + j]
+                    total = move((b[0], b[1]), s[0], s[1], total[0], total[1], REAL)
+                    new_states = new_states + (move((b[2], b[3]), s[2], s[3], total[0], total[1], REAL),)
+            leave = read_leaves(entries, OF_H, c, tables, channel, FROM, COUNT, BOTH, lane, QUADS, WARPS, EMULATED)
+            low, high = add_states(low, high, terms, leave, EMULATED)
+        carry = before
+        dw = in_steps(low, high)
+        du1 = products(dw, u0)
+        du0 = products(dw, u1)
+        if PARAMETERS:
+            w_sums = new_w
+            state_sums = new_states
+            sums1 = add_filter_gradient(sums1, du1, x1, past1)
+            sums0 = add_filter_gradient(sums0, du0, x0, past0)
+        dx = filter_back(du1, later1, filter1[0], lane, EMULATED)
+        write_channel(out1, dx, dz + D, start, T, channel, lane, 3 * D, WORDS, EMULATED)
+        dx = filter_back(du0, later0, filter0[0], lane, EMULATED)
+        write_channel(out0, dx, dz + 2 * D, start, T, channel, lane, 3 * D, WORDS, EMULATED)
+        later1 = du1[0 : K - 1]
+        later0 = du0[0 : K - 1]
+    store_channels(out1, dz + D, 0, T, first * 2, 3 * D, WORDS, EMULATED)
+    store_channels(out0, dz + 2 * D, 0, T, first * 2, 3 * D, WORDS, EMULATED)
+
+    if PARAMETERS:
+        of_channel = of_filters + row * (K + 1) * (3 * D) + channel
+        store_filter_gradient(of_channel + D, sums1, lane, D, EMULATED)
+        store_filter_gradient(of_channel + 2 * D, sums0, lane, D, EMULATED)
+        owner = row * D + channel
+        for q in tl.static_range(QUADS):
+            store_turned(of_w, w_sums[q], owner, q, lane, N)
+            mode = 4 * q + lane % 4
+            for i in tl.static_range(2):
+                total = sum_columns(state_sums[q][i], lane, EMULATED)
+                tl.store(of_states + (owner * N + mode) * 2 + i, total, mask=(lane < 4) & (mode < N))
