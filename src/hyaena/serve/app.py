@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -19,7 +20,7 @@ from hyaena.serve.delivery import STREAM_INTERVAL, Delivery
 from hyaena.serve.guards import FAILED, AccessLog, AllowedHosts, Authentication, BodyLimit
 from hyaena.serve.metrics import MEDIA_TYPE, Metrics
 from hyaena.serve.playground import add_playground
-from hyaena.serve.protocol import ApiError
+from hyaena.serve.protocol import FORMS, ApiError
 from hyaena.serve.reading import add_reading
 from hyaena.serve.service import Limits, Served
 from hyaena.serve.writing import add_writing
@@ -102,6 +103,7 @@ def make_app(
     add_reading(app, server)
     _add_information(app, server)
     add_playground(app)
+    _answer_head(app)
     app.add_middleware(BodyLimit, most=server.limits.body_bytes)
     if keys:
         app.add_middleware(Authentication, keys=keys)
@@ -133,16 +135,21 @@ def add_errors(app: Starlette) -> None:
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
+        where = [str(part) for part in first["loc"][1:] if part not in FORMS]
         field = printable(".".join(where), limit=100) or None
-        message = f"{field}: {first['msg']}" if field else str(first["msg"])
+        said = "It is not supported: leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+        message = f"{field}: {said}" if field else str(said)
         return await api_error(request, ApiError(400, printable(message, limit=400), param=field))
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return await api_error(
-            request, ApiError(error.status_code, printable(str(error.detail)), headers=dict(error.headers or {}))
-        )
+        message, headers = printable(str(error.detail)), dict(error.headers or {})
+        what = f"{printable(request.method, limit=20)} {printable(request.scope['path'], limit=100)}"
+        if error.status_code == 404:
+            message = f"this server has no {what}: /openapi.json has its paths"
+        elif error.status_code == 405:
+            message = f"this server has no {what}, but {headers.get('Allow', 'another method')}"
+        return await api_error(request, ApiError(error.status_code, message, headers=headers))
 
     async def crash(request: Request, error: Exception) -> Response:
         return await api_error(request, ApiError(500, FAILED))
@@ -151,6 +158,12 @@ def add_errors(app: Starlette) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, crash)
+
+
+def _answer_head(app: FastAPI) -> None:
+    """Answer HEAD wherever there is GET: some balancers look at a server by it."""
+    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in route.methods]:
+        app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _add_information(app: FastAPI, server: Server) -> None:
