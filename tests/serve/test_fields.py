@@ -60,6 +60,33 @@ def test_what_is_wrong_is_said_in_words_of_the_api(client: TestClient, path: str
     assert error["param"] == (None if said.startswith("this") else said.partition(":")[0])
 
 
+@pytest.mark.parametrize(
+    ("content", "kind", "said"),
+    [
+        (
+            b"{",
+            "application/json",
+            "the body is no JSON: Expecting property name enclosed in double quotes at character 1",
+        ),
+        (
+            b"[]",
+            "application/json",
+            "the body is no JSON object: send one, with the header Content-Type: application/json",
+        ),
+        (b"", "application/json", "the body is no JSON object"),
+        (
+            b'{"prompt": "a"}',
+            "application/x-www-form-urlencoded",
+            "the body is no JSON object",
+        ),  # curl without a header
+        (b'{"prompt": "\xff"}', "application/json", "the body cannot be read: send JSON in UTF-8, without compression"),
+    ],
+)
+def test_bodies_that_are_no_json_object_are_told_so(client: TestClient, content: bytes, kind: str, said: str) -> None:
+    error = client.post("/v1/completions", content=content, headers={"Content-Type": kind}).json()["error"]
+    assert error["message"].startswith(said) and error["param"] is None
+
+
 def test_values_that_ask_for_nothing_are_accepted(client: TestClient) -> None:
     """As newer clients send them, and a message as a client got it."""
     fields = {

@@ -134,21 +134,17 @@ def add_errors(app: Starlette) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"][1:] if part not in FORMS]
-        field = printable(".".join(where), limit=100) or None
-        said = "It is not supported: leave it out" if first["type"] == "extra_forbidden" else first["msg"]
-        message = f"{field}: {said}" if field else str(said)
-        return await api_error(request, ApiError(400, printable(message, limit=400), param=field))
+        return await api_error(request, _invalid(error.errors()[0]))
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message, headers = printable(str(error.detail)), dict(error.headers or {})
+        headers = dict(error.headers or {})
         what = f"{printable(request.method, limit=20)} {printable(request.scope['path'], limit=100)}"
-        if error.status_code == 404:
-            message = f"this server has no {what}: /openapi.json has its paths"
-        elif error.status_code == 405:
-            message = f"this server has no {what}, but {headers.get('Allow', 'another method')}"
+        message = {  # of the framework, which does not say what to do
+            400: "the body cannot be read: send JSON in UTF-8, without compression",
+            404: f"this server has no {what}: /openapi.json has its paths",
+            405: f"this server has no {what}, but {headers.get('Allow', 'another method')}",
+        }.get(error.status_code, printable(str(error.detail)))
         return await api_error(request, ApiError(error.status_code, message, headers=headers))
 
     async def crash(request: Request, error: Exception) -> Response:
@@ -160,9 +156,21 @@ def add_errors(app: Starlette) -> None:
     app.add_exception_handler(Exception, crash)
 
 
+def _invalid(error: Any) -> ApiError:
+    """The answer to a body with a mistake, as pydantic describes it."""
+    where = [str(part) for part in error["loc"][1:] if part not in FORMS]
+    if error["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {error['ctx']['error']} at character {where[0]}")
+    if not where:
+        return ApiError(400, "the body is no JSON object: send one, with the header Content-Type: application/json")
+    field = printable(".".join(where), limit=100)
+    said = "It is not supported: leave it out" if error["type"] == "extra_forbidden" else error["msg"]
+    return ApiError(400, printable(f"{field}: {said}", limit=400), param=field)
+
+
 def _answer_head(app: FastAPI) -> None:
     """Answer HEAD wherever there is GET: some balancers look at a server by it."""
-    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in route.methods]:
+    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in (route.methods or ())]:
         app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
