@@ -111,7 +111,8 @@ export class Alternatives {
   watch(answer) {
     const { element } = answer;
     const show = (event) => event.target.classList.contains("token") && this.show(answer, event.target);
-    element.addEventListener("pointerover", show);
+    // Not "pointerover": a token that comes to lie under a pointer that rests, or under a finger that scrolls, is not meant.
+    element.addEventListener("pointermove", (event) => event.pointerType === "mouse" && show(event));
     element.addEventListener("click", show);
     element.addEventListener("focusin", show);
     element.addEventListener("keydown", (event) => this.#walk(event, answer));
@@ -132,6 +133,9 @@ export class Alternatives {
     const top = below ? box.bottom : Math.max(0, box.top - this.element.offsetHeight);
     this.element.style.left = `${left + window.scrollX}px`;
     this.element.style.top = `${top + window.scrollY}px`;
+    if (getComputedStyle(this.element).position === "fixed") { // at the bottom of a phone: not over the token
+      window.scrollBy(0, Math.max(0, box.bottom + 8 - this.element.getBoundingClientRect().top));
+    }
   }
 
   hide() {
