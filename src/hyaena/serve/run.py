@@ -21,7 +21,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from hyaena.errors import InputError, printable
+from hyaena.errors import InputError, printable, shown
 from hyaena.serve.engine import Engine
 from hyaena.serve.guards import log_request, new_request_id
 from hyaena.serve.protocol import ApiError
@@ -47,6 +47,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         InputError: the address cannot be had.
     """
+    if host in ("", "*"):
+        raise InputError(f"{shown(host)} is no address to listen at: give 0.0.0.0 or :: for all of this machine")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         opened = socket.socket(family, kind, protocol)
