@@ -147,11 +147,18 @@ def test_tokens_that_come_under_a_pointer_that_rests_open_nothing(page: Chrome, 
     answer = page.find_element("id", "completion")
     box, size = page.find_element("id", "run").rect, answer.size
     ActionChains(page).move_to_element_with_offset(answer, 30 - size["width"] // 2, 20 - size["height"] // 2).perform()
-    fill(page, max_tokens=400, temperature=0, prompt="x = '" + "a" * 60)
+    fill(page, max_tokens=200, temperature=0, prompt="x = 1\n" * 12)
     page.execute_script("document.getElementById('run').click()")
     ended(page, until)
     assert not alternatives(page)
     assert page.find_element("id", "run").rect == box  # nor does what is below move while the answer grows
+    ActionChains(page).move_by_offset(2, 0).perform()
+    panel = page.find_element("id", "alternatives")
+    top = panel.rect["y"]
+    page.execute_script("arguments[0].scrollTop -= 15", answer)  # of its end: the panel stays with its token
+    until(lambda: abs(panel.rect["y"] - top - 15) < 1, 20)
+    page.execute_script("arguments[0].scrollTop = 0", answer)
+    until(lambda: not alternatives(page))
     ActionChains(page).move_by_offset(2, 0).perform()
     assert alternatives(page)
     ActionChains(page).move_to_element(page.find_element("id", "prompt")).perform()
