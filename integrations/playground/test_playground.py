@@ -143,6 +143,27 @@ def test_alternatives_on_hover_and_a_click_continues_there(page: Chrome, until: 
     ActionChains(page).move_to_element(page.find_element("id", "prompt")).perform()
 
 
+def test_tokens_that_come_under_a_pointer_that_rests_open_nothing(page: Chrome, until: Until) -> None:
+    answer = page.find_element("id", "completion")
+    box, size = page.find_element("id", "run").rect, answer.size
+    ActionChains(page).move_to_element_with_offset(answer, 30 - size["width"] // 2, 20 - size["height"] // 2).perform()
+    fill(page, max_tokens=200, temperature=0, prompt="x = 1\n" * 12)
+    page.execute_script("document.getElementById('run').click()")
+    ended(page, until)
+    assert not alternatives(page)
+    assert page.find_element("id", "run").rect == box  # nor does what is below move while the answer grows
+    ActionChains(page).move_by_offset(2, 0).perform()
+    panel = page.find_element("id", "alternatives")
+    top = panel.rect["y"]
+    page.execute_script("arguments[0].scrollTop -= 15", answer)  # of its end: the panel stays with its token
+    until(lambda: abs(panel.rect["y"] - top - 15) < 1, 20)
+    page.execute_script("arguments[0].scrollTop = 0", answer)
+    until(lambda: not alternatives(page))
+    ActionChains(page).move_by_offset(2, 0).perform()
+    assert alternatives(page)
+    ActionChains(page).move_to_element(page.find_element("id", "prompt")).perform()
+
+
 def test_an_alternative_ends_the_run_before_it(page: Chrome, until: Until) -> None:
     fill(page, max_tokens=16_000, temperature=1)
     page.find_element("id", "run").click()
@@ -311,6 +332,11 @@ def test_on_a_phone(page: Chrome, until: Until) -> None:
         assert page.execute_script("return document.documentElement.scrollWidth") <= 390
         box = page.find_element("id", "alternatives").rect
         assert box["width"] == 390 and len(alternatives(page)) >= 8
+        token = tokens(page)[-1]
+        token.click()
+        assert token.rect["y"] + token.rect["height"] <= page.execute_script("return window.scrollY") + box["y"]
+        fields = page.find_elements("css selector", "input, select, textarea")
+        assert {field.value_of_css_property("font-size") for field in fields} == {"16px"}  # into smaller ones iOS zooms
         assert not page.find_element("id", "temperature").is_displayed()
         page.find_element("id", "prompt").click()
         assert not alternatives(page)
@@ -375,7 +401,7 @@ def test_keys_busy_and_vanished_servers(browser: Chrome, until: Until) -> None:
         second = urllib.request.urlopen(request)  # and this one waits
         browser.find_element("id", "run").click()
         until(lambda: "waiting already" in text(browser, "error"))
-        assert "in about 1 s" in text(browser, "error") and "\n" not in text(browser, "error")
+        assert "try again in about 1 s" in text(browser, "error") and "\n" not in text(browser, "error")
         for response in (first, second):
             response.close()
 

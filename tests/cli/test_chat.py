@@ -112,6 +112,19 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(chat: Chat) -> None:
     assert len(chat.messages) == 4
 
 
+def test_ctrl_c_before_the_answer_takes_the_message_back(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def put(self, delta: object) -> None: ...
+
+        def get(self) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hyaena.cli.chat.queue.SimpleQueue", Interrupted)
+    chat.ask("hello", lambda text: None)
+    assert chat.messages == []
+    until(lambda: not chat.engine._requests, "the end of the answer")
+
+
 def test_ctrl_c_at_any_place_keeps_the_session(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice, while the first one is told, and before the answer began."""
     monkeypatch.setattr(chat, "max_new_tokens", 10_000)

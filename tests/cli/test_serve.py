@@ -28,6 +28,8 @@ for module in ("fastapi", "uvicorn", "prometheus_client", "jinja2"):
         (["--allow-origin", "http://a.example/"], "is no origin of a page"),
         (["--allow-origin", "localhost:3000"], "is no origin of a page"),
         (["--name", ""], "--name is empty"),
+        (["--host", ""], "'' is no address to listen at: give 0.0.0.0 or ::"),
+        (["--host", "*"], "'*' is no address to listen at: give 0.0.0.0 or ::"),  # glibc takes it for loopback
     ],
 )
 def test_mistakes_are_one_line(

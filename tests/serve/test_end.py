@@ -79,6 +79,16 @@ def test_nothing_is_accepted_while_the_server_drains() -> None:
         assert stream.whole and stream.error is None
 
 
+def test_a_body_that_has_not_come_holds_no_server() -> None:
+    with live(MODEL, drain=PATIENCE, kv_bytes=2**22) as server, server.connect() as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        connections = server.server.server_state.connections
+        until(lambda: any(one.cycle is not None for one in connections), "the request")
+        server.server.end()
+        got = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert got.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and b"the server is stopping" in got
+
+
 def refused(client: httpx.Client) -> bool:
     try:
         client.get("/health")

@@ -78,7 +78,7 @@ WRONG_EVERYWHERE: dict[str, list[Any]] = {
     "ignore_eos": ["x", 3],
     "frequency_penalty": [0.5, "x", 3],
     "presence_penalty": [0.5],
-    "unknown_field": [1, None],
+    "unknown_field": [1, False, ""],
     "guided_json": [{}],
     "functions": [[]],
 }
@@ -107,6 +107,10 @@ CHATS: dict[str, list[Any]] = {
     "response_format": [{"type": "json_object"}, "text", {}],
     "tools": [[{"type": "function", "function": {"name": "f"}}]],
     "tool_choice": ["required", {}],
+    "store": [True, "x"],
+    "modalities": [["text", "audio"], [], "text"],
+    "reasoning_effort": ["low"],
+    "service_tier": ["flex"],
     "prompt": ["x"],
 }  # fmt: skip
 READINGS: dict[str, list[bytes]] = {
@@ -159,7 +163,7 @@ def test_wrong_bodies_are_refused_within_a_second(server: Live) -> None:
     with server.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
         assert client.post("/v1/completions", content=body(), headers=TYPE).status_code == 200
         assert client.post("/v1/chat/completions", content=chat(), headers=TYPE).status_code == 200
-        for field in {*GenerationBody.model_fields, "echo"} - {"ignore_eos"}:
+        for field in {*GenerationBody.model_fields, "echo", "suffix", "unknown_field"}:  # null: it was not given
             assert client.post("/v1/completions", content=body(**{field: None}), headers=TYPE).status_code == 200
         for path, raw in cases():
             count += 1

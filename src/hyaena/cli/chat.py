@@ -137,7 +137,7 @@ class Chat:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str, show: Callable[[str], object]) -> None:
-        """Add a message and show the answer as it comes. Ctrl-C keeps what was said until then.
+        """Add a message and show the answer as it comes. Ctrl-C keeps what was said until then, if anything was.
 
         Raises:
             HyaenaError: the conversation is too long, or the model failed; it is as it was before the message.
@@ -177,6 +177,8 @@ class Chat:
                     break
         except KeyboardInterrupt:
             show(" …")
+            if not count:
+                return
         finally:  # also where a second Ctrl-C comes
             self.engine.cancel(key)
         seconds = time.perf_counter() - began - first
@@ -233,7 +235,9 @@ def converse(chat: Chat, read_line: Callable[[str], str]) -> int:
             elif command == "/stats":
                 print(chat.stats)
             elif command.startswith("/"):
-                raise InputError(f"there is no command {command}: /help lists them")
+                raise InputError(
+                    f"there is no command {command}: /help lists them; begin a message like this with a space"
+                )
             elif text.strip():
                 chat.ask(text, lambda part: print(part, end="", flush=True))
                 print()

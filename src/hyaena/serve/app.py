@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -19,7 +20,7 @@ from hyaena.serve.delivery import STREAM_INTERVAL, Delivery
 from hyaena.serve.guards import FAILED, AccessLog, AllowedHosts, Authentication, BodyLimit
 from hyaena.serve.metrics import MEDIA_TYPE, Metrics
 from hyaena.serve.playground import add_playground
-from hyaena.serve.protocol import ApiError
+from hyaena.serve.protocol import FORMS, ApiError
 from hyaena.serve.reading import add_reading
 from hyaena.serve.service import Limits, Served
 from hyaena.serve.writing import add_writing
@@ -102,6 +103,7 @@ def make_app(
     add_reading(app, server)
     _add_information(app, server)
     add_playground(app)
+    _answer_head(app)
     app.add_middleware(BodyLimit, most=server.limits.body_bytes)
     if keys:
         app.add_middleware(Authentication, keys=keys)
@@ -132,17 +134,18 @@ def add_errors(app: Starlette) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        field = printable(".".join(where), limit=100) or None
-        message = f"{field}: {first['msg']}" if field else str(first["msg"])
-        return await api_error(request, ApiError(400, printable(message, limit=400), param=field))
+        return await api_error(request, _invalid(error.errors()[0]))
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return await api_error(
-            request, ApiError(error.status_code, printable(str(error.detail)), headers=dict(error.headers or {}))
-        )
+        headers = dict(error.headers or {})
+        what = f"{printable(request.method, limit=20)} {printable(request.scope['path'], limit=100)}"
+        message = {  # of the framework, which does not say what to do
+            400: "the body cannot be read: send JSON in UTF-8, without compression",
+            404: f"this server has no {what}: /openapi.json has its paths",
+            405: f"this server has no {what}, but {headers.get('Allow', 'another method')}",
+        }.get(error.status_code, printable(str(error.detail)))
+        return await api_error(request, ApiError(error.status_code, message, headers=headers))
 
     async def crash(request: Request, error: Exception) -> Response:
         return await api_error(request, ApiError(500, FAILED))
@@ -151,6 +154,24 @@ def add_errors(app: Starlette) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, crash)
+
+
+def _invalid(error: Any) -> ApiError:
+    """The answer to a body with a mistake, as pydantic describes it."""
+    where = [str(part) for part in error["loc"][1:] if part not in FORMS]
+    if error["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {error['ctx']['error']} at character {where[0]}")
+    if not where:
+        return ApiError(400, "the body is no JSON object: send one, with the header Content-Type: application/json")
+    field = printable(".".join(where), limit=100)
+    said = "It is not supported: leave it out" if error["type"] == "extra_forbidden" else error["msg"]
+    return ApiError(400, printable(f"{field}: {said}", limit=400), param=field)
+
+
+def _answer_head(app: FastAPI) -> None:
+    """Answer HEAD wherever there is GET: some balancers look at a server by it."""
+    for route in [route for route in app.routes if isinstance(route, APIRoute) and "GET" in (route.methods or ())]:
+        app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _add_information(app: FastAPI, server: Server) -> None:

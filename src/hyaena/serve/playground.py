@@ -33,7 +33,7 @@ def add_playground(app: FastAPI) -> None:
     """Add the page and its files."""
     for path, (name, kind) in FILES.items():
         content = (resources.files("hyaena.serve") / "static" / name).read_bytes()
-        app.add_api_route(path, _giving(content, kind), methods=["GET", "HEAD"], include_in_schema=False)
+        app.add_api_route(path, _giving(content, kind), include_in_schema=False)
 
 
 def _giving(content: bytes, kind: str) -> Callable[[], Awaitable[Response]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 64
@@ -22,12 +22,29 @@ Strings = Annotated[
 # The first mistake is enough: millions of mistakes in one body must not become as many errors. Lists have fail_fast for
 # that; dictionaries have not.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-Prompts = (
-    str
-    | TokenIds
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True)]
-)
+
+FORMS = frozenset({"(text)", "(number)", "(ids)", "(texts)", "(list)"})
+"""Tags of the forms that a field may have. An error is one of the form that was sent, and does not name it."""
+
+
+def _form(given: object) -> str | None:
+    if isinstance(given, list):
+        first = given[0] if given else None
+        return {str: "(texts)", int: "(ids)", list: "(list)", dict: "(list)"}.get(type(first))
+    return {str: "(text)", int: "(number)"}.get(type(given))
+
+
+def _one_of(message: str) -> Discriminator:
+    return Discriminator(_form, custom_error_type="form", custom_error_message=message)
+
+
+Prompts = Annotated[
+    Annotated[str, Tag("(text)")]
+    | Annotated[TokenIds, Tag("(ids)")]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True), Tag("(texts)")]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_BATCH, fail_fast=True), Tag("(list)")],
+    _one_of("Give a text, a list of token ids, or a list of texts or of such lists; no list may be empty"),
+]
 
 
 def _few(given: object) -> object:
@@ -42,6 +59,21 @@ LogitBias = Annotated[
 ]
 
 
+def _only(neutral: object, message: str) -> BeforeValidator:
+    """Say that a field is not supported, where it has another value than the one that changes nothing."""
+
+    def check(given: Any) -> Any:
+        if given != neutral:
+            raise PydanticCustomError("unsupported", message)  # type: ignore[arg-type]
+        return given
+
+    return BeforeValidator(check)
+
+
+NoPenalty = Annotated[float, Field(ge=0, le=0), _only(0, "Only 0 is supported; there is repetition_penalty")]
+LABEL = Field(default=None, description="Accepted; it has no effect.")
+
+
 def as_prompts(given: Prompts) -> list[str | list[int]]:
     """The prompts of a body that names one or several."""
     if isinstance(given, str) or isinstance(given[0], int):
@@ -50,7 +82,7 @@ def as_prompts(given: Prompts) -> list[str | list[int]]:
 
 
 class Strict(BaseModel):
-    """A body whose fields have the types that are named, and no others."""
+    """A body whose fields have the types that are named, and no others. A field that is null was not given."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -59,10 +91,11 @@ class Strict(BaseModel):
     def _name_one_unknown_field(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        unknown = next((name for name in given if name not in cls.model_fields), None)
-        if unknown is None:
-            return given
-        return {name: value for name, value in given.items() if name in cls.model_fields} | {unknown: given[unknown]}
+        known = {name: given[name] for name in cls.model_fields if given.get(name) is not None}
+        unknown = next(
+            (name for name, value in given.items() if name not in cls.model_fields and value is not None), None
+        )
+        return known if unknown is None else known | {unknown: given[unknown]}
 
 
 class StreamOptions(Strict):
@@ -70,12 +103,13 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     continuous_usage_stats: Literal[False] = False
+    include_obfuscation: Literal[False] = False
 
 
 class GenerationBody(Strict):
     """The fields that completions and chats share.
 
-    Fields of the API whose only accepted value is the neutral one are not supported: another value is an error.
+    A field of the API that is not supported is accepted where its value asks for what the server does without it.
     """
 
     model: str | None = None
@@ -95,9 +129,9 @@ class GenerationBody(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(default=None, max_length=256)
-    user: str | None = Field(default=None, description="Accepted; it has no effect.")
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    user: str | None = LABEL
+    frequency_penalty: NoPenalty | None = None
+    presence_penalty: NoPenalty | None = None
 
 
 class CompletionBody(GenerationBody):
@@ -109,7 +143,6 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool = True
     return_token_ids: bool = Field(default=False, description="Add ids and texts of tokens, and ids of top_logprobs.")
     best_of: Literal[1] | None = None
-    suffix: None = None
 
 
 class ContentPart(Strict):
@@ -120,12 +153,18 @@ class ContentPart(Strict):
 
 
 class Message(Strict):
-    """One message of a conversation."""
+    """One message of a conversation; a developer's is one of the system."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True)]
-    name: None = None
-    refusal: None = None
+    role: Annotated[
+        Literal["system", "user", "assistant"],
+        BeforeValidator(lambda role: "system" if role == "developer" else role),
+        Field(json_schema_extra={"enum": ["system", "developer", "user", "assistant"]}),
+    ]
+    content: Annotated[
+        Annotated[str, Tag("(text)")]
+        | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True), Tag("(list)")],
+        _one_of("Give a text, or a list of parts with texts"),
+    ]
 
     @property
     def text(self) -> str:
@@ -149,9 +188,16 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0), _only([], "Tools are not supported: leave them out")] | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = Field(default=None, description="Accepted; without tools it has no effect.")
+    parallel_tool_calls: bool | None = LABEL
+    safety_identifier: str | None = LABEL
+    prompt_cache_key: str | None = LABEL
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = Field(default=None, min_length=1, max_length=1)
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
     add_generation_prompt: Literal[True] = True
 
 
@@ -177,11 +223,12 @@ class EmbeddingBody(Strict):
 
     model: str | None = None
     input: Prompts
-    layer: int | str = Field(default="norm", description="A place in the model; see hyaena.embed.")
+    layer: Annotated[
+        Annotated[int, Tag("(number)")] | Annotated[str, Tag("(text)")], _one_of("Give a number or a name of a place")
+    ] = Field(default="norm", description="A place in the model; see hyaena.embed.")
     pool: Literal["mean", "last"] = "mean"
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: None = None
-    user: str | None = None
+    user: str | None = LABEL
 
 
 class ScoreBody(Strict):

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from http import HTTPStatus
 from types import FrameType
 from typing import NoReturn
 
@@ -21,7 +22,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from hyaena.errors import InputError, printable
+from hyaena.errors import InputError, printable, shown
 from hyaena.serve.engine import Engine
 from hyaena.serve.guards import log_request, new_request_id
 from hyaena.serve.protocol import ApiError
@@ -47,6 +48,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         InputError: the address cannot be had.
     """
+    if host in ("", "*"):
+        raise InputError(f"{shown(host)} is no address to listen at: give 0.0.0.0 or :: for all of this machine")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         opened = socket.socket(family, kind, protocol)
@@ -181,15 +184,26 @@ class _HttpConnection(H11Protocol):
         if self._stalled is not None:
             self._stalled.cancel()
 
+    def shutdown(self) -> None:
+        """Close the connection, or have its answer be the last; a body that has not come would come too late."""
+        cycle = self.cycle  # type: ignore[attr-defined]
+        if cycle is not None and cycle.more_body and not cycle.response_started:
+            self._refuse(503, "the server is stopping", new_request_id())
+        else:
+            super().shutdown()
+
     def send_400_response(self, msg: str) -> None:
         """Answer what the parser does not take in the form of the API, and log it: no application sees it."""
         name = new_request_id()
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun, or was given already
-            body = json.dumps(ApiError(400, msg).body).encode()
-            head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            head += f"x-request-id: {name}\r\ncontent-length: {len(body)}\r\n\r\n"
-            self.transport.write(head.encode() + body)  # type: ignore[attr-defined]
         log_request(name, (self.client or ("",))[0], None, None, 400, 0.0)
+        self._refuse(400, msg, name)
+
+    def _refuse(self, status: int, message: str, name: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun, or was given already
+            body = json.dumps(ApiError(status, message).body).encode()
+            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            head += f"connection: close\r\nx-request-id: {name}\r\ncontent-length: {len(body)}\r\n\r\n"
+            self.transport.write(head.encode() + body)  # type: ignore[attr-defined]
         self.transport.close()  # type: ignore[attr-defined]
 
     def _watch(self, before: object) -> None:

@@ -36,7 +36,7 @@ export async function call(path, body, signal) {
     message = (await response.json()).error.message;
   } catch { /* not an answer of ours: the status must do */ }
   const wait = response.headers.get("Retry-After");
-  if (wait) message += ` (in about ${wait} s)`;
+  if (wait) message += `; try again in about ${wait} s`;
   throw new ServerError(message, response.status);
 }
 

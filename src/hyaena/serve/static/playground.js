@@ -320,6 +320,6 @@ $("key-form").addEventListener("submit", (event) => {
   connect();
 });
 
-$("prompt").value = EXAMPLE;
+$("prompt").value ||= EXAMPLE; // a browser that loads the page again has filled the fields
 $("settings").open = matchMedia("(min-width: 800px)").matches;
 connect();

@@ -98,6 +98,7 @@ export class Alternatives {
     document.addEventListener("pointerdown", (event) => {
       if (!element.contains(event.target) && !event.target.closest(".token")) this.hide();
     });
+    document.addEventListener("scroll", ({ target }) => this.#follow(target), { capture: true, passive: true });
     document.addEventListener("pointerover", ({ target, pointerType }) => {
       const away = !element.contains(target) && !target.closest(".answer");
       if (pointerType === "mouse" && away && document.activeElement !== this.span) this.hide();
@@ -111,7 +112,8 @@ export class Alternatives {
   watch(answer) {
     const { element } = answer;
     const show = (event) => event.target.classList.contains("token") && this.show(answer, event.target);
-    element.addEventListener("pointerover", show);
+    // Not "pointerover": a token that comes to lie under a pointer that rests, or under a finger that scrolls, is not meant.
+    element.addEventListener("pointermove", (event) => event.pointerType === "mouse" && show(event));
     element.addEventListener("click", show);
     element.addEventListener("focusin", show);
     element.addEventListener("keydown", (event) => this.#walk(event, answer));
@@ -125,13 +127,30 @@ export class Alternatives {
     const { from, to } = answer.pieceOf(span);
     for (let place = from; place < to; place++) this.element.append(this.#list(answer, place));
     this.element.hidden = false;
-    const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
+    const { bottom } = this.#place();
+    if (getComputedStyle(this.element).position === "fixed") { // at the bottom of a phone: not over the token
+      window.scrollBy(0, Math.max(0, bottom + 8 - this.element.getBoundingClientRect().top));
+    }
+  }
+
+  // Put the panel beside its token; where that is on the screen.
+  #place() {
+    const box = this.span.getClientRects()[0] ?? this.span.getBoundingClientRect();
     const width = document.documentElement.clientWidth;
     const left = Math.max(8, Math.min(box.left, width - this.element.offsetWidth - 8));
     const below = box.bottom + this.element.offsetHeight < window.innerHeight;
     const top = below ? box.bottom : Math.max(0, box.top - this.element.offsetHeight);
     this.element.style.left = `${left + window.scrollX}px`;
     this.element.style.top = `${top + window.scrollY}px`;
+    return box;
+  }
+
+  // Stay with the token while its answer is scrolled, as long as it can be seen.
+  #follow(target) {
+    if (!this.open || !target.contains(this.span)) return;
+    const box = this.#place();
+    const view = (target === document ? document.documentElement : target).getBoundingClientRect();
+    if (box.bottom < view.top || box.top > view.bottom) this.hide();
   }
 
   hide() {
