@@ -5,8 +5,8 @@ second form (EMULATED), which reads and writes global memory in its place.
 
 A row of a tile is a step, in the order of ``tile_rows``, so that the 32 rows that a warp reads together lie together.
 Words are copied 16 bytes at a time, and rows are swizzled by 16 bytes: of a row of 8 or 16 words a warp reads one, in
-four wavefronts, which is as few as copies of 16 bytes allow. In the forward kernel a warp owns a word, two channels, and
-in the backward kernels a channel.
+four wavefronts, which is as few as copies of 16 bytes allow. In the forward kernel a warp owns a word, two channels; in
+the backward kernels a channel.
 """
 
 # Gluon's decorators and ranges have no types:
