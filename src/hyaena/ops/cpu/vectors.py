@@ -25,9 +25,9 @@ NEIGHBOURS_OF_FEW = 2
 """Rows of weights for fewer vectors, so that the additions of a sum, which wait for one another, do not hold it up."""
 
 AHEAD = 1 << 12
-"""Bytes between the weights that are multiplied and those that are brought to the cache meanwhile, for one or two vectors
-and for narrow weights. A processor may read ahead to the end of a page of 4 KiB only, and less the more instructions
-lie between two reads."""
+"""Bytes between the weights that are multiplied and those that are brought to the cache meanwhile, for one or two
+vectors and for narrow weights. A processor may read ahead to the end of a page of 4 KiB only, and less the more
+instructions lie between two reads."""
 
 FLOAT, HALF, BYTE = ir.FloatType(), ir.HalfType(), ir.IntType(8)
 INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -176,7 +176,7 @@ def bring_line(builder: ir.IRBuilder, place: ir.Value) -> None:
 
 
 def bring_ahead(builder: ir.IRBuilder, address: ir.Value, index: ir.Value) -> None:
-    """Have the cache line ``AHEAD`` bytes behind the pointer ``address[index]`` brought; it may lie behind all memory."""
+    """Have the line ``AHEAD`` bytes behind the pointer ``address[index]`` brought; it may lie behind all memory."""
     place = builder.bitcast(builder.gep(address, [index]), BYTE.as_pointer())
     bring_line(builder, builder.gep(place, [constant(AHEAD, INT64)]))
 
