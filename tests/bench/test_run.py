@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hyaena.bench.run import Plan, Result, random_model
 from hyaena.config import ModelConfig
 from hyaena.errors import CapacityError, InputError, NonFiniteError, UnsupportedError
 from hyaena.model import StripedHyena
+from hyaena.tensor_files import memory as large_pages
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
@@ -224,8 +226,12 @@ def test_a_filled_cache_is_one_that_was_read_into() -> None:
     assert all(bool(t.real.any()) for t in cache.tensors())
 
 
-def test_random_models_are_made_in_their_dtype_and_keep_their_filters() -> None:
+def test_random_models_are_made_in_their_dtype_and_keep_their_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_pages, "PAGE", mmap.PAGESIZE)
     model = random_model(CONFIG, CPU, torch.bfloat16)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # as weights that are loaded
+        large = [p for p in model.parameters() if p.nbytes >= mmap.PAGESIZE]
+        assert large and all(p.data_ptr() % mmap.PAGESIZE == 0 and p.requires_grad for p in large)
     dtypes = {name.rsplit(".", 1)[-1]: p.dtype for name, p in model.named_parameters()}
     assert dtypes["poles"] == dtypes["residues"] == torch.float32
     assert {dtype for name, dtype in dtypes.items() if name not in ("poles", "residues")} == {torch.bfloat16}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError
 from hyaena.formats import read_config
 from hyaena.formats.tensors import state_to_ours
 from hyaena.sizes import ModelSizes
+from hyaena.tensor_files import memory
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -144,6 +146,19 @@ def test_the_model_does_not_depend_on_the_file_afterwards(folder: Path) -> None:
         file.seek(4096)
         file.write(b"\xff" * (os.path.getsize(file.name) - 4096))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages")
+@pytest.mark.parametrize("options", [{}, {"dtype": "float64"}, {"weights": "int8"}])
+def test_all_weights_begin_with_a_large_page(folder: Path, monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
+    """Those that were read, those that were cast and those that were made narrow; ``PAGE`` is that of a small model."""
+    before = load_model(folder, **options).state_dict()
+    monkeypatch.setattr(memory, "PAGE", mmap.PAGESIZE)
+    model = load_model(folder, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    large = [name for name, tensor in before.items() if tensor.nbytes >= mmap.PAGESIZE and not name.endswith("scale")]
+    assert len(large) > 3
+    assert all(model.state_dict()[name].data_ptr() % mmap.PAGESIZE == 0 for name in large)
 
 
 MEMORY_TEST = """

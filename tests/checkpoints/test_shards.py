@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from hyaena.checkpoints.shards import open_shard
 from hyaena.errors import CheckpointError
+from hyaena.tensor_files import memory
 
 Header = dict[str, dict[str, Any]]
 
@@ -90,3 +91,22 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-8])
         with pytest.raises(CheckpointError, match="shorter than its table of contents says"):
             [shard.read(key) for key in shard.tensors]
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not THP.exists(), reason="this system has no large pages")
+def test_many_numbers_lie_on_large_pages_and_waste_nothing(path: Path) -> None:
+    numbers = torch.randn(2 * memory.PAGE // 4 + 3)
+    save_file({"a": numbers}, path)
+    with open_shard(path) as shard:
+        read = shard.read("a")
+    assert torch.equal(read, numbers) and read.untyped_storage().nbytes() == numbers.nbytes
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"{read.data_ptr():x}-"))
+    flags = next(line for line in lines[start:] if line.startswith("VmFlags:"))
+    assert "hg" in flags.split()  # asked for; whether one was free is the system's affair
+    assert memory.settled(read) is read
+    assert torch.equal(memory.settled(numbers), numbers) and memory.settled(numbers) is not numbers
+    assert memory.settled(numbers[:100]).data_ptr() == numbers.data_ptr()

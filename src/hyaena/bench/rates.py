@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hyaena.bench.clock import Samples, call_times
 from hyaena.ops import cpu
+from hyaena.tensor_files import memory
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,7 @@ def measure_bandwidth(device: torch.device, working_set: int | None = None) -> R
     count = sizes.moved
     if device.type == "cpu" and working_set is not None:
         count = max(min(LEAST, count), min(count, working_set))
-    make = torch.ones if device.type == "cpu" else torch.rand  # filling costs a processor time, and no GPU any
-    source = make(max(1, count // 4), dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
+    source, target = (_numbers(max(1, count // 4), device) for _ in range(2))
     kernels: dict[str, tuple[Callable[[], object], int]] = {"copy": (lambda: target.copy_(source), 2 * source.nbytes)}
     if device.type == "cpu":
         kernels |= {name: (lambda read=read: read(source), source.nbytes) for name, read in reading_kernels().items()}
@@ -79,6 +78,13 @@ def measure_bandwidth(device: torch.device, working_set: int | None = None) -> R
         for name, (run, n) in kernels.items()
     ]
     return max(rates, key=lambda rate: rate.median)
+
+
+def _numbers(count: int, device: torch.device) -> Tensor:
+    """float32 numbers to read; on a CPU all the same, which takes less time, and on pages like those of weights."""
+    if device.type == "cpu":
+        return memory.empty((count,), torch.float32).fill_(1)
+    return torch.rand(count, dtype=torch.float32, device=device)
 
 
 def reading_kernels() -> dict[str, Callable[[Tensor], object]]:

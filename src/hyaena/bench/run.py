@@ -19,6 +19,7 @@ from hyaena.errors import InputError, UnsupportedError
 from hyaena.generation import MIN_PREFILL_CHUNK, PREFILL_CHUNK
 from hyaena.model import StripedHyena
 from hyaena.sizes import ModelSizes
+from hyaena.tensor_files.memory import settled
 
 SH_7B = replace(ModelConfig.from_name("sh-7b"), name="7b", max_length=131_072, prefill_style="auto")
 """StripedHyena-Hessian-7B, to be filled with random weights, which take any length: four times its own."""
@@ -128,12 +129,15 @@ _REMEDY = "choose a smaller model (--model cub), a narrower --dtype, or shorter 
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> StripedHyena:
-    """A model with fresh weights, made on its device in its dtype: no wider copy of it is ever allocated."""
+    """A model with fresh weights, made on its device in its dtype: no wider copy of it is ever allocated.
+
+    On a CPU they lie on pages like those of a model that was loaded.
+    """
     with torch.device("meta"):
         model = StripedHyena(config)
     model.to(dtype).to_empty(device=device)
     model.init_weights()
-    return model.eval()
+    return model._apply(settled).eval()
 
 
 def _needed(config: ModelConfig, plan: Plan, device: torch.device, itemsize: int, kv_itemsize: int) -> int:

@@ -29,6 +29,7 @@ from hyaena.model import StripedHyena
 from hyaena.ops.fp8 import E4M3
 from hyaena.quant import fixed_tensors, quantized_layers
 from hyaena.schemes import scheme_of
+from hyaena.tensor_files import memory
 
 logger = logging.getLogger(__name__)
 
@@ -345,12 +346,14 @@ class Loading:
         """Make a tensor the parameter or buffer of a name, or the narrow weight of a layer."""
         owner, _, leaf = name.rpartition(".")
         if name in self.to_narrow:
+            layer = self.to_narrow[name]
             try:
-                self.to_narrow[name].narrow(tensor, self.moments.get(owner))
+                layer.narrow(tensor, self.moments.get(owner))
             except InputError as error:
                 raise InputError(f"{self.checkpoint.path}, {self._shown(name)}: {error}") from None
+            layer.codes = memory.settled(layer.codes)
             return
-        expected = self.expected[name]
+        expected, tensor = self.expected[name], memory.settled(tensor)
         if isinstance(expected, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=expected.requires_grad)
         setattr(self.model.get_submodule(owner), leaf, tensor)

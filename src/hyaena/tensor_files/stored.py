@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hyaena.errors import CheckpointError
+from hyaena.tensor_files import memory
 
 _CHUNK = 1 << 24
 
@@ -61,9 +62,7 @@ class StoredTensor:
     def read(self) -> Tensor:
         """The tensor itself, contiguous and in memory of its own."""
         assert isinstance(self.dtype, torch.dtype)
-        buffer = torch.empty(
-            self.storage.nbytes // self.dtype.itemsize * self.dtype.itemsize, dtype=torch.uint8, device="cpu"
-        )
+        buffer = memory.empty((self.storage.nbytes // self.dtype.itemsize * self.dtype.itemsize,), torch.uint8)
         content = memoryview(buffer.numpy())  # type: ignore[arg-type]
         with self.storage.open() as file:
             for start in range(0, len(content), _CHUNK):

@@ -30,6 +30,7 @@ from hyaena.ops.cpu.vectors import (
     MANY,
     NEIGHBOURS,
     NEIGHBOURS_OF_FEW,
+    bring_ahead,
     constant,
     float_sums,
     fma,
@@ -206,6 +207,7 @@ def _sums8(
 
     def add(count: int):
         def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+            bring_ahead(builder, codes, builder.mul(index, constant(COLUMNS, INT64)))
             for i in range(count):
                 block = builder.add(index, constant(i, INT64))
                 start = builder.mul(block, constant(COLUMNS, INT64))
@@ -252,7 +254,9 @@ def _sums4(
         groups = count if form.blocks == 1 else 1
 
         def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            packed = read(builder, BYTE, codes, builder.mul(index, constant(COLUMNS // 2, INT64)), 2 * words)
+            place = builder.mul(index, constant(COLUMNS // 2, INT64))
+            bring_ahead(builder, codes, place)
+            packed = read(builder, BYTE, codes, place, 2 * words)
             word = builder.bitcast(packed, ir.VectorType(INT16, words))
             low = constant(15, INT16, words)
             shifted = [word, *(builder.lshr(word, constant(bits, INT16, words)) for bits in (4, 8, 12))]

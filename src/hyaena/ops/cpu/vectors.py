@@ -24,6 +24,11 @@ NEIGHBOURS = 4 if dict(binding.get_host_cpu_features()).get("avx512f") else 1
 NEIGHBOURS_OF_FEW = 2
 """Rows of weights for fewer vectors, so that the additions of a sum, which wait for one another, do not hold it up."""
 
+AHEAD = 1 << 12
+"""Bytes between the weights that are multiplied and those that are brought to the cache meanwhile, for one or two
+vectors and for narrow weights. A processor may read ahead to the end of a page of 4 KiB only, and less the more
+instructions lie between two reads."""
+
 FLOAT, HALF, BYTE = ir.FloatType(), ir.HalfType(), ir.IntType(8)
 INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FUSED = ("contract",)  # a product and an addition become one instruction
@@ -170,6 +175,12 @@ def bring_line(builder: ir.IRBuilder, place: ir.Value) -> None:
     builder.call(code, [place, *(constant(number, INT32) for number in (0, 3, 1))])  # to read, all caches, data
 
 
+def bring_ahead(builder: ir.IRBuilder, address: ir.Value, index: ir.Value) -> None:
+    """Have the line ``AHEAD`` bytes behind the pointer ``address[index]`` brought; it may lie behind all memory."""
+    place = builder.bitcast(builder.gep(address, [index]), BYTE.as_pointer())
+    bring_line(builder, builder.gep(place, [constant(AHEAD, INT64)]))
+
+
 def loop(
     builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, carried: Sequence[ir.Value], body: Body
 ) -> list[ir.Value]:
@@ -218,7 +229,7 @@ def float_sums(
 
     The order of summation depends on the width alone: registers are added up one after another, and the rest one by
     one. With many vectors, one line of memory from ``ahead`` on is brought to the cache for each register of a row, and
-    the next one is ``pace`` bytes further.
+    the next one is ``pace`` bytes further; with fewer, what lies ``AHEAD`` bytes behind what is read.
 
     Returns:
         The sums of the first vector with all rows, of the second, …, side by side.
@@ -231,6 +242,8 @@ def float_sums(
         totals, lines = carried[: len(zeros)], carried[len(zeros) :]
         for line in lines:
             bring_line(builder, line)
+        for row in rows if not lines else ():
+            bring_ahead(builder, row, index)
         found = [read_wide(builder, token, w, index, LANES) for w in rows]
         for j, x in enumerate(xs):
             b = read(builder, FLOAT, x, index, LANES)
