@@ -120,7 +120,7 @@ def test_adapters_and_rows_of_unequal_lengths(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_what_is_float32_is_made_so_under_any_default_dtype(dtype: torch.dtype) -> None:
-    """Where n·π is bfloat16, poles of that phase are up to a quarter of a radian off; transformers loads under such a default."""
+    """Poles of phase n·π are a quarter of a radian off where n·π is bfloat16; transformers loads under that default."""
     module, again = LongFilter(3, 40), LongFilter(3, 40)
     with torch.no_grad():
         module.init_weights(torch.Generator().manual_seed(0))
