@@ -17,8 +17,12 @@ import hyaena
 from configs import TINY, TINY_EVO2
 from hyaena import checkpoints
 from hyaena.adapters import add_adapter, save_adapter, with_adapter
+from hyaena.decoding.sampler import GraphSampler
+from hyaena.filters import LongFilter
+from hyaena.formats.evo2.extra_state import read_scales, write_scales
 from hyaena.model import StripedHyena
 from hyaena.records import Variant
+from hyaena.sampling import SamplingParams
 from hyaena.scoring import score_variants
 from hyaena.tokenizers import ByteTokenizer
 from models import spread
@@ -44,7 +48,7 @@ def elsewhere(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
         yield lambda: torch.set_default_device("meta")
         torch.set_default_device(None)
     else:
-        yield lambda: torch.set_default_dtype(torch.float64)
+        yield lambda: torch.set_default_dtype(torch.bfloat16)
         torch.set_default_dtype(torch.float32)
 
 
@@ -112,3 +116,21 @@ def test_adapters_and_rows_of_unequal_lengths(
     cache = model.make_cache(2, max_length=40)
     model(IDS, cache=cache, counts=[10, 20])
     assert cache.lengths == [10, 20]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_float32_is_made_so_under_any_default_dtype(dtype: torch.dtype) -> None:
+    """Poles of phase n·π are a quarter of a radian off where n·π is bfloat16; transformers loads under that default."""
+    module, again = LongFilter(3, 40), LongFilter(3, 40)
+    with torch.no_grad():
+        module.init_weights(torch.Generator().manual_seed(0))
+        torch.set_default_dtype(dtype)
+        try:
+            again.init_weights(torch.Generator().manual_seed(0))
+            scales = read_scales(write_scales(0.3, 0.7))
+            sampler = GraphSampler(1, 5, top=0, device=torch.device("cpu"))
+            sampler.add([SamplingParams(logit_bias={1: 0.3})], [torch.Generator()], None)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(again.poles, module.poles) and scales == pytest.approx((0.3, 0.7), rel=1e-7)
+    assert sampler.bias is not None and sampler.bias.dtype == torch.float32

@@ -13,7 +13,8 @@ from hyaena.errors import UnsupportedError
 from hyaena.filters import LongFilter, RealLongFilter
 from hyaena.model import StripedHyena
 from hyaena.ops import long_conv
-from hyaena.ops.long_conv import kept
+from hyaena.ops.long_conv import blocked, kept, modes
+from hyaena.ops.long_conv.blocked import BlockTables
 
 MODULES = {"complex": LongFilter, "real": RealLongFilter}
 
@@ -102,3 +103,18 @@ def test_a_method_that_a_filter_has_not_names_its_kind(module: LongFilter) -> No
     name = "RealModalFilter" if isinstance(module, RealLongFilter) else "ModalFilter"
     with torch.inference_mode(), pytest.raises(UnsupportedError, match=f"'direct' takes no {name}: choose auto"):
         long_conv(torch.randn(1, 100, 6), module(), method="direct")
+
+
+def test_threads_that_extend_the_same_tables_disturb_none(module: LongFilter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread takes longer steps while one multiplies its own: each has the powers that it would have alone."""
+    tables, alone = BlockTables(module().modes()), BlockTables(module().modes())
+    others = [5]
+
+    def limit(z: torch.Tensor) -> torch.Tensor:
+        if others:
+            tables.hops(others.pop())
+        return modes.limit(z)
+
+    monkeypatch.setattr(blocked, "limit", limit)
+    for count in (2, 7):
+        torch.testing.assert_close(tables.hops(count), alone.hops(count), atol=0, rtol=0)

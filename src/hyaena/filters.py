@@ -113,7 +113,7 @@ class LongFilter(Float32Parameters):
         nn.init.ones_(self.skip)
         nn.init.uniform_(self.poles, math.log(1e-3), math.log(0.1), generator=generator)
         dt = self.poles[:, :1, 0].exp()  # one draw per filter
-        phase = torch.arange(modes, device=dt.device) * torch.pi
+        phase = torch.arange(modes, dtype=dt.dtype, device=dt.device) * torch.pi
         poles = torch.polar(torch.exp(-0.5 * dt).expand(-1, modes), dt * phase)
         self.poles.copy_(torch.view_as_real(poles))
         nn.init.normal_(self.residues, std=(0.5 / modes) ** 0.5, generator=generator)

@@ -43,6 +43,9 @@ from hyaena.packing import Snapshots
 from hyaena.quant import narrow_linears
 from hyaena.schemes import SCHEMES
 
+WIDEST_HEAD = 2**22
+"""Weights of a head whose product in float32 takes a small part of a pass: 512 tokens of 8,192 channels."""
+
 
 class StripedHyena(nn.Module):
     """A StripedHyena language model.
@@ -266,6 +269,7 @@ class StripedHyena(nn.Module):
         method: str = "auto",
         backend: str = "auto",
         snapshots: Snapshots | None = None,
+        wide_logits: bool = False,
     ) -> Tensor:
         """Logits of the token that follows each position.
 
@@ -283,6 +287,7 @@ class StripedHyena(nn.Module):
             method: how long convolutions are evaluated; see ``ops.METHODS``.
             backend: what evaluates the operators: ``"triton"`` (fused kernels), ``"plain"`` (torch), or ``"auto"``.
             snapshots: takes copies of the states inside this pass.
+            wide_logits: see ``logits``.
 
         Returns:
             [B,T,V], or [B,logits_to_keep,V]; of a packed pass [1,T,V], or [B,1,V] after the last token of each row.
@@ -314,16 +319,16 @@ class StripedHyena(nn.Module):
         products = onednn_products(self.device, self.dtype, ids.numel())
         if cache is None or context.counts is None:
             with products:
-                return self._layers(ids, context, [None] * len(self.layers), logits_to_keep)[0]
+                return self._layers(ids, context, [None] * len(self.layers), logits_to_keep, wide_logits)[0]
         assert context.lengths is not None
         rows = len(ids) if counts is None else len(context.counts)
         with products, cache.reading(self, rows, context.lengths, context.counts):
-            logits, states = self._layers(ids, context, cache.states, logits_to_keep)
+            logits, states = self._layers(ids, context, cache.states, logits_to_keep, wide_logits)
             cache.commit([state.detach() for state in states], context.counts)
         return logits
 
     def _layers(
-        self, ids: Tensor, context: ForwardContext, states: Sequence[Any], logits_to_keep: int | None
+        self, ids: Tensor, context: ForwardContext, states: Sequence[Any], logits_to_keep: int | None, wide: bool
     ) -> tuple[Tensor, list[Any]]:
         x, new = embed(self.embed_tokens, ids, self.config.vocab_size), []
         length = ids.shape[1]
@@ -341,10 +346,20 @@ class StripedHyena(nn.Module):
                 x, state = layer(x, context, state, keep, context.packing.last)
                 x = x.transpose(0, 1)  # [B,1,D]
             new.append(state)
-        return self.logits(call(self.norm, x, context)), new
+        return self.logits(call(self.norm, x, context), wide=wide), new
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits [...,V] of what the final norm returned, x [...,D]."""
+    def logits(self, x: Tensor, *, wide: bool = False) -> Tensor:
+        """Logits [...,V] of what the final norm returned, x [...,D].
+
+        With ``wide`` those of a model of 16 bits are float32 and not rounded to 16 bits, where the head is plain and of
+        at most ``WIDEST_HEAD`` weights: that of a model of letters or bytes. Sums of log-probabilities are nearer to
+        those of a float32 model then.
+        """
+        head = ops.Dense(self.embed_tokens.weight) if self.lm_head is None else record(self.lm_head)
+        if wide and x.dtype.itemsize < 4 and isinstance(head, ops.Dense) and head.weight.numel() <= WIDEST_HEAD:
+            with torch.autocast(x.device.type, enabled=False):
+                bias = None if head.bias is None else head.bias.float()
+                return ops.linear(x.float(), ops.Dense(head.weight.float(), bias))
         return self.lm_head(x) if self.lm_head is not None else nn.functional.linear(x, self.embed_tokens.weight)
 
     def _check_packs(self, logits_to_keep: int | None) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from configs import TINY
+from hyaena import quant
 from hyaena.ops import onednn
 from hyaena.ops.onednn import FEWEST_ROWS, OneDNNProducts, onednn_products
+from hyaena.schemes import SCHEMES
 from models import spread
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -70,3 +73,21 @@ def test_what_is_not_suited(monkeypatch: pytest.MonkeyPatch) -> None:
         for arguments in ((CPU, torch.bfloat16, 999), (CPU, torch.float32, FEWEST_ROWS - 1)):
             assert isinstance(onednn_products(*arguments), contextlib.nullcontext)
         assert isinstance(onednn_products(CPU, torch.float32, FEWEST_ROWS), OneDNNProducts)
+
+
+def test_a_transform_that_follows_what_torch_computes_has_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "_preferred", lambda: True)
+    model, ids = spread(TINY), torch.randint(50, (2, FEWEST_ROWS))
+    with torch.no_grad():
+        found = torch.vmap(lambda row: model(row[None])[0])(ids)
+        torch.testing.assert_close(found, model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_compiles_into_one_graph_on_a_cpu() -> None:
+    """A compiler can neither ask what processor it is, nor whether it is inference mode, nor for optional packages."""
+    model = spread(replace(TINY, layer_types=("hyena",), hidden_size=32, intermediate_size=32))
+    quant.narrow_linears(model, SCHEMES["int8"])
+    model.init_weights()
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="eager")(torch.ones(1, 1, dtype=torch.long))
+        torch.testing.assert_close(found, model(torch.ones(1, 1, dtype=torch.long)), rtol=1e-4, atol=1e-4)

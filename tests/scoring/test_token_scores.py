@@ -17,7 +17,18 @@ from configs import TINY, TINY_EVO
 from hyaena.errors import InputError, NonFiniteError
 from hyaena.formats import read_config
 from hyaena.model import StripedHyena
-from hyaena.scoring import NonFiniteRecordError, RecordError, Score, Wanted, token_scores, token_statistics
+from hyaena.quant import QuantizedLinear
+from hyaena.schemes import SCHEMES
+from hyaena.scoring import (
+    Edit,
+    NonFiniteRecordError,
+    RecordError,
+    Score,
+    Wanted,
+    iter_edit_scores,
+    token_scores,
+    token_statistics,
+)
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer
 
 BYTES = replace(TINY, vocab_size=260, max_length=200)
@@ -97,6 +108,28 @@ def test_without_bos_nothing_predicts_the_first_token() -> None:
     np.testing.assert_array_equal(with_bos.logprobs, hyaena.score(model, tokenizer, b"hyena").logprobs)
     # an id that happens to be BOS is the caller's
     assert len(hyaena.score(model, tokenizer, [256, 65, 66]).logprobs) == 3
+
+
+def test_scores_are_of_logits_that_are_not_rounded_to_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, ids = spread().bfloat16(), ByteTokenizer(260), torch.randint(260, (1, 20))
+    assert model.lm_head is not None
+    with torch.inference_mode():
+        found = model(ids, wide_logits=True)
+        assert found.dtype == torch.float32 and torch.equal(found.bfloat16(), model(ids))
+        assert torch.equal(found[:, -1:], model(ids, wide_logits=True, cache=model.make_cache())[:, -1:])
+        (score,) = hyaena.score(model, tokenizer, ids.tolist(), bos=False)
+        want = found.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        np.testing.assert_allclose(score.logprobs[1:], want.numpy(), rtol=1e-6)
+
+        computed, logits = [], StripedHyena.logits
+        monkeypatch.setattr(StripedHyena, "logits", lambda *a, **k: computed.append(logits(*a, **k)) or computed[-1])
+        hyaena.score_continuations(model, [([1, 2], [[3, 4], [5]]), ([1], [[2]])])
+        list(iter_edit_scores(model, tokenizer, [("ACGTACGT", [Edit(3, "T", "GG")])]))
+        assert len(computed) >= 4 and {t.dtype for t in computed} == {torch.float32}
+        for head in (spread().lm_head, QuantizedLinear(16, 260, SCHEMES["float8"])):
+            model.lm_head = head.bfloat16()  # type: ignore[union-attr]
+            monkeypatch.setattr("hyaena.model.WIDEST_HEAD", 260 * 16 - 1)
+            assert model(ids, wide_logits=True).dtype == torch.bfloat16
 
 
 def test_logits_come_in_chunks_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:

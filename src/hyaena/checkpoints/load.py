@@ -286,7 +286,7 @@ class Loading:
                 self.checkpoint.path, len(lacking), len(self.scales),
             )  # fmt: skip
             for name in lacking:
-                self._put(name, self._placed(name, torch.ones(2, device="cpu")))
+                self._put(name, self._placed(name, torch.ones(2, dtype=torch.float32, device="cpu")))
         return self.model
 
     def _take(self, item: Item) -> None:

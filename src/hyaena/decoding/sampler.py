@@ -114,7 +114,8 @@ class GraphSampler:
             self.seen[here] = False if seen is None else seen
         bias = bias_table(params, self.vocab_size, self.knobs.device)
         if bias is not None and self.bias is None:
-            self.bias = torch.zeros(self.knobs.shape[0], self.vocab_size, device=self.knobs.device)
+            shape = self.knobs.shape[0], self.vocab_size
+            self.bias = torch.zeros(shape, dtype=torch.float32, device=self.knobs.device)
         if self.bias is not None:
             self.bias[here] = 0.0 if bias is None else bias
 

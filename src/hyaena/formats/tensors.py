@@ -78,7 +78,7 @@ def state_to_ours(state: Mapping[str, Tensor | io.BytesIO | None], config: Model
     if config.fp8_input_projections:
         names = (form.our_name(key) for key in state)
         ours = {
-            name.replace(_IN_PROJ, SCALES): torch.ones(2, device="cpu")
+            name.replace(_IN_PROJ, SCALES): torch.ones(2, dtype=torch.float32, device="cpu")
             for name in names
             if part(name) == _IN_PROJ and name
         }

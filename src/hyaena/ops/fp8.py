@@ -221,7 +221,7 @@ def accumulate(xq: Tensor, wq: Tensor, *, split: bool = False) -> Tensor:
     size = _TILE["cuda" if xq.device.type == "cuda" else "cpu"] // BLOCK
     rows = max(1, min(len(xq), math.isqrt(size) // 8))
     columns = max(1, size // rows)
-    out = torch.empty(len(xq), len(wq), device=xq.device)
+    out = torch.empty(len(xq), len(wq), dtype=torch.float32, device=xq.device)
     numbers, powers = _tables(xq.device)
 
     def decoded(bits: Tensor) -> tuple[Tensor, Tensor]:

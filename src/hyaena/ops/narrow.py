@@ -133,8 +133,10 @@ def _unwidened_product(x: Tensor, layer: Narrow) -> Tensor | None:
 
 def _compiled(x: Tensor) -> bool:
     """Whether kernels for a CPU may compute with x."""
+    if torch.compiler.is_compiling():  # first: a compiler can ask for none of what follows
+        return False
     plain = type(x) is Tensor and x.device.type == "cpu" and not is_functorch_wrapped_tensor(x)
-    return plain and cpu.unsupported_reason(x.dtype) is None and not torch.compiler.is_compiling() and not _followed(x)
+    return plain and cpu.unsupported_reason(x.dtype) is None and not _followed(x)
 
 
 def _followed(x: Tensor) -> bool:
@@ -177,7 +179,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        dx = torch.zeros((), dtype=dy.dtype, device=dy.device)
-        for rows in _tiles(ctx.layer):
-            dx = dx + dy[..., rows] @ _widened(ctx.layer, dy, rows)
-        return dx, None
+        parts = (dy[..., rows] @ _widened(ctx.layer, dy, rows) for rows in _tiles(ctx.layer))
+        first, *others = parts
+        dx = first.to(torch.promote_types(dy.dtype, torch.float32)) if others else first
+        for part in others:
+            dx += part  # in float32: a sum of 16 bits would be rounded at every tile
+        return dx.to(dy.dtype), None

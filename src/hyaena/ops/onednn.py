@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 FEWEST_ROWS = 128
@@ -36,15 +37,16 @@ class OneDNNProducts(TorchFunctionMode):
 
 
 def _plain(t: Any) -> bool:
-    return type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu"
+    plain = type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu"
+    return plain and not is_functorch_wrapped_tensor(t)  # vmap knows no tensors in oneDNN's layout
 
 
 def onednn_products(device: torch.device, dtype: torch.dtype, tokens: int) -> contextlib.AbstractContextManager[Any]:
     """What a pass over so many tokens is to be computed in: oneDNN's products where they are faster, or nothing."""
-    suits = device.type == "cpu" and dtype == torch.float32 and _preferred()
-    if not suits or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return contextlib.nullcontext()  # before tokens is compared: a compiler would take that for a condition
-    return OneDNNProducts() if tokens >= FEWEST_ROWS else contextlib.nullcontext()
+    if torch.compiler.is_compiling():  # first: a compiler cannot ask for the processor, and would take tokens for a
+        return contextlib.nullcontext()  # condition
+    suits = device.type == "cpu" and dtype == torch.float32 and not torch.is_grad_enabled() and _preferred()
+    return OneDNNProducts() if suits and tokens >= FEWEST_ROWS else contextlib.nullcontext()
 
 
 @functools.cache

@@ -206,13 +206,13 @@ def read_contexts(
     if len(contexts) == 1:
         logits = None
         for ids in torch.tensor([list(contexts[0])], device=device).split(most, dim=1):
-            logits = model(ids, cache=cache, logits_to_keep=1, method=method)
+            logits = model(ids, cache=cache, logits_to_keep=1, method=method, wide_logits=True)
         assert logits is not None
         return cache, logits[:, -1]
     padding = torch.tensor([[width - len(ids)] for ids in contexts], device="cpu")
     mask = (torch.arange(width, device="cpu") >= padding).to(device)
     ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in contexts], device=device)
-    return cache, model(ids, cache=cache, mask=mask, logits_to_keep=1, method=method)[:, -1]
+    return cache, model(ids, cache=cache, mask=mask, logits_to_keep=1, method=method, wide_logits=True)[:, -1]
 
 
 def _continue(
@@ -229,7 +229,7 @@ def _continue(
     values = [token_statistics(logits[at], targets[:, 0], WANTED)]
     if width > 1:
         copies = cache.select([row.cached for row in rows], max_length=cache.length + width - 1)
-        later = model(targets[:, :-1], cache=copies, method="auto")  # [B,width-1,V]
+        later = model(targets[:, :-1], cache=copies, method="auto", wide_logits=True)  # [B,width-1,V]
         values += [
             token_statistics(step, following, WANTED)
             for step, following in zip(later.unbind(1), targets[:, 1:].unbind(1), strict=True)

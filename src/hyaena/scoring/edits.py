@@ -366,6 +366,7 @@ class _Reading:
             cache=self.cache,
             method=self.method,
             snapshots=snapshots if snapshots.stops else None,
+            wide_logits=True,
         )
         values = _logprobs(self.model, logits, self.ids[:, start + 1 : stop + 1]).double().cpu()
         self.sums[:, start + 1 : stop + 1] = self.sums[:, start, None] + values.cumsum(1)
@@ -453,7 +454,7 @@ def _continue(reading: _Reading, rows: Sequence[_Row], most: int) -> list[float]
     values, position = [], 0
     for part in ids[:, :-1].split(max(1, most // len(rows)), dim=1):
         targets = ids[:, position + 1 : position + 1 + part.shape[1]]
-        values.append(_logprobs(model, model(part, cache=cache, method=reading.method), targets))
+        values.append(_logprobs(model, model(part, cache=cache, method=reading.method, wide_logits=True), targets))
         position += part.shape[1]
     counts = torch.tensor([row.length - 1 for row in rows], device=model.device)
     there = torch.arange(width - 1, device=model.device) < counts[:, None]

@@ -139,7 +139,7 @@ class TokenScorer:
         places, targets = places.to(x.device), targets.to(x.device)
         values = torch.cat(
             [
-                token_statistics(self.model.logits(x[0, at]), following, self.wanted)
+                token_statistics(self.model.logits(x[0, at], wide=True), following, self.wanted)
                 for at, following in zip(places.split(self.positions), targets.split(self.positions), strict=True)
             ],
             dim=1,

@@ -308,7 +308,7 @@ class Trainer:
         batch = self.windows.batch(self.step)
         # Each micro-batch weighs by its number of targets, so accumulation equals one large batch.
         count = max(batch.num_targets, 1)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         for part in batch.split(config.micro_batch_size or config.batch_size):
             with autocast(self.device, self.precision):
                 loss = self.loss(self.model, part.to(self.device)) / count

@@ -10,6 +10,7 @@ Source: NVIDIA, Transformer Engine 1.13, ``module/base.py``, ``get_extra_state``
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import torch
 
@@ -70,16 +71,17 @@ def write_scales(input_scale: float, weight_scale: float) -> bytes:
 
     The largest values seen are those that the scales stand for, ``448 / scale``; gradients have the scale 1.
     """
-    forward = torch.tensor([input_scale, weight_scale, 1.0], device="cpu")
-    seen = torch.tensor([448 / input_scale, 448 / weight_scale, 0.0], device="cpu")
-    backward = torch.ones(_BACKWARD, device="cpu")
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    forward = torch.tensor([input_scale, weight_scale, 1.0], **options)
+    seen = torch.tensor([448 / input_scale, 448 / weight_scale, 0.0], **options)
+    backward = torch.ones(_BACKWARD, **options)
     state = {
         "scale_fwd": forward,
         "scale_inv_fwd": 1 / forward,
         "amax_history_fwd": seen.repeat(_HISTORY, 1),
         "scale_bwd": backward,
         "scale_inv_bwd": 1 / backward,
-        "amax_history_bwd": torch.zeros(_HISTORY, _BACKWARD, device="cpu"),
+        "amax_history_bwd": torch.zeros(_HISTORY, _BACKWARD, **options),
         "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1, "fp8_max_fwd": 448.0, "fp8_max_bwd": 57344.0},
     }
     file = io.BytesIO()

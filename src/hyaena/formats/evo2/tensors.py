@@ -124,7 +124,7 @@ def _scales(key: str, state: Tensor) -> Tensor:
     if state.is_meta:
         return state.new_empty(2, dtype=torch.float32)
     try:
-        return torch.tensor(read_scales(state.cpu().numpy().tobytes()), device="cpu")
+        return torch.tensor(read_scales(state.cpu().numpy().tobytes()), dtype=torch.float32, device="cpu")
     except CheckpointError as error:
         raise CheckpointError(f"{key} {error}") from None
 

@@ -65,6 +65,6 @@ def _kernel():
 
 def sums_of_squares(x: Tensor) -> Tensor:
     """Read float32 numbers once, on torch's threads: the sums of squares of blocks of ``BLOCK``, of whole blocks."""
-    sums = torch.empty(x.numel() // BLOCK, device="cpu")
+    sums = torch.empty(x.numel() // BLOCK, dtype=torch.float32, device="cpu")
     team.run(_kernel().address, array("q", (0, len(sums), x.data_ptr(), sums.data_ptr())), torch.get_num_threads())
     return sums

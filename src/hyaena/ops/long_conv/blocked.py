@@ -44,15 +44,16 @@ class BlockTables:
         spread = readout_pairs((residues.to(p.dtype).unsqueeze(-1) * ladder[..., 1:]).transpose(1, 2).to(dtype))
         self.spread = spread.transpose(1, 2)
         self.toeplitz = toeplitz_matrix(modes.impulse_response(size))
-        self._last = ladder[..., size]  # the highest power so far, in the precision in which powers are formed
-        self._hops = [self.decay[..., size]]
+        self._reached = ladder[..., size], (self.decay[..., size],)
 
-    def hops(self, count: int) -> list[Tensor]:
+    def hops(self, count: int) -> Sequence[Tensor]:
         """p^C, p^2C, p^4C, …: the decay over 1, 2, 4, … chunks, [F,N] each, ``count`` of them."""
-        while len(self._hops) < count:
-            self._last = limit(self._last * self._last)
-            self._hops = [*self._hops, narrow(self._last, self.decay.dtype)]
-        return self._hops[:count]
+        highest, hops = self._reached  # in the precision in which powers are formed; together, since threads share them
+        while len(hops) < count:
+            highest = limit(highest * highest)
+            hops = (*hops, narrow(highest, self.decay.dtype))
+            self._reached = highest, hops
+        return hops[:count]
 
 
 class _Chunks:

@@ -34,7 +34,7 @@ class TableStore:
 
     def attach(self, filter: F) -> F:
         """The same filter, with its tables kept here where that is possible."""
-        if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling() or filter[0].device.type != "cpu":
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or filter[0].device.type != "cpu":
             return filter
         modes = filter[0].shape[1]
         if filter.groups * CHUNK * (CHUNK + 4 * modes) * filter.dtype.itemsize > MOST_BYTES:
