@@ -309,7 +309,9 @@ def test_numbers_that_are_not_finite_name_the_record(
     for _ in range(2):
         assert score(*command) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "x.fa, line 3, record 'b': " in err and "not finite" in err
+        kept, problem = err.splitlines()
+        assert kept.endswith("s.jsonl.unfinished: the same command goes on")
+        assert "x.fa, line 3, record 'b': " in problem and "not finite" in problem
     genes.write_text(">a\nACGT\n>c\nAC\n")
     assert score(*command) == 0
     assert [row["name"] for row in rows(tmp_path / "s.jsonl")] == ["a", "c"]

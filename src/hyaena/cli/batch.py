@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyaena.cli.model_options import add_model_options, prepare_model, tell_what_is_cut
 from hyaena.cli.progress import Progress
-from hyaena.errors import InputError, NonFiniteError, shown
+from hyaena.errors import InputError, NonFiniteError, OutputError, shown
 from hyaena.records import FORMATS, Record, Source, check_readable, find_source
 from hyaena.records.source import open_source
 
@@ -262,12 +262,13 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
 
 @contextmanager
 def telling_what_is_kept(job: Job, progress: Progress) -> Iterator[None]:
-    """Within it, an interruption ends the progress bar, and says where finished rows are."""
+    """Within it, an interruption or an error ends the progress bar, and says where finished rows are."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except BaseException as error:
         progress.close()
-        if job.is_begun:
+        told = isinstance(error, OutputError) or str(job.folder) in str(error)  # what the job raises says so itself
+        if job.is_begun and not told:
             print(f"hyaena: finished rows are kept in {job.folder}: the same command goes on", file=sys.stderr)
         raise
 
