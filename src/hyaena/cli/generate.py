@@ -233,7 +233,8 @@ def run(args: argparse.Namespace) -> int:
             model = load()
 
             def decode(texts: list[bytes], seeds: list[int]) -> list[Completion]:
-                return generate(model, tokenizer, texts, **{**options, "n": None, "progress": None, "seed": seeds})
+                own: dict[str, Any] = {**options, "n": None, "progress": None, "seed": seeds}
+                return generate(model, tokenizer, texts, **own)
 
             return decode
 

@@ -182,10 +182,10 @@ def write_samples(
             )
 
 
-_NO_RESULT = frozenset(
-    ("command", "run", "debug", "device", "output", "restart", "stats", "json", "logprobs")
-    + ("prompt", "prompt_file", "prompts", "save_prefix")
-)
+_NO_RESULT = {
+    *("command", "run", "debug", "device", "output", "restart", "stats", "json", "logprobs"),
+    *("prompt", "prompt_file", "prompts", "save_prefix"),
+}
 """Options on which rows do not depend by their values: every prompt is part of its sample."""
 
 
