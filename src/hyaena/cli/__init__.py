@@ -8,8 +8,8 @@ Each command is a module of this package with
 
 The modules import torch and everything heavy inside ``run``, so that help and mistakes answer immediately.
 
-Exit status: 0 done, 2 for an error that the message explains, 130 interrupted, 141 the reader of the output left, 143
-terminated.
+Exit status: 0 done, 2 for an error that the message explains, 129 the terminal was closed, 130 interrupted, 141 the
+reader of the output left, 143 terminated.
 """
 
 from __future__ import annotations

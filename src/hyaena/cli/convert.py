@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from hyaena.arguments import as_path
@@ -76,10 +72,9 @@ def run(args: argparse.Namespace) -> int:
         merge_adapter(model, adapter)
     if args.layout == "transformers":
         extra = _for_transformers(extra, model.config)
-    with _termination_as_exit():
-        checkpoints.save_model(
-            model, dest, layout=args.layout, max_shard_size=limit, extra_files=extra, overwrite=args.force
-        )
+    checkpoints.save_model(
+        model, dest, layout=args.layout, max_shard_size=limit, extra_files=extra, overwrite=args.force
+    )
     shards = checkpoints.find(dest).shards
     size = sum(file.stat().st_size for file in shards)
     print(
@@ -123,17 +118,3 @@ def _for_transformers(extra: dict[str, bytes], config: ModelConfig) -> dict[str,
         for name, content in extra.items():
             (Path(folder) / name).write_bytes(content)
         return extra | transformers_files(load_tokenizer(folder, config))
-
-
-@contextmanager
-def _termination_as_exit() -> Iterator[None]:
-    """Within it, SIGTERM ends the process as an exception does, so that nothing unfinished is left on the disk."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
