@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from hyaena import checkpoints
-from hyaena.adapters import Adapter, merge_adapter, read_adapter
+from hyaena.adapters import Adapter, check_adapter, merge_adapter, read_adapter
 from hyaena.arguments import as_path
 from hyaena.checkpoints import Checkpoint
 from hyaena.checkpoints.parts import whole_name
@@ -289,6 +289,8 @@ def _load(
     cache_dtype: str | torch.dtype | None,
 ) -> StripedHyena:
     check_cache_dtype(cache_dtype, checkpoint.config)
+    if adapter is not None:
+        check_adapter(checkpoint.config, adapter, mixers)
     dtype = choose_dtype(dtype, checkpoints.as_device(device))
     model = checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers, weights=weights)
     if adapter is not None:

@@ -83,7 +83,7 @@ def read_gguf_config(path: Path) -> str:
 
 def write_gguf(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
     """Write tensors under our names; those of narrow weights of a scheme of ``BLOCKS`` as blocks."""
-    require("gguf", extra="gguf", purpose="a GGUF file")
+    check_gguf()
     import gguf  # pyright: ignore[reportMissingImports]
 
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
@@ -134,8 +134,17 @@ class _BlockPart(StoredTensor):
         return (row_bytes - self.shape[1]) // 2
 
 
-def _reader(path: Path) -> Any:
+def check_gguf() -> None:
+    """Check that the package is there that reads and writes these files.
+
+    Raises:
+        UnsupportedError: it is not.
+    """
     require("gguf", extra="gguf", purpose="a GGUF file")
+
+
+def _reader(path: Path) -> Any:
+    check_gguf()
     import gguf  # pyright: ignore[reportMissingImports]
 
     return gguf.GGUFReader(path)
