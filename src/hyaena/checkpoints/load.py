@@ -271,7 +271,7 @@ class Loading:
         missing = [self._shown(name) for name in self.remaining]
         told = {"missing": missing, **self.problems}
         if any(told.values()):
-            words = "; ".join(f"{what}: {listed(names)}" for what, names in told.items() if names)
+            words = "; ".join(f"{what}: {listed(names, most=3)}" for what, names in told.items() if names)
             raise CheckpointError(
                 f"{self.checkpoint.path}: {words}; do the configuration and the weights belong together?"
             )

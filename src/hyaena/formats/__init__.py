@@ -7,13 +7,14 @@ between them). The functions below read any format.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 from hyaena.arguments import as_path
 from hyaena.config import ModelConfig, preset_names
-from hyaena.errors import ConfigError, printable
+from hyaena.errors import ConfigError, nearest, printable
 from hyaena.formats.evo2 import config as evo2_config
 from hyaena.formats.stripedhyena import config as stripedhyena_config
 from hyaena.formats.transformers import config as transformers_config
@@ -43,7 +44,9 @@ def read_config(path: str | PathLike[str]) -> ModelConfig:
     try:
         return config_from_dict(read_mapping(path))
     except ConfigError as error:
-        raise ConfigError(f"{printable(str(path))}: {error}") from None
+        near = None if os.path.exists(path) else nearest(str(path), preset_names())
+        hint = f", or the name of a preset: did you mean {near}?" if near else ""
+        raise ConfigError(f"{printable(str(path))}: {error}{hint}") from None
 
 
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
