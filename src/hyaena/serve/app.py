@@ -19,7 +19,7 @@ from hyaena.serve.delivery import STREAM_INTERVAL, Delivery
 from hyaena.serve.guards import FAILED, AccessLog, AllowedHosts, Authentication, BodyLimit
 from hyaena.serve.metrics import MEDIA_TYPE, Metrics
 from hyaena.serve.playground import add_playground
-from hyaena.serve.protocol import ApiError
+from hyaena.serve.protocol import ApiError, as_error
 from hyaena.serve.reading import add_reading
 from hyaena.serve.service import Limits, Served
 from hyaena.serve.writing import add_writing
@@ -132,11 +132,7 @@ def add_errors(app: Starlette) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        field = printable(".".join(where), limit=100) or None
-        message = f"{field}: {first['msg']}" if field else str(first["msg"])
-        return await api_error(request, ApiError(400, printable(message, limit=400), param=field))
+        return await api_error(request, as_error(error.errors()[0]))
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

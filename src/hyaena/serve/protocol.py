@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from hyaena.errors import nearest, printable
 
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
@@ -56,13 +59,15 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_one_unknown_field(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        unknown = next((name for name in given if name not in cls.model_fields), None)
-        if unknown is None:
-            return given
-        return {name: value for name, value in given.items() if name in cls.model_fields} | {unknown: given[unknown]}
+    def _refuse_unknown_fields(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            unknown = next((name for name in given if name not in cls.model_fields), None)
+            if unknown is not None:
+                near = nearest(unknown, cls.model_fields)
+                known = f"did you mean {near}?" if near else f"known: {', '.join(cls.model_fields)}"
+                context = {"field": printable(unknown, limit=100), "known": known}
+                raise PydanticCustomError("extra_forbidden", "unknown field; {known}", context)
+        return given
 
 
 class StreamOptions(Strict):
@@ -191,6 +196,24 @@ class ScoreBody(Strict):
     input: Prompts
     per_token: bool = False
     both_strands: bool = False
+
+
+_WORDS = {
+    "missing": "is missing, and must be given",
+    "none_required": "is not supported: leave it out",
+    "model_attributes_type": "must be a JSON object",
+}
+"""Kinds of mistakes whose names in pydantic are of no use to a client."""
+
+
+def as_error(mistake: Mapping[str, Any]) -> ApiError:
+    """The answer to a body with a mistake, as pydantic describes it."""
+    where = [str(part) for part in mistake["loc"] if part != "body"]
+    if mistake["type"] == "extra_forbidden":
+        where.append(mistake["ctx"]["field"])
+    field = printable(".".join(where), limit=100) or None
+    text = _WORDS.get(mistake["type"], str(mistake["msg"]))
+    return ApiError(400, printable(f"{field or 'the body'}: {text}", limit=500), param=field)
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
