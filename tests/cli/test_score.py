@@ -66,6 +66,9 @@ def test_rows_are_the_numbers_of_the_function(
     out = tmp_path / "s.jsonl"
     assert score(genes, "-o", out, "--model", model, "--per-token") == 0
     assert capsys.readouterr().out == f"{out}: 4 records, {sum(map(len, TEXTS.values()))} tokens\n"
+    (tmp_path / "one.fa").write_text(">x\nA\n")
+    assert score(tmp_path / "one.fa", "-o", tmp_path / "one.jsonl", "--model", model) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'one.jsonl'}: 1 record, 1 token\n"
     network, tokenizer = hyaena.load(model)
     expected = hyaena.score(network, tokenizer, list(TEXTS.values()))
     assert isinstance(expected, list)

@@ -133,6 +133,8 @@ def test_a_prompt_that_is_saved_is_that_of_the_samples(model: str) -> None:
 
 
 def test_a_tag_has_no_place_in_a_sequence(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "ACGT", "-o", "one.fa") == 0
+    assert capsys.readouterr().out == "one.fa: 1 sample\n"
     assert generate(model, TAGS[0], "-o", "x.fa", "--echo") == 2
     assert "for which FASTA has no place: leave --echo out" in capsys.readouterr().err
 

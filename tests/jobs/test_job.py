@@ -240,7 +240,9 @@ def test_a_full_disk_says_what_is_kept(tmp_path: Path, expected: bytes, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", full)
-        with pytest.raises(OutputError, match=r"No space left on device; free some space.*; 6 rows are kept: the same"):
+        with pytest.raises(
+            OutputError, match=r"No space left on device; free some space.*; 6 finished rows kept: the same"
+        ):
             run(output)
     run(output)
     assert output.read_bytes() == expected

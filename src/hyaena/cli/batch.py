@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyaena.cli.model_options import add_model_options, prepare_model, tell_what_is_cut
 from hyaena.cli.progress import Progress
-from hyaena.errors import InputError, NonFiniteError, OutputError, shown
+from hyaena.errors import InputError, NonFiniteError, OutputError, counted, shown
 from hyaena.records import FORMATS, Record, Source, check_readable, find_source
 from hyaena.records.source import open_source
 
@@ -256,7 +256,7 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
                     window=args.save_every,
                     skip=lambda record: progress.skip(int(contents.sizes[record.index])),
                 )
-    print(f"{files.output}: {rows:,} records, {part.size:,} tokens")
+    print(f"{files.output}: {counted(rows, 'record')}, {counted(part.size, 'token')}")
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyaena.cli.formatting import json_file
 from hyaena.cli.model_options import DTYPE_HELP, add_cache_option, choose_device
-from hyaena.errors import SCREEN, HyaenaError, InputError, printable
+from hyaena.errors import SCREEN, HyaenaError, InputError, counted, printable
 from hyaena.extras import require
 from hyaena.files import expanded, write_atomically
 
@@ -182,8 +182,8 @@ class Chat:
         seconds = time.perf_counter() - began - first
         rate = f", {(count - 1) / seconds:.1f} tokens/s" if count > 1 and seconds > 0 else ""
         self.stats = (
-            f"{len(prompt)} tokens read ({cached} of them from the cache), first token after {first:.2f} s, "
-            f"{count} tokens written{rate}"
+            f"{counted(len(prompt), 'token')} read ({cached} of them from the cache), first token after {first:.2f} s, "
+            f"{counted(count, 'token')} written{rate}"
         )
         self.messages = [*messages, {"role": "assistant", "content": "".join(parts).strip()}]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hyaena.cli.destination import find_destination
 from hyaena.cli.formatting import decimal_bytes, parse_size
-from hyaena.errors import InputError
+from hyaena.errors import InputError, counted
 
 if TYPE_CHECKING:
     from hyaena.adapters import Adapter
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     shards = checkpoints.find(dest).shards
     size = sum(file.stat().st_size for file in shards)
     print(
-        f"{dest}: {ModelSizes(model.config).parameters:,} parameters in the {args.layout} layout, "
-        f"{decimal_bytes(size)} in {len(shards)} file{'s' * (len(shards) > 1)}"
+        f"{dest}: {counted(ModelSizes(model.config).parameters, 'parameter')} in the {args.layout} layout, "
+        f"{decimal_bytes(size)} in {counted(len(shards), 'file')}"
     )
     return 0
 

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 from hyaena.cli import sequences
 from hyaena.cli.formatting import json_text
 from hyaena.cli.model_options import add_model_options, choose_device, tell_what_is_cut
-from hyaena.errors import InputError, UnsupportedError, shown
+from hyaena.errors import InputError, UnsupportedError, counted, shown
 from hyaena.files import check_place
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def run(args: argparse.Namespace) -> int:
             return decode
 
         count = sequences.write_samples(args, named, made_by, start)
-        print(f"{args.output}: {count:,} samples")
+        print(f"{args.output}: {counted(count, 'sample')}")
         return 0
     model = load()
     load_seconds = time.perf_counter() - began
@@ -325,7 +325,7 @@ def describe(stats: Stats, load_seconds: float) -> str:
     """The figures of one completion, on one line for people."""
     parts = [
         f"loaded in {load_seconds:.1f} s",
-        f"{stats.prompt_tokens} + {stats.completion_tokens} tokens",
+        f"{stats.prompt_tokens:,} + {counted(stats.completion_tokens, 'token')}",
         f"time to first token {stats.time_to_first_token:.3f} s",
     ]
     if stats.decode_tokens_per_second is not None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 
+from hyaena.errors import counted
 from hyaena.signals import handled
 
 HELP = "train or fine-tune a model from a YAML file"
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         score = f", {result.bits_per_byte:.4f} bits per byte on held-out text"
         if result.initial_bits_per_byte is not None:
             score += f" ({result.initial_bits_per_byte:.4f} before the first step)"
-    print(f"finished {result.step} steps{score}: {config.output}/final")
+    print(f"finished {counted(result.step, 'step')}{score}: {config.output}/final")
     return 0
 
 

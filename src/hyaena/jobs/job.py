@@ -19,7 +19,7 @@ from pathlib import Path
 from shutil import copyfileobj
 from typing import IO, Any, Protocol, TypeVar
 
-from hyaena.errors import InputError, OutputError, joined, printable, shown
+from hyaena.errors import InputError, OutputError, counted, joined, printable, shown
 from hyaena.files import cure, flush, locked, reason, write_atomically
 from hyaena.jobs.journal import Journal, Mark, Row
 from hyaena.jobs.results import Column, check_columns, check_output, write_results
@@ -131,7 +131,7 @@ class Job:
             try:
                 write_results(self.output, self.columns, journal.read)
             except OutputError as error:
-                raise OutputError(f"{error}; all {journal.rows:,} rows are kept: the same command goes on") from error
+                raise OutputError(f"{error}; {_kept(journal)}") from error
             count = journal.rows
         except BaseException:
             if not journal.rows:  # nothing to go on from: the next command may have other options
@@ -193,7 +193,7 @@ class Job:
         try:
             yield
         except OSError as error:
-            kept = f"; {journal.rows:,} rows are kept: the same command goes on" if journal is not None else ""
+            kept = f"; {_kept(journal)}" if journal is not None else ""
             raise OutputError(f"cannot write into {self.folder}: {reason(error)}; {cure(error)}{kept}") from error
 
 
@@ -238,6 +238,10 @@ def open_job(
     finally:
         with suppress(OSError):  # it stays as long as there is something in it
             job.folder.rmdir()
+
+
+def _kept(journal: Journal) -> str:
+    return f"{counted(journal.rows, 'finished row')} kept: the same command goes on"
 
 
 def _check_options(job: Job) -> None:
