@@ -338,7 +338,6 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "contigs",
     [["c", "c", "d"], ["d", "c", "c"], ["c", "d", "c"], ["c x y", "d z", "e", "c a", "f"], ["a", "b", "a", "c"]],
-    [["c", "c", "d"], ["d", "c", "c"], ["c", "d", "c"], ["c x y", "d z", "e", "c a", "f"], ["a", "b", "a", "c"]],
 )
 def test_an_index_that_leaves_a_contig_out(tmp_path: Path, name: str, end: str, contigs: list[str]) -> None:
     """As that of samtools does, where two contigs have one name."""

@@ -42,7 +42,13 @@ def read_config(path: str | PathLike[str]) -> ModelConfig:
     if str(path) in preset_names() and not path.exists():
         return ModelConfig.from_name(str(path))
     try:
-        return config_from_dict(read_mapping(path))
+        values = read_mapping(path)
+        if (name := transformers_config.classifier(values)) is not None:
+            folder = printable(repr(str(path.parent)))
+            raise ConfigError(
+                f"it is a classifier, no language model: load it with hyaena.hf.{name}.from_pretrained({folder})"
+            )
+        return config_from_dict(values)
     except ConfigError as error:
         near = None if os.path.exists(path) else nearest(str(path), preset_names())
         hint = f", or the name of a preset: did you mean {near}?" if near else ""
