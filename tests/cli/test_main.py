@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 import hyaena
-from hyaena.cli import COMMANDS, main
+from hyaena.cli import COMMANDS, build_parser, main
 from hyaena.errors import CapacityError, InputError
 from hyaena.signals import ENDING
 
@@ -28,7 +29,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def install(run: Callable[[argparse.Namespace], int]) -> None:
         module = types.ModuleType("fake_command")
-        module.HELP = "do as told"
+        module.HELP, module.EXAMPLES = "do as told", ("hyaena fake",)
         module.add_arguments = lambda parser: parser.add_argument("--size", type=int, default=1)
         module.run = run
         monkeypatch.setitem(sys.modules, "fake_command", module)
@@ -41,6 +42,22 @@ def raiser(error: BaseException) -> Callable[[argparse.Namespace], int]:
         raise error
 
     return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_that_parse(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    _, examples = capsys.readouterr().out.split("\nexamples:\n")
+    lines = examples.splitlines()
+    assert 1 <= len(lines) <= 3
+    parser = build_parser()
+    for line in lines:
+        program, *words = shlex.split(line)
+        assert program == "hyaena" and parser.parse_args(words).command == name and len(line) < 120
 
 
 def test_the_commands_are_the_promised_ones() -> None:
@@ -205,7 +222,7 @@ def run(args):
     return 0
 
 module = types.ModuleType("fake_command")
-module.HELP, module.add_arguments, module.run = "do as told", lambda parser: None, run
+module.HELP, module.EXAMPLES, module.add_arguments, module.run = "do as told", (), lambda parser: None, run
 sys.modules["fake_command"] = module
 sys.exit(main(sys.argv[1:], commands={{"fake": "fake_command"}}))
 """

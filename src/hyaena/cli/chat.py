@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from hyaena.serve.engine import Delta, Engine
 
 HELP = "talk to a model in the terminal"
+EXAMPLES = (
+    "hyaena chat --model togethercomputer/StripedHyena-Nous-7B",
+    'hyaena chat --model togethercomputer/StripedHyena-Nous-7B --system "Answer briefly." --temperature 0.7',
+)
 
 COMMANDS = """\
 /reset            forget the conversation

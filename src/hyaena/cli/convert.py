@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from hyaena.model import StripedHyena
 
 HELP = "write a model in this package's layout, the original's, or that of transformers"
+EXAMPLES = (
+    "hyaena convert togethercomputer/StripedHyena-Nous-7B nous --dtype bfloat16",
+    "hyaena convert runs/mine model --layout transformers",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

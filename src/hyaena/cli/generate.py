@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from hyaena.model import StripedHyena
 
 HELP = "continue a prompt with a model"
+EXAMPLES = (
+    'hyaena generate --max-new-tokens 60 "def fibonacci(n):"',
+    'hyaena generate "|d__Bacteria|" --allowed ACGT --temperature 1 -n 100 --output samples.fasta',
+)
 
 MAX_PROMPT_BYTES = 64 * 2**20
 """The largest prompt that is read: a device or a pipe might never end."""

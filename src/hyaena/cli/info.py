@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from hyaena.checkpoints import Checkpoint
 
 HELP = "show a model: its stripes, sizes, cache, and how long its filters remember"
+EXAMPLES = (
+    "hyaena info cub",
+    "hyaena info evo2-7b --json",
+)
 
 DECAYED = 1e-3
 """A filter has decayed when its envelope is at this fraction of its start."""

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from hyaena.train.documents import Piece
 
 HELP = "write a model whose linear layers have 8 or 4 bits"
+EXAMPLES = (
+    "hyaena quantize cub --weights int4 --output cub-int4",
+    "hyaena quantize cub --weights int4 --calibrate text.txt --output cub-int4",
+)
 
 CALIBRATION_TOKENS = 1 << 17
 """Tokens of the calibration text that are read, from its beginning."""

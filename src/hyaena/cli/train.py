@@ -14,6 +14,10 @@ from hyaena.errors import counted
 from hyaena.signals import handled
 
 HELP = "train or fine-tune a model from a YAML file"
+EXAMPLES = (
+    "hyaena train configs/train/finetune.yml --set init_from=cub --set data.train=rows.jsonl",
+    "hyaena train configs/train/cub.yml --resume",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

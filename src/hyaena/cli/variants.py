@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from hyaena.tokenizers import Tokenizer
 
 HELP = "write log-likelihoods of the variants of a VCF file, against the reference"
+EXAMPLES = (
+    "hyaena variants --reference genome.fa --vcf calls.vcf --output scores.tsv",
+    "hyaena variants --reference genome.fa --vcf calls.vcf.gz --both-strands --shard 1/8 --output part1.parquet",
+)
 
 MOST_TOLD = 20
 """Lines about variants that cannot be scored; the rest is counted."""

@@ -68,7 +68,7 @@ def classifier(values: Mapping[str, Any]) -> str | None:
     """The class of transformers whose model has classes in the place of tokens, if it is one."""
     names = values.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    known = (f"StripedHyenaFor{kind}Classification" for kind in ("Sequence", "Token"))
+    known = [f"StripedHyenaFor{kind}Classification" for kind in ("Sequence", "Token")]
     return name if matches_config(values) and name in known else None
 
 
