@@ -200,6 +200,7 @@ def test_what_needs_no_weights_is_found_before_they_are_read(
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     shutil.copy(small / "config.yml", tmp_path / "broken")
     shutil.copy(small / "model.safetensors", tmp_path / "broken")
+    (tmp_path / "x.gguf").write_text("")
     for read in ("load_model", "quantize_checkpoint"):
         monkeypatch.setattr(checkpoints, read, lambda *_, **__: pytest.fail("read the weights"))
     before = sorted(tmp_path.rglob("*"))
@@ -223,6 +224,7 @@ def test_what_needs_no_weights_is_found_before_they_are_read(
     fails("other weights lie there", small, *options, tmp_path / "sh-tiny-lora", "--force", run="quantize")
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda _: None)
     fails("needs gguf: pip install 'hyaena[gguf]'", small, out, "--layout", "gguf")
+    fails("needs gguf: pip install 'hyaena[gguf]'", tmp_path / "x.gguf", out)
     monkeypatch.setattr(os, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     fails("cannot be written (Permission denied): change its permissions", small, out)
     fails("cannot be written (Permission denied): change its permissions", small, *options, out, run="quantize")

@@ -264,7 +264,7 @@ def test_a_process_killed_at_random_loses_nothing(model: Path, tmp_path: Path, s
         ("x.txt", "AC\nA\0\n", [], "x.txt, line 2, record '2': the text has the byte 0 at position 1"),
         ("x.txt", "AC\nACGT\n", ["--max-length", 3], "x.txt, line 2, record '2': 4 tokens pass the maximum length 3"),
         ("x.fa", "", [], "x.fa holds no record"),
-        ("x.csv", "", [], "does not tell its format: add --format"),
+        ("x.csv", "", [], "does not tell its format: end it in .fa"),
         ("x.fa", ">a\nAC\n", ["--shard", "0/3"], "a shard is I/N with I from 1 to N"),
         ("x.fa", ">a\nAC\n", ["--save-every", 0], "--save-every must be at least 1"),
         ("x.fa", ">a\nAC\n", ["--batch-tokens", 0], "tokens_per_pass must be at least 1, not 0"),

@@ -103,6 +103,8 @@ def test_without_a_seed_headers_say_how_to_repeat_a_sample(model: str) -> None:
         (["ACGT", "-n", "2"], "--samples needs --json or --output"),
         (["--prompts", "tags.txt"], "--prompts needs --output"),
         (["ACGT", "--restart"], "--restart needs --output"),
+        (["ACGT", "--format", "fasta"], "say how --prompts is read"),
+        (["--prompts", ".", "-o", "x.fa"], "is a folder: name a file of records"),
         (["ACGT", "-o", "x.bedgraph"], "bedGraph has one number per position"),
         (["ACGT", "-o", "tags.txt"], "must end in one of .parquet"),
         (["ACGT", "-o", "there.fa"], "there.fa is there already: name another, or add --restart to replace it"),
@@ -188,7 +190,8 @@ def test_a_job_goes_on_after_an_interruption(
 
 
 def test_texts_of_any_characters_have_other_formats(model: str) -> None:
-    Path("odd.jsonl").write_text(json.dumps({"name": "é x", "text": "a\x1b é"}) + "\n")
-    assert generate(model, "--prompts", "odd.jsonl", "--seed", 1, "--echo", "--allowed", "AC|", "-o", "x.jsonl") == 0
+    Path("odd").write_text(json.dumps({"id": "é x", "body": "a\x1b é"}) + "\n")
+    read = ["--prompts", "odd", "--format", "jsonl", "--text-key", "body"]
+    assert generate(model, *read, "--seed", 1, "--echo", "--allowed", "AC|", "-o", "x.jsonl") == 0
     row = json.loads(Path("x.jsonl").read_text())
     assert row["name"] == "é_x-1" and row["prompt"] == "a\x1b é" and row["text"].startswith("a\x1b é")

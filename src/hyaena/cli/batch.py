@@ -73,17 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
     )
 
     group = parser.add_argument_group("input")
-    group.add_argument(
-        "--format",
-        choices=tuple(FORMATS),
-        help="how the input is read; by default as the end of its name says, .gz included",
-    )
-    group.add_argument(
-        "--text-key", metavar="KEY", help="the key or column of the text, in JSON lines or Parquet (text)"
-    )
-    group.add_argument(
-        "--name-key", metavar="KEY", help="the key or column of the name (name, else id, else the record's number)"
-    )
+    add_record_arguments(group)
     group.add_argument(
         "--both-strands", action="store_true", help="texts are DNA: read the other strand, too, and give the means"
     )
@@ -109,6 +99,21 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
     group.add_argument("--method", default="auto", help="how long convolutions are evaluated: fft, blocked, … (auto)")
     group.add_argument(
         "--batch-tokens", type=int, metavar="N", help="tokens per pass (2048 on a CPU; on a GPU as memory allows)"
+    )
+
+
+def add_record_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the options that say how a file of records is read."""
+    group.add_argument(
+        "--format",
+        choices=tuple(FORMATS),
+        help="how the input is read; by default as the end of its name says, .gz included",
+    )
+    group.add_argument(
+        "--text-key", metavar="KEY", help="the key or column of the text, in JSON lines or Parquet (text)"
+    )
+    group.add_argument(
+        "--name-key", metavar="KEY", help="the key or column of the name (name, else id, else the record's number)"
     )
 
 

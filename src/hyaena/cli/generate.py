@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hyaena.cli import sequences
+from hyaena.cli.batch import add_record_arguments
 from hyaena.cli.formatting import json_text
 from hyaena.cli.model_options import add_model_options, choose_device, tell_what_is_cut
 from hyaena.errors import InputError, UnsupportedError, counted, shown
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--special", action="store_true", help="read names of special tokens in the prompt, such as </s>, as the tokens"
     )
+
+    add_record_arguments(parser.add_argument_group("--prompts"))
 
     group = parser.add_argument_group("model")
     add_model_options(group)
@@ -138,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read the prompt, check everything that needs no weights, load the model, write the completion."""
     sequences.check_arguments(args)
-    named = sequences.read_prompts(args.prompts) if args.prompts is not None else []
+    named = [] if args.prompts is None else sequences.read_prompts(args)
     prompt = b"" if named else read_prompt(args)
     bias = parse_bias(args.logit_bias)
     if args.logprobs and not args.json:

@@ -44,17 +44,18 @@ class Prompt(NamedTuple):
     rest: bytes | None = None
 
 
-def read_prompts(path: str) -> list[Prompt]:
-    """Read a file of prompts: lines of text, JSON lines, Parquet, FASTA or FASTQ, as the end of its name says.
+def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Read the file of prompts: lines of text, JSON lines, Parquet, FASTA or FASTQ.
 
     Raises:
         InputError: it cannot be read, or two prompts have one name.
     """
-    prompts = [Prompt(record.name, record.text.encode()) for record in read_records(find_source(path))]
+    source = find_source(args.prompts, format=args.format, text_key=args.text_key, name_key=args.name_key)
+    prompts = [Prompt(record.name, record.text.encode()) for record in read_records(source)]
     seen = set[str]()
     for name in (_id(prompt.name) for prompt in prompts):
         if name in seen:
-            raise InputError(f"{printable(path)}: two prompts are named {shown(name)}; rename one")
+            raise InputError(f"{source.label}: two prompts are named {shown(name)}; rename one")
         seen.add(name)
     return prompts
 
@@ -65,6 +66,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         HyaenaError: the options do not go together, or the output cannot be used.
     """
+    if args.prompts is None and (args.format, args.text_key, args.name_key) != (None, None, None):
+        raise InputError("--format, --text-key and --name-key say how --prompts is read: add that, or leave them out")
     if args.output is None:
         for option in ("prompts", "batch_rows", "restart"):
             if getattr(args, option) not in (None, False):
@@ -184,7 +187,7 @@ def write_samples(
 
 _NO_RESULT = {
     *("command", "run", "debug", "device", "output", "restart", "stats", "json", "logprobs"),
-    *("prompt", "prompt_file", "prompts", "save_prefix"),
+    *("prompt", "prompt_file", "prompts", "format", "text_key", "name_key", "save_prefix"),
 }
 """Options on which rows do not depend by their values: every prompt is part of its sample."""
 

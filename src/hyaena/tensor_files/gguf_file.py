@@ -67,7 +67,9 @@ def read_gguf_config(path: Path) -> str:
 
     Raises:
         CheckpointError: it is not a GGUF file, or not one of this package.
+        UnsupportedError: the package that reads it is missing.
     """
+    check_gguf()
     try:
         field = _reader(path).fields.get(CONFIG_KEY)
     except Exception as error:  # a damaged file may raise anything
