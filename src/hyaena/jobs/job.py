@@ -131,7 +131,7 @@ class Job:
             try:
                 write_results(self.output, self.columns, journal.read)
             except OutputError as error:
-                raise OutputError(f"{error}; {_kept(journal)}") from error
+                raise OutputError(f"{error}{_kept(journal)}") from error
             count = journal.rows
         except BaseException:
             if not journal.rows:  # nothing to go on from: the next command may have other options
@@ -193,7 +193,7 @@ class Job:
         try:
             yield
         except OSError as error:
-            kept = f"; {_kept(journal)}" if journal is not None else ""
+            kept = "" if journal is None else _kept(journal)
             raise OutputError(f"cannot write into {self.folder}: {reason(error)}; {cure(error)}{kept}") from error
 
 
@@ -241,7 +241,7 @@ def open_job(
 
 
 def _kept(journal: Journal) -> str:
-    return f"{counted(journal.rows, 'finished row')} kept: the same command goes on"
+    return f"; {counted(journal.rows, 'finished row')} kept: the same command goes on" if journal.rows else ""
 
 
 def _check_options(job: Job) -> None:
