@@ -210,7 +210,7 @@ def test_what_is_written_for_an_original_is_read_back_or_refused(config: ModelCo
     try:
         again = config_from_dict(write_original(config))
     except ConfigError as error:
-        assert "save it in our layout" in str(error)
+        assert "our layout (--layout hyaena" in str(error)
         return
     old = not (config.rope_frequencies_stored or {"hyena_se", "hyena_mr", "hyena_li"} & set(config.layer_types))
     unread = [name for name in config.to_dict() if name.startswith(("se_", "mr_"))] if old else ["column_split_hyena"]

@@ -136,6 +136,16 @@ def test_a_missing_tokenizer_is_told_before_the_weights_are_read(monkeypatch: py
         hyaena.load(GOLDEN / "sh-tiny")
 
 
+def test_a_configuration_of_another_model_is_told_and_not_its_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_load", lambda *_: pytest.fail("the weights were read"))
+    for load in (hyaena.load, hub.load_tokenizer_of):
+        with pytest.raises(CheckpointError, match=r"cub: missing: .* and \d+ more; .* belong together\?$") as caught:
+            load("cub", config="sh-7b")
+        assert len(str(caught.value)) < 700
+    with pytest.raises(HyaenaError, match="or the name of a preset: did you mean evo-1-8k"):
+        hyaena.load("cub", config="evo1-8k")
+
+
 def test_a_tokenizer_is_looked_for_beside_the_weights_then_beside_the_configuration(tmp_path: Path) -> None:
     weights, settings = tmp_path / "weights", tmp_path / "settings"
     weights.mkdir()

@@ -87,6 +87,11 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
     return next(iter(difflib.get_close_matches(name[:100], list(known), n=1, cutoff=cutoff)), None)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: ``1 record``, ``1,200 records``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def joined(problems: Sequence[str], *, most: int = 6) -> str:
     """Several problems as one message; beyond ``most``, their number only."""
     rest = len(problems) - most

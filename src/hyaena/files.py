@@ -107,6 +107,8 @@ def cure(error: BaseException) -> str:
     """What a user can do about a failed write."""
     if isinstance(error, PermissionError):
         return "change its permissions or choose another place"
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, FileExistsError)):
+        return "choose another place"
     return "free some space or choose another place"
 
 

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -19,12 +20,12 @@ from typing import Any, Literal
 import torch
 
 from hyaena import checkpoints
-from hyaena.adapters import Adapter, merge_adapter, read_adapter
+from hyaena.adapters import Adapter, check_adapter, merge_adapter, read_adapter
 from hyaena.arguments import as_path
 from hyaena.checkpoints import Checkpoint
 from hyaena.checkpoints.parts import whole_name
 from hyaena.config import ModelConfig, preset_names
-from hyaena.errors import CheckpointError, InputError
+from hyaena.errors import CheckpointError, ConfigError, InputError
 from hyaena.files import expanded
 from hyaena.formats import read_config
 from hyaena.fp8 import check_fp8, set_fp8
@@ -130,7 +131,7 @@ def load(
     update = None if adapter is None else read_adapter(adapter)
     checkpoint = locate(source, revision=revision, config=config)
     check_fp8(fp8, checkpoint.config.fp8_input_projections)
-    tokenizer = load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)  # before the large files
+    tokenizer = _tokenizer_of(checkpoint, config)  # before the large files
     return _load(checkpoint, dtype, device, mixers, update, fp8, weights, cache_dtype), tokenizer
 
 
@@ -175,7 +176,7 @@ def load_tokenizer_of(
     name = str(source)
     if name in BUNDLED or not is_hub_id(name) or _is_there(Path(name)):
         checkpoint = locate(source, revision=revision, config=config)
-        return checkpoint.config, load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)
+        return checkpoint.config, _tokenizer_of(checkpoint, config)
     found, folder = describe(name, revision=revision, config=config)
     return found, load_tokenizer(folder, found)
 
@@ -289,6 +290,8 @@ def _load(
     cache_dtype: str | torch.dtype | None,
 ) -> StripedHyena:
     check_cache_dtype(cache_dtype, checkpoint.config)
+    if adapter is not None:
+        check_adapter(checkpoint.config, adapter, mixers)
     dtype = choose_dtype(dtype, checkpoints.as_device(device))
     model = checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers, weights=weights)
     if adapter is not None:
@@ -372,6 +375,17 @@ def _is_there(path: Path) -> bool:
 def _weights_of(folder: Path) -> Path:
     """The weights in a folder of the hub's cache, which may have them in both formats."""
     return next((folder / name for name in checkpoints.WEIGHTS if (folder / name).is_file()), folder)
+
+
+def _tokenizer_of(checkpoint: Checkpoint, config: ModelConfig | str | PathLike[str] | None) -> Tokenizer:
+    """The tokenizer of a checkpoint, whose configuration was named as ``config`` where it is not beside the weights."""
+    try:
+        return load_tokenizer(_tokenizer_path(checkpoint, config), checkpoint.config)
+    except CheckpointError:
+        if config is not None:  # of another model, maybe, whose tokenizer is not missed
+            with suppress(ConfigError):  # layers of a kind that is defined elsewhere
+                checkpoints.check_names_and_shapes(checkpoint)
+        raise
 
 
 def _tokenizer_path(checkpoint: Checkpoint, config: ModelConfig | str | PathLike[str] | None) -> Path:

@@ -183,6 +183,53 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_what_needs_no_weights_is_found_before_they_are_read(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hyaena import adapters, checkpoints, extras
+    from hyaena.cli import convert as command
+    from hyaena.cli import quantize
+
+    small, narrow = golden / "sh-tiny", tmp_path / "int8"
+    checkpoints.quantize_checkpoint(checkpoints.find(small), narrow, "int8")
+    for name in ("evo-tiny", "sh-tiny"):
+        adapted = load_model(golden / name)
+        adapters.add_adapter(adapted, rank=1)
+        adapters.save_adapter(adapted, tmp_path / f"{name}-lora")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    shutil.copy(small / "config.yml", tmp_path / "broken")
+    shutil.copy(small / "model.safetensors", tmp_path / "broken")
+    (tmp_path / "x.gguf").write_text("")
+    for read in ("load_model", "quantize_checkpoint"):
+        monkeypatch.setattr(checkpoints, read, lambda *_, **__: pytest.fail("read the weights"))
+    before = sorted(tmp_path.rglob("*"))
+
+    def fails(words: str, *args: object, run: str = "convert") -> None:
+        modules = {"convert": command.__name__, "quantize": quantize.__name__}
+        assert main([run, *map(str, args)], commands=modules) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and words in err
+        assert sorted(tmp_path.rglob("*")) == before
+
+    out = tmp_path / "out"
+    fails("GGUF has no blocks of int8 weights: quantize the model to q8_0 or q4_0", narrow, out, "--layout", "gguf")
+    fails("our layout (--layout hyaena", narrow, out, "--layout", "original")
+    fails("transformers reads no int8 weights", narrow, out, "--layout", "transformers")
+    fails("into which no adapter is merged", narrow, out, "--adapter", tmp_path / "sh-tiny-lora")
+    fails("changes layers that this model does not have", small, out, "--adapter", tmp_path / "evo-tiny-lora")
+    fails("tokenizer.json", tmp_path / "broken", out, "--layout", "transformers")
+    fails("other weights lie there", narrow, tmp_path / "sh-tiny-lora", "--force")
+    options = ["--weights", "q8_0", "--output"]
+    fails("other weights lie there", small, *options, tmp_path / "sh-tiny-lora", "--force", run="quantize")
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda _: None)
+    fails("needs gguf: pip install 'hyaena[gguf]'", small, out, "--layout", "gguf")
+    fails("needs gguf: pip install 'hyaena[gguf]'", tmp_path / "x.gguf", out)
+    monkeypatch.setattr(os, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    fails("cannot be written (Permission denied): change its permissions", small, out)
+    fails("cannot be written (Permission denied): change its permissions", small, *options, out, run="quantize")
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("5GB", 5 * 10**9), ("2GiB", 2**31), ("1.5 mb", 1_500_000), ("700", 700), ("3k", 3000)]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 
 import hyaena
-from hyaena.cli import COMMANDS, main
+from hyaena.cli import COMMANDS, build_parser, main
 from hyaena.errors import CapacityError, InputError
+from hyaena.signals import ENDING
 
 FAKE = {"fake": "fake_command"}
 
@@ -27,7 +29,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def install(run: Callable[[argparse.Namespace], int]) -> None:
         module = types.ModuleType("fake_command")
-        module.HELP = "do as told"
+        module.HELP, module.EXAMPLES = "do as told", ("hyaena fake",)
         module.add_arguments = lambda parser: parser.add_argument("--size", type=int, default=1)
         module.run = run
         monkeypatch.setitem(sys.modules, "fake_command", module)
@@ -40,6 +42,22 @@ def raiser(error: BaseException) -> Callable[[argparse.Namespace], int]:
         raise error
 
     return run
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_that_parse(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    _, examples = capsys.readouterr().out.split("\nexamples:\n")
+    lines = examples.splitlines()
+    assert 1 <= len(lines) <= 3
+    parser = build_parser()
+    for line in lines:
+        program, *words = shlex.split(line)
+        assert program == "hyaena" and parser.parse_args(words).command == name and len(line) < 120
 
 
 def test_the_commands_are_the_promised_ones() -> None:
@@ -204,7 +222,7 @@ def run(args):
     return 0
 
 module = types.ModuleType("fake_command")
-module.HELP, module.add_arguments, module.run = "do as told", lambda parser: None, run
+module.HELP, module.EXAMPLES, module.add_arguments, module.run = "do as told", (), lambda parser: None, run
 sys.modules["fake_command"] = module
 sys.exit(main(sys.argv[1:], commands={{"fake": "fake_command"}}))
 """
@@ -220,7 +238,7 @@ def process(body: str, *argv: str, **options: Any) -> subprocess.CompletedProces
     return subprocess.run(command, text=True, timeout=200, env=environment, **(streams | options))
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_ends_the_process_with_its_status(number: str, status: int, tmp_path: Path) -> None:
     """Through the clean-up of whatever was running."""
     mark = tmp_path / "cleaned"
@@ -229,6 +247,8 @@ def test_a_signal_ends_the_process_with_its_status(number: str, status: int, tmp
         os.kill(os.getpid(), signal.{number})
         time.sleep(30)
     finally:
+        if "{number}" == "SIGHUP":  # that of the shell behind that of the kernel
+            os.kill(os.getpid(), signal.SIGHUP)
         open({str(mark)!r}, "w").close()
     """
     done = process(body)
@@ -247,10 +267,11 @@ def test_a_signal_during_an_import_is_not_turned_into_another_error(number: str,
     assert (done.returncode, done.stderr) == (status, "hyaena: interrupted\n" if status == 130 else "")
 
 
-def test_an_ignored_signal_stays_ignored() -> None:
+@pytest.mark.parametrize("number", ["SIGINT", "SIGHUP"])
+def test_an_ignored_signal_stays_ignored(number: str) -> None:
     """As ``nohup`` and shells without job control do."""
-    code = SCRIPT.format(body="os.kill(os.getpid(), signal.SIGINT); print('done')")
-    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + code
+    code = SCRIPT.format(body=f"os.kill(os.getpid(), signal.{number}); print('done')")
+    code = f"import signal; signal.signal(signal.{number}, signal.SIG_IGN)\n" + code
     done = subprocess.run([sys.executable, "-c", code, "fake"], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "done\n")
 
@@ -274,9 +295,9 @@ sys.exit(entry.main())
 
 def test_handlers_are_put_back(command: Callable[..., None]) -> None:
     command(lambda args: 0)
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in ENDING]
     assert main(["fake"], commands=FAKE) == 0
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in ENDING] == before
 
 
 @pytest.mark.parametrize("argv", [("fake",), ("--help",), ("--version",), ("fake", "--help")])

@@ -66,6 +66,9 @@ def test_rows_are_the_numbers_of_the_function(
     out = tmp_path / "s.jsonl"
     assert score(genes, "-o", out, "--model", model, "--per-token") == 0
     assert capsys.readouterr().out == f"{out}: 4 records, {sum(map(len, TEXTS.values()))} tokens\n"
+    (tmp_path / "one.fa").write_text(">x\nA\n")
+    assert score(tmp_path / "one.fa", "-o", tmp_path / "one.jsonl", "--model", model) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'one.jsonl'}: 1 record, 1 token\n"
     network, tokenizer = hyaena.load(model)
     expected = hyaena.score(network, tokenizer, list(TEXTS.values()))
     assert isinstance(expected, list)
@@ -261,7 +264,7 @@ def test_a_process_killed_at_random_loses_nothing(model: Path, tmp_path: Path, s
         ("x.txt", "AC\nA\0\n", [], "x.txt, line 2, record '2': the text has the byte 0 at position 1"),
         ("x.txt", "AC\nACGT\n", ["--max-length", 3], "x.txt, line 2, record '2': 4 tokens pass the maximum length 3"),
         ("x.fa", "", [], "x.fa holds no record"),
-        ("x.csv", "", [], "does not tell its format: add --format"),
+        ("x.csv", "", [], "does not tell its format: end it in .fa"),
         ("x.fa", ">a\nAC\n", ["--shard", "0/3"], "a shard is I/N with I from 1 to N"),
         ("x.fa", ">a\nAC\n", ["--save-every", 0], "--save-every must be at least 1"),
         ("x.fa", ">a\nAC\n", ["--batch-tokens", 0], "tokens_per_pass must be at least 1, not 0"),
@@ -309,7 +312,9 @@ def test_numbers_that_are_not_finite_name_the_record(
     for _ in range(2):
         assert score(*command) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "x.fa, line 3, record 'b': " in err and "not finite" in err
+        kept, problem = err.splitlines()
+        assert kept.endswith("s.jsonl.unfinished: the same command goes on")
+        assert "x.fa, line 3, record 'b': " in problem and "not finite" in problem
     genes.write_text(">a\nACGT\n>c\nAC\n")
     assert score(*command) == 0
     assert [row["name"] for row in rows(tmp_path / "s.jsonl")] == ["a", "c"]

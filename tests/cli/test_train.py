@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from hyaena.cli import main
+from hyaena.signals import ENDING
 
 SRC = Path(__file__).parents[2] / "src"
 COMMANDS = {"train": "hyaena.cli.train"}
@@ -66,7 +67,7 @@ def test_trains_and_says_where_the_model_is(config: Path, capsys: pytest.Capture
     assert {"tokens", "loss", "losses", "bits_per_byte", "lr", "grad_norm", "tokens_per_second"} <= set(rows[1])
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_a_checkpoint_to_resume_from(
     config: Path, number: int, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,13 +78,17 @@ def test_a_signal_leaves_a_checkpoint_to_resume_from(
     def interrupted(self: Trainer) -> Any:
         if self.step == 1:
             signal.raise_signal(number)
+            if number == signal.SIGHUP:
+                signal.raise_signal(number)  # the shell's, behind the kernel's
         return original(self)
 
-    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    before = {one: signal.getsignal(one) for one in ENDING}
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", interrupted)
         assert train(config) == status
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    if number == signal.SIGHUP:  # ignored until the process ends
+        signal.signal(number, before[number])
+    assert {one: signal.getsignal(one) for one in ENDING} == before
     assert "stopped at step 2 of 4; go on with --resume" in capsys.readouterr().err
     assert torch.load(config.parent / "run" / "last.pt", weights_only=True)["step"] == 2
     assert train(config, "--resume") == 0

@@ -92,7 +92,7 @@ def test_rows_are_the_scores_of_both_full_windows(
     assert variants(model, "-o", "s.jsonl", "--grid", grid, *["--both-strands"] * both) == 0
     out, err = capsys.readouterr()
     assert out == "s.jsonl: 22 variants\n"
-    assert err == "hyaena: 1 windows have letters other than A, C, G, T; see the column unknown\n"
+    assert err == "hyaena: 1 window with letters other than A, C, G, T; see the column unknown\n"
     network, tokenizer = hyaena.load(model)
     found = rows("s.jsonl")
     lines = [line.split("\t") for line in GOOD]

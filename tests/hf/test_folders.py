@@ -104,6 +104,8 @@ def test_classifiers_are_saved_and_start_from_language_models(tiny: StripedHyena
         assert 0 < model.score.weight.std() < 1
         model.save_pretrained(tmp_path / "classes")
         assert same(auto.from_pretrained(tmp_path / "classes"), model)
+        with pytest.raises(ConfigError, match=rf"classifier.* hyaena\.hf\.{type(model).__name__}\.from_pretrained"):
+            hyaena.load(tmp_path / "classes")
         made = auto.from_config(model.config)
         assert type(made) is type(model) and made.config.num_labels == 3
 

@@ -230,18 +230,26 @@ def test_a_failing_call_loses_nothing(tmp_path: Path, expected: bytes, code: int
 def test_a_full_disk_says_what_is_kept(tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     from hyaena.jobs.journal import Journal
 
-    output, append = tmp_path / "x.jsonl", Journal.append
+    output, append, fails_at = tmp_path / "x.jsonl", Journal.append, "r7"
 
     def full(self: Journal, index: int, row: Any) -> None:
-        if row["name"] == "r7":
+        if row["name"] == fails_at:
             self._file.write(b"row\nhalf a row")
             raise OSError(errno.ENOSPC, "No space left on device")
         append(self, index, row)
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", full)
-        with pytest.raises(OutputError, match=r"No space left on device; free some space.*; 6 rows are kept: the same"):
+        with pytest.raises(
+            OutputError, match=r"No space left on device; free some space.*; 6 finished rows kept: the same"
+        ):
             run(output)
+        fails_at = "r0"
+        with pytest.raises(OutputError, match=r"No space left on device; free some space or choose another place$"):
+            run(tmp_path / "y.jsonl")
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputError, match=r"Not a directory; choose another place$"):
+            run(tmp_path / "file" / "x.jsonl")
     run(output)
     assert output.read_bytes() == expected
 

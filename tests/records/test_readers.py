@@ -80,7 +80,9 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_a_format_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "genes").write_text(">a\nAC\n")
-    with pytest.raises(InputError, match=r"does not tell its format: add --format fasta\|fastq\|jsonl\|parquet\|lines"):
+    with pytest.raises(
+        InputError, match=r"does not tell its format: .*add --format fasta\|fastq\|jsonl\|parquet\|lines"
+    ):
         find_source(tmp_path / "genes")
     assert rows(tmp_path / "genes", format="fasta") == [("a", "AC", "line 1")]
     assert rows(tmp_path / "genes", format="lines") == [("1", ">a", "line 1"), ("2", "AC", "line 2")]

@@ -334,6 +334,29 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["genome.fa", "genome.fa.gz"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "contigs",
+    [["c", "c", "d"], ["d", "c", "c"], ["c", "d", "c"], ["c x y", "d z", "e", "c a", "f"], ["a", "b", "a", "c"]],
+)
+def test_an_index_that_leaves_a_contig_out(tmp_path: Path, name: str, end: str, contigs: list[str]) -> None:
+    """As that of samtools does, where two contigs have one name."""
+
+    def write(contigs: list[str]) -> Path:
+        path = fasta(tmp_path, "".join(f">{contig}{end}ACGT{end}AC{end}" for contig in contigs))
+        if name.endswith(".gz"):
+            pysam.tabix_compress(str(path), str(tmp_path / name), force=True)
+        pysam.faidx(str(tmp_path / name))  # pyright: ignore[reportAttributeAccessIssue]
+        return tmp_path / name
+
+    path = write(contigs)
+    with pytest.raises(InputError, match=rf"a contig '[ac]' that its index leaves out; remove .*{name}\.fai"):
+        FastaGenome(path)
+    path = write([f"{i}{contig} about it" for i, contig in enumerate(contigs)])
+    assert len(FastaGenome(path).lengths) == len(contigs)
+
+
+@pytest.mark.parametrize("name", ["genome.fa", "genome.fa.gz"])
 def test_an_index_of_another_file(tmp_path: Path, name: str) -> None:
     """Offsets, lengths or lines that are not those of the file are found at the first letter that is read."""
     contigs = {f"c{i}": "".join(random.Random(i).choices("ACGT", k=40_000)) for i in range(3)}

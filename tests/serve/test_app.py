@@ -341,6 +341,28 @@ def test_bad_bodies_get_the_right_answer(client: TestClient, path: str, body: An
 
 
 @pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (
+            {"prompt": "a", "temprature": 1},
+            "temprature",
+            "temprature: It is not supported: did you mean temperature?",
+        ),
+        (
+            {"prompt": "a", "stream": True, "stream_options": {"colour": 1}},
+            "stream_options.colour",
+            "stream_options.colour: It is not supported: leave it out",
+        ),
+        ({"prompt": "a", "\n{x}": 1}, "\\n{x}", "\\n{x}: It is not supported: leave it out"),
+        ({}, "prompt", "prompt: Field required"),
+    ],
+)
+def test_a_mistake_in_a_body_is_a_line_with_its_fix(client: TestClient, body: Any, param: str, message: str) -> None:
+    error = client.post("/v1/completions", json=body).json()["error"]
+    assert error["param"] == param and error["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
     ("content", "status"),
     [
         (b"{", 400),

@@ -17,10 +17,11 @@ from hyaena import ops
 from hyaena.adapters.peft import MAX_RANK, Adapter, Update, is_number, is_rank, read_adapter, write_adapter
 from hyaena.arguments import as_text_path, each, kind_of
 from hyaena.checkpoints.files import listed
+from hyaena.config import ModelConfig
 from hyaena.errors import CheckpointError, InputError, printable, shown
 from hyaena.formats.tensors import format_of
 from hyaena.fp8 import FP8Linear
-from hyaena.layers import record
+from hyaena.layers import MIXERS, Mixers, record
 from hyaena.model import StripedHyena
 from hyaena.quant import QuantizedLinear, check_wide
 
@@ -60,12 +61,7 @@ def merge_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -
         InputError: the weights are narrow, or the model has an adapter already.
     """
     adapter = _read(adapter)
-    updates = _fitting(model, adapter)
-    check_wide(
-        model,
-        "into which no adapter is merged: compute it beside them (with_adapter), or merge it into the "
-        "model that was quantized and quantize the result",
-    )
+    updates = _mergeable(model, adapter)
     for name, update in updates.items():
         weight = _weight(model, name)
         parts = [float(t.detach().abs().max()) for t in (weight, update.a, update.b)]
@@ -91,6 +87,22 @@ def merge_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -
                 weight.copy_(merged)
             if name != "lm_head" and isinstance(layer := model.get_submodule(name), FP8Linear):
                 layer.fit_scale()
+
+
+def check_adapter(config: ModelConfig, adapter: Adapter, mixers: Mixers = MIXERS) -> None:
+    """Check that an adapter can be merged into models of a configuration, before weights are read.
+
+    Args:
+        config: of the model.
+        adapter: from ``read_adapter``.
+        mixers: those of the model, see ``StripedHyena``.
+
+    Raises:
+        HyaenaError: as ``merge_adapter``, as far as no weight counts.
+    """
+    with torch.device("meta"):
+        model = StripedHyena(config, mixers=mixers)
+    _mergeable(model, adapter)
 
 
 def with_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -> StripedHyena:
@@ -243,6 +255,16 @@ def _check_free(model: StripedHyena) -> None:
         raise InputError("the model has an adapter already: take it off with remove_adapter, or use the model without")
 
 
+def _mergeable(model: StripedHyena, adapter: Adapter) -> dict[str, Update]:
+    updates = _fitting(model, adapter)
+    check_wide(
+        model,
+        "into which no adapter is merged: compute it beside them (with_adapter), or merge it into the "
+        "model that was quantized and quantize the result",
+    )
+    return updates
+
+
 def _fitting(model: StripedHyena, adapter: Adapter) -> dict[str, Update]:
     """The updates of an adapter under our names and in our layout, if all of them fit a model.
 
@@ -277,7 +299,7 @@ def _fitting(model: StripedHyena, adapter: Adapter) -> dict[str, Update]:
         )
     for name, copied in adapter.copies.items():
         weight = _weight(model, name).detach()
-        if copied.shape != weight.shape or not torch.equal(copied.to(weight), weight):
+        if copied.shape != weight.shape or not (weight.is_meta or torch.equal(copied.to(weight), weight)):
             raise CheckpointError(
                 f"{adapter.source}: holds {name}.weight, which differs from this model's: load the model that it was "
                 f"trained on, or, if {name} was trained, merge the adapter with PEFT"

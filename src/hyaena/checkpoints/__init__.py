@@ -15,7 +15,7 @@ from hyaena.checkpoints.load import (
     stream_tensors,
 )
 from hyaena.checkpoints.quantize import check_quantizable, quantize_checkpoint
-from hyaena.checkpoints.save import files_of_tokenizer, save_model
+from hyaena.checkpoints.save import check_layout, files_of_tokenizer, save_model
 from hyaena.checkpoints.weights import inspect
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Checkpoint",
     "as_device",
     "as_dtype",
+    "check_layout",
     "check_names_and_shapes",
     "check_quantizable",
     "files_of_tokenizer",

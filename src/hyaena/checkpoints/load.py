@@ -20,7 +20,7 @@ from hyaena.checkpoints.files import Checkpoint, find, listed
 from hyaena.checkpoints.shards import FLOATING
 from hyaena.checkpoints.weights import Item, Weights, open_weights
 from hyaena.config import ModelConfig
-from hyaena.errors import CheckpointError, ConfigError, InputError, printable
+from hyaena.errors import CheckpointError, ConfigError, InputError, counted, printable
 from hyaena.filters import Float32Parameters
 from hyaena.formats.names import part
 from hyaena.formats.tensors import OPTIONAL, REPEATED, SCALES, check_repeated, check_tied, format_of
@@ -254,8 +254,9 @@ class Loading:
         """The model on the meta device, built only where the files have as many tensors as it has layers."""
         if self.config.num_layers > len(self.weights.items):
             raise CheckpointError(
-                f"{self.checkpoint.path}: the configuration has {self.config.num_layers:,} layers, and the files "
-                f"{len(self.weights.items):,} tensors; do the configuration and the weights belong together?"
+                f"{self.checkpoint.path}: the configuration has {counted(self.config.num_layers, 'layer')}, and the "
+                f"files {counted(len(self.weights.items), 'tensor')}; do the configuration and the weights belong "
+                "together?"
             )
         try:
             with torch.device("meta"):
@@ -272,7 +273,7 @@ class Loading:
         missing = [self._shown(name) for name in self.remaining]
         told = {"missing": missing, **self.problems}
         if any(told.values()):
-            words = "; ".join(f"{what}: {listed(names)}" for what, names in told.items() if names)
+            words = "; ".join(f"{what}: {listed(names, most=3)}" for what, names in told.items() if names)
             raise CheckpointError(
                 f"{self.checkpoint.path}: {words}; do the configuration and the weights belong together?"
             )

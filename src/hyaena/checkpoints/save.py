@@ -47,7 +47,7 @@ from hyaena.layers import MIXERS
 from hyaena.model import StripedHyena
 from hyaena.ops.fp8 import E4M3
 from hyaena.quant import fixed_tensors
-from hyaena.tensor_files.gguf_file import BLOCKS, write_gguf
+from hyaena.tensor_files.gguf_file import BLOCKS, check_gguf, write_gguf
 from hyaena.tensor_files.gguf_file import SUFFIX as GGUF
 from hyaena.tokenizers import ByteTokenizer, CharacterTokenizer, HFTokenizer, Tokenizer, transformers_files
 
@@ -96,8 +96,9 @@ def save_model(
         OutputError: another process is writing there.
     """
     folder = as_text_path("the folder", folder, "safetensors")
-    if layout not in tuple(CONFIG_NAMES):
-        raise CheckpointError(f"layout {shown(layout)} is unknown: choose one of {', '.join(CONFIG_NAMES)}")
+    config = getattr(_unwrapped(model), "config", None) if isinstance(model, nn.Module) else None
+    if isinstance(config, ModelConfig):
+        check_layout(config, layout)
     max_shard_size = whole("max_shard_size", max_shard_size, "a whole number of bytes, 1 or more", 1)
     overwrite = switch("overwrite", overwrite)
     check_extra_files({} if extra_files is None else extra_files)
@@ -109,8 +110,6 @@ def save_model(
         # The original's head is a module of its own, and its state dict has the shared matrix twice.
         state["lm_head.weight"] = state["embed_tokens.weight"].clone()
 
-    if layout == "gguf" and config.weights not in (None, *BLOCKS):
-        raise CheckpointError(f"GGUF has no blocks of {config.weights} weights: quantize the model to q8_0 or q4_0")
     dtypes = {
         name: t.dtype if narrow is None or name in fixed else dtype_in(narrow, wide=name in wide)
         for name, t in state.items()
@@ -126,6 +125,23 @@ def save_model(
     except (OSError, SafetensorError) as error:
         raise save_failed(folder, error) from error
     return folder
+
+
+def check_layout(config: ModelConfig, layout: Layout) -> None:
+    """Check that a layout holds models of a configuration, before weights are read.
+
+    Raises:
+        CheckpointError: the layout is unknown, or has no form for the model's narrow weights.
+        ConfigError: its configuration has no keys for the model.
+        UnsupportedError: a package that writes it is missing.
+    """
+    if layout not in tuple(CONFIG_NAMES):
+        raise CheckpointError(f"layout {shown(layout)} is unknown: choose one of {', '.join(CONFIG_NAMES)}")
+    if layout == "gguf":
+        if config.weights not in (None, *BLOCKS):
+            raise CheckpointError(f"GGUF has no blocks of {config.weights} weights: quantize the model to q8_0 or q4_0")
+        check_gguf()
+    config_text(config, layout, torch.float32)
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:

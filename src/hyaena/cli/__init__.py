@@ -3,13 +3,14 @@
 Each command is a module of this package with
 
 - ``HELP``: one line for ``hyaena --help``;
+- ``EXAMPLES``: command lines for its own ``--help``;
 - ``add_arguments(parser)``: its options;
 - ``run(args) -> int``: does the work and returns the exit status.
 
 The modules import torch and everything heavy inside ``run``, so that help and mistakes answer immediately.
 
-Exit status: 0 done, 2 for an error that the message explains, 130 interrupted, 141 the reader of the output left, 143
-terminated.
+Exit status: 0 done, 2 for an error that the message explains, 129 the terminal was closed, 130 interrupted, 141 the
+reader of the output left, 143 terminated.
 """
 
 from __future__ import annotations
@@ -75,6 +76,13 @@ class Parser(argparse.ArgumentParser):
             (file or sys.stderr).write(message)
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Leaves the lines of examples as they are, so that they can be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 def build_parser(commands: Mapping[str, str] = COMMANDS) -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
@@ -87,7 +95,10 @@ def build_parser(commands: Mapping[str, str] = COMMANDS) -> argparse.ArgumentPar
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module_name in commands.items():
         module = import_module(module_name)
-        subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        examples = "\n  ".join(["examples:", *module.EXAMPLES])
+        subparser = subparsers.add_parser(
+            name, help=module.HELP, description=module.HELP, epilog=examples, formatter_class=_HelpFormatter
+        )
         # Suppressed, so that the subparser's default does not undo a --debug given before the command.
         subparser.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"

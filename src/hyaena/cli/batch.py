@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyaena.cli.model_options import add_model_options, prepare_model, tell_what_is_cut
 from hyaena.cli.progress import Progress
-from hyaena.errors import InputError, NonFiniteError, shown
+from hyaena.errors import InputError, NonFiniteError, OutputError, counted, shown
 from hyaena.records import FORMATS, Record, Source, check_readable, find_source
 from hyaena.records.source import open_source
 
@@ -73,17 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
     )
 
     group = parser.add_argument_group("input")
-    group.add_argument(
-        "--format",
-        choices=tuple(FORMATS),
-        help="how the input is read; by default as the end of its name says, .gz included",
-    )
-    group.add_argument(
-        "--text-key", metavar="KEY", help="the key or column of the text, in JSON lines or Parquet (text)"
-    )
-    group.add_argument(
-        "--name-key", metavar="KEY", help="the key or column of the name (name, else id, else the record's number)"
-    )
+    add_record_arguments(group)
     group.add_argument(
         "--both-strands", action="store_true", help="texts are DNA: read the other strand, too, and give the means"
     )
@@ -109,6 +99,21 @@ def add_arguments(parser: argparse.ArgumentParser, *, rows: str) -> None:
     group.add_argument("--method", default="auto", help="how long convolutions are evaluated: fft, blocked, … (auto)")
     group.add_argument(
         "--batch-tokens", type=int, metavar="N", help="tokens per pass (2048 on a CPU; on a GPU as memory allows)"
+    )
+
+
+def add_record_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the options that say how a file of records is read."""
+    group.add_argument(
+        "--format",
+        choices=tuple(FORMATS),
+        help="how the input is read; by default as the end of its name says, .gz included",
+    )
+    group.add_argument(
+        "--text-key", metavar="KEY", help="the key or column of the text, in JSON lines or Parquet (text)"
+    )
+    group.add_argument(
+        "--name-key", metavar="KEY", help="the key or column of the name (name, else id, else the record's number)"
     )
 
 
@@ -256,18 +261,19 @@ def run(args: argparse.Namespace, files: Files, task: Task) -> int:
                     window=args.save_every,
                     skip=lambda record: progress.skip(int(contents.sizes[record.index])),
                 )
-    print(f"{files.output}: {rows:,} records, {part.size:,} tokens")
+    print(f"{files.output}: {counted(rows, 'record')}, {counted(part.size, 'token')}")
     return 0
 
 
 @contextmanager
 def telling_what_is_kept(job: Job, progress: Progress) -> Iterator[None]:
-    """Within it, an interruption ends the progress bar, and says where finished rows are."""
+    """Within it, an interruption or an error ends the progress bar, and says where finished rows are."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except BaseException as error:
         progress.close()
-        if job.is_begun:
+        told = isinstance(error, OutputError) or str(job.folder) in str(error)  # what the job raises says so itself
+        if job.is_begun and not told:
             print(f"hyaena: finished rows are kept in {job.folder}: the same command goes on", file=sys.stderr)
         raise
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from hyaena.model import StripedHyena
 
 HELP = "measure prefill and decoding on this machine, beside the bounds that its memory and its arithmetic set"
+EXAMPLES = (
+    "hyaena bench --model cub --lengths 64,512 --contexts 64,4096",
+    "hyaena bench --config sh-7b --device cuda --json bench.json --plot bench.png",
+)
 
 PRESET = "7b"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyaena.cli.formatting import json_file
 from hyaena.cli.model_options import DTYPE_HELP, add_cache_option, choose_device
-from hyaena.errors import SCREEN, HyaenaError, InputError, printable
+from hyaena.errors import SCREEN, HyaenaError, InputError, counted, printable
 from hyaena.extras import require
 from hyaena.files import expanded, write_atomically
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from hyaena.serve.engine import Delta, Engine
 
 HELP = "talk to a model in the terminal"
+EXAMPLES = (
+    "hyaena chat --model togethercomputer/StripedHyena-Nous-7B",
+    'hyaena chat --model togethercomputer/StripedHyena-Nous-7B --system "Answer briefly." --temperature 0.7',
+)
 
 COMMANDS = """\
 /reset            forget the conversation
@@ -184,8 +188,8 @@ class Chat:
         seconds = time.perf_counter() - began - first
         rate = f", {(count - 1) / seconds:.1f} tokens/s" if count > 1 and seconds > 0 else ""
         self.stats = (
-            f"{len(prompt)} tokens read ({cached} of them from the cache), first token after {first:.2f} s, "
-            f"{count} tokens written{rate}"
+            f"{counted(len(prompt), 'token')} read ({cached} of them from the cache), first token after {first:.2f} s, "
+            f"{counted(count, 'token')} written{rate}"
         )
         self.messages = [*messages, {"role": "assistant", "content": "".join(parts).strip()}]
 

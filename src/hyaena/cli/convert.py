@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from hyaena.arguments import as_path
+from hyaena.cli.destination import find_destination
 from hyaena.cli.formatting import decimal_bytes, parse_size
-from hyaena.errors import InputError
+from hyaena.errors import InputError, counted
 
 if TYPE_CHECKING:
+    from hyaena.adapters import Adapter
     from hyaena.config import ModelConfig
     from hyaena.model import StripedHyena
 
 HELP = "write a model in this package's layout, the original's, or that of transformers"
+EXAMPLES = (
+    "hyaena convert togethercomputer/StripedHyena-Nous-7B nous --dtype bfloat16",
+    "hyaena convert runs/mine model --layout transformers",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,47 +57,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, convert, write."""
     limit = parse_size(args.max_shard_size)
-    dest = as_path("the folder to write", args.dest)
-    if os.path.exists(dest) and not os.path.isdir(dest):
-        raise InputError(f"{dest} is a file: name a folder to write")
+    dest = find_destination(args.dest, force=args.force)
 
-    from hyaena import checkpoints, files
+    from hyaena import checkpoints
     from hyaena.adapters import merge_adapter, read_adapter
     from hyaena.sizes import ModelSizes
 
-    def check_empty() -> None:
-        if not args.force and files.others(dest):
-            raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
-
-    check_empty()
     adapter = None if args.adapter is None else read_adapter(args.adapter)
-    model, extra = _of_run(args) if checkpoints.is_run(args.source) else _of_checkpoint(args)
+    model, extra = _of_run(args) if checkpoints.is_run(args.source) else _of_checkpoint(args, adapter)
     if adapter is not None:
         merge_adapter(model, adapter)
-    if args.layout == "transformers":
-        extra = _for_transformers(extra, model.config)
-    with _termination_as_exit():
-        checkpoints.save_model(
-            model, dest, layout=args.layout, max_shard_size=limit, extra_files=extra, overwrite=args.force
-        )
+    checkpoints.save_model(
+        model, dest, layout=args.layout, max_shard_size=limit, extra_files=extra, overwrite=args.force
+    )
     shards = checkpoints.find(dest).shards
     size = sum(file.stat().st_size for file in shards)
     print(
-        f"{dest}: {ModelSizes(model.config).parameters:,} parameters in the {args.layout} layout, "
-        f"{decimal_bytes(size)} in {len(shards)} file{'s' * (len(shards) > 1)}"
+        f"{dest}: {counted(ModelSizes(model.config).parameters, 'parameter')} in the {args.layout} layout, "
+        f"{decimal_bytes(size)} in {counted(len(shards), 'file')}"
     )
     return 0
 
 
-def _of_checkpoint(args: argparse.Namespace) -> tuple[StripedHyena, dict[str, bytes]]:
-    """The model of a checkpoint as it is stored, and the files that go with it."""
+def _of_checkpoint(args: argparse.Namespace, adapter: Adapter | None) -> tuple[StripedHyena, dict[str, bytes]]:
+    """The model of a checkpoint as it is stored, and the files that go with it in the layout to write."""
     from hyaena import checkpoints, hub
+    from hyaena.adapters import check_adapter
 
     checkpoint = hub.locate(args.source, revision=args.revision, config=args.config)
-    if sys.stderr.isatty():
-        print(f"reading {checkpoint.path} …", file=sys.stderr)
+    checkpoints.check_layout(checkpoint.config, args.layout)
+    if adapter is not None:
+        check_adapter(checkpoint.config, adapter)
     paths = [checkpoint.folder / name for name in checkpoints.COMPANIONS]
     extra = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    extra = _files_of(args.layout, extra, checkpoint.config)
+    if sys.stderr.isatty():
+        print(f"reading {checkpoint.path} …", file=sys.stderr)
     return checkpoints.load_model(checkpoint, dtype=args.dtype or "stored"), extra
 
 
@@ -110,12 +105,13 @@ def _of_run(args: argparse.Namespace) -> tuple[StripedHyena, dict[str, bytes]]:
         raise InputError(f"{args.source} is a training run, which has its own configuration: leave the options out")
     model, extra, step = load_run(args.source)
     print(f"{args.source}: the model of step {step:,}", file=sys.stderr)
+    extra = _files_of(args.layout, extra, model.config)
     return model if args.dtype is None else model.to(as_dtype(args.dtype)), extra
 
 
-def _for_transformers(extra: dict[str, bytes], config: ModelConfig) -> dict[str, bytes]:
-    """The files that go with a model, with those of its tokenizer as transformers reads them; it may have none."""
-    if config.tokenizer == "hf" and "tokenizer.json" not in extra:
+def _files_of(layout: str, extra: dict[str, bytes], config: ModelConfig) -> dict[str, bytes]:
+    """The files that go with a model; for transformers, those of its tokenizer as it reads them, if it has any."""
+    if layout != "transformers" or (config.tokenizer == "hf" and "tokenizer.json" not in extra):
         return extra
     from hyaena.tokenizers import load_tokenizer, transformers_files
 
@@ -123,17 +119,3 @@ def _for_transformers(extra: dict[str, bytes], config: ModelConfig) -> dict[str,
         for name, content in extra.items():
             (Path(folder) / name).write_bytes(content)
         return extra | transformers_files(load_tokenizer(folder, config))
-
-
-@contextmanager
-def _termination_as_exit() -> Iterator[None]:
-    """Within it, SIGTERM ends the process as an exception does, so that nothing unfinished is left on the disk."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

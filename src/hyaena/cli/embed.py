@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from hyaena.jobs import Row
 
 HELP = "write vectors of a model's layers for the texts in a file"
+EXAMPLES = (
+    "hyaena embed genes.fa --output vectors.npz",
+    "hyaena embed texts.jsonl --text-key body --layers norm --output vectors.parquet",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

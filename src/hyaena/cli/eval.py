@@ -12,6 +12,10 @@ from hyaena.cli.model_options import add_model_options, choose_device
 from hyaena.errors import InputError
 
 HELP = "evaluate a model on tasks of lm-evaluation-harness"
+EXAMPLES = (
+    "hyaena eval --model togethercomputer/StripedHyena-Hessian-7B --suite readme --output scores.json",
+    "hyaena eval --model cub --tasks piqa,lambada_openai --limit 200",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,21 +7,28 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hyaena.cli import sequences
+from hyaena.cli.batch import add_record_arguments
 from hyaena.cli.formatting import json_text
 from hyaena.cli.model_options import add_model_options, choose_device, tell_what_is_cut
-from hyaena.errors import InputError, UnsupportedError, shown
+from hyaena.errors import InputError, UnsupportedError, counted, shown
 from hyaena.files import check_place
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from hyaena.generation import Options, Stats
+    from hyaena.generation import Completion, Options, Stats
+    from hyaena.model import StripedHyena
 
 HELP = "continue a prompt with a model"
+EXAMPLES = (
+    'hyaena generate --max-new-tokens 60 "def fibonacci(n):"',
+    'hyaena generate "|d__Bacteria|" --allowed ACGT --temperature 1 -n 100 --output samples.fasta',
+)
 
 MAX_PROMPT_BYTES = 64 * 2**20
 """The largest prompt that is read: a device or a pipe might never end."""
@@ -56,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--special", action="store_true", help="read names of special tokens in the prompt, such as </s>, as the tokens"
     )
+
+    add_record_arguments(parser.add_argument_group("--prompts"))
 
     group = parser.add_argument_group("model")
     add_model_options(group)
@@ -104,7 +113,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("output")
     group.add_argument(
-        "-o", "--output", metavar="FILE", help="write FASTA (.fa, .fasta, …), a record per sample; needs --allowed"
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="write a row per sample: FASTA (.fa, .fasta, …; needs --allowed), .jsonl, .parquet, .csv, .tsv or .npz; "
+        "the same command goes on after an interruption",
+    )
+    group.add_argument(
+        "--restart", action="store_true", help="with --output: begin again, and replace the output if it is there"
     )
     group.add_argument(
         "--json", action="store_true", help="print one JSON document instead of text; null for infinities"
@@ -125,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read the prompt, check everything that needs no weights, load the model, write the completion."""
     sequences.check_arguments(args)
-    named = sequences.read_prompts(args.prompts) if args.prompts is not None else []
+    named = [] if args.prompts is None else sequences.read_prompts(args)
     prompt = b"" if named else read_prompt(args)
     bias = parse_bias(args.logit_bias)
     if args.logprobs and not args.json:
@@ -139,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     if args.echo and args.json:
         raise InputError("--echo is for text: leave it out with --json")
 
-    from hyaena import hub
+    from hyaena import checkpoints, hub
     from hyaena.fp8 import check_fp8
     from hyaena.generation import Settings, encode_prompts, generate, load_prefix, parse_prompts, prefix, stream
     from hyaena.generation.prefixes import check_prefix
@@ -176,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
     named = named or [sequences.Prompt("prompt", prompt)]
     prompts = parse_prompts([one.text for one in named], allow_empty=args.prefix_file is not None)[0]
     device = choose_device(args)
-    hub.choose_dtype(args.dtype, device)
+    dtype = hub.choose_dtype(args.dtype, device)
     if args.decoding == "cuda_graph" and device.type != "cuda":
         raise UnsupportedError(f"graphs are captured on CUDA devices, not on {device}: choose another --decoding")
     began = time.perf_counter()
@@ -187,33 +203,55 @@ def run(args: argparse.Namespace) -> int:
     else:
         check_prefix(args.prefix_file)
     check_fp8(args.fp8, config.fp8_input_projections)
-    model = hub.load_model(
-        args.model,
-        device=device,
-        dtype=args.dtype,
-        adapter=args.adapter,
-        fp8=args.fp8,
-        weights=args.weights,
-        cache_dtype=args.cache_dtype,
-        **source,
-    )
-    load_seconds = time.perf_counter() - began
-    tell_what_is_cut(model, args.method)
-    stats: Stats | None = None
-    beginning = None if args.prefix_file is None else load_prefix(args.prefix_file, model, tokenizer)
-    given = prompt
-    if args.save_prefix is not None:
-        if beginning is None:
-            beginning = prefix(model, tokenizer, prompt, special=args.special, max_length=args.max_length)
-        elif prompt:
-            beginning.extend(prompt, special=args.special)
-        beginning.save(args.save_prefix)
-        given, named = b"", [named[0]._replace(rest=b"")]
-    options["prefix"] = beginning
+
+    def load() -> StripedHyena:
+        """The model; beside it, ``options`` has the prefix that is continued, and --save-prefix is done."""
+        model = hub.load_model(
+            args.model,
+            device=device,
+            dtype=args.dtype,
+            adapter=args.adapter,
+            fp8=args.fp8,
+            weights=args.weights,
+            cache_dtype=args.cache_dtype,
+            **source,
+        )
+        tell_what_is_cut(model, args.method)
+        beginning = None if args.prefix_file is None else load_prefix(args.prefix_file, model, tokenizer)
+        if args.save_prefix is not None:
+            if beginning is None:
+                beginning = prefix(model, tokenizer, prompt, special=args.special, max_length=args.max_length)
+            elif prompt:
+                beginning.extend(prompt, special=args.special)
+            beginning.save(args.save_prefix)
+        options["prefix"] = beginning
+        return model
+
+    given = prompt if args.save_prefix is None else b""  # the rest is in what was saved
     if args.output is not None:
-        count = sequences.write_fasta(args, model, tokenizer, named, options)
-        print(f"{args.output}: {count:,} sequences")
-    elif args.json:
+        if args.save_prefix is not None:
+            named = [named[0]._replace(rest=given)]
+        made_by = {
+            "the digest of the model's files": checkpoints.fingerprint(hub.locate(args.model, **source)),
+            "--dtype": str(dtype or "stored").removeprefix("torch."),
+        }
+
+        def start() -> Callable[[list[bytes], list[int]], list[Completion]]:
+            model = load()
+
+            def decode(texts: list[bytes], seeds: list[int]) -> list[Completion]:
+                own: dict[str, Any] = {**options, "n": None, "progress": None, "seed": seeds}
+                return generate(model, tokenizer, texts, **own)
+
+            return decode
+
+        count = sequences.write_samples(args, named, made_by, start)
+        print(f"{args.output}: {counted(count, 'sample')}")
+        return 0
+    model = load()
+    load_seconds = time.perf_counter() - began
+    stats: Stats | None = None
+    if args.json:
         completions: Any = generate(model, tokenizer, given, **options)
         rows = [completions] if args.samples is None else completions
         written = [dataclasses.asdict(row) for row in rows]
@@ -294,7 +332,7 @@ def describe(stats: Stats, load_seconds: float) -> str:
     """The figures of one completion, on one line for people."""
     parts = [
         f"loaded in {load_seconds:.1f} s",
-        f"{stats.prompt_tokens} + {stats.completion_tokens} tokens",
+        f"{stats.prompt_tokens:,} + {counted(stats.completion_tokens, 'token')}",
         f"time to first token {stats.time_to_first_token:.3f} s",
     ]
     if stats.decode_tokens_per_second is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyaena.cli.formatting import binary_bytes, decimal_bytes, short_count
 from hyaena.config import ModelConfig, preset_names
-from hyaena.errors import InputError, nearest, printable
+from hyaena.errors import InputError, counted, nearest, printable
 from hyaena.formats import read_config
 from hyaena.schemes import CACHE_DTYPES, SCHEMES
 from hyaena.sizes import ModelSizes
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from hyaena.checkpoints import Checkpoint
 
 HELP = "show a model: its stripes, sizes, cache, and how long its filters remember"
+EXAMPLES = (
+    "hyaena info cub",
+    "hyaena info evo2-7b --json",
+)
 
 DECAYED = 1e-3
 """A filter has decayed when its envelope is at this fraction of its start."""
@@ -367,7 +371,7 @@ def _sizes(description: dict[str, Any], config: ModelConfig, width: int, plain: 
     else:
         count = len(weights["files"])
         narrow = [f"{name} {decimal_bytes(size)}" for name, size in weights["narrow"].items()]
-        size, note = weights["bytes"], ", ".join([*narrow, f"{weights['dtype']}, {count} file{'s' * (count > 1)}"])
+        size, note = weights["bytes"], ", ".join([*narrow, f"{weights['dtype']}, {counted(count, 'file')}"])
     yield from _row(f"  {'weights':<14}{decimal_bytes(size):>16}   ", note, width)
     if config.weights is None:
         dot = "," if plain else " ·"
@@ -382,11 +386,11 @@ def _shape(config: ModelConfig, width: int, plain: bool) -> Iterator[str]:
     scaling = "" if config.rope_scaling_factor == 1 else f", positions / {config.rope_scaling_factor:g}"
     groups = config.num_key_value_heads
     shared = "" if groups == config.num_attention_heads else f" ({groups} key/value)"
-    heads = f"{config.num_attention_heads} heads{shared} {times} {config.head_dim}"
+    heads = f"{counted(config.num_attention_heads, 'head')}{shared} {times} {config.head_dim}"
     short = f"short filter of {config.short_filter_length}"
     texts = {
-        "hyena": f"{config.state_size} modes per channel {dot} {short}",
-        "hyena_li": f"{config.state_size} real modes per channel {dot} {short}",
+        "hyena": f"{counted(config.state_size, 'mode')} per channel {dot} {short}",
+        "hyena_li": f"{counted(config.state_size, 'real mode')} per channel {dot} {short}",
         "hyena_se": f"{_taps(config.se_filter_length, config.se_filter_groups)} {dot} {short}",
         "hyena_mr": f"{_taps(config.mr_filter_length, config.mr_filter_groups)} {dot} {short}",
         "attention": f"{heads} {dot} rotary base {config.rope_theta:,.0f}{scaling}",
@@ -406,7 +410,7 @@ def _shape(config: ModelConfig, width: int, plain: bool) -> Iterator[str]:
 
 
 def _taps(length: int, groups: int | None) -> str:
-    return f"{length:,} taps, {'one filter per channel' if groups is None else f'{groups:,} filters'}"
+    return f"{counted(length, 'tap')}, {'one filter per channel' if groups is None else counted(groups, 'filter')}"
 
 
 def _memory(cache: dict[str, Any], config: ModelConfig, width: int) -> Iterator[str]:

@@ -12,27 +12,22 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import IO, Any
 
+from hyaena.signals import handled
+
 
 @contextlib.contextmanager
 def signals_end_the_process() -> Iterator[None]:
-    """Within it, SIGINT raises KeyboardInterrupt and SIGTERM SystemExit(143), so that unfinished work is cleaned up.
+    """Within it, SIGINT raises KeyboardInterrupt, SIGTERM SystemExit(143) and SIGHUP SystemExit(129).
 
-    While a module is being imported, both end the process immediately: nothing has been written then, and libraries
-    turn an exception in the middle of their imports into other errors, or lose it.
+    So unfinished work is cleaned up, and finished work kept. While a module is being imported, they end the process
+    immediately: nothing has been written then, and libraries turn an exception in the middle of their imports into
+    other errors, or lose it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python lets only the main thread handle signals
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # What whoever started the process chose to ignore stays ignored; None is a handler that Python did not install.
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in before:
-        signal.signal(number, _end)
-    try:
+    with handled(_end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

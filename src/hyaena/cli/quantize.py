@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyaena.arguments import as_path
+from hyaena.cli.destination import find_destination
 from hyaena.cli.formatting import decimal_bytes, parse_size
 from hyaena.cli.model_options import choose_device
-from hyaena.errors import InputError, OutputError
+from hyaena.errors import InputError
 from hyaena.schemes import SCHEMES
 
 if TYPE_CHECKING:
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
     from hyaena.train.documents import Piece
 
 HELP = "write a model whose linear layers have 8 or 4 bits"
+EXAMPLES = (
+    "hyaena quantize cub --weights int4 --output cub-int4",
+    "hyaena quantize cub --weights int4 --calibrate text.txt --output cub-int4",
+)
 
 CALIBRATION_TOKENS = 1 << 17
 """Tokens of the calibration text that are read, from its beginning."""
@@ -60,23 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, round, write."""
     limit = parse_size(args.max_shard_size)
-    dest = as_path("the folder to write", args.output)
-    if os.path.exists(dest) and not os.path.isdir(dest):
-        raise InputError(f"{dest} is a file: name a folder to write")
-
+    dest = find_destination(args.output, force=args.force)
     if args.device is not None and args.calibrate is None:
         raise InputError("--device is where --calibrate reads its text: add that, or leave --device out")
 
-    from hyaena import checkpoints, files, hub
+    from hyaena import checkpoints, hub
 
-    if not args.force and files.others(dest):
-        raise InputError(f"{dest} is not empty: name another folder, or add --force to replace the model in it")
     checkpoint = hub.locate(args.source, revision=args.revision, config=args.config)
     checkpoints.check_quantizable(checkpoint, args.weights)
-    moments = None
-    if args.calibrate is not None:
-        _check_writable(dest)  # before a text is read, which may take an hour
-        moments = _moments(args)
+    moments = None if args.calibrate is None else _moments(args)
     paths = [checkpoint.folder / name for name in checkpoints.COMPANIONS]
     extra = {path.name: path.read_bytes() for path in paths if path.is_file()}
     if sys.stderr.isatty():
@@ -91,16 +86,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _nbytes(checkpoint: Checkpoint) -> int:
     return sum(file.stat().st_size for file in checkpoint.shards)
-
-
-def _check_writable(folder: Path) -> None:
-    from hyaena.files import cure, locked, reason
-
-    try:
-        with locked(folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({reason(error)}): {cure(error)}") from error
 
 
 def _moments(args: argparse.Namespace) -> dict[str, Tensor]:

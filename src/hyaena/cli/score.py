@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from hyaena.scoring import Score
 
 HELP = "write log-probabilities of the texts in a file"
+EXAMPLES = (
+    "hyaena score genes.fa --output scores.parquet",
+    "hyaena score genome.fa --window 8192 --bin 16 --output genome.bedgraph",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,10 @@ from hyaena.errors import InputError, shown
 from hyaena.extras import require
 
 HELP = "serve a model over HTTP, with OpenAI's API and a playground"
+EXAMPLES = (
+    "hyaena serve --model cub --port 8000",
+    "hyaena serve --model togethercomputer/StripedHyena-Nous-7B --device cuda --adapter support=adapters/support",
+)
 
 KEY_VARIABLE = "HYAENA_API_KEY"
 

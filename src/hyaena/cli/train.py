@@ -6,13 +6,18 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+
+from hyaena.errors import counted
+from hyaena.signals import handled
 
 HELP = "train or fine-tune a model from a YAML file"
+EXAMPLES = (
+    "hyaena train configs/train/finetune.yml --set init_from=cub --set data.train=rows.jsonl",
+    "hyaena train configs/train/cub.yml --resume",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,21 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; the first Ctrl-C or SIGTERM finishes the step and saves, then the command exits with 130 or 143."""
+    """Train; the first Ctrl-C, SIGTERM or SIGHUP finishes the step and saves; the exit status is 128 and its number."""
     from hyaena.train.config import TrainConfig
 
     config = TrainConfig.from_file(args.config, args.overrides)
-    with _exit_on_sigterm():
-        from hyaena.train.loop import open_run  # imports torch: after the mistakes that need none
+    from hyaena.train.loop import open_run  # imports torch: after the mistakes that need none
 
-        with (
-            _log_to_stderr(),
-            open_run(config, resume=args.resume, device=args.device) as trainer,
-            _DeferredSignal() as deferred,
-        ):
-            result = trainer.advance(
-                max_seconds=args.max_seconds, progress=not args.quiet, stop=lambda: deferred.number is not None
-            )
+    with (
+        _log_to_stderr(),
+        open_run(config, resume=args.resume, device=args.device) as trainer,
+        _DeferredSignal() as deferred,
+    ):
+        result = trainer.advance(
+            max_seconds=args.max_seconds, progress=not args.quiet, stop=lambda: deferred.number is not None
+        )
     if not result.finished:
         _tell(f"stopped at step {result.step} of {config.steps}; go on with --resume")
         return 0 if deferred.number is None else 128 + deferred.number
@@ -64,23 +68,23 @@ def run(args: argparse.Namespace) -> int:
         score = f", {result.bits_per_byte:.4f} bits per byte on held-out text"
         if result.initial_bits_per_byte is not None:
             score += f" ({result.initial_bits_per_byte:.4f} before the first step)"
-    print(f"finished {result.step} steps{score}: {config.output}/final")
+    print(f"finished {counted(result.step, 'step')}{score}: {config.output}/final")
     return 0
 
 
 class _DeferredSignal:
-    """Defers the first SIGINT or SIGTERM: ``number`` is then its number. The second one acts immediately."""
+    """Defers the first signal that ends the process: ``number`` is then its number. The second one acts immediately."""
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     def __enter__(self) -> _DeferredSignal:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handling = contextlib.ExitStack()
+        self._handling.enter_context(handled(self._note))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handling.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
@@ -89,20 +93,6 @@ class _DeferredSignal:
             # Not print: the signal may have come in the middle of another one.
             with contextlib.suppress(OSError, ValueError):
                 os.write(sys.stderr.fileno(), b"\nfinishing this step and saving; once more to stop immediately\n")
-
-
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Exit with 143 on SIGTERM through the ordinary clean-up, so that no temporary file and no lock is left."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hyaena.cli.batch import add_job_arguments, telling_what_is_kept
 from hyaena.cli.model_options import add_model_options, prepare_model, tell_what_is_cut
 from hyaena.cli.progress import Progress
-from hyaena.errors import InputError, NonFiniteError, printable
+from hyaena.errors import InputError, NonFiniteError, counted, printable
 from hyaena.records import Checked, FastaGenome, Windows, check_variants, read_variants
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from hyaena.tokenizers import Tokenizer
 
 HELP = "write log-likelihoods of the variants of a VCF file, against the reference"
+EXAMPLES = (
+    "hyaena variants --reference genome.fa --vcf calls.vcf --output scores.tsv",
+    "hyaena variants --reference genome.fa --vcf calls.vcf.gz --both-strands --shard 1/8 --output part1.parquet",
+)
 
 MOST_TOLD = 20
 """Lines about variants that cannot be scored; the rest is counted."""
@@ -173,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
                 window=args.save_every,
                 skip=lambda variant: progress.skip(1),
             )
-    print(f"{output}: {rows:,} variants")
+    print(f"{output}: {counted(rows, 'variant')}")
     return 0
 
 
@@ -204,7 +208,8 @@ def _check(given: _Input, on_error: str) -> int:
         print(f"hyaena: and {wrong - len(told):,} more", file=sys.stderr)
     if unknown:
         print(
-            f"hyaena: {unknown:,} windows have letters other than A, C, G, T; see the column unknown", file=sys.stderr
+            f"hyaena: {counted(unknown, 'window')} with letters other than A, C, G, T; see the column unknown",
+            file=sys.stderr,
         )
     rows = total if given.keep else total - wrong
     if not rows:

@@ -7,13 +7,14 @@ between them). The functions below read any format.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 from hyaena.arguments import as_path
 from hyaena.config import ModelConfig, preset_names
-from hyaena.errors import ConfigError, printable
+from hyaena.errors import ConfigError, nearest, printable
 from hyaena.formats.evo2 import config as evo2_config
 from hyaena.formats.stripedhyena import config as stripedhyena_config
 from hyaena.formats.transformers import config as transformers_config
@@ -41,9 +42,17 @@ def read_config(path: str | PathLike[str]) -> ModelConfig:
     if str(path) in preset_names() and not path.exists():
         return ModelConfig.from_name(str(path))
     try:
-        return config_from_dict(read_mapping(path))
+        values = read_mapping(path)
+        if (name := transformers_config.classifier(values)) is not None:
+            folder = printable(repr(str(path.parent)))
+            raise ConfigError(
+                f"it is a classifier, no language model: load it with hyaena.hf.{name}.from_pretrained({folder})"
+            )
+        return config_from_dict(values)
     except ConfigError as error:
-        raise ConfigError(f"{printable(str(path))}: {error}") from None
+        near = None if os.path.exists(path) else nearest(str(path), preset_names())
+        hint = f", or the name of a preset: did you mean {near}?" if near else ""
+        raise ConfigError(f"{printable(str(path))}: {error}{hint}") from None
 
 
 def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:

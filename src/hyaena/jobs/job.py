@@ -1,10 +1,10 @@
 """Runs a job that makes a row of results of every record, and goes on after any interruption.
 
 Until the output ``scores.parquet`` is complete, the folder ``scores.parquet.unfinished`` lies beside it: what the job
-is (``job.json``), its finished rows (``rows``), and a copy of the input where that is no file (``input``). The output
-is written from the rows when all are there, and then the folder is removed.
+is (``job.json``), its finished rows (``rows``), a copy of the input where that is no file (``input``), and a seed that
+was drawn (``seed``). The output is written from the rows when all are there, and then the folder is removed.
 
-Records are worked through in windows, runs of neighbouring records of about equally many characters. The rows of a
+Records are worked through in windows, runs of neighbouring records of about equal size. The rows of a
 window are kept together when all of them are finished. So the windows of a job that was interrupted are those of one
 that was not, and so are the batches inside them, and the results are equal to the last bit.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from shutil import copyfileobj
 from typing import IO, Any, Protocol, TypeVar
 
-from hyaena.errors import InputError, OutputError, joined, printable, shown
+from hyaena.errors import InputError, OutputError, counted, joined, printable, shown
 from hyaena.files import cure, flush, locked, reason, write_atomically
 from hyaena.jobs.journal import Journal, Mark, Row
 from hyaena.jobs.results import Column, check_columns, check_output, write_results
@@ -28,7 +28,7 @@ SUFFIX = ".unfinished"
 WINDOW = 1 << 20
 """Characters of a window."""
 
-_MANIFEST, _ROWS, _INPUT = "job.json", "rows", "input"
+_MANIFEST, _ROWS, _INPUT, _SEED = "job.json", "rows", "input", "seed"
 
 
 class Record(Protocol):
@@ -83,12 +83,28 @@ class Job:
             copyfileobj(stream, copy, 1 << 20)
         return self.folder / _INPUT
 
+    def keep_seed(self, seed: int) -> int:
+        """Keep a seed that was drawn; return it, or the one of the process whose job goes on.
+
+        Raises:
+            InputError: the kept one is damaged.
+            OutputError: it cannot be written.
+        """
+        path = self.folder / _SEED
+        if not self.is_begun:
+            write_atomically(path, lambda file: file.write(str(seed).encode()))
+        try:
+            return int(path.read_bytes())
+        except (OSError, ValueError):
+            raise InputError(f"{path} is damaged: add --restart to begin again") from None
+
     def run(
         self,
         records: Iterable[R],
         start: Callable[[], Compute[R]],
         *,
         window: int = WINDOW,
+        size: Callable[[R], int] = lambda record: len(record.text),
         skip: Callable[[R], object] = lambda record: None,
     ) -> int:
         """Make the rows that are not finished, then write the output; return the number of rows.
@@ -96,7 +112,8 @@ class Job:
         Args:
             records: those of the input, from the first.
             start: is called once, before the first row is made, if any is to be made: it may load a model.
-            window: characters of a window.
+            window: the size of a window.
+            size: that of a record; its characters by default.
             skip: is called with every record whose row is there already.
 
         Raises:
@@ -110,11 +127,11 @@ class Job:
             journal = Journal(self.folder / _ROWS)
             flush(self.folder)
         try:
-            self._work(journal, records, start, window, skip)
+            self._work(journal, _windows(records, window, size), start, skip)
             try:
                 write_results(self.output, self.columns, journal.read)
             except OutputError as error:
-                raise OutputError(f"{error}; all {journal.rows:,} rows are kept: the same command goes on") from error
+                raise OutputError(f"{error}{_kept(journal)}") from error
             count = journal.rows
         except BaseException:
             if not journal.rows:  # nothing to go on from: the next command may have other options
@@ -129,20 +146,19 @@ class Job:
     def discard(self) -> None:
         """Remove what the folder holds, the manifest first: what remains without it is nothing."""
         with self.writing():
-            for name in (_MANIFEST, _ROWS, _INPUT):
+            for name in (_MANIFEST, _ROWS, _INPUT, _SEED):
                 (self.folder / name).unlink(missing_ok=True)
 
     def _work(
         self,
         journal: Journal,
-        records: Iterable[R],
+        windows: Iterable[Sequence[R]],
         start: Callable[[], Compute[R]],
-        window: int,
         skip: Callable[[R], object],
     ) -> None:
         compute: Compute[R] | None = None
         finished = iter(list(journal.marks))
-        for batch in _windows(records, window):
+        for batch in windows:
             digest = _digest(batch)
             if (mark := next(finished, None)) is not None:
                 if mark != Mark(len(batch), digest):
@@ -177,7 +193,7 @@ class Job:
         try:
             yield
         except OSError as error:
-            kept = f"; {journal.rows:,} rows are kept: the same command goes on" if journal is not None else ""
+            kept = "" if journal is None else _kept(journal)
             raise OutputError(f"cannot write into {self.folder}: {reason(error)}; {cure(error)}{kept}") from error
 
 
@@ -224,6 +240,10 @@ def open_job(
             job.folder.rmdir()
 
 
+def _kept(journal: Journal) -> str:
+    return f"; {counted(journal.rows, 'finished row')} kept: the same command goes on" if journal.rows else ""
+
+
 def _check_options(job: Job) -> None:
     path = job.folder / _MANIFEST
     try:
@@ -257,15 +277,15 @@ def _value(value: Any) -> str:
     return "not given" if value is None else value if isinstance(value, str) else shown(value)
 
 
-def _windows(records: Iterable[R], characters: int) -> Iterator[list[R]]:
+def _windows(records: Iterable[R], limit: int, size: Callable[[R], int]) -> Iterator[list[R]]:
     window: list[R] = []
-    size = 0
+    total = 0
     for record in records:
         window.append(record)
-        size += len(record.text)
-        if size >= characters:
+        total += size(record)
+        if total >= limit:
             yield window
-            window, size = [], 0
+            window, total = [], 0
     if window:
         yield window
 

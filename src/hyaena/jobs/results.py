@@ -1,4 +1,4 @@
-"""Writes rows of results as Parquet, JSON lines, tables of text, bedGraph or an npz archive."""
+"""Writes rows of results as Parquet, JSON lines, tables of text, FASTA, bedGraph or an npz archive."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from hyaena import extras
 from hyaena.errors import InputError, printable
 from hyaena.files import write_atomically
 from hyaena.jobs.journal import Row
+from hyaena.records.fasta import FASTA_SUFFIXES
 
 Kind = Literal["text", "integer", "real", "integers", "reals", "vector", "matrix"]
 
@@ -87,6 +88,8 @@ def write_results(path: Path, columns: Sequence[Column], rows: Rows) -> None:
     - ``.csv``, ``.tsv``: a line per row and a header; NaN and infinities are empty.
     - ``.bedgraph``: a line per number of the column of reals, with the place that ``contig``, ``start``, ``end`` and
       ``step`` give; NaN is left out.
+    - ``.fa``, ``.fasta``, …: a record per row. The first column is its name, ``text`` its sequence, the others words of
+      its header, ``seed=7``.
     - ``.npz``: an array per column, ``NAME`` [rows] or [rows,D]. Arrays whose length differs from row to row are
       members of their own, ``COLUMN/NAME`` with the row's name, which is its first column.
 
@@ -273,6 +276,29 @@ def _track_only(columns: Sequence[Column]) -> str | None:
     return "bedGraph has one number per position of a contig: it comes from `hyaena score --window`"
 
 
+_WIDTH = 60
+"""Letters of a line of FASTA."""
+
+
+def _write_fasta(file: IO[bytes], columns: Sequence[Column], rows: Rows) -> None:
+    name, *labels = (column.name for column in columns if column.name != "text")
+    for row in rows(None):
+        words = [f">{row[name]}", *(f"{label}={_word(row[label])}" for label in labels)]
+        sequence = row["text"]
+        lines = [" ".join(words), *(sequence[i : i + _WIDTH] for i in range(0, len(sequence), _WIDTH)), ""]
+        file.write("\n".join(lines).encode())
+
+
+def _word(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value), limit=100)
+
+
+def _sequences_only(columns: Sequence[Column]) -> str | None:
+    if Column("text", "text") in columns:
+        return None
+    return "FASTA holds sequences: it comes from `hyaena generate`; end it in .parquet or .jsonl"
+
+
 class _Format(NamedTuple):
     """A format: its writer, and what says why it cannot hold some columns."""
 
@@ -288,5 +314,6 @@ OUTPUT_FORMATS: dict[str, _Format] = {
     ".tsv": _Format(partial(_write_table, delimiter="\t"), _scalars_only),
     ".bedgraph": _Format(_write_bedgraph, _track_only),
     ".npz": _Format(_write_npz),
+    **{suffix: _Format(_write_fasta, _sequences_only) for suffix in sorted(FASTA_SUFFIXES)},
 }
 """Suffixes of outputs, and what writes each."""

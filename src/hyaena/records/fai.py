@@ -2,6 +2,7 @@
 
 An index of another file, or of an earlier one, gives letters of another place without an error, and one substitution in
 four fits those by chance. So where a contig begins and ends by the index, its header and the next one must stand.
+And samtools leaves a contig out of an index if another one has its name: so no other header may stand between two.
 
 Source: faidx(5) of samtools for ``.fai``, bgzip(1) of htslib for ``.gzi``.
 """
@@ -18,6 +19,10 @@ _AROUND = 1 << 12
 """Bytes that are read before and behind a contig; what a longer header names is not checked."""
 
 
+_MOST_GAPS = 20_000
+"""Contigs with a description before which headers are looked for: each takes up to a millisecond, with bgzip."""
+
+
 class _Entry(NamedTuple):
     """Letters of a contig, the byte where they begin, and letters and bytes of a line."""
 
@@ -25,6 +30,12 @@ class _Entry(NamedTuple):
     offset: int
     letters: int
     width: int
+
+    @property
+    def end(self) -> int:
+        """The byte behind the last letter."""
+        whole, rest = divmod(max(self.length - 1, 0), max(self.letters, 1))
+        return self.offset + (whole * self.width + rest + 1 if self.length else 0)
 
 
 class FastaIndex:
@@ -60,7 +71,7 @@ class FastaIndex:
             return True
         if min(length, offset, letters, width - letters) <= 0:
             return False
-        last = offset + (length - 1) // letters * width + (length - 1) % letters
+        last = self._entries[contig].end - 1
         first = max(0, offset - _AROUND)
         before, behind = self._read(first, offset - first), self._read(last, _AROUND)
         line, rest = before[:-1].rpartition(b"\n")[2], behind[1:].lstrip()
@@ -72,6 +83,26 @@ class FastaIndex:
             and (len(behind) == 1 or behind[1:2].isspace())
             and (not rest or rest.startswith(b">"))
         )
+
+    def leaves_out(self) -> str | None:
+        """The name of a contig that stands between two others, or at an end of the file, and not in the index.
+
+        Raises:
+            OSError, EOFError: the file cannot be read.
+        """
+        entries = sorted(self._entries.items(), key=lambda item: item[1].offset)
+        shortest = min((len(name.encode()) for name in self._entries), default=0)
+        start, read = 0, 0
+        for name, entry in entries:
+            gap = entry.offset - start
+            # The header of the contig, and another one with its ends of lines.
+            if gap >= len(name.encode()) + shortest + 4 and read < _MOST_GAPS:
+                read += 1
+                headers = _headers(self._read(start, min(gap, _AROUND)))
+                if headers and (len(headers) > 1 or headers[0] != name):
+                    return headers[0] if headers[0] != name else headers[1]
+            start = entry.end
+        return next(iter(_headers(self._read(start, _AROUND))), None)
 
     def _read(self, start: int, count: int) -> bytes:
         """Bytes of the file, decompressed."""
@@ -86,6 +117,12 @@ class FastaIndex:
             with gzip.GzipFile(fileobj=file) as blocks:
                 blocks.read(start - decompressed[block])
                 return blocks.read(count)
+
+
+def _headers(data: bytes) -> list[str]:
+    """The names in the lines of headers."""
+    lines = [line for line in data.split(b"\n") if line.startswith(b">")]
+    return [b"".join(line[1:].split(maxsplit=1)[:1]).decode(errors="replace") for line in lines]
 
 
 def _read_blocks(path: Path) -> tuple[array[int], array[int]]:

@@ -148,9 +148,13 @@ class FastaGenome:
         options = dict(zip(("filepath_index", "filepath_index_compressed"), map(str, indices), strict=False))
         try:
             blocks = indices[1] if self._compressed else None
-            return pysam.FastaFile(str(self.path), **options), FastaIndex(self.path, indices[0], blocks)
-        except (OSError, ValueError) as error:
+            file, index = pysam.FastaFile(str(self.path), **options), FastaIndex(self.path, indices[0], blocks)
+            left_out = index.leaves_out()
+        except (OSError, ValueError, EOFError, zlib.error) as error:
             raise InputError(f"cannot read {self.label} by its index: {error}; {self._again}") from error
+        if left_out is not None:
+            raise InputError(f"{self.label} holds a contig {shown(left_out)} that its index leaves out; {self._again}")
+        return file, index
 
     def _make(self, folder: Path, wanted: list[Path]) -> list[Path]:
         """Make the index; return where it is."""

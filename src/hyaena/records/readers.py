@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -93,11 +94,16 @@ def find_source(
     """
     path = Path(path)
     label = printable(str(path)) if label is None else label
+    if os.path.isdir(path):
+        raise InputError(f"{label} is a folder: name a file of records")
     if format is None:
         suffix = split_name(path)[0]
         format = next((name for name, found in FORMATS.items() if suffix in found.suffixes), None)
         if format is None:
-            raise InputError(f"the name of {label} does not tell its format: add --format {'|'.join(FORMATS)}")
+            raise InputError(
+                f"the name of {label} does not tell its format: end it in .fa, .fastq, .jsonl, .parquet or .txt, or "
+                f"add --format {'|'.join(FORMATS)}"
+            )
     elif format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}, not {shown(format)}")
     if format not in ("jsonl", "parquet") and (text_key, name_key) != (None, None):

@@ -161,11 +161,12 @@ def _invalid(error: Any) -> ApiError:
     where = [str(part) for part in error["loc"][1:] if part not in FORMS]
     if error["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {error['ctx']['error']} at character {where[0]}")
+    if error["type"] == "extra_forbidden":
+        where.append(error["ctx"]["field"])
     if not where:
         return ApiError(400, "the body is no JSON object: send one, with the header Content-Type: application/json")
     field = printable(".".join(where), limit=100)
-    said = "It is not supported: leave it out" if error["type"] == "extra_forbidden" else error["msg"]
-    return ApiError(400, printable(f"{field}: {said}", limit=400), param=field)
+    return ApiError(400, printable(f"{field}: {error['msg']}", limit=400), param=field)
 
 
 def _answer_head(app: FastAPI) -> None:

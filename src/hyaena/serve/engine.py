@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TypeVar
 from hyaena.adapters import Adapter, with_adapter
 from hyaena.arguments import require_ids
 from hyaena.decoding import Decoding, resolve_decoding
-from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError, printable
+from hyaena.errors import CapacityError, HyaenaError, InputError, NonFiniteError, counted, printable
 from hyaena.generation.chunks import choose_chunk
 from hyaena.generation.loop import FinishReason, Row
 from hyaena.generation.nonfinite import remedy
@@ -236,8 +236,8 @@ class Engine:
                 raise InputError("the prompt is empty: give it at least one token")
             if len(prompt) + request.max_new_tokens > self.max_length:
                 raise CapacityError(
-                    f"{len(prompt)} tokens of prompt and {request.max_new_tokens} new ones are more than the "
-                    f"{self.max_length} that a request may have: shorten the prompt, or ask for fewer new tokens"
+                    f"{counted(len(prompt), 'token')} of prompt and {request.max_new_tokens} new ones are more than "
+                    f"the {self.max_length} that a request may have: shorten the prompt, or ask for fewer new tokens"
                 )
             if id(prompt) not in seen:
                 require_ids(prompt, size)

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from hyaena.errors import nearest, printable
+
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -88,14 +90,17 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_one_unknown_field(cls, given: Any) -> Any:
+    def _refuse_unknown_fields(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        known = {name: given[name] for name in cls.model_fields if given.get(name) is not None}
-        unknown = next(
-            (name for name, value in given.items() if name not in cls.model_fields and value is not None), None
-        )
-        return known if unknown is None else known | {unknown: given[unknown]}
+        known = {name: value for name, value in given.items() if value is not None}
+        unknown = next((name for name in known if name not in cls.model_fields), None)
+        if unknown is not None:
+            near = nearest(unknown, cls.model_fields)
+            hint = f"did you mean {near}?" if near else "leave it out (/openapi.json has all fields)"
+            context = {"field": printable(unknown, limit=100), "hint": hint}
+            raise PydanticCustomError("extra_forbidden", "It is not supported: {hint}", context)
+        return known
 
 
 class StreamOptions(Strict):

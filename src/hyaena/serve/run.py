@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -26,6 +25,7 @@ from hyaena.errors import InputError, printable, shown
 from hyaena.serve.engine import Engine
 from hyaena.serve.guards import log_request, new_request_id
 from hyaena.serve.protocol import ApiError
+from hyaena.signals import handled
 
 GRACE = 5.0
 """Seconds between the end of draining and the end of the process, in which last answers are sent."""
@@ -137,12 +137,8 @@ class HttpServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled(self.handle_exit):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, and end at the second."""
@@ -218,7 +214,7 @@ class _HttpConnection(H11Protocol):
 
 
 def serve(app: ASGIApp, opened: socket.socket, engines: Sequence[Engine], *, drain: float) -> NoReturn:
-    """Serve until SIGTERM or SIGINT, see ``HttpServer``, and end the process.
+    """Serve until SIGTERM, SIGINT or SIGHUP, see ``HttpServer``, and end the process.
 
     Its status is 0, or 1 where an engine did not end after the second signal: it was in the middle of a long pass.
     The interpreter is not asked to free all that was loaded: on a busy machine it takes seconds for that.

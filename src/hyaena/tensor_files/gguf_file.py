@@ -67,7 +67,9 @@ def read_gguf_config(path: Path) -> str:
 
     Raises:
         CheckpointError: it is not a GGUF file, or not one of this package.
+        UnsupportedError: the package that reads it is missing.
     """
+    check_gguf()
     try:
         field = _reader(path).fields.get(CONFIG_KEY)
     except Exception as error:  # a damaged file may raise anything
@@ -83,7 +85,7 @@ def read_gguf_config(path: Path) -> str:
 
 def write_gguf(path: Path, tensors: Mapping[str, Tensor], config: str) -> None:
     """Write tensors under our names; those of narrow weights of a scheme of ``BLOCKS`` as blocks."""
-    require("gguf", extra="gguf", purpose="a GGUF file")
+    check_gguf()
     import gguf  # pyright: ignore[reportMissingImports]
 
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
@@ -134,8 +136,17 @@ class _BlockPart(StoredTensor):
         return (row_bytes - self.shape[1]) // 2
 
 
-def _reader(path: Path) -> Any:
+def check_gguf() -> None:
+    """Check that the package is there that reads and writes these files.
+
+    Raises:
+        UnsupportedError: it is not.
+    """
     require("gguf", extra="gguf", purpose="a GGUF file")
+
+
+def _reader(path: Path) -> Any:
+    check_gguf()
     import gguf  # pyright: ignore[reportMissingImports]
 
     return gguf.GGUFReader(path)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hyaena.errors import InputError
+from hyaena.errors import InputError, counted
 from hyaena.train.corpus import Corpus
 
 IGNORE = -100  # the target that cross_entropy skips
@@ -146,7 +146,7 @@ class PackedWindows:
         self.windows_per_epoch = (len(corpus.tokens) - window) // window
         if self.windows_per_epoch < 1:
             raise InputError(
-                f"the training text has {len(corpus.tokens)} tokens, too few for windows of {window}: "
+                f"the training text has {counted(len(corpus.tokens), 'token')}, too few for windows of {window}: "
                 f"add text or set window to at most {len(corpus.tokens) // 2}"
             )
 

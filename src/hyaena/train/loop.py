@@ -29,7 +29,16 @@ from tqdm import tqdm
 
 from hyaena.arguments import kind_of
 from hyaena.checkpoints import as_device, save_model
-from hyaena.errors import CheckpointError, ConfigError, HyaenaError, InputError, NonFiniteError, OutputError, shown
+from hyaena.errors import (
+    CheckpointError,
+    ConfigError,
+    HyaenaError,
+    InputError,
+    NonFiniteError,
+    OutputError,
+    counted,
+    shown,
+)
 from hyaena.files import locked, write_atomically
 from hyaena.train.config import TrainConfig
 from hyaena.train.corpus import Corpus, tokenize
@@ -220,8 +229,8 @@ class Trainer:
             self._announce_steps(json.loads(state["config"])["steps"])
         count = sum(parameter.numel() for parameter in self.model.parameters())
         log.info(
-            f"{count:,} parameters; {len(self.corpus.tokens):,} tokens of training text in "
-            f"{len(self.corpus.starts):,} documents; {self.precision} on {self.device}"
+            f"{count:,} parameters; {counted(len(self.corpus.tokens), 'token')} of training text in "
+            f"{counted(len(self.corpus.starts), 'document')}; {self.precision} on {self.device}"
         )
 
     @contextlib.contextmanager

@@ -181,7 +181,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     if config.attention_qkv_bias != config.hyena_in_bias:
         del values["qkv_proj_bias"]  # then attention has one, and Hyena none
     if other := sorted(set(kinds) - _LISTS.keys()):
-        raise ConfigError(f"StripedHyena 2 has no layers of kind {', '.join(map(shown, other))}: save it in our layout")
+        raise ConfigError(
+            f"StripedHyena 2 has no layers of kind {', '.join(map(shown, other))}: save it in "
+            "our layout (--layout hyaena, layout='hyaena')"
+        )
     check_written(config, read_config(values), unread=("column_split_hyena", "prefill_style", "vocab_file"))
     return values
 

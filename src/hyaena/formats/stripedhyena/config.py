@@ -201,7 +201,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     if other := sorted(set(kinds) - {"attention", "hyena"}):
         raise ConfigError(
             f"the original's layout has attention and hyena layers only, and this model has "
-            f"{', '.join(map(shown, other))}: save it in our layout"
+            f"{', '.join(map(shown, other))}: save it in "
+            "our layout (--layout hyaena, layout='hyaena')"
         )
     tokenizers = {ours: theirs for theirs, ours in TOKENIZERS.items()}
     values = {key: getattr(config, name) for key, name in RENAMED.items()}
@@ -247,7 +248,10 @@ def check_written(config: ModelConfig, again: ModelConfig, *, unread: Iterable[s
     ]
     if lost:
         values = ", ".join(f"{name}: {shown(getattr(config, name))}" for name in lost[:3])
-        raise ConfigError(f"the original's configuration has no keys for {values}: save it in our layout")
+        raise ConfigError(
+            f"the original's configuration has no keys for {values}: save it in "
+            "our layout (--layout hyaena, layout='hyaena')"
+        )
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:

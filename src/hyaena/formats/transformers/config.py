@@ -64,6 +64,14 @@ def matches_config(values: Mapping[str, Any]) -> bool:
     return "format" not in values and "layer_kinds" in values
 
 
+def classifier(values: Mapping[str, Any]) -> str | None:
+    """The class of transformers whose model has classes in the place of tokens, if it is one."""
+    names = values.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    known = [f"StripedHyenaFor{kind}Classification" for kind in ("Sequence", "Token")]
+    return name if matches_config(values) and name in known else None
+
+
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     """The configuration that the keys of ``StripedHyenaConfig`` describe.
 

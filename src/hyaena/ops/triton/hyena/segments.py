@@ -316,9 +316,7 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
                     im = tl.where(whole, end[1], begin[1])
                     after = after + ((re, im),)
                     terms = terms + split(s[0], s[1], EMULATED) + split(s[2], s[3], EMULATED)
-                leave = read_leaves(
-                    entries, at, b, tables, channel, 0, ENTRIES, ENTRIES, lane, QUADS, WORDS, EMULATED
-                )
+                leave = read_leaves(entries, at, b, tables, channel, 0, ENTRIES, ENTRIES, lane, QUADS, WORDS, EMULATED)
                 low, high = add_states(low, high, terms, leave, EMULATED)
             ys = ys + (in_steps(low, high),)
         carry = after
