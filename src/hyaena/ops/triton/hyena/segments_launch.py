@@ -125,14 +125,15 @@ def make_tables(operands: Operands, directions: int) -> tuple[Tensor, Tensor]:
 def forward_in_registers(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """``launch.forward`` of problems that the kernel takes."""
     operands = operands.contiguous()
-    z, weight, bias, poles, _, _, before, long, mask = operands[:9]
+    z, weight, bias, poles, _, _, short, long, mask = operands[:9]
+    before = rows_of(short, z)
     batch, length = z.shape[:2]
     channels, modes = poles.shape[:2]
     y = z.new_empty(batch, length, channels)
     long_out = poles.new_empty(batch, channels, modes, 2)
     _start(segments_forward_kernel, forward_plan(operands), operands)(
         *(as_words(z, 2), weight, z if bias is None else bias, poles, *make_tables(operands, 1)),
-        z if before is None else as_words(rows_of(before, z), 2),
+        z if before is None else as_words(before, 2),
         poles if long is None else long,
         z if mask is None else mask.view(torch.uint8),
         *(as_words(y, 2), long_out, length),
@@ -140,7 +141,7 @@ def forward_in_registers(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
         HAS_LONG=long is not None,
         HAS_MASK=mask is not None,
     )
-    return y, window(z, before, mask, None, weight.shape[1] - 1), long_out
+    return y, window(z, short, mask, None, weight.shape[1] - 1), long_out
 
 
 def backward_in_registers(
