@@ -1,7 +1,7 @@
 """Products of a bfloat16 matrix and 2 to 8 vectors, from global memory through registers to the tensor cores.
 
 A program has a few *strips* of 8 rows of the matrix, its warps share the columns, and a warp takes *blocks* of 128
-columns. Lane (g, t) = (lane / 4, lane % 4) reads 16 bytes of row g at a time, 8 columns of each *piece* of 32. These are
+columns. Lane (g, t) = (lane / 4, lane % 4) reads 16 bytes of row g at a time, 8 columns of each *piece* of 32. They are
 the right operands of two instructions ``mma.m16n8k16`` as they are: the order of columns inside an instruction is free,
 as long as the vectors keep to it. The left operand has the same columns of the vectors, vector g in lane (g, t):
 
@@ -13,8 +13,8 @@ second. No number of the matrix passes through shared memory, and the first bloc
 waits for its predecessor. The norm before a product costs no pass of its own: ``W·(x·g/rms(x)) = (W·(x·g))/rms(x)``;
 x·g is rounded to bfloat16, sums are float32.
 
-Fewer than 8 vectors lie in all lanes: where there are R, a lane reads and scales 8 columns of one vector for 8/R pieces,
-and lanes exchange them.
+Fewer than 8 vectors lie in all lanes: where there are R, a lane reads and scales 8 columns of one vector of every 8/R
+pieces, and lanes exchange them.
 
 Tensors have one element for every lane, [L] for L threads, as in ``ops.triton.hyena.toeplitz``. What ``takes`` refuses
 ``few_rows`` computes; the references are ``DecodeOperators.linear`` and ``.gate``.
@@ -99,7 +99,7 @@ def read_words(at, k, inside, away, K: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def read_block(at, first, start, j: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STRIPS: tl.constexpr,
+def read_block(at, first, start, j: tl.constexpr, N, K: tl.constexpr, STRIPS: tl.constexpr,
                WHOLE: tl.constexpr):  # fmt: skip
     """A lane's part of block ``start + j`` of every strip of every matrix: a tuple of 4 pieces for each."""
     g, t = lanes(start.shape[0])
@@ -212,10 +212,10 @@ def inverse_root(squares, eps, K: tl.constexpr, EPS_INSIDE: tl.constexpr):
 def norm_scales(squares, x, M, eps, K: tl.constexpr, R: tl.constexpr, EPS_INSIDE: tl.constexpr,
                 EMULATED: tl.constexpr):  # fmt: skip
     """1 / rms of vector g in lane (g, t) [32]; x is read again, and scaled down, only where squares overflowed."""
-    BITS: tl.constexpr = 3 if R == 4 else 4 if R == 2 else 2
     L: tl.constexpr = squares.shape[0]
-    # lanes of one vector differ in t, and in the bits of g behind those of R
-    squares = sum_lanes(sum_lanes(squares, 0, 2, EMULATED), 7 - BITS, 5, EMULATED)
+    OTHERS: tl.constexpr = 3 if R == 2 else 4 if R == 4 else 5
+    # lanes of one vector differ in t, bits 0 and 1, and in the bits of g behind those of R
+    squares = sum_lanes(sum_lanes(squares, 0, 2, EMULATED), OTHERS, 5, EMULATED)
     scale = inverse_root(tl.sum(tl.reshape(squares, (L // 32, 32)), axis=0), eps, K, EPS_INSIDE)
     if tl.min(scale, axis=0) == 0.0:
         g, _ = lanes(32)
@@ -229,18 +229,19 @@ def norm_scales(squares, x, M, eps, K: tl.constexpr, R: tl.constexpr, EPS_INSIDE
 
 
 @triton.jit
-def _row_tiles_kernel(x, g, w, bias, residual, out, M, eps, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+def _row_tiles_kernel(x, g, w, bias, residual, out, M, N, eps, K: tl.constexpr, R: tl.constexpr,
                       W: tl.constexpr, DEPTH: tl.constexpr, STRIPS: tl.constexpr, EARLY: tl.constexpr,
-                      HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-                      ACTIVATION: tl.constexpr, EMULATED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                      WHOLE: tl.constexpr, HAS_NORM: tl.constexpr, EPS_INSIDE: tl.constexpr, HAS_BIAS: tl.constexpr,
+                      HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, EMULATED: tl.constexpr,
+                      OVERLAP: tl.constexpr):  # fmt: skip
     """``residual + w[0]·norm(x) + bias``, or ``act(w[0]·norm(x)) · (w[1]·norm(x))``. Grid: (rows / 8·STRIPS,).
 
     Args:
         w: a tuple of one or two matrices.
+        WHOLE: no read lies outside of a matrix.
     """
     PER: tl.constexpr = ((K + 127) // 128 + W - 1) // W
     EVEN: tl.constexpr = K % (128 * W) == 0
-    WHOLE: tl.constexpr = EVEN & (N % (8 * STRIPS) == 0)
     first = tl.program_id(0) * (8 * STRIPS)
     group, turn = lanes(32 * W)
     start = tl.arange(0, 32 * W) // 32 * PER
@@ -358,8 +359,9 @@ def _launch(
     out = x.new_empty(len(x), rows)
     _row_tiles_kernel[(triton.cdiv(rows, 8 * tile.strips),)](
         x, x if norm is None else norm.weight, tuple(layer.weight for layer in layers), x if bias is None else bias,
-        x if residual is None else residual, out, len(x), 0.0 if norm is None else norm.eps, N=rows, K=width, R=padded,
+        x if residual is None else residual, out, len(x), rows, 0.0 if norm is None else norm.eps, K=width, R=padded,
         W=tile.warps, DEPTH=min(tile.depth, triton.cdiv(width, 128 * tile.warps)), STRIPS=tile.strips, EARLY=tile.early,
+        WHOLE=rows % (8 * tile.strips) == 0 and width % (128 * tile.warps) == 0,
         HAS_NORM=norm is not None, EPS_INSIDE=norm is None or norm.eps_inside_root, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation, EMULATED=triton.knobs.runtime.interpret,
         OVERLAP=overlap, launch_pdl=overlap, num_warps=tile.warps, maxnreg=tile.registers,
