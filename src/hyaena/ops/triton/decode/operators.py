@@ -32,7 +32,7 @@ class FusedDecodeOperators(DecodeOperators):
     """Kernels that read every weight and every valid slot once, and never wait for the device.
 
     Products that none of ``gemv``, ``row_tiles``, ``few_rows`` and ``narrow`` takes, layers that are not records of
-    weights, and filters that the kernels do not support are computed by the plain operators, which a graph captures too.
+    weights, and filters that the kernels do not support are computed by the plain operators, captured all the same.
 
     Args:
         tiles: measured tiles of one row by operator and shape of the matrix, in place of the rule's.
