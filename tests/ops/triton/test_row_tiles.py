@@ -42,7 +42,7 @@ def wide(layer: Dense) -> Dense:
 @pytest.mark.parametrize(
     ("vectors", "rows", "width", "tile", "inside"),
     [
-        (2, 8, 384, Tile(1, 2), True),
+        (2, 8, 384, Tile(1, 2, early=True), True),
         (3, 12, 264, Tile(2, 1, 2), False),
         (8, 6, 136, Tile(1, 1), True),
         (5, 12, 72, Tile(1, 1), False),
@@ -101,5 +101,6 @@ def test_what_they_do_not_take() -> None:
 def test_the_rule_fits_a_processor(vectors: int, matrices: int, width: int) -> None:
     tile = choose_tile(vectors, matrices, width)
     blocks = tile.depth * matrices * tile.strips
+    assert tile.warps <= max(1, width // 128)
     assert tile.depth >= 1 and 16 * blocks + 2 * vectors * tile.depth < tile.registers
     assert tile.warps * tile.programs * 32 * tile.registers <= 65536

@@ -24,7 +24,7 @@ Source: PTX ISA, ``mma.m16n8k16``: which lane has which numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -69,16 +69,31 @@ class Tile:
         return min(255, 2048 // (self.warps * self.programs) // 8 * 8)
 
 
-def choose_tile(vectors: int, matrices: int, columns: int) -> Tile:
-    """For so many vectors (2, 4 or 8) and some matrices of ``columns`` columns each.
+TILES = {
+    (2, 1): Tile(4, 4, programs=4),
+    (2, 2): Tile(8, 2, early=True),
+    (4, 1): Tile(8, 3),
+    (4, 2): Tile(8, 2),
+    (8, 1): Tile(8, 2),
+    (8, 2): Tile(8, 1),
+}
+"""By vectors, 2, 4 or 8, and matrices: the fastest of whole steps on one H100.
 
-    Two programs on a processor, each with 64 registers of numbers of the matrix in flight in every thread, so that one
-    reads while the other ends.
-    """
-    blocks = triton.cdiv(columns, 128)
-    warps = min(8, triton.next_power_of_2(blocks))
-    depth = min(4 // matrices if vectors < 8 else 2 // matrices, triton.cdiv(blocks, warps))
-    return Tile(warps, depth)
+What is in flight in a processor, numbers of the matrix and vectors, fills half of its registers: two programs of 8
+warps, or four of 4, so that some read while others end.
+"""
+MANY = 8192
+"""Columns from which a program has so much to read that its beginning and end do not count: few large ones."""
+LONG_TILES = {2: Tile(8, 3), 4: Tile(8, 4)}
+"""For matrices of more columns than ``MANY``."""
+
+
+def choose_tile(vectors: int, matrices: int, columns: int) -> Tile:
+    """For so many vectors (2, 4 or 8) and some matrices of ``columns`` columns each."""
+    tile = TILES[vectors, matrices]
+    if matrices == 1 and columns > MANY:
+        tile = LONG_TILES.get(vectors, tile)
+    return replace(tile, warps=min(tile.warps, triton.next_power_of_2(triton.cdiv(columns, 128))))
 
 
 @triton.jit
@@ -154,19 +169,17 @@ def left_operand(words, piece: tl.constexpr, R: tl.constexpr, EMULATED: tl.const
 
 
 @triton.jit
-def add_piece(sums, x, w, EMULATED: tl.constexpr):
-    """Add a piece of a strip times that of the vectors to the results of both instructions, 8 [L]."""
+def add_piece(sums, x, words, EMULATED: tl.constexpr):
+    """Add a piece [L,4] of a strip times that of the vectors to the results of both instructions, 8 [L]."""
     if EMULATED:  # what the results are added up to
-        L: tl.constexpr = x[0].shape[0]
-        y = tl.zeros((L // 32, 8, 8), tl.float32)
-        for i in tl.static_range(4):
-            for odd in tl.static_range(2):
-                left = tl.reshape(half(x[i // 2 + i % 2 * 2], odd), (L // 32, 8, 1, 4))
-                right = tl.reshape(half(w[i], odd), (L // 32, 1, 8, 4))
-                y += tl.sum(left * right, axis=3)
-        even, odd = tl.split(tl.reshape(y, (L // 32, 8, 4, 2)))
-        return (sums[0] + tl.reshape(even, (L,)), sums[1] + tl.reshape(odd, (L,))) + sums[2:]
+        W: tl.constexpr = x[0].shape[0] // 32
+        left = tl.reshape(tl.join(tl.join(x[0], x[1]), tl.join(x[2], x[3])), (W, 8, 1, 16))
+        right = tl.reshape(words, (W, 1, 8, 16))
+        y = tl.sum(half(left, False) * half(right, False) + half(left, True) * half(right, True), axis=3)
+        even, odd = tl.split(tl.reshape(y, (32 * W, 2)))
+        return (sums[0] + even, sums[1] + odd) + sums[2:]
     else:
+        w = split_four(words)
         first = multiply(x, (w[0], w[1]), sums[:4], EMULATED)
         return first + multiply(x, (w[2], w[3]), sums[4:], EMULATED)
 
@@ -178,7 +191,7 @@ def add_block(sums, block, vectors, R: tl.constexpr, EMULATED: tl.constexpr):
         x = left_operand(vectors, piece, R, EMULATED)
         added = ()
         for i in tl.static_range(len(block) // 4):
-            added = added + add_piece(sums[8 * i : 8 * i + 8], x, split_four(block[4 * i + piece]), EMULATED)
+            added = added + add_piece(sums[8 * i : 8 * i + 8], x, block[4 * i + piece], EMULATED)
         sums = added
     return sums
 
