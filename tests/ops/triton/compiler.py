@@ -92,7 +92,7 @@ def packed() -> None:
 def decoding() -> None:
     """Products of one row, of several, and of narrow weights, with every activation."""
     from hyaena.ops import ACTIVATIONS, Dense, Narrow, RMSNormWeight
-    from hyaena.ops.triton.decode import few_rows, gemv, narrow
+    from hyaena.ops.triton.decode import few_rows, gemv, narrow, row_tiles
     from hyaena.ops.triton.widen import widen
 
     weight, norm = numbers(512, WIDTH), RMSNormWeight(numbers(WIDTH), 1e-6, False)
@@ -111,10 +111,13 @@ def decoding() -> None:
     for rows in (16, 96):
         products.linear(numbers(rows, WIDTH), Dense(weight), residual=numbers(rows, 512))
     gemv.linear(numbers(1, WIDTH), Dense(weight), norm=norm, overlap=True)
+    for rows in (2, 4, 8):
+        row_tiles.linear(numbers(rows, WIDTH), Dense(weight), norm=norm, residual=numbers(rows, 512), overlap=True)
     for activation in ACTIVATIONS:
         narrow.gate(numbers(1, WIDTH), layer, layer, norm=norm, activation=activation, overlap=True)
         products.gate(numbers(16, WIDTH), Dense(weight), Dense(weight), activation=activation)
         gemv.gate(numbers(1, WIDTH), weight, weight, norm=norm, activation=activation, overlap=True)
+        row_tiles.gate(numbers(2, WIDTH), *2 * [Dense(weight)], norm=norm, activation=activation, overlap=True)
 
 
 def streamed() -> None:

@@ -32,7 +32,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
                         "segments_inputs_kernel", "segments_gradients_kernel"}),
         ("packed", {"_packed_hyena_kernel"}),
         ("streamed", {"_streamed_kernel"}),
-        ("decoding", {"_rows_kernel", "_linear_kernel", "_gate_kernel", "_widen_kernel"}),
+        ("decoding", {"_rows_kernel", "_row_tiles_kernel", "_linear_kernel", "_gate_kernel", "_widen_kernel"}),
     ],
 )  # fmt: skip
 def test_kernels_compile_for(capability: int, part: str, kernels: set[str], tmp_path: Path) -> None:

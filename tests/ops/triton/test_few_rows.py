@@ -92,7 +92,7 @@ def test_what_lies_behind_the_last_column_is_not_read() -> None:
 @pytest.mark.parametrize("inside", [True, False])
 def test_the_operators_of_a_step_take_them(inside: bool) -> None:
     fused = FusedDecodeOperators(overlap=OVERLAP)
-    x, residual = randn(3, 96, dtype=torch.bfloat16), randn(3, 40, dtype=torch.bfloat16)
+    x, residual = randn(9, 96, dtype=torch.bfloat16), randn(9, 40, dtype=torch.bfloat16)
     a, b = (randn(40, 96, dtype=torch.bfloat16) / 10 for _ in range(2))
     norm = RMSNormWeight(randn(96, dtype=torch.bfloat16), 1e-2, inside)
     wide = norm._replace(weight=norm.weight.double())

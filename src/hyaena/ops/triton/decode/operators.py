@@ -18,7 +18,7 @@ from hyaena.ops.narrow import Narrow
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 from hyaena.ops.triton import pointwise
-from hyaena.ops.triton.decode import embed_argmax, gemv, narrow, rope_kv
+from hyaena.ops.triton.decode import embed_argmax, gemv, narrow, rope_kv, row_tiles
 from hyaena.ops.triton.decode.attention import decode_attention
 from hyaena.ops.triton.decode.few_rows import Products
 from hyaena.ops.triton.hyena import step_launch
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class FusedDecodeOperators(DecodeOperators):
     """Kernels that read every weight and every valid slot once, and never wait for the device.
 
-    Products that none of ``gemv``, ``few_rows`` and ``narrow`` takes, layers that are not records of weights, and
-    filters that the kernels do not support are computed by the plain operators, which a graph captures as well.
+    Products that none of ``gemv``, ``row_tiles``, ``few_rows`` and ``narrow`` takes, layers that are not records of
+    weights, and filters that the kernels do not support are computed by the plain operators, captured all the same.
 
     Args:
         tiles: measured tiles of one row by operator and shape of the matrix, in place of the rule's.
@@ -67,6 +67,8 @@ class FusedDecodeOperators(DecodeOperators):
     def linear(self, x: Tensor, layer: Linear, *, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         if not isinstance(layer, Dense | Narrow) or not isinstance(norm, RMSNormWeight | None):
             return super().linear(x, layer, norm=norm, residual=residual)
+        if isinstance(layer, Dense) and row_tiles.takes(x, layer):
+            return row_tiles.linear(x, layer, norm=norm, residual=residual, overlap=self.overlap)
         if isinstance(layer, Dense) and self.streams(x, layer):
             return self.streamed.linear(self.normalise(x, norm), layer, residual=residual)
         if x.shape[0] > 1 and self.products.takes(x, layer):
@@ -85,6 +87,8 @@ class FusedDecodeOperators(DecodeOperators):
         if not together(gate, up):
             return super().gate(x, gate, up, norm=norm, activation=activation)
         assert isinstance(gate, Dense | Narrow) and isinstance(up, Dense | Narrow)
+        if isinstance(gate, Dense) and isinstance(up, Dense) and row_tiles.takes(x, gate, up):
+            return row_tiles.gate(x, gate, up, norm=norm, activation=activation, overlap=self.overlap)
         if isinstance(gate, Dense) and isinstance(up, Dense) and self.streams(x, gate, up):
             return self.streamed.gate(self.normalise(x, norm), gate, up, activation=activation)
         if x.shape[0] > 1 and self.products.takes(x, gate, up):
