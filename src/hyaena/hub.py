@@ -291,7 +291,7 @@ def _load(
 ) -> StripedHyena:
     check_cache_dtype(cache_dtype, checkpoint.config)
     if adapter is not None:
-        check_adapter(checkpoint.config, adapter, mixers)
+        check_adapter(checkpoint.config, adapter, merged=True, mixers=mixers)
     dtype = choose_dtype(dtype, checkpoints.as_device(device))
     model = checkpoints.load_model(checkpoint, dtype=dtype, device=device, mixers=mixers, weights=weights)
     if adapter is not None:

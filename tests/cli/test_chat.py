@@ -155,12 +155,14 @@ def test_a_conversation_that_is_too_long_is_refused(chat: Chat, capsys: pytest.C
     assert "/reset" in capsys.readouterr().err and chat.messages == []
 
 
-def test_models_without_dialogue_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_models_without_dialogue_are_refused(golden: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["chat", "--model", "cub"]) == 2
     assert "no dialogue" in capsys.readouterr().err
     assert main(["chat", "--model", str(tmp_path), "--chat-template", "none"]) == 2
     assert "there is no chat template none" in capsys.readouterr().err
-    assert main(["chat", "--model", str(tmp_path)]) == 2
+    assert main(["chat", "--model", str(tmp_path / "no")]) == 2
+    assert "no such model" in capsys.readouterr().err
+    assert main(["chat", "--model", str(golden / "evo-tiny")]) == 2
     assert "--chat-template" in capsys.readouterr().err
     assert main(["chat", "--model", str(tmp_path), "--chat-template", "nous", "--device", ""]) == 2
     assert "--device is empty" in capsys.readouterr().err

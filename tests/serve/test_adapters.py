@@ -22,6 +22,7 @@ from hyaena.cli import main
 from hyaena.errors import CheckpointError, InputError
 from hyaena.model import StripedHyena
 from hyaena.sampling import SamplingParams
+from hyaena.serve import loading
 from hyaena.serve.app import Server, make_app
 from hyaena.serve.conversation import ChatTemplate
 from hyaena.serve.engine import Engine, EngineSettings, Request
@@ -157,6 +158,15 @@ def test_an_adapter_that_is_unknown_or_of_another_model_is_refused() -> None:
     other = adapter_of(put_adapter(StripedHyena(replace(TINY, vocab_size=256, hidden_size=32))))
     with pytest.raises(CheckpointError, match="another shape"):
         Engine(model, ByteTokenizer(), adapters={"c": other})
+
+
+def test_an_adapter_of_another_model_is_refused_before_the_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(put_adapter(StripedHyena(replace(TINY, vocab_size=256, hidden_size=32))), tmp_path)
+    monkeypatch.setattr(loading.hub, "load", lambda *_, **__: pytest.fail("read the weights"))
+    with pytest.raises(CheckpointError, match=r"another shape|does not have"):
+        loading.load_server(loading.ServerOptions(adapters={"c": str(tmp_path)}))
 
 
 # --- over HTTP -------------------------------------------------------------------------------------------------------

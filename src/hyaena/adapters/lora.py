@@ -89,20 +89,21 @@ def merge_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -
                 layer.fit_scale()
 
 
-def check_adapter(config: ModelConfig, adapter: Adapter, mixers: Mixers = MIXERS) -> None:
-    """Check that an adapter can be merged into models of a configuration, before weights are read.
+def check_adapter(config: ModelConfig, adapter: Adapter, *, merged: bool, mixers: Mixers = MIXERS) -> None:
+    """Check that an adapter fits models of a configuration, before weights are read.
 
     Args:
         config: of the model.
         adapter: from ``read_adapter``.
+        merged: whether it is to be merged into the weights, which narrow ones do not allow.
         mixers: those of the model, see ``StripedHyena``.
 
     Raises:
-        HyaenaError: as ``merge_adapter``, as far as no weight counts.
+        HyaenaError: as ``merge_adapter`` and ``with_adapter``, as far as no weight counts.
     """
     with torch.device("meta"):
         model = StripedHyena(config, mixers=mixers)
-    _mergeable(model, adapter)
+    (_mergeable if merged else _fitting)(model, adapter)
 
 
 def with_adapter(model: StripedHyena, adapter: Adapter | str | PathLike[str]) -> StripedHyena:

@@ -81,16 +81,17 @@ def run(args: argparse.Namespace) -> int:
             "cub learned Python source and no dialogue: chat with togethercomputer/StripedHyena-Nous-7B, name an "
             "adapter that learned it with --adapter, or continue text with `hyaena generate`"
         )
+    from hyaena import hub
     from hyaena.serve.conversation import find_template
 
     folders = [Path(folder) for folder in (args.adapter, args.model) if folder is not None]
     template = find_template(args.chat_template, folders, args.model)
     if template is None:
+        hub.load_tokenizer_of(args.model, revision=args.revision)  # where there is no model, that is the cause
         raise InputError(f"{args.model} has no chat template: name one with --chat-template, such as nous")
 
     device = choose_device(args)
 
-    from hyaena import hub
     from hyaena.serve.engine import Engine, EngineSettings
 
     model, tokenizer = hub.load(

@@ -87,7 +87,7 @@ def _of_checkpoint(args: argparse.Namespace, adapter: Adapter | None) -> tuple[S
     checkpoint = hub.locate(args.source, revision=args.revision, config=args.config)
     checkpoints.check_layout(checkpoint.config, args.layout)
     if adapter is not None:
-        check_adapter(checkpoint.config, adapter)
+        check_adapter(checkpoint.config, adapter, merged=True)
     paths = [checkpoint.folder / name for name in checkpoints.COMPANIONS]
     extra = {path.name: path.read_bytes() for path in paths if path.is_file()}
     extra = _files_of(args.layout, extra, checkpoint.config)

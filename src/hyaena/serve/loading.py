@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hyaena import hub
-from hyaena.adapters import read_adapter
+from hyaena.adapters import check_adapter, read_adapter
 from hyaena.arguments import real
 from hyaena.errors import InputError, shown
 from hyaena.serve.app import Server
@@ -115,6 +115,10 @@ def load_server(options: ServerOptions) -> Server:
         key: find_template(options.chat_template, [folder, home], options.model) for key, folder in folders.items()
     }
     adapters = {key: read_adapter(folder) for key, folder in folders.items()}
+    if adapters:  # before the large files
+        config, _ = hub.load_tokenizer_of(options.model, revision=options.revision, config=options.config)
+        for adapter in adapters.values():
+            check_adapter(config, adapter, merged=False)
     model, tokenizer = hub.load(
         options.model,
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
