@@ -110,7 +110,7 @@ def make_tables(operands: Operands, directions: int) -> tuple[Tensor, Tensor]:
     quads = quads_of(modes)
     tables = poles.new_empty(channels, directions, 1 + 2 * quads, 32, 4, dtype=torch.int32)
     decays = poles.new_empty(channels, quads, 3, 4, 4)
-    start: Any = segments_tables_kernel[(channels // 16, 2, quads + 1)]
+    start: Any = segments_tables_kernel[(channels // 16, 2, (quads + 1) // 2 + 1)]
     start(
         *(poles, residues, poles if skip is None else skip, tables, decays),
         DIRECTIONS=directions,

@@ -9,6 +9,7 @@ from hyaena.ops.triton.common import pole
 from hyaena.ops.triton.hyena.modal import powers
 from hyaena.ops.triton.hyena.segments_lanes import split, sum_columns
 from hyaena.ops.triton.hyena.toeplitz import from_lane, pack
+from hyaena.ops.triton.hyena.words import stack
 
 
 @triton.jit
@@ -126,49 +127,57 @@ def load_decays(poles, channel, mode, D: tl.constexpr, N: tl.constexpr, REAL: tl
 
 
 @triton.jit
-def store_words(tables, place, lane, words):
-    """Store words of a lane to an entry of its table."""
-    for i in tl.static_range(4):
-        tl.store(tables + (place * 32 + lane) * 4 + i, words[i])
+def store_words(to, words, here):
+    """Store four words of every lane side by side, at once: apart, each of them would be a part of a sector."""
+    together = tl.reshape(stack(words, 4), (words[0].shape[0], 4))
+    tl.store(to[:, None] + tl.arange(0, 4)[None, :], together, mask=here[:, None])
 
 
 @triton.jit
 def segments_tables_kernel(poles, residues, skip, tables, decays, D: tl.constexpr, N: tl.constexpr, REAL: tl.constexpr,
                            WORDS: tl.constexpr, DIRECTIONS: tl.constexpr, HAS_SKIP: tl.constexpr,
                            EMULATED: tl.constexpr):  # fmt: skip
-    """The right factors of every channel, as lanes hold them, and its decays. Grid: (blocks of words, 2, QUADS + 1).
+    """The right factors of every channel, as lanes hold them, and its decays. Grid: (blocks of words, 2, BLOCKS + 1).
 
     ``tables`` int32 [D,DIRECTIONS,ENTRIES,32,4] has an entry of four words for H, two for R of every eight modes, or
     one of at most four, and one for G of four modes each; the second direction is that of the way back. ``decays``
     float32 [D,QUADS,3,4,4] are those of ``find_states``: five pairs in three pieces, of a lane's mode lane % 4.
     """
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
+    BLOCKS: tl.constexpr = (QUADS + 1) // 2
     ENTRIES: tl.constexpr = 1 + 2 * QUADS
     index = tl.arange(0, 32 * WORDS)
     lane = index % 32
+    every = lane >= 0
     channel = (tl.program_id(0) * WORDS + index // 32) * 2 + tl.program_id(1)
-    q = tl.program_id(2)
-    place = channel * (DIRECTIONS * ENTRIES)
-    if q < QUADS:
-        mode = 4 * q + lane % 4
+    block = tl.program_id(2)
+    entries = tables + channel * (DIRECTIONS * ENTRIES * 128) + lane * 4
+    if block < BLOCKS:
         for back in tl.static_range(DIRECTIONS):
-            rows = load_enter(poles, channel, q, lane, D, N, REAL, back == 1)
-            terms = as_right_factor(rows, EMULATED)
-            store_words(tables, place + back * ENTRIES + 1 + QUADS + q, lane, terms[0] + terms[1])
-            halves = load_leave(poles, residues, channel, mode, lane, D, N, REAL, back == 1, EMULATED)
-            for second in tl.static_range(2):
-                for term in tl.static_range(2):
-                    if QUADS == 1:
-                        to = tables + ((place + back * ENTRIES + 1) * 32 + lane) * 4 + 2 * second + term
-                    else:
-                        entry = place + back * ENTRIES + 1 + q // 2 * 2 + second
-                        to = tables + (entry * 32 + lane) * 4 + q % 2 + 2 * term
-                    tl.store(to, halves[second][term])
-        pairs = load_decays(poles, channel, mode, D, N, REAL)
-        for k in tl.static_range(5):
-            to = decays + (channel * QUADS + q) * 48 + k // 2 * 16 + lane % 4 * 4 + k % 2 * 2
-            tl.store(to, pairs[k][0], mask=lane < 4)
-            tl.store(to + 1, pairs[k][1], mask=lane < 4)
+            of_r = ()
+            for j in tl.static_range(2 if QUADS > 1 else 1):
+                q = 2 * block + j
+                rows = load_enter(poles, channel, q, lane, D, N, REAL, back == 1)
+                terms = as_right_factor(rows, EMULATED)
+                to = entries + (back * ENTRIES + 1 + QUADS + q) * 128
+                store_words(to, terms[0] + terms[1], every)
+                mode = 4 * q + lane % 4
+                of_r = of_r + load_leave(poles, residues, channel, mode, lane, D, N, REAL, back == 1, EMULATED)
+            to = entries + (back * ENTRIES + 1 + 2 * block) * 128
+            if QUADS == 1:
+                store_words(to, of_r[0] + of_r[1], every)
+            else:
+                for second in tl.static_range(2):
+                    low = of_r[second]
+                    high = of_r[2 + second]
+                    store_words(to + second * 128, (low[0], high[0], low[1], high[1]), every)
+        for j in tl.static_range(2 if QUADS > 1 else 1):
+            q = 2 * block + j
+            pairs = load_decays(poles, channel, 4 * q + lane % 4, D, N, REAL)
+            pairs = pairs + (pairs[4],)  # the last piece is filled up
+            for k in tl.static_range(3):
+                to = decays + (channel * QUADS + q) * 48 + k * 16 + lane % 4 * 4
+                store_words(to, pairs[2 * k] + pairs[2 * k + 1], lane < 4)
     else:
         none = tl.zeros(lane.shape, tl.float32)
         taps = (none, none, none, none)
@@ -179,5 +188,4 @@ def segments_tables_kernel(poles, residues, skip, tables, decays, D: tl.constexp
         if HAS_SKIP:
             gain = tl.load(skip + channel).to(tl.float32)
         for back in tl.static_range(DIRECTIONS):
-            words = as_local(taps, gain, lane, back == 1, EMULATED)
-            store_words(tables, place + back * ENTRIES, lane, words)
+            store_words(entries + back * ENTRIES * 128, as_local(taps, gain, lane, back == 1, EMULATED), every)
