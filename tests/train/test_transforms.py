@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from configs import TINY_EVO2
 from hyaena.config import ModelConfig
 from hyaena.filters import LongFilter
 from hyaena.model import StripedHyena
@@ -56,18 +57,19 @@ def test_gradients_of_each_sample(trainable: bool) -> None:
             torch.testing.assert_close(gradients[name][number], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("traced", [17, 130])
-def test_an_exported_graph_holds_for_every_length(traced: int) -> None:
-    model = StripedHyena(CONFIG).eval()
-    with torch.no_grad():  # as some published checkpoints have them: one at 0, one outside the unit circle
-        model.layers[0].mixer.long_filter.poles[0, 0] = 0.0
-        model.layers[2].mixer.long_filter.poles[1, 1] = torch.tensor([1.003, 0.01])
+@pytest.mark.parametrize(("config", "traced"), [(CONFIG, 17), (CONFIG, 130), (TINY_EVO2, 40)])
+def test_an_exported_graph_holds_for_every_length(config: ModelConfig, traced: int) -> None:
+    model = StripedHyena(config).eval()
+    if config is CONFIG:
+        with torch.no_grad():  # as some published checkpoints have them: one at 0, one outside the unit circle
+            model.layers[0].mixer.long_filter.poles[0, 0] = 0.0
+            model.layers[2].mixer.long_filter.poles[1, 1] = torch.tensor([1.003, 0.01])
     length = torch.export.Dim("T", min=2, max=4096)
     exported = torch.export.export(
         model, (torch.zeros(2, traced, dtype=torch.long),), dynamic_shapes={"ids": {1: length}}
     ).module()
     with torch.no_grad():
-        for size in (2, 3, 16, 31, 64, 65, 700):
+        for size in (2, 3, 16, 31, 64, 65, 128, 700):  # of Evo 2's filters one has 128 taps
             ids = torch.randint(20, (2, size))
             expected = model(ids)
             # Another method of the convolution, float32: 1e-6 of the largest number, three layers of it.

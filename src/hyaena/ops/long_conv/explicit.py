@@ -61,7 +61,7 @@ class ExplicitFilter(NamedTuple):
 
     def choose_method(self, length: int, state: Tensor | None = None) -> str:
         taps = self.taps.shape[1]
-        if length < SHORT or taps <= FEW:
+        if taps <= FEW or (not torch.compiler.is_exporting() and length < SHORT):
             return "direct"
         return "fft"
 
@@ -98,7 +98,7 @@ class ExplicitFilter(NamedTuple):
 def fir_direct(x: Tensor, taps: Tensor, state: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x real [B,T,F], taps [F,W], state [B,F,W-1] -> (y [B,T,F], state): one sum per step, or one addition per tap."""
     length, count = x.shape[1], taps.shape[-1]
-    if length < count:
+    if not torch.compiler.is_exporting() and length < count:  # a graph for every length cannot ask which is longer
         past = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=-1)  # [B,F,W-1+T]
         mirrored, seen = taps.flip(-1), past
         if reset is not None:
@@ -173,7 +173,8 @@ def fir_fft(x: Tensor, taps: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """
     window, length = taps.shape[-1] - 1, x.shape[1]
     past = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=-1)  # [B,F,W-1+T]
-    size = fft_size(past.shape[-1])
+    size = past.shape[-1]
+    size = 2 * size if torch.compiler.is_exporting() else fft_size(size)  # even for any length
     spectrum = torch.fft.rfft(past, n=size) * torch.fft.rfft(taps, n=size)
     y = torch.fft.irfft(spectrum, n=size)[..., window : window + length].transpose(1, 2)
     return y, next_window(x, state, None)
