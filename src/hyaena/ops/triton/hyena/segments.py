@@ -99,30 +99,38 @@ def filter_segments(words, before, filters, lane, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def find_states(w, enter, decays, carry, lane, REAL: tl.constexpr, EMULATED: tl.constexpr):
+def find_states(w, enter, decays, carry, lane, BACK: tl.constexpr, REAL: tl.constexpr, EMULATED: tl.constexpr):
     """The states before a lane's two segments, for four modes: re, im of both; and the state after the tile.
+
+    With BACK time runs backward, as for b of ``segments_inputs``: the states after the segments, and that before the
+    tile.
 
     Args:
         w: the left factor, terms of four words.
         enter: the right factor, terms of two words.
         decays: p^16, p^32, p^64, p^128, and what the product of those that the state of the tile before passes through
             leaves of p^256.
-        carry: the state before the tile, in the first four lanes, zero in the others.
+        carry: the state before the tile, in the first four lanes, zero in the others. BACK: after it, in the last four.
     """
     none = zeros(lane)
     a, b, c, d = multiply_terms(w, enter, (none, none, none, none), EMULATED)
+    if BACK:
+        a, b, c, d = c, d, a, b
     re, im = move(decays[0], a, b, c, d, REAL)  # what two segments add
     re, im = move(decays[1], carry[0], carry[1], re, im, REAL)
     for k in tl.static_range(3):
         distance = lane * 0 + (4 << k)
-        re, im = add_lane(decays[k + 1], re, im, distance, lane, False, REAL, EMULATED)
-    first_re = move_lanes(re, carry[0], lane, 4, False, EMULATED)
-    first_im = move_lanes(im, carry[1], lane, 4, False, EMULATED)
-    re = move_lanes(re, none, lane, 28, True, EMULATED)  # of the last segments in the first four lanes
-    im = move_lanes(im, none, lane, 28, True, EMULATED)
+        re, im = add_lane(decays[k + 1], re, im, distance, lane, BACK, REAL, EMULATED)
+    first_re = move_lanes(re, carry[0], lane, 4, BACK, EMULATED)
+    first_im = move_lanes(im, carry[1], lane, 4, BACK, EMULATED)
+    re = move_lanes(re, none, lane, 28, not BACK, EMULATED)  # of the last segments in the lanes of ``carry``
+    im = move_lanes(im, none, lane, 28, not BACK, EMULATED)
     after = move(decays[4], carry[0], carry[1], re, im, REAL)
     second = move(decays[0], first_re, first_im, a, b, REAL)
-    return (first_re, first_im, second[0], second[1]), after
+    states = (first_re, first_im) + second
+    if BACK:
+        states = second + (first_re, first_im)
+    return states, after
 
 
 @triton.jit
@@ -199,7 +207,7 @@ def finish(words1, words0, before1, before0, keep, poles, tables, decays, rooms,
             at = e * ENTRIES + 1 + QUADS + q
             enter = read_entry(rooms[0], at, tables, word * 2 + e, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
             decay = read_decays(rooms[1], decays, word, e * QUADS + q, lane, QUADS * 96, WORDS, EMULATED)
-            _, end = find_states(w, (enter[0:2], enter[2:4]), decay, (none, none), lane, REAL, EMULATED)
+            _, end = find_states(w, (enter[0:2], enter[2:4]), decay, (none, none), lane, False, REAL, EMULATED)
             step = raise_poles(poles, word * 2 + e, mode, count + lane * 0, N, REAL)
             after = after + (move(step, before[0], before[1], end[0], end[1], REAL),)
     return after
@@ -311,7 +319,7 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
                     at_g = at + 1 + QUADS + 2 * b + j
                     enter = read_entry(entries, at_g, tables, channel, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
                     decay = read_decays(quads, decays, word, e * QUADS + 2 * b + j, lane, QUADS * 96, WORDS, EMULATED)
-                    s, end = find_states(w, (enter[0:2], enter[2:4]), decay, begin, lane, REAL, EMULATED)
+                    s, end = find_states(w, (enter[0:2], enter[2:4]), decay, begin, lane, False, REAL, EMULATED)
                     re = tl.where(whole, end[0], begin[0])
                     im = tl.where(whole, end[1], begin[1])
                     after = after + ((re, im),)

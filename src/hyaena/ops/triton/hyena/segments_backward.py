@@ -11,6 +11,7 @@ import triton.language as tl
 
 from hyaena.ops.triton.common import convolve
 from hyaena.ops.triton.hyena.segments_lanes import zeros
+from hyaena.ops.triton.hyena.segments_shared import copy_tile, make_room, tile_shared
 from hyaena.ops.triton.hyena.toeplitz import from_lane
 from hyaena.ops.triton.hyena.toeplitz_backward import transpose
 
@@ -19,6 +20,35 @@ from hyaena.ops.triton.hyena.toeplitz_backward import transpose
 def number_from_lane(x, lane, EMULATED: tl.constexpr):
     """A float32 number of another lane of the warp."""
     return from_lane(x.to(tl.int32, bitcast=True), lane, EMULATED).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def make_rooms(STAGES: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
+    """Shared memory for ``copy_blocks``; between copies to one piece of it are barriers."""
+    out = ()
+    for _ in tl.static_range(4):
+        out = out + (make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED),)
+    return out
+
+
+@triton.jit
+def copy_blocks(rooms, at, z, dy, start, T, first, FROM: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr,
+                EMULATED: tl.constexpr):  # fmt: skip
+    """Begin to copy a tile of the blocks of z (u2, u1, u0), FROM one on, and of dy, to place ``at``."""
+    ROW: tl.constexpr = 3 * D // 2
+    for k in tl.static_range(FROM, 3):
+        copy_tile(rooms[k], at, z + k * (D // 2), start, T, first, z, ROW, WORDS, False, EMULATED)
+    copy_tile(rooms[3], at, dy, start, T, first, z, D // 2, WORDS, False, EMULATED)
+
+
+@triton.jit
+def load_filters_of(weight, bias, channel, D: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """``load_filter`` of a channel of u2, u1 and u0."""
+    return (
+        load_filter(weight, bias, channel, K, HAS_BIAS),
+        load_filter(weight, bias, D + channel, K, HAS_BIAS),
+        load_filter(weight, bias, 2 * D + channel, K, HAS_BIAS),
+    )
 
 
 @triton.jit

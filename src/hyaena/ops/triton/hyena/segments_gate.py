@@ -15,15 +15,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.hyena.direct import thirds
 from hyaena.ops.triton.hyena.segments import find_states, read_decays, read_leaves
 from hyaena.ops.triton.hyena.segments_backward import (
     add_filter_gradient,
     as_left,
+    copy_blocks,
     filter_back,
     filter_channel,
     histories,
-    load_filter,
+    load_filters_of,
+    make_rooms,
     no_sums,
     number_from_lane,
     store_filter_gradient,
@@ -44,7 +45,6 @@ from hyaena.ops.triton.hyena.segments_shared import (
     channels_shared,
     copy_entries,
     copy_quads,
-    copy_tile,
     end_group,
     every_lane,
     kernel,
@@ -56,7 +56,6 @@ from hyaena.ops.triton.hyena.segments_shared import (
     read_entry,
     rounded,
     store_channels,
-    tile_shared,
     wait_groups,
     write_channel,
 )
@@ -93,13 +92,14 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
     BLOCKS: tl.constexpr = (QUADS + 1) // 2
     ENTRIES: tl.constexpr = 1 + 2 * QUADS
     BOTH: tl.constexpr = 2 * ENTRIES
+    FROM: tl.constexpr = 0 if PARAMETERS else 1  # frozen filters need no u2
     WARPS: tl.constexpr = 2 * WORDS
     lane = every_lane(WARPS, EMULATED)
     first = tl.program_id(0) * WORDS
     channel = first * 2 + owned(lane // 32, WORDS, WARPS)
     lane = lane % 32
     row = tl.program_id(1).to(tl.int64)
-    z_2, z_1, z_0 = thirds(z + row * T * ROW, ROW)
+    z += row * T * ROW
     dz += row * T * (3 * D)
     dy += row * T * (D // 2)
     T = tl.cast(T, tl.int32)
@@ -108,23 +108,14 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
 
     entries = make_room((ENTRIES, 32 * WARPS, 4), plain_shared(2), EMULATED)
     quads = make_room((3 * QUADS, WARPS, 4, 4), plain_shared(3), EMULATED)
-    room1 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)  # between copies to one room are barriers
-    room0 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
-    room = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
-    room2 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
+    rooms = make_rooms(STAGES, WORDS, EMULATED)
     out = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
     copy_entries(entries, tables, first * 2, 0, ENTRIES, BOTH, WORDS, WARPS, EMULATED)
     copy_quads(quads, decays + first * (QUADS * 96), QUADS * 48, 3 * QUADS, WORDS, WARPS, EMULATED)
     for i in tl.static_range(STAGES):
-        copy_tile(room1, i, z_1, i * TILE, T, first, z, ROW, WORDS, False, EMULATED)
-        copy_tile(room0, i, z_0, i * TILE, T, first, z, ROW, WORDS, False, EMULATED)
-        copy_tile(room, i, dy, i * TILE, T, first, z, D // 2, WORDS, False, EMULATED)
-        if PARAMETERS:
-            copy_tile(room2, i, z_2, i * TILE, T, first, z, ROW, WORDS, False, EMULATED)
+        copy_blocks(rooms, i, z, dy, i * TILE, T, first, FROM, D, WORDS, EMULATED)
         end_group(EMULATED)
-    filter2 = load_filter(weight, bias, channel, K, HAS_BIAS)
-    filter1 = load_filter(weight, bias, D + channel, K, HAS_BIAS)
-    filter0 = load_filter(weight, bias, 2 * D + channel, K, HAS_BIAS)
+    filter2, filter1, filter0 = load_filters_of(weight, bias, channel, D, K, HAS_BIAS)
     nothing = no_sums(lane, K - 1)  # of the steps before the first tile, and du of those after any
     before2 = nothing
     before1 = nothing
@@ -143,18 +134,13 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
         at = i % STAGES
         wait_groups(STAGES - 1, EMULATED)
         store_channels(out, dz, start - TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
-        x1 = read_channel(room1, at, z_1, start, T, channel, lane, ROW, WORDS, EMULATED)
-        x0 = read_channel(room0, at, z_0, start, T, channel, lane, ROW, WORDS, EMULATED)
-        gradient = read_channel(room, at, dy, start, T, channel, lane, D // 2, WORDS, EMULATED)
+        x1 = read_channel(rooms[1], at, z + ROW // 3, start, T, channel, lane, ROW, WORDS, EMULATED)
+        x0 = read_channel(rooms[2], at, z + 2 * (ROW // 3), start, T, channel, lane, ROW, WORDS, EMULATED)
+        gradient = read_channel(rooms[3], at, dy, start, T, channel, lane, D // 2, WORDS, EMULATED)
         x2 = gradient
         if PARAMETERS:
-            x2 = read_channel(room2, at, z_2, start, T, channel, lane, ROW, WORDS, EMULATED)
-        ahead = start + STAGES * TILE
-        copy_tile(room1, at, z_1, ahead, T, first, z, ROW, WORDS, False, EMULATED)
-        copy_tile(room0, at, z_0, ahead, T, first, z, ROW, WORDS, False, EMULATED)
-        copy_tile(room, at, dy, ahead, T, first, z, D // 2, WORDS, False, EMULATED)
-        if PARAMETERS:
-            copy_tile(room2, at, z_2, ahead, T, first, z, ROW, WORDS, False, EMULATED)
+            x2 = read_channel(rooms[0], at, z, start, T, channel, lane, ROW, WORDS, EMULATED)
+        copy_blocks(rooms, at, z, dy, start + STAGES * TILE, T, first, FROM, D, WORDS, EMULATED)
         end_group(EMULATED)
         u1 = filter_channel(x1, histories(x1, before1, lane, EMULATED), filter1)
         u0 = filter_channel(x0, histories(x0, before0, lane, EMULATED), filter0)
@@ -184,7 +170,7 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
                 place = 1 + QUADS + 2 * b + j
                 enter = read_entry(entries, place, tables, channel, 0, ENTRIES, BOTH, lane, WARPS, EMULATED)
                 decay = read_decays(quads, decays, channel, 2 * b + j, lane, QUADS * 48, WARPS, EMULATED)
-                s, end = find_states(w, (enter[0:2], enter[2:4]), decay, begin, lane, REAL, EMULATED)
+                s, end = find_states(w, (enter[0:2], enter[2:4]), decay, begin, lane, False, REAL, EMULATED)
                 after = after + (end,)
                 of_s = split(s[0], s[1], EMULATED) + split(s[2], s[3], EMULATED)
                 terms = terms + of_s

@@ -21,10 +21,12 @@ from hyaena.ops.triton.hyena.segments import find_states, read_decays, read_leav
 from hyaena.ops.triton.hyena.segments_backward import (
     add_filter_gradient,
     as_left,
+    copy_blocks,
     filter_back,
     filter_channel,
     histories,
-    load_filter,
+    load_filters_of,
+    make_rooms,
     no_sums,
     store_filter_gradient,
     store_turned,
@@ -32,24 +34,20 @@ from hyaena.ops.triton.hyena.segments_backward import (
 )
 from hyaena.ops.triton.hyena.segments_lanes import (
     TILE,
-    add_lane,
     add_states,
     as_factors,
     in_steps,
-    move_lanes,
     multiply_local,
     multiply_terms,
     products,
     split,
     sum_columns,
-    zeros,
 )
 from hyaena.ops.triton.hyena.segments_shared import (
     channels_shared,
     copy_before,
     copy_entries,
     copy_quads,
-    copy_tile,
     end_group,
     every_lane,
     kernel,
@@ -61,63 +59,28 @@ from hyaena.ops.triton.hyena.segments_shared import (
     read_channel,
     read_entry,
     store_channels,
-    tile_shared,
     wait_groups,
     write_channel,
 )
 
 
 @triton.jit
-def find_adjoints(dg, enter, decays, carry, lane, REAL: tl.constexpr, EMULATED: tl.constexpr):
-    """b of a lane's two segments, for four modes: re, im of both; and b before the tile.
-
-    ``carry`` is b of the last segment, in the last four lanes, zero in the others; the rest as in ``find_states``.
-    """
-    none = zeros(lane)
-    a, b, c, d = multiply_terms(dg, enter, (none, none, none, none), EMULATED)
-    re, im = move(decays[0], c, d, a, b, REAL)
-    re, im = move(decays[1], carry[0], carry[1], re, im, REAL)
-    for k in tl.static_range(3):
-        distance = lane * 0 + (4 << k)
-        re, im = add_lane(decays[k + 1], re, im, distance, lane, True, REAL, EMULATED)
-    second_re = move_lanes(re, carry[0], lane, 4, True, EMULATED)
-    second_im = move_lanes(im, carry[1], lane, 4, True, EMULATED)
-    re = move_lanes(re, none, lane, 28, False, EMULATED)  # of the first segments in the last four lanes
-    im = move_lanes(im, none, lane, 28, False, EMULATED)
-    before = move(decays[4], carry[0], carry[1], re, im, REAL)
-    first = move(decays[0], second_re, second_im, c, d, REAL)
-    return (first[0], first[1], second_re, second_im), before
-
-
-@triton.jit
-def make_rooms(STAGES: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
-    """Shared memory for ``copy_all``: the blocks of z, dy, the steps before those of z."""
-    out = ()
-    for _ in tl.static_range(4):
-        out = out + (make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED),)
-    return out + (make_room((STAGES, 16, WORDS), plain_shared(2), EMULATED),)
-
-
-@triton.jit
-def copy_all(rooms, at, z, dy, start, T, first, D: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
+def copy_all(rooms, before, at, z, dy, start, T, first, D: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
     """Begin to copy all that the kernel reads of a tile, to place ``at``; nothing of tiles before step 0."""
-    ROW: tl.constexpr = 3 * D // 2
-    for k in tl.static_range(3):
-        copy_tile(rooms[k], at, z + k * (D // 2), start, T, first, z, ROW, WORDS, False, EMULATED)
-    copy_tile(rooms[3], at, dy, start, T, first, z, D // 2, WORDS, False, EMULATED)
-    copy_before(rooms[4], at, z, start, first, ROW, WORDS, EMULATED)
+    copy_blocks(rooms, at, z, dy, start, T, first, 0, D, WORDS, EMULATED)
+    copy_before(before, at, z, start, first, 3 * D // 2, WORDS, EMULATED)
     end_group(EMULATED)
 
 
 @triton.jit
-def read_block(rooms, at, block: tl.constexpr, z, start, T, channel, lane, D: tl.constexpr, K: tl.constexpr,
+def read_block(room, before, at, block: tl.constexpr, z, start, T, channel, lane, D: tl.constexpr, K: tl.constexpr,
                WORDS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """The numbers of a block of z, and those of the steps before each of a lane's segments."""
     ROW: tl.constexpr = 3 * D // 2
     source = z + block * (D // 2)
-    x = read_channel(rooms[block], at, source, start, T, channel, lane, ROW, WORDS, EMULATED)
-    before = read_before(rooms[4], at, block, z, start, channel, K - 1, ROW, WORDS, EMULATED)
-    return x, histories(x, before, lane, EMULATED)
+    x = read_channel(room, at, source, start, T, channel, lane, ROW, WORDS, EMULATED)
+    given = read_before(before, at, block, z, start, channel, K - 1, ROW, WORDS, EMULATED)
+    return x, histories(x, given, lane, EMULATED)
 
 
 @triton.jit
@@ -165,15 +128,14 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
     entries = make_room((COUNT, 32 * WARPS, 4), plain_shared(2), EMULATED)
     quads = make_room((3 * QUADS, WARPS, 4, 4), plain_shared(3), EMULATED)
     rooms = make_rooms(STAGES, WORDS, EMULATED)
+    before = make_room((STAGES, 16, WORDS), plain_shared(2), EMULATED)
     out1 = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
     out0 = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
     copy_entries(entries, tables, first * 2, FROM, COUNT, BOTH, WORDS, WARPS, EMULATED)
     copy_quads(quads, decays + first * (QUADS * 96), QUADS * 48, 3 * QUADS, WORDS, WARPS, EMULATED)
     for i in tl.static_range(STAGES):
-        copy_all(rooms, i, z, dy, (tiles - 1 - i) * TILE, T, first, D, WORDS, EMULATED)
-    filter2 = load_filter(weight, bias, channel, K, HAS_BIAS)
-    filter1 = load_filter(weight, bias, D + channel, K, HAS_BIAS)
-    filter0 = load_filter(weight, bias, 2 * D + channel, K, HAS_BIAS)
+        copy_all(rooms, before, i, z, dy, (tiles - 1 - i) * TILE, T, first, D, WORDS, EMULATED)
+    filter2, filter1, filter0 = load_filters_of(weight, bias, channel, D, K, HAS_BIAS)
     carry = ()
     w_sums = ()
     state_sums = ()
@@ -196,10 +158,10 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
         store_channels(out1, dz + D, start + TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
         store_channels(out0, dz + 2 * D, start + TILE, T, first * 2, 3 * D, WORDS, EMULATED)
         gradient = read_channel(rooms[3], at, dy, start, T, channel, lane, D // 2, WORDS, EMULATED)
-        x2, past2 = read_block(rooms, at, 0, z, start, T, channel, lane, D, K, WORDS, EMULATED)
-        x1, past1 = read_block(rooms, at, 1, z, start, T, channel, lane, D, K, WORDS, EMULATED)
-        x0, past0 = read_block(rooms, at, 2, z, start, T, channel, lane, D, K, WORDS, EMULATED)
-        copy_all(rooms, at, z, dy, start - STAGES * TILE, T, first, D, WORDS, EMULATED)
+        x2, past2 = read_block(rooms[0], before, at, 0, z, start, T, channel, lane, D, K, WORDS, EMULATED)
+        x1, past1 = read_block(rooms[1], before, at, 1, z, start, T, channel, lane, D, K, WORDS, EMULATED)
+        x0, past0 = read_block(rooms[2], before, at, 2, z, start, T, channel, lane, D, K, WORDS, EMULATED)
+        copy_all(rooms, before, at, z, dy, start - STAGES * TILE, T, first, D, WORDS, EMULATED)
         begin = given
         if PARAMETERS:
             given = load_states(states, tiles - 2 - i, lane, D, QUADS)
@@ -211,7 +173,7 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
             left = (as_left(turn(w[0], EMULATED)), as_left(turn(w[1], EMULATED)))
         local = read_entry(entries, OF_H, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
         low, high = multiply_local(dg, local, EMULATED)
-        before = ()
+        new_carry = ()
         new_w = ()
         new_states = ()
         for c in tl.static_range(BLOCKS):
@@ -221,8 +183,8 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
                 place = OF_H + 1 + QUADS + 2 * c + j
                 enter = read_entry(entries, place, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
                 last = carry[2 * c + j]
-                b, end = find_adjoints(dg, (enter[0:2], enter[2:4]), decay, last, lane, REAL, EMULATED)
-                before = before + (end,)
+                b, end = find_states(dg, (enter[0:2], enter[2:4]), decay, last, lane, True, REAL, EMULATED)
+                new_carry = new_carry + (end,)
                 of_b = split(b[0], b[1], EMULATED) + split(b[2], b[3], EMULATED)
                 terms = terms + of_b
                 if PARAMETERS:
@@ -230,13 +192,14 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
                     sums = w_sums[2 * c + j]
                     new_w = new_w + (multiply_terms(left, (turned[0::2], turned[1::2]), sums, EMULATED),)
                     enter = read_entry(entries, 2 * c + j, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
-                    s = find_states(w, (enter[0:2], enter[2:4]), decay, begin[2 * c + j], lane, REAL, EMULATED)[0]
+                    given_s = begin[2 * c + j]
+                    s = find_states(w, (enter[0:2], enter[2:4]), decay, given_s, lane, False, REAL, EMULATED)[0]
                     total = state_sums[2 * c + j]
                     total = move((b[0], b[1]), s[0], s[1], total[0], total[1], REAL)
                     new_states = new_states + (move((b[2], b[3]), s[2], s[3], total[0], total[1], REAL),)
             leave = read_leaves(entries, OF_H, c, tables, channel, FROM, COUNT, BOTH, lane, QUADS, WARPS, EMULATED)
             low, high = add_states(low, high, terms, leave, EMULATED)
-        carry = before
+        carry = new_carry
         dw = in_steps(low, high)
         du1 = products(dw, u0)
         du0 = products(dw, u1)

@@ -128,7 +128,7 @@ def load_decays(poles, channel, mode, D: tl.constexpr, N: tl.constexpr, REAL: tl
 
 @triton.jit
 def store_words(to, words, here):
-    """Store four words of every lane side by side, at once: apart, each of them would be a part of a sector."""
+    """Store four words of every lane with one instruction of 16 bytes: four stores would write parts of sectors."""
     together = tl.reshape(stack(words, 4), (words[0].shape[0], 4))
     tl.store(to[:, None] + tl.arange(0, 4)[None, :], together, mask=here[:, None])
 
