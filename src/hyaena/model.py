@@ -355,11 +355,12 @@ class StripedHyena(nn.Module):
         at most ``WIDEST_HEAD`` weights: that of a model of letters or bytes. Sums of log-probabilities are nearer to
         those of a float32 model then.
         """
-        head = ops.Dense(self.embed_tokens.weight) if self.lm_head is None else record(self.lm_head)
-        if wide and x.dtype.itemsize < 4 and isinstance(head, ops.Dense) and head.weight.numel() <= WIDEST_HEAD:
-            with torch.autocast(x.device.type, enabled=False):
-                bias = None if head.bias is None else head.bias.float()
-                return ops.linear(x.float(), ops.Dense(head.weight.float(), bias))
+        if wide and x.dtype.itemsize < 4:
+            head = ops.Dense(self.embed_tokens.weight) if self.lm_head is None else record(self.lm_head)
+            if isinstance(head, ops.Dense) and head.weight.numel() <= WIDEST_HEAD:
+                with torch.autocast(x.device.type, enabled=False):
+                    bias = None if head.bias is None else head.bias.float()
+                    return ops.linear(x.float(), ops.Dense(head.weight.float(), bias))
         return self.lm_head(x) if self.lm_head is not None else nn.functional.linear(x, self.embed_tokens.weight)
 
     def _check_packs(self, logits_to_keep: int | None) -> None:

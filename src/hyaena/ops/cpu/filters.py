@@ -20,7 +20,6 @@ from hyaena.ops.cpu.vectors import (
     INT64,
     LANES,
     Body,
-    bring_line,
     constant,
     fma,
     fold,
@@ -29,6 +28,7 @@ from hyaena.ops.cpu.vectors import (
     lanes_of,
     loop,
     pick,
+    prefetch_line,
     read,
     read_wide,
     rounded,
@@ -85,7 +85,7 @@ def short_filters(context, token, short_token, taps, inputs, weights, windows, c
                 place = builder.mul(channel, constant(held, INT64))
                 line = read_wide(builder, token, x, channel, channels)
                 if held:
-                    bring_line(builder, builder.gep(window, [builder.add(place, constant(AHEAD, INT64))]))
+                    prefetch_line(builder, builder.gep(window, [builder.add(place, constant(AHEAD, INT64))]))
                     before = read_wide(builder, short_token, window, place, channels * held)
                     line = _beside(builder, before, line, channels)
                     later = some_of(builder, line, [i for i in range(lanes) if i % length])
@@ -120,7 +120,7 @@ class _Modes(NamedTuple):
         own, other = [i - i % 2 for i in range(lanes)], [i ^ 1 for i in range(lanes)]
         signs = ir.Constant(vector(FLOAT, lanes), [1.0, -1.0] * (lanes // 2))
         real = ir.Constant(vector(INT32, lanes), [lanes * (i % 2) + i for i in range(lanes)])
-        bring_line(builder, builder.gep(self.state, [builder.add(index, constant(AHEAD, INT64))]))
+        prefetch_line(builder, builder.gep(self.state, [builder.add(index, constant(AHEAD, INT64))]))
         pole, residue, s = (read(builder, FLOAT, a, index, lanes) for a in (self.poles, self.residues, self.state))
         x = builder.shuffle_vector(spread(builder, self.x, lanes), constant(0.0, FLOAT, lanes), real)
         turned = builder.fmul(pick(builder, pole, [i + 1 for i in own]), pick(builder, s, other))

@@ -30,7 +30,6 @@ from hyaena.ops.cpu.vectors import (
     MANY,
     NEIGHBOURS,
     NEIGHBOURS_OF_FEW,
-    bring_ahead,
     constant,
     float_sums,
     fma,
@@ -38,6 +37,7 @@ from hyaena.ops.cpu.vectors import (
     loop,
     pick,
     portion,
+    prefetch_ahead,
     read,
     spread,
     stored,
@@ -207,7 +207,7 @@ def _sums8(
 
     def add(count: int):
         def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
-            bring_ahead(builder, codes, builder.mul(index, constant(COLUMNS, INT64)))
+            prefetch_ahead(builder, codes, builder.mul(index, constant(COLUMNS, INT64)))
             for i in range(count):
                 block = builder.add(index, constant(i, INT64))
                 start = builder.mul(block, constant(COLUMNS, INT64))
@@ -255,7 +255,7 @@ def _sums4(
 
         def body(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
             place = builder.mul(index, constant(COLUMNS // 2, INT64))
-            bring_ahead(builder, codes, place)
+            prefetch_ahead(builder, codes, place)
             packed = read(builder, BYTE, codes, place, 2 * words)
             word = builder.bitcast(packed, ir.VectorType(INT16, words))
             low = constant(15, INT16, words)

@@ -15,12 +15,12 @@ from hyaena.ops.cpu.vectors import (
     FLOAT,
     INT64,
     Body,
-    bring_line,
     constant,
     fma,
     fold_each,
     gathered,
     loop,
+    prefetch_line,
     read,
     read_wide,
     some_of,
@@ -94,7 +94,7 @@ def scores(context, token, heads, keys, stride, head_dim, queries, count, out, o
 
                 def add(index: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
                     for other in others:
-                        bring_line(builder, builder.gep(other, [index]))
+                        prefetch_line(builder, builder.gep(other, [index]))
                     wide = [read_wide(builder, token, key, index, LANES) for key in pointers]
                     xs = [read(builder, FLOAT, q, index, LANES) for q in of_heads]
                     return [
@@ -161,7 +161,7 @@ def mix(context, token, heads, values, stride, head_dim, weights, weights_stride
                     other = builder.add(beside, builder.mul(t, stride))
                     other = builder.inttoptr(other, stored(token).as_pointer())
                     for place in here if lanes > 1 else ():
-                        bring_line(builder, builder.gep(other, [place]))
+                        prefetch_line(builder, builder.gep(other, [place]))
                     wide = [read_wide(builder, token, value, place, lanes) for place in here]
                     for head, address in enumerate(of_heads):
                         weight = builder.load(_float_place(builder, address, t, 1), align=4)

@@ -25,7 +25,7 @@ NEIGHBOURS_OF_FEW = 2
 """Rows of weights for fewer vectors, so that the additions of a sum, which wait for one another, do not hold it up."""
 
 AHEAD = 1 << 12
-"""Bytes between the weights that are multiplied and those that are brought to the cache meanwhile, for one or two
+"""Bytes between the weights that are multiplied and those that are prefetched meanwhile, for one or two
 vectors and for narrow weights. A processor may read ahead to the end of a page of 4 KiB only, and less the more
 instructions lie between two reads."""
 
@@ -166,7 +166,7 @@ def fma(builder: ir.IRBuilder, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.
     return builder.fadd(total, builder.fmul(a, b, flags=FUSED), flags=FUSED)
 
 
-def bring_line(builder: ir.IRBuilder, place: ir.Value) -> None:
+def prefetch_line(builder: ir.IRBuilder, place: ir.Value) -> None:
     """Have the cache line at an address, a number or a pointer, brought to the first cache, without waiting for it."""
     cast = builder.bitcast if isinstance(place.type, ir.PointerType) else builder.inttoptr
     place = cast(place, BYTE.as_pointer())
@@ -175,10 +175,10 @@ def bring_line(builder: ir.IRBuilder, place: ir.Value) -> None:
     builder.call(code, [place, *(constant(number, INT32) for number in (0, 3, 1))])  # to read, all caches, data
 
 
-def bring_ahead(builder: ir.IRBuilder, address: ir.Value, index: ir.Value) -> None:
-    """Have the line ``AHEAD`` bytes behind the pointer ``address[index]`` brought; it may lie behind all memory."""
+def prefetch_ahead(builder: ir.IRBuilder, address: ir.Value, index: ir.Value) -> None:
+    """Prefetch the line ``AHEAD`` bytes behind the pointer ``address[index]``; it may lie behind all memory."""
     place = builder.bitcast(builder.gep(address, [index]), BYTE.as_pointer())
-    bring_line(builder, builder.gep(place, [constant(AHEAD, INT64)]))
+    prefetch_line(builder, builder.gep(place, [constant(AHEAD, INT64)]))
 
 
 def loop(
@@ -241,9 +241,9 @@ def float_sums(
     def add(index: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         totals, lines = carried[: len(zeros)], carried[len(zeros) :]
         for line in lines:
-            bring_line(builder, line)
+            prefetch_line(builder, line)
         for row in rows if not lines else ():
-            bring_ahead(builder, row, index)
+            prefetch_ahead(builder, row, index)
         found = [read_wide(builder, token, w, index, LANES) for w in rows]
         for j, x in enumerate(xs):
             b = read(builder, FLOAT, x, index, LANES)
@@ -267,7 +267,7 @@ def prefetch(context, address):
     """Have the cache line at an address brought to the first cache, without waiting for it."""
 
     def generate(generator, builder, signature, arguments):
-        bring_line(builder, *arguments)
+        prefetch_line(builder, *arguments)
         return generator.get_dummy_value()
 
     return types.void(types.int64), generate

@@ -54,7 +54,7 @@ class Tile:
         depth: blocks of each warp that are in flight.
         strips: of 8 rows of each matrix.
         programs: on a processor, as many as registers are given for.
-        early: the next kernel is launched when the last block is asked for, not when it has come.
+        early: the next kernel is launched when the load of the last block is issued, not when it has arrived.
     """
 
     warps: int
