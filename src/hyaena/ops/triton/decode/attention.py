@@ -84,32 +84,35 @@ def _write_newest(x, key, value, cos, sin, GROUPS: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def _join(partial, weights, out, count, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, SPLITS: tl.constexpr,
-          SPLITS_PAD: tl.constexpr, SHARE: tl.constexpr, HEADS_PAD: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
+          SHARE: tl.constexpr, HEADS_PAD: tl.constexpr, TOGETHER: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Join the splits of SHARE heads by their normalisers, TOGETHER splits at a time."""
     head = tl.arange(0, HEADS_PAD)
-    split = tl.arange(0, SPLITS_PAD)
     channel = tl.arange(0, WIDTH_PAD)
     here = head < SHARE
-    wrote = here[:, None] & (split < count)[None, :]  # what the others hold is left over from longer sequences
-    own = tl.load(weights + head[:, None] * SPLITS + split[None, :], mask=wrote, other=-float("inf"))
-    best = tl.max(own, axis=1)
-    best = tl.where(here, best, 0.0)
-    total = tl.sum(tl.exp2(own - best[:, None]), axis=1)
-    joined = tl.zeros([HEADS_PAD, WIDTH_PAD], tl.float32)
+    inside = channel < WIDTH
+    best = tl.full([HEADS_PAD], -float("inf"), tl.float32)
+    total = tl.zeros([HEADS_PAD], tl.float32)
+    sums = tl.zeros([HEADS_PAD, WIDTH_PAD], tl.float32)
     for at in tl.range(0, count, TOGETHER):
-        piece = at + tl.arange(0, TOGETHER)
-        real = here[:, None] & (piece < count)[None, :]
-        place = head[:, None] * SPLITS + piece[None, :]
-        weight = tl.exp2(tl.load(weights + place, mask=real, other=-float("inf")) - best[:, None])
+        split = at + tl.arange(0, TOGETHER)
+        wrote = here[:, None] & (split < count)[None, :]  # what the others hold is left over from longer sequences
+        place = head[:, None] * SPLITS + split[None, :]
+        own = tl.load(weights + place, mask=wrote, other=-float("inf"))
         parts = tl.load(
             partial + place[:, :, None] * WIDTH + channel[None, None, :],
-            mask=real[:, :, None] & (channel < WIDTH)[None, None, :],
+            mask=wrote[:, :, None] & inside[None, None, :],
             other=0.0,
         )
-        joined += tl.sum(parts * weight[:, :, None], axis=1)
+        higher = tl.maximum(best, tl.max(own, axis=1))
+        shrink = tl.exp2(best - higher)
+        p = tl.exp2(own - higher[:, None])
+        total = total * shrink + tl.sum(p, axis=1)
+        sums = sums * shrink[:, None] + tl.sum(parts * p[:, :, None], axis=1)
+        best = higher
+    gdc_launch_dependents(OVERLAP)
     store = out + head[:, None] * WIDTH + channel[None, :]
-    joined /= tl.where(here, total, 1.0)[:, None]
-    tl.store(store, joined.to(out.dtype.element_ty), mask=here[:, None] & (channel < WIDTH)[None, :])
+    mean = sums / total[:, None]
+    tl.store(store, mean.to(out.dtype.element_ty), mask=here[:, None] & inside[None, :])
 
 
 # tables are parts of one tensor: no compilation for each of their alignments
@@ -117,7 +120,7 @@ def _join(partial, weights, out, count, WIDTH: tl.constexpr, WIDTH_PAD: tl.const
 def _attention_kernel(qkv, keys, values, capacities, pages, lengths, cos, sin, partial, weights, arrived, out, scale,
                       HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SHARE_PAD: tl.constexpr,
                       HEADS_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
-                      SLOT: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, TOGETHER: tl.constexpr,
+                      SLOT: tl.constexpr, SPLITS: tl.constexpr, TOGETHER: tl.constexpr,
                       BLOCK: tl.constexpr, OPERAND: tl.constexpr, WEIGHT: tl.constexpr, TYPE: tl.constexpr,
                       STAGES: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One split: its softmax over its own slots [SHARE,WIDTH], and the logarithm (base 2) of its normaliser."""
@@ -171,7 +174,6 @@ def _attention_kernel(qkv, keys, values, capacities, pages, lengths, cos, sin, p
             p *= of_value[None, :]
         sums = sums * shrink[:, None] + tl.dot(p.to(WEIGHT), vs, input_precision="ieee")
         best = higher
-    gdc_launch_dependents(OVERLAP)
     mean = sums / total[:, None]
     first = row.to(tl.int64) * HEADS + group * SHARE  # the first of the program's heads
     out += first * WIDTH
@@ -187,7 +189,8 @@ def _attention_kernel(qkv, keys, values, capacities, pages, lengths, cos, sin, p
     arrived += tl.program_id(0)
     if tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1:
         tl.store(arrived, 0)
-        _join(partial, weights, out, count, WIDTH, WIDTH_PAD, SPLITS, SPLITS_PAD, SHARE, HEADS_PAD, TOGETHER)
+        # not before: what is read here would wait behind the weights of the next kernel
+        _join(partial, weights, out, count, WIDTH, WIDTH_PAD, SPLITS, SHARE, HEADS_PAD, TOGETHER, OVERLAP)
 
 
 def decode_attention(
@@ -233,7 +236,7 @@ def decode_attention(
         qkv, keys, values, capacities, pages, context.lengths, *context.rotary, partial, weights, arrived, out, scale,
         HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=max(16, share_pad), HEADS_PAD=share_pad,
         WIDTH=width, WIDTH_PAD=padded, HALF_PAD=triton.next_power_of_2(width // 2), SLOT=rows.slots.width(width),
-        SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), TOGETHER=max(1, JOINED // (share_pad * padded)),
+        SPLITS=splits, TOGETHER=max(1, JOINED // (share_pad * padded)),
         BLOCK=block, OPERAND=operand(qkv.dtype), WEIGHT=weight_operand(qkv.dtype, rows.dtype), TYPE=TYPES[rows.dtype],
         STAGES=3, TABLE=table, PAGE=page, OVERLAP=overlap,
         launch_pdl=overlap, num_warps=4,

@@ -133,7 +133,7 @@ class FusedDecodeOperators(DecodeOperators):
 
     def _counters(self, device: torch.device, count: int) -> Tensor:
         """Zeros of ``count`` or more; never freed, since captured graphs hold their address."""
-        size = max(1024, 1 << (count - 1).bit_length())
+        size = 1 << (count - 1).bit_length()
         if (device, size) not in self._arrived:
             self._arrived[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
         return self._arrived[device, size]
