@@ -33,10 +33,9 @@ from hyaena.ops.triton.decode.rows import first_slot, page_operands, read_slots,
 BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""
 TILE = 16384
-WAVE = 384
-"""Programs that run on a large device at the same time, three on each processor."""
-PROGRAMS = 1024
-"""Programs to aim for where one wave would be too few to share the work evenly."""
+PROGRAMS = 256
+"""Programs to aim for, two on each processor of a large device; twice as many where rows and key heads are as many, so
+that rows of different lengths share the device."""
 MAX_SPLITS = 64
 JOINED = 8192
 """Numbers of splits that a program joins at a time, 64 for each of its threads."""
@@ -223,23 +222,26 @@ def decode_attention(
     pages, table, page = page_operands(rows)
     padded = max(16, triton.next_power_of_2(width))
     block = min(BLOCK, TILE // (padded * qkv.element_size()))
-    programs = WAVE if 2 * batch * groups <= WAVE else PROGRAMS
+    pairs = batch * groups
     longest = rows.longest if longest is None else longest
-    splits = max(1, min(programs // (batch * groups), MAX_SPLITS, triton.cdiv(longest, block)))
+    # a split of two blocks has both on their way at once
+    programs = PROGRAMS if 2 * pairs <= PROGRAMS else 2 * PROGRAMS
+    splits = max(1, min(programs // pairs, MAX_SPLITS, triton.cdiv(longest, 2 * block)))
     share = heads // groups
     share_pad = triton.next_power_of_2(share)
+    small = share <= 16 and padded <= 128 and qkv.element_size() == 2  # fits the registers of two warps
     partial = qkv.new_empty((batch, heads, splits, width), dtype=torch.float32)
     weights = qkv.new_empty((batch, heads, splits), dtype=torch.float32)
     out = qkv.new_empty(batch, heads, width)
     scale = width**-0.5 * 1.4426950408889634  # exp(x) = 2^(x·log2 e)
-    _attention_kernel[(batch * groups, splits)](
+    _attention_kernel[(pairs, splits)](
         qkv, keys, values, capacities, pages, context.lengths, *context.rotary, partial, weights, arrived, out, scale,
         HEADS=heads, GROUPS=groups, SHARE=share, SHARE_PAD=max(16, share_pad), HEADS_PAD=share_pad,
         WIDTH=width, WIDTH_PAD=padded, HALF_PAD=triton.next_power_of_2(width // 2), SLOT=rows.slots.width(width),
         SPLITS=splits, TOGETHER=max(1, JOINED // (share_pad * padded)),
         BLOCK=block, OPERAND=operand(qkv.dtype), WEIGHT=weight_operand(qkv.dtype, rows.dtype), TYPE=TYPES[rows.dtype],
-        STAGES=3, TABLE=table, PAGE=page, OVERLAP=overlap,
-        launch_pdl=overlap, num_warps=4,
+        STAGES=3 if pairs * splits <= PROGRAMS else 2, TABLE=table, PAGE=page, OVERLAP=overlap,
+        launch_pdl=overlap, num_warps=2 if small else 4,
     )  # fmt: skip
     return out
 
