@@ -43,10 +43,13 @@ JOINED = 8192
 
 @triton.jit
 def _split_range(lengths, row, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """First and last slot (exclusive) of a split, and how many splits of this row have any."""
+    """First and last slot (exclusive) of a split, and how many splits of this row have any.
+
+    Two blocks are the least: both are on their way at once.
+    """
     stop = tl.load(lengths + row).to(tl.int32)
     width = tl.cdiv(tl.cdiv(stop, SPLITS), BLOCK) * BLOCK
-    width = tl.maximum(width, BLOCK)
+    width = tl.maximum(width, 2 * BLOCK)
     begin = split * width
     return begin, tl.minimum(begin + width, stop), tl.cdiv(stop, width)
 
@@ -224,12 +227,13 @@ def decode_attention(
     block = min(BLOCK, TILE // (padded * qkv.element_size()))
     pairs = batch * groups
     longest = rows.longest if longest is None else longest
-    # a split of two blocks has both on their way at once
     programs = PROGRAMS if 2 * pairs <= PROGRAMS else 2 * PROGRAMS
     splits = max(1, min(programs // pairs, MAX_SPLITS, triton.cdiv(longest, 2 * block)))
     share = heads // groups
     share_pad = triton.next_power_of_2(share)
-    small = share <= 16 and padded <= 128 and qkv.element_size() == 2  # fits the registers of two warps
+    # what two warps have registers for: numbers that are multiplied as they are read
+    small = share <= 16 and padded <= 128 and qkv.dtype == rows.dtype != torch.float32
+    ahead = 2 if pairs * splits <= PROGRAMS else 1  # blocks of slots on their way, and of numbers of pages before them
     partial = qkv.new_empty((batch, heads, splits, width), dtype=torch.float32)
     weights = qkv.new_empty((batch, heads, splits), dtype=torch.float32)
     out = qkv.new_empty(batch, heads, width)
@@ -240,7 +244,7 @@ def decode_attention(
         WIDTH=width, WIDTH_PAD=padded, HALF_PAD=triton.next_power_of_2(width // 2), SLOT=rows.slots.width(width),
         SPLITS=splits, TOGETHER=max(1, JOINED // (share_pad * padded)),
         BLOCK=block, OPERAND=operand(qkv.dtype), WEIGHT=weight_operand(qkv.dtype, rows.dtype), TYPE=TYPES[rows.dtype],
-        STAGES=3 if pairs * splits <= PROGRAMS else 2, TABLE=table, PAGE=page, OVERLAP=overlap,
+        STAGES=1 + ahead * (2 if page else 1), TABLE=table, PAGE=page, OVERLAP=overlap,
         launch_pdl=overlap, num_warps=2 if small else 4,
     )  # fmt: skip
     return out
