@@ -62,7 +62,7 @@ def qkv_of(rows: int, heads: int, groups: int, head_dim: int, dtype: torch.dtype
 
 
 def attend(fused: FusedDecodeOperators, qkv: Tensor, state: KVState, context: StepContext, dtype: torch.dtype) -> None:
-    """Hold the kernel against the plain operators in float64: what it returns, the slots that it writes, and no other."""
+    """Hold the kernel against the plain operators in float64: what it returns and what it writes, one slot a row."""
     lengths, before = context.lengths.tolist(), state.select(range(len(qkv)))
     reference = state.select(range(len(qkv)))
     for i, n in enumerate(lengths):
@@ -119,7 +119,9 @@ def test_rows_join_their_splits_apart() -> None:
     fused = FusedDecodeOperators(longest=200)
     for rows in (5, 1, 8, 5):
         state = kv_state([200] * rows, 2, 16)
-        attend(fused, qkv_of(rows, 2, 2, 16), state, step_context([1 + 150 * (i % 2) for i in range(rows)], 16), DTYPES[0])
+        attend(
+            fused, qkv_of(rows, 2, 2, 16), state, step_context([1 + 150 * (i % 2) for i in range(rows)], 16), DTYPES[0]
+        )
 
 
 def test_nan_of_a_split_stays_visible() -> None:

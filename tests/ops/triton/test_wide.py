@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from device import DEVICE
-from hyaena import ops
 from hyaena.bench.run import SH_7B
 from hyaena.ops import (
     DecodeOperators,

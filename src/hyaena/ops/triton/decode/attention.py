@@ -38,7 +38,7 @@ PROGRAMS = 256
 that rows of different lengths share the device."""
 MAX_SPLITS = 64
 JOINED = 8192
-"""Numbers of splits that a program joins at a time, 64 for each of its threads."""
+"""Numbers of splits that a program joins at a time, 64 or 128 for each of its threads."""
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _split_range(lengths, row, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def _read_rotated(x, channel, real, c, s, HALF: tl.constexpr):
-    """Heads at pointers x [SHARE_PAD,1], rotated, in float32 [SHARE_PAD,WIDTH_PAD]: x·cos and the other half times ±sin."""
+    """Rotate heads at pointers x [SHARE_PAD,1]: x·cos and the other half times ±sin, float32 [SHARE_PAD,WIDTH_PAD]."""
     first = channel < HALF
     other = tl.where(first, channel + HALF, channel - HALF)
     own = tl.load(x + channel[None, :], mask=real, other=0.0).to(tl.float32)
@@ -67,7 +67,7 @@ def _read_rotated(x, channel, real, c, s, HALF: tl.constexpr):
 @triton.jit
 def _write_newest(x, key, value, cos, sin, GROUPS: tl.constexpr, WIDTH: tl.constexpr, HALF_PAD: tl.constexpr,
                   SLOT: tl.constexpr, TYPE: tl.constexpr):  # fmt: skip
-    """Write the rotated key at x and the value GROUPS heads behind it to their slots; tables of the token's position."""
+    """Write the rotated key at x, and the value GROUPS heads behind it, to their slots; tables of the token's place."""
     HALF: tl.constexpr = WIDTH // 2
     i = tl.arange(0, HALF_PAD)
     here = i < HALF
@@ -122,9 +122,9 @@ def _join(partial, weights, out, count, WIDTH: tl.constexpr, WIDTH_PAD: tl.const
 def _attention_kernel(qkv, keys, values, capacities, pages, lengths, cos, sin, partial, weights, arrived, out, scale,
                       HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARE: tl.constexpr, SHARE_PAD: tl.constexpr,
                       HEADS_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
-                      SLOT: tl.constexpr, SPLITS: tl.constexpr, TOGETHER: tl.constexpr,
-                      BLOCK: tl.constexpr, OPERAND: tl.constexpr, WEIGHT: tl.constexpr, TYPE: tl.constexpr,
-                      STAGES: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                      SLOT: tl.constexpr, SPLITS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK: tl.constexpr,
+                      OPERAND: tl.constexpr, WEIGHT: tl.constexpr, TYPE: tl.constexpr, STAGES: tl.constexpr,
+                      TABLE: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One split: its softmax over its own slots [SHARE,WIDTH], and the logarithm (base 2) of its normaliser."""
     gdc_wait(OVERLAP)
     row = tl.program_id(0) // GROUPS

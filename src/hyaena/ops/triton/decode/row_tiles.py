@@ -80,7 +80,7 @@ TILES = {
 """By vectors, 2, 4 or 8, and matrices: the fastest of whole steps on one H100.
 
 What is in flight in a processor, numbers of the matrix and vectors, fills half of its registers: two programs of 8
-warps, or four of 4, so that some read while others end.
+warps, or three or four of 4, so that some read while others end. Two strips read 8 vectors half as often.
 """
 MANY = 8192
 """Columns from which a program has so much to read that its beginning and end do not count: few large ones."""
