@@ -80,7 +80,7 @@ def both_storages(config: ModelConfig, batch: int, context: int, layers: int) ->
 
 
 def compare_attention(log: Log, config: ModelConfig, batch: int, context: int, bandwidth: float) -> None:
-    """Rotation with its write, and attention, by both: equal, then timed."""
+    """Rotation, write and attention by both: equal, then timed."""
     size = 2 * batch * context * config.num_key_value_heads * config.head_dim * 2
     layers = max(2, min(16, -(-300_000_000 // size))) if CUDA else 1  # more than the caches of the device hold
     rows, paged, table = both_storages(config, batch, context, layers)
@@ -90,21 +90,16 @@ def compare_attention(log: Log, config: ModelConfig, batch: int, context: int, b
     context_of = partial(StepContext, operators, lengths, lengths, rotary)
     qkv = torch.randn(batch, (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim)
     qkv = qkv.to(DEVICE, torch.bfloat16)
-    q = operators.rotate_and_cache(qkv, rows[0], context_of())
-    require_equal("rotated queries", operators.rotate_and_cache(qkv, paged[0], context_of(table)), q, 1e-2)
+    both = [operators.attention(qkv, rows[0], context_of()), operators.attention(qkv, paged[0], context_of(table))]
+    require_equal("attention", both[1], both[0], 1e-2)
     for row, run in enumerate(paged[0].through(table).runs([context] * batch)):
         require_equal("stored keys", run.keys[0], rows[0].keys(row)[:, :context], 1e-2)
         require_equal("stored values", run.values[0], rows[0].values(row)[:, :context], 1e-2)
-    both = [operators.attend(q, rows[0], context_of()), operators.attend(q, paged[0], context_of(table))]
-    require_equal("attention", both[1], both[0], 1e-2)
     log.note(batch=batch, context=context, same_bits=torch.equal(*both))
-    for what, call in (("attention", operators.attend), ("rotation and write", operators.rotate_and_cache)):
-        bound = size / bandwidth if what == "attention" else 1e-6
-        x = q if what == "attention" else qkv
-        for name, states, pages in (("storage of rows", rows, None), ("pages", paged, table)):
-            calls = [partial(call, x, state, context_of(pages)) for state in states]
-            log.figure(graph_times(calls, DEVICE, 20 if CUDA else 1), bound, what=what, name=name, batch=batch,
-                       context=context)  # fmt: skip
+    for name, states, pages in (("storage of rows", rows, None), ("pages", paged, table)):
+        calls = [partial(operators.attention, qkv, state, context_of(pages)) for state in states]
+        seconds = graph_times(calls, DEVICE, 20 if CUDA else 1)
+        log.figure(seconds, size / bandwidth, what="attention", name=name, batch=batch, context=context)
 
 
 def step_seconds(model: StripedHyena, cache: Cache, steps: int) -> list[float]:

@@ -215,8 +215,7 @@ class Attention(nn.Module):
     def step(self, x: Tensor, norm: ops.Norm, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         operators = context.operators
         qkv = operators.linear(x, record(self.qkv_proj), norm=norm)
-        q = operators.rotate_and_cache(qkv, state, context)
-        y = operators.attend(q, state, context)
+        y = operators.attention(qkv, state, context)
         return operators.linear(y.flatten(1), record(self.o_proj), residual=x)
 
     def output_projection(self) -> nn.Module:

@@ -70,8 +70,7 @@ def test_pages_and_storage_of_rows_side_by_side(tmp_path: Path, monkeypatch: pyt
     pages.main(["--quick", "--output", str(tmp_path)])
     found = figures(tmp_path / "pages.json")
     assert [(f["what"], f["name"], f["batch"]) for f in found] == [
-        *((what, name, batch) for batch in (1, 3) for what in ("attention", "rotation and write")
-          for name in ("storage of rows", "pages")),
+        *(("attention", name, batch) for batch in (1, 3) for name in ("storage of rows", "pages")),
         ("shared prefix", "every row reads", 4),
         ("shared prefix", "every page once", 4),
         *(("step", name, batch) for batch in (1, 3) for name in ("storage of rows", "pages")),

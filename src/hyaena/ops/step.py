@@ -107,6 +107,10 @@ class DecodeOperators:
         x = self.normalise(x, norm)
         return ACTIVATIONS[activation](linear(x, gate)) * linear(x, up)
 
+    def attention(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
+        """Rotate queries and keys of qkv [B,(H+2G)·head_dim], store keys and values, attend: [B,H,head_dim]."""
+        return self.attend(self.rotate_and_cache(qkv, state, context), state, context)
+
     def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         """Rotate queries and keys of qkv [B,(H+2G)·head_dim], store keys and values; the queries [B,H,head_dim].
 

@@ -57,81 +57,91 @@ def kv_state(capacities: list[int], groups: int, head_dim: int, dtype: torch.dty
     return state
 
 
+def qkv_of(rows: int, heads: int, groups: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return randn(rows, (heads + 2 * groups) * head_dim, dtype=dtype)
+
+
+def attend(fused: FusedDecodeOperators, qkv: Tensor, state: KVState, context: StepContext, dtype: torch.dtype) -> None:
+    """Hold the kernel against the plain operators in float64: what it returns and what it writes, one slot a row."""
+    lengths, before = context.lengths.tolist(), state.select(range(len(qkv)))
+    reference = state.select(range(len(qkv)))
+    for i, n in enumerate(lengths):
+        state.keys(i)[:, n - 1 :] = torch.nan
+        state.values(i)[:, n - 1 :] = torch.nan
+    close(fused.attention(qkv, state, context), PLAIN.attention(qkv.double(), reference, context), dtype)
+    for i, n in enumerate(lengths):
+        for store, want, old in (
+            (state.keys(i), reference.keys(i), before.keys(i)),
+            (state.values(i), reference.values(i), before.values(i)),
+        ):
+            close(store[:, n - 1], want[:, n - 1], dtype)
+            assert torch.equal(store[:, : n - 1], old[:, : n - 1]) and bool(store[:, n:].isnan().all())
+            store[:, n - 1 :] = old[:, n - 1 :]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("lengths", "capacities"),
     [([1, 1], [8, 8]), ([2, 1], [1200, 1200]), ([1, 3], [1, 1200]), ([63, 58], [63, 64]), ([1000, 63], [1200, 100])],
 )
-def test_attention_reads_the_valid_slots_and_no_other(
+def test_attention_reads_the_valid_slots_and_writes_one(
     dtype: torch.dtype, lengths: list[int], capacities: list[int]
 ) -> None:
-    q, state = randn(2, 6, 24, dtype=dtype), kv_state(capacities, 2, 24, dtype)
-    want = [
-        ops.attention(
-            q[i, :, None][None].double(), state.keys(i)[None, :, :n].double(), state.values(i)[None, :, :n].double()
-        )
-        for i, n in enumerate(lengths)
-    ]
-    for i, n in enumerate(lengths):
-        state.keys(i)[:, n:] = torch.nan
-        state.values(i)[:, n:] = torch.nan
-    got = FusedDecodeOperators().attend(q, state, step_context(lengths, 24))
-    close(got, torch.cat(want).squeeze(2), dtype)
+    state = kv_state(capacities, 2, 24, dtype)
+    attend(FusedDecodeOperators(), qkv_of(2, 6, 2, 24, dtype), state, step_context(lengths, 24), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("heads", "groups", "head_dim"), [(1, 1, 16), (8, 1, 64), (3, 3, 80), (32, 8, 128), (2, 1, 256)]
+    ("heads", "groups", "head_dim"), [(1, 1, 16), (8, 1, 64), (3, 3, 80), (32, 8, 128), (2, 1, 256), (10, 2, 12)]
 )
-def test_attention_of_every_head_shape(heads: int, groups: int, head_dim: int) -> None:
-    q, state, context = randn(1, heads, head_dim), kv_state([200], groups, head_dim), step_context([150], head_dim)
-    close(FusedDecodeOperators().attend(q, state, context), PLAIN.attend(q, state, context), torch.float32)
+def test_attention_of_every_head_shape(dtype: torch.dtype, heads: int, groups: int, head_dim: int) -> None:
+    state, context = kv_state([200], groups, head_dim, dtype), step_context([150], head_dim)
+    attend(FusedDecodeOperators(), qkv_of(1, heads, groups, head_dim, dtype), state, context, dtype)
 
 
 def test_attention_of_large_scores() -> None:
     """Splits whose normalisers differ by more than a float32 can hold."""
-    q, state = 30 * randn(1, 1, 32), kv_state([700], 1, 32)
+    state = kv_state([700], 1, 32)
     state.keys(0).mul_(30)
-    k, v = (t[None].double() for t in (state.keys(0), state.values(0)))
-    want = ops.attention(q[:, :, None].double(), k, v).squeeze(2)
-    close(FusedDecodeOperators().attend(q, state, step_context([700], 32)), want, torch.float16)  # scores of 1e4
+    attend(FusedDecodeOperators(), 30 * qkv_of(1, 1, 1, 32), state, step_context([700], 32), torch.float16)
 
 
 def test_one_grid_serves_every_length() -> None:
-    """What longer sequences left in the splits is not read: a captured graph keeps its buffers."""
-    q, state = randn(1, 2, 16), kv_state([3000], 1, 16)
+    """What longer sequences left in the splits is not read: a captured graph keeps its buffers and counters."""
+    state, fused = kv_state([3000], 1, 16), FusedDecodeOperators()
     for length in (3000, 2, 700, 64, 65):
-        context = step_context([length], 16)
-        close(FusedDecodeOperators().attend(q, state, context), PLAIN.attend(q, state, context), torch.float32)
+        attend(fused, qkv_of(1, 2, 1, 16), state, step_context([length], 16), torch.float32)
+
+
+def test_rows_join_their_splits_apart() -> None:
+    """A counter for each row and key head, zero again after each call."""
+    fused = FusedDecodeOperators(longest=200)
+    for rows in (5, 1, 8, 5):
+        state = kv_state([200] * rows, 2, 16)
+        attend(
+            fused, qkv_of(rows, 2, 2, 16), state, step_context([1 + 150 * (i % 2) for i in range(rows)], 16), DTYPES[0]
+        )
+
+
+def test_nan_of_a_split_stays_visible() -> None:
+    """In the row and the heads that read it, and nowhere else."""
+    state, qkv = kv_state([300, 300], 2, 16), qkv_of(2, 4, 2, 16)
+    state.values(1)[1, 5, 3] = torch.nan
+    wrong = FusedDecodeOperators().attention(qkv, state, step_context([250, 250], 16)).isnan()
+    assert bool(wrong[1, 2:, 3].all()) and int(wrong.sum()) == 2
 
 
 def test_kernels_see_the_rows_of_the_moment() -> None:
     """A row that is replaced is found through the same tables, so that a captured graph reads it."""
-    source, other, q = kv_state([90], 2, 16), kv_state([300], 2, 16), randn(2, 4, 16)
+    source, other = kv_state([90], 2, 16), kv_state([300], 2, 16)
     state = source.blank(3)
     tables = [t.data_ptr() for t in state.first(2).pointers()]
     state.put(0, source, 0)
     state.put(1, other, 0)
     state = state.first(2)
     assert [t.data_ptr() for t in state.pointers()] == tables
-    context = step_context([80, 280], 16)
-    close(FusedDecodeOperators().attend(q, state, context), PLAIN.attend(q, state, context), torch.float32)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [16, 24, 128])
-def test_rotate_and_cache_writes_one_slot_per_row(dtype: torch.dtype, head_dim: int) -> None:
-    heads, groups = 6, 2
-    qkv = randn(2, (heads + 2 * groups) * head_dim, dtype=dtype)
-    state = kv_state([40, 25], groups, head_dim, dtype)
-    reference = state.select([0, 1])
-    context = step_context([17, 8], head_dim)
-    got = FusedDecodeOperators().rotate_and_cache(qkv, state, context)
-    close(got, PLAIN.rotate_and_cache(qkv, reference, context), dtype)
-    for row, slot in enumerate((16, 7)):
-        for store, want in ((state.keys(row), reference.keys(row)), (state.values(row), reference.values(row))):
-            close(store[:, slot], want[:, slot], dtype)
-            store[:, slot] = want[:, slot]
-            assert torch.equal(store, want)
+    attend(FusedDecodeOperators(), qkv_of(2, 4, 2, 16), state, step_context([80, 280], 16), torch.float32)
 
 
 NORMS = [None, True, False]

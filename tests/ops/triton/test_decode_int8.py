@@ -59,16 +59,33 @@ def context_of(lengths: list[int], head_dim: int, table: PageTable | None = None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(6, 2, 24), (8, 2, 64), (4, 1, 128), (2, 1, 256)])
-def test_attention_reads_the_valid_slots_and_no_other(
-    dtype: torch.dtype, heads: int, groups: int, head_dim: int
+@pytest.mark.parametrize(
+    ("lengths", "heads", "groups", "head_dim"),
+    [
+        ([70, 129, 1], 6, 2, 24),
+        ([130, 64, 65], 8, 2, 64),  # the newest token: inside, last and first of its page
+        ([70, 129, 1], 4, 1, 128),
+        ([70, 129, 1], 2, 1, 256),
+    ],
+)
+def test_attention_reads_the_valid_slots_and_writes_one(
+    dtype: torch.dtype, lengths: list[int], heads: int, groups: int, head_dim: int
 ) -> None:
-    lengths = [70, 129, 1]
     state, rows, table = paged(lengths, groups, head_dim)
-    q, context = randn(3, heads, head_dim, dtype=dtype), context_of(lengths, head_dim, table)
-    got = FUSED.attend(q, state, context)
-    close(got, PLAIN.attend(q.double(), state, context), dtype)
-    assert torch.equal(got, FUSED.attend(q, rows, context_of(lengths, head_dim)))
+    qkv, context = randn(3, (heads + 2 * groups) * head_dim, dtype=dtype), context_of(lengths, head_dim, table)
+    other = PagedKVState(state.keys.clone(), state.values.clone())
+    got = FUSED.attention(qkv, state, context)
+    assert torch.equal(got, FUSED.attention(qkv, rows, context_of(lengths, head_dim)))
+    close(got, PLAIN.attention(qkv.double(), other, context), dtype)
+    assert torch.equal(*(t.view(torch.uint8) for t in (state.values, other.values)))  # to the bit: they are not rotated
+    for row, length in enumerate(lengths):
+        page, slot = int(table.numbers[row, (length - 1) // PAGE]), (length - 1) % PAGE
+        key, want = (INT8.decode(keys[:, page, slot], randn(1).double()) for keys in (state.keys, other.keys))
+        largest = want.abs().amax(-1, keepdim=True)
+        assert bool(((key - want).abs() <= largest * (1 / 127 + TOLERANCE[dtype])).all())
+        assert torch.equal(state.keys[:, page, slot], rows.keys(row)[:, length - 1])
+        state.keys[:, page, slot] = other.keys[:, page, slot]
+    assert torch.equal(state.keys, other.keys)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,32 +107,12 @@ def test_packed_tokens_read_the_slots_before_them(dtype: torch.dtype, head_dim: 
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [24, 64, 128, 256])
-def test_rotate_and_cache_writes_one_slot(dtype: torch.dtype, head_dim: int) -> None:
-    heads, groups, lengths = 4, 2, [130, 64, 65]  # the newest token: inside, last and first of its page
-    qkv = randn(3, (heads + 2 * groups) * head_dim, dtype=dtype)
-    state, rows, table = paged(lengths, groups, head_dim)
-    other, context = PagedKVState(state.keys.clone(), state.values.clone()), context_of(lengths, head_dim, table)
-    close(FUSED.rotate_and_cache(qkv, state, context), PLAIN.rotate_and_cache(qkv, other, context), dtype)
-    FUSED.rotate_and_cache(qkv, rows, context_of(lengths, head_dim))
-    assert torch.equal(*(t.view(torch.uint8) for t in (state.values, other.values)))  # to the bit: they are not rotated
-    for row, length in enumerate(lengths):
-        page, slot = int(table.numbers[row, (length - 1) // PAGE]), (length - 1) % PAGE
-        got, want = (INT8.decode(keys[:, page, slot], randn(1).double()) for keys in (state.keys, other.keys))
-        largest = want.abs().amax(-1, keepdim=True)
-        assert bool(((got - want).abs() <= largest * (1 / 127 + TOLERANCE[dtype])).all())
-        assert torch.equal(state.keys[:, page, slot], rows.keys(row)[:, length - 1])
-        state.keys[:, page, slot] = other.keys[:, page, slot]
-    assert torch.equal(state.keys, other.keys)
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0])
 def test_slots_of_numbers_that_have_no_scale(value: float) -> None:
     """NaN and infinity stay visible, and zeros are zeros."""
     qkv = torch.full((1, 4 * 16), value, device=DEVICE)
     state = KVState.allocate(1, 1, 8, 16, torch.int8, DEVICE)
-    FUSED.rotate_and_cache(qkv, state, context_of([3], 16))
+    FUSED.attention(qkv, state, context_of([3], 16))
     for stored in (state.keys(0), state.values(0)):
         wide = INT8.decode(stored[:, 2], qkv)
         assert bool((wide == 0).all() if value == 0 else not wide.isfinite().any())

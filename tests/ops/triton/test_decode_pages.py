@@ -59,26 +59,46 @@ def context_of(lengths: list[int], head_dim: int, table: PageTable) -> StepConte
     return StepContext(PLAIN, counts, counts + 1, rotary, table)
 
 
+def qkv_of(rows: int, heads: int, groups: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return randn(rows, (heads + 2 * groups) * head_dim, dtype=dtype)
+
+
+def copied(state: PagedKVState) -> PagedKVState:
+    return PagedKVState(state.keys.clone(), state.values.clone())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[1, 64], [65, 2], [63, 400]])
-def test_attention_reads_the_valid_slots_of_pages_and_no_other(dtype: torch.dtype, lengths: list[int]) -> None:
-    state, table = paged(lengths, 2, 24, dtype)
-    q, context = randn(2, 6, 24, dtype=dtype), context_of(lengths, 24, table)
-    exact = PagedKVState(state.keys.double(), state.values.double())
-    close(FUSED.attend(q, state, context), PLAIN.attend(q.double(), exact, context), dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(8, 2, 64), (4, 1, 128), (2, 1, 256)])
-def test_attention_of_every_width_with_a_shared_prefix(
-    dtype: torch.dtype, heads: int, groups: int, head_dim: int
+@pytest.mark.parametrize(
+    ("lengths", "heads", "groups", "head_dim", "shared"),
+    [
+        ([1, 64], 6, 2, 24, 0),
+        ([65, 2], 6, 2, 24, 0),
+        ([63, 400], 6, 2, 24, 0),
+        ([130, 64, 65], 4, 2, 64, 0),  # the newest token: inside, last and first of its page
+        # blocks of 64, 32 and 16 slots, each inside one page
+        ([70, 129], 8, 2, 64, 1),
+        ([70, 129], 4, 1, 128, 1),
+        ([70, 129], 2, 1, 256, 1),
+    ],
+)
+def test_attention_reads_the_valid_slots_of_pages_and_writes_one(
+    dtype: torch.dtype, lengths: list[int], heads: int, groups: int, head_dim: int, shared: int
 ) -> None:
-    """Blocks of 64, 32 and 16 slots, each inside one page."""
-    lengths = [70, 129]
-    state, table = paged(lengths, groups, head_dim, dtype, shared=1)
-    q, context = randn(2, heads, head_dim, dtype=dtype), context_of(lengths, head_dim, table)
-    exact = PagedKVState(state.keys.double(), state.values.double())
-    close(FUSED.attend(q, state, context), PLAIN.attend(q.double(), exact, context), dtype)
+    state, table = paged(lengths, groups, head_dim, dtype, shared=shared)
+    qkv, context = qkv_of(len(lengths), heads, groups, head_dim, dtype), context_of(lengths, head_dim, table)
+    other = copied(state)
+    want = PLAIN.attention(qkv.double(), other, context)
+    for row, length in enumerate(lengths):
+        page, slot = int(table.numbers[row, (length - 1) // PAGE]), (length - 1) % PAGE
+        state.keys[:, page, slot] = state.values[:, page, slot] = torch.nan
+    close(FUSED.attention(qkv, state, context), want, dtype)
+    for row, length in enumerate(lengths):
+        page, slot = int(table.numbers[row, (length - 1) // PAGE]), (length - 1) % PAGE
+        for got, wanted in ((state.keys, other.keys), (state.values, other.values)):
+            close(got[:, page, slot], wanted[:, page, slot], dtype)
+            got[:, page, slot] = wanted[:, page, slot]
+    for got, wanted in ((state.keys, other.keys), (state.values, other.values)):
+        assert torch.equal(got.nan_to_num(7.0), wanted.nan_to_num(7.0))
 
 
 def test_pages_and_storage_of_rows_give_the_same_bits() -> None:
@@ -88,34 +108,16 @@ def test_pages_and_storage_of_rows_give_the_same_bits() -> None:
     for run in state.through(table).runs(lengths):
         row, length = run.rows.start, run.keys.shape[2]
         rows.keys(row)[:, :length], rows.values(row)[:, :length] = run.keys[0], run.values[0]
-    q, context = randn(2, 4, 32), context_of(lengths, 32, table)
-    assert torch.equal(FUSED.attend(q, state, context), FUSED.attend(q, rows, context))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [24, 64, 128, 256])
-def test_rotate_and_cache_writes_one_slot_of_one_page(dtype: torch.dtype, head_dim: int) -> None:
-    heads, groups, lengths = 4, 2, [130, 64, 65]  # the newest token: inside, last and first of its page
-    qkv = randn(3, (heads + 2 * groups) * head_dim, dtype=dtype)
-    state, table = paged(lengths, groups, head_dim, dtype, shared=1)
-    other, context = PagedKVState(state.keys.clone(), state.values.clone()), context_of(lengths, head_dim, table)
-    close(FUSED.rotate_and_cache(qkv, state, context), PLAIN.rotate_and_cache(qkv, other, context), dtype)
-    for got, want in ((state.keys, other.keys), (state.values, other.values)):
-        changed: list[Tensor] = []
-        for row, length in enumerate(lengths):
-            page, slot = int(table.numbers[row, (length - 1) // PAGE]), (length - 1) % PAGE
-            close(got[:, page, slot], want[:, page, slot], dtype)
-            changed.append(got[:, page, slot].clone())
-            got[:, page, slot] = want[:, page, slot]
-        assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)) and len(changed) == 3
+    qkv, context = qkv_of(2, 4, 2, 32), context_of(lengths, 32, table)
+    assert torch.equal(FUSED.attention(qkv, state, context), FUSED.attention(qkv, rows, context))
 
 
 def test_a_step_sees_the_pages_of_the_moment() -> None:
     """The table may change between steps, its address and width not: that is what a captured graph reads."""
     lengths = [100, 70]
     state, table = paged(lengths, 2, 16, torch.float32)
-    q, context = randn(2, 4, 16), context_of(lengths, 16, table)
-    first = FUSED.attend(q, state, context)
+    qkv, context = qkv_of(2, 4, 2, 16), context_of(lengths, 16, table)
+    first = FUSED.attention(qkv, state, context)
     table.numbers.copy_(table.numbers.flip(0))
     context.lengths.copy_(context.lengths.flip(0))
-    close(FUSED.attend(q.flip(0), state, context), first.flip(0), torch.float32)
+    close(FUSED.attention(qkv.flip(0), state, context), first.flip(0), torch.float32)

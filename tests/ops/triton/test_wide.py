@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from device import DEVICE
-from hyaena import ops
 from hyaena.bench.run import SH_7B
 from hyaena.ops import (
     DecodeOperators,
@@ -183,20 +182,12 @@ def test_attention_and_its_cache(dtype: torch.dtype, lengths: list[int]) -> None
     state = state.reserve([length + 100 for length in lengths])
     for tensor in state.tensors():
         tensor.normal_()
-    q = randn(batch, heads, head_dim, dtype=dtype)
-    rows = [
-        ops.attention(
-            q[i, None, :, None].double(), *(t[None, :, :n].double() for t in (state.keys(i), state.values(i)))
-        )
-        for i, n in enumerate(lengths)
-    ]
-    for i, n in enumerate(lengths):
-        state.keys(i)[:, n:] = torch.nan
-        state.values(i)[:, n:] = torch.nan
-    close(fused.attend(q, state, context()), torch.cat(rows).squeeze(2), STEP[dtype])
     qkv, plain = randn(batch, (heads + 2 * groups) * head_dim, dtype=dtype), state.select(list(range(batch)))
-    want = PLAIN.rotate_and_cache(qkv, plain, context())
-    close(fused.rotate_and_cache(qkv, state, context()), want, STEP[dtype])
+    want = PLAIN.attention(qkv.double(), plain, context())
+    for i, n in enumerate(lengths):
+        state.keys(i)[:, n - 1 :] = torch.nan
+        state.values(i)[:, n - 1 :] = torch.nan
+    close(fused.attention(qkv, state, context()), want, STEP[dtype])
     for i, n in enumerate(lengths):
         close(state.keys(i)[:, n - 1], plain.keys(i)[:, n - 1], STEP[dtype])
         close(state.values(i)[:, n - 1], plain.values(i)[:, n - 1], STEP[dtype])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from hyaena.ops import triton
@@ -18,7 +19,7 @@ from hyaena.ops.narrow import Narrow
 from hyaena.ops.pages import PagedKVState
 from hyaena.ops.step import DecodeOperators, Norm, RMSNormWeight, StepContext
 from hyaena.ops.triton import pointwise
-from hyaena.ops.triton.decode import embed_argmax, gemv, narrow, rope_kv, row_tiles
+from hyaena.ops.triton.decode import embed_argmax, gemv, narrow, row_tiles
 from hyaena.ops.triton.decode.attention import decode_attention
 from hyaena.ops.triton.decode.few_rows import Products
 from hyaena.ops.triton.hyena import step_launch
@@ -55,6 +56,7 @@ class FusedDecodeOperators(DecodeOperators):
         self.backend = Backend(hyena=False, pointwise=True)
         self.overlap = overlap
         self.longest = longest
+        self._arrived: dict[tuple[torch.device, int], Tensor] = {}
 
     def embed(self, ids: Tensor, table: Tensor | Callable[[Tensor], Tensor], context: StepContext) -> Tensor:
         if not isinstance(table, Tensor):
@@ -124,12 +126,17 @@ class FusedDecodeOperators(DecodeOperators):
             return super().normalise(x, norm)
         return pointwise.rms_norm(x, norm.weight, norm.eps, eps_inside_root=norm.eps_inside_root, overlap=self.overlap)
 
-    def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
-        return rope_kv.rotate_and_cache(qkv, state.through(context.pages), context, overlap=self.overlap)
-
-    def attend(self, q: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
+    def attention(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         rows = state.through(context.pages)
-        return decode_attention(q, rows, context.lengths, longest=self.longest, overlap=self.overlap)
+        arrived = self._counters(qkv.device, len(qkv) * rows.groups)
+        return decode_attention(qkv, rows, context, arrived, longest=self.longest, overlap=self.overlap)
+
+    def _counters(self, device: torch.device, count: int) -> Tensor:
+        """Zeros of ``count`` or more; never freed, since captured graphs hold their address."""
+        size = 1 << (count - 1).bit_length()
+        if (device, size) not in self._arrived:
+            self._arrived[device, size] = torch.zeros(size, dtype=torch.int32, device=device)
+        return self._arrived[device, size]
 
     def hyena(
         self, z: Tensor, short_weight: Tensor, short_bias: Tensor | None, long_filter: Filter, state: HyenaState

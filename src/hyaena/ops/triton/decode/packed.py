@@ -196,12 +196,9 @@ class PackedOperators(FusedDecodeOperators):
         x = self.normalise(x, norm)
         return multiply_gate(linear(x, gate), linear(x, up), activation, backend=self.backend)
 
-    def rotate_and_cache(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
+    def attention(self, qkv: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
         rows = state.through(context.pages)
-        return rope_kv.rotate_and_cache(qkv, rows, context, owners=self.tables.owners, overlap=self.overlap)
-
-    def attend(self, q: Tensor, state: KVState | PagedKVState, context: StepContext) -> Tensor:
-        rows = state.through(context.pages)
+        q = rope_kv.rotate_and_cache(qkv, rows, context, owners=self.tables.owners, overlap=self.overlap)
         return packed_attention(q, rows, self.tables.blocks, context.lengths, overlap=self.overlap)
 
     def hyena(

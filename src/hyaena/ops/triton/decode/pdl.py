@@ -1,7 +1,7 @@
 """Programmatic dependent launch: kernels of a decoding step that start before their predecessors end.
 
 Between two kernels of a stream the memory of a GPU is idle for some microseconds: the last programs of the first end
-one by one, the next kernel is launched, its first reads are in flight. A step is 200 kernels of 2 to 60 µs, so this is
+one by one, the next kernel is launched, its first reads are in flight. A step is 160 kernels of 2 to 60 µs, so this is
 a tenth of its time. On compute capability 9.0 and newer, a kernel that is launched with an attribute may start as soon
 as every program of its predecessor has called ``gdc_launch_dependents`` or ended. It does what depends on no kernel of
 the step, such as loading its weights, and then calls ``gdc_wait``, before it touches anything else. CUDA graphs keep

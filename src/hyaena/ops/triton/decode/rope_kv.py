@@ -1,6 +1,6 @@
-"""RoPE and the write to the KV cache, between the projection and attention of a decoding step.
+"""RoPE and the write to the KV cache of the newest tokens of several rows, before ``packed_attention`` reads them.
 
-The reference is ``DecodeOperators.rotate_and_cache``.
+The reference is ``DecodeOperators.rotate_and_cache``. A step has it in the kernel of ``attention``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEADS_TOGETHER = 16
 def _rotate_and_cache_kernel(qkv, keys, values, capacities, pages, owners, q, lengths, cos, sin,
                              HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr,
                              HALF_PAD: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr, TABLE: tl.constexpr,
-                             PAGE: tl.constexpr, OWNERS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                             PAGE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Some heads of one token. Heads: queries, keys, values, in the order of the projection."""
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
@@ -36,9 +36,7 @@ def _rotate_and_cache_kernel(qkv, keys, values, capacities, pages, owners, q, le
     i = tl.arange(0, HALF_PAD)
     here = (i < HALF)[None, :]
     position = tl.load(lengths + row).to(tl.int64) - 1
-    owner = row
-    if OWNERS:
-        owner = tl.load(owners + row).to(tl.int64)
+    owner = tl.load(owners + row).to(tl.int64)
     slot = first_slot(pages, owner, position, TABLE, PAGE)
     capacity = row_capacity(capacities, owner, PAGE).to(tl.int64)
     inside = (head < HEADS + 2 * GROUPS) & here
@@ -68,13 +66,13 @@ def rotate_and_cache(
     rows: KVState | PagedRows,
     context: StepContext,
     *,
-    owners: Tensor | None = None,
+    owners: Tensor,
     overlap: bool = False,
 ) -> Tensor:
     """Rotate queries and keys of qkv [B,(H+2G)·head_dim], store keys and values at slot ``lengths - 1`` of their rows.
 
     Args:
-        owners: int32 [B], the row of each of several tokens; None where each is the newest of its own row.
+        owners: int32 [B], the row of each token.
 
     Returns:
         The queries [B,H,head_dim].
@@ -89,7 +87,7 @@ def rotate_and_cache(
         qkv, keys, values, capacities, pages, owners, q, context.lengths, *context.rotary,
         HEADS=heads, GROUPS=groups, WIDTH=width, SLOT=rows.slots.width(width),
         HALF_PAD=triton.next_power_of_2(width // 2), BLOCK=block, TYPE=TYPES[rows.dtype], TABLE=table,
-        PAGE=page, OWNERS=owners is not None, OVERLAP=overlap,
+        PAGE=page, OVERLAP=overlap,
         launch_pdl=overlap, num_warps=4,
     )  # fmt: skip
     return q

@@ -74,17 +74,17 @@ TILES = {
     (2, 2): Tile(8, 2, early=True),
     (4, 1): Tile(4, 2, programs=4),
     (4, 2): Tile(8, 2, early=True),
-    (8, 1): Tile(8, 2),
+    (8, 1): Tile(4, 1, strips=2, programs=3),
     (8, 2): Tile(8, 1, early=True),
 }
 """By vectors, 2, 4 or 8, and matrices: the fastest of whole steps on one H100.
 
 What is in flight in a processor, numbers of the matrix and vectors, fills half of its registers: two programs of 8
-warps, or four of 4, so that some read while others end.
+warps, or three or four of 4, so that some read while others end. Two strips read 8 vectors half as often.
 """
 MANY = 8192
 """Columns from which a program has so much to read that its beginning and end do not count: few large ones."""
-LONG_TILES = {2: Tile(8, 3), 4: Tile(8, 3)}
+LONG_TILES = {2: Tile(8, 3), 4: Tile(8, 3), 8: Tile(8, 2)}
 """For matrices of more columns than ``MANY``."""
 
 
