@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from hyaena.ops.triton.common import convolve, pole
+from hyaena.ops.triton.decode.pdl import gdc_wait
 from hyaena.ops.triton.hyena.direct import thirds
 from hyaena.ops.triton.hyena.forward import move
 from hyaena.ops.triton.hyena.segments_lanes import (
@@ -225,16 +226,29 @@ def store_states(to, states, word, lane, D: tl.constexpr, N: tl.constexpr):
             tl.store(at + 1, states[e * QUADS + q][1], mask=(lane < 4) & (mode < N))
 
 
+@triton.jit
+def store_window(to, words, lane):
+    """Store the last steps of a word's two channels, [3D,K-1] bfloat16, ``to`` those of the first."""
+    REACH: tl.constexpr = len(words)
+    for k in tl.static_range(REACH):
+        for e in tl.static_range(2):
+            tl.store(to + e * REACH + k, half(words[k], e == 1).to(tl.bfloat16), mask=lane == 0)
+
+
 @kernel(do_not_specialize=["T"])
-def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long, keep, y, long_out, T,
+def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long, keep, y, window, long_out, T,
                             REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
                             WORDS: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
                             HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr,
-                            EMULATED: tl.constexpr):  # fmt: skip
+                            EMULATED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of WORDS words, rows); a warp for every word.
 
-    ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of two numbers, ``keep`` uint8 [B,T]; T is at least a tile. The
-    tables, of one direction, lie in shared memory, and STAGES tiles are on their way there.
+    ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of two numbers, ``keep`` uint8 [B,T]; T is at least a tile.
+    ``window`` [B,3D,K-1] are the last inputs of the short filters. The tables, of one direction, lie in shared memory,
+    and STAGES tiles are on their way there.
+
+    The kernel before this one makes the tables and nothing else, and started when all before it had ended. So all but
+    the tables may be read before the wait.
     """
     ROW: tl.constexpr = 3 * D // 2
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
@@ -258,13 +272,9 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
     room1 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
     room0 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
     out = make_room((1, 256, WORDS), out_shared(WORDS), EMULATED)
-    copy_entries(entries, tables, first, 0, ENTRIES, ENTRIES, WORDS, WORDS, EMULATED)
-    copy_quads(quads, decays + first * (QUADS * 96), QUADS * 96, 6 * QUADS, WORDS, WORDS, EMULATED)
-    for i in tl.static_range(STAGES):
-        copy_tile(room1, i, z_1, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        copy_tile(room0, i, z_0, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        copy_tile(room2, i, z_2, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        end_group(EMULATED)
+    copy_tile(room1, 0, z_1, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+    copy_tile(room0, 0, z_0, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+    copy_tile(room2, 0, z_2, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
     filters2 = load_filters(weight, bias, word, K, HAS_BIAS)
     filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)
     filters0 = load_filters(weight, bias, D + word, K, HAS_BIAS)
@@ -282,6 +292,22 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
                 re = tl.load(given, mask=(lane < 4) & (mode < N), other=0.0)
                 im = tl.load(given + 1, mask=(lane < 4) & (mode < N), other=0.0)
             carry = carry + ((re, im),)
+    last2 = load_before_tile(z_2 + word, short_2, keep, T, K - 1, ROW, False, HAS_MASK)
+    last1 = load_before_tile(z_1 + word, short_1, keep, T, K - 1, ROW, False, HAS_MASK)
+    last0 = load_before_tile(z_0 + word, short_0, keep, T, K - 1, ROW, False, HAS_MASK)
+    gdc_wait(OVERLAP)
+    copy_entries(entries, tables, first, 0, ENTRIES, ENTRIES, WORDS, WORDS, EMULATED)
+    copy_quads(quads, decays + first * (QUADS * 96), QUADS * 96, 6 * QUADS, WORDS, WORDS, EMULATED)
+    end_group(EMULATED)
+    for i in tl.static_range(1, STAGES):
+        copy_tile(room1, i, z_1, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_tile(room0, i, z_0, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_tile(room2, i, z_2, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        end_group(EMULATED)
+    window += (row * (3 * D) + word * 2) * (K - 1)
+    store_window(window, last2, lane)
+    store_window(window + D * (K - 1), last1, lane)
+    store_window(window + 2 * D * (K - 1), last0, lane)
 
     for i in range(0, tiles):
         start = i * TILE

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.hyena.segments import find_states, read_decays, read_leaves
 from hyaena.ops.triton.hyena.segments_backward import (
     add_filter_gradient,
@@ -80,12 +81,13 @@ def finish_tile(tail, du, taps, to, start, lane, ROW: tl.constexpr, EMULATED: tl
 def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_filters, outers, of_g, T,
                          REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr,
                          STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, PARAMETERS: tl.constexpr,
-                         EMULATED: tl.constexpr):  # fmt: skip
+                         EMULATED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The first third of dz, and states; if PARAMETERS, the short filter's gradient, P and Y. Grid: (blocks, rows).
 
     Blocks are of WORDS words of ``z`` and ``dy``; ``dz`` is bfloat16. The tables are those of both directions. STAGES
     tiles are on their way to shared memory. Float32: ``states`` [B,tiles,D,QUADS,4,2]; ``of_filters`` [B,K+1,3D], of
-    taps and bias; ``outers`` P [B,D,16,16] and ``of_g`` Y [B,D,16,N,2].
+    taps and bias; ``outers`` P [B,D,16,16] and ``of_g`` Y [B,D,16,N,2]. As in the forward kernel, all but the tables
+    may be read before the wait.
     """
     ROW: tl.constexpr = 3 * D // 2
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
@@ -110,12 +112,16 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
     quads = make_room((3 * QUADS, WARPS, 4, 4), plain_shared(3), EMULATED)
     rooms = make_rooms(STAGES, WORDS, EMULATED)
     out = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
+    copy_blocks(rooms, 0, z, dy, 0, T, first, FROM, D, WORDS, EMULATED)
+    filter2, filter1, filter0 = load_filters_of(weight, bias, channel, D, K, HAS_BIAS)
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     copy_entries(entries, tables, first * 2, 0, ENTRIES, BOTH, WORDS, WARPS, EMULATED)
     copy_quads(quads, decays + first * (QUADS * 96), QUADS * 48, 3 * QUADS, WORDS, WARPS, EMULATED)
-    for i in tl.static_range(STAGES):
+    end_group(EMULATED)
+    for i in tl.static_range(1, STAGES):
         copy_blocks(rooms, i, z, dy, i * TILE, T, first, FROM, D, WORDS, EMULATED)
         end_group(EMULATED)
-    filter2, filter1, filter0 = load_filters_of(weight, bias, channel, D, K, HAS_BIAS)
     nothing = no_sums(lane, K - 1)  # of the steps before the first tile, and du of those after any
     before2 = nothing
     before1 = nothing

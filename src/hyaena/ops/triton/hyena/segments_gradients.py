@@ -1,4 +1,4 @@
-"""Gradients of poles, residues and skip of the kernels of ``segments``, from sums over segments.
+"""Gradients of all parameters of the kernels of ``segments``, from sums over segments and rows.
 
 With P, X, Y and Z as ``segments_gate`` and ``segments_inputs`` make them, and c[t] = Σ_i P[i+t,i]::
 
@@ -12,12 +12,35 @@ import triton
 import triton.language as tl
 
 from hyaena.ops.triton.common import power
+from hyaena.ops.triton.decode.pdl import gdc_wait
 
 
 @triton.jit
-def segments_gradients_kernel(poles, residues, outers, of_w, of_g, of_states, dpoles, dresidues, dskip, ROWS,
-                              REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr):  # fmt: skip
-    """The gradients of poles (of real modes: of their logarithms), residues and skip of a channel. Grid: (D,)."""
+def sum_filters(of_filters, dweight, dbias, channel, ROWS, D: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Sum the gradients of a channel's three short filters over rows, to [3D,K] and [3D]."""
+    line = tl.arange(0, 32)
+    j = line % 8
+    block = line // 8
+    place = channel + block * D
+    inside = (block < 3) & (j < (K + 1 if HAS_BIAS else K))
+    total = tl.zeros((32,), tl.float32)
+    for row in range(ROWS):
+        at = of_filters + (tl.cast(row, tl.int64) * (K + 1) + j) * (3 * D) + place
+        total += tl.load(at, mask=inside, other=0.0)
+    tl.store(dweight + place * K + j, total, mask=inside & (j < K))
+    if HAS_BIAS:
+        tl.store(dbias + place, total, mask=inside & (j == K))
+
+
+@triton.jit
+def segments_gradients_kernel(poles, residues, outers, of_w, of_g, of_states, of_filters, dpoles, dresidues, dskip,
+                              dweight, dbias, ROWS, REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+                              NP: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
+                              OVERLAP: tl.constexpr):  # fmt: skip
+    """The gradients of a channel's poles (of real modes: of their logarithms), residues, skip and short filters.
+
+    Grid: (D,). K is at most 7. The parameters, which no kernel before writes, are read before the wait.
+    """
     channel = tl.program_id(0)
     i = tl.arange(0, 16)[:, None]
     j = tl.arange(0, 16)[None, :]
@@ -28,6 +51,8 @@ def segments_gradients_kernel(poles, residues, outers, of_w, of_g, of_states, dp
     p_im = tl.load(poles + at + 1, mask=inside, other=0.0).to(tl.float64)
     r_re = tl.load(residues + at, mask=inside, other=0.0)
     r_im = tl.load(residues + at + 1, mask=inside, other=0.0)
+    gdc_wait(OVERLAP)
+    sum_filters(of_filters, dweight, dbias, channel, ROWS, D, K, HAS_BIAS)
     if REAL:
         p_re = tl.exp(p_re)
         p_im = tl.exp(p_im)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.hyena.forward import move
 from hyaena.ops.triton.hyena.segments import find_states, read_decays, read_leaves
 from hyaena.ops.triton.hyena.segments_backward import (
@@ -98,11 +99,12 @@ def load_states(states, tile, lane, D: tl.constexpr, QUADS: tl.constexpr):
 def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_filters, of_w, of_states, T,
                            REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr,
                            STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, PARAMETERS: tl.constexpr,
-                           EMULATED: tl.constexpr):  # fmt: skip
+                           EMULATED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The last two thirds of dz; if PARAMETERS, short filters' gradients, X and Z. Grid: (blocks of WORDS words, rows).
 
     Arguments and copies are as in ``segments_gate_kernel``, whose ``states`` are read here. Float32: ``of_w`` X
-    [B,D,16,N,2], ``of_states`` Z [B,D,N,2].
+    [B,D,16,N,2], ``of_states`` Z [B,D,N,2]. The kernel before this one let it start when it had waited for the tables,
+    and writes of what is read here the states alone; nothing is written before the wait.
     """
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
     BLOCKS: tl.constexpr = (QUADS + 1) // 2
@@ -148,6 +150,8 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
     sums1 = no_sums(lane, SUMS)
     sums0 = no_sums(lane, SUMS)
     given = carry
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     if PARAMETERS:
         given = load_states(states, tiles - 1, lane, D, QUADS)
 
