@@ -25,12 +25,14 @@ from hyaena.ops.triton.hyena.segments_backward import (
     filter_channel,
     histories,
     load_filters_of,
+    make_lines,
     make_rooms,
     no_sums,
     number_from_lane,
     store_filter_gradient,
     store_turned,
     turn,
+    turn_blocks,
 )
 from hyaena.ops.triton.hyena.segments_lanes import (
     TILE,
@@ -111,6 +113,7 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
     entries = make_room((ENTRIES, 32 * WARPS, 4), plain_shared(2), EMULATED)
     quads = make_room((3 * QUADS, WARPS, 4, 4), plain_shared(3), EMULATED)
     rooms = make_rooms(STAGES, WORDS, EMULATED)
+    lines = make_lines(EMULATED)
     out = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
     copy_blocks(rooms, 0, z, dy, 0, T, first, FROM, D, WORDS, EMULATED)
     filter2, filter1, filter0 = load_filters_of(weight, bias, channel, D, K, HAS_BIAS)
@@ -140,14 +143,15 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
         at = i % STAGES
         wait_groups(STAGES - 1, EMULATED)
         store_channels(out, dz, start - TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
-        x1 = read_channel(rooms[1], at, z + ROW // 3, start, T, channel, lane, ROW, WORDS, EMULATED)
-        x0 = read_channel(rooms[2], at, z + 2 * (ROW // 3), start, T, channel, lane, ROW, WORDS, EMULATED)
-        gradient = read_channel(rooms[3], at, dy, start, T, channel, lane, D // 2, WORDS, EMULATED)
-        x2 = gradient
-        if PARAMETERS:
-            x2 = read_channel(rooms[0], at, z, start, T, channel, lane, ROW, WORDS, EMULATED)
+        turn_blocks(lines, rooms, at, FROM, EMULATED)
         copy_blocks(rooms, at, z, dy, start + STAGES * TILE, T, first, FROM, D, WORDS, EMULATED)
         end_group(EMULATED)
+        x1 = read_channel(lines[1], z + ROW // 3, start, T, channel, lane, ROW, EMULATED)
+        x0 = read_channel(lines[2], z + 2 * (ROW // 3), start, T, channel, lane, ROW, EMULATED)
+        gradient = read_channel(lines[3], dy, start, T, channel, lane, D // 2, EMULATED)
+        x2 = gradient
+        if PARAMETERS:
+            x2 = read_channel(lines[0], z, start, T, channel, lane, ROW, EMULATED)
         u1 = filter_channel(x1, histories(x1, before1, lane, EMULATED), filter1)
         u0 = filter_channel(x0, histories(x0, before0, lane, EMULATED), filter0)
         past = histories(x2, before2, lane, EMULATED)

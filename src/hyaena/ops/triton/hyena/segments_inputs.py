@@ -27,11 +27,13 @@ from hyaena.ops.triton.hyena.segments_backward import (
     filter_channel,
     histories,
     load_filters_of,
+    make_lines,
     make_rooms,
     no_sums,
     store_filter_gradient,
     store_turned,
     turn,
+    turn_blocks,
 )
 from hyaena.ops.triton.hyena.segments_lanes import (
     TILE,
@@ -74,13 +76,9 @@ def copy_all(rooms, before, at, z, dy, start, T, first, D: tl.constexpr, WORDS: 
 
 
 @triton.jit
-def read_block(room, before, at, block: tl.constexpr, z, start, T, channel, lane, D: tl.constexpr, K: tl.constexpr,
-               WORDS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+def read_block(lines, given, block: tl.constexpr, z, start, T, channel, lane, D: tl.constexpr, EMULATED: tl.constexpr):
     """The numbers of a block of z, and those of the steps before each of a lane's segments."""
-    ROW: tl.constexpr = 3 * D // 2
-    source = z + block * (D // 2)
-    x = read_channel(room, at, source, start, T, channel, lane, ROW, WORDS, EMULATED)
-    given = read_before(before, at, block, z, start, channel, K - 1, ROW, WORDS, EMULATED)
+    x = read_channel(lines, z + block * (D // 2), start, T, channel, lane, 3 * D // 2, EMULATED)
     return x, histories(x, given, lane, EMULATED)
 
 
@@ -130,6 +128,7 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
     entries = make_room((COUNT, 32 * WARPS, 4), plain_shared(2), EMULATED)
     quads = make_room((3 * QUADS, WARPS, 4, 4), plain_shared(3), EMULATED)
     rooms = make_rooms(STAGES, WORDS, EMULATED)
+    lines = make_lines(EMULATED)
     before = make_room((STAGES, 16, WORDS), plain_shared(2), EMULATED)
     out1 = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
     out0 = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
@@ -161,11 +160,15 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
         wait_groups(STAGES - 1, EMULATED)
         store_channels(out1, dz + D, start + TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
         store_channels(out0, dz + 2 * D, start + TILE, T, first * 2, 3 * D, WORDS, EMULATED)
-        gradient = read_channel(rooms[3], at, dy, start, T, channel, lane, D // 2, WORDS, EMULATED)
-        x2, past2 = read_block(rooms[0], before, at, 0, z, start, T, channel, lane, D, K, WORDS, EMULATED)
-        x1, past1 = read_block(rooms[1], before, at, 1, z, start, T, channel, lane, D, K, WORDS, EMULATED)
-        x0, past0 = read_block(rooms[2], before, at, 2, z, start, T, channel, lane, D, K, WORDS, EMULATED)
+        given2 = read_before(before, at, 0, z, start, channel, K - 1, 3 * D // 2, WORDS, EMULATED)
+        given1 = read_before(before, at, 1, z, start, channel, K - 1, 3 * D // 2, WORDS, EMULATED)
+        given0 = read_before(before, at, 2, z, start, channel, K - 1, 3 * D // 2, WORDS, EMULATED)
+        turn_blocks(lines, rooms, at, 0, EMULATED)
         copy_all(rooms, before, at, z, dy, start - STAGES * TILE, T, first, D, WORDS, EMULATED)
+        gradient = read_channel(lines[3], dy, start, T, channel, lane, D // 2, EMULATED)
+        x2, past2 = read_block(lines[0], given2, 0, z, start, T, channel, lane, D, EMULATED)
+        x1, past1 = read_block(lines[1], given1, 1, z, start, T, channel, lane, D, EMULATED)
+        x0, past0 = read_block(lines[2], given0, 2, z, start, T, channel, lane, D, EMULATED)
         begin = given
         if PARAMETERS:
             given = load_states(states, tiles - 2 - i, lane, D, QUADS)

@@ -148,6 +148,20 @@ def store_words(to, words, here):
 
 
 @triton.jit
+def store_decays(poles, decays, D: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, QUADS: tl.constexpr,
+                 REAL: tl.constexpr):  # fmt: skip
+    """Store the decays of a program's channels; a thread has a mode."""
+    index = tl.arange(0, 32 * WORDS)  # a thread has one or nothing: other layouts would be rearranged
+    channel = (tl.program_id(0) * WORDS + index // (4 * QUADS)) * 2 + tl.program_id(1)
+    mode = index % (4 * QUADS)
+    pairs = load_decays(poles, channel, mode, D, N, REAL)
+    pairs = pairs + (pairs[4],)  # the last piece is filled up
+    for k in tl.static_range(3):
+        to = decays + (channel * QUADS + mode // 4) * 48 + k * 16 + mode % 4 * 4
+        store_words(to, pairs[2 * k] + pairs[2 * k + 1], index < 4 * QUADS * WORDS)
+
+
+@triton.jit
 def segments_tables_kernel(poles, residues, skip, tables, decays, D: tl.constexpr, N: tl.constexpr, REAL: tl.constexpr,
                            WORDS: tl.constexpr, DIRECTIONS: tl.constexpr, HAS_SKIP: tl.constexpr,
                            EMULATED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
@@ -198,11 +212,4 @@ def segments_tables_kernel(poles, residues, skip, tables, decays, D: tl.constexp
         for back in tl.static_range(DIRECTIONS):
             store_words(entries + back * ENTRIES * 128, as_local(taps, gain, lane, back == 1, EMULATED), every)
     else:
-        index = tl.arange(0, 4 * QUADS * WORDS)
-        channel = (tl.program_id(0) * WORDS + index // (4 * QUADS)) * 2 + tl.program_id(1)
-        mode = index % (4 * QUADS)
-        pairs = load_decays(poles, channel, mode, D, N, REAL)
-        pairs = pairs + (pairs[4],)  # the last piece is filled up
-        for k in tl.static_range(3):
-            to = decays + (channel * QUADS + mode // 4) * 48 + k * 16 + mode % 4 * 4
-            store_words(to, pairs[2 * k] + pairs[2 * k + 1], mode >= 0)
+        store_decays(poles, decays, D, N, WORDS, QUADS, REAL)
