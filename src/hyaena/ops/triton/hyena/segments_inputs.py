@@ -168,13 +168,13 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
         gradient = read_channel(lines[3], dy, start, T, channel, lane, D // 2, EMULATED)
         x2, past2 = read_block(lines[0], given2, 0, z, start, T, channel, lane, D, EMULATED)
         x1, past1 = read_block(lines[1], given1, 1, z, start, T, channel, lane, D, EMULATED)
+        u1 = filter_channel(x1, past1, filter1)
         x0, past0 = read_block(lines[2], given0, 2, z, start, T, channel, lane, D, EMULATED)
+        u0 = filter_channel(x0, past0, filter0)
         begin = given
         if PARAMETERS:
             given = load_states(states, tiles - 2 - i, lane, D, QUADS)
         dg = as_factors(products(filter_channel(x2, past2, filter2), gradient), EMULATED)
-        u1 = filter_channel(x1, past1, filter1)
-        u0 = filter_channel(x0, past0, filter0)
         if PARAMETERS:
             w = as_factors(products(u1, u0), EMULATED)
             left = (as_left(turn(w[0], EMULATED)), as_left(turn(w[1], EMULATED)))
@@ -213,14 +213,17 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
         if PARAMETERS:
             w_sums = new_w
             state_sums = new_states
-            sums1 = add_filter_gradient(sums1, du1, x1, past1)
-            sums0 = add_filter_gradient(sums0, du0, x0, past0)
         dx = filter_back(du1, later1, filter1[0], lane, EMULATED)
         write_channel(out1, dx, dz + D, start, T, channel, lane, 3 * D, WORDS, EMULATED)
         dx = filter_back(du0, later0, filter0[0], lane, EMULATED)
         write_channel(out0, dx, dz + 2 * D, start, T, channel, lane, 3 * D, WORDS, EMULATED)
         later1 = du1[0 : K - 1]
         later0 = du0[0 : K - 1]
+        if PARAMETERS:  # read again: in registers all the while, they would be spilled
+            x1, past1 = read_block(lines[1], given1, 1, z, start, T, channel, lane, D, EMULATED)
+            sums1 = add_filter_gradient(sums1, du1, x1, past1)
+            x0, past0 = read_block(lines[2], given0, 2, z, start, T, channel, lane, D, EMULATED)
+            sums0 = add_filter_gradient(sums0, du0, x0, past0)
     store_channels(out1, dz + D, 0, T, first * 2, 3 * D, WORDS, EMULATED)
     store_channels(out0, dz + 2 * D, 0, T, first * 2, 3 * D, WORDS, EMULATED)
 

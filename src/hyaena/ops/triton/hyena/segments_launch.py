@@ -68,7 +68,7 @@ def quads_of(modes: int) -> int:
     return max(1, power_of_two(modes) // 4)
 
 
-BACK = Plan(8, 16, 3)
+BACK = Plan(8, 16, 2)
 """Of the backward kernels: two warps for every word."""
 
 
