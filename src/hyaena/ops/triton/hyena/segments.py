@@ -56,6 +56,7 @@ from hyaena.ops.triton.hyena.segments_shared import (
     every_lane,
     kernel,
     make_room,
+    make_rooms,
     out_shared,
     plain_shared,
     read_entry,
@@ -148,23 +149,25 @@ def keep_steps(w, keep, start, low, T, lane, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def read_decays(room, decays, owner, place, lane, STRIDE: tl.constexpr, WARPS: tl.constexpr, EMULATED: tl.constexpr):
+def read_decays(rooms, decays, owner, place: tl.constexpr, lane, STRIDE: tl.constexpr, WARPS: tl.constexpr,
+                EMULATED: tl.constexpr):  # fmt: skip
     """The ``decays`` of ``find_states`` of four modes of a channel, the ``place``-th of those that the warp owns."""
-    a = read_quads(room, decays, owner, STRIDE, 3 * place, lane, WARPS, EMULATED)
-    b = read_quads(room, decays, owner, STRIDE, 3 * place + 1, lane, WARPS, EMULATED)
-    c = read_quads(room, decays, owner, STRIDE, 3 * place + 2, lane, WARPS, EMULATED)
+    a = read_quads(rooms, decays, owner, STRIDE, 3 * place, lane, WARPS, EMULATED)
+    b = read_quads(rooms, decays, owner, STRIDE, 3 * place + 1, lane, WARPS, EMULATED)
+    c = read_quads(rooms, decays, owner, STRIDE, 3 * place + 2, lane, WARPS, EMULATED)
     return decays_of(a, b, c)
 
 
 @triton.jit
-def read_leaves(entries, at, block, tables, channel, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr, lane,
-                QUADS: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+def read_leaves(entries, at: tl.constexpr, block: tl.constexpr, tables, channel, FROM: tl.constexpr,
+                COUNT: tl.constexpr, EACH: tl.constexpr, lane, QUADS: tl.constexpr, WORDS: tl.constexpr,
+                EMULATED: tl.constexpr):  # fmt: skip
     """R of a block of eight modes, or its counterpart of the way back; ``at`` is the entry of H."""
-    at += 1 + 2 * block
-    first = read_entry(entries, at, tables, channel, FROM, COUNT, EACH, lane, WORDS, EMULATED)
+    PLACE: tl.constexpr = at + 1 + 2 * block
+    first = read_entry(entries, PLACE, tables, channel, FROM, COUNT, EACH, lane, WORDS, EMULATED)
     second = first
     if QUADS > 1:
-        second = read_entry(entries, at + 1, tables, channel, FROM, COUNT, EACH, lane, WORDS, EMULATED)
+        second = read_entry(entries, PLACE + 1, tables, channel, FROM, COUNT, EACH, lane, WORDS, EMULATED)
     return leaves_of(first, second, QUADS)
 
 
@@ -205,8 +208,8 @@ def finish(words1, words0, before1, before0, keep, poles, tables, decays, rooms,
         for q in tl.static_range(QUADS):
             before = carry[e * QUADS + q]
             mode = 4 * q + lane % 4
-            at = e * ENTRIES + 1 + QUADS + q
-            enter = read_entry(rooms[0], at, tables, word * 2 + e, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
+            enter = read_entry(rooms[0], e * ENTRIES + 1 + QUADS + q, tables, word * 2 + e, 0, ENTRIES, ENTRIES, lane,
+                               WORDS, EMULATED)  # fmt: skip
             decay = read_decays(rooms[1], decays, word, e * QUADS + q, lane, QUADS * 96, WORDS, EMULATED)
             _, end = find_states(w, (enter[0:2], enter[2:4]), decay, (none, none), lane, False, REAL, EMULATED)
             step = raise_poles(poles, word * 2 + e, mode, count + lane * 0, N, REAL)
@@ -266,8 +269,8 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
     T = tl.cast(T, tl.int32)
     tiles = (T + TILE - 1) // TILE
 
-    entries = make_room((2 * ENTRIES, 32 * WORDS, 4), plain_shared(2), EMULATED)
-    quads = make_room((6 * QUADS, WORDS, 4, 4), plain_shared(3), EMULATED)
+    entries = make_rooms(2 * ENTRIES, (32 * WORDS, 4), plain_shared(2), EMULATED)
+    quads = make_rooms(6 * QUADS, (WORDS, 4, 4), plain_shared(3), EMULATED)
     room2 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)  # between copies to one room are barriers
     room1 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
     room0 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
@@ -335,22 +338,22 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
             if HAS_MASK:
                 w = keep_steps(w, keep, start, 0, T, lane, True)
             w = as_factors(w, EMULATED)
-            at = e * ENTRIES
-            local = read_entry(entries, at, tables, channel, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
+            local = read_entry(entries, e * ENTRIES, tables, channel, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
             low, high = multiply_local(w, local, EMULATED)
             for b in tl.static_range(BLOCKS):
                 terms = ()
                 for j in tl.static_range(2 if QUADS > 1 else 1):
                     begin = carry[e * QUADS + 2 * b + j]
-                    at_g = at + 1 + QUADS + 2 * b + j
-                    enter = read_entry(entries, at_g, tables, channel, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
+                    enter = read_entry(entries, e * ENTRIES + 1 + QUADS + 2 * b + j, tables, channel, 0, ENTRIES,
+                                       ENTRIES, lane, WORDS, EMULATED)  # fmt: skip
                     decay = read_decays(quads, decays, word, e * QUADS + 2 * b + j, lane, QUADS * 96, WORDS, EMULATED)
                     s, end = find_states(w, (enter[0:2], enter[2:4]), decay, begin, lane, False, REAL, EMULATED)
                     re = tl.where(whole, end[0], begin[0])
                     im = tl.where(whole, end[1], begin[1])
                     after = after + ((re, im),)
                     terms = terms + split(s[0], s[1], EMULATED) + split(s[2], s[3], EMULATED)
-                leave = read_leaves(entries, at, b, tables, channel, 0, ENTRIES, ENTRIES, lane, QUADS, WORDS, EMULATED)
+                leave = read_leaves(entries, e * ENTRIES, b, tables, channel, 0, ENTRIES, ENTRIES, lane, QUADS, WORDS,
+                                    EMULATED)  # fmt: skip
                 low, high = add_states(low, high, terms, leave, EMULATED)
             ys = ys + (in_steps(low, high),)
         carry = after

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from hyaena.ops.triton.common import convolve
 from hyaena.ops.triton.hyena.segments_lanes import zeros
-from hyaena.ops.triton.hyena.segments_shared import copy_tile, line_shared, make_room, tile_shared, turn_tile
+from hyaena.ops.triton.hyena.segments_shared import copy_tile, turn_tile
 from hyaena.ops.triton.hyena.toeplitz import from_lane
 from hyaena.ops.triton.hyena.toeplitz_backward import transpose
 
@@ -20,24 +20,6 @@ from hyaena.ops.triton.hyena.toeplitz_backward import transpose
 def number_from_lane(x, lane, EMULATED: tl.constexpr):
     """A float32 number of another lane of the warp."""
     return from_lane(x.to(tl.int32, bitcast=True), lane, EMULATED).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def make_rooms(STAGES: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
-    """Shared memory for ``copy_blocks``; between copies to one piece of it are barriers."""
-    out = ()
-    for _ in tl.static_range(4):
-        out = out + (make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED),)
-    return out
-
-
-@triton.jit
-def make_lines(EMULATED: tl.constexpr):
-    """Shared memory for ``turn_blocks``."""
-    out = ()
-    for _ in tl.static_range(4):
-        out = out + (make_room((16, 128), line_shared(), EMULATED),)
-    return out
 
 
 @triton.jit

@@ -25,8 +25,6 @@ from hyaena.ops.triton.hyena.segments_backward import (
     filter_channel,
     histories,
     load_filters_of,
-    make_lines,
-    make_rooms,
     no_sums,
     number_from_lane,
     store_filter_gradient,
@@ -51,14 +49,16 @@ from hyaena.ops.triton.hyena.segments_shared import (
     end_group,
     every_lane,
     kernel,
+    line_shared,
     make_numbers,
-    make_room,
+    make_rooms,
     owned,
     plain_shared,
     read_channel,
     read_entry,
     rounded,
     store_channels,
+    tile_shared,
     wait_groups,
     write_channel,
 )
@@ -110,10 +110,10 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
     tiles = (T + TILE - 1) // TILE
     states += (row * tiles * D + channel) * (QUADS * 8) + lane % 4 * 2
 
-    entries = make_room((ENTRIES, 32 * WARPS, 4), plain_shared(2), EMULATED)
-    quads = make_room((3 * QUADS, WARPS, 4, 4), plain_shared(3), EMULATED)
-    rooms = make_rooms(STAGES, WORDS, EMULATED)
-    lines = make_lines(EMULATED)
+    entries = make_rooms(ENTRIES, (32 * WARPS, 4), plain_shared(2), EMULATED)
+    quads = make_rooms(3 * QUADS, (WARPS, 4, 4), plain_shared(3), EMULATED)
+    rooms = make_rooms(4, (STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
+    lines = make_rooms(4, (16, 128), line_shared(), EMULATED)
     out = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
     copy_blocks(rooms, 0, z, dy, 0, T, first, FROM, D, WORDS, EMULATED)
     filter2, filter1, filter0 = load_filters_of(weight, bias, channel, D, K, HAS_BIAS)
@@ -177,8 +177,8 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
                 begin = carry[2 * b + j]
                 tl.store(to + (2 * b + j) * 8, begin[0], mask=lane < 4)
                 tl.store(to + (2 * b + j) * 8 + 1, begin[1], mask=lane < 4)
-                place = 1 + QUADS + 2 * b + j
-                enter = read_entry(entries, place, tables, channel, 0, ENTRIES, BOTH, lane, WARPS, EMULATED)
+                enter = read_entry(entries, 1 + QUADS + 2 * b + j, tables, channel, 0, ENTRIES, BOTH, lane, WARPS,
+                                   EMULATED)  # fmt: skip
                 decay = read_decays(quads, decays, channel, 2 * b + j, lane, QUADS * 48, WARPS, EMULATED)
                 s, end = find_states(w, (enter[0:2], enter[2:4]), decay, begin, lane, False, REAL, EMULATED)
                 after = after + (end,)

@@ -27,8 +27,6 @@ from hyaena.ops.triton.hyena.segments_backward import (
     filter_channel,
     histories,
     load_filters_of,
-    make_lines,
-    make_rooms,
     no_sums,
     store_filter_gradient,
     store_turned,
@@ -54,14 +52,17 @@ from hyaena.ops.triton.hyena.segments_shared import (
     end_group,
     every_lane,
     kernel,
+    line_shared,
     make_numbers,
     make_room,
+    make_rooms,
     owned,
     plain_shared,
     read_before,
     read_channel,
     read_entry,
     store_channels,
+    tile_shared,
     wait_groups,
     write_channel,
 )
@@ -72,7 +73,6 @@ def copy_all(rooms, before, at, z, dy, start, T, first, D: tl.constexpr, WORDS: 
     """Begin to copy all that the kernel reads of a tile, to place ``at``; nothing of tiles before step 0."""
     copy_blocks(rooms, at, z, dy, start, T, first, 0, D, WORDS, EMULATED)
     copy_before(before, at, z, start, first, 3 * D // 2, WORDS, EMULATED)
-    end_group(EMULATED)
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
     WARPS: tl.constexpr = 2 * WORDS
     SUMS: tl.constexpr = K + 1 if HAS_BIAS else K
     lane = every_lane(WARPS, EMULATED)
-    first = tl.program_id(0) * WORDS
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * WORDS  # caches hold what the gate's last programs read
     channel = first * 2 + owned(lane // 32, WORDS, WARPS)
     lane = lane % 32
     row = tl.program_id(1).to(tl.int64)
@@ -125,17 +125,20 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
     tiles = (T + TILE - 1) // TILE
     states += (row * tiles * D + channel) * (QUADS * 8) + lane % 4 * 2
 
-    entries = make_room((COUNT, 32 * WARPS, 4), plain_shared(2), EMULATED)
-    quads = make_room((3 * QUADS, WARPS, 4, 4), plain_shared(3), EMULATED)
-    rooms = make_rooms(STAGES, WORDS, EMULATED)
-    lines = make_lines(EMULATED)
+    entries = make_rooms(COUNT, (32 * WARPS, 4), plain_shared(2), EMULATED)
+    quads = make_rooms(3 * QUADS, (WARPS, 4, 4), plain_shared(3), EMULATED)
+    rooms = make_rooms(4, (STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
+    lines = make_rooms(4, (16, 128), line_shared(), EMULATED)
     before = make_room((STAGES, 16, WORDS), plain_shared(2), EMULATED)
     out1 = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
     out0 = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
+    copy_all(rooms, before, 0, z, dy, (tiles - 1) * TILE, T, first, D, WORDS, EMULATED)
     copy_entries(entries, tables, first * 2, FROM, COUNT, BOTH, WORDS, WARPS, EMULATED)
     copy_quads(quads, decays + first * (QUADS * 96), QUADS * 48, 3 * QUADS, WORDS, WARPS, EMULATED)
-    for i in tl.static_range(STAGES):
+    end_group(EMULATED)
+    for i in tl.static_range(1, STAGES):
         copy_all(rooms, before, i, z, dy, (tiles - 1 - i) * TILE, T, first, D, WORDS, EMULATED)
+        end_group(EMULATED)
     filter2, filter1, filter0 = load_filters_of(weight, bias, channel, D, K, HAS_BIAS)
     carry = ()
     w_sums = ()
@@ -165,6 +168,7 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
         given0 = read_before(before, at, 2, z, start, channel, K - 1, 3 * D // 2, WORDS, EMULATED)
         turn_blocks(lines, rooms, at, 0, EMULATED)
         copy_all(rooms, before, at, z, dy, start - STAGES * TILE, T, first, D, WORDS, EMULATED)
+        end_group(EMULATED)
         gradient = read_channel(lines[3], dy, start, T, channel, lane, D // 2, EMULATED)
         x2, past2 = read_block(lines[0], given2, 0, z, start, T, channel, lane, D, EMULATED)
         x1, past1 = read_block(lines[1], given1, 1, z, start, T, channel, lane, D, EMULATED)
@@ -187,8 +191,8 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
             terms = ()
             for j in tl.static_range(2 if QUADS > 1 else 1):
                 decay = read_decays(quads, decays, channel, 2 * c + j, lane, QUADS * 48, WARPS, EMULATED)
-                place = OF_H + 1 + QUADS + 2 * c + j
-                enter = read_entry(entries, place, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
+                enter = read_entry(entries, OF_H + 1 + QUADS + 2 * c + j, tables, channel, FROM, COUNT, BOTH, lane,
+                                   WARPS, EMULATED)  # fmt: skip
                 last = carry[2 * c + j]
                 b, end = find_states(dg, (enter[0:2], enter[2:4]), decay, last, lane, True, REAL, EMULATED)
                 new_carry = new_carry + (end,)

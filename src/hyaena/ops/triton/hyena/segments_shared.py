@@ -100,6 +100,15 @@ def make_room(SHAPE: tl.constexpr, LAYOUT: tl.constexpr, EMULATED: tl.constexpr)
 
 
 @triton.jit
+def make_rooms(COUNT: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, EMULATED: tl.constexpr):
+    """``make_room`` for several pieces: between copies to one room are barriers."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (make_room(SHAPE, LAYOUT, EMULATED),)
+    return out
+
+
+@triton.jit
 def make_numbers(SHAPE: tl.constexpr, LAYOUT: tl.constexpr, EMULATED: tl.constexpr):
     """Shared memory for bfloat16 numbers."""
     out = 0 if EMULATED else gl.allocate_shared_memory(gl.bfloat16, SHAPE, LAYOUT)
@@ -327,7 +336,7 @@ def store_channels(room, to, start, T, first, ROW: tl.constexpr, WORDS: tl.const
 
 
 @triton.jit
-def copy_entries(room, tables, first, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr,
+def copy_entries(rooms, tables, first, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr,
                  WORDS: tl.constexpr, WARPS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """Begin to copy COUNT of a channel's EACH entries, those from FROM on, of all channels of a warp in turn.
 
@@ -342,11 +351,11 @@ def copy_entries(room, tables, first, FROM: tl.constexpr, COUNT: tl.constexpr, E
         at = gl.expand_dims(owner * (CHANNELS * EACH * 128) + index % 32 * 4, 1) + part
         for k in tl.static_range(CHANNELS * COUNT):
             entry = k // COUNT * EACH + FROM + k % COUNT
-            async_copy.async_copy_global_to_shared(room.index(k), tables + at + entry * 128)
+            async_copy.async_copy_global_to_shared(rooms[k], tables + at + entry * 128)
 
 
 @triton.jit
-def read_entry(room, place, tables, channel, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr, lane,
+def read_entry(rooms, place: tl.constexpr, tables, channel, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr, lane,
                WARPS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """The four words of a lane of entry ``place`` (constant): of the second channel from COUNT on."""
     out = ()
@@ -355,7 +364,7 @@ def read_entry(room, place, tables, channel, FROM: tl.constexpr, COUNT: tl.const
         for i in tl.static_range(4):
             out = out + (tl.load(at + i),)
     else:
-        out = columns(room.index(place).load(entry_lanes(WARPS)), WARPS)
+        out = columns(rooms[place].load(entry_lanes(WARPS)), WARPS)
     return out
 
 
@@ -375,7 +384,7 @@ def columns(x, WARPS: tl.constexpr):
 
 
 @triton.jit
-def copy_quads(room, source, STRIDE: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr,
+def copy_quads(rooms, source, STRIDE: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr,
                EMULATED: tl.constexpr):  # fmt: skip
     """Begin to copy COUNT pieces of 16 words of what a warp owns, STRIDE apart: four words for each column."""
     if not EMULATED:
@@ -387,18 +396,19 @@ def copy_quads(room, source, STRIDE: tl.constexpr, COUNT: tl.constexpr, WORDS: t
         place = place + gl.expand_dims(gl.expand_dims(column * 4, 0), 2)
         place = place + gl.expand_dims(gl.expand_dims(part, 0), 1)
         for k in tl.static_range(COUNT):
-            async_copy.async_copy_global_to_shared(room.index(k), source + k * 16 + place)
+            async_copy.async_copy_global_to_shared(rooms[k], source + k * 16 + place)
 
 
 @triton.jit
-def read_quads(room, source, owner, STRIDE: tl.constexpr, place, lane, WARPS: tl.constexpr, EMULATED: tl.constexpr):
+def read_quads(rooms, source, owner, STRIDE: tl.constexpr, place: tl.constexpr, lane, WARPS: tl.constexpr,
+               EMULATED: tl.constexpr):  # fmt: skip
     """The four words of a lane's column, of a piece of ``copy_quads``; ``owner`` is the warp's word or channel."""
     out = ()
     if EMULATED:
         for i in tl.static_range(4):
             out = out + (tl.load(source + owner * STRIDE + place * 16 + lane % 4 * 4 + i),)
     else:
-        x = gl.expand_dims(room.index(place).load(quad_lanes(WARPS)), 1)
+        x = gl.expand_dims(rooms[place].load(quad_lanes(WARPS)), 1)
         shared = tl.broadcast_to(x, (WARPS, 8, 4, 4))
         x = gl.convert_layout(gl.reshape(shared, (32 * WARPS, 4)), entry_lanes(WARPS), assert_trivial=True)
         out = columns(x, WARPS)
