@@ -88,8 +88,7 @@ def load_states(states, tile, lane, D: tl.constexpr, QUADS: tl.constexpr):
     out = ()
     for q in tl.static_range(QUADS):
         at = states + tl.cast(tile, tl.int64) * (D * QUADS * 8) + q * 8
-        here = (lane < 4) & (tile >= 0)
-        out = out + ((tl.load(at, mask=here, other=0.0), tl.load(at + 1, mask=here, other=0.0)),)
+        out = out + ((tl.load(at, mask=lane < 4, other=0.0), tl.load(at + 1, mask=lane < 4, other=0.0)),)
     return out
 
 
@@ -151,15 +150,15 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
     later0 = no_sums(lane, K - 1)
     sums1 = no_sums(lane, SUMS)
     sums0 = no_sums(lane, SUMS)
-    given = carry
     gdc_wait(OVERLAP)
     gdc_launch_dependents(OVERLAP)
-    if PARAMETERS:
-        given = load_states(states, tiles - 1, lane, D, QUADS)
 
     for i in range(0, tiles):
         start = (tiles - 1 - i) * TILE
         at = i % STAGES
+        begin = carry
+        if PARAMETERS:
+            begin = load_states(states, tiles - 1 - i, lane, D, QUADS)
         wait_groups(STAGES - 1, EMULATED)
         store_channels(out1, dz + D, start + TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
         store_channels(out0, dz + 2 * D, start + TILE, T, first * 2, 3 * D, WORDS, EMULATED)
@@ -175,9 +174,6 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
         u1 = filter_channel(x1, past1, filter1)
         x0, past0 = read_block(lines[2], given0, 2, z, start, T, channel, lane, D, EMULATED)
         u0 = filter_channel(x0, past0, filter0)
-        begin = given
-        if PARAMETERS:
-            given = load_states(states, tiles - 2 - i, lane, D, QUADS)
         dg = as_factors(products(filter_channel(x2, past2, filter2), gradient), EMULATED)
         if PARAMETERS:
             w = as_factors(products(u1, u0), EMULATED)
