@@ -126,7 +126,7 @@ def forward_in_registers(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """``launch.forward`` of problems that the kernel takes."""
     operands = operands.contiguous()
     z, weight, bias, poles, _, _, short, long, mask = operands[:9]
-    before = None if short is None else as_words(rows_of(short, z), 2)
+    before = rows_of(short, z)
     batch, length = z.shape[:2]
     channels, modes = poles.shape[:2]
     y = z.new_empty(batch, length, channels)
@@ -134,7 +134,7 @@ def forward_in_registers(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     long_out = poles.new_empty(batch, channels, modes, 2)
     _start(segments_forward_kernel, forward_plan(operands), operands)(
         *(as_words(z, 2), weight, z if bias is None else bias, poles, *make_tables(operands, 1)),
-        z if before is None else before,
+        z if before is None else as_words(before, 2),
         poles if long is None else long,
         z if mask is None else mask.view(torch.uint8),
         *(as_words(y, 2), window, long_out, length),

@@ -248,7 +248,7 @@ def read_channel(lines, z, start, T, channel, lane, ROW: tl.constexpr, EMULATED:
             out = out + (half_of(x, channel % 2, EMULATED),)
     else:
         x = gl.reshape(lines.load(line_lanes()), (2, 2, 2, 2, 32, 4))  # the channel's bits 3, 0, 1, 2
-        words = columns(gl.reshape(gl.permute(x, (1, 0, 3, 2, 4, 5)), (512, 4)), 16)
+        words = columns(gl.reshape(gl.permute(x, (1, 0, 3, 2, 4, 5)), (512, 4)), 16)  # as ``owned`` has warps
         for i in tl.static_range(8):
             out = out + (half(words[i // 2], i % 2 == 1),)
     return out
@@ -355,8 +355,8 @@ def copy_entries(rooms, tables, first, FROM: tl.constexpr, COUNT: tl.constexpr, 
 
 
 @triton.jit
-def read_entry(rooms, place: tl.constexpr, tables, channel, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr, lane,
-               WARPS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+def read_entry(rooms, place: tl.constexpr, tables, channel, FROM: tl.constexpr, COUNT: tl.constexpr,
+               EACH: tl.constexpr, lane, WARPS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """The four words of a lane of entry ``place`` (constant): of the second channel from COUNT on."""
     out = ()
     if EMULATED:

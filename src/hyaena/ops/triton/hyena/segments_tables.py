@@ -19,7 +19,7 @@ def load_powers(poles, channel, mode, exponent, N: tl.constexpr, BITS: tl.conste
     at = poles + (channel * N + mode) * 2
     re = tl.load(at, mask=mode < N, other=0.0)
     im = tl.load(at + 1, mask=mode < N, other=0.0)
-    if REAL:
+    if REAL:  # noqa: SIM108, one branch is compiled
         out = tl.exp(re * exponent), tl.exp(im * exponent)
     else:
         out = power(re, im, exponent, BITS)
