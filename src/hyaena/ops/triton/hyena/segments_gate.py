@@ -138,20 +138,22 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
     outer_sums = (no_sums(lane, 4), no_sums(lane, 4))
     filter_sums = no_sums(lane, K + 1 if HAS_BIAS else K)
 
+    wait_groups(STAGES - 1, EMULATED)
+    turn_blocks(lines, rooms, 0, FROM, EMULATED)
+
     for i in range(0, tiles):
         start = i * TILE
-        at = i % STAGES
-        wait_groups(STAGES - 1, EMULATED)
-        store_channels(out, dz, start - TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
-        turn_blocks(lines, rooms, at, FROM, EMULATED)
-        copy_blocks(rooms, at, z, dy, start + STAGES * TILE, T, first, FROM, D, WORDS, EMULATED)
-        end_group(EMULATED)
         x1 = read_channel(lines[1], z + ROW // 3, start, T, channel, lane, ROW, EMULATED)
         x0 = read_channel(lines[2], z + 2 * (ROW // 3), start, T, channel, lane, ROW, EMULATED)
         gradient = read_channel(lines[3], dy, start, T, channel, lane, D // 2, EMULATED)
         x2 = gradient
         if PARAMETERS:
             x2 = read_channel(lines[0], z, start, T, channel, lane, ROW, EMULATED)
+        store_channels(out, dz, start - TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
+        copy_blocks(rooms, i % STAGES, z, dy, start + STAGES * TILE, T, first, FROM, D, WORDS, EMULATED)
+        end_group(EMULATED)
+        wait_groups(STAGES - 1, EMULATED)
+        turn_blocks(lines, rooms, (i + 1) % STAGES, FROM, EMULATED)  # the next tile's
         u1 = filter_channel(x1, histories(x1, before1, lane, EMULATED), filter1)
         u0 = filter_channel(x0, histories(x0, before0, lane, EMULATED), filter0)
         past = histories(x2, before2, lane, EMULATED)

@@ -63,19 +63,6 @@ def segments_gradients_kernel(poles, residues, outers, of_w, of_g, of_states, of
     r_im = tl.load(residues + at + 1, mask=inside, other=0.0)
     gdc_wait(OVERLAP)
     sum_filters(of_filters, dweight, dbias, channel, ROWS, D, K, HAS_BIAS)
-    if REAL:
-        p_re = tl.exp(p_re)
-        p_im = tl.exp(p_im)
-    none = tl.zeros((16, NP), tl.float64)
-    wide_re, wide_im = power(p_re + none, p_im + none, tl.maximum(i - 1, 0), 4, REAL)
-    down_re = i * wide_re.to(tl.float32)  # i p^(i-1)
-    down_im = i * wide_im.to(tl.float32)
-    re, im = multiply(wide_re, wide_im, p_re, p_im, REAL)  # p^i, where i is not 0
-    re = tl.where(i == 0, 1.0, re)
-    im = tl.where(i == 0, 1.0 if REAL else 0.0, im)
-    up_re, up_im = multiply(re, im, p_re, p_im, REAL)
-    re, im = re.to(tl.float32), im.to(tl.float32)
-    up_re, up_im = up_re.to(tl.float32), up_im.to(tl.float32)  # p^(i+1)
     c = tl.zeros((16, 16), tl.float32)
     x_re = tl.zeros((16, NP), tl.float32)  # X of 15-i
     x_im = tl.zeros((16, NP), tl.float32)
@@ -95,6 +82,19 @@ def segments_gradients_kernel(poles, residues, outers, of_w, of_g, of_states, of
         place = (owner * N + mode) * 2
         z_re += tl.load(of_states + place, mask=inside, other=0.0)
         z_im += tl.load(of_states + place + 1, mask=inside, other=0.0)
+    if REAL:
+        p_re = tl.exp(p_re)
+        p_im = tl.exp(p_im)
+    none = tl.zeros((16, NP), tl.float64)
+    wide_re, wide_im = power(p_re + none, p_im + none, tl.maximum(i - 1, 0), 4, REAL)
+    down_re = i * wide_re.to(tl.float32)  # i p^(i-1)
+    down_im = i * wide_im.to(tl.float32)
+    re, im = multiply(wide_re, wide_im, p_re, p_im, REAL)  # p^i, where i is not 0
+    re = tl.where(i == 0, 1.0, re)
+    im = tl.where(i == 0, 1.0 if REAL else 0.0, im)
+    up_re, up_im = multiply(re, im, p_re, p_im, REAL)
+    re, im = re.to(tl.float32), im.to(tl.float32)
+    up_re, up_im = up_re.to(tl.float32), up_im.to(tl.float32)  # p^(i+1)
     c = tl.sum(c, axis=1)[:, None]
     tl.store(dskip + channel + i, c, mask=i == 0)
     weight = (i + 1) * y_re, (i + 1) * y_im
