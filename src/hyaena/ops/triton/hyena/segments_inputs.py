@@ -175,14 +175,8 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
         x0, past0 = read_block(lines[2], given0, 2, z, start, T, channel, lane, D, EMULATED)
         u0 = filter_channel(x0, past0, filter0)
         dg = as_factors(products(filter_channel(x2, past2, filter2), gradient), EMULATED)
-        if PARAMETERS:
-            w = as_factors(products(u1, u0), EMULATED)
-            left = (as_left(turn(w[0], EMULATED)), as_left(turn(w[1], EMULATED)))
-        local = read_entry(entries, OF_H, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
-        low, high = multiply_local(dg, local, EMULATED)
         new_carry = ()
-        new_w = ()
-        new_states = ()
+        bs = ()
         for c in tl.static_range(BLOCKS):
             terms = ()
             for j in tl.static_range(2 if QUADS > 1 else 1):
@@ -192,38 +186,46 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
                 last = carry[2 * c + j]
                 b, end = find_states(dg, (enter[0:2], enter[2:4]), decay, last, lane, True, REAL, EMULATED)
                 new_carry = new_carry + (end,)
-                of_b = split(b[0], b[1], EMULATED) + split(b[2], b[3], EMULATED)
-                terms = terms + of_b
-                if PARAMETERS:
-                    turned = turn(of_b, EMULATED)
-                    sums = w_sums[2 * c + j]
-                    new_w = new_w + (multiply_terms(left, (turned[0::2], turned[1::2]), sums, EMULATED),)
-                    enter = read_entry(entries, 2 * c + j, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
-                    given_s = begin[2 * c + j]
-                    s = find_states(w, (enter[0:2], enter[2:4]), decay, given_s, lane, False, REAL, EMULATED)[0]
-                    total = state_sums[2 * c + j]
-                    total = move((b[0], b[1]), s[0], s[1], total[0], total[1], REAL)
-                    new_states = new_states + (move((b[2], b[3]), s[2], s[3], total[0], total[1], REAL),)
+                bs = bs + (b,)
+                terms = terms + split(b[0], b[1], EMULATED) + split(b[2], b[3], EMULATED)
+            if c == 0:
+                local = read_entry(entries, OF_H, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
+                low, high = multiply_local(dg, local, EMULATED)
             leave = read_leaves(entries, OF_H, c, tables, channel, FROM, COUNT, BOTH, lane, QUADS, WARPS, EMULATED)
             low, high = add_states(low, high, terms, leave, EMULATED)
         carry = new_carry
         dw = in_steps(low, high)
+        if PARAMETERS:
+            w = as_factors(products(u1, u0), EMULATED)
         du1 = products(dw, u0)
         du0 = products(dw, u1)
-        if PARAMETERS:
-            w_sums = new_w
-            state_sums = new_states
         dx = filter_back(du1, later1, filter1[0], lane, EMULATED)
         write_channel(out1, dx, dz + D, start, T, channel, lane, 3 * D, WORDS, EMULATED)
         dx = filter_back(du0, later0, filter0[0], lane, EMULATED)
         write_channel(out0, dx, dz + 2 * D, start, T, channel, lane, 3 * D, WORDS, EMULATED)
         later1 = du1[0 : K - 1]
         later0 = du0[0 : K - 1]
-        if PARAMETERS:  # read again: in registers all the while, they would be spilled
+        if PARAMETERS:  # u1 and u0 are read again, and states come last: all together they do not fit the registers
             x1, past1 = read_block(lines[1], given1, 1, z, start, T, channel, lane, D, EMULATED)
             sums1 = add_filter_gradient(sums1, du1, x1, past1)
             x0, past0 = read_block(lines[2], given0, 2, z, start, T, channel, lane, D, EMULATED)
             sums0 = add_filter_gradient(sums0, du0, x0, past0)
+            left = (as_left(turn(w[0], EMULATED)), as_left(turn(w[1], EMULATED)))
+            new_w = ()
+            new_states = ()
+            for q in tl.static_range(QUADS):
+                b = bs[q]
+                turned = turn(split(b[0], b[1], EMULATED) + split(b[2], b[3], EMULATED), EMULATED)
+                new_w = new_w + (multiply_terms(left, (turned[0::2], turned[1::2]), w_sums[q], EMULATED),)
+            for q in tl.static_range(QUADS):
+                b = bs[q]
+                decay = read_decays(quads, decays, channel, q, lane, QUADS * 48, WARPS, EMULATED)
+                enter = read_entry(entries, q, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
+                s = find_states(w, (enter[0:2], enter[2:4]), decay, begin[q], lane, False, REAL, EMULATED)[0]
+                total = move((b[0], b[1]), s[0], s[1], state_sums[q][0], state_sums[q][1], REAL)
+                new_states = new_states + (move((b[2], b[3]), s[2], s[3], total[0], total[1], REAL),)
+            w_sums = new_w
+            state_sums = new_states
     store_channels(out1, dz + D, 0, T, first * 2, 3 * D, WORDS, EMULATED)
     store_channels(out0, dz + 2 * D, 0, T, first * 2, 3 * D, WORDS, EMULATED)
 
