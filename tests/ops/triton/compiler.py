@@ -60,8 +60,8 @@ def many_modes() -> None:
     """Complex and real modes by products: forward and backward."""
     from hyaena.ops.triton.hyena import modal_backward_launch, modal_launch, segments_launch
 
-    hopper = driver.active.get_current_target().arch >= 90
-    segments_launch.can_overlap = lambda device: hopper
+    overlap = driver.active.get_current_target().arch >= 90
+    segments_launch.can_overlap = lambda device: overlap
     z, weight, short = numbers(1, LENGTH, 3 * WIDTH), numbers(3 * WIDTH, 3), numbers(1, 3 * WIDTH, 2)
     for modes, real in ((8, True), (16, False)):
         pairs = torch.zeros(WIDTH, modes, 2)
@@ -69,8 +69,7 @@ def many_modes() -> None:
         operands = modal_launch.Operands(z, weight, None, pairs, pairs, numbers(WIDTH), short, state, None, None, real)
         modal_launch.forward_products(operands)
         modal_backward_launch.backward_products(numbers(1, LENGTH, WIDTH), None, operands)
-        if hopper or real:  # the tables of 16 complex modes fill all of a Hopper processor
-            segments_launch.forward_in_registers(operands)
+        segments_launch.forward_in_registers(operands)
     pairs = torch.zeros(WIDTH, 4, 2)
     operands = modal_launch.Operands(z, weight, None, pairs, pairs, numbers(WIDTH), None, None, None, None, False)
     segments_launch.backward_in_registers(numbers(1, LENGTH, WIDTH), None, operands)

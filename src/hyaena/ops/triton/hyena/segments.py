@@ -257,7 +257,6 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
     BLOCKS: tl.constexpr = (QUADS + 1) // 2
     ENTRIES: tl.constexpr = 1 + 2 * QUADS
-    OUT: tl.constexpr = 8 if N <= 8 else 4  # words of a lane that are laid down together: more modes leave less room
     lane = every_lane(WORDS, EMULATED)
     first = tl.program_id(0) * WORDS
     word = first + lane // 32
@@ -275,7 +274,7 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
     room2 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)  # between copies to one room are barriers
     room1 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
     room0 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
-    out = make_room((32 * OUT, WORDS), out_shared(WORDS), EMULATED)
+    out = make_room((1, 256, WORDS), out_shared(WORDS), EMULATED)
     copy_tile(room1, 0, z_1, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
     copy_tile(room0, 0, z_0, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
     copy_tile(room2, 0, z_2, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
@@ -326,15 +325,16 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
         end_group(EMULATED)
         us1 = filter_segments(words1, before1, filters1, lane, EMULATED)
         us0 = filter_segments(words0, before0, filters0, lane, EMULATED)
-        ws = (products(us1[0], us0[0]), products(us1[1], us0[1]))
+        us2 = filter_segments(words2, before2, filters2, lane, EMULATED)
         before1 = words1[9 - K :]
         before0 = words0[9 - K :]
+        before2 = words2[9 - K :]
         whole = start + TILE <= T  # the state before a part of a tile is the start of what follows the loop
         ys = ()
         after = ()
         for e in tl.static_range(2):
             channel = word * 2 + e
-            w = ws[e]
+            w = products(us1[e], us0[e])
             if HAS_MASK:
                 w = keep_steps(w, keep, start, 0, T, lane, True)
             w = as_factors(w, EMULATED)
@@ -357,18 +357,13 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
                 low, high = add_states(low, high, terms, leave, EMULATED)
             ys = ys + (in_steps(low, high),)
         carry = after
-        us2 = filter_segments(words2, before2, filters2, lane, EMULATED)
-        before2 = words2[9 - K :]
         even = products(ys[0], us2[0])
         odd = products(ys[1], us2[1])
         if HAS_MASK:
             even = keep_steps(even, keep, start, 0, T, lane, True)
             odd = keep_steps(odd, keep, start, 0, T, lane, True)
-        words = pack_steps(even, odd, EMULATED)
-        for k in tl.static_range(8 // OUT):
-            part = words[k * OUT : k * OUT + OUT]
-            write_tile(out, part, y, start, T, word, lane, 32 * OUT * k, D // 2, WORDS, EMULATED)
-            store_tile(out, y, start, T, first, 32 * OUT * k, D // 2, WORDS, EMULATED)
+        write_tile(out, 0, pack_steps(even, odd, EMULATED), y, start, T, word, lane, D // 2, WORDS, EMULATED)
+        store_tile(out, 0, y, start, T, first, D // 2, WORDS, EMULATED)
 
     count = T % TILE
     if count > 0:

@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 def forward_bytes(modes: int, stages: int) -> int:
     """Bytes of shared memory that a word takes in the forward kernel."""
     quads = quads_of(modes)
-    return 1024 * (1 + 2 * quads) + 384 * quads + 3072 * stages + (1024 if modes <= 8 else 512)
+    return 1024 * (1 + 2 * quads) + 384 * quads + 3072 * stages + 1024
 
 
 def forward_plan(operands: Operands) -> Plan:

@@ -288,32 +288,27 @@ def turn(x, WORDS: tl.constexpr):
 
 
 @triton.jit
-def write_tile(room, words, to, start, T, word, lane, FROM: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr,
+def write_tile(room, at, words, to, start, T, word, lane, ROW: tl.constexpr, WORDS: tl.constexpr,
                EMULATED: tl.constexpr):  # fmt: skip
-    """Lay eight words of a lane down, those of a tile, or four of them, from row FROM on, for ``store_tile``."""
+    """Lay a lane's eight words of a tile down, for ``store_tile``."""
     if EMULATED:
-        for i in tl.static_range(len(words)):
-            step = start + tile_rows(FROM + 32 * i + lane)
+        for i in tl.static_range(8):
+            step = start + tile_rows(32 * i + lane)
             tl.store(to + step.to(tl.int64) * ROW + word, words[i], mask=step < T)
-    elif len(words) == 8:  # together: between two stores to one room Triton puts a barrier
+    else:  # together: between two stores to one room Triton puts a barrier
         x = gl.permute(gl.reshape(stack(words, 8), (WORDS, 32, 2, 2, 2)), (2, 3, 4, 1, 0))
-        room.store(gl.reshape(x, (256, WORDS)))
-    else:
-        x = gl.permute(gl.reshape(stack(words, 4), (WORDS, 32, 2, 2)), (2, 3, 1, 0))
-        room.store(gl.reshape(x, (128, WORDS)))
+        room.index(at).store(gl.reshape(x, (256, WORDS)))
 
 
 @triton.jit
-def store_tile(room, to, start, T, first, FROM: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr,
-               EMULATED: tl.constexpr):  # fmt: skip
-    """Store the rows of ``write_tile``."""
+def store_tile(room, at, to, start, T, first, ROW: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
+    """Store a tile of ``write_tile``."""
     if not EMULATED:
         COPIES: gl.constexpr = tile_copies(WORDS, gl.num_warps())
-        row = gl.arange(0, room.shape[0], layout=gl.SliceLayout(1, COPIES)) + FROM
-        step = tile_rows(row) + start
+        step = tile_rows(gl.arange(0, 256, layout=gl.SliceLayout(1, COPIES))) + start
         column = first + gl.arange(0, WORDS, layout=gl.SliceLayout(0, COPIES))
         rows = gl.expand_dims(to + step.to(gl.int64) * ROW, 1) + gl.expand_dims(column, 0)
-        gl.store(rows, room.load(COPIES), mask=gl.expand_dims(step < T, 1))
+        gl.store(rows, room.index(at).load(COPIES), mask=gl.expand_dims(step < T, 1))
 
 
 @triton.jit
