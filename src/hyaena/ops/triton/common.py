@@ -201,9 +201,9 @@ def pole_ladder(p_re, p_im, G: tl.constexpr, REAL: tl.constexpr = False):
 
 @triton.jit
 def power(re, im, exponent, BITS: tl.constexpr = 31, REAL: tl.constexpr = False):
-    """``p^exponent`` of a float64 complex tensor, by squaring; 0 <= exponent < 2^BITS. With REAL of two real ones."""
-    out_re = tl.full(re.shape, 1.0, tl.float64)
-    out_im = tl.full(re.shape, 1.0 if REAL else 0.0, tl.float64)
+    """``p^exponent`` of a complex tensor, by squaring; 0 <= exponent < 2^BITS. With REAL of two real ones."""
+    out_re = tl.full(re.shape, 1.0, re.dtype)
+    out_im = tl.full(re.shape, 1.0 if REAL else 0.0, re.dtype)
     for bit in range(BITS):
         odd = (exponent >> bit) % 2 == 1
         if REAL:

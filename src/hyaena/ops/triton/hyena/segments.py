@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from hyaena.ops.triton.common import convolve, pole
+from hyaena.ops.triton.decode.pdl import gdc_wait
 from hyaena.ops.triton.hyena.direct import thirds
 from hyaena.ops.triton.hyena.forward import move
 from hyaena.ops.triton.hyena.segments_lanes import (
@@ -55,6 +56,7 @@ from hyaena.ops.triton.hyena.segments_shared import (
     every_lane,
     kernel,
     make_room,
+    make_rooms,
     out_shared,
     plain_shared,
     read_entry,
@@ -147,23 +149,25 @@ def keep_steps(w, keep, start, low, T, lane, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def read_decays(room, decays, owner, place, lane, STRIDE: tl.constexpr, WARPS: tl.constexpr, EMULATED: tl.constexpr):
+def read_decays(rooms, decays, owner, place: tl.constexpr, lane, STRIDE: tl.constexpr, WARPS: tl.constexpr,
+                EMULATED: tl.constexpr):  # fmt: skip
     """The ``decays`` of ``find_states`` of four modes of a channel, the ``place``-th of those that the warp owns."""
-    a = read_quads(room, decays, owner, STRIDE, 3 * place, lane, WARPS, EMULATED)
-    b = read_quads(room, decays, owner, STRIDE, 3 * place + 1, lane, WARPS, EMULATED)
-    c = read_quads(room, decays, owner, STRIDE, 3 * place + 2, lane, WARPS, EMULATED)
+    a = read_quads(rooms, decays, owner, STRIDE, 3 * place, lane, WARPS, EMULATED)
+    b = read_quads(rooms, decays, owner, STRIDE, 3 * place + 1, lane, WARPS, EMULATED)
+    c = read_quads(rooms, decays, owner, STRIDE, 3 * place + 2, lane, WARPS, EMULATED)
     return decays_of(a, b, c)
 
 
 @triton.jit
-def read_leaves(entries, at, block, tables, channel, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr, lane,
-                QUADS: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+def read_leaves(entries, at: tl.constexpr, block: tl.constexpr, tables, channel, FROM: tl.constexpr,
+                COUNT: tl.constexpr, EACH: tl.constexpr, lane, QUADS: tl.constexpr, WORDS: tl.constexpr,
+                EMULATED: tl.constexpr):  # fmt: skip
     """R of a block of eight modes, or its counterpart of the way back; ``at`` is the entry of H."""
-    at += 1 + 2 * block
-    first = read_entry(entries, at, tables, channel, FROM, COUNT, EACH, lane, WORDS, EMULATED)
+    PLACE: tl.constexpr = at + 1 + 2 * block
+    first = read_entry(entries, PLACE, tables, channel, FROM, COUNT, EACH, lane, WORDS, EMULATED)
     second = first
     if QUADS > 1:
-        second = read_entry(entries, at + 1, tables, channel, FROM, COUNT, EACH, lane, WORDS, EMULATED)
+        second = read_entry(entries, PLACE + 1, tables, channel, FROM, COUNT, EACH, lane, WORDS, EMULATED)
     return leaves_of(first, second, QUADS)
 
 
@@ -204,8 +208,8 @@ def finish(words1, words0, before1, before0, keep, poles, tables, decays, rooms,
         for q in tl.static_range(QUADS):
             before = carry[e * QUADS + q]
             mode = 4 * q + lane % 4
-            at = e * ENTRIES + 1 + QUADS + q
-            enter = read_entry(rooms[0], at, tables, word * 2 + e, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
+            enter = read_entry(rooms[0], e * ENTRIES + 1 + QUADS + q, tables, word * 2 + e, 0, ENTRIES, ENTRIES, lane,
+                               WORDS, EMULATED)  # fmt: skip
             decay = read_decays(rooms[1], decays, word, e * QUADS + q, lane, QUADS * 96, WORDS, EMULATED)
             _, end = find_states(w, (enter[0:2], enter[2:4]), decay, (none, none), lane, False, REAL, EMULATED)
             step = raise_poles(poles, word * 2 + e, mode, count + lane * 0, N, REAL)
@@ -225,16 +229,29 @@ def store_states(to, states, word, lane, D: tl.constexpr, N: tl.constexpr):
             tl.store(at + 1, states[e * QUADS + q][1], mask=(lane < 4) & (mode < N))
 
 
+@triton.jit
+def store_window(to, words, lane):
+    """Store the last steps of a word's two channels, [3D,K-1] bfloat16, ``to`` those of the first."""
+    REACH: tl.constexpr = len(words)
+    for k in tl.static_range(REACH):
+        for e in tl.static_range(2):
+            tl.store(to + e * REACH + k, half(words[k], e == 1).to(tl.bfloat16), mask=lane == 0)
+
+
 @kernel(do_not_specialize=["T"])
-def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long, keep, y, long_out, T,
+def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long, keep, y, window, long_out, T,
                             REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
                             WORDS: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr,
                             HAS_SHORT: tl.constexpr, HAS_LONG: tl.constexpr, HAS_MASK: tl.constexpr,
-                            EMULATED: tl.constexpr):  # fmt: skip
+                            EMULATED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """Equals ``ops.hyena`` by any plain method. Grid: (blocks of WORDS words, rows); a warp for every word.
 
-    ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of two numbers, ``keep`` uint8 [B,T]; T is at least a tile. The
-    tables, of one direction, lie in shared memory, and STAGES tiles are on their way there.
+    ``z``, ``short`` [B,K-1,3D] and ``y`` are in words of two numbers, ``keep`` uint8 [B,T]; T is at least a tile.
+    ``window`` [B,3D,K-1] are the last inputs of the short filters. The tables, of one direction, lie in shared memory,
+    and STAGES tiles are on their way there.
+
+    The kernel before this one makes the tables and nothing else, and started when all before it had ended. So all but
+    the tables may be read before the wait.
     """
     ROW: tl.constexpr = 3 * D // 2
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
@@ -252,19 +269,15 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
     T = tl.cast(T, tl.int32)
     tiles = (T + TILE - 1) // TILE
 
-    entries = make_room((2 * ENTRIES, 32 * WORDS, 4), plain_shared(2), EMULATED)
-    quads = make_room((6 * QUADS, WORDS, 4, 4), plain_shared(3), EMULATED)
+    entries = make_rooms(2 * ENTRIES, (32 * WORDS, 4), plain_shared(2), EMULATED)
+    quads = make_rooms(6 * QUADS, (WORDS, 4, 4), plain_shared(3), EMULATED)
     room2 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)  # between copies to one room are barriers
     room1 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
     room0 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
     out = make_room((1, 256, WORDS), out_shared(WORDS), EMULATED)
-    copy_entries(entries, tables, first, 0, ENTRIES, ENTRIES, WORDS, WORDS, EMULATED)
-    copy_quads(quads, decays + first * (QUADS * 96), QUADS * 96, 6 * QUADS, WORDS, WORDS, EMULATED)
-    for i in tl.static_range(STAGES):
-        copy_tile(room1, i, z_1, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        copy_tile(room0, i, z_0, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        copy_tile(room2, i, z_2, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        end_group(EMULATED)
+    copy_tile(room1, 0, z_1, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+    copy_tile(room0, 0, z_0, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+    copy_tile(room2, 0, z_2, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
     filters2 = load_filters(weight, bias, word, K, HAS_BIAS)
     filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)
     filters0 = load_filters(weight, bias, D + word, K, HAS_BIAS)
@@ -282,6 +295,22 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
                 re = tl.load(given, mask=(lane < 4) & (mode < N), other=0.0)
                 im = tl.load(given + 1, mask=(lane < 4) & (mode < N), other=0.0)
             carry = carry + ((re, im),)
+    last2 = load_before_tile(z_2 + word, short_2, keep, T, K - 1, ROW, False, HAS_MASK)
+    last1 = load_before_tile(z_1 + word, short_1, keep, T, K - 1, ROW, False, HAS_MASK)
+    last0 = load_before_tile(z_0 + word, short_0, keep, T, K - 1, ROW, False, HAS_MASK)
+    gdc_wait(OVERLAP)
+    copy_entries(entries, tables, first, 0, ENTRIES, ENTRIES, WORDS, WORDS, EMULATED)
+    copy_quads(quads, decays + first * (QUADS * 96), QUADS * 96, 6 * QUADS, WORDS, WORDS, EMULATED)
+    end_group(EMULATED)
+    for i in tl.static_range(1, STAGES):
+        copy_tile(room1, i, z_1, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_tile(room0, i, z_0, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_tile(room2, i, z_2, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        end_group(EMULATED)
+    window += (row * (3 * D) + word * 2) * (K - 1)
+    store_window(window, last2, lane)
+    store_window(window + D * (K - 1), last1, lane)
+    store_window(window + 2 * D * (K - 1), last0, lane)
 
     for i in range(0, tiles):
         start = i * TILE
@@ -309,22 +338,22 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
             if HAS_MASK:
                 w = keep_steps(w, keep, start, 0, T, lane, True)
             w = as_factors(w, EMULATED)
-            at = e * ENTRIES
-            local = read_entry(entries, at, tables, channel, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
+            local = read_entry(entries, e * ENTRIES, tables, channel, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
             low, high = multiply_local(w, local, EMULATED)
             for b in tl.static_range(BLOCKS):
                 terms = ()
                 for j in tl.static_range(2 if QUADS > 1 else 1):
                     begin = carry[e * QUADS + 2 * b + j]
-                    at_g = at + 1 + QUADS + 2 * b + j
-                    enter = read_entry(entries, at_g, tables, channel, 0, ENTRIES, ENTRIES, lane, WORDS, EMULATED)
+                    enter = read_entry(entries, e * ENTRIES + 1 + QUADS + 2 * b + j, tables, channel, 0, ENTRIES,
+                                       ENTRIES, lane, WORDS, EMULATED)  # fmt: skip
                     decay = read_decays(quads, decays, word, e * QUADS + 2 * b + j, lane, QUADS * 96, WORDS, EMULATED)
                     s, end = find_states(w, (enter[0:2], enter[2:4]), decay, begin, lane, False, REAL, EMULATED)
                     re = tl.where(whole, end[0], begin[0])
                     im = tl.where(whole, end[1], begin[1])
                     after = after + ((re, im),)
                     terms = terms + split(s[0], s[1], EMULATED) + split(s[2], s[3], EMULATED)
-                leave = read_leaves(entries, at, b, tables, channel, 0, ENTRIES, ENTRIES, lane, QUADS, WORDS, EMULATED)
+                leave = read_leaves(entries, e * ENTRIES, b, tables, channel, 0, ENTRIES, ENTRIES, lane, QUADS, WORDS,
+                                    EMULATED)  # fmt: skip
                 low, high = add_states(low, high, terms, leave, EMULATED)
             ys = ys + (in_steps(low, high),)
         carry = after

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from hyaena.ops.triton.common import convolve
 from hyaena.ops.triton.hyena.segments_lanes import zeros
-from hyaena.ops.triton.hyena.segments_shared import copy_tile, make_room, tile_shared
+from hyaena.ops.triton.hyena.segments_shared import copy_tile, turn_tile
 from hyaena.ops.triton.hyena.toeplitz import from_lane
 from hyaena.ops.triton.hyena.toeplitz_backward import transpose
 
@@ -23,12 +23,10 @@ def number_from_lane(x, lane, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def make_rooms(STAGES: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
-    """Shared memory for ``copy_blocks``; between copies to one piece of it are barriers."""
-    out = ()
-    for _ in tl.static_range(4):
-        out = out + (make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED),)
-    return out
+def turn_blocks(lines, rooms, at, FROM: tl.constexpr, EMULATED: tl.constexpr):
+    """``turn_tile`` of the blocks from FROM on."""
+    for k in tl.static_range(FROM, 4):
+        turn_tile(lines[k], rooms[k], at, EMULATED)
 
 
 @triton.jit
@@ -37,8 +35,8 @@ def copy_blocks(rooms, at, z, dy, start, T, first, FROM: tl.constexpr, D: tl.con
     """Begin to copy a tile of the blocks of z (u2, u1, u0), FROM one on, and of dy, to place ``at``."""
     ROW: tl.constexpr = 3 * D // 2
     for k in tl.static_range(FROM, 3):
-        copy_tile(rooms[k], at, z + k * (D // 2), start, T, first, z, ROW, WORDS, False, EMULATED)
-    copy_tile(rooms[3], at, dy, start, T, first, z, D // 2, WORDS, False, EMULATED)
+        copy_tile(rooms[k], at, z + k * (D // 2), start, T, first, z, ROW, WORDS, False, EMULATED, True)
+    copy_tile(rooms[3], at, dy, start, T, first, z, D // 2, WORDS, False, EMULATED, True)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.hyena.segments import find_states, read_decays, read_leaves
 from hyaena.ops.triton.hyena.segments_backward import (
     add_filter_gradient,
@@ -24,12 +25,12 @@ from hyaena.ops.triton.hyena.segments_backward import (
     filter_channel,
     histories,
     load_filters_of,
-    make_rooms,
     no_sums,
     number_from_lane,
     store_filter_gradient,
     store_turned,
     turn,
+    turn_blocks,
 )
 from hyaena.ops.triton.hyena.segments_lanes import (
     TILE,
@@ -48,14 +49,16 @@ from hyaena.ops.triton.hyena.segments_shared import (
     end_group,
     every_lane,
     kernel,
+    line_shared,
     make_numbers,
-    make_room,
+    make_rooms,
     owned,
     plain_shared,
     read_channel,
     read_entry,
     rounded,
     store_channels,
+    tile_shared,
     wait_groups,
     write_channel,
 )
@@ -80,12 +83,13 @@ def finish_tile(tail, du, taps, to, start, lane, ROW: tl.constexpr, EMULATED: tl
 def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_filters, outers, of_g, T,
                          REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr,
                          STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, PARAMETERS: tl.constexpr,
-                         EMULATED: tl.constexpr):  # fmt: skip
+                         EMULATED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The first third of dz, and states; if PARAMETERS, the short filter's gradient, P and Y. Grid: (blocks, rows).
 
     Blocks are of WORDS words of ``z`` and ``dy``; ``dz`` is bfloat16. The tables are those of both directions. STAGES
     tiles are on their way to shared memory. Float32: ``states`` [B,tiles,D,QUADS,4,2]; ``of_filters`` [B,K+1,3D], of
-    taps and bias; ``outers`` P [B,D,16,16] and ``of_g`` Y [B,D,16,N,2].
+    taps and bias; ``outers`` P [B,D,16,16] and ``of_g`` Y [B,D,16,N,2]. As in the forward kernel, all but the tables
+    may be read before the wait.
     """
     ROW: tl.constexpr = 3 * D // 2
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
@@ -106,16 +110,21 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
     tiles = (T + TILE - 1) // TILE
     states += (row * tiles * D + channel) * (QUADS * 8) + lane % 4 * 2
 
-    entries = make_room((ENTRIES, 32 * WARPS, 4), plain_shared(2), EMULATED)
-    quads = make_room((3 * QUADS, WARPS, 4, 4), plain_shared(3), EMULATED)
-    rooms = make_rooms(STAGES, WORDS, EMULATED)
+    entries = make_rooms(ENTRIES, (32 * WARPS, 4), plain_shared(2), EMULATED)
+    quads = make_rooms(3 * QUADS, (WARPS, 4, 4), plain_shared(3), EMULATED)
+    rooms = make_rooms(4, (STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
+    lines = make_rooms(4, (16, 128), line_shared(), EMULATED)
     out = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
+    copy_blocks(rooms, 0, z, dy, 0, T, first, FROM, D, WORDS, EMULATED)
+    filter2, filter1, filter0 = load_filters_of(weight, bias, channel, D, K, HAS_BIAS)
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
     copy_entries(entries, tables, first * 2, 0, ENTRIES, BOTH, WORDS, WARPS, EMULATED)
     copy_quads(quads, decays + first * (QUADS * 96), QUADS * 48, 3 * QUADS, WORDS, WARPS, EMULATED)
-    for i in tl.static_range(STAGES):
+    end_group(EMULATED)
+    for i in tl.static_range(1, STAGES):
         copy_blocks(rooms, i, z, dy, i * TILE, T, first, FROM, D, WORDS, EMULATED)
         end_group(EMULATED)
-    filter2, filter1, filter0 = load_filters_of(weight, bias, channel, D, K, HAS_BIAS)
     nothing = no_sums(lane, K - 1)  # of the steps before the first tile, and du of those after any
     before2 = nothing
     before1 = nothing
@@ -129,19 +138,22 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
     outer_sums = (no_sums(lane, 4), no_sums(lane, 4))
     filter_sums = no_sums(lane, K + 1 if HAS_BIAS else K)
 
+    wait_groups(STAGES - 1, EMULATED)
+    turn_blocks(lines, rooms, 0, FROM, EMULATED)
+
     for i in range(0, tiles):
         start = i * TILE
-        at = i % STAGES
-        wait_groups(STAGES - 1, EMULATED)
-        store_channels(out, dz, start - TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
-        x1 = read_channel(rooms[1], at, z + ROW // 3, start, T, channel, lane, ROW, WORDS, EMULATED)
-        x0 = read_channel(rooms[2], at, z + 2 * (ROW // 3), start, T, channel, lane, ROW, WORDS, EMULATED)
-        gradient = read_channel(rooms[3], at, dy, start, T, channel, lane, D // 2, WORDS, EMULATED)
+        x1 = read_channel(lines[1], z + ROW // 3, start, T, channel, lane, ROW, EMULATED)
+        x0 = read_channel(lines[2], z + 2 * (ROW // 3), start, T, channel, lane, ROW, EMULATED)
+        gradient = read_channel(lines[3], dy, start, T, channel, lane, D // 2, EMULATED)
         x2 = gradient
         if PARAMETERS:
-            x2 = read_channel(rooms[0], at, z, start, T, channel, lane, ROW, WORDS, EMULATED)
-        copy_blocks(rooms, at, z, dy, start + STAGES * TILE, T, first, FROM, D, WORDS, EMULATED)
+            x2 = read_channel(lines[0], z, start, T, channel, lane, ROW, EMULATED)
+        store_channels(out, dz, start - TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
+        copy_blocks(rooms, i % STAGES, z, dy, start + STAGES * TILE, T, first, FROM, D, WORDS, EMULATED)
         end_group(EMULATED)
+        wait_groups(STAGES - 1, EMULATED)
+        turn_blocks(lines, rooms, (i + 1) % STAGES, FROM, EMULATED)  # the next tile's
         u1 = filter_channel(x1, histories(x1, before1, lane, EMULATED), filter1)
         u0 = filter_channel(x0, histories(x0, before0, lane, EMULATED), filter0)
         past = histories(x2, before2, lane, EMULATED)
@@ -167,8 +179,8 @@ def segments_gate_kernel(z, dy, weight, bias, tables, decays, states, dz, of_fil
                 begin = carry[2 * b + j]
                 tl.store(to + (2 * b + j) * 8, begin[0], mask=lane < 4)
                 tl.store(to + (2 * b + j) * 8 + 1, begin[1], mask=lane < 4)
-                place = 1 + QUADS + 2 * b + j
-                enter = read_entry(entries, place, tables, channel, 0, ENTRIES, BOTH, lane, WARPS, EMULATED)
+                enter = read_entry(entries, 1 + QUADS + 2 * b + j, tables, channel, 0, ENTRIES, BOTH, lane, WARPS,
+                                   EMULATED)  # fmt: skip
                 decay = read_decays(quads, decays, channel, 2 * b + j, lane, QUADS * 48, WARPS, EMULATED)
                 s, end = find_states(w, (enter[0:2], enter[2:4]), decay, begin, lane, False, REAL, EMULATED)
                 after = after + (end,)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.hyena.forward import move
 from hyaena.ops.triton.hyena.segments import find_states, read_decays, read_leaves
 from hyaena.ops.triton.hyena.segments_backward import (
@@ -26,11 +27,11 @@ from hyaena.ops.triton.hyena.segments_backward import (
     filter_channel,
     histories,
     load_filters_of,
-    make_rooms,
     no_sums,
     store_filter_gradient,
     store_turned,
     turn,
+    turn_blocks,
 )
 from hyaena.ops.triton.hyena.segments_lanes import (
     TILE,
@@ -51,14 +52,17 @@ from hyaena.ops.triton.hyena.segments_shared import (
     end_group,
     every_lane,
     kernel,
+    line_shared,
     make_numbers,
     make_room,
+    make_rooms,
     owned,
     plain_shared,
     read_before,
     read_channel,
     read_entry,
     store_channels,
+    tile_shared,
     wait_groups,
     write_channel,
 )
@@ -69,17 +73,12 @@ def copy_all(rooms, before, at, z, dy, start, T, first, D: tl.constexpr, WORDS: 
     """Begin to copy all that the kernel reads of a tile, to place ``at``; nothing of tiles before step 0."""
     copy_blocks(rooms, at, z, dy, start, T, first, 0, D, WORDS, EMULATED)
     copy_before(before, at, z, start, first, 3 * D // 2, WORDS, EMULATED)
-    end_group(EMULATED)
 
 
 @triton.jit
-def read_block(room, before, at, block: tl.constexpr, z, start, T, channel, lane, D: tl.constexpr, K: tl.constexpr,
-               WORDS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+def read_block(lines, given, block: tl.constexpr, z, start, T, channel, lane, D: tl.constexpr, EMULATED: tl.constexpr):
     """The numbers of a block of z, and those of the steps before each of a lane's segments."""
-    ROW: tl.constexpr = 3 * D // 2
-    source = z + block * (D // 2)
-    x = read_channel(room, at, source, start, T, channel, lane, ROW, WORDS, EMULATED)
-    given = read_before(before, at, block, z, start, channel, K - 1, ROW, WORDS, EMULATED)
+    x = read_channel(lines, z + block * (D // 2), start, T, channel, lane, 3 * D // 2, EMULATED)
     return x, histories(x, given, lane, EMULATED)
 
 
@@ -89,8 +88,7 @@ def load_states(states, tile, lane, D: tl.constexpr, QUADS: tl.constexpr):
     out = ()
     for q in tl.static_range(QUADS):
         at = states + tl.cast(tile, tl.int64) * (D * QUADS * 8) + q * 8
-        here = (lane < 4) & (tile >= 0)
-        out = out + ((tl.load(at, mask=here, other=0.0), tl.load(at + 1, mask=here, other=0.0)),)
+        out = out + ((tl.load(at, mask=lane < 4, other=0.0), tl.load(at + 1, mask=lane < 4, other=0.0)),)
     return out
 
 
@@ -98,11 +96,12 @@ def load_states(states, tile, lane, D: tl.constexpr, QUADS: tl.constexpr):
 def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_filters, of_w, of_states, T,
                            REAL: tl.constexpr, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WORDS: tl.constexpr,
                            STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, PARAMETERS: tl.constexpr,
-                           EMULATED: tl.constexpr):  # fmt: skip
+                           EMULATED: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """The last two thirds of dz; if PARAMETERS, short filters' gradients, X and Z. Grid: (blocks of WORDS words, rows).
 
     Arguments and copies are as in ``segments_gate_kernel``, whose ``states`` are read here. Float32: ``of_w`` X
-    [B,D,16,N,2], ``of_states`` Z [B,D,N,2].
+    [B,D,16,N,2], ``of_states`` Z [B,D,N,2]. The kernel before this one let it start when it had waited for the tables,
+    and writes of what is read here the states alone; nothing is written before the wait.
     """
     QUADS: tl.constexpr = 1 if N <= 4 else triton.next_power_of_2(N) // 4
     BLOCKS: tl.constexpr = (QUADS + 1) // 2
@@ -114,7 +113,7 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
     WARPS: tl.constexpr = 2 * WORDS
     SUMS: tl.constexpr = K + 1 if HAS_BIAS else K
     lane = every_lane(WARPS, EMULATED)
-    first = tl.program_id(0) * WORDS
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * WORDS  # caches hold what the gate's last programs read
     channel = first * 2 + owned(lane // 32, WORDS, WARPS)
     lane = lane % 32
     row = tl.program_id(1).to(tl.int64)
@@ -125,16 +124,20 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
     tiles = (T + TILE - 1) // TILE
     states += (row * tiles * D + channel) * (QUADS * 8) + lane % 4 * 2
 
-    entries = make_room((COUNT, 32 * WARPS, 4), plain_shared(2), EMULATED)
-    quads = make_room((3 * QUADS, WARPS, 4, 4), plain_shared(3), EMULATED)
-    rooms = make_rooms(STAGES, WORDS, EMULATED)
+    entries = make_rooms(COUNT, (32 * WARPS, 4), plain_shared(2), EMULATED)
+    quads = make_rooms(3 * QUADS, (WARPS, 4, 4), plain_shared(3), EMULATED)
+    rooms = make_rooms(4, (STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
+    lines = make_rooms(4, (16, 128), line_shared(), EMULATED)
     before = make_room((STAGES, 16, WORDS), plain_shared(2), EMULATED)
     out1 = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
     out0 = make_numbers((256, WARPS), channels_shared(WARPS), EMULATED)
+    copy_all(rooms, before, 0, z, dy, (tiles - 1) * TILE, T, first, D, WORDS, EMULATED)
     copy_entries(entries, tables, first * 2, FROM, COUNT, BOTH, WORDS, WARPS, EMULATED)
     copy_quads(quads, decays + first * (QUADS * 96), QUADS * 48, 3 * QUADS, WORDS, WARPS, EMULATED)
-    for i in tl.static_range(STAGES):
+    end_group(EMULATED)
+    for i in tl.static_range(1, STAGES):
         copy_all(rooms, before, i, z, dy, (tiles - 1 - i) * TILE, T, first, D, WORDS, EMULATED)
+        end_group(EMULATED)
     filter2, filter1, filter0 = load_filters_of(weight, bias, channel, D, K, HAS_BIAS)
     carry = ()
     w_sums = ()
@@ -147,73 +150,82 @@ def segments_inputs_kernel(z, dy, weight, bias, tables, decays, states, dz, of_f
     later0 = no_sums(lane, K - 1)
     sums1 = no_sums(lane, SUMS)
     sums0 = no_sums(lane, SUMS)
-    given = carry
-    if PARAMETERS:
-        given = load_states(states, tiles - 1, lane, D, QUADS)
+    gdc_wait(OVERLAP)
+    gdc_launch_dependents(OVERLAP)
 
     for i in range(0, tiles):
         start = (tiles - 1 - i) * TILE
         at = i % STAGES
+        begin = carry
+        if PARAMETERS:
+            begin = load_states(states, tiles - 1 - i, lane, D, QUADS)
         wait_groups(STAGES - 1, EMULATED)
         store_channels(out1, dz + D, start + TILE, T, first * 2, 3 * D, WORDS, EMULATED)  # while this tile is computed
         store_channels(out0, dz + 2 * D, start + TILE, T, first * 2, 3 * D, WORDS, EMULATED)
-        gradient = read_channel(rooms[3], at, dy, start, T, channel, lane, D // 2, WORDS, EMULATED)
-        x2, past2 = read_block(rooms[0], before, at, 0, z, start, T, channel, lane, D, K, WORDS, EMULATED)
-        x1, past1 = read_block(rooms[1], before, at, 1, z, start, T, channel, lane, D, K, WORDS, EMULATED)
-        x0, past0 = read_block(rooms[2], before, at, 2, z, start, T, channel, lane, D, K, WORDS, EMULATED)
+        given2 = read_before(before, at, 0, z, start, channel, K - 1, 3 * D // 2, WORDS, EMULATED)
+        given1 = read_before(before, at, 1, z, start, channel, K - 1, 3 * D // 2, WORDS, EMULATED)
+        given0 = read_before(before, at, 2, z, start, channel, K - 1, 3 * D // 2, WORDS, EMULATED)
+        turn_blocks(lines, rooms, at, 0, EMULATED)
         copy_all(rooms, before, at, z, dy, start - STAGES * TILE, T, first, D, WORDS, EMULATED)
-        begin = given
-        if PARAMETERS:
-            given = load_states(states, tiles - 2 - i, lane, D, QUADS)
-        dg = as_factors(products(filter_channel(x2, past2, filter2), gradient), EMULATED)
+        end_group(EMULATED)
+        gradient = read_channel(lines[3], dy, start, T, channel, lane, D // 2, EMULATED)
+        x2, past2 = read_block(lines[0], given2, 0, z, start, T, channel, lane, D, EMULATED)
+        x1, past1 = read_block(lines[1], given1, 1, z, start, T, channel, lane, D, EMULATED)
         u1 = filter_channel(x1, past1, filter1)
+        x0, past0 = read_block(lines[2], given0, 2, z, start, T, channel, lane, D, EMULATED)
         u0 = filter_channel(x0, past0, filter0)
-        if PARAMETERS:
-            w = as_factors(products(u1, u0), EMULATED)
-            left = (as_left(turn(w[0], EMULATED)), as_left(turn(w[1], EMULATED)))
-        local = read_entry(entries, OF_H, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
-        low, high = multiply_local(dg, local, EMULATED)
+        dg = as_factors(products(filter_channel(x2, past2, filter2), gradient), EMULATED)
         new_carry = ()
-        new_w = ()
-        new_states = ()
+        bs = ()
         for c in tl.static_range(BLOCKS):
             terms = ()
             for j in tl.static_range(2 if QUADS > 1 else 1):
                 decay = read_decays(quads, decays, channel, 2 * c + j, lane, QUADS * 48, WARPS, EMULATED)
-                place = OF_H + 1 + QUADS + 2 * c + j
-                enter = read_entry(entries, place, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
+                enter = read_entry(entries, OF_H + 1 + QUADS + 2 * c + j, tables, channel, FROM, COUNT, BOTH, lane,
+                                   WARPS, EMULATED)  # fmt: skip
                 last = carry[2 * c + j]
                 b, end = find_states(dg, (enter[0:2], enter[2:4]), decay, last, lane, True, REAL, EMULATED)
                 new_carry = new_carry + (end,)
-                of_b = split(b[0], b[1], EMULATED) + split(b[2], b[3], EMULATED)
-                terms = terms + of_b
-                if PARAMETERS:
-                    turned = turn(of_b, EMULATED)
-                    sums = w_sums[2 * c + j]
-                    new_w = new_w + (multiply_terms(left, (turned[0::2], turned[1::2]), sums, EMULATED),)
-                    enter = read_entry(entries, 2 * c + j, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
-                    given_s = begin[2 * c + j]
-                    s = find_states(w, (enter[0:2], enter[2:4]), decay, given_s, lane, False, REAL, EMULATED)[0]
-                    total = state_sums[2 * c + j]
-                    total = move((b[0], b[1]), s[0], s[1], total[0], total[1], REAL)
-                    new_states = new_states + (move((b[2], b[3]), s[2], s[3], total[0], total[1], REAL),)
+                bs = bs + (b,)
+                terms = terms + split(b[0], b[1], EMULATED) + split(b[2], b[3], EMULATED)
+            if c == 0:
+                local = read_entry(entries, OF_H, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
+                low, high = multiply_local(dg, local, EMULATED)
             leave = read_leaves(entries, OF_H, c, tables, channel, FROM, COUNT, BOTH, lane, QUADS, WARPS, EMULATED)
             low, high = add_states(low, high, terms, leave, EMULATED)
         carry = new_carry
         dw = in_steps(low, high)
+        if PARAMETERS:
+            w = as_factors(products(u1, u0), EMULATED)
         du1 = products(dw, u0)
         du0 = products(dw, u1)
-        if PARAMETERS:
-            w_sums = new_w
-            state_sums = new_states
-            sums1 = add_filter_gradient(sums1, du1, x1, past1)
-            sums0 = add_filter_gradient(sums0, du0, x0, past0)
         dx = filter_back(du1, later1, filter1[0], lane, EMULATED)
         write_channel(out1, dx, dz + D, start, T, channel, lane, 3 * D, WORDS, EMULATED)
         dx = filter_back(du0, later0, filter0[0], lane, EMULATED)
         write_channel(out0, dx, dz + 2 * D, start, T, channel, lane, 3 * D, WORDS, EMULATED)
         later1 = du1[0 : K - 1]
         later0 = du0[0 : K - 1]
+        if PARAMETERS:  # u1 and u0 are read again, and states come last: all together they do not fit the registers
+            x1, past1 = read_block(lines[1], given1, 1, z, start, T, channel, lane, D, EMULATED)
+            sums1 = add_filter_gradient(sums1, du1, x1, past1)
+            x0, past0 = read_block(lines[2], given0, 2, z, start, T, channel, lane, D, EMULATED)
+            sums0 = add_filter_gradient(sums0, du0, x0, past0)
+            left = (as_left(turn(w[0], EMULATED)), as_left(turn(w[1], EMULATED)))
+            new_w = ()
+            new_states = ()
+            for q in tl.static_range(QUADS):
+                b = bs[q]
+                turned = turn(split(b[0], b[1], EMULATED) + split(b[2], b[3], EMULATED), EMULATED)
+                new_w = new_w + (multiply_terms(left, (turned[0::2], turned[1::2]), w_sums[q], EMULATED),)
+            for q in tl.static_range(QUADS):
+                b = bs[q]
+                decay = read_decays(quads, decays, channel, q, lane, QUADS * 48, WARPS, EMULATED)
+                enter = read_entry(entries, q, tables, channel, FROM, COUNT, BOTH, lane, WARPS, EMULATED)
+                s = find_states(w, (enter[0:2], enter[2:4]), decay, begin[q], lane, False, REAL, EMULATED)[0]
+                total = move((b[0], b[1]), s[0], s[1], state_sums[q][0], state_sums[q][1], REAL)
+                new_states = new_states + (move((b[2], b[3]), s[2], s[3], total[0], total[1], REAL),)
+            w_sums = new_w
+            state_sums = new_states
     store_channels(out1, dz + D, 0, T, first * 2, 3 * D, WORDS, EMULATED)
     store_channels(out0, dz + 2 * D, 0, T, first * 2, 3 * D, WORDS, EMULATED)
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hyaena.ops.triton import interpreted
+from hyaena.ops.triton import can_overlap, interpreted
 from hyaena.ops.triton.hyena.explicit_operands import add_window_gradient, rows_of
-from hyaena.ops.triton.hyena.launch import Gradients, Operands, as_words, cdiv, power_of_two, window
+from hyaena.ops.triton.hyena.launch import Gradients, Operands, as_words, cdiv, power_of_two
 from hyaena.ops.triton.hyena.segments import segments_forward_kernel
 from hyaena.ops.triton.hyena.segments_gate import segments_gate_kernel
 from hyaena.ops.triton.hyena.segments_gradients import segments_gradients_kernel
@@ -68,7 +68,7 @@ def quads_of(modes: int) -> int:
     return max(1, power_of_two(modes) // 4)
 
 
-BACK = Plan(8, 16, 3)
+BACK = Plan(8, 16, 2)
 """Of the backward kernels: two warps for every word."""
 
 
@@ -110,14 +110,14 @@ def make_tables(operands: Operands, directions: int) -> tuple[Tensor, Tensor]:
     quads = quads_of(modes)
     tables = poles.new_empty(channels, directions, 1 + 2 * quads, 32, 4, dtype=torch.int32)
     decays = poles.new_empty(channels, quads, 3, 4, 4)
-    start: Any = segments_tables_kernel[(channels // 16, 2, (quads + 1) // 2 + 1)]
+    start: Any = segments_tables_kernel[(channels // 16, 2, (quads + 1) // 2 + 2)]
     start(
         *(poles, residues, poles if skip is None else skip, tables, decays),
         DIRECTIONS=directions,
         HAS_SKIP=skip is not None,
         WORDS=8,
         num_warps=8,
-        **_keywords(operands, "D N REAL EMULATED"),
+        **_keywords(operands, "D N REAL EMULATED OVERLAP"),
     )
     return tables, decays.view(torch.int32)
 
@@ -130,18 +130,19 @@ def forward_in_registers(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     batch, length = z.shape[:2]
     channels, modes = poles.shape[:2]
     y = z.new_empty(batch, length, channels)
+    window = z.new_empty(batch, 3 * channels, weight.shape[1] - 1)
     long_out = poles.new_empty(batch, channels, modes, 2)
     _start(segments_forward_kernel, forward_plan(operands), operands)(
         *(as_words(z, 2), weight, z if bias is None else bias, poles, *make_tables(operands, 1)),
         z if before is None else as_words(before, 2),
         poles if long is None else long,
         z if mask is None else mask.view(torch.uint8),
-        *(as_words(y, 2), long_out, length),
+        *(as_words(y, 2), window, long_out, length),
         HAS_SHORT=before is not None,
         HAS_LONG=long is not None,
         HAS_MASK=mask is not None,
     )
-    return y, window(z, short, mask, None, weight.shape[1] - 1), long_out
+    return y, window, long_out
 
 
 def backward_in_registers(
@@ -174,16 +175,17 @@ def backward_in_registers(
     if not parameters:
         return (dz, empty(0), empty(0), empty(0), empty(0), empty(0), dshort_in, dlong_in)
     dpoles, dresidues, dskip = torch.empty_like(poles), torch.empty_like(poles), empty(channels)
+    dweight, dbias = empty(*weight.shape), empty(width)
     start: Any = segments_gradients_kernel[(channels,)]
     start(
-        *(poles, residues, outers, of_w, of_g, of_states, dpoles, dresidues, dskip, batch),
+        *(poles, residues, outers, of_w, of_g, of_states, of_filters),
+        *(dpoles, dresidues, dskip, dweight, dbias, batch),
         NP=power_of_two(modes),
         num_warps=1,
-        **_keywords(operands, "D N REAL"),
+        launch_pdl=can_overlap(z.device),
+        **_keywords(operands, "D N REAL OVERLAP K HAS_BIAS"),
     )
-    total = of_filters.sum(0)
-    dweight = total[:taps].t().contiguous()
-    return (dz, dweight, total[taps].clone(), dpoles, dresidues, dskip, dshort_in, dlong_in)
+    return (dz, dweight, dbias, dpoles, dresidues, dskip, dshort_in, dlong_in)
 
 
 def _start(kernel: Any, plan: Plan, operands: Operands) -> Callable[..., Any]:
@@ -195,7 +197,8 @@ def _start(kernel: Any, plan: Plan, operands: Operands) -> Callable[..., Any]:
         STAGES=plan.stages,
         maxnreg=plan.registers,
         num_warps=plan.warps,
-        **_keywords(operands, "D N REAL EMULATED K HAS_BIAS"),
+        launch_pdl=can_overlap(z.device),
+        **_keywords(operands, "D N REAL EMULATED OVERLAP K HAS_BIAS"),
     )
 
 
@@ -208,5 +211,6 @@ def _keywords(operands: Operands, names: str) -> dict[str, Any]:
         "REAL": operands.real,
         "HAS_BIAS": operands.bias is not None,
         "EMULATED": interpreted(),
+        "OVERLAP": can_overlap(operands.z.device),
     }
     return {name: every[name] for name in names.split()}

@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from hyaena.ops.triton import interpreted
-from hyaena.ops.triton.hyena.toeplitz import pack
+from hyaena.ops.triton.hyena.toeplitz import half, pack
 from hyaena.ops.triton.hyena.words import stack
 
 kernel = triton.jit if interpreted() else gluon.jit
@@ -100,6 +100,15 @@ def make_room(SHAPE: tl.constexpr, LAYOUT: tl.constexpr, EMULATED: tl.constexpr)
 
 
 @triton.jit
+def make_rooms(COUNT: tl.constexpr, SHAPE: tl.constexpr, LAYOUT: tl.constexpr, EMULATED: tl.constexpr):
+    """``make_room`` for several pieces: between copies to one room are barriers."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (make_room(SHAPE, LAYOUT, EMULATED),)
+    return out
+
+
+@triton.jit
 def make_numbers(SHAPE: tl.constexpr, LAYOUT: tl.constexpr, EMULATED: tl.constexpr):
     """Shared memory for bfloat16 numbers."""
     out = 0 if EMULATED else gl.allocate_shared_memory(gl.bfloat16, SHAPE, LAYOUT)
@@ -115,13 +124,75 @@ def rounded(x, EMULATED: tl.constexpr):
     return out
 
 
+@gluon.constexpr_function
+def line_shared():
+    """The layout of lines [channels,128], of ``turn_tile``: neither its stores nor its reads meet in a bank."""
+    return gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+
+
+@gluon.constexpr_function
+def numbers_shared(words):
+    """``tile_shared`` and ``line_shared`` of the same memory as bfloat16: [TILE,2·words] and [2·words,256]."""
+    return gl.SwizzledSharedLayout(8, 32 // words, words // 4, [1, 0]), gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+
+
+@gluon.constexpr_function
+def turned_lanes():
+    """How ``ldmatrix`` gives a tile [TILE,16] to lanes: each has eight steps of a channel."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [8, 0], [16, 0]],
+        lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
+        warp_bases=[[0, 8], [32, 0], [64, 0], [128, 0]],
+        block_bases=[],
+        shape=[256, 16],
+    )
+
+
+@gluon.constexpr_function
+def line_lanes():
+    """How warps read lines [16,128] of words."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2]],
+        lane_bases=[[0, 4], [0, 8], [0, 16], [0, 32], [0, 64]],
+        warp_bases=[[2, 0], [1, 0], [8, 0], [4, 0]],
+        block_bases=[],
+        shape=[16, 128],
+    )
+
+
+@triton.jit
+def channel_rows(row):
+    """The steps of a tile's rows for ``turn_tile``: eight of them are two of each of a segment's four lanes."""
+    return row // 16 * 16 + row % 8 // 2 * 4 + row // 8 % 2 * 2 + row % 2
+
+
+@triton.jit
+def turn_tile(lines, room, at, EMULATED: tl.constexpr):
+    """Lay a tile of eight words down as lines of its channels, in which a lane's eight steps lie together.
+
+    Eight rows of eight channels are transposed by ``ldmatrix``. Lanes find their numbers with one read of 16 bytes, in
+    four wavefronts; in the tile they would take eight reads of four.
+    """
+    if not EMULATED:
+        TILES: gl.constexpr = numbers_shared(8)[0]
+        LINES: gl.constexpr = numbers_shared(8)[1]
+        x = room.index(at)._reinterpret(gl.bfloat16, [256, 16], TILES).load(turned_lanes())
+        x = gl.reshape(x, (8, 2, 2, 4, 2, 2, 2, 2, 2))  # g, h, j1, c, j0, and the channel's bits
+        x = gl.permute(x, (5, 8, 7, 6, 0, 3, 1, 2, 4))
+        lines._reinterpret(gl.bfloat16, [16, 256], LINES).store(gl.reshape(x, (16, 256)))
+
+
 @triton.jit
 def copy_tile(room, at, z, start, T, first, keep, ROW: tl.constexpr, WORDS: tl.constexpr, HAS_MASK: tl.constexpr,
-              EMULATED: tl.constexpr):  # fmt: skip
-    """Begin to copy the words of a tile to a place of ``room``: zero before step 0, from T on, and at padding."""
+              EMULATED: tl.constexpr, CHANNELS: tl.constexpr = False):  # fmt: skip
+    """Begin to copy the words of a tile to a place of ``room``: zero before step 0, from T on, and at padding.
+
+    CHANNELS: for ``turn_tile``.
+    """
     if not EMULATED:
         COPIES: gl.constexpr = tile_copies(WORDS, gl.num_warps())
-        step = tile_rows(gl.arange(0, 256, layout=gl.SliceLayout(1, COPIES))) + start
+        row = gl.arange(0, 256, layout=gl.SliceLayout(1, COPIES))
+        step = (channel_rows(row) if CHANNELS else tile_rows(row)) + start
         here = (step >= 0) & (step < T)
         if HAS_MASK:
             here = here & (gl.load(keep + step, mask=here, other=0) != 0)
@@ -166,17 +237,20 @@ def read_tile(room, at, z, start, T, word, lane, keep, ROW: tl.constexpr, WORDS:
 
 
 @triton.jit
-def read_channel(room, at, z, start, T, channel, lane, ROW: tl.constexpr, WORDS: tl.constexpr, EMULATED: tl.constexpr):
-    """``read_tile`` where a warp owns a channel: eight float32 numbers."""
+def read_channel(lines, z, start, T, channel, lane, ROW: tl.constexpr, EMULATED: tl.constexpr):
+    """A lane's numbers of a tile where a warp owns a channel, from the lines of ``turn_tile``: eight, float32."""
     out = ()
-    for i in tl.static_range(8):
-        if EMULATED:
+    if EMULATED:
+        for i in tl.static_range(8):
             step = start + tile_rows(32 * i + lane)
             here = (step >= 0) & (step < T)
             x = tl.load(z + step.to(tl.int64) * ROW + channel // 2, mask=here, other=0)
-        else:
-            x = of_channels(room.index(at).slice(32 * i, 32).load(gl.SliceLayout(2, word_lanes(WORDS))), WORDS)
-        out = out + (half_of(x, channel % 2, EMULATED),)
+            out = out + (half_of(x, channel % 2, EMULATED),)
+    else:
+        x = gl.reshape(lines.load(line_lanes()), (2, 2, 2, 2, 32, 4))  # the channel's bits 3, 0, 1, 2
+        words = columns(gl.reshape(gl.permute(x, (1, 0, 3, 2, 4, 5)), (512, 4)), 16)  # as ``owned`` has warps
+        for i in tl.static_range(8):
+            out = out + (half(words[i // 2], i % 2 == 1),)
     return out
 
 
@@ -262,7 +336,7 @@ def store_channels(room, to, start, T, first, ROW: tl.constexpr, WORDS: tl.const
 
 
 @triton.jit
-def copy_entries(room, tables, first, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr,
+def copy_entries(rooms, tables, first, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr,
                  WORDS: tl.constexpr, WARPS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """Begin to copy COUNT of a channel's EACH entries, those from FROM on, of all channels of a warp in turn.
 
@@ -277,12 +351,12 @@ def copy_entries(room, tables, first, FROM: tl.constexpr, COUNT: tl.constexpr, E
         at = gl.expand_dims(owner * (CHANNELS * EACH * 128) + index % 32 * 4, 1) + part
         for k in tl.static_range(CHANNELS * COUNT):
             entry = k // COUNT * EACH + FROM + k % COUNT
-            async_copy.async_copy_global_to_shared(room.index(k), tables + at + entry * 128)
+            async_copy.async_copy_global_to_shared(rooms[k], tables + at + entry * 128)
 
 
 @triton.jit
-def read_entry(room, place, tables, channel, FROM: tl.constexpr, COUNT: tl.constexpr, EACH: tl.constexpr, lane,
-               WARPS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+def read_entry(rooms, place: tl.constexpr, tables, channel, FROM: tl.constexpr, COUNT: tl.constexpr,
+               EACH: tl.constexpr, lane, WARPS: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
     """The four words of a lane of entry ``place`` (constant): of the second channel from COUNT on."""
     out = ()
     if EMULATED:
@@ -290,7 +364,7 @@ def read_entry(room, place, tables, channel, FROM: tl.constexpr, COUNT: tl.const
         for i in tl.static_range(4):
             out = out + (tl.load(at + i),)
     else:
-        out = columns(room.index(place).load(entry_lanes(WARPS)), WARPS)
+        out = columns(rooms[place].load(entry_lanes(WARPS)), WARPS)
     return out
 
 
@@ -310,7 +384,7 @@ def columns(x, WARPS: tl.constexpr):
 
 
 @triton.jit
-def copy_quads(room, source, STRIDE: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr,
+def copy_quads(rooms, source, STRIDE: tl.constexpr, COUNT: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr,
                EMULATED: tl.constexpr):  # fmt: skip
     """Begin to copy COUNT pieces of 16 words of what a warp owns, STRIDE apart: four words for each column."""
     if not EMULATED:
@@ -322,18 +396,19 @@ def copy_quads(room, source, STRIDE: tl.constexpr, COUNT: tl.constexpr, WORDS: t
         place = place + gl.expand_dims(gl.expand_dims(column * 4, 0), 2)
         place = place + gl.expand_dims(gl.expand_dims(part, 0), 1)
         for k in tl.static_range(COUNT):
-            async_copy.async_copy_global_to_shared(room.index(k), source + k * 16 + place)
+            async_copy.async_copy_global_to_shared(rooms[k], source + k * 16 + place)
 
 
 @triton.jit
-def read_quads(room, source, owner, STRIDE: tl.constexpr, place, lane, WARPS: tl.constexpr, EMULATED: tl.constexpr):
+def read_quads(rooms, source, owner, STRIDE: tl.constexpr, place: tl.constexpr, lane, WARPS: tl.constexpr,
+               EMULATED: tl.constexpr):  # fmt: skip
     """The four words of a lane's column, of a piece of ``copy_quads``; ``owner`` is the warp's word or channel."""
     out = ()
     if EMULATED:
         for i in tl.static_range(4):
             out = out + (tl.load(source + owner * STRIDE + place * 16 + lane % 4 * 4 + i),)
     else:
-        x = gl.expand_dims(room.index(place).load(quad_lanes(WARPS)), 1)
+        x = gl.expand_dims(rooms[place].load(quad_lanes(WARPS)), 1)
         shared = tl.broadcast_to(x, (WARPS, 8, 4, 4))
         x = gl.convert_layout(gl.reshape(shared, (32 * WARPS, 4)), entry_lanes(WARPS), assert_trivial=True)
         out = columns(x, WARPS)
