@@ -1,4 +1,4 @@
-"""Kernels that start before their predecessors end keep to the rules of ``ops.triton.decode.pdl``."""
+"""Kernels that start before their predecessors end keep to the rules of ``ops.triton.pdl``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from hyaena.model import StripedHyena
 from hyaena.ops import StepContext
 from hyaena.ops import triton as kernels
 from hyaena.ops.backend import PLAIN
-from hyaena.ops.triton.decode import gemv, pdl
+from hyaena.ops.triton import pdl
+from hyaena.ops.triton.decode import gemv
 from hyaena.ops.triton.decode.operators import FusedDecodeOperators
 
 CONFIG = ModelConfig(

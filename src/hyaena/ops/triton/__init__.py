@@ -111,7 +111,7 @@ def decode_unsupported_reason(dtype: torch.dtype, head_dim: int, device: str) ->
 
 
 def can_overlap(device: torch.device) -> bool:
-    """Return whether programmatic dependent launch works, see ``ops.triton.decode.pdl``: on Hopper and newer GPUs."""
+    """Return whether programmatic dependent launch works, see ``ops.triton.pdl``: on Hopper and newer GPUs."""
     if device.type != "cuda" or torch.version.hip is not None or interpreted():
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hyaena.ops.norm import BOUND
 from hyaena.ops.triton.common import activate, rms_scale
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 GATE_BLOCK = 2048
 """Numbers of a program of the gate: 16 bytes of bfloat16 from each operand, twice, for each of 128 threads."""
@@ -94,7 +94,7 @@ def _quantize_rows_kernel(x, y, scales, WIDTH: tl.constexpr, PAD: tl.constexpr, 
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, eps_inside_root: bool = True, overlap: bool = False) -> Tensor:
-    """Equals ``ops.rms_norm``: x [..., D], weight [D]. With ``overlap`` as a kernel of a step, see ``decode.pdl``."""
+    """Equals ``ops.rms_norm``: x [..., D], weight [D]. ``overlap``: as a kernel of a step, see ``ops.triton.pdl``."""
     x = x.contiguous()
     width = x.shape[-1]
     y = torch.empty_like(x)

@@ -9,7 +9,7 @@ queries itself, and the program of the last run writes the new key and value bef
 
 Splits are joined by their log-sum-exp. The program that ends last joins them, in the order of the splits, so the result
 does not depend on which it is: programs count themselves in ``arrived``, which the last sets back to zero. Until it has
-joined them, the next kernel reads its weights, see ``decode.pdl``.
+joined them, the next kernel reads its weights, see ``ops.triton.pdl``.
 
 The reference is ``DecodeOperators.attention``.
 
@@ -27,8 +27,8 @@ from hyaena.ops.kv import KVState
 from hyaena.ops.pages import PagedRows
 from hyaena.ops.step import StepContext
 from hyaena.ops.triton.common import TYPES
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.decode.rows import first_slot, page_operands, read_slots, row_capacity, row_storage, write_slots
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hyaena.ops.step import StepContext
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 BLOCK = 32768
 """The most logits that a program reads in one step, 32 for each of its threads."""

@@ -29,7 +29,7 @@ from hyaena.ops.narrow import Narrow
 from hyaena.ops.triton.common import activate
 from hyaena.ops.triton.decode.attention import operand
 from hyaena.ops.triton.decode.narrow import takes as takes_narrow
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.widen import numbers
 
 MOST_ROWS = 128

@@ -25,7 +25,7 @@ from hyaena.ops.linear import Dense
 from hyaena.ops.norm import BOUND
 from hyaena.ops.step import RMSNormWeight
 from hyaena.ops.triton.common import activate, rms_scale
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 SHRINK = tl.constexpr(BOUND * 2.0**-128)
 """Scales the largest float32 down to the largest number whose square is summed."""

@@ -33,7 +33,7 @@ from hyaena.ops.narrow import Narrow
 from hyaena.ops.step import RMSNormWeight
 from hyaena.ops.triton.common import activate
 from hyaena.ops.triton.decode.gemv import norm_scale
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 MOST_ROWS = 8
 """Vectors up to which products are computed here."""

@@ -38,7 +38,7 @@ class FusedDecodeOperators(DecodeOperators):
     Args:
         tiles: measured tiles of one row by operator and shape of the matrix, in place of the rule's.
         products: of several rows; made unless given.
-        overlap: kernels start before their predecessors end, see ``ops.triton.decode.pdl``; only where the device
+        overlap: kernels start before their predecessors end, see ``ops.triton.pdl``; only where the device
             supports it, see ``ops.triton.can_overlap``.
         longest: the most tokens of any row, which bounds the splits of attention; the largest capacity unless given.
     """

@@ -16,8 +16,8 @@ from hyaena.ops.kv import KVState
 from hyaena.ops.pages import PagedRows
 from hyaena.ops.triton.common import TYPES
 from hyaena.ops.triton.decode.attention import TILE, operand, weight_operand
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.decode.rows import first_slot, page_operands, read_slots, row_capacity, row_storage
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 BLOCK_TOKENS = 16
 """The most tokens of a program."""

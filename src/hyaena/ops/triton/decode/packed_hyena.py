@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hyaena.ops.hyena import HyenaState, RowTables
 from hyaena.ops.long_conv import ModalFilter
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.hyena.step import filter_step, read_filter
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 CHANNELS = 32
 TOGETHER = 8

@@ -14,8 +14,8 @@ from hyaena.ops.kv import KVState
 from hyaena.ops.pages import PagedRows
 from hyaena.ops.step import StepContext
 from hyaena.ops.triton.common import TYPES
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.decode.rows import first_slot, page_operands, row_capacity, row_storage, write_slots
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 HEADS_TOGETHER = 16
 """Heads of a program: with heads of 128 channels, 16 bytes of each half for each of 128 threads."""

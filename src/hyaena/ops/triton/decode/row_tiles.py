@@ -36,8 +36,8 @@ from hyaena.ops.step import RMSNormWeight
 from hyaena.ops.triton.common import activate
 from hyaena.ops.triton.decode.gemv import SHRINK
 from hyaena.ops.triton.decode.narrow import split_four
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.hyena.toeplitz import from_lane, half, multiply, pack
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 MOST_ROWS = 8
 """Vectors: columns of the left operand that are used."""

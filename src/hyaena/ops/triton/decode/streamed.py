@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hyaena.ops.linear import Dense
 from hyaena.ops.triton.common import activate
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 FEWEST_ROWS, MOST_ROWS = 33, 64
 """Vectors: MOST_ROWS are the rows of one instruction of the tensor cores."""

@@ -27,7 +27,6 @@ import triton
 import triton.language as tl
 
 from hyaena.ops.triton.common import convolve, pole
-from hyaena.ops.triton.decode.pdl import gdc_wait
 from hyaena.ops.triton.hyena.direct import thirds
 from hyaena.ops.triton.hyena.forward import move
 from hyaena.ops.triton.hyena.segments_lanes import (
@@ -68,6 +67,7 @@ from hyaena.ops.triton.hyena.segments_shared import (
     write_tile,
 )
 from hyaena.ops.triton.hyena.toeplitz import from_lane, half
+from hyaena.ops.triton.pdl import gdc_wait
 
 
 @triton.jit

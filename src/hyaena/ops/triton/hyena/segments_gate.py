@@ -15,7 +15,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
 from hyaena.ops.triton.hyena.segments import find_states, read_decays, read_leaves
 from hyaena.ops.triton.hyena.segments_backward import (
     add_filter_gradient,
@@ -62,6 +61,7 @@ from hyaena.ops.triton.hyena.segments_shared import (
     wait_groups,
     write_channel,
 )
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit

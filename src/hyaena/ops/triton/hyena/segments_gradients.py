@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from hyaena.ops.triton.common import power
-from hyaena.ops.triton.decode.pdl import gdc_wait
+from hyaena.ops.triton.pdl import gdc_wait
 
 
 @triton.jit

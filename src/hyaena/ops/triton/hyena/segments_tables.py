@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 from hyaena.ops.triton.common import power
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents
 from hyaena.ops.triton.hyena.modal import powers
 from hyaena.ops.triton.hyena.segments_lanes import split, sum_columns
 from hyaena.ops.triton.hyena.toeplitz import from_lane, pack
 from hyaena.ops.triton.hyena.words import stack
+from hyaena.ops.triton.pdl import gdc_launch_dependents
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hyaena.ops.triton.decode.pdl import gdc_launch_dependents, gdc_wait
+from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Programmatic dependent launch: kernels of a decoding step that start before their predecessors end.
+"""Programmatic dependent launch: kernels that start before their predecessors end, above all those of a decoding step.
 
 Between two kernels of a stream the memory of a GPU is idle for some microseconds: the last programs of the first end
 one by one, the next kernel is launched, its first reads are in flight. A step is 160 kernels of 2 to 60 µs, so this is
@@ -18,6 +18,9 @@ The rules under which a step computes the same with and without:
    starts before everything that was launched before the step has ended, the kernels that wrote the weights included.
 4. Kernels of libraries, and ours that are launched without the attribute (the norm of several rows), neither wait nor
    launch early: they start when everything before has ended, and what follows starts when they have ended.
+
+The kernels of one call of ``hyena`` overlap by the same rules. The first of them is launched without the attribute and
+may launch the next at once: all that was launched before the call has ended then.
 
 A product launches its dependents when it has read its weights: programs of the next kernel take the places of those
 that only sum up. Launched at a kernel's beginning, they take bandwidth from its own reads: measured, and slower.
