@@ -25,6 +25,7 @@ from hyaena.context import ForwardContext
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, Float32Parameters, LongFilter, RealLongFilter, ShortFilter
 from hyaena.fp8 import FP8Linear
+from hyaena.hooks import has_hooks
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, StepContext
 from hyaena.ops.hyena import RowTables, hyena_packed, packs_in_one_kernel
 from hyaena.ops.slots import slots_of
@@ -394,11 +395,6 @@ def norm_record(module: nn.Module) -> ops.Norm:
     if type(module) is RMSNorm and not has_hooks(module):
         return ops.RMSNormWeight(module.weight, module.eps, module.eps_inside_root)
     return module
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does more than its forward: kernels that read its weights would leave that out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def make_layers(config: ModelConfig, mixers: Mixers = MIXERS) -> nn.ModuleList:
