@@ -204,7 +204,11 @@ def test_the_model_field_chooses_the_adapter(client: tuple[TestClient, dict[str,
         torch.testing.assert_close(echo["choices"][0]["logprobs"]["token_logprobs"][1:], want[1:].tolist())
     long = [1] * (models["a"].config.max_length + 1)
     completion = {"prompt": long, "echo": True, "logprobs": 0, "max_tokens": 0}
-    for path, body in (("score", {"input": [long]}), ("v1/embeddings", {"input": long}), ("v1/completions", completion)):
+    for path, body in (
+        ("score", {"input": [long]}),
+        ("v1/embeddings", {"input": long}),
+        ("v1/completions", completion),
+    ):
         error = test.post(f"/{path}", json=body).json()["error"]
         assert error["code"] == "context_length_exceeded", error
         assert "max_length" not in error["message"]  # a client cannot change it
