@@ -156,6 +156,9 @@ def test_an_unknown_option_names_the_nearest(
         main(["fake", word], commands=FAKE)
     err = capsys.readouterr().err
     assert f"unrecognized arguments: {word}: did you mean --size? (see 'hyaena fake --help')" in err
+    with pytest.raises(SystemExit):
+        main(["fake", "--stem"], commands=FAKE)  # like --size in its dashes
+    assert "unrecognized arguments: --stem (see" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

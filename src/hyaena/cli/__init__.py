@@ -60,10 +60,11 @@ class Parser(argparse.ArgumentParser):
         """Parse, and name the nearest option for one that does not exist."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            near = (nearest(word.split("=")[0], known) for word in unknown if word.startswith("--"))
+            options = [option for action in self._actions for option in action.option_strings]
+            known = [option[2:] for option in options if option.startswith("--")]  # all of them begin alike
+            near = (nearest(word[2:].split("=")[0], known) for word in unknown if word.startswith("--"))
             near = next((option for option in near if option is not None), None)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near}?" if near else ""))
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean --{near}?" if near else ""))
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
