@@ -24,7 +24,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from hyaena import __version__
-from hyaena.cli.process import signals_end_the_process, usable_streams
+from hyaena.cli.process import signal_behind, signals_end_the_process, usable_streams
 from hyaena.errors import SCREEN, HyaenaError, OutputError, nearest, printable
 
 COMMANDS: Mapping[str, str] = {
@@ -136,6 +136,10 @@ def _run(argv: Sequence[str] | None, commands: Mapping[str, str]) -> int:
             status = args.run(args)
         except SystemExit:
             _flush_output()
+            raise
+        except Exception as error:
+            if (end := signal_behind(error)) is not None:
+                raise end from None
             raise
         _flush_output()
         return status
