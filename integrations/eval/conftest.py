@@ -147,12 +147,20 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         metric_list=[{"metric": "word_perplexity"}],
     )
     write(
+        "hyena_empty",
+        [{"text": ""}],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "byte_perplexity"}],
+    )
+    write(
         "hyena_write",
         [{"question": phrase(i, 4 + 5 * i), "answer": phrase(i, 2)} for i in range(6)],
         output_type="generate_until",
         doc_to_text="{{question}}",
         doc_to_target="{{answer}}",
-        generation_kwargs={"until": ["\n", "the"], "max_gen_toks": 12, "do_sample": False},
+        generation_kwargs={"until": ["\n", "the"], "max_gen_toks": 12, "do_sample": False, "num_beams": 1},
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )
     write(

@@ -82,9 +82,12 @@ def shown(value: object) -> str:
         return "a number of thousands of digits"
 
 
-def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known name that is most like ``name``, if any is like it."""
-    return next(iter(difflib.get_close_matches(name[:100], list(known), n=1, cutoff=cutoff)), None)
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that ``name`` abbreviates, or else the one that is most like it, if any is like it."""
+    known = list(known)
+    if len(name) > 2 and (longer := [one for one in known if one.startswith(name)]):
+        return min(longer, key=len)
+    return next(iter(difflib.get_close_matches(name[:100], known, n=1, cutoff=0.66)), None)
 
 
 def counted(count: int, noun: str) -> str:

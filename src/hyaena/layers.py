@@ -25,7 +25,9 @@ from hyaena.context import ForwardContext
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.filters import ExplicitLongFilter, Float32Parameters, LongFilter, RealLongFilter, ShortFilter
 from hyaena.fp8 import FP8Linear
+from hyaena.hooks import has_hooks
 from hyaena.ops import HyenaState, KVState, PagedKVState, PagedRows, StepContext
+from hyaena.ops.cpu.team import compute_alone_behind_forks
 from hyaena.ops.hyena import RowTables, hyena_packed, packs_in_one_kernel
 from hyaena.ops.slots import slots_of
 from hyaena.quant import QuantizedLinear
@@ -395,17 +397,13 @@ def norm_record(module: nn.Module) -> ops.Norm:
     return module
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does more than its forward: kernels that read its weights would leave that out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def make_layers(config: ModelConfig, mixers: Mixers = MIXERS) -> nn.ModuleList:
-    """The layers that a configuration lists.
+    """The layers that a configuration lists. A process that has some may fork from then on.
 
     Raises:
         ConfigError: a kind of layer that ``mixers`` does not know.
     """
+    compute_alone_behind_forks()
     for i, kind in enumerate(config.layer_types):
         if kind not in mixers:
             raise unknown_layer_kind(kind, i, mixers)

@@ -22,6 +22,7 @@ from hyaena.config import ModelConfig
 from hyaena.context import ForwardContext
 from hyaena.errors import InputError, UnsupportedError
 from hyaena.formats import tensors as originals
+from hyaena.hooks import has_hooks
 from hyaena.layers import (
     MIXERS,
     Mixers,
@@ -29,7 +30,6 @@ from hyaena.layers import (
     Rotary,
     call,
     embed,
-    has_hooks,
     init_module,
     make_layers,
     norm_record,

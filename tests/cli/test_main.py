@@ -17,7 +17,7 @@ import pytest
 
 import hyaena
 from hyaena.cli import COMMANDS, build_parser, main
-from hyaena.errors import CapacityError, InputError
+from hyaena.errors import CapacityError, InputError, OutputError
 from hyaena.signals import ENDING
 
 FAKE = {"fake": "fake_command"}
@@ -119,6 +119,36 @@ def test_an_interrupt_is_status_130(command: Callable[..., None], capsys: pytest
     assert capsys.readouterr().err == "hyaena: interrupted\n"
 
 
+def turned(signal: BaseException, *errors: Exception) -> Callable[..., int]:
+    """A command in which a signal's exception becomes an error, and that another one."""
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            raise signal
+        except BaseException:
+            try:
+                raise errors[0]
+            except Exception as error:
+                raise errors[-1] from error
+
+    return run
+
+
+def test_a_signal_that_a_library_turns_into_an_error_ends_the_command(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's context of a device fails where it was not entered entirely, and loaders take that for a bad file."""
+    command(turned(KeyboardInterrupt(), RuntimeError("empty mode stack"), InputError("no model")))
+    assert main(["fake"], commands=FAKE) == 130
+    assert capsys.readouterr().err == "hyaena: interrupted\n"
+    command(turned(SystemExit(143), RuntimeError("empty mode stack")))
+    with pytest.raises(SystemExit, match="143"):
+        main(["fake"], commands=FAKE)
+    command(turned(KeyboardInterrupt(), OutputError("cannot write x: the disk is full")))  # it has to be known
+    assert main(["fake"], commands=FAKE) == 2
+    assert "the disk is full" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -156,6 +186,9 @@ def test_an_unknown_option_names_the_nearest(
         main(["fake", word], commands=FAKE)
     err = capsys.readouterr().err
     assert f"unrecognized arguments: {word}: did you mean --size? (see 'hyaena fake --help')" in err
+    with pytest.raises(SystemExit):
+        main(["fake", "--stem"], commands=FAKE)  # like --size in its dashes
+    assert "unrecognized arguments: --stem (see" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ def test_what_concerns_the_calibration_text_is_said(
     (tmp_path / "text.jsonl").write_text('{"text": "\\ud800"}\n')
     (tmp_path / "text.txt").write_text("some text to read ")
     (tmp_path / "file").touch()
+    (tmp_path / "latin.txt").write_bytes(b"a\xff")
+    (tmp_path / "empty").mkdir()
     calibrated = ["--calibrate", f"{tmp_path}/text.txt"]
     assert main(["quantize", arguments[1], "--weights", "int8", "--output", f"{tmp_path}/narrow"]) == 0
     monkeypatch.setattr("hyaena.hub.load_model", lambda *_, **__: pytest.fail("the weights were read"))
@@ -74,6 +76,8 @@ def test_what_concerns_the_calibration_text_is_said(
         (["--calibrate", ""], "--calibrate is empty: name a path"),
         (["--calibrate", f"{tmp_path}/no"], "no: no such file or folder; check its name\n"),
         (["--calibrate", f"{tmp_path}/text.jsonl"], "text.jsonl, line 1: an unpaired surrogate"),
+        (["--calibrate", f"{tmp_path}/latin.txt"], "latin.txt is not UTF-8 text; convert it, or leave it out\n"),
+        (["--calibrate", f"{tmp_path}/empty"], "/empty holds no file: name another\n"),
         ([*calibrated, "--device", ""], "--device is empty"),
         ([*calibrated, "--weights", "int4-128"], "which do not divide by the groups of 128 of int4-128"),
         ([*calibrated, "--output", f"{tmp_path}/file/o"], "/file/o: cannot be written (Not a directory)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from configs import TINY, TINY_EVO, TINY_EVO2
 from hyaena.decoding import Decoder, resolve_decoding
 from hyaena.decoding.decoder import choose_operators
 from hyaena.errors import InputError, UnsupportedError
+from hyaena.hooks import observing
 from hyaena.layers import Hyena
 from hyaena.model import StripedHyena
 from hyaena.ops import cpu
@@ -214,6 +216,31 @@ def test_hooks_that_a_step_would_not_call_are_named_when_they_come() -> None:
     handle.remove()
     decoder.launch()
     assert len(decoder.pending) == 2
+
+
+def test_hooks_of_another_thread_change_nothing() -> None:
+    """Scores in one thread hang on modules of the model from which another one generates."""
+    model = spread(BYTES)
+    want, seen = generate(model), []
+    decoder = decoder_of(model, *prompts(model), choose_operators(model, compiled=True))
+    decoder.launch()
+    parts, found = decoder.parts, []
+
+    def other() -> None:
+        found.append(generate(model, decoding="compiled"))
+        decoder.launch()
+
+    modules = [model, model.layers[0], model.layers[0].mlp.up_proj, model.norm]
+    with observing((module, lambda *_: seen.append(1)) for module in modules):
+        thread = threading.Thread(target=other)
+        thread.start(), thread.join()
+        assert seen == []
+        assert decoder.parts is parts
+        with pytest.raises(UnsupportedError, match="forward hooks"):
+            decoder.launch()
+    assert found == [want]
+    decoder.launch()
+    assert len(decoder.pending) == 3
 
 
 def test_rows_that_are_refused_leave_the_tables_of_recorded_steps_alone() -> None:

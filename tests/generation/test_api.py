@@ -432,6 +432,8 @@ def test_numbers_of_numpy_and_torch_are_numbers(model: StripedHyena, option: str
         ({"temprature": 1.0}, "has no option 'temprature': did you mean temperature"),
         ({"max_tokens": 5}, "has no option 'max_tokens': did you mean max_new_tokens"),
         ({"stop_ids": [5]}, "has no option 'stop_ids': did you mean stop_token_ids"),
+        ({"temp": 1.0}, "has no option 'temp': did you mean temperature"),
+        ({"echo": True}, "has no option 'echo': it has max_new_tokens"),  # nothing like "method"
         ({"zzz": 1}, "has no option 'zzz': it has max_new_tokens, temperature"),
     ],
 )

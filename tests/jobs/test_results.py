@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import tracemalloc
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,19 @@ def test_a_full_disk_leaves_what_was_there(
     with pytest.raises(OutputError, match="No space left on device; free some space"):
         write(path, ROWS)
     assert path.read_text() == "before" and [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_signal_while_a_member_is_open_ends_an_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, open_ = [], zipfile.ZipFile.open
+
+    def interrupted(self: zipfile.ZipFile, *args: Any, **options: Any) -> None:
+        opened.append(open_(self, *args, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "o.npz", ROWS)
+    assert len(opened) == 1 and not list(tmp_path.iterdir())
 
 
 def test_outputs_have_a_known_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

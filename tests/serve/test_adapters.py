@@ -202,6 +202,16 @@ def test_the_model_field_chooses_the_adapter(client: tuple[TestClient, dict[str,
         echo = test.post("/v1/completions", json=body | {"echo": True, "logprobs": 0, "max_tokens": 0}).json()
         want = hyaena.score(own, ByteTokenizer(), [[1, 2, 3]])[0].logprobs
         torch.testing.assert_close(echo["choices"][0]["logprobs"]["token_logprobs"][1:], want[1:].tolist())
+    long = [1] * (models["a"].config.max_length + 1)
+    completion = {"prompt": long, "echo": True, "logprobs": 0, "max_tokens": 0}
+    for path, body in (
+        ("score", {"input": [long]}),
+        ("v1/embeddings", {"input": long}),
+        ("v1/completions", completion),
+    ):
+        error = test.post(f"/{path}", json=body).json()["error"]
+        assert error["code"] == "context_length_exceeded", error
+        assert "max_length" not in error["message"]  # a client cannot change it
     refused = test.post("/v1/completions", json={"model": "c", "prompt": "x"})
     assert refused.status_code == 404 and "this server has base, a, b" in refused.json()["error"]["message"]
 

@@ -89,6 +89,7 @@ def test_wrong_overrides_are_errors(tmp_path: Path, override: str) -> None:
     [
         ({"stepps": 1}, "unknown key stepps: did you mean steps"),
         ({"optim": {"lr": 1e-3, "weight_decoy": 0}}, "unknown key optim.weight_decoy: did you mean optim.weight_decay"),
+        ({"data": {"train": "a", "zzz": 1}}, "unknown key data.zzz: there are train, "),
         ({"optim": {}}, "optim.lr is missing"),
         ({"optim": 3}, "optim must be a mapping"),
         ({"optim": {"lr": "fast"}}, "optim.lr must be of type float"),

@@ -24,7 +24,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from hyaena import __version__
-from hyaena.cli.process import signals_end_the_process, usable_streams
+from hyaena.cli.process import signal_behind, signals_end_the_process, usable_streams
 from hyaena.errors import SCREEN, HyaenaError, OutputError, nearest, printable
 
 COMMANDS: Mapping[str, str] = {
@@ -60,10 +60,11 @@ class Parser(argparse.ArgumentParser):
         """Parse, and name the nearest option for one that does not exist."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            near = (nearest(word.split("=")[0], known) for word in unknown if word.startswith("--"))
+            options = [option for action in self._actions for option in action.option_strings]
+            known = [option[2:] for option in options if option.startswith("--")]  # all of them begin alike
+            near = (nearest(word[2:].split("=")[0], known) for word in unknown if word.startswith("--"))
             near = next((option for option in near if option is not None), None)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean {near}?" if near else ""))
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f": did you mean --{near}?" if near else ""))
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
@@ -135,6 +136,10 @@ def _run(argv: Sequence[str] | None, commands: Mapping[str, str]) -> int:
             status = args.run(args)
         except SystemExit:
             _flush_output()
+            raise
+        except Exception as error:
+            if (end := signal_behind(error)) is not None:
+                raise end from None
             raise
         _flush_output()
         return status

@@ -76,15 +76,17 @@ def run(args: argparse.Namespace) -> int:
     )
     seconds = time.perf_counter() - began
     references = () if suite is None else suite.references
-    print(evals.table(results, references, "" if suite is None else suite.source))
-    if args.output is not None:
-        document = {
-            "model": args.model,
-            "seconds": seconds,
-            "limit": args.limit,
-            "references": [{"task": r.task, "metric": r.metric, "value": r.value} for r in references],
-            **{key: results[key] for key in ("results", "groups", "n-shot", "versions", "n-samples") if key in results},
-        }
-        text = json_text(document) + "\n"
-        files.write_atomically(Path(args.output), lambda file: file.write(text.encode()))
+    document = {
+        "model": args.model,
+        "seconds": seconds,
+        "limit": args.limit,
+        "references": [{"task": r.task, "metric": r.metric, "value": r.value} for r in references],
+        **{key: results[key] for key in ("results", "groups", "n-shot", "versions", "n-samples") if key in results},
+    }
+    text = json_text(document) + "\n"
+    try:  # hours of work: where one of the two cannot be written, the other one is
+        if args.output is not None:
+            files.write_atomically(Path(args.output), lambda file: file.write(text.encode()))
+    finally:
+        print(evals.table(results, references, "" if suite is None else suite.source))
     return 0

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import IO, Any
 
+from hyaena.errors import OutputError
 from hyaena.signals import handled
 
 
@@ -38,6 +39,17 @@ def _end(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
+
+
+def signal_behind(error: BaseException) -> BaseException | None:
+    """The exception of a signal that became another error while a library cleaned up, as torch's contexts may; or None.
+
+    An output that cannot be written is told nonetheless.
+    """
+    behind = None if isinstance(error, OutputError) else error.__context__
+    while behind is not None and not isinstance(behind, KeyboardInterrupt | SystemExit):
+        behind = behind.__context__
+    return behind
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -8,6 +8,8 @@ from operator import is_
 
 from torch import Tensor, nn
 
+from hyaena.hooks import hooks_here
+
 PLAIN = (Tensor, nn.Parameter)
 """Types of tensors that surely have an address."""
 
@@ -25,9 +27,9 @@ class Parts:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers)]
-        hooks = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
-        self._tables = [table for table in (*tables, *hooks) if table]
-        self._empty = [table for table in hooks if not table]  # modules and tensors are named where there are some
+        self._tables = [table for table in tables if table]  # modules and tensors are named where there are some
+        self._hook_tables = [table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = self._hooks_now()
         self._values = list(self._now())
         self._tensors = [t for t in self._values if isinstance(t, Tensor) and type(t) in PLAIN]
         self._memory = [t.untyped_storage() for t in self._tensors]
@@ -35,7 +37,13 @@ class Parts:
 
     def unchanged(self) -> bool:
         """Whether the model still has these parts alone, each where it was."""
-        return not any(self._empty) and all(map(is_, self._now(), self._values)) and self._addresses() == self._places
+        if self._hooks_now() != self._hooks or not all(map(is_, self._now(), self._values)):
+            return False
+        return self._addresses() == self._places
+
+    def _hooks_now(self) -> list[object]:
+        """Those that a step of this thread would have to call."""
+        return hooks_here(filter(None, self._hook_tables))
 
     def _now(self) -> Iterator[object]:
         return chain(chain.from_iterable(map(dict.values, self._tables)), (END,))

@@ -191,6 +191,8 @@ def _options(given: dict[str, Any]) -> Any:
     options = {"max_new_tokens": settings.pop("max_gen_toks"), "stop": [s for s in settings.pop("until") if s]}
     if not settings.pop("do_sample"):
         settings.pop("temperature", None)
+    if settings.get("num_beams") == 1:  # some tasks say that they want none
+        del settings["num_beams"]
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
         if name in settings:
             options[name] = settings.pop(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyaena.generation.chunks import run_steps
+from hyaena.hooks import observing
 from hyaena.model import StripedHyena
 
 
@@ -73,7 +73,7 @@ def _search(
     places: list[tuple[str, nn.Module]] = [("the embedding", model.embed_tokens)]
     places += [(f"layer {i} ({kind})", model.layers[i]) for i, kind in enumerate(model.config.layer_types)]
     places += [("the final norm", model.norm)]
-    start, thread = 0, threading.get_ident()
+    start = 0
 
     def check(place: str, x: Tensor) -> None:
         broken = ~torch.isfinite(x[0]).all(dim=-1)  # [T]
@@ -82,21 +82,17 @@ def _search(
 
     def watch(place: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if threading.get_ident() == thread:  # others may use the model meanwhile
-                check(place, output[0] if isinstance(output, tuple) else output)
+            check(place, output[0] if isinstance(output, tuple) else output)
 
         return hook
 
     cache = model.make_cache(1, max_length=len(ids), method=method, dtype=dtype)
     for start in range(0, len(ids), CHUNK):
         part = torch.tensor([list(ids[start : start + CHUNK])], device=model.device)
-        handles = [module.register_forward_hook(watch(place)) for place, module in places]
         try:
-            check("the head", model(part, cache=cache, method=method))
+            with observing((module, watch(place)) for place, module in places):
+                check("the head", model(part, cache=cache, method=method))
         except _NonFiniteFound as found:
             return str(found)
-        finally:
-            for handle in handles:
-                handle.remove()
         yield part.shape[1]
     return None

@@ -8,6 +8,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -187,7 +188,7 @@ _SCALARS = {"integer": np.int64, "real": np.float64}
 
 def _write_npz(file: IO[bytes], columns: Sequence[Column], rows: Rows) -> None:
     name = columns[0].name
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with _archive(file) as archive:
         for column in columns:
             if column.kind in ("integers", "reals", "matrix"):
                 for row in rows((name, column.name)):
@@ -199,6 +200,20 @@ def _write_npz(file: IO[bytes], columns: Sequence[Column], rows: Rows) -> None:
             else:
                 values = (row[column.name] for row in rows((column.name,)))
                 _add(archive, column.name, np.fromiter(values, _SCALARS[column.kind]))
+
+
+@contextmanager
+def _archive(file: IO[bytes]) -> Iterator[zipfile.ZipFile]:
+    """A new archive, which is closed unless it was broken off: zipfile would raise an error of its own, in place of the
+    signal, where a member is open.
+    """
+    archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
+    try:
+        yield archive
+        archive.close()
+    except BaseException:
+        archive.fp = None  # closed, to its eyes
+        raise
 
 
 def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

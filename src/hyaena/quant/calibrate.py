@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hyaena.errors import NonFiniteError
+from hyaena.hooks import observing
 from hyaena.quant.moments import expected_moments, in_blocks
 
 WINDOW = 2048
@@ -48,13 +49,9 @@ def collect_moments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
     device = next(model.parameters()).device
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    hooks = [module.register_forward_pre_hook(counting(name)) for name, module in layers.items()]
-    try:
+    with observing(((module, counting(name)) for name, module in layers.items()), before=True):
         for window in ids.split(WINDOW):
             model(window.unsqueeze(0).to(device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name, total in sums.items():
         if not bool(total.diagonal(dim1=1, dim2=2).sum().isfinite()):  # no product is larger than its squares
             raise NonFiniteError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from hyaena.arguments import as_whole
 from hyaena.errors import InputError, nearest, shown
 from hyaena.formats.stripedhyena.modules import INPUT, original_module, our_module
+from hyaena.hooks import observing
 from hyaena.model import StripedHyena
 from hyaena.scoring.reader import Reader, Span
 
@@ -83,12 +83,8 @@ def watching(reader: Reader, names: Iterable[str], observe: Observe) -> Iterator
         InputError: while reading, where a module does not return one vector per token.
     """
 
-    thread = threading.get_ident()
-
     def hook(name: str) -> Callable[..., None]:
         def take(value: Any) -> None:
-            if threading.get_ident() != thread:
-                return
             x = value[0] if isinstance(value, tuple) and value else value
             length = reader.spans[-1].rows.stop
             if not isinstance(x, Tensor) or x.ndim < 3 or x.shape[:2] != (1, length):
@@ -99,13 +95,10 @@ def watching(reader: Reader, names: Iterable[str], observe: Observe) -> Iterator
             return lambda module, args: take(args)
         return lambda module, args, output: take(output)
 
-    handles = []
-    try:
-        for name in names:
-            module = reader.model.get_submodule(name.removesuffix(INPUT))
-            register = module.register_forward_pre_hook if name.endswith(INPUT) else module.register_forward_hook
-            handles.append(register(hook(name)))
+    read: list[tuple[nn.Module, Callable[..., None]]] = []
+    returned: list[tuple[nn.Module, Callable[..., None]]] = []
+    for name in names:
+        module = reader.model.get_submodule(name.removesuffix(INPUT))
+        (read if name.endswith(INPUT) else returned).append((module, hook(name)))
+    with observing(read, before=True), observing(returned):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

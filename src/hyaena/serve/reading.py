@@ -89,8 +89,15 @@ async def _read(
     """Read texts in the engine's thread, between the turns of streams.
 
     Raises:
-        ApiError: too many tokens for one request, or too much time.
+        ApiError: too many tokens for the model or for one request, or too much time.
     """
+    longest, room = max(map(len, prompts)), served.model.config.max_length
+    if longest > room:
+        raise ApiError(
+            400,
+            f"a text has {longest} tokens, and the model takes {room}: shorten it",
+            code="context_length_exceeded",
+        )
     total, most = sum(map(len, prompts)), server.limits.score_tokens
     if total > most:
         raise ApiError(

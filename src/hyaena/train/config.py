@@ -230,8 +230,9 @@ def _record(cls: Any, values: Any, where: str) -> Any:
     hints = get_type_hints(cls)
     for key in values:
         if key not in hints:
-            near = nearest(str(key), hints, cutoff=0.0)
-            raise ConfigError(f"unknown key {where}{printable(str(key))}: did you mean {where}{near}?")
+            near = nearest(str(key), hints)
+            hint = f"did you mean {where}{near}?" if near else f"there are {', '.join(hints)}"
+            raise ConfigError(f"unknown key {where}{printable(str(key))}: {hint}")
     for entry in fields(cls):
         if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in values:
             raise ConfigError(f"the key {where}{entry.name} is missing")

@@ -68,7 +68,8 @@ def find_files(
         if os.path.isdir(source):  # pathlib raises for names that are too long, and in folders that are closed to us
             paths = sorted(path for path in source.rglob(pattern) if os.path.isfile(path) and not without(path))
             if not paths:
-                raise InputError(f"the folder {source} holds no file that matches {pattern!r}; change the pattern")
+                wanted = "" if pattern == "*" else f" that matches {pattern!r}; change the pattern, or"
+                raise InputError(f"the folder {source} holds no file{wanted or ':'} name another")
             found += paths
         elif not os.path.exists(source):
             raise InputError(f"cannot read {source}: no such file or folder; check its name")
@@ -130,7 +131,7 @@ def _read_text(file: IO[bytes], path: Path) -> Iterator[Piece]:
         except UnicodeDecodeError as error:
             line += error.object[: error.start].count(b"\n")
             raise InputError(
-                f"{path}, line {line}: {path.name} is not UTF-8 text; leave it out (by data.pattern) or convert it"
+                f"{path}, line {line}: {path.name} is not UTF-8 text; convert it, or leave it out"
             ) from error
         if text:
             yield Piece(text, str(path), line, begins=begins, verbatim=True)

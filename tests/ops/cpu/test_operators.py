@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import select
+import signal
 from array import array
 from pathlib import Path
 from typing import Any
@@ -383,6 +385,27 @@ def test_a_full_disk_costs_nothing_but_the_files(monkeypatch: pytest.MonkeyPatch
     counter = array("q", [41])
     team.run(memory.kernel(count).address, counter, 1)
     assert counter[0] == 42
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded")  # Python's own, from 3.12 on
+def test_a_fork_of_a_process_with_threads_computes(threads: int) -> None:
+    team.compute_alone_behind_forks()  # as every model does
+    x = torch.ones(1 << 17).exp()  # on all threads
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:  # nothing of the tests may run here again
+        counter = array("q", [41])
+        team.run(memory.kernel(count).address, counter, torch.get_num_threads())
+        os.write(writer, bytes([counter[0], bool((x.exp() > 1).all())]))
+        os._exit(0)
+    os.close(writer)
+    came = select.select([reader], [], [], 100)[0]  # as long as a busy machine may take
+    if not came:
+        os.kill(child, signal.SIGKILL)
+    assert os.read(reader, 2) == bytes([42, 1])
+    os.close(reader)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def count(p):  # what numba compiles

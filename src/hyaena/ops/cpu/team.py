@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,18 @@ def size_and_yield() -> tuple[int, int]:
     found = [library.omp_get_num_threads, offer]
     size, offer = (0 if f is None else ctypes.cast(f, ctypes.c_void_p).value or 0 for f in found)
     return size, offer
+
+
+@functools.cache
+def compute_alone_behind_forks() -> None:
+    """Have children of this process that are forks of it compute on one thread.
+
+    A fork has none of the threads of its parent. GNU's library waits for them nonetheless: the first parallel operator
+    of a child, be it one of torch's, would never end. Other libraries start new ones.
+    """
+    library = _library()
+    if hasattr(os, "register_at_fork") and not hasattr(library, "__kmpc_fork_call"):
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @functools.cache
