@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hyaena.checkpoints.shards import open_shard
 from hyaena.errors import CheckpointError
+from hyaena.ops import HyenaState, PagePool
 from hyaena.tensor_files import memory
 
 Header = dict[str, dict[str, Any]]
@@ -141,3 +142,16 @@ def test_small_tensors_lie_side_by_side_on_large_pages(monkeypatch: pytest.Monke
     assert shelf.settled(large).data_ptr() % memory.PAGE == 0
     turned = torch.randn(5, 4).T
     assert shelf.settled(turned) is turned
+
+
+@pytest.mark.skipif(not THP.exists(), reason="this system has no large pages")
+def test_pages_and_states_of_a_decoder_lie_on_large_pages() -> None:
+    shape = (memory.PAGE,)
+    zeros = memory.zeros(shape, torch.float32)
+    assert asks_for_large_pages(zeros) and zeros.shape == shape and not zeros.any()
+    pool = PagePool(200, [(2, 32)], torch.float32, "cpu")
+    assert all(asks_for_large_pages(storage) and not storage.any() for storage in pool.layers[0])
+    state = HyenaState(torch.randn(3, 6, 2), torch.randn(3, 2, 4))
+    settled = state.settled(memory.Shelf())
+    assert all(asks_for_large_pages(t) for t in settled)
+    assert all(torch.equal(*pair) for pair in zip(settled, state, strict=True))

@@ -28,10 +28,22 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     Where there are large pages it begins with one, and asks that all of its whole pages be large. What remains lies on
     small ones, so that nothing is wasted.
     """
+    found = _large(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu") if found is None else found
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As ``empty``, but zero; what is not written takes no memory yet."""
+    found = _large(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device="cpu") if found is None else found
+
+
+def _large(shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """Zeros, as the system gives memory; None where large pages do not serve."""
     size = math.prod(shape) * dtype.itemsize
     found = _mapped(size, size // PAGE * PAGE) if size >= PAGE else None
     if found is None:
-        return torch.empty(shape, dtype=dtype, device="cpu")
+        return None
     mapping, start = found
     return torch.frombuffer(mapping, dtype=torch.uint8, count=size, offset=start).view(dtype).view(tuple(shape))
 
@@ -46,7 +58,7 @@ def _mapped(size: int, large: int) -> tuple[mmap.mmap, int] | None:
         return None
     try:
         mapping = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:
+    except (OSError, OverflowError):
         return None
     start = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % PAGE
     mapping.resize(start + size)  # where large pages come unasked, one would hold the end and what lies behind it
