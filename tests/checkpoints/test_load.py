@@ -211,7 +211,7 @@ def test_peak_memory_is_the_model_and_one_shard(tmp_path: Path, suffix: str) -> 
     command = [sys.executable, "-c", MEMORY_TEST, small / "model.safetensors", small / "config.yml", tmp_path]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
     grown = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert 0.8 * model_bytes < grown < model_bytes + shard_bytes + 8_000_000  # the rest: allocator and tables
+    assert 0.8 * model_bytes < grown < model_bytes + shard_bytes + 12_000_000  # allocator, tables, ends of large pages
     assert model_bytes > 5 * shard_bytes  # so that the bound says something
 
 

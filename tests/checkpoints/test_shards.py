@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from hyaena.checkpoints.shards import open_shard
 from hyaena.errors import CheckpointError
+from hyaena.ops import HyenaState, PagePool
 from hyaena.tensor_files import memory
 
 Header = dict[str, dict[str, Any]]
@@ -96,6 +98,19 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(path: Path) -> None:
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+def asks_for_large_pages(tensor: Tensor) -> bool:
+    """Whether a tensor lies on memory for which large pages are asked; whether some are free is the system's affair."""
+    address, here = tensor.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *others = line.split()
+        if first == "VmFlags:" and here:
+            return "hg" in others
+        if not first.endswith(":"):
+            start, end = (int(number, 16) for number in first.split("-"))
+            here = start <= address < end
+    return False
+
+
 @pytest.mark.skipif(not THP.exists(), reason="this system has no large pages")
 def test_many_numbers_lie_on_large_pages_and_waste_nothing(path: Path) -> None:
     numbers = torch.randn(2 * memory.PAGE // 4 + 3)
@@ -103,10 +118,40 @@ def test_many_numbers_lie_on_large_pages_and_waste_nothing(path: Path) -> None:
     with open_shard(path) as shard:
         read = shard.read("a")
     assert torch.equal(read, numbers) and read.untyped_storage().nbytes() == numbers.nbytes
-    lines = Path("/proc/self/smaps").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"{read.data_ptr():x}-"))
-    flags = next(line for line in lines[start:] if line.startswith("VmFlags:"))
-    assert "hg" in flags.split()  # asked for; whether one was free is the system's affair
+    assert asks_for_large_pages(read)
     assert memory.settled(read) is read
     assert torch.equal(memory.settled(numbers), numbers) and memory.settled(numbers) is not numbers
     assert memory.settled(numbers[:100]).data_ptr() == numbers.data_ptr()
+
+
+@pytest.mark.skipif(not THP.exists(), reason="this system has no large pages")
+def test_small_tensors_lie_side_by_side_on_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "BLOCK", memory.PAGE)
+    shelf, numbers = (
+        memory.Shelf(),
+        [torch.randn(150_000), torch.randn(7, 3).bfloat16(), torch.tensor(3), torch.ones(0)],
+    )
+    placed = [shelf.settled(t) for t in numbers]
+    assert all(torch.equal(*pair) for pair in zip(placed, numbers, strict=True))
+    assert [t.untyped_storage().nbytes() for t in placed] == [t.nbytes for t in numbers]
+    assert placed[1].data_ptr() - placed[0].data_ptr() == 600_000 and placed[2].data_ptr() % 64 == 0
+    assert all(asks_for_large_pages(t) for t in placed[:3])
+    more = [shelf.settled(numbers[0]) for _ in range(3)]  # the last one does not fit behind the others
+    assert asks_for_large_pages(more[2]) and torch.equal(more[2], numbers[0])
+    large = torch.zeros(memory.PAGE, dtype=torch.uint8)
+    assert shelf.settled(large).data_ptr() % memory.PAGE == 0
+    turned = torch.randn(5, 4).T
+    assert shelf.settled(turned) is turned
+
+
+@pytest.mark.skipif(not THP.exists(), reason="this system has no large pages")
+def test_pages_and_states_of_a_decoder_lie_on_large_pages() -> None:
+    shape = (memory.PAGE,)
+    zeros = memory.zeros(shape, torch.float32)
+    assert asks_for_large_pages(zeros) and zeros.shape == shape and not zeros.any()
+    pool = PagePool(200, [(2, 32)], torch.float32, "cpu")
+    assert all(asks_for_large_pages(storage) and not storage.any() for storage in pool.layers[0])
+    state = HyenaState(torch.randn(3, 6, 2), torch.randn(3, 2, 4))
+    settled = state.settled(memory.Shelf())
+    assert all(asks_for_large_pages(t) for t in settled)
+    assert all(torch.equal(*pair) for pair in zip(settled, state, strict=True))

@@ -239,6 +239,7 @@ class Loading:
         for name in (*(OPTIONAL & self.remaining.keys()), *(self.scales if weights.in_original_names else ())):
             del self.remaining[name]
         self.taken: set[str] = set()
+        self.shelf = memory.Shelf()
         self.wide = wide_parameters(self.model)
         self.problems: dict[str, list[str]] = {
             "unexpected": [],
@@ -352,9 +353,11 @@ class Loading:
                 layer.narrow(tensor, self.moments.get(owner))
             except InputError as error:
                 raise InputError(f"{self.checkpoint.path}, {self._shown(name)}: {error}") from None
-            layer.codes = memory.settled(layer.codes)
+            for leaf in ("codes", "scale", "minimum"):
+                if (numbers := getattr(layer, leaf)) is not None:
+                    setattr(layer, leaf, self.shelf.settled(numbers))
             return
-        expected, tensor = self.expected[name], memory.settled(tensor)
+        expected, tensor = self.expected[name], self.shelf.settled(tensor)
         if isinstance(expected, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=expected.requires_grad)
         setattr(self.model.get_submodule(owner), leaf, tensor)

@@ -22,6 +22,7 @@ from hyaena.errors import CapacityError, InputError
 from hyaena.model import StripedHyena
 from hyaena.ops import PAGE, PagePool, RowTensors, pages_for
 from hyaena.ops.state import copy_all
+from hyaena.tensor_files.memory import Shelf
 
 
 class StaticCache:
@@ -84,7 +85,8 @@ class StaticCache:
         if self.rows + cache.batch_size > self.max_rows:
             raise CapacityError(f"the decoder has {self.max_rows} places, and {self.rows} + {cache.batch_size} rows")
         if not self.states:
-            self.states = [state.blank(self.max_rows) for state in cache.states]
+            shelf, blank = Shelf(), [state.blank(self.max_rows) for state in cache.states]
+            self.states = [state.settled(shelf) if isinstance(state, RowTensors) else state for state in blank]
             self.scratch = [state.blank(1) for state in cache.states]
             self.pool = cache.pool
         if cache.pool is not self.pool:

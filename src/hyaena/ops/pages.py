@@ -17,6 +17,7 @@ from hyaena.arguments import whole
 from hyaena.errors import InputError
 from hyaena.ops.kv import Run
 from hyaena.ops.slots import Slots, slots_of
+from hyaena.tensor_files import memory
 
 PAGE = 64
 """Tokens of a page."""
@@ -96,7 +97,9 @@ class PagePool:
         shapes = [(groups, slots_of(dtype).width(head_dim)) for groups, head_dim in shapes]
         sizes = [groups * (self.pages + 1) * PAGE * width for groups, width in shapes for _ in range(2)]
         with torch.inference_mode(False):  # storage that is made in inference mode could not be written outside of it
-            parts = torch.zeros(sum(sizes), dtype=dtype, device=device).split(sizes)
+            cpu = torch.device(device).type == "cpu"
+            zeros = memory.zeros((sum(sizes),), dtype) if cpu else torch.zeros(sum(sizes), dtype=dtype, device=device)
+            parts = zeros.split(sizes)
         shaped = [
             part.view(groups, self.pages + 1, PAGE, width)
             for part, (groups, width) in zip(parts, [shape for shape in shapes for _ in range(2)], strict=True)

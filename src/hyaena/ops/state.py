@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hyaena.errors import InputError
+from hyaena.tensor_files.memory import Shelf
 
 S = TypeVar("S", bound="RowTensors")
 
@@ -68,6 +69,10 @@ class RowTensors:
     def blank(self: S, rows: int) -> S:
         """An empty state of this kind and size for so many rows."""
         return self._map(lambda t: t.new_zeros(rows, *t.shape[1:]))
+
+    def settled(self: S, shelf: Shelf) -> S:
+        """On large pages."""
+        return self._map(shelf.settled)
 
     def put(self: S, row: int, source: S, source_row: int) -> None:
         """Overwrite a row, in place, by a row of another state."""

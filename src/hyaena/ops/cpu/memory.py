@@ -229,6 +229,17 @@ def unrank(context, number):
 
 
 @intrinsic
+def inverse(context, value):
+    """1/value as float64, for a loop that multiplies by it: a compiler that may reorder would divide each time."""
+
+    def generate(_, builder, signature, arguments):
+        fence = builder.module.declare_intrinsic("llvm.arithmetic.fence", [ir.DoubleType()])
+        return builder.call(fence, [builder.fdiv(ir.Constant(ir.DoubleType(), 1.0), arguments[0])])
+
+    return types.float64(types.float64), generate
+
+
+@intrinsic
 def power_of_two(context, exponent):
     """2^exponent as float32, for exponents of normal numbers."""
 

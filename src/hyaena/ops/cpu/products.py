@@ -15,9 +15,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from hyaena.ops.cpu.memory import STAMP, exp, function, hold, kernel, load, real, size, take, word
+from hyaena.ops.cpu.memory import STAMP, exp, function, hold, inverse, kernel, load, real, size, take, word
 from hyaena.ops.cpu.narrow import bytes_of_vector, is_narrow, neighbours, round_vector, write_sums
-from hyaena.ops.cpu.vectors import LANES, MANY, add_numbers, prefetch, put_numbers
+from hyaena.ops.cpu.vectors import EIGHT, LANES, MANY, add_numbers, prefetch, put_numbers
 
 LEAST_BYTES = 1 << 13
 """Weights of the shortest run, about."""
@@ -72,7 +72,7 @@ def widen(p, token, out):
             total += value * value
         eps = real(p, EPS)
         root = math.sqrt(total / width + eps) if word(p, INSIDE) else math.sqrt(total / width) + eps
-        scale = 1.0 / root
+        scale = inverse(root)
         for k in range(width):
             value = np.float32(np.float64(load(token, x, start + k)) * scale)
             out[start + k] = value * load(token, weight, k)
@@ -151,16 +151,26 @@ def all_rows(form, rows, weight, scale, minimum, first, stop, width, x, target, 
 
 
 @function
-def finish(p, token, first, outputs, values, room):
-    """Add bias and residual to these outputs of all rows, and round once."""
-    bias, residual = word(p, BIAS), word(p, RESIDUAL)
+def finish(p, token, first, outputs, values, room, bias, residual):
+    """Add bias and residual, or 0, to these outputs of all rows, and round once."""
+    step, offset = word(p, OUTPUTS) * size(token), first * size(token)
+    y, bias, residual = word(p, Y) + offset, bias + offset if bias else 0, residual + offset if residual else 0
     for row in range(word(p, ROWS)):
-        here, offset = values + row * room, (row * word(p, OUTPUTS) + first) * size(token)
-        if bias:
-            add_numbers(token, bias + first * size(token), outputs, here)
-        if residual:
-            add_numbers(token, residual + offset, outputs, here)
-        put_numbers(token, here, outputs, word(p, Y) + offset)
+        here, there = values + row * room, residual + row * step if residual else 0
+        if outputs == EIGHT:  # a number that is known needs no loop
+            finish_row(token, EIGHT, here, bias, there, y + row * step)
+        else:
+            finish_row(token, outputs, here, bias, there, y + row * step)
+
+
+@function
+def finish_row(token, outputs, values, bias, residual, y):
+    """Add what there is to outputs of a row, and round once."""
+    if bias:
+        add_numbers(token, bias, outputs, values)
+    if residual:
+        add_numbers(token, residual, outputs, values)
+    put_numbers(token, values, outputs, y)
 
 
 @function
@@ -196,7 +206,7 @@ def linear_runs(p, token, form):
         count, following, end, seen = block_at(p, start, stop, block, seen)
         upcoming = following if following < end else -1
         all_rows(form, rows, weight, scale, minimum, start, start + count, width, x, target, 4 * block, upcoming)
-        finish(p, token, start, count, target, 4 * block)
+        finish(p, token, start, count, target, 4 * block, word(p, BIAS), word(p, RESIDUAL))
         start, stop = following, end
     hold(given)
     hold(values)
@@ -220,7 +230,7 @@ def activate(values, activation):
 @function
 def gate_runs(p, token, form):
     """``act(gate·norm(x)) · (up·norm(x))`` for the runs that this thread takes."""
-    rows, width, outputs, block = word(p, ROWS), word(p, WIDTH), word(p, OUTPUTS), together(word(p, ROWS))
+    rows, width, block = word(p, ROWS), word(p, WIDTH), together(word(p, ROWS))
     gates, scale, minimum = word(p, WEIGHT), word(p, SCALE), word(p, MINIMUM)
     ups, up_scale, up_minimum = word(p, UP), word(p, UP_SCALE), word(p, UP_MINIMUM)
     start, stop, seen = next_run(p, 0, 0)
@@ -241,9 +251,7 @@ def gate_runs(p, token, form):
         activate(values[0], word(p, ACT))
         for i in range(rows * block):
             values[0, i] *= values[1, i]
-        for row in range(rows):
-            place = (row * outputs + start) * size(token)
-            put_numbers(token, target + 4 * row * block, count, word(p, Y) + place)
+        finish(p, token, start, count, target, 4 * block, 0, 0)
         start, stop = following, end
     hold(given)
     hold(values)
