@@ -50,4 +50,5 @@ def hooks_here(tables: Iterable[dict[int, Any]]) -> list[Any]:
     """The hooks in tables that this thread calls."""
     here = threading.get_ident()
     # lists: another thread may add and remove its own meanwhile
-    return [hook for table in tables for hook in list(table.values()) if getattr(hook, "thread", here) == here]
+    hooks = (hook for table in tables for hook in list(table.values()))
+    return [hook for hook in hooks if not isinstance(hook, OwnHook) or hook.thread == here]
