@@ -20,7 +20,7 @@ The rules under which a step computes the same with and without:
    launch early: they start when everything before has ended, and what follows starts when they have ended.
 
 The kernels of one call of ``hyena`` overlap by the same rules. The first of them is launched without the attribute and
-may launch the next at once: all that was launched before the call has ended then.
+may launch the next when it begins: all that was launched before the call has ended then.
 
 A product launches its dependents when it has read its weights: programs of the next kernel take the places of those
 that only sum up. Launched at a kernel's beginning, they take bandwidth from its own reads: measured, and slower.

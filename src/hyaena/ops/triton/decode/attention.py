@@ -34,8 +34,8 @@ BLOCK = 64
 """Slots that a program reads at a time; fewer where heads are wide, to keep a block of keys within ``TILE`` bytes."""
 TILE = 16384
 PROGRAMS = 256
-"""Programs to aim for, two on each processor of a large device; twice as many where rows and key heads are as many, so
-that rows of different lengths share the device."""
+"""Programs to aim for, two on each processor of a large device; twice as many where half of them have a key head of a
+row already, so that rows of different lengths share the device."""
 MAX_SPLITS = 64
 JOINED = 8192
 """Numbers of splits that a program joins at a time, 64 or 128 for each of its threads."""
@@ -45,7 +45,7 @@ JOINED = 8192
 def _split_range(lengths, row, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """First and last slot (exclusive) of a split, and how many splits of this row have any.
 
-    Two blocks are the least: both are on their way at once.
+    Two blocks are the least: both are in flight together.
     """
     stop = tl.load(lengths + row).to(tl.int32)
     width = tl.cdiv(tl.cdiv(stop, SPLITS), BLOCK) * BLOCK
