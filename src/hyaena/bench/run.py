@@ -19,7 +19,7 @@ from hyaena.errors import InputError, UnsupportedError
 from hyaena.generation import MIN_PREFILL_CHUNK, PREFILL_CHUNK
 from hyaena.model import StripedHyena
 from hyaena.sizes import ModelSizes
-from hyaena.tensor_files.memory import settled
+from hyaena.tensor_files.memory import Shelf
 
 SH_7B = replace(ModelConfig.from_name("sh-7b"), name="7b", max_length=131_072, prefill_style="auto")
 """StripedHyena-Hessian-7B, to be filled with random weights, which take any length: four times its own."""
@@ -137,7 +137,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
         model = StripedHyena(config)
     model.to(dtype).to_empty(device=device)
     model.init_weights()
-    return model._apply(settled).eval()
+    return model._apply(Shelf().settled).eval()
 
 
 def _needed(config: ModelConfig, plan: Plan, device: torch.device, itemsize: int, kv_itemsize: int) -> int:

@@ -42,6 +42,20 @@ JOINED = 8192
 
 
 @triton.jit
+def soften(score, best, total):
+    """A block [M,N] of scores (base 2) of a softmax that is computed block by block.
+
+    Returns:
+        The weights [M,N], against the largest score [M] so far; what sums of earlier blocks shrink by; that largest
+        score; the sum of all weights so far.
+    """
+    higher = tl.maximum(best, tl.max(score, axis=1))
+    shrink = tl.exp2(best - higher)
+    p = tl.exp2(score - higher[:, None])
+    return p, shrink, higher, total * shrink + tl.sum(p, axis=1)
+
+
+@triton.jit
 def _split_range(lengths, row, split, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """First and last slot (exclusive) of a split, and how many splits of this row have any.
 
@@ -105,12 +119,8 @@ def _join(partial, weights, out, count, WIDTH: tl.constexpr, WIDTH_PAD: tl.const
             mask=wrote[:, :, None] & inside[None, None, :],
             other=0.0,
         )
-        higher = tl.maximum(best, tl.max(own, axis=1))
-        shrink = tl.exp2(best - higher)
-        p = tl.exp2(own - higher[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
+        p, shrink, best, total = soften(own, best, total)
         sums = sums * shrink[:, None] + tl.sum(parts * p[:, :, None], axis=1)
-        best = higher
     gdc_launch_dependents(OVERLAP)
     store = out + head[:, None] * WIDTH + channel[None, :]
     mean = sums / total[:, None]
@@ -168,14 +178,10 @@ def _attention_kernel(qkv, keys, values, capacities, pages, lengths, cos, sin, p
         if SLOT > WIDTH:
             score *= of_key[None, :]
         score = tl.where(valid[None, :], score, -float("inf"))
-        higher = tl.maximum(best, tl.max(score, axis=1))
-        shrink = tl.exp2(best - higher)
-        p = tl.exp2(score - higher[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
+        p, shrink, best, total = soften(score, best, total)
         if SLOT > WIDTH:
             p *= of_value[None, :]
         sums = sums * shrink[:, None] + tl.dot(p.to(WEIGHT), vs, input_precision="ieee")
-        best = higher
     mean = sums / total[:, None]
     first = row.to(tl.int64) * HEADS + group * SHARE  # the first of the program's heads
     out += first * WIDTH

@@ -15,7 +15,7 @@ from torch import Tensor
 from hyaena.ops.kv import KVState
 from hyaena.ops.pages import PagedRows
 from hyaena.ops.triton.common import TYPES
-from hyaena.ops.triton.decode.attention import TILE, operand, weight_operand
+from hyaena.ops.triton.decode.attention import TILE, operand, soften, weight_operand
 from hyaena.ops.triton.decode.rows import first_slot, page_operands, read_slots, row_capacity, row_storage
 from hyaena.ops.triton.pdl import gdc_launch_dependents, gdc_wait
 
@@ -70,14 +70,10 @@ def _packed_attention_kernel(q, keys, values, capacities, pages, blocks, lengths
         if SLOT > WIDTH:
             score *= of_key[None, :]
         score = tl.where(slot[None, :] < limit[:, None], score, -float("inf"))
-        higher = tl.maximum(best, tl.max(score, axis=1))
-        shrink = tl.exp2(best - higher)
-        p = tl.exp2(score - higher[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
+        p, shrink, best, total = soften(score, best, total)
         if SLOT > WIDTH:
             p *= of_value[None, :]
         acc = acc * shrink[:, None] + tl.dot(p.to(WEIGHT), vs, input_precision="ieee")
-        best = higher
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=real)
 
 

@@ -230,6 +230,14 @@ def store_states(to, states, word, lane, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def copy_thirds(rooms, at, thirds, start, T, first, keep, ROW: tl.constexpr, WORDS: tl.constexpr,
+                HAS_MASK: tl.constexpr, EMULATED: tl.constexpr):  # fmt: skip
+    """Begin to copy a tile of each of some thirds of z to its room."""
+    for k in tl.static_range(len(rooms)):
+        copy_tile(rooms[k], at, thirds[k], start, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+
+
+@triton.jit
 def store_window(to, words, lane):
     """Store the last steps of a word's two channels, [3D,K-1] bfloat16, ``to`` those of the first."""
     REACH: tl.constexpr = len(words)
@@ -275,9 +283,9 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
     room1 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
     room0 = make_room((STAGES, 256, WORDS), tile_shared(WORDS), EMULATED)
     out = make_room((1, 256, WORDS), out_shared(WORDS), EMULATED)
-    copy_tile(room1, 0, z_1, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-    copy_tile(room0, 0, z_0, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-    copy_tile(room2, 0, z_2, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+    rooms = (room1, room0, room2)
+    blocks = (z_1, z_0, z_2)
+    copy_thirds(rooms, 0, blocks, 0, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
     filters2 = load_filters(weight, bias, word, K, HAS_BIAS)
     filters1 = load_filters(weight, bias, D // 2 + word, K, HAS_BIAS)
     filters0 = load_filters(weight, bias, D + word, K, HAS_BIAS)
@@ -303,9 +311,7 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
     copy_quads(quads, decays + first * (QUADS * 96), QUADS * 96, 6 * QUADS, WORDS, WORDS, EMULATED)
     end_group(EMULATED)
     for i in tl.static_range(1, STAGES):
-        copy_tile(room1, i, z_1, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        copy_tile(room0, i, z_0, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        copy_tile(room2, i, z_2, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_thirds(rooms, i, blocks, i * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
         end_group(EMULATED)
     window += (row * (3 * D) + word * 2) * (K - 1)
     store_window(window, last2, lane)
@@ -318,10 +324,7 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
         words1 = read_tile(room1, i % STAGES, z_1, start, T, word, lane, keep, ROW, WORDS, HAS_MASK, EMULATED)
         words0 = read_tile(room0, i % STAGES, z_0, start, T, word, lane, keep, ROW, WORDS, HAS_MASK, EMULATED)
         words2 = read_tile(room2, i % STAGES, z_2, start, T, word, lane, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        ahead = start + STAGES * TILE
-        copy_tile(room1, i % STAGES, z_1, ahead, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        copy_tile(room0, i % STAGES, z_0, ahead, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        copy_tile(room2, i % STAGES, z_2, ahead, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_thirds(rooms, i % STAGES, blocks, start + STAGES * TILE, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
         end_group(EMULATED)
         us1 = filter_segments(words1, before1, filters1, lane, EMULATED)
         us0 = filter_segments(words0, before0, filters0, lane, EMULATED)
@@ -369,8 +372,7 @@ def segments_forward_kernel(z, weight, bias, poles, tables, decays, short, long,
     if count > 0:
         start = T - TILE
         wait_groups(0, EMULATED)
-        copy_tile(room1, 0, z_1, start, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
-        copy_tile(room0, 0, z_0, start, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
+        copy_thirds((room1, room0), 0, (z_1, z_0), start, T, first, keep, ROW, WORDS, HAS_MASK, EMULATED)
         end_group(EMULATED)
         wait_groups(0, EMULATED)
         words1 = read_tile(room1, 0, z_1, start, T, word, lane, keep, ROW, WORDS, HAS_MASK, EMULATED)

@@ -12,17 +12,8 @@ import triton
 import triton.language as tl
 
 from hyaena.ops.triton.common import power
+from hyaena.ops.triton.hyena.adjoint import rotate
 from hyaena.ops.triton.pdl import gdc_wait
-
-
-@triton.jit
-def multiply(a_re, a_im, b_re, b_im, REAL: tl.constexpr):
-    """The product of complex numbers, or of pairs of real ones."""
-    if REAL:
-        re, im = a_re * b_re, a_im * b_im
-    else:
-        re, im = a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
-    return re, im
 
 
 @triton.jit
@@ -89,21 +80,21 @@ def segments_gradients_kernel(poles, residues, outers, of_w, of_g, of_states, of
     wide_re, wide_im = power(p_re + none, p_im + none, tl.maximum(i - 1, 0), 4, REAL)
     down_re = i * wide_re.to(tl.float32)  # i p^(i-1)
     down_im = i * wide_im.to(tl.float32)
-    re, im = multiply(wide_re, wide_im, p_re, p_im, REAL)  # p^i, where i is not 0
+    re, im = rotate(wide_re, wide_im, p_re, p_im, False, REAL)  # p^i, where i is not 0
     re = tl.where(i == 0, 1.0, re)
     im = tl.where(i == 0, 1.0 if REAL else 0.0, im)
-    up_re, up_im = multiply(re, im, p_re, p_im, REAL)
+    up_re, up_im = rotate(re, im, p_re, p_im, False, REAL)
     re, im = re.to(tl.float32), im.to(tl.float32)
     up_re, up_im = up_re.to(tl.float32), up_im.to(tl.float32)  # p^(i+1)
     c = tl.sum(c, axis=1)[:, None]
     tl.store(dskip + channel + i, c, mask=i == 0)
     weight = (i + 1) * y_re, (i + 1) * y_im
-    first_re, first_im = multiply(up_re, up_im, y_re, y_im, REAL)  # of dr
+    first_re, first_im = rotate(up_re, up_im, y_re, y_im, False, REAL)  # of dr
     first_re = tl.sum(first_re + c * re, axis=0)[None, :]
     first_im = tl.sum(first_im + c * im, axis=0)[None, :]
-    then_re, then_im = multiply(re, im, weight[0], weight[1], REAL)  # of dp
-    add_re, add_im = multiply(down_re, down_im, x_re, x_im, REAL)
-    last_re, last_im = multiply(re, im, 16.0 * z_re, 16.0 * z_im, REAL)
+    then_re, then_im = rotate(re, im, weight[0], weight[1], False, REAL)  # of dp
+    add_re, add_im = rotate(down_re, down_im, x_re, x_im, False, REAL)
+    last_re, last_im = rotate(re, im, 16.0 * z_re, 16.0 * z_im, False, REAL)
     last = i == 15
     then_re = tl.sum(then_re + add_re + c * down_re + tl.where(last, last_re, 0.0), axis=0)[None, :]
     then_im = tl.sum(then_im + add_im + c * down_im + tl.where(last, last_im, 0.0), axis=0)[None, :]
@@ -111,7 +102,7 @@ def segments_gradients_kernel(poles, residues, outers, of_w, of_g, of_states, of
         then_re *= r_re * p_re.to(tl.float32)
         then_im *= r_im * p_im.to(tl.float32)
     else:
-        then_re, then_im = multiply(r_re, r_im, then_re, then_im, REAL)
+        then_re, then_im = rotate(r_re, r_im, then_re, then_im, False, REAL)
         then_im = -then_im
         first_im = -first_im
     tl.store(dpoles + at, then_re, mask=inside)
